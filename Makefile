@@ -1,0 +1,35 @@
+# Every target makes .venv first, if it is missing or older than what it is made from.
+PYTHON ?= python3
+DEVICES ?= 2
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: help demo test check bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "drp needs Python 3.10 or newer; name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## Draw digits with two worker processes, into digits.png
+	$(BIN)/drp sample digits --labels 0-9 --repeat 4 --steps 48 --devices 2 --mode aggressive --out digits.png
+
+test: $(READY) ## Run the tests
+	$(BIN)/python -m pytest
+
+check: $(READY) ## Lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: $(READY) ## Measure; DEVICES=2 says how many workers
+	$(BIN)/python -m bench.real_model --devices $(DEVICES)
+
+clean: ## Remove .venv and caches
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info
