@@ -1,0 +1,159 @@
+"""Codec: dataclasses to MessagePack bytes and back, every field checked against its annotation.
+
+A message is a map of its fields, `type` among them. What an annotation can say:
+
+    Annotated[int, Bounds(0, 9)]       whole number within bounds (also for float: finite, within bounds)
+    Annotated[str, Length(64)]         at most so many characters (also for tuple: at most so many items)
+    bool, X | None, tuple[X, ...], a nested dataclass
+
+Anything else in a decoded message (a missing or unknown field, another type, a value out of bounds) is a
+`ProtocolError`. Nothing decoded is ever executed: MessagePack has no code, and extension types are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
+
+import msgpack
+
+MAX_MESSAGE = 1 << 20
+"""Bytes of the longest message, and so of everything in it."""
+
+Checker = Callable[[Any], Any]
+Record = TypeVar("Record")
+
+
+class ProtocolError(Exception):
+    """Bytes that are no message, or a message that breaks the protocol."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Inclusive bounds of a number."""
+
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """The most characters of a string, or items of a tuple."""
+
+    most: int
+
+
+def encode(message: object) -> bytes:
+    """Return the bytes of a message, a dataclass; fields that break their bounds raise ProtocolError."""
+    fields = to_fields(message)
+    _record_checker(type(message))(fields)
+    data: bytes = msgpack.packb({"type": type(message).__name__, **fields})
+    if len(data) > MAX_MESSAGE:
+        raise ProtocolError(f"a {type(message).__name__} of {len(data)} bytes; a message has at most {MAX_MESSAGE}")
+    return data
+
+
+def to_fields(record: Any) -> dict[str, Any]:
+    """Return a dataclass as plain maps and lists."""
+    return {field.name: _plain(getattr(record, field.name)) for field in dataclasses.fields(record)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_fields(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def decode(data: bytes, kinds: Mapping[str, type[Record]]) -> Record:
+    """Return the message in `data`, which must be one of `kinds` (by class name)."""
+    if len(data) > MAX_MESSAGE:
+        raise ProtocolError(f"a message of {len(data)} bytes; at most {MAX_MESSAGE}")
+    try:
+        fields = msgpack.unpackb(data, strict_map_key=True, raw=False, max_ext_len=0)
+    except Exception as error:  # msgpack raises many kinds, some of them bare ValueErrors
+        raise ProtocolError(f"not MessagePack: {error}") from None
+    if not isinstance(fields, dict):
+        raise ProtocolError(f"a message is a map, not {type(fields).__name__}")
+    name = fields.pop("type", None)
+    kind = kinds.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise ProtocolError(f"unknown message type {name!r:.80}")
+    checked: Record = _record_checker(kind)(fields)
+    return checked
+
+
+_checkers: dict[type, Checker] = {}
+
+
+def _record_checker(kind: type) -> Checker:
+    """Return what turns a map into a `kind`; made at first use and kept."""
+    if kind not in _checkers:
+        hints = typing.get_type_hints(kind, include_extras=True)
+        checkers = {name: _checker(hint) for name, hint in hints.items()}
+
+        def check(fields: Any) -> Any:
+            if not isinstance(fields, dict) or fields.keys() != checkers.keys():
+                got = sorted(map(str, fields)) if isinstance(fields, dict) else type(fields).__name__
+                raise ProtocolError(f"{kind.__name__} has the fields {sorted(checkers)}, not {got!s:.200}")
+            values = {}
+            for name, value in fields.items():
+                try:
+                    values[name] = checkers[name](value)
+                except ProtocolError as error:
+                    raise ProtocolError(f"{kind.__name__}.{name}: {error}") from None
+            return kind(**values)
+
+        _checkers[kind] = check
+    return _checkers[kind]
+
+
+def _checker(hint: Any) -> Checker:
+    """Return what checks a value against an annotation."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _record_checker(hint)
+    if origin is Annotated:
+        return _limited(arguments[0], arguments[1])
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = (_checker(a) for a in arguments if a is not type(None))
+        return lambda value: None if value is None else inner(value)
+    if hint is bool:
+        return lambda value: value if isinstance(value, bool) else _refuse(value, "true or false")
+    raise TypeError(f"the codec cannot check {hint}")
+
+
+def _limited(hint: Any, limit: Any) -> Checker:
+    if typing.get_origin(hint) is tuple:
+        item = _checker(typing.get_args(hint)[0])
+
+        def check_tuple(value: Any) -> Any:
+            if not isinstance(value, list) or len(value) > limit.most:
+                _refuse(value, f"a list of at most {limit.most} items")
+            return tuple(item(v) for v in value)
+
+        return check_tuple
+    if hint is str:
+
+        def check_text(value: Any) -> Any:
+            return (
+                value
+                if isinstance(value, str) and len(value) <= limit.most
+                else _refuse(value, f"text of at most {limit.most} characters")
+            )
+
+        return check_text
+    number: tuple[type, ...] = (int, float) if hint is float else (int,)
+
+    def check_number(value: Any) -> Any:
+        fits = isinstance(value, number) and not isinstance(value, bool) and limit.low <= value <= limit.high
+        return value if fits and math.isfinite(value) else _refuse(value, f"{limit.low:g} to {limit.high:g}")
+
+    return check_number
+
+
+def _refuse(value: Any, wanted: str) -> typing.NoReturn:
+    raise ProtocolError(f"{value!r:.80} is not {wanted}")

@@ -1,0 +1,110 @@
+"""Memory that processes share: anonymous files, owned by the leader, opened by the workers through /proc.
+
+A memfd has no name in any file system: when its owner and all who opened it are gone, however they went, so is it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import mmap
+import os
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from drp.protocol.codec import ProtocolError
+from drp.protocol.messages import Handle
+
+ALIGNMENT: Final = 64
+"""Bytes at which every tensor starts, like those that torch allocates itself."""
+
+DTYPES: Final = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.complex64,
+        torch.complex128,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    )
+}
+NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def aligned(nbytes: int) -> int:
+    """Round up to the alignment."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class SharedMemory:
+    """A stretch of shared memory. It stays mapped while a tensor made from it lives."""
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        self._fd = fd
+        self._map = mmap.mmap(fd, nbytes)
+        self.nbytes = nbytes
+
+    @classmethod
+    def create(cls, nbytes: int) -> SharedMemory:
+        """Make at least one page, zeroed. Its size is sealed, so that no peer can shrink it under a reader."""
+        nbytes = max(nbytes, mmap.PAGESIZE)
+        fd = os.memfd_create("drp", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            # Reserve now: a machine that is out of memory says so here, not by a signal at the first write.
+            os.posix_fallocate(fd, 0, nbytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            return cls(fd, nbytes)
+        except OSError as error:
+            os.close(fd)
+            raise MemoryError(f"no {nbytes} bytes of shared memory: {error}") from error
+
+    @classmethod
+    def open(cls, handle: Handle) -> SharedMemory:
+        """Map a peer's memory; raise ProtocolError if it is not as its handle says."""
+        path = f"/proc/{handle.pid}/fd/{handle.fd}"
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise ProtocolError(f"shared memory of process {handle.pid} cannot be opened: {error.strerror}") from error
+        try:
+            size = os.fstat(fd).st_size
+            if handle.nbytes == 0 or size != handle.nbytes:
+                raise ProtocolError(f"shared memory is {size} bytes long, not {handle.nbytes}")
+            return cls(fd, handle.nbytes)
+        except (ProtocolError, OSError):
+            os.close(fd)
+            raise
+
+    @property
+    def handle(self) -> Handle:
+        """What a peer needs to open it, while the owner lives and has not closed it."""
+        return Handle(os.getpid(), self._fd, self.nbytes)
+
+    def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a view; raise ProtocolError if it does not fit."""
+        count = math.prod(shape)
+        if offset % ALIGNMENT or offset < 0 or offset + count * dtype.itemsize > self.nbytes:
+            raise ProtocolError(f"a tensor {list(shape)} of {dtype} at {offset} is not within {self.nbytes} bytes")
+        if count == 0:
+            return torch.empty(tuple(shape), dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(tuple(shape))
+
+    def read(self) -> bytes:
+        """Return a copy of everything."""
+        return self._map[:]
+
+    def close(self) -> None:
+        """Give the descriptor back: nobody can open it any more. The pages go with the last tensor."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

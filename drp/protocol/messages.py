@@ -1,0 +1,159 @@
+"""Messages: every one that passes between leader and worker, in the order of a session.
+
+worker -> leader   Hello       I run, with this version of the protocol
+leader -> worker   Load        load this model
+worker -> leader   Loaded      what the model expects, and how its weights lie in memory
+leader -> worker   Share       put the weights into (or take them from) this memory
+worker -> leader   Shared      done
+leader -> worker   Bind        a run begins: its memory
+leader -> worker   Draft       evaluate this slot
+worker -> leader   Prediction  the answer is in the slot
+leader -> worker   Unbind      the run is over
+leader -> worker   Stop        end
+worker -> leader   Failed      instead of any answer: the worker ends after it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from drp.protocol.codec import Bounds, Length
+
+VERSION = 1
+
+Count = Annotated[int, Bounds(0, 2**31 - 1)]
+Bytes = Annotated[int, Bounds(0, 2**48)]
+Seconds = Annotated[float, Bounds(0, 1e9)]
+Shape = Annotated[tuple[Count, ...], Length(16)]
+Name = Annotated[str, Length(200)]
+Text = Annotated[str, Length(20_000)]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a model expects; None where it leaves that to the caller.
+
+    `sample_shape` is one sample's shape, without the batch. `classes`: it takes labels 0..classes - 1. `guidance`: the
+    scale of classifier-free guidance that it uses if not told otherwise.
+    """
+
+    sample_shape: Shape | None = None
+    classes: Count | None = None
+    guidance: Annotated[float, Bounds(-1e6, 1e6)] | None = None
+
+
+@dataclass(frozen=True)
+class Handle:
+    """Shared memory: descriptor `fd` of the process `pid`, `nbytes` long."""
+
+    pid: Count
+    fd: Count
+    nbytes: Bytes
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor in an arena: where, and what. `dtype` is a name from `memory.DTYPES`."""
+
+    name: Name
+    dtype: Name
+    shape: Shape
+    offset: Bytes
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The worker's first words."""
+
+    version: Count
+    pid: Count
+
+
+@dataclass(frozen=True)
+class Load:
+    """Load the model of this name."""
+
+    model: Name
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The model is there. `layout` is a digest of the names, dtypes, shapes and offsets of its `nbytes` of weights."""
+
+    spec: ModelSpec
+    nbytes: Bytes
+    layout: Name
+
+
+@dataclass(frozen=True)
+class Share:
+    """Weights: copy yours in (`publish`) and use them from there, or only use them from there."""
+
+    memory: Handle
+    publish: bool
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The weights in use are the shared ones."""
+
+
+@dataclass(frozen=True)
+class Bind:
+    """A run begins. Slots are as `arena.Layout` says; `cond` are the denoiser's conditions, in the same memory."""
+
+    run: Count
+    memory: Handle
+    shape: Shape
+    dtype: Name
+    slots: Count
+    cond: Annotated[tuple[TensorSpec, ...], Length(64)]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Evaluate the draft in `slot` at `timestep`; `index` is the grid's."""
+
+    run: Count
+    index: Count
+    timestep: Annotated[float, Bounds(-1e9, 1e9)]
+    slot: Count
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The prediction is in `slot`; evaluating took `seconds` by the worker's clock."""
+
+    run: Count
+    index: Count
+    slot: Count
+    seconds: Seconds
+
+
+@dataclass(frozen=True)
+class Unbind:
+    """The run is over; its memory will not be read again."""
+
+    run: Count
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The worker cannot go on: what it was doing, the error in a line, and the traceback."""
+
+    doing: Name
+    error: Annotated[str, Length(2000)]
+    traceback: Text
+
+
+ToWorker = Load | Share | Bind | Draft | Unbind | Stop
+ToLeader = Hello | Loaded | Shared | Prediction | Failed
+
+TO_WORKER: dict[str, type[ToWorker]] = {kind.__name__: kind for kind in (Load, Share, Bind, Draft, Unbind, Stop)}
+TO_LEADER: dict[str, type[ToLeader]] = {kind.__name__: kind for kind in (Hello, Loaded, Shared, Prediction, Failed)}

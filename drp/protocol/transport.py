@@ -1,0 +1,94 @@
+"""Transport: the leader's and the worker's socket, over ipc:// in a directory that only their user can enter.
+
+A socket belongs to one thread at a time. Every receive has a deadline.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import zmq
+
+from drp.protocol.codec import MAX_MESSAGE, decode, encode
+from drp.protocol.messages import TO_LEADER, TO_WORKER, ToLeader, ToWorker
+
+MAX_PATH = 107
+"""Characters of the longest path of a Unix socket."""
+
+
+class LeaderSocket:
+    """A ROUTER: a worker is addressed by the identity it connected with."""
+
+    def __init__(self) -> None:
+        # mkdtemp makes the directory for its owner alone (mode 0700).
+        self.directory = Path(tempfile.mkdtemp(prefix="drp-"))
+        path = self.directory / "leader"
+        self.endpoint = f"ipc://{path}"
+        # A context of its own: an embedding program's sockets and limits stay out of it.
+        self._context = zmq.Context(io_threads=1)
+        try:
+            if len(str(path)) > MAX_PATH:
+                raise ValueError(f"{path} is longer than a socket path's {MAX_PATH} characters; set TMPDIR to less")
+            self._socket = self._context.socket(zmq.ROUTER)
+            self._socket.setsockopt(zmq.LINGER, 0)
+            self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
+            self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # Sending to a worker that is gone is an error.
+            self._socket.bind(self.endpoint)
+            self._poller = zmq.Poller()
+            self._poller.register(self._socket, zmq.POLLIN)
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, identity: bytes, message: ToWorker) -> None:
+        """Send at once; raise zmq.ZMQError if the worker is gone or does not take its messages."""
+        self._socket.send_multipart([identity, encode(message)], zmq.NOBLOCK, copy=True)
+
+    def watch(self, fd: int) -> None:
+        """Let `poll` also look at a file descriptor."""
+        self._poller.register(fd, zmq.POLLIN)
+
+    def poll(self, seconds: float) -> tuple[bool, set[int]]:
+        """Wait for a message or a watched descriptor; return whether there is a message, and which are ready."""
+        ready = dict(self._poller.poll(max(0, round(seconds * 1000))))
+        message = ready.pop(self._socket, 0) != 0
+        return message, {fd for fd in ready if isinstance(fd, int)}
+
+    def receive(self) -> tuple[bytes, ToLeader]:
+        """Return a waiting message and who sent it; raise ProtocolError if it is none, zmq.Again if none waits."""
+        identity, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
+        return identity, decode(b"".join(parts), TO_LEADER)
+
+    def close(self) -> None:
+        """Close and remove the directory; nothing unsent is waited for."""
+        self._context.destroy(linger=0)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class WorkerSocket:
+    """A DEALER connected to a leader's endpoint."""
+
+    def __init__(self, endpoint: str, identity: bytes) -> None:
+        self._context = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, identity)
+        self._socket.setsockopt(zmq.LINGER, 1000)  # A last Failed has a second to leave.
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
+        self._socket.connect(endpoint)
+
+    def send(self, message: ToLeader) -> None:
+        """Send at once."""
+        self._socket.send(encode(message), zmq.NOBLOCK)
+
+    def receive(self, seconds: float) -> ToWorker | None:
+        """Return the next message, or None if none came in time."""
+        if not self._socket.poll(round(seconds * 1000)):
+            return None
+        return decode(self._socket.recv(zmq.NOBLOCK), TO_WORKER)
+
+    def close(self) -> None:
+        """Close; what was sent last has a moment to leave."""
+        self._socket.close()
+        self._context.term()
