@@ -1,0 +1,6 @@
+"""The leader: owns all shared memory, runs the rounds, watches the workers."""
+
+from drp.leader.errors import WorkerError
+from drp.leader.leader import Leader
+
+__all__ = ["Leader", "WorkerError"]

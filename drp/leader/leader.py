@@ -1,0 +1,183 @@
+"""Leader: runs the rounds. One role, one loop."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+from typing_extensions import Unpack
+
+from drp.leader.devices import parse_devices
+from drp.leader.errors import WorkerError
+from drp.leader.pool import Pool, WorkerProcess
+from drp.leader.request import Job, Options, Request, make_job
+from drp.protocol.arena import Arena
+from drp.protocol.messages import Bind, Draft, ModelSpec, Prediction, Unbind
+from drp.sampling.result import Result
+from drp.sampling.run import BANKS, Callback, Run, Task
+
+
+class Leader:
+    """Worker processes that hold a model, and the sampling runs on them.
+
+        with drp.Leader("digits", devices=2) as leader:
+            result = leader.sample(labels=[3, 1, 4], steps=48, mode="aggressive")
+
+    model: the name of one in the package, `"package.module:factory"`, or such a factory itself.
+    devices: a count, or names (`"cpu"`, `["cpu:0", "cpu:1"]`); see `drp.leader.devices`.
+    threads: of each worker.
+    start_timeout: seconds that all workers together have to start and load the model.
+    draft_timeout: seconds that a worker has to evaluate a draft.
+
+    Raises ValueError for arguments that cannot be, WorkerError if a worker cannot start. Calls from several threads
+    are served one after the other.
+    """
+
+    def __init__(
+        self,
+        model: str | Callable[[], Any],
+        *,
+        devices: int | str | Sequence[str] = 1,
+        threads: int = 1,
+        start_timeout: float = 120.0,
+        draft_timeout: float = 60.0,
+    ) -> None:
+        for name, value in (("start_timeout", start_timeout), ("draft_timeout", draft_timeout)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; give seconds above 0")
+        self._devices = parse_devices(devices, threads)
+        self._draft_timeout = draft_timeout
+        self._pool = Pool(model_name(model), self._devices, threads, start_timeout)
+        self._end = weakref.finalize(self, self._pool.close)  # also at interpreter exit
+        self._runs = itertools.count()
+        self._lock = threading.Lock()
+        self._busy = 0  # the thread that is in a call
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model expects."""
+        return self._pool.spec
+
+    def sample(self, **options: Unpack[Options]) -> Result:
+        """Sample once; the options are the fields of `drp.leader.request.Request`.
+
+        Raises ValueError for options that cannot be, WorkerError if a worker raises, dies or does not answer in time:
+        then all workers are ended and the leader is closed.
+        """
+        request = Request(**options)
+        job = make_job(request, self.spec, len(self._devices))
+        with self._alone():
+            if not self._end.alive:
+                raise RuntimeError("this leader is closed; make a new one")
+            try:
+                return self._run(job, request.callback)
+            except WorkerError:
+                self._end.detach()
+                self._pool.close(grace=0.0)
+                raise
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait for other threads' calls to end; refuse a call from within a callback, which would wait for itself."""
+        if self._busy == threading.get_ident():
+            raise RuntimeError("a callback must not use the leader that calls it")
+        with self._lock:
+            self._busy = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._busy = 0
+
+    def _run(self, job: Job, callback: Callback | None) -> Result:
+        number = next(self._runs) % 2**31
+        arena = Arena.create(number, job.noise, BANKS * job.mode.width, job.cond)
+        run = Run(job.solver, job.mode, job.noise, arena.drafts, arena.predictions)
+        evaluations, device_seconds = 0, 0.0
+        try:
+            for worker in self._pool.workers:
+                self._pool.send(worker, arena.bind)
+            began = time.perf_counter()
+            for tasks in run.rounds():
+                due = self._dispatch(arena.bind, tasks)
+                run.refine(callback)  # the states behind, while the workers compute
+                for answer in self._collect(due):
+                    evaluations += 1
+                    device_seconds += answer.seconds
+            run.refine(callback)
+            seconds = time.perf_counter() - began
+        finally:
+            self._release(arena)
+        return Result(
+            samples=run.state.clone(),
+            mode=type(job.mode).__name__.lower(),
+            drafts=job.mode.width,
+            steps=job.solver.grid.steps,
+            devices=tuple(device.name for device in self._devices),
+            rounds=run.rounds_done,
+            evaluations=evaluations,
+            seconds=seconds,
+            device_seconds=device_seconds,
+        )
+
+    def _dispatch(self, bind: Bind, tasks: Sequence[Task]) -> dict[tuple[int, int, int], WorkerProcess]:
+        """Send a round's drafts, to the workers in turn; return who owes which (run, index, slot)."""
+        due = {}
+        for task, worker in zip(tasks, itertools.cycle(self._pool.workers)):
+            self._pool.send(worker, Draft(bind.run, task.index, task.timestep, task.slot))
+            due[bind.run, task.index, task.slot] = worker
+        return due
+
+    def _collect(self, due: dict[tuple[int, int, int], WorkerProcess]) -> list[Prediction]:
+        """Wait until no prediction is owed; return them as they arrived."""
+        answers = []
+        turns = -(-len(due) // len(self._pool.workers))
+        deadline = time.monotonic() + turns * self._draft_timeout
+        while due:
+            (run, index, _), silent = next(iter(due.items()))
+            late = f"{silent} has not evaluated step {index} of run {run} within {self._draft_timeout:g} s"
+            worker, answer = self._pool.receive(deadline, f"{late} (draft_timeout)")
+            if not isinstance(answer, Prediction):
+                raise WorkerError(f"{worker} sent {type(answer).__name__} where a Prediction was due")
+            if answer.run != run:
+                continue  # a late answer to a run that was given up
+            if due.pop((answer.run, answer.index, answer.slot), None) is not worker:
+                raise WorkerError(f"{worker} answered {answer}, which it was not asked")
+            answers.append(answer)
+        return answers
+
+    def _release(self, arena: Arena) -> None:
+        """End a run, finished or given up: workers let go of its memory."""
+        for worker in self._pool.workers:
+            with contextlib.suppress(WorkerError):  # Whoever is gone has let go; the next run will notice.
+                self._pool.send(worker, Unbind(arena.bind.run))
+        arena.close()
+
+    def close(self) -> None:
+        """End the workers and give back all memory; more calls do nothing."""
+        with self._alone():
+            self._end()
+
+    def __enter__(self) -> Leader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def model_name(model: str | Callable[[], Any]) -> str:
+    """Return the name by which a worker can import a factory; raise ValueError if there is none."""
+    if isinstance(model, str):
+        return model
+    module, name = getattr(model, "__module__", None), getattr(model, "__qualname__", None)
+    if not module or not name or "<" in name:
+        raise ValueError(f"model {model!r} cannot be imported by a worker; define it by name at the top of a module")
+    return f"{module}:{name}"

@@ -1,0 +1,205 @@
+"""Pool: starts the workers, passes messages to and fro, notices when one is lost, ends them."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch.multiprocessing
+import zmq
+
+from drp.leader.devices import Device
+from drp.leader.errors import WorkerError
+from drp.protocol.codec import ProtocolError
+from drp.protocol.memory import SharedMemory
+from drp.protocol.messages import (
+    VERSION,
+    Failed,
+    Hello,
+    Load,
+    Loaded,
+    ModelSpec,
+    Share,
+    Shared,
+    Stop,
+    ToLeader,
+    ToWorker,
+)
+from drp.protocol.transport import LeaderSocket
+
+ENTRY = "drp.workers.entry"
+LAST_WORDS = 16 * 1024
+GRACE = 2.0
+"""Seconds that a worker has to end after Stop, before it is killed."""
+
+log = logging.getLogger(__name__)
+Answer = TypeVar("Answer", bound=ToLeader)
+
+
+@dataclass(frozen=True)
+class WorkerProcess:
+    """One worker as the leader sees it."""
+
+    number: int
+    device: Device
+    process: multiprocessing.process.BaseProcess
+    words: SharedMemory
+
+    @property
+    def identity(self) -> bytes:
+        """Its address on the leader's socket."""
+        return b"worker-%d" % self.number
+
+    def __str__(self) -> str:
+        return f"worker {self.number} ({self.device.name}, process {self.process.pid})"
+
+    def end(self) -> str:
+        """Say how a dead worker ended: exit code or signal, and its last words."""
+        self.process.join(1.0)
+        code = self.process.exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
+        words = self.words.read().rstrip(b"\0").decode(errors="replace").strip()
+        return f"{how}; " + (f"its last words:\n{words}" if words else "it left no last words")
+
+
+class Pool:
+    """The worker processes of one leader, started and with the model loaded; `close` ends them."""
+
+    def __init__(self, model: str, devices: Sequence[Device], threads: int, start_timeout: float) -> None:
+        _refuse_inside_import()
+        self.owner = os.getpid()
+        self.workers: list[WorkerProcess] = []
+        self._weights: SharedMemory | None = None
+        self._socket = LeaderSocket()
+        try:
+            for number, device in enumerate(devices):
+                self._spawn(number, device, threads)
+            self.spec = self._start(model, start_timeout)
+        except BaseException:
+            self.close(grace=0.0)
+            raise
+
+    def _spawn(self, number: int, device: Device, threads: int) -> None:
+        entry = importlib.import_module(ENTRY)
+        words = SharedMemory.create(LAST_WORDS)
+        config = entry.Config(
+            identity=b"worker-%d" % number,
+            endpoint=self._socket.endpoint,
+            directory=str(self._socket.directory),
+            leader=os.getpid(),
+            die_with_thread=threading.get_native_id() == os.getpid(),
+            last_words=f"/proc/{os.getpid()}/fd/{words.handle.fd}",
+            cores=device.cores,
+            threads=threads,
+        )
+        process = torch.multiprocessing.get_context("spawn").Process(
+            target=entry.main, args=(config,), name=f"drp-worker-{number}", daemon=True
+        )
+        process.start()
+        self.workers.append(WorkerProcess(number, device, process, words))
+        self._socket.watch(process.sentinel)  # before its first word: a worker that dies unheard is noticed
+
+    def _start(self, model: str, timeout: float) -> ModelSpec:
+        """Bring all workers to the point where they take drafts; return what the model expects."""
+        deadline = time.monotonic() + timeout
+        waiting = f"start within {timeout:g} s (start_timeout)"
+        for worker, hello in self._gather(Hello, self.workers, deadline, waiting):
+            if hello.version != VERSION:
+                raise WorkerError(f"{worker} speaks version {hello.version} of the protocol, the leader {VERSION}")
+            self.send(worker, Load(model))
+        loaded = self._gather(Loaded, self.workers, deadline, f"load {model!r} and {waiting}")
+        (first, facts), *others = loaded
+        for worker, other in others:
+            if other.layout != facts.layout:
+                raise WorkerError(f"{worker} made other weights of {model!r} than {first}; its factory must not vary")
+        self._weights = SharedMemory.create(facts.nbytes)
+        for publish, group in ((True, self.workers[:1]), (False, self.workers[1:])):
+            for worker in group:
+                self.send(worker, Share(self._weights.handle, publish))
+            self._gather(Shared, group, deadline, f"share its weights and {waiting}")
+        return facts.spec
+
+    def _gather(
+        self, kind: type[Answer], workers: Sequence[WorkerProcess], deadline: float, waiting: str
+    ) -> list[tuple[WorkerProcess, Answer]]:
+        """Return one answer of a kind from each worker, in the workers' order."""
+        answers: dict[int, Answer] = {}
+        while len(answers) < len(workers):
+            silent = next(w for w in workers if w.number not in answers)
+            worker, message = self.receive(deadline, f"{silent} did not {waiting}")
+            if not isinstance(message, kind):
+                raise WorkerError(f"{worker} sent {type(message).__name__} where {kind.__name__} was due")
+            answers[worker.number] = message
+        return [(worker, answers[worker.number]) for worker in workers]
+
+    def send(self, worker: WorkerProcess, message: ToWorker) -> None:
+        """Send a message; raise WorkerError if the worker is gone."""
+        try:
+            self._socket.send(worker.identity, message)
+        except zmq.ZMQError as error:
+            if worker.process.is_alive():
+                raise WorkerError(f"{worker} does not take its messages: {error}") from None
+            raise WorkerError(f"{worker} {worker.end()}") from None
+
+    def receive(self, deadline: float, late: str) -> tuple[WorkerProcess, ToLeader]:
+        """Return the next message; raise WorkerError if a worker fails or dies, or, saying `late`, at the deadline."""
+        while True:
+            has_message, ended = self._socket.poll(deadline - time.monotonic())
+            if has_message:
+                return self._open()
+            for worker in self.workers:
+                if worker.process.sentinel in ended:
+                    raise WorkerError(f"{worker} {worker.end()}")
+            if time.monotonic() >= deadline:
+                raise WorkerError(late)
+
+    def _open(self) -> tuple[WorkerProcess, ToLeader]:
+        try:
+            identity, message = self._socket.receive()
+        except ProtocolError as error:
+            raise WorkerError(f"a worker sent what is no message: {error}") from error
+        worker = next(w for w in self.workers if w.identity == identity)
+        if isinstance(message, Failed):
+            raise WorkerError(f"{worker} failed {message.doing}: {message.error}\n{message.traceback}")
+        return worker, message
+
+    def close(self, grace: float = GRACE) -> None:
+        """End all workers, by Stop and then, after `grace` seconds, by SIGKILL; give back all memory and sockets."""
+        if os.getpid() != self.owner:
+            return  # A forked child holds copies of what is its parent's to end.
+        workers, self.workers = self.workers, []
+        if grace > 0:
+            for worker in workers:
+                try:
+                    self._socket.send(worker.identity, Stop())
+                except zmq.ZMQError:
+                    log.debug("%s is gone already", worker)
+        deadline = time.monotonic() + grace
+        for worker in workers:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+        for worker in workers:
+            if worker.process.is_alive():
+                worker.process.kill()
+        for worker in workers:
+            worker.process.join(5.0)
+            worker.words.close()
+        self._socket.close()
+        if self._weights is not None:
+            self._weights.close()
+
+
+def _refuse_inside_import() -> None:
+    """Workers import the main script; where it starts a leader outside of a main guard, they would start leaders."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "this script starts drp while it is being imported by a worker; put what it does under "
+            "if __name__ == '__main__':"
+        )
