@@ -1,0 +1,34 @@
+"""drp, the draft-and-refine pipeline: one diffusion sampling run, spread over several devices.
+
+result = drp.sample("digits", labels=[3, 1, 4], steps=48, devices=2, mode="aggressive")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from drp.api import reference, sample
+    from drp.leader import Leader, WorkerError
+    from drp.models import ModelSpec
+    from drp.sampling.result import Result
+
+__version__ = "0.1.0"
+__all__ = ["Leader", "ModelSpec", "Result", "WorkerError", "reference", "sample"]
+
+# Loaded at first use: a worker must be pinned before torch is imported, and it imports this package first.
+_HOMES = {
+    "Leader": "drp.leader",
+    "ModelSpec": "drp.models",
+    "Result": "drp.sampling.result",
+    "WorkerError": "drp.leader",
+    "reference": "drp.api",
+    "sample": "drp.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'drp' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

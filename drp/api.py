@@ -1,0 +1,70 @@
+"""The two functions most users need: `sample` on workers, `reference` in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from typing_extensions import Unpack
+
+from drp import models
+from drp.leader.devices import parse_devices
+from drp.leader.leader import Leader, model_name
+from drp.leader.request import Options, Request, make_job
+from drp.sampling.reference import run_reference
+from drp.sampling.result import Result
+
+
+def sample(
+    model: str | Callable[[], Any] = "digits",
+    *,
+    devices: int | str | Sequence[str] = 1,
+    threads: int = 1,
+    start_timeout: float = 120.0,
+    draft_timeout: float = 60.0,
+    **options: Unpack[Options],
+) -> Result:
+    """Start workers, sample once, end them.
+
+    The first five arguments are those of `drp.Leader`, the others those of `drp.leader.request.Request`: labels, count,
+    shape, cond, guidance, steps, mode, drafts, seed, callback. `result.samples` is float32 [B, ...], for `digits`
+    [B, 1, 28, 28] in [-1, 1] where the model ends there. To sample more than once, keep a `drp.Leader`.
+    """
+    spec = models.describe(model_name(model))
+    if spec is not None:  # Known without loading: bad options are refused before workers start.
+        make_job(Request(**options), spec, len(parse_devices(devices, threads)))
+    with Leader(
+        model, devices=devices, threads=threads, start_timeout=start_timeout, draft_timeout=draft_timeout
+    ) as leader:
+        return leader.sample(**options)
+
+
+def reference(
+    model: str | Callable[[], Any] = "digits",
+    *,
+    devices: int | str | Sequence[str] = 1,
+    threads: int = 1,
+    **options: Unpack[Options],
+) -> Result:
+    """Sample in this process; the samples equal those of `sample` with the same arguments bit for bit.
+
+    `devices` only counts, for the drafts a round. torch runs on `threads` threads meanwhile, as a worker would.
+    """
+    placed = parse_devices(devices, threads)
+    request = Request(**options)
+    denoiser = models.load(model_name(model))
+    job = make_job(request, denoiser.spec, len(placed))
+    with _threads(threads):
+        return run_reference(denoiser.predict, job.solver, job.mode, job.noise, job.cond, request.callback)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

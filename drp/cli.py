@@ -1,0 +1,123 @@
+"""The command line: `drp sample`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from drp import __version__
+from drp.sampling.modes import MODE_NAMES
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="drp")
+def main() -> None:
+    """Run diffusion sampling faster, by drafting timesteps on several devices and refining them."""
+
+
+def parse_labels(text: str) -> list[int]:
+    """Return the labels that text such as `3,1,4` or `0-9` names; raise ValueError if it names none."""
+    labels: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"labels {text!r}: {part!r} is no label; write them as 3,1,4 or 0-9")
+        low, high = int(first), int(last or first)
+        if high < low or high - low > 100_000:
+            raise ValueError(f"labels {text!r}: {part!r} is no range; write the smaller number first")
+        labels.extend(range(low, high + 1))
+    return labels
+
+
+@main.command()
+@click.argument("model", default="digits")
+@click.option("-l", "--labels", default="0-9", show_default=True, help="Classes, one a sample: 3,1,4 or 0-9.")
+@click.option("-r", "--repeat", default=1, show_default=True, help="Samples of each label.")
+@click.option("-n", "--steps", default=48, show_default=True, help="Steps of the solver.")
+@click.option("-d", "--devices", default="1", show_default=True, help="A count, or names: cpu:0,cpu:1.")
+@click.option("-m", "--mode", default="aggressive", show_default=True, help=f"One of {', '.join(MODE_NAMES)}.")
+@click.option("--drafts", type=int, help="Drafts a round; by default one a device.")
+@click.option("--threads", default=1, show_default=True, help="Threads of each worker.")
+@click.option("--guidance", type=float, help="Scale of classifier-free guidance; by default the model's.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("samples.png"), show_default=True)
+def sample(
+    model: str,
+    labels: str,
+    repeat: int,
+    steps: int,
+    devices: str,
+    mode: str,
+    drafts: int | None,
+    threads: int,
+    guidance: float | None,
+    seed: int,
+    out: Path,
+) -> None:
+    """Draw samples of MODEL into one picture, a label a column."""
+    with _plain_errors():
+        check_writable(out)
+        if repeat < 1:
+            raise ValueError(f"repeat is {repeat}; draw 1 sample of each label or more")
+        from torch import Tensor  # only now: --help need not wait for torch
+
+        from drp.api import sample as run
+        from drp.pictures import save_grid
+
+        columns = parse_labels(labels)
+        console = Console(stderr=True)
+        bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        )
+        with bar:
+            progress = bar.add_task("starting workers", total=steps)
+
+            def advance(step: int, state: Tensor) -> None:
+                bar.update(progress, completed=step, description="sampling")
+
+            result = run(
+                model,
+                labels=columns * repeat,
+                steps=steps,
+                devices=devices,
+                mode=mode,
+                drafts=drafts,
+                threads=threads,
+                guidance=guidance,
+                seed=seed,
+                callback=advance,
+            )
+        save_grid(result.samples, len(columns), out)
+        click.echo(
+            f"{result.mode}, {len(result.devices)} worker(s) on {', '.join(result.devices)}: {result.steps} steps in "
+            f"{result.rounds} rounds, {result.evaluations} evaluations, {result.seconds:.2f} s; speed-up "
+            f"{result.speedup:.2f} of {result.theory:.2f} in theory"
+        )
+        click.echo(f"wrote {out}")
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError if no picture can be written to `path`."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path} does not end in .png; pictures are written as PNG")
+    if path.is_dir():
+        raise ValueError(f"{path} cannot be written: it is a folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written: permission denied")
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Show what a user can mend as a line on stderr with exit status 1, without a traceback."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        raise click.ClickException(str(error)) from error
