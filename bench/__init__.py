@@ -1,0 +1,1 @@
+"""Benches: one file a question. `make bench` runs them."""

@@ -1,6 +1,6 @@
 """Train the `digits` denoiser.
 
-    python training/train_digits.py --data ../shared/data/digits.npz
+    python -m training.train_digits --data ../shared/data/digits.npz
 
 About 45 minutes on 2 cores. The loss is the mean squared error of the predicted noise; the weights kept are a
 moving average. The last 1,000 images of the file are never trained on.
@@ -73,7 +73,8 @@ def main() -> None:
     alpha_bars = torch.from_numpy(scaled_linear_alpha_bars()).float()
 
     model = UNet(classes=CLASSES)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+    ema = torch.optim.swa_utils.get_ema_multi_avg_fn(0.999)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
 
     def save(step: int, loss: float) -> None:

@@ -190,6 +190,8 @@ class Pool:
                 worker.process.kill()
         for worker in workers:
             worker.process.join(5.0)
+            if not worker.process.is_alive():
+                worker.process.close()
             worker.words.close()
         self._socket.close()
         if self._weights is not None:

@@ -34,7 +34,8 @@ class Digits(nn.Module):
         nothing = torch.full_like(labels, self.unet.label.num_embeddings - 1)
         both = self.unet(torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, nothing]))
         with_class, without = both.chunk(2)
-        return without + guidance * (with_class - without)
+        guided: Tensor = without + guidance * (with_class - without)
+        return guided
 
 
 def load() -> Digits:

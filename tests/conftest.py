@@ -1,0 +1,80 @@
+"""What every test is held to: it leaves nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from drp import Leader
+
+DEADLINE = 10.0
+
+
+def leftovers() -> dict[str, set[str]]:
+    """Return what a leader could leave: worker processes, shared memory, socket directories."""
+    children = psutil.Process().children(recursive=True)
+    workers = {str(child.pid) for child in children if "resource_tracker" not in " ".join(_command(child))}
+    memory = {path.name for path in Path("/dev/shm").iterdir()}
+    sockets = {path.name for path in Path(tempfile.gettempdir()).glob("drp-*")}
+    descriptors = {str(target) for target in _descriptors() if "memfd:drp" in target}
+    return {"processes": workers, "/dev/shm": memory, "sockets": sockets, "memory": descriptors}
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return ["resource_tracker"]  # gone, which is as good
+
+
+def _descriptors() -> list[str]:
+    found = []
+    for path in Path("/proc/self/fd").iterdir():
+        try:
+            found.append(f"{path.name} {path.readlink()}")
+        except FileNotFoundError:
+            continue  # the descriptor of the listing itself
+    return found
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_folder() -> Iterator[None]:
+    """Give the tests a temporary folder of their own: other programs' files are not theirs to count."""
+    before = tempfile.tempdir, os.environ.get("TMPDIR")
+    with tempfile.TemporaryDirectory(prefix="t") as folder:
+        tempfile.tempdir = os.environ["TMPDIR"] = folder  # this process's, and those of programs it starts
+        yield
+    tempfile.tempdir = before[0]
+    if before[1] is None:
+        del os.environ["TMPDIR"]
+    else:
+        os.environ["TMPDIR"] = before[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _leave_nothing() -> Iterator[None]:
+    """Fail the module that leaves a process, shared memory or a socket behind."""
+    before = leftovers()
+    yield
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        gc.collect()  # memory stays mapped while a tensor in it lives
+        new = {what: left - before[what] for what, left in leftovers().items() if left - before[what]}
+        if not new or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    assert not new
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[Leader]:
+    """Two workers with the tiny denoiser."""
+    with Leader("tests.denoisers:Tiny", devices=2) as leader:
+        yield leader

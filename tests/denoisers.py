@@ -1,0 +1,146 @@
+"""Denoisers for the tests: small, quick, and some that misbehave. Workers import them by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from drp import ModelSpec
+
+Cond = Mapping[str, Tensor]
+
+
+class Tiny(nn.Module):
+    """Two convolutions with seeded weights: enough that rounding would show."""
+
+    spec = ModelSpec(sample_shape=(1, 8, 8), classes=10)
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(5)
+        self.first = nn.Conv2d(1, 8, 3, padding=1)
+        self.last = nn.Conv2d(8, 1, 3, padding=1)
+        self.register_buffer("scale", torch.tensor(0.3))
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=g) * 0.2
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        h = torch.tanh(self.first(x) + (t / 1000 + cond["labels"] / 10)[:, None, None, None])
+        out: Tensor = self.last(h) + self.scale * x
+        return out
+
+
+def free(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """Any shape; uses a condition if there is one."""
+    shift = cond["shift"] if "shift" in cond else torch.zeros(())
+    return torch.sin(x) * (1 - t / 2000).view(-1, *[1] * (x.dim() - 1)) + shift
+
+
+def make_free() -> Callable[..., Tensor]:
+    return free
+
+
+def _at(timestep: float, t: Tensor) -> bool:
+    return bool(t[0] < timestep)
+
+
+def make_raising() -> Callable[..., Tensor]:
+    def predict(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        if _at(500, t):
+            raise ArithmeticError("the denoiser has had enough")
+        return x
+
+    return predict
+
+
+def make_dying() -> Callable[..., Tensor]:
+    def predict(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        if _at(500, t):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+    return predict
+
+
+def make_crashing() -> Callable[..., Tensor]:
+    def predict(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        if _at(500, t):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return x
+
+    return predict
+
+
+def make_hanging() -> Callable[..., Tensor]:
+    def predict(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        if _at(500, t):
+            time.sleep(600)
+        return x
+
+    return predict
+
+
+def make_slow() -> Callable[..., Tensor]:
+    def predict(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        time.sleep(0.05)
+        return x
+
+    return predict
+
+
+def make_misshapen() -> Callable[..., Tensor]:
+    return lambda x, t, cond: x[:, :, 1:]
+
+
+def make_varying() -> nn.Module:
+    """Other weights in every process, since no seed is set."""
+    torch.seed()
+    return Linear(4)
+
+
+class Linear(nn.Module):
+    spec = ModelSpec(sample_shape=(4,))
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        out: Tensor = self.layer(x)
+        return out
+
+
+def make_other_shapes() -> nn.Module:
+    return Linear(os.getpid())
+
+
+def fail_to_load() -> nn.Module:
+    raise FileNotFoundError("weights of the test are not there")
+
+
+def exhaust_memory() -> nn.Module:
+    torch.empty(2**55, dtype=torch.uint8)
+    raise AssertionError("a machine with 32 PiB of memory")
+
+
+def die_while_loading() -> nn.Module:
+    os._exit(7)
+
+
+def hang_while_loading() -> nn.Module:
+    time.sleep(600)
+    raise AssertionError("not reached")
+
+
+not_callable = None
+
+
+def return_nothing() -> None:
+    return None

@@ -1,0 +1,150 @@
+"""Modes, plans and the reference: the mathematics without processes."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from drp.sampling.grids import scaled_linear
+from drp.sampling.modes import Aggressive, Conservative, Mode, Round, Sequential, make_mode
+from drp.sampling.plan import make_plan
+from drp.sampling.reference import run_reference
+from drp.sampling.result import Result
+from drp.sampling.solvers import DDIM
+
+
+def denoise(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    return torch.tanh(x) * (0.5 + t / 1000)[:, None] + 0.1
+
+
+def draw(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(3, 17, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+
+def sample(mode: Mode, steps: int) -> Result:
+    return run_reference(denoise, DDIM(scaled_linear(steps)), mode, draw(), {})
+
+
+def plain_loop(steps: int) -> Tensor:
+    """DDIM as in its paper, without anything of drp but the grid."""
+    grid = scaled_linear(steps)
+    x = draw()
+    for k, t in enumerate(grid.timesteps):
+        noise = denoise(x, torch.full((3,), float(t)), {})
+        data = (x - grid.sigmas[k] * noise) / grid.alphas[k]
+        x = grid.alphas[k + 1] * data + grid.sigmas[k + 1] * noise
+    return x
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 48])
+def test_sequential_is_ddim(steps: int) -> None:
+    torch.testing.assert_close(sample(Sequential(), steps).samples, plain_loop(steps), rtol=1e-12, atol=1e-12)
+
+
+def paper_by_hand(steps: int, n: int, conservative: bool) -> Tensor:
+    """Draft and refine as section 3 of the paper has it, index by index."""
+    grid = scaled_linear(steps)
+
+    def phi(x: Tensor, noise: Tensor, a: int, b: int) -> Tensor:
+        alpha, sigma = grid.alphas.tolist(), grid.sigmas.tolist()
+        return alpha[b] * (x - sigma[a] * noise) / alpha[a] + sigma[b] * noise
+
+    def f(x: Tensor, k: int) -> Tensor:
+        return denoise(x, torch.full((3,), float(grid.timesteps[k])), {})
+
+    k, x = 0, draw()
+    noise = f(x, 0)
+    while k < steps:
+        drafts = {j: phi(x, noise, k, j) for j in range(k + 1, min(k + n, steps - 1) + 1)}
+        predictions = {k: noise, **{j: f(draft, j) for j, draft in drafts.items()}}
+        end = max(predictions)
+        if conservative or end == steps - 1:
+            end += 1
+        for j in range(k, end):
+            x = phi(x, predictions[j], j, j + 1)
+        k = end
+        if k < steps:
+            noise = f(x, k) if conservative else predictions[k]
+    return x
+
+
+@pytest.mark.parametrize(("steps", "n"), [(48, 2), (48, 4), (10, 3), (7, 8), (2, 2), (1, 4)])
+def test_drafting_is_what_the_paper_says(steps: int, n: int) -> None:
+    for mode, conservative in ((Aggressive(n), False), (Conservative(n), True)):
+        result = sample(mode, steps).samples
+        torch.testing.assert_close(result, paper_by_hand(steps, n, conservative), rtol=1e-11, atol=1e-11)
+
+
+def test_drafting_changes_the_samples() -> None:
+    assert (sample(Aggressive(4), 12).samples - plain_loop(12)).abs().max() > 1e-6
+
+
+def test_rounds_and_evaluations_equal_the_formulas() -> None:
+    for steps, n in itertools.product([1, 2, 3, 5, 9, 10, 48], [1, 2, 3, 4, 8, 60]):
+        aggressive, conservative = sample(Aggressive(n), steps), sample(Conservative(n), steps)
+        assert aggressive.rounds == 1 + -(-(steps - 1) // n)
+        assert conservative.rounds == 2 * (steps // (n + 1)) + min(2, steps % (n + 1))
+        assert aggressive.evaluations == conservative.evaluations == steps
+    assert [sample(Aggressive(n), 48).rounds for n in (2, 4, 8)] == [25, 13, 7]
+    assert [sample(Conservative(n), 48).rounds for n in (2, 4, 8)] == [32, 20, 12]
+
+
+@pytest.mark.parametrize("mode", [Sequential(), Aggressive(3), Conservative(3), Aggressive(50)])
+def test_callback_sees_every_step_in_order(mode: Mode) -> None:
+    seen: list[tuple[int, Tensor]] = []
+    result = run_reference(denoise, DDIM(scaled_linear(10)), mode, draw(), {}, lambda k, x: seen.append((k, x.clone())))
+    assert [k for k, _ in seen] == list(range(1, 11))
+    assert torch.equal(seen[-1][1], result.samples)
+
+
+def test_grid() -> None:
+    grid = scaled_linear(50)
+    assert grid.steps == 50
+    assert grid.timesteps[0] == 999
+    assert np.all(np.diff(grid.timesteps) == -20)
+    assert (grid.alphas[-1], grid.sigmas[-1]) == (1, 0)
+    np.testing.assert_allclose(grid.alphas**2 + grid.sigmas**2, 1)
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match=f"steps is {steps}; choose 1 to 1000"):
+            scaled_linear(steps)
+
+
+@dataclass
+class Written:
+    """A mode that yields what it is given."""
+
+    script: tuple[Round, ...]
+    width: int = 2
+
+    def rounds(self, steps: int) -> Iterator[Round]:
+        return iter(self.script)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ((Round(1, (1,), 2),), "starts at 1"),
+        ((Round(0, (), 0),), "predicts 0 indices"),
+        ((Round(0, (0, 1, 2), 3),), "predicts 3 indices"),
+        ((Round(0, (0, 4), 1),), "increasing indices from 0 to 3"),
+        ((Round(0, (0, 0), 1),), "increasing indices"),
+        ((Round(0, (0, 1), 1),), "no earlier round has predicted"),
+        ((Round(0, (0,), 2),), "without a prediction"),
+        ((Round(0, (0,), 1),), "ends at step 1 of 4"),
+    ],
+)
+def test_a_mode_that_breaks_the_rules_is_told_which(script: tuple[Round, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_plan(DDIM(scaled_linear(4)), Written(script))
+
+
+def test_mode_names() -> None:
+    assert make_mode("aggressive", 3) == Aggressive(3)
+    with pytest.raises(ValueError, match="unknown mode 'fast'; choose one of sequential, conservative, aggressive"):
+        make_mode("fast", 2)
+    with pytest.raises(ValueError, match="drafts is 0"):
+        make_mode("aggressive", 0)

@@ -1,0 +1,214 @@
+"""Messages, their bytes, and shared memory."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import msgpack
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drp.protocol import codec, messages
+from drp.protocol.arena import Arena
+from drp.protocol.codec import ProtocolError, decode, encode
+from drp.protocol.memory import SharedMemory
+from drp.protocol.messages import TO_LEADER, TO_WORKER, Bind, Draft, Handle, Load, Prediction, TensorSpec
+from drp.protocol.transport import LeaderSocket, WorkerSocket
+
+KINDS: dict[str, type] = {**TO_WORKER, **TO_LEADER}
+
+
+def values(hint: typing.Any) -> st.SearchStrategy[typing.Any]:
+    """Everything that an annotation of the codec allows."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return records(typing.cast(type, hint))
+    if origin is typing.Annotated:
+        inner, limit = arguments
+        if inner is int:
+            return st.integers(int(limit.low), int(limit.high))
+        if inner is float:
+            return st.floats(limit.low, limit.high, allow_nan=False)
+        if inner is str:
+            return st.text(max_size=min(limit.most, 50))
+        return st.lists(values(typing.get_args(inner)[0]), max_size=min(limit.most, 4)).map(tuple)
+    if type(None) in arguments:
+        return st.none() | values(next(a for a in arguments if a is not type(None)))
+    assert hint is bool
+    return st.booleans()
+
+
+def records(kind: type) -> st.SearchStrategy[typing.Any]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return st.builds(kind, **{name: values(hint) for name, hint in hints.items()})
+
+
+@given(st.sampled_from(sorted(KINDS)).flatmap(lambda name: records(KINDS[name])))
+def test_every_message_survives_the_wire(message: object) -> None:
+    assert decode(encode(message), KINDS) == message
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_refused(data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        decode(data, KINDS)
+
+
+@given(st.data())
+def test_a_damaged_message_is_refused_or_another_message(data: st.DataObject) -> None:
+    good = bytearray(encode(Draft(1, 2, 3.0, 4)))
+    place = data.draw(st.integers(0, len(good) - 1))
+    good[place] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(ProtocolError):
+        assert isinstance(decode(bytes(good), KINDS), tuple(KINDS.values()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"run": -1}, "Draft.run: -1 is not 0 to"),
+        ({"run": 2**31}, "Draft.run"),
+        ({"run": True}, "Draft.run: True"),
+        ({"run": 1.0}, "Draft.run"),
+        ({"run": None}, "Draft.run"),
+        ({"timestep": math.nan}, "Draft.timestep"),
+        ({"timestep": math.inf}, "Draft.timestep"),
+        ({"timestep": "1"}, "Draft.timestep"),
+        ({"extra": 1}, "has the fields"),
+        ({"type": "Drift"}, "unknown message type 'Drift'"),
+        ({"type": ["Draft"]}, "unknown message type"),
+    ],
+)
+def test_a_field_out_of_bounds_is_named(change: dict[str, object], message: str) -> None:
+    fields = {"type": "Draft", "run": 1, "index": 2, "timestep": 3.0, "slot": 4}
+    with pytest.raises(ProtocolError, match=message):
+        decode(msgpack.packb(fields | change), KINDS)
+
+
+def test_a_bad_message_is_not_sent() -> None:
+    with pytest.raises(ProtocolError, match=r"Draft\.slot"):
+        encode(Draft(0, 0, 0.0, -1))
+    with pytest.raises(ProtocolError, match=r"Load\.model"):
+        encode(Load("m" * 201))
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc1", msgpack.packb([1]), msgpack.packb({1: 2}), msgpack.packb(None)])
+def test_what_is_no_map_is_refused(data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        decode(data, KINDS)
+
+
+def test_extension_types_and_long_messages_are_refused() -> None:
+    with pytest.raises(ProtocolError):
+        decode(msgpack.packb({"type": msgpack.ExtType(5, b"x" * 8)}), KINDS)
+    with pytest.raises(ProtocolError, match="at most"):
+        decode(b"\xa1" * (codec.MAX_MESSAGE + 1), KINDS)
+
+
+def test_memory_is_shared_between_processes() -> None:
+    memory = SharedMemory.create(4096)
+    numbers = memory.tensor(64, (2, 3), torch.float32)
+    numbers.copy_(torch.arange(6.0).view(2, 3))
+    handle = memory.handle
+    program = f"""
+import torch
+from drp.protocol.memory import SharedMemory
+from drp.protocol.messages import Handle
+memory = SharedMemory.open(Handle({handle.pid}, {handle.fd}, {handle.nbytes}))
+memory.tensor(64, (2, 3), torch.float32).mul_(10)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    assert numbers.tolist() == [[0, 10, 20], [30, 40, 50]]
+    memory.close()
+
+
+def test_a_peer_cannot_shrink_memory_under_a_reader() -> None:
+    memory = SharedMemory.create(4096)
+    with pytest.raises(PermissionError):
+        os.ftruncate(memory.handle.fd, 0)
+    memory.close()
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape"), [(0, (1025,)), (4096, (1,)), (32, (1,)), (-64, (1,)), (64, (2**40,)), (0, (2**31, 2**31))]
+)
+def test_a_tensor_outside_of_its_memory_is_refused(offset: int, shape: tuple[int, ...]) -> None:
+    memory = SharedMemory.create(4096)
+    with pytest.raises(ProtocolError, match="not within"):
+        memory.tensor(offset, shape, torch.float32)
+    memory.close()
+
+
+def test_a_handle_that_lies_is_refused() -> None:
+    memory = SharedMemory.create(4096)
+    own = memory.handle
+    for handle in (Handle(own.pid, own.fd, 8192), Handle(own.pid, own.fd, 0), Handle(own.pid, 2**20, 4096)):
+        with pytest.raises(ProtocolError):
+            SharedMemory.open(handle)
+    memory.close()
+
+
+def test_an_arena_is_the_same_on_both_sides() -> None:
+    noise = torch.zeros(3, 1, 5)
+    cond = {"labels": torch.tensor([1, 2, 3]), "guidance": torch.tensor(2.0), "mask": torch.ones(2, 2).bool()}
+    mine = Arena.create(7, noise, slots=4, cond=cond)
+    peer = Arena.open(typing.cast(Bind, decode(encode(mine.bind), TO_WORKER)))
+    mine.drafts[2] = torch.arange(15.0)
+    peer.predictions[3] = 1.5
+    assert torch.equal(peer.drafts[2], torch.arange(15.0))
+    assert torch.equal(mine.predictions[3], torch.full((15,), 1.5))
+    assert all(torch.equal(peer.cond[name], cond[name]) for name in cond)
+    assert peer.drafts[1].data_ptr() % 64 == 0
+    mine.close()
+
+
+def test_an_arena_that_does_not_fit_its_memory_is_refused() -> None:
+    memory = SharedMemory.create(4096)
+    for change in (
+        {"slots": 10_000},
+        {"shape": (2**20, 2**20)},
+        {"dtype": "object"},
+        {"cond": (TensorSpec("c", "float32", (64,), 4032),)},
+        {"cond": (TensorSpec("c", "float7", (1,), 0),)},
+    ):
+        bind = dataclasses.replace(Bind(0, memory.handle, (2, 2), "float32", 2, ()), **change)
+        with pytest.raises(ProtocolError):
+            Arena(memory, bind)
+    memory.close()
+
+
+def test_sockets_are_private_and_go_away() -> None:
+    leader = LeaderSocket()
+    assert leader.directory.stat().st_mode & 0o777 == 0o700
+    worker = WorkerSocket(leader.endpoint, b"someone")
+    worker.send(Prediction(1, 2, 3, 0.5))
+    assert leader.poll(5.0) == (True, set())
+    assert leader.receive() == (b"someone", Prediction(1, 2, 3, 0.5))
+    leader.send(b"someone", Draft(1, 2, 3.0, 4))
+    assert worker.receive(5.0) == Draft(1, 2, 3.0, 4)
+    assert worker.receive(0.01) is None
+    worker.close()
+    leader.close()
+    assert not leader.directory.exists()
+
+
+def test_a_socket_path_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("d" * 100)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    with pytest.raises(ValueError, match="TMPDIR"):
+        LeaderSocket()
+    assert list(long.iterdir()) == []
+
+
+def test_the_messages_are_all_named() -> None:
+    assert messages.__doc__ is not None
+    for name in KINDS:
+        assert f" {name} " in messages.__doc__
