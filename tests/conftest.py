@@ -63,14 +63,22 @@ def _leave_nothing() -> Iterator[None]:
     """Fail the module that leaves a process, shared memory or a socket behind."""
     before = leftovers()
     yield
+    assert not what_stays(before)
+
+
+def what_stays(before: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Return what is there and was not before, and is still there at the deadline."""
     deadline = time.monotonic() + DEADLINE
+    stays: dict[str, set[str]] | None = None
     while True:
         gc.collect()  # memory stays mapped while a tensor in it lives
-        new = {what: left - before[what] for what, left in leftovers().items() if left - before[what]}
-        if not new or time.monotonic() > deadline:
-            break
+        new = {what: left - before[what] for what, left in leftovers().items()}
+        # Other programs come and go in /dev/shm too: what counts is what was there every time.
+        stays = new if stays is None else {what: left & new[what] for what, left in stays.items()}
+        stays = {what: left for what, left in stays.items() if left}
+        if not stays or time.monotonic() > deadline:
+            return stays
         time.sleep(0.05)
-    assert not new
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,12 @@ from drp.leader.errors import WorkerError
 from drp.leader.pool import Pool, WorkerProcess
 from drp.leader.request import Job, Options, Request, make_job
 from drp.protocol.arena import Arena
-from drp.protocol.messages import Bind, Draft, ModelSpec, Prediction, Unbind
+from drp.protocol.messages import Bind, Bound, Draft, ModelSpec, Prediction, Unbind
 from drp.sampling.result import Result
 from drp.sampling.run import BANKS, Callback, Run, Task
+
+Key = tuple[int, int] | int
+"""What a worker owes: the prediction (index, slot), or, by the worker's number, its Bound."""
 
 
 class Leader:
@@ -96,22 +99,17 @@ class Leader:
                 self._busy = 0
 
     def _run(self, job: Job, callback: Callback | None) -> Result:
-        number = next(self._runs) % 2**31
-        arena = Arena.create(number, job.noise, BANKS * job.mode.width, job.cond)
+        began = time.perf_counter()
+        arena = Arena.create(next(self._runs) % 2**31, job.noise, BANKS * job.mode.width, job.cond)
         run = Run(job.solver, job.mode, job.noise, arena.drafts, arena.predictions)
-        evaluations, device_seconds = 0, 0.0
+        answers: list[Prediction] = []
         try:
-            for worker in self._pool.workers:
-                self._pool.send(worker, arena.bind)
-            began = time.perf_counter()
+            self._bind(arena.bind)
             for tasks in run.rounds():
                 due = self._dispatch(arena.bind, tasks)
                 run.refine(callback)  # the states behind, while the workers compute
-                for answer in self._collect(due):
-                    evaluations += 1
-                    device_seconds += answer.seconds
+                answers += self._collect(arena.bind.run, due)
             run.refine(callback)
-            seconds = time.perf_counter() - began
         finally:
             self._release(arena)
         return Result(
@@ -121,34 +119,46 @@ class Leader:
             steps=job.solver.grid.steps,
             devices=tuple(device.name for device in self._devices),
             rounds=run.rounds_done,
-            evaluations=evaluations,
-            seconds=seconds,
-            device_seconds=device_seconds,
+            evaluations=len(answers),
+            seconds=time.perf_counter() - began,
+            device_seconds=sum(answer.seconds for answer in answers),
         )
 
-    def _dispatch(self, bind: Bind, tasks: Sequence[Task]) -> dict[tuple[int, int, int], WorkerProcess]:
-        """Send a round's drafts, to the workers in turn; return who owes which (run, index, slot)."""
-        due = {}
+    def _bind(self, bind: Bind) -> None:
+        """Give the workers the run's memory, and wait until all have it: then its owner may let go at any time."""
+        for worker in self._pool.workers:
+            self._pool.send(worker, bind)
+        self._wait(bind.run, {worker.number: worker for worker in self._pool.workers}, self._draft_timeout)
+
+    def _dispatch(self, bind: Bind, tasks: Sequence[Task]) -> dict[Key, WorkerProcess]:
+        """Send a round's drafts, to the workers in turn; return who owes which (index, slot)."""
+        due: dict[Key, WorkerProcess] = {}
         for task, worker in zip(tasks, itertools.cycle(self._pool.workers)):
             self._pool.send(worker, Draft(bind.run, task.index, task.timestep, task.slot))
-            due[bind.run, task.index, task.slot] = worker
+            due[task.index, task.slot] = worker
         return due
 
-    def _collect(self, due: dict[tuple[int, int, int], WorkerProcess]) -> list[Prediction]:
+    def _collect(self, run: int, due: dict[Key, WorkerProcess]) -> list[Prediction]:
         """Wait until no prediction is owed; return them as they arrived."""
-        answers = []
         turns = -(-len(due) // len(self._pool.workers))
-        deadline = time.monotonic() + turns * self._draft_timeout
+        return [a for a in self._wait(run, due, turns * self._draft_timeout) if isinstance(a, Prediction)]
+
+    def _wait(self, run: int, due: dict[Key, WorkerProcess], seconds: float) -> list[Bound | Prediction]:
+        """Take the answers that are due to a run: each from the worker that owes it, all before the time is up."""
+        answers: list[Bound | Prediction] = []
+        deadline = time.monotonic() + seconds
         while due:
-            (run, index, _), silent = next(iter(due.items()))
-            late = f"{silent} has not evaluated step {index} of run {run} within {self._draft_timeout:g} s"
-            worker, answer = self._pool.receive(deadline, f"{late} (draft_timeout)")
-            if not isinstance(answer, Prediction):
-                raise WorkerError(f"{worker} sent {type(answer).__name__} where a Prediction was due")
+            key, silent = next(iter(due.items()))
+            doing = f"evaluated step {key[0]}" if isinstance(key, tuple) else "taken the memory"
+            late = f"{silent} has not {doing} of run {run} within {self._draft_timeout:g} s (draft_timeout)"
+            worker, answer = self._pool.receive(deadline, late)
+            if not isinstance(answer, (Bound, Prediction)):
+                raise WorkerError(f"{worker} sent {type(answer).__name__}, which was not due")
             if answer.run != run:
                 continue  # a late answer to a run that was given up
-            if due.pop((answer.run, answer.index, answer.slot), None) is not worker:
-                raise WorkerError(f"{worker} answered {answer}, which it was not asked")
+            key = (answer.index, answer.slot) if isinstance(answer, Prediction) else worker.number
+            if due.pop(key, None) is not worker:
+                raise WorkerError(f"{worker} sent {answer}, which it does not owe")
             answers.append(answer)
         return answers
 

@@ -95,7 +95,7 @@ class Pool:
             endpoint=self._socket.endpoint,
             directory=str(self._socket.directory),
             leader=os.getpid(),
-            die_with_thread=threading.get_native_id() == os.getpid(),
+            from_main_thread=threading.get_native_id() == os.getpid(),
             last_words=f"/proc/{os.getpid()}/fd/{words.handle.fd}",
             cores=device.cores,
             threads=threads,
@@ -104,6 +104,8 @@ class Pool:
             target=entry.main, args=(config,), name=f"drp-worker-{number}", daemon=True
         )
         process.start()
+        # Else multiprocessing would end it when a child forked from this process ends; ending workers is close's work.
+        multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]  # it has no public name
         self.workers.append(WorkerProcess(number, device, process, words))
         self._socket.watch(process.sentinel)  # before its first word: a worker that dies unheard is noticed
 
@@ -114,6 +116,8 @@ class Pool:
         for worker, hello in self._gather(Hello, self.workers, deadline, waiting):
             if hello.version != VERSION:
                 raise WorkerError(f"{worker} speaks version {hello.version} of the protocol, the leader {VERSION}")
+        self._socket.vanish()
+        for worker in self.workers:
             self.send(worker, Load(model))
         loaded = self._gather(Loaded, self.workers, deadline, f"load {model!r} and {waiting}")
         (first, facts), *others = loaded

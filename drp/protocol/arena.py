@@ -58,7 +58,7 @@ class Arena:
         try:
             return cls(memory, bind)
         finally:
-            memory.close()  # The mapping stays.
+            memory.close()  # The mapping stays, for the tensors.
 
     def close(self) -> None:
         """Let go of it; the tensors must not be used any more."""

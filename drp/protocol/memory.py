@@ -52,6 +52,7 @@ class SharedMemory:
     def __init__(self, fd: int, nbytes: int) -> None:
         self._fd = fd
         self._map = mmap.mmap(fd, nbytes)
+        self._lent = False
         self.nbytes = nbytes
 
     @classmethod
@@ -97,6 +98,7 @@ class SharedMemory:
             raise ProtocolError(f"a tensor {list(shape)} of {dtype} at {offset} is not within {self.nbytes} bytes")
         if count == 0:
             return torch.empty(tuple(shape), dtype=dtype)
+        self._lent = True
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(tuple(shape))
 
     def read(self) -> bytes:
@@ -104,7 +106,9 @@ class SharedMemory:
         return self._map[:]
 
     def close(self) -> None:
-        """Give the descriptor back: nobody can open it any more. The pages go with the last tensor."""
+        """Give the descriptor back: nobody can open it any more. The pages go now or with the last tensor."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            if not self._lent:  # Else the mapping goes with the last tensor, which does not stop mmap from closing.
+                self._map.close()

@@ -6,6 +6,7 @@ worker -> leader   Loaded      what the model expects, and how its weights lie i
 leader -> worker   Share       put the weights into (or take them from) this memory
 worker -> leader   Shared      done
 leader -> worker   Bind        a run begins: its memory
+worker -> leader   Bound       I have the run's memory
 leader -> worker   Draft       evaluate this slot
 worker -> leader   Prediction  the answer is in the slot
 leader -> worker   Unbind      the run is over
@@ -112,6 +113,13 @@ class Bind:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """The run's memory is mapped: its descriptor may be closed."""
+
+    run: Count
+
+
+@dataclass(frozen=True)
 class Draft:
     """Evaluate the draft in `slot` at `timestep`; `index` is the grid's."""
 
@@ -153,7 +161,9 @@ class Failed:
 
 
 ToWorker = Load | Share | Bind | Draft | Unbind | Stop
-ToLeader = Hello | Loaded | Shared | Prediction | Failed
+ToLeader = Hello | Loaded | Shared | Bound | Prediction | Failed
 
 TO_WORKER: dict[str, type[ToWorker]] = {kind.__name__: kind for kind in (Load, Share, Bind, Draft, Unbind, Stop)}
-TO_LEADER: dict[str, type[ToLeader]] = {kind.__name__: kind for kind in (Hello, Loaded, Shared, Prediction, Failed)}
+TO_LEADER: dict[str, type[ToLeader]] = {
+    kind.__name__: kind for kind in (Hello, Loaded, Shared, Bound, Prediction, Failed)
+}

@@ -46,6 +46,11 @@ class LeaderSocket:
         """Send at once; raise zmq.ZMQError if the worker is gone or does not take its messages."""
         self._socket.send_multipart([identity, encode(message)], zmq.NOBLOCK, copy=True)
 
+    def vanish(self) -> None:
+        """Take the socket's name away: connections stay, none can be added, and no sudden end leaves a file behind."""
+        # Not zmq's unbind, which ends the connections too.
+        shutil.rmtree(self.directory, ignore_errors=True)
+
     def watch(self, fd: int) -> None:
         """Let `poll` also look at a file descriptor."""
         self._poller.register(fd, zmq.POLLIN)

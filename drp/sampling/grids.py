@@ -18,7 +18,7 @@ def scaled_linear_alpha_bars(beta_start: float = 0.00085, beta_end: float = 0.01
     The square roots of the betas are evenly spaced (Rombach et al. 2022, the schedule of Stable Diffusion).
     """
     betas = np.linspace(beta_start**0.5, beta_end**0.5, TRAINING_STEPS, dtype=np.float64) ** 2
-    return np.cumprod(1.0 - betas)
+    return np.cumprod(1.0 - betas, dtype=np.float64)
 
 
 @dataclass(frozen=True)

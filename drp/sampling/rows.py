@@ -10,7 +10,7 @@ class Term(NamedTuple):
     """One vector that a row may draw on: the state x_k, or the prediction taken at index k."""
 
     kind: Literal["state", "prediction"]
-    index: int
+    k: int
 
 
 Row = Mapping[Term, float]
@@ -31,7 +31,7 @@ def substitute(row: Row, states: Mapping[int, Row]) -> Row:
     """Replace each state of `row` by what `states` says it is; leave the predictions."""
     result: dict[Term, float] = {}
     for term, coefficient in row.items():
-        parts = states[term.index] if term.kind == "state" else {term: 1.0}
+        parts = states[term.k] if term.kind == "state" else {term: 1.0}
         for part, share in parts.items():
             result[part] = result.get(part, 0.0) + coefficient * share
     return result

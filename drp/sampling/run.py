@@ -88,7 +88,7 @@ class Run:
             self.steps_done = k
             if callback is not None:
                 callback(k, x.view(self._shape))
-        for term in [t for t in self._known if t.index < r.advance]:
+        for term in [t for t in self._known if t.k < r.advance]:
             del self._known[term]
 
 
@@ -107,7 +107,7 @@ class _Rows:
 
     def __init__(self, rows: Sequence[Row], dtype: torch.dtype) -> None:
         # The state before the predictions, those in index order: an order that no arrival can change.
-        self.terms = sorted({t for row in rows for t in row}, key=lambda t: (t.kind == "prediction", t.index))
+        self.terms = sorted({t for row in rows for t in row}, key=lambda t: (t.kind == "prediction", t.k))
         weights = torch.tensor([[row.get(t, 0.0) for row in rows] for t in self.terms], dtype=torch.float64)
         self.weights = weights.to(dtype).reshape(len(self.terms), len(rows), 1)
 

@@ -16,6 +16,7 @@ from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import (
     VERSION,
     Bind,
+    Bound,
     Draft,
     Failed,
     Hello,
@@ -30,6 +31,7 @@ from drp.protocol.messages import (
     Unbind,
 )
 from drp.protocol.transport import WorkerSocket
+from drp.workers import lifeline
 from drp.workers.weights import Weights
 
 PATIENCE = 1.0
@@ -39,9 +41,10 @@ PATIENCE = 1.0
 class Worker:
     """A process's share of the work: it answers the leader's messages one after the other."""
 
-    def __init__(self, endpoint: str, identity: bytes, threads: int) -> None:
+    def __init__(self, endpoint: str, identity: bytes, threads: int, from_main_thread: bool) -> None:
         torch.set_num_threads(threads)
         self._socket = WorkerSocket(endpoint, identity)
+        self._from_main_thread = from_main_thread
         self._denoiser: Denoiser | None = None
         self._weights = Weights(None)
         self._arenas: dict[int, Arena] = {}
@@ -67,9 +70,12 @@ class Worker:
                 return self._evaluate(message)
             case Bind():
                 self._arenas[message.run] = Arena.open(message)
+                return Bound(message.run)
             case Unbind():
                 self._arenas.pop(message.run, None)
             case Load():
+                if self._from_main_thread:  # Not sooner: until here the socket has a name, for a worker to clear away.
+                    lifeline.die_with_parent_thread()
                 self._denoiser = load(message.model)
                 self._weights = Weights(self._denoiser.module)
                 return Loaded(self._denoiser.spec, self._weights.nbytes, self._weights.layout)

@@ -1,0 +1,205 @@
+"""Workers that raise, die, hang or cannot start, and leaders that are killed: a clear error in time, nothing left."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+import drp
+from drp import Leader, WorkerError
+from tests.conftest import leftovers, what_stays
+
+SHAPE = (1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (
+            "make_raising",
+            r"worker \d \(cpu:\d, process \d+\) failed evaluating step \d+ of run 0: ArithmeticError: the ",
+        ),
+        ("make_dying", r"worker \d \(cpu:\d, process \d+\) was killed by SIGKILL; it left no last words"),
+        ("make_crashing", r"was killed by SIGSEGV; its last words:\n(.|\n)*denoisers.py(.|\n)* in predict"),
+        ("make_hanging", r"worker \d .* has not evaluated step \d+ of run 0 within 1.5 s \(draft_timeout\)"),
+        ("make_misshapen", r"returned torch.float32 \[1, 1, 3, 4\]; it must return torch.float32 \[1, 1, 4, 4\]"),
+    ],
+)
+def test_a_lost_worker_is_a_clear_error(model: str, words: str) -> None:
+    before = leftovers()
+    with Leader(f"tests.denoisers:{model}", devices=2, draft_timeout=1.5) as leader:
+        began = time.monotonic()
+        with pytest.raises(WorkerError) as error:
+            leader.sample(shape=SHAPE, steps=20)
+        assert time.monotonic() - began < 10  # a deadline, not a timing: far above 1.5 s, far below a hang
+        assert re.search(words, str(error.value)), str(error.value)
+        del error  # its traceback holds the run's memory
+        with pytest.raises(RuntimeError, match="closed; make a new one"):
+            leader.sample(shape=SHAPE, steps=20)
+        assert not what_stays(before)
+
+
+def test_an_error_of_the_denoiser_comes_with_its_traceback() -> None:
+    with pytest.raises(WorkerError, match="Traceback") as error:
+        drp.sample("tests.denoisers:make_raising", shape=SHAPE, steps=20)
+    assert "the denoiser has had enough" in str(error.value)
+    assert 'denoisers.py", line' in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("tests.denoisers:fail_to_load", "FileNotFoundError: weights of the test are not there(.|\n)*Traceback"),
+        ("tests.denoisers:exhaust_memory", "failed loading model(.|\n)*alloc"),
+        ("tests.denoisers:not_there", "AttributeError: .*not_there"),
+        ("tests.denoisers:not_callable", "TypeError"),
+        (
+            "tests.denoisers:return_nothing",
+            "return_nothing returned NoneType; a factory returns a module or a callable",
+        ),
+        ("no_such_package:make", "ModuleNotFoundError: No module named 'no_such_package'"),
+        ("tests.denoisers:die_while_loading", "ended with exit code 7"),
+        ("tests.denoisers:make_other_shapes", "made other weights .* its factory must not vary"),
+    ],
+)
+def test_a_worker_that_cannot_start_is_a_clear_error(model: str, words: str) -> None:
+    before = leftovers()
+    with pytest.raises(WorkerError) as error:
+        Leader(model, devices=2)
+    assert re.search(words, str(error.value)), str(error.value)
+    del error
+    assert not what_stays(before)
+
+
+def test_a_worker_that_does_not_start_in_time_is_a_clear_error() -> None:
+    before = leftovers()
+    with pytest.raises(WorkerError, match=r"worker 0 .* did not load .* within 6 s \(start_timeout\)"):
+        Leader("tests.denoisers:hang_while_loading", start_timeout=6)
+    assert not what_stays(before)
+
+
+def test_a_worker_killed_between_runs_is_noticed() -> None:
+    with Leader("tests.denoisers:make_free", devices=2) as leader:
+        leader.sample(shape=SHAPE, steps=5)
+        victim = leader._pool.workers[1].process
+        victim.kill()
+        victim.join(5)
+        with pytest.raises(WorkerError, match=r"worker 1 .* was killed by SIGKILL"):
+            leader.sample(shape=SHAPE, steps=5)
+
+
+def program(text: str, folder: Path) -> subprocess.Popen[str]:
+    path = folder / "script.py"
+    path.write_text(textwrap.dedent(text))
+    root = str(Path(__file__).parent.parent)
+    env = os.environ | {"PYTHONPATH": root, "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(path)], env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_end(pids: list[int], seconds: float = 10.0) -> list[int]:
+    """Return which of the processes are still there at the deadline."""
+    deadline = time.monotonic() + seconds
+    while (left := [pid for pid in pids if psutil.pid_exists(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+ENDLESS = """
+    import os, threading
+    import drp
+
+    def main():
+        leader = drp.Leader("tests.denoisers:make_slow", devices=2)
+        def tell(k, x):
+            if k == 3:
+                print(*[worker.process.pid for worker in leader._pool.workers], flush=True)
+        leader.sample(shape=(4,), steps=900, callback=tell)
+
+    if __name__ == "__main__":
+        START
+"""
+
+
+@pytest.mark.parametrize("start", ["main()", "t = threading.Thread(target=main); t.start(); t.join()"])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_no_orphans_when_the_leader_is_killed(tmp_path: Path, start: str, stopped: bool) -> None:
+    if stopped and "Thread" in start:
+        pytest.skip("the kernel ends a stopped worker only if the leader's main thread started it")
+    process = program(ENDLESS.replace("START", start), tmp_path)
+    assert process.stdout is not None
+    pids = [int(word) for word in process.stdout.readline().split()]
+    assert len(pids) == 2
+    if stopped:
+        os.kill(pids[0], signal.SIGSTOP)
+    process.kill()
+    process.communicate(timeout=10)
+    assert wait_for_end(pids) == []
+    deadline = time.monotonic() + 5
+    while list(tmp_path.glob("drp-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(tmp_path.glob("drp-*")) == []
+
+
+def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
+    process = program(ENDLESS.replace("START", "main()"), tmp_path)
+    assert process.stdout is not None
+    pids = [int(word) for word in process.stdout.readline().split()]
+    for pid in (process.pid, *pids):  # as a terminal does: to the whole group
+        os.kill(pid, signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert err.rstrip().endswith("KeyboardInterrupt")
+    assert wait_for_end(pids) == []
+    assert list(tmp_path.glob("drp-*")) == []
+
+
+def test_a_leader_that_is_never_closed_ends_with_the_interpreter(tmp_path: Path) -> None:
+    text = """
+        import drp
+        if __name__ == "__main__":
+            leader = drp.Leader("tests.denoisers:make_free", devices=2)
+            print(*[worker.process.pid for worker in leader._pool.workers])
+    """
+    process = program(text, tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert wait_for_end([int(word) for word in out.split()]) == []
+    assert list(tmp_path.glob("drp-*")) == []
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
+    process = program('import drp\ndrp.sample("digits", labels=[1], devices=1)', tmp_path)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "if __name__ == '__main__':" in err
+    assert "WorkerError: worker 0" in err
+    assert list(tmp_path.glob("drp-*")) == []
+
+
+def test_a_forked_child_does_not_end_its_parents_workers(tmp_path: Path) -> None:
+    text = """
+        import os
+        import drp
+        if __name__ == "__main__":
+            with drp.Leader("tests.denoisers:make_free", devices=1) as leader:
+                first = leader.sample(shape=(4,), steps=5).samples
+                child = os.fork()
+                if child == 0:
+                    raise SystemExit(0)  # with finalizers, as any child might
+                assert os.waitpid(child, 0)[1] == 0
+                assert (leader.sample(shape=(4,), steps=5).samples == first).all()
+    """
+    process = program(text, tmp_path)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert list(tmp_path.glob("drp-*")) == []
