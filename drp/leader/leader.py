@@ -21,7 +21,7 @@ from drp.leader.request import Job, Options, Request, make_job
 from drp.protocol.arena import Arena
 from drp.protocol.messages import Bind, Bound, Draft, ModelSpec, Prediction, Unbind
 from drp.sampling.result import Result
-from drp.sampling.run import BANKS, Callback, Run, Task
+from drp.sampling.run import Callback, Task
 
 Key = tuple[int, int] | int
 """What a worker owes: the prediction (index, slot), or, by the worker's number, its Bound."""
@@ -100,8 +100,8 @@ class Leader:
 
     def _run(self, job: Job, callback: Callback | None) -> Result:
         began = time.perf_counter()
-        arena = Arena.create(next(self._runs) % 2**31, job.noise, BANKS * job.mode.width, job.cond)
-        run = Run(job.solver, job.mode, job.noise, arena.drafts, arena.predictions)
+        arena = Arena.create(next(self._runs) % 2**31, job.start, job.slots, job.cond)
+        run = job.run(arena.drafts, arena.predictions)
         answers: list[Prediction] = []
         try:
             self._bind(arena.bind)
@@ -122,6 +122,8 @@ class Leader:
             evaluations=len(answers),
             seconds=time.perf_counter() - began,
             device_seconds=sum(answer.seconds for answer in answers),
+            residuals=run.residuals,
+            cuts=tuple(run.cuts),
         )
 
     def _bind(self, bind: Bind) -> None:
