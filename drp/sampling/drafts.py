@@ -12,8 +12,8 @@ class DraftRule:
     carry: w, from 0 to 1: what of a prediction taken at a draft d holds at the refined state x. The estimate of the
         data there is c_x ((1 - w) x + w d) + c_p prediction, with c_x and c_p of the prediction type: at 0 the
         network's output is carried unchanged, at 1 the data that it implied.
-    slope: how much of the change between the last prediction and the one at the base of the block before is assumed to
-        go on, linearly in lambda. At 0 the last estimate of the data stays.
+    slope: how much of the change of the data estimate, from the base of the block before to the last prediction, is
+        assumed to go on, evenly over the indices. At 0 the last estimate stays.
 
     The defaults are the choices of the paper (DRiffusion, arXiv 2603.25872).
     """
