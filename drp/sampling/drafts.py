@@ -23,7 +23,7 @@ class DraftRule:
 
 
 PAPER = DraftRule()
-RULES = {"paper": PAPER, "secant": DraftRule(carry=0.5, slope=0.5)}
+RULES = {"paper": PAPER, "secant": DraftRule(carry=0.5, slope=1.0)}
 
 
 def best_rule(mode: str) -> DraftRule:
