@@ -114,7 +114,7 @@ class Pool:
         for worker, hello in self._gather(Hello, self.workers, deadline, waiting):
             if hello.version != VERSION:
                 raise WorkerError(f"{worker} speaks version {hello.version} of the protocol, the leader {VERSION}")
-            self.send(worker, Load(model))
+            self.send(worker, Load(model, worker.device.emulated))
         loaded = self._gather(Loaded, self.workers, deadline, f"load {model!r} and {waiting}")
         (first, facts), *others = loaded
         for worker, other in others:
