@@ -18,6 +18,7 @@ from drp.leader.devices import parse_devices
 from drp.leader.errors import WorkerError
 from drp.leader.pool import Pool, WorkerProcess
 from drp.leader.request import Job, Options, Request, make_job
+from drp.leader.timeline import Mark, Timeline, What
 from drp.protocol.arena import Arena
 from drp.protocol.messages import Bind, Draft, ModelSpec, Prediction, Unbind
 from drp.sampling.result import Result
@@ -59,6 +60,8 @@ class Leader:
         self._runs = itertools.count()
         self._lock = threading.Lock()
         self._busy = 0  # the thread that is in a call
+        self.timeline: Timeline | None = None
+        """Give it a list, and runs append their marks."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -104,14 +107,18 @@ class Leader:
             for worker in self._pool.workers:
                 self._pool.send(worker, arena.bind)
             began = time.perf_counter()
+            self._mark("begin", number)
             for tasks in run.rounds():
+                self._mark("formed", number)
                 due = self._dispatch(arena.bind, tasks)
                 run.refine(callback)  # the states behind, while the workers compute
+                self._mark("refined", number)
                 for answer in self._collect(due):
                     evaluations += 1
                     device_seconds += answer.seconds
             run.refine(callback)
             seconds = time.perf_counter() - began
+            self._mark("end", number)
         finally:
             self._release(arena)
         return Result(
@@ -131,6 +138,7 @@ class Leader:
         due = {}
         for task, worker in zip(tasks, itertools.cycle(self._pool.workers)):
             self._pool.send(worker, Draft(bind.run, task.index, task.timestep, task.slot))
+            self._mark("sent", bind.run, task.index, worker.number)
             due[bind.run, task.index, task.slot] = worker
         return due
 
@@ -149,8 +157,13 @@ class Leader:
                 continue  # a late answer to a run that was given up
             if due.pop((answer.run, answer.index, answer.slot), None) is not worker:
                 raise WorkerError(f"{worker} answered {answer}, which it was not asked")
+            self._mark("answer", run, answer.index, worker.number, answer.seconds)
             answers.append(answer)
         return answers
+
+    def _mark(self, what: What, run: int, step: int = 0, worker: int = 0, seconds: float = 0.0) -> None:
+        if self.timeline is not None:
+            self.timeline.append(Mark(what, time.perf_counter_ns(), run, step, worker, seconds))
 
     def _release(self, arena: Arena) -> None:
         """End a run, finished or given up: workers let go of its memory."""
