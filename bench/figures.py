@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from rich.console import Console
 
 PACKAGES = ("drp", "torch", "numpy", "pyzmq", "msgpack", "ray")
 
@@ -18,6 +19,11 @@ PACKAGES = ("drp", "torch", "numpy", "pyzmq", "msgpack", "ray")
 def percentile(values: Sequence[float], q: float) -> float:
     """Return the q-th percentile, interpolated."""
     return float(np.percentile(values, q))
+
+
+def console() -> Console:
+    """Return where tables go, wide enough for them also where that is no terminal."""
+    return Console(width=max(Console().width, 110))
 
 
 def machine() -> dict[str, Any]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from bench.carriers.base import Carrier, Work
@@ -15,6 +14,7 @@ from bench.carriers.gloo import Gloo
 from bench.carriers.ours import Ours
 from bench.carriers.pipes import Pipes
 from bench.carriers.queues import Queues
+from bench.figures import console
 from bench.rounds import RunTime, split, summary
 
 TURNS = 12
@@ -81,7 +81,7 @@ def main() -> None:
     """Measure eight emulated devices of 20 ms."""
     torch.set_num_threads(1)
     work = Work("emulated:20ms", 8)
-    Console().print(table(measure(work), work))
+    console().print(table(measure(work), work))
 
 
 if __name__ == "__main__":

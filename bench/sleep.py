@@ -13,10 +13,9 @@ import time
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 
-from rich.console import Console
 from rich.table import Table
 
-from bench.figures import percentile
+from bench.figures import console, percentile
 
 PR_SET_TIMERSLACK = 29
 ROUNDS = 100
@@ -63,7 +62,7 @@ def main() -> None:
         rows = [alone, [t for late in eight for t in late], [max(at) for at in zip(*eight, strict=True)]]
         figures = [f"{percentile(row, q) * 1e6:.0f}" for row in rows for q in (50, 95)]
         table.add_row(name, *figures, f"{used * 1e6:.0f}")
-    Console().print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":
