@@ -1,4 +1,4 @@
-"""Which sockets, which polling, which pinning? The same aggressive runs, one thing changed at a time, in turn.
+"""Which sockets, polling, pinning and threads? The same aggressive runs, one thing changed at a time, in turn.
 
 Messages are drp's own, encoded and checked; latents lie in shared memory. Only what is named differs.
 """
@@ -38,12 +38,17 @@ Pattern = Literal["router/dealer", "pair", "socketpair"]
 
 @dataclass
 class Choice:
-    """What is chosen. `spin`: seconds that the leader asks again and again for a message before it sleeps."""
+    """What is chosen.
+
+    spin: seconds that the leader asks again and again for a message before it sleeps.
+    threads: on which the leader does its arithmetic.
+    """
 
     pattern: Pattern = "router/dealer"
     spin: float = 0.0
     pin_workers: bool = True
     pin_leader: bool = False
+    threads: int = 1
 
 
 CHOICES = {
@@ -55,6 +60,7 @@ CHOICES = {
     "spin on": Choice(spin=DEADLINE),
     "leader pinned": Choice(pin_leader=True),
     "workers not pinned": Choice(pin_workers=False),
+    "leader with 2 threads": Choice(threads=2),
 }
 
 
@@ -255,15 +261,15 @@ class Chosen(Led):
         return worker, message.index, message.seconds
 
     def sample(self) -> Tensor:
-        """Run once, this thread pinned to the last core if so chosen."""
-        if not self.choice.pin_leader:
-            return super().sample()
+        """Run once, this thread pinned to the last core if so chosen, with as many of torch's threads as chosen."""
         cores = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, {max(cores)})
+        os.sched_setaffinity(0, {max(cores)} if self.choice.pin_leader else cores)
+        torch.set_num_threads(self.choice.threads)
         try:
             return super().sample()
         finally:
             os.sched_setaffinity(0, cores)
+            torch.set_num_threads(1)
 
     def close(self) -> None:
         """Kill the workers: they hold nothing."""
