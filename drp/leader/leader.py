@@ -18,6 +18,7 @@ from drp.leader.devices import parse_devices
 from drp.leader.errors import WorkerError
 from drp.leader.pool import Pool, WorkerProcess
 from drp.leader.request import Job, Options, Request, make_job
+from drp.leader.timeline import Mark, Timeline, What
 from drp.protocol.arena import Arena
 from drp.protocol.messages import Bind, Bound, Draft, ModelSpec, Prediction, Unbind
 from drp.sampling.result import Result
@@ -62,6 +63,8 @@ class Leader:
         self._runs = itertools.count()
         self._lock = threading.Lock()
         self._busy = 0  # the thread that is in a call
+        self.timeline: Timeline | None = None
+        """Give it a list, and runs append their marks."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -100,16 +103,22 @@ class Leader:
 
     def _run(self, job: Job, callback: Callback | None) -> Result:
         began = time.perf_counter()
-        arena = Arena.create(next(self._runs) % 2**31, job.noise, BANKS * job.mode.width, job.cond)
+        number = next(self._runs) % 2**31
+        arena = Arena.create(number, job.noise, BANKS * job.mode.width, job.cond)
         run = Run(job.solver, job.mode, job.noise, arena.drafts, arena.predictions)
         answers: list[Prediction] = []
         try:
             self._bind(arena.bind)
+            self._mark("begin", number)
             for tasks in run.rounds():
+                self._mark("formed", number)
                 due = self._dispatch(arena.bind, tasks)
                 run.refine(callback)  # the states behind, while the workers compute
-                answers += self._collect(arena.bind.run, due)
+                self._mark("refined", number)
+                answers += self._collect(number, due)
             run.refine(callback)
+            seconds = time.perf_counter() - began
+            self._mark("end", number)
         finally:
             self._release(arena)
         return Result(
@@ -120,7 +129,7 @@ class Leader:
             devices=tuple(device.name for device in self._devices),
             rounds=run.rounds_done,
             evaluations=len(answers),
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
             device_seconds=sum(answer.seconds for answer in answers),
         )
 
@@ -135,6 +144,7 @@ class Leader:
         due: dict[Key, WorkerProcess] = {}
         for task, worker in zip(tasks, itertools.cycle(self._pool.workers)):
             self._pool.send(worker, Draft(bind.run, task.index, task.timestep, task.slot))
+            self._mark("sent", bind.run, task.index, worker.number)
             due[task.index, task.slot] = worker
         return due
 
@@ -159,8 +169,14 @@ class Leader:
             key = (answer.index, answer.slot) if isinstance(answer, Prediction) else worker.number
             if due.pop(key, None) is not worker:
                 raise WorkerError(f"{worker} sent {answer}, which it does not owe")
+            if isinstance(answer, Prediction):
+                self._mark("answer", run, answer.index, worker.number, answer.seconds)
             answers.append(answer)
         return answers
+
+    def _mark(self, what: What, run: int, step: int = 0, worker: int = 0, seconds: float = 0.0) -> None:
+        if self.timeline is not None:
+            self.timeline.append(Mark(what, time.perf_counter_ns(), run, step, worker, seconds))
 
     def _release(self, arena: Arena) -> None:
         """End a run, finished or given up: workers let go of its memory."""

@@ -118,7 +118,7 @@ class Pool:
                 raise WorkerError(f"{worker} speaks version {hello.version} of the protocol, the leader {VERSION}")
         self._socket.vanish()
         for worker in self.workers:
-            self.send(worker, Load(model))
+            self.send(worker, Load(model, worker.device.emulated))
         loaded = self._gather(Loaded, self.workers, deadline, f"load {model!r} and {waiting}")
         (first, facts), *others = loaded
         for worker, other in others:
