@@ -21,7 +21,7 @@ from drp.leader.request import Job, Options, Request, make_job
 from drp.protocol.arena import Arena
 from drp.protocol.messages import Bind, Draft, ModelSpec, Prediction, Unbind
 from drp.sampling.result import Result
-from drp.sampling.run import BANKS, Callback, Run, Task
+from drp.sampling.run import Run, Task, slots
 
 
 class Leader:
@@ -77,7 +77,7 @@ class Leader:
             if not self._end.alive:
                 raise RuntimeError("this leader is closed; make a new one")
             try:
-                return self._run(job, request.callback)
+                return self._run(job, request)
             except WorkerError:
                 self._end.detach()
                 self._pool.close(grace=0.0)
@@ -95,10 +95,10 @@ class Leader:
             finally:
                 self._busy = 0
 
-    def _run(self, job: Job, callback: Callback | None) -> Result:
+    def _run(self, job: Job, request: Request) -> Result:
         number = next(self._runs) % 2**31
-        arena = Arena.create(number, job.noise, BANKS * job.mode.width, job.cond)
-        run = Run(job.solver, job.mode, job.noise, arena.drafts, arena.predictions)
+        arena = Arena.create(number, job.noise, slots(job.solver, job.mode), job.cond)
+        run = Run(job.solver, job.mode, job.noise, arena.drafts, arena.predictions, job.fresh, request.residuals)
         evaluations, device_seconds = 0, 0.0
         try:
             for worker in self._pool.workers:
@@ -106,11 +106,11 @@ class Leader:
             began = time.perf_counter()
             for tasks in run.rounds():
                 due = self._dispatch(arena.bind, tasks)
-                run.refine(callback)  # the states behind, while the workers compute
+                run.refine(request.callback)  # the states behind, while the workers compute
                 for answer in self._collect(due):
                     evaluations += 1
                     device_seconds += answer.seconds
-            run.refine(callback)
+            run.refine(request.callback)
             seconds = time.perf_counter() - began
         finally:
             self._release(arena)
@@ -124,6 +124,8 @@ class Leader:
             evaluations=evaluations,
             seconds=seconds,
             device_seconds=device_seconds,
+            residuals=run.residuals,
+            cuts=tuple(run.cuts),
         )
 
     def _dispatch(self, bind: Bind, tasks: Sequence[Task]) -> dict[tuple[int, int, int], WorkerProcess]:

@@ -18,7 +18,7 @@ def scaled_linear_alpha_bars(beta_start: float = 0.00085, beta_end: float = 0.01
     The square roots of the betas are evenly spaced (Rombach et al. 2022, the schedule of Stable Diffusion).
     """
     betas = np.linspace(beta_start**0.5, beta_end**0.5, TRAINING_STEPS, dtype=np.float64) ** 2
-    return np.cumprod(1.0 - betas)
+    return np.cumprod(1.0 - betas, dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,12 @@ class Grid:
     def steps(self) -> int:
         """N."""
         return len(self.timesteps)
+
+    @property
+    def lambdas(self) -> Float64s:
+        """log(alpha / sigma) at 0..N: half the log of the signal-to-noise ratio; infinite where there is no noise."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.alphas) - np.log(self.sigmas)
 
 
 def scaled_linear(steps: int) -> Grid:
