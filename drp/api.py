@@ -57,7 +57,9 @@ def reference(
     denoiser = models.load(model_name(model))
     job = make_job(request, denoiser.spec, len(placed))
     with _threads(threads):
-        return run_reference(denoiser.predict, job.solver, job.mode, job.noise, job.cond, request.callback)
+        return run_reference(
+            denoiser.predict, job.solver, job.mode, job.noise, job.cond, request.callback, job.fresh, request.residuals
+        )
 
 
 @contextmanager

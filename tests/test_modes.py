@@ -1,7 +1,8 @@
 """Modes, plans and the reference: the mathematics without processes."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from drp.sampling.drafts import PAPER, DraftRule
 from drp.sampling.grids import scaled_linear
-from drp.sampling.modes import Aggressive, Conservative, Mode, Round, Sequential, make_mode
+from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Round, Rounds, Sequential, make_mode
 from drp.sampling.plan import make_plan
 from drp.sampling.reference import run_reference
 from drp.sampling.result import Result
@@ -116,37 +118,43 @@ def test_grid() -> None:
 
 
 @dataclass
-class Written:
+class Written(Mode):
     """A mode that yields what it is given."""
 
     script: tuple[Round, ...]
     width: int = 2
+    rule: DraftRule = PAPER
 
-    def rounds(self, steps: int) -> Iterator[Round]:
-        return iter(self.script)
+    def rounds(self, steps: int) -> Rounds:
+        yield from self.script
 
 
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ((Round(1, (1,), 2),), "starts at 1"),
-        ((Round(0, (), 0),), "predicts 0 indices"),
-        ((Round(0, (0, 1, 2), 3),), "predicts 3 indices"),
-        ((Round(0, (0, 4), 1),), "increasing indices from 0 to 3"),
-        ((Round(0, (0, 0), 1),), "increasing indices"),
-        ((Round(0, (0, 1), 1),), "no earlier round has predicted"),
-        ((Round(0, (0,), 2),), "without a prediction"),
-        ((Round(0, (0,), 1),), "ends at step 1 of 4"),
+        ((Round(1, (1,)),), "starts at 1"),
+        ((Round(0, ()),), "predicts 0 indices"),
+        ((Round(0, (0, 1, 2)),), "predicts 3 indices"),
+        ((Round(0, (0,)), Round(0, (1, 3))), "indices in a row"),
+        ((Round(0, (0, 0)),), "indices in a row"),
+        ((Round(0, (1,)),), "starting from 0 to 0"),
+        ((Round(0, (0,)), Round(2, (2,))), "starts at 2, but the run is at 0 and has predictions up to 0"),
+        ((Round(0, (0,)), Round(1, (1,)), Round(0, (1, 2))), "starts at 0"),
+        ((Round(0, (0,)),), "ends with a prediction at 0"),
+        ((), "ends with a prediction at -1"),
     ],
 )
 def test_a_mode_that_breaks_the_rules_is_told_which(script: tuple[Round, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_plan(DDIM(scaled_linear(4)), Written(script))
+        list(make_plan(DDIM(scaled_linear(4)), Written(script)))
 
 
 def test_mode_names() -> None:
-    assert make_mode("aggressive", 3) == Aggressive(3)
+    assert make_mode("aggressive", 3, 0.0, PAPER) == Aggressive(3)
+    assert make_mode("adaptive", 3, 0.01, PAPER) == Adaptive(3, 0.01)
     with pytest.raises(ValueError, match="unknown mode 'fast'; choose one of sequential, conservative, aggressive"):
-        make_mode("fast", 2)
+        make_mode("fast", 2, 0.0, PAPER)
     with pytest.raises(ValueError, match="drafts is 0"):
-        make_mode("aggressive", 0)
+        make_mode("aggressive", 0, 0.0, PAPER)
+    with pytest.raises(ValueError, match="tolerance is nan"):
+        make_mode("adaptive", 2, math.nan, PAPER)

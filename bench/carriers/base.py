@@ -18,7 +18,7 @@ from drp.leader.request import Job, Request, make_job
 from drp.leader.timeline import Mark, Timeline
 from drp.protocol.messages import Draft, ModelSpec
 from drp.sampling.reference import run_reference
-from drp.sampling.run import BANKS, Run, Task
+from drp.sampling.run import Run, Task, slots
 from drp.workers.emulated import EmulatedDevice, cheap
 
 NO_COND: Mapping[str, Tensor] = {}
@@ -70,8 +70,8 @@ class Led(Carrier):
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)
-        noise = work.job().noise
-        self.drafts, self.predictions = self.make_slots(BANKS * work.count, noise)
+        job = work.job()
+        self.drafts, self.predictions = self.make_slots(slots(job.solver, job.mode), job.noise)
 
     def make_slots(self, slots: int, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return the matrices of drafts and predictions, [slots, D]."""

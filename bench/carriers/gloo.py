@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.carriers.base import DEADLINE, Carrier, Evaluator, Work
 from drp.leader.timeline import Mark, Timeline
-from drp.sampling.run import BANKS, Run
+from drp.sampling.run import Run, slots
 
 
 class Gloo(Carrier):
@@ -84,7 +84,7 @@ def sample(work: Work, rank: int, evaluator: Evaluator) -> tuple[Timeline, Tenso
     """Run once: form all drafts, evaluate this rank's, gather the others'."""
     job = work.job()
     width = job.noise.numel()
-    drafts, predictions = (job.noise.new_zeros((BANKS * work.count, width)) for _ in range(2))
+    drafts, predictions = (job.noise.new_zeros((slots(job.solver, job.mode), width)) for _ in range(2))
     run = Run(job.solver, job.mode, job.noise, drafts, predictions)
     own = torch.zeros(width + 2)  # a prediction, and its device's seconds as float64
     everyones = [torch.empty_like(own) for _ in range(work.count)]

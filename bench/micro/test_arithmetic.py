@@ -6,7 +6,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from drp.sampling.grids import scaled_linear
 from drp.sampling.modes import Aggressive
-from drp.sampling.run import BANKS, Run
+from drp.sampling.run import Run, slots
 from drp.sampling.solvers import DDIM
 
 NUMBERS = 4 * 64 * 64
@@ -27,7 +27,7 @@ def test_rounds_of_8(benchmark: BenchmarkFixture, refine: bool) -> None:
     """All of a round but the evaluations, six rounds of eight drafts; with the states between, or without."""
     torch.set_num_threads(1)
     solver, noise = DDIM(scaled_linear(49)), torch.randn(1, NUMBERS)
-    drafts, predictions = (torch.zeros(BANKS * DRAFTS, NUMBERS) for _ in range(2))
+    drafts, predictions = (torch.zeros(slots(solver, Aggressive(DRAFTS)), NUMBERS) for _ in range(2))
 
     def setup() -> tuple[tuple[Run], dict[str, object]]:
         return (Run(solver, Aggressive(DRAFTS), noise, drafts, predictions),), {}

@@ -22,7 +22,7 @@ from drp.leader.timeline import Mark, Timeline, What
 from drp.protocol.arena import Arena
 from drp.protocol.messages import Bind, Bound, Draft, ModelSpec, Prediction, Unbind
 from drp.sampling.result import Result
-from drp.sampling.run import BANKS, Callback, Run, Task
+from drp.sampling.run import Run, Task, slots
 
 Key = tuple[int, int] | int
 """What a worker owes: the prediction (index, slot), or, by the worker's number, its Bound."""
@@ -83,7 +83,7 @@ class Leader:
             if not self._end.alive:
                 raise RuntimeError("this leader is closed; make a new one")
             try:
-                return self._run(job, request.callback)
+                return self._run(job, request)
             except WorkerError:
                 self._end.detach()
                 self._pool.close(grace=0.0)
@@ -101,11 +101,11 @@ class Leader:
             finally:
                 self._busy = 0
 
-    def _run(self, job: Job, callback: Callback | None) -> Result:
+    def _run(self, job: Job, request: Request) -> Result:
         began = time.perf_counter()
         number = next(self._runs) % 2**31
-        arena = Arena.create(number, job.noise, BANKS * job.mode.width, job.cond)
-        run = Run(job.solver, job.mode, job.noise, arena.drafts, arena.predictions)
+        arena = Arena.create(number, job.noise, slots(job.solver, job.mode), job.cond)
+        run = Run(job.solver, job.mode, job.noise, arena.drafts, arena.predictions, job.fresh, request.residuals)
         answers: list[Prediction] = []
         try:
             self._bind(arena.bind)
@@ -113,10 +113,10 @@ class Leader:
             for tasks in run.rounds():
                 self._mark("formed", number)
                 due = self._dispatch(arena.bind, tasks)
-                run.refine(callback)  # the states behind, while the workers compute
+                run.refine(request.callback)  # the states behind, while the workers compute
                 self._mark("refined", number)
                 answers += self._collect(number, due)
-            run.refine(callback)
+            run.refine(request.callback)
             seconds = time.perf_counter() - began
             self._mark("end", number)
         finally:
@@ -131,6 +131,8 @@ class Leader:
             evaluations=len(answers),
             seconds=seconds,
             device_seconds=sum(answer.seconds for answer in answers),
+            residuals=run.residuals,
+            cuts=tuple(run.cuts),
         )
 
     def _bind(self, bind: Bind) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from drp.protocol.messages import ModelSpec
+from drp.sampling.drafts import PAPER
 from drp.sampling.grids import scaled_linear
 from drp.sampling.modes import Mode, make_mode
-from drp.sampling.run import Callback
+from drp.sampling.run import Callback, Noise
 from drp.sampling.solvers import DDIM
 
 MOST_DRAFTS = 1024
@@ -33,6 +34,7 @@ class Options(TypedDict, total=False):
     drafts: int | None
     seed: int
     callback: Callback | None
+    residuals: bool
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Request:
     drafts: int | None = None
     seed: int = 0
     callback: Callback | None = None
+    residuals: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Job:
     mode: Mode
     noise: Tensor
     cond: dict[str, Tensor]
+    fresh: Noise | None = None
 
 
 def make_job(request: Request, spec: ModelSpec, devices: int) -> Job:
@@ -98,7 +102,7 @@ def _whole(name: str, value: Any) -> int:
 def _mode(request: Request, devices: int) -> Mode:
     if isinstance(request.mode, str):
         drafts = devices if request.drafts is None else _whole("drafts", request.drafts)
-        mode = make_mode(request.mode, drafts)
+        mode = make_mode(request.mode, drafts, 0.01, PAPER)
     elif request.drafts is not None:
         raise ValueError(f"drafts is {request.drafts}, but {request.mode} is a mode object and says itself how many")
     else:

@@ -38,6 +38,12 @@ class Grid:
         """N."""
         return len(self.timesteps)
 
+    @property
+    def lambdas(self) -> Float64s:
+        """log(alpha / sigma) at 0..N: half the log of the signal-to-noise ratio; infinite where there is no noise."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.alphas) - np.log(self.sigmas)
+
 
 def scaled_linear(steps: int) -> Grid:
     """Return `steps` timesteps spread evenly over the scaled-linear schedule, the last training timestep first.

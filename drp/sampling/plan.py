@@ -1,67 +1,168 @@
-"""Plans: a mode and a solver, worked out into rows before the run begins."""
+"""Plans: a mode and a solver, worked out into rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from drp.sampling.drafts import PAPER, DraftRule
 from drp.sampling.modes import Mode, Round
-from drp.sampling.rows import Row, state, substitute
+from drp.sampling.predictions import estimates
+from drp.sampling.rows import Row, Term, add, data, given, prediction, state, substitute
 from drp.sampling.solvers import Solver
 
 
 @dataclass(frozen=True)
-class Block:
-    """One round in rows.
+class Predict:
+    """A round: `drafts[j]` is the input of the evaluation at `indices[j]`."""
 
-    `drafts[j]` is the input of the evaluation at `round.predict[j]`, over the state and the prediction at the base.
-    `refined[i]` is the state `round.base + 1 + i`, over the state at the base and the predictions since.
-    """
-
-    round: Round
+    indices: tuple[int, ...]
     drafts: tuple[Row, ...]
-    refined: tuple[Row, ...]
 
 
-def make_plan(solver: Solver, mode: Mode) -> tuple[Block, ...]:
-    """Return the blocks of a whole run; raise ValueError where the mode's rounds do not fit together."""
-    blocks: list[Block] = []
-    steps = solver.grid.steps
-    base, predicted = 0, set[int]()
-    for r in mode.rounds(steps):
-        _check_round(r, base, predicted, mode, steps)
-        drafts = tuple(_draft(solver, base, j) for j in r.predict)
-        predicted.update(r.predict)
-        chain = _refine(solver, base, r.advance)
-        blocks.append(Block(r, drafts, tuple(chain[k] for k in range(base + 1, r.advance + 1))))
-        base = r.advance
-    if base != steps:
-        raise ValueError(f"{mode} ends at step {base} of {steps}; its rounds must advance to the last step")
-    return tuple(blocks)
+@dataclass(frozen=True)
+class Advance:
+    """The states from `base` + 1 on, in order; afterwards nothing at an index below `oldest` but `anchor` is needed."""
+
+    base: int
+    states: tuple[Row, ...]
+    oldest: int
+    anchor: int | None
 
 
-def _draft(solver: Solver, base: int, index: int) -> Row:
-    return {state(base): 1.0} if index == base else solver.transition(base, index)
+Measure = Callable[[int, tuple[Row, ...]], Sequence[float]]
+"""(base, rows of the states from base + 1 to the last predicted) -> residuals."""
 
 
-def _refine(solver: Solver, base: int, advance: int) -> Mapping[int, Row]:
-    """Return the states from `base` to `advance` by ordinary steps, as rows over the state at `base`."""
-    chain: dict[int, Row] = {base: {state(base): 1.0}}
-    for k in range(base, advance):
-        chain[k + 1] = substitute(solver.transition(k, k + 1), chain)
-    return chain
+def make_plan(solver: Solver, mode: Mode, measure: Measure | None = None) -> Iterator[Predict | Advance]:
+    """Yield what a run does, in order; raise ValueError where the mode's rounds do not fit together.
+
+    `measure` is asked for the residuals of each round of a mode with feedback, once its predictions are in.
+    """
+    steps, last = solver.grid.steps, solver.grid.steps - 1
+    table = _Table(solver, mode.rule)
+    rounds = mode.rounds(steps)
+    r = next(rounds, None)
+    while r is not None:
+        _check_round(r, table.base, table.last, mode, steps)
+        if r.base > table.base:
+            yield table.advance(r.base)
+        yield table.predict(r)
+        residuals = measure(table.base, table.ahead()) if mode.feedback and measure else ()
+        try:
+            r = rounds.send(residuals) if mode.feedback else next(rounds, None)
+        except StopIteration:
+            r = None
+    if table.last != last:
+        raise ValueError(f"{mode} ends with a prediction at {table.last}; its rounds must lead to the last, {last}")
+    yield table.advance(steps)
 
 
-def _check_round(r: Round, base: int, predicted: set[int], mode: Mode, steps: int) -> None:
+def transition(solver: Solver, a: int, b: int, rule: DraftRule | None = None, anchor: int | None = None) -> Row:
+    """Return x_b as a row over x_a and what is known at a, for 0 <= a < b <= N: the skip transition Phi(a -> b).
+
+    It is the solver's own steps one after the other, the estimates after a being what `rule` assumes, by default the
+    paper's; `anchor` is the other index whose prediction the rule may use.
+    """
+    table = _Table(solver, rule or PAPER)
+    table.base = table.last = a
+    table.anchor = a if anchor is None else anchor
+    return table.chain(b)[b]
+
+
+class _Table:
+    """What is known at some moment of a run: which predictions, and where the state is."""
+
+    def __init__(self, solver: Solver, rule: DraftRule) -> None:
+        grid = solver.grid
+        self._solver, self._rule = solver, rule
+        self._steps = [solver.step(k) for k in range(grid.steps)]
+        self._reads = [
+            estimates(solver.prediction_type, float(grid.alphas[k]), float(grid.sigmas[k])) for k in range(grid.steps)
+        ]
+        self._taken_at_state: set[int] = set()
+        self.base = 0
+        self.last = -1
+        self.anchor = 0
+
+    def predict(self, r: Round) -> Predict:
+        """Take the predictions of a round."""
+        if r.predict[0] == self.base:
+            self._taken_at_state.add(self.base)
+        self._taken_at_state.difference_update(k for k in r.predict if k != self.base)
+        chain = self.chain(r.predict[-1])
+        self.last = max(self.last, r.predict[-1])
+        return Predict(r.predict, tuple(chain[k] for k in r.predict))
+
+    def advance(self, target: int) -> Advance:
+        """Go on to `target`, which is at most one index past the last prediction."""
+        chain = self.chain(target)
+        states = tuple(chain[k] for k in range(self.base + 1, target + 1))
+        self.anchor, base, self.base = self.base, self.base, target
+        return Advance(base, states, target - self._solver.history, self.anchor if self._rule.slope else None)
+
+    def ahead(self) -> tuple[Row, ...]:
+        """Return the states from base + 1 to the last predicted index."""
+        chain = self.chain(self.last)
+        return tuple(chain[k] for k in range(self.base + 1, self.last + 1))
+
+    def chain(self, end: int) -> dict[int, Row]:
+        """Return the states from `base` to `end` by ordinary steps, as rows over what is known.
+
+        Up to the last prediction the steps use it and those before; beyond, what the rule assumes.
+        """
+        states: dict[int, Row] = {self.base: {state(self.base): 1.0}}
+
+        def meaning(term: Term) -> Row:
+            if term.kind == "state":
+                return states.get(term.k, {term: 1.0})
+            if term.kind in ("data", "epsilon"):
+                known = term.k <= self.last
+                return substitute(self._estimate(term) if known else self._assume(term), meaning)
+            return {term: 1.0}
+
+        for k in range(self.base, end):
+            states[k + 1] = substitute(self._steps[k], meaning)
+        return states
+
+    def _estimate(self, term: Term) -> Row:
+        """Read the prediction at an index as an estimate at the state there."""
+        k = term.k
+        read = self._reads[k]
+        carry = 0.0 if k in self._taken_at_state else self._rule.carry
+        if term.kind == "data":
+            at_state, at_input, output = read.data_x * (1 - carry), read.data_x * carry, read.data_p
+        else:  # What is left of the state, x = alpha data + sigma epsilon.
+            shift = carry * float(self._solver.grid.alphas[k] / self._solver.grid.sigmas[k]) * read.data_x
+            at_state, at_input, output = read.epsilon_x + shift, -shift, read.epsilon_p
+        return add((1.0, {state(k): at_state, given(k): at_input, prediction(k): output}))
+
+    def _assume(self, term: Term) -> Row:
+        """Say what an estimate is where nothing has been predicted yet."""
+        grid, k = self._solver.grid, term.k
+        if term.kind == "epsilon":
+            scale = 1 / float(grid.sigmas[k])
+            return {state(k): scale, data(k): -float(grid.alphas[k]) * scale}
+        further, apart = k - self.last, self.last - self.anchor
+        slope = self._rule.slope if 0 < further <= apart else 0.0
+        if slope == 0.0:
+            return {data(self.last): 1.0}
+        at, last, anchor = (float(grid.lambdas[i]) for i in (k, self.last, self.anchor))
+        share = slope * (at - last) / (last - anchor)
+        return {data(self.last): 1.0 + share, data(self.anchor): -share}
+
+
+def _check_round(r: Round, base: int, last: int, mode: Mode, steps: int) -> None:
     """Hold a round of somebody's own mode to the rules; the message says which one it breaks."""
-    known = predicted | set(r.predict)
-    if r.base != base:
-        raise ValueError(f"{mode}: {r} starts at {r.base}, but the round before advanced to {base}")
+    if not base <= r.base <= last + 1:
+        raise ValueError(
+            f"{mode}: {r} starts at {r.base}, but the run is at {base} and has predictions up to {last}; start from "
+            f"{base} to {last + 1}"
+        )
     if not r.predict or len(r.predict) > mode.width:
         raise ValueError(f"{mode}: {r} predicts {len(r.predict)} indices; a round predicts 1 to {mode.width}")
-    if list(r.predict) != sorted(set(r.predict)) or r.predict[0] < base or r.predict[-1] >= steps:
-        raise ValueError(f"{mode}: {r} must predict increasing indices from {base} to {steps - 1}")
-    if r.predict[-1] > base and base not in predicted:
-        raise ValueError(f"{mode}: {r} drafts from index {base}, which no earlier round has predicted")
-    if not base <= r.advance <= steps or not known.issuperset(range(base, r.advance)):
-        raise ValueError(f"{mode}: {r} advances to {r.advance} without a prediction at every step before")
+    first, end = r.predict[0], r.predict[-1]
+    if r.predict != tuple(range(first, end + 1)) or not r.base <= first <= last + 1 or end >= steps:
+        raise ValueError(
+            f"{mode}: {r} must predict indices in a row, starting from {r.base} to {last + 1}, to {steps - 1} at most"
+        )

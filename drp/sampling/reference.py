@@ -10,7 +10,7 @@ from torch import Tensor
 
 from drp.sampling.modes import Mode
 from drp.sampling.result import Result
-from drp.sampling.run import BANKS, Callback, Run
+from drp.sampling.run import Callback, Noise, Run, slots
 from drp.sampling.solvers import Solver
 
 Denoiser = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
@@ -21,13 +21,18 @@ def run_reference(
     denoiser: Denoiser,
     solver: Solver,
     mode: Mode,
-    noise: Tensor,
+    start: Tensor,
     cond: Mapping[str, Tensor],
     callback: Callback | None = None,
+    fresh: Noise | None = None,
+    watch: bool = False,
 ) -> Result:
-    """Sample from `noise` [B, ...] in this process and thread; the result's mode and devices are descriptions."""
-    drafts, predictions = (noise.new_empty((BANKS * mode.width, noise.numel())) for _ in range(2))
-    run = Run(solver, mode, noise, drafts, predictions)
+    """Sample from `start` [B, ...] in this process and thread; the result's mode and devices are descriptions.
+
+    `fresh` draws noise for solvers that add some; `watch` asks for residuals in every mode.
+    """
+    drafts, predictions = (start.new_empty((slots(solver, mode), start.numel())) for _ in range(2))
+    run = Run(solver, mode, start, drafts, predictions, fresh, watch)
     evaluations, device_seconds = 0, 0.0
     began = time.perf_counter()
     with torch.inference_mode():
@@ -35,8 +40,8 @@ def run_reference(
             run.refine(callback)
             for task in tasks:
                 started = time.perf_counter()
-                t = torch.full((len(noise),), task.timestep, dtype=torch.float32)
-                predictions[task.slot] = denoiser(drafts[task.slot].view(noise.shape), t, cond).reshape(-1)
+                t = torch.full((len(start),), task.timestep, dtype=torch.float32)
+                predictions[task.slot] = denoiser(drafts[task.slot].view(start.shape), t, cond).reshape(-1)
                 device_seconds += time.perf_counter() - started
                 evaluations += 1
         run.refine(callback)
@@ -50,4 +55,6 @@ def run_reference(
         evaluations=evaluations,
         seconds=time.perf_counter() - began,
         device_seconds=device_seconds,
+        residuals=run.residuals,
+        cuts=tuple(run.cuts),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -14,6 +15,10 @@ class Result:
     `samples` is float32 [B, ...]. `rounds` (evaluations that had to follow one another) and `evaluations` are counted
     by the run. `seconds` is the wall time of the sampling alone, without starting workers. `device_seconds` is the time
     spent in the denoiser, by the evaluating processes' own clocks, over all of them.
+
+    `residuals` say, by index of the grid, how far from the refined state its prediction was taken, relative to that
+    state's norm, the largest among the samples; empty unless the mode is adaptive or they were asked for. `cuts` are
+    the indices to which an adaptive run advanced though it had predictions beyond: where drafts went stale.
     """
 
     samples: Tensor
@@ -25,6 +30,8 @@ class Result:
     evaluations: int
     seconds: float
     device_seconds: float
+    residuals: Mapping[int, float] = field(default_factory=dict)
+    cuts: tuple[int, ...] = ()
 
     @property
     def theory(self) -> float:

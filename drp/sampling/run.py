@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from drp.sampling.grids import Grid
+from drp.sampling.banks import Banks
 from drp.sampling.modes import Mode
-from drp.sampling.plan import Block, make_plan
-from drp.sampling.rows import Row, Term, prediction, state
+from drp.sampling.plan import Advance, Predict, make_plan
+from drp.sampling.rows import Row, Term, state
 from drp.sampling.solvers import Solver
-
-BANKS = 3
-"""Rounds whose slots are in use at once: the one being evaluated, the one being refined, and its base's."""
 
 Callback = Callable[[int, Tensor], None]
 """Called with the number of steps done, 1..N in order, and that state [B, ...]: a view, valid during the call."""
+
+Noise = Callable[[int], Tensor]
+"""Called with a step's index; returns standard normal numbers like the state, the same ones whenever it is asked."""
 
 
 @dataclass(frozen=True)
@@ -30,91 +30,199 @@ class Task:
     slot: int
 
 
+def slots(solver: Solver, mode: Mode) -> int:
+    """Return how many slots a run needs for drafts, and as many for predictions."""
+    return _rounds_kept(solver, mode) * mode.width
+
+
+def _rounds_kept(solver: Solver, mode: Mode) -> int:
+    """Count the rounds that are in use at once.
+
+    They are the one being evaluated, the one being refined, and its base's; the one the draft rule looks back on; and
+    one for each index before that the solver uses.
+    """
+    return 3 + (mode.rule.slope != 0) + solver.history
+
+
 class Run:
     """One run: `rounds()` yields the tasks of each round, `refine()` computes the states behind it.
 
-    `drafts` and `predictions` are matrices [BANKS * mode.width, D] of the state's dtype, one slot a row, D the numbers
-    in one state. Tasks name their rows. Whoever evaluates reads a draft's row and writes the same row of `predictions`.
+    `start` [B, ...] is the state at index 0. `drafts` and `predictions` are matrices [slots(solver, mode), D] of its
+    dtype, one slot a row, D the numbers in one state. Tasks name their rows. Whoever evaluates reads a draft's row and
+    writes the same row of `predictions`. `noise` is for a solver that adds some.
+
+    `rounds_done` and `steps_done` count. `residuals` say, by index, how far from the refined state the last prediction
+    was taken, relative to that state's norm, the largest among the samples: of all drafts in a mode with feedback or
+    with `watch`. `cuts` are the indices to which a mode with feedback advanced though it had predictions beyond.
     """
 
-    def __init__(self, solver: Solver, mode: Mode, noise: Tensor, drafts: Tensor, predictions: Tensor) -> None:
-        self._grid: Grid = solver.grid
-        self._width = mode.width
-        self._plan = [_Step(block, noise.dtype) for block in make_plan(solver, mode)]
-        self._shape = noise.shape
-        self._drafts = drafts
-        self._predictions = predictions
-        self._known: dict[Term, Tensor] = {state(0): noise.reshape(-1)}
-        # Two buffers in turn: a block's states are computed from its base, which lies in the other one.
-        longest = max((len(step.block.refined) for step in self._plan), default=0)
-        self._states, self._spare = (noise.new_empty((longest, noise.numel())) for _ in range(2))
-        self._to_refine: _Step | None = None
+    def __init__(
+        self,
+        solver: Solver,
+        mode: Mode,
+        start: Tensor,
+        drafts: Tensor,
+        predictions: Tensor,
+        noise: Noise | None = None,
+        watch: bool = False,
+    ) -> None:
+        self._timesteps = [float(t) for t in solver.grid.timesteps]
+        self._shape, self._start = start.shape, start.reshape(-1)
+        self._drafts, self._predictions, self._noise = drafts, predictions, noise
+        self._feedback, self._watch = mode.feedback, watch and not mode.feedback
+        events = make_plan(solver, mode, self._measure)
+        if mode.feedback:
+            self._plan: Iterable[_Predict | _Advance] = (_cast(event, start.dtype) for event in events)
+            longest = mode.width + 1
+        else:
+            plan = self._plan = [_cast(event, start.dtype) for event in events]
+            longest = max(len(event) for event in plan if isinstance(event, _Advance))
+        kept = _rounds_kept(solver, mode)
+        self._slot_banks, self._state_banks = Banks(kept, mode.width), Banks(kept, longest)
+        self._slots: dict[int, int] = {}  # index -> row of drafts and predictions
+        self._rows: dict[int, int] = {}  # index -> row of states
+        self._states = start.new_empty((self._state_banks.rows, start.numel()))
+        self._fresh: dict[int, Tensor] = {}
+        self._noise_ahead = 2 * mode.width + 2 if solver.adds_noise else 0
+        if solver.adds_noise and noise is None:
+            raise ValueError(f"{type(solver).__name__} adds noise at each step; give `noise`")
+        self._ahead: tuple[int, list[float]] = (0, [])  # where the last round's states lie, and their residuals
+        self._to_refine: tuple[_Advance, int] | None = None
         self.rounds_done = 0
         self.steps_done = 0
+        self.residuals: dict[int, float] = {}
+        self.cuts: list[int] = []
 
     @property
     def state(self) -> Tensor:
         """The latest refined state [B, ...]; after the run, the samples."""
-        return self._known[state(self.steps_done)].view(self._shape)
+        return self._vector(state(self.steps_done)).view(self._shape)
 
     def rounds(self) -> Iterator[list[Task]]:
         """Yield each round's tasks, their drafts written; ask for the next once every prediction is in its slot.
 
         Call `refine` once between two rounds, best while the new tasks are being evaluated, and once at the end.
         """
-        for number, step in enumerate(self._plan):
-            r = step.block.round
-            first = number % BANKS * self._width
-            slots = range(first, first + len(r.predict))
-            step.drafts.write(self._known, self._drafts[slots.start : slots.stop])
-            yield [Task(k, float(self._grid.timesteps[k]), slot) for k, slot in zip(r.predict, slots, strict=True)]
-            self._known.update({prediction(k): self._predictions[i] for k, i in zip(r.predict, slots, strict=True)})
+        for event in self._plan:
+            if isinstance(event, _Advance):
+                self._advance(event)
+                continue
+            first = self._slot_banks.take(len(event.indices), self._slots.values())
+            slots = range(first, first + len(event.indices))
+            event.drafts.write(self._vector, self._drafts[slots.start : slots.stop])
+            yield [Task(k, self._timesteps[k], slot) for k, slot in zip(event.indices, slots, strict=True)]
+            self._slots.update(zip(event.indices, slots, strict=True))
             self.rounds_done += 1
-            if r.advance > r.base:
-                self._states, self._spare = self._spare, self._states
-                last = r.advance - r.base - 1
-                step.advance.write(self._known, self._states[last : last + 1])
-                self._known[state(r.advance)] = self._states[last]
-                self._to_refine = step
 
     def refine(self, callback: Callback | None = None) -> None:
         """Compute the states that the last finished round has passed; call `callback` for each, in order."""
-        if self._to_refine is None:
-            return
-        step, self._to_refine = self._to_refine, None
-        r = step.block.round
-        step.between.write(self._known, self._states[: r.advance - r.base - 1])
-        for k, x in enumerate(self._states[: r.advance - r.base], start=r.base + 1):
-            self.steps_done = k
-            if callback is not None:
-                callback(k, x.view(self._shape))
-        for term in [t for t in self._known if t.k < r.advance]:
-            del self._known[term]
+        if self._to_refine is not None:
+            (event, first), self._to_refine = self._to_refine, None
+            event.between.write(self._vector, self._states[first : first + len(event) - 1])
+            for k, x in enumerate(self._states[first : first + len(event)], start=event.base + 1):
+                self.steps_done = k
+                if self._watch and k in self._slots:
+                    self.residuals[k] = self._residual(x, k)
+                if callback is not None:
+                    callback(k, x.view(self._shape))
+            self._rows.update({event.base + 1 + i: first + i for i in range(len(event))})
+            for known in (self._slots, self._rows, self._fresh):
+                for k in [k for k in known if k < event.oldest and k != event.anchor]:
+                    del known[k]
+        for k in range(self.steps_done, min(self.steps_done + self._noise_ahead, len(self._timesteps))):
+            self._draw(k)
+
+    def _advance(self, event: _Advance) -> None:
+        """Compute the state that the next round starts from; leave those between to `refine`."""
+        end = event.base + len(event)
+        if self._feedback:  # They are there already, except one past the last prediction.
+            first, residuals = self._ahead
+            self.residuals.update(enumerate(residuals[: len(event)], start=event.base + 1))
+            if len(event) < len(residuals):
+                self.cuts.append(end)
+            computed = len(event) <= len(residuals)
+        else:
+            first = self._state_banks.take(len(event), self._rows.values())
+            computed = False
+        row = first + len(event) - 1
+        if not computed:
+            event.last.write(self._vector, self._states[row : row + 1])
+        self._rows[end] = row
+        self._to_refine = (event, first)
+
+    def _measure(self, base: int, rows: tuple[Row, ...]) -> Sequence[float]:
+        """Compute the states from base + 1 to the last predicted index; return their residuals."""
+        first = self._state_banks.take(len(rows), self._rows.values())
+        states = self._states[first : first + len(rows)]
+        _Rows(rows, states.dtype).write(self._vector, states)
+        residuals = [self._residual(x, k) for k, x in enumerate(states, start=base + 1)]
+        self._ahead = (first, residuals)
+        return residuals
+
+    def _residual(self, x: Tensor, k: int) -> float:
+        """Compare the state at k with the input of the prediction there.
+
+        The sums run over float64, along each sample alone, so that the number does not depend on the batch.
+        """
+        x = x.double().view(self._shape[0], -1)
+        apart = x - self._drafts[self._slots[k]].double().view_as(x)
+        return float((apart.norm(dim=1) / x.norm(dim=1)).max())
+
+    def _vector(self, term: Term) -> Tensor:
+        k = term.k
+        if term.kind == "state":
+            return self._states[self._rows[k]] if k else self._start
+        if term.kind == "noise":
+            return self._draw(k)
+        return (self._drafts if term.kind == "input" else self._predictions)[self._slots[k]]
+
+    def _draw(self, k: int) -> Tensor:
+        if k not in self._fresh:
+            assert self._noise is not None
+            self._fresh[k] = self._noise(k).reshape(-1)
+        return self._fresh[k]
 
 
-class _Step:
-    """A block with its rows in the state's dtype."""
+class _Predict:
+    """A round with its rows in the state's dtype."""
 
-    def __init__(self, block: Block, dtype: torch.dtype) -> None:
-        self.block = block
-        self.drafts = _Rows(block.drafts, dtype)
-        self.advance = _Rows(block.refined[-1:], dtype)
-        self.between = _Rows(block.refined[:-1], dtype)
+    def __init__(self, event: Predict, dtype: torch.dtype) -> None:
+        self.indices = event.indices
+        self.drafts = _Rows(event.drafts, dtype)
+
+
+class _Advance:
+    """A way forward with its rows in the state's dtype; its length is that of the way."""
+
+    def __init__(self, event: Advance, dtype: torch.dtype) -> None:
+        self.base, self.oldest, self.anchor = event.base, event.oldest, event.anchor
+        self.between, self.last = _Rows(event.states[:-1], dtype), _Rows(event.states[-1:], dtype)
+        self._length = len(event.states)
+
+    def __len__(self) -> int:
+        return self._length
+
+
+def _cast(event: Predict | Advance, dtype: torch.dtype) -> _Predict | _Advance:
+    return _Predict(event, dtype) if isinstance(event, Predict) else _Advance(event, dtype)
+
+
+_ORDER = {"state": 0, "input": 1, "prediction": 2, "noise": 3}
 
 
 class _Rows:
     """Several rows over the same terms, as one small matrix product."""
 
     def __init__(self, rows: Sequence[Row], dtype: torch.dtype) -> None:
-        # The state before the predictions, those in index order: an order that no arrival can change.
-        self.terms = sorted({t for row in rows for t in row}, key=lambda t: (t.kind == "prediction", t.k))
+        # States before predictions, each in index order: an order that no arrival can change.
+        self.terms = sorted({t for row in rows for t in row}, key=lambda t: (_ORDER[t.kind], t.k))
         weights = torch.tensor([[row.get(t, 0.0) for row in rows] for t in self.terms], dtype=torch.float64)
         self.weights = weights.to(dtype).reshape(len(self.terms), len(rows), 1)
 
-    def write(self, known: Mapping[Term, Tensor], out: Tensor) -> None:
+    def write(self, vector: Callable[[Term], Tensor], out: Tensor) -> None:
         """Write row i into `out[i]`; `out` is [rows, D]."""
         if not self.terms:
             return
-        torch.mul(self.weights[0], known[self.terms[0]], out=out)
+        torch.mul(self.weights[0], vector(self.terms[0]), out=out)
         for weight, term in zip(self.weights[1:], self.terms[1:], strict=True):
-            out.addcmul_(weight, known[term])
+            out.addcmul_(weight, vector(term))

@@ -1,0 +1,32 @@
+"""What every solver is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from drp.sampling.grids import Grid
+from drp.sampling.rows import Row
+
+
+class Solver(ABC):
+    """The ordinary steps on a grid; longer ones are made of them (`drp.sampling.plan.transition`).
+
+    The state is in the coordinates in which the network takes it, x_k = alpha_k data + sigma_k noise, so a solver that
+    is usually written in others (x / alpha for Euler's) is written in these here, and nothing has to scale inputs.
+    `history` is how many indices before k the step from k uses, `adds_noise` whether it draws any, `prediction_type`
+    what the network predicts (`drp.sampling.predictions`).
+    """
+
+    history: int = 0
+    adds_noise: bool = False
+
+    def __init__(self, grid: Grid, prediction_type: str = "epsilon") -> None:
+        self.grid = grid
+        self.prediction_type = prediction_type
+
+    @abstractmethod
+    def step(self, k: int) -> Row:
+        """Return x_{k+1} as a row over states, data and epsilon estimates at k and up to `history` before, and noise.
+
+        `noise(k)` are standard normal numbers, drawn for this step alone. 0 <= k < N.
+        """
