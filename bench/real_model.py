@@ -32,7 +32,7 @@ def measure(turns: int = TURNS) -> dict[str, Any]:
     def plain(threads: int) -> float:
         torch.set_num_threads(threads)
         try:
-            return run_reference(denoiser.predict, job.solver, Sequential(), job.noise, job.cond).seconds
+            return run_reference(denoiser.predict, job.solver, Sequential(), job.start, job.cond).seconds
         finally:
             torch.set_num_threads(1)
 

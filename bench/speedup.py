@@ -106,7 +106,7 @@ def run_plain(work: Work) -> Result:
         return predictions[0]
 
     with pinned():
-        return run_reference(denoiser, job.solver, Sequential(), job.noise, job.cond)
+        return run_reference(denoiser, job.solver, Sequential(), job.start, job.cond)
 
 
 @contextlib.contextmanager

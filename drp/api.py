@@ -28,9 +28,9 @@ def sample(
 ) -> Result:
     """Start workers, sample once, end them.
 
-    The first five arguments are those of `drp.Leader`, the others those of `drp.leader.request.Request`: labels, count,
-    shape, cond, guidance, steps, mode, drafts, seed, callback. `result.samples` is float32 [B, ...], for `digits`
-    [B, 1, 28, 28] in [-1, 1] where the model ends there. To sample more than once, keep a `drp.Leader`.
+    The first five arguments are those of `drp.Leader`, the others those of `drp.leader.request.Request`.
+    `result.samples` is float32 [B, ...], for `digits` [B, 1, 28, 28], about [-1, 1]. To sample more than once, keep a
+    `drp.Leader`.
     """
     spec = models.describe(model_name(model))
     if spec is not None:  # Known without loading: bad options are refused before workers start.
@@ -58,7 +58,7 @@ def reference(
     job = make_job(request, denoiser.spec, len(placed))
     with _threads(threads):
         return run_reference(
-            denoiser.predict, job.solver, job.mode, job.noise, job.cond, request.callback, job.fresh, request.residuals
+            denoiser.predict, job.solver, job.mode, job.start, job.cond, request.callback, job.fresh, job.watch
         )
 
 

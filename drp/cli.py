@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from drp import __version__
+from drp.sampling.drafts import RULES
 from drp.sampling.modes import MODE_NAMES
+from drp.sampling.named import SOLVER_NAMES
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,6 +54,18 @@ def parse_labels(text: str) -> list[int]:
 @click.option("-d", "--devices", default="1", show_default=True, help="A count, or names: cpu:0,cpu:1.")
 @click.option("-m", "--mode", default="aggressive", show_default=True, help=f"One of {', '.join(MODE_NAMES)}.")
 @click.option("--drafts", type=int, help="Drafts a round; by default one a device.")
+@click.option("--target-speedup", type=float, help="Choose mode and drafts for this, with at most --drafts.")
+@click.option("--rule", help=f"How drafts are made: {', '.join(RULES)}; by default the best measured.")
+@click.option("--tolerance", default=0.01, show_default=True, help="Residual at which adaptive gives predictions up.")
+@click.option("--warmup", default=0, show_default=True, help="Steps taken sequentially first.")
+@click.option("--sweeps", default=0, show_default=True, help="Times more that each block of drafts is evaluated.")
+@click.option("--solver", default="ddim", show_default=True, help=f"One of {', '.join(SOLVER_NAMES)}.")
+@click.option("--order", type=int, help="Order of a multistep solver.")
+@click.option("--eta", type=float, help="Noise that ddim adds, 0 to 1.")
+@click.option("--spacing", help="Of the timesteps: trailing, leading or linspace.")
+@click.option("--sigmas", help="Noise levels: karras, exponential or beta.")
+@click.option("--shift", type=float, help="Of a flow-matching grid.")
+@click.option("--prediction-type", default="epsilon", show_default=True, help="Of the model: epsilon, v, sample, flow.")
 @click.option("--threads", default=1, show_default=True, help="Threads of each worker.")
 @click.option("--guidance", type=float, help="Scale of classifier-free guidance; by default the model's.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
@@ -65,6 +79,18 @@ def sample(
     devices: str,
     mode: str,
     drafts: int | None,
+    target_speedup: float | None,
+    rule: str | None,
+    tolerance: float,
+    warmup: int,
+    sweeps: int,
+    solver: str,
+    order: int | None,
+    eta: float | None,
+    spacing: str | None,
+    sigmas: str | None,
+    shift: float | None,
+    prediction_type: str,
     threads: int,
     guidance: float | None,
     seed: int,
@@ -102,6 +128,15 @@ def sample(
                 devices=devices,
                 mode=mode,
                 drafts=drafts,
+                target_speedup=target_speedup,
+                rule=rule,
+                tolerance=tolerance,
+                warmup=warmup,
+                sweeps=sweeps,
+                solver=solver,
+                solver_options=_given(order=order, eta=eta),
+                grid=_given(spacing=spacing, sigmas=sigmas, shift=shift),
+                prediction_type=prediction_type,
                 threads=threads,
                 guidance=guidance,
                 seed=seed,
@@ -114,6 +149,11 @@ def sample(
             f"{result.speedup:.2f} of {result.theory:.2f} in theory"
         )
         click.echo(f"wrote {out}")
+
+
+def _given(**options: float | str | None) -> dict[str, float | str]:
+    """Leave out what was not given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def check_writable(path: Path) -> None:

@@ -53,8 +53,7 @@ def paper_by_hand(steps: int, n: int, conservative: bool) -> Tensor:
 
     def phi(x: Tensor, noise: Tensor, a: int, b: int) -> Tensor:
         alpha, sigma = grid.alphas.tolist(), grid.sigmas.tolist()
-        data = (x - sigma[a] * noise) / alpha[a]
-        after: Tensor = alpha[b] * data + sigma[b] * noise
+        after: Tensor = alpha[b] * (x - sigma[a] * noise) / alpha[a] + sigma[b] * noise
         return after
 
     def f(x: Tensor, k: int) -> Tensor:

@@ -44,7 +44,7 @@ class Work:
     def reference(self) -> Tensor:
         """Return the samples that every carrier must get, bit for bit."""
         job = self.job()
-        return run_reference(cheap, job.solver, job.mode, job.noise, {}).samples
+        return run_reference(cheap, job.solver, job.mode, job.start, {}).samples
 
 
 class Carrier(ABC):
@@ -71,7 +71,7 @@ class Led(Carrier):
     def __init__(self, work: Work) -> None:
         super().__init__(work)
         job = work.job()
-        self.drafts, self.predictions = self.make_slots(slots(job.solver, job.mode), job.noise)
+        self.drafts, self.predictions = self.make_slots(slots(job.solver, job.mode), job.start)
 
     def make_slots(self, slots: int, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return the matrices of drafts and predictions, [slots, D]."""
@@ -92,7 +92,7 @@ class Led(Carrier):
     def sample(self) -> Tensor:
         """Run once, in the order of DESIGN section 3: form, send, refine, collect."""
         job = self.work.job()
-        run = Run(job.solver, job.mode, job.noise, self.drafts, self.predictions)
+        run = Run(job.solver, job.mode, job.start, self.drafts, self.predictions)
         self.timeline = []
         self.mark("begin")
         for tasks in run.rounds():

@@ -83,9 +83,9 @@ def run_rank(work: Work, rank: int, store: Path, pipe: Connection) -> None:
 def sample(work: Work, rank: int, evaluator: Evaluator) -> tuple[Timeline, Tensor]:
     """Run once: form all drafts, evaluate this rank's, gather the others'."""
     job = work.job()
-    width = job.noise.numel()
-    drafts, predictions = (job.noise.new_zeros((slots(job.solver, job.mode), width)) for _ in range(2))
-    run = Run(job.solver, job.mode, job.noise, drafts, predictions)
+    width = job.start.numel()
+    drafts, predictions = (job.start.new_zeros((slots(job.solver, job.mode), width)) for _ in range(2))
+    run = Run(job.solver, job.mode, job.start, drafts, predictions)
     own = torch.zeros(width + 2)  # a prediction, and its device's seconds as float64
     everyones = [torch.empty_like(own) for _ in range(work.count)]
     dist.barrier()

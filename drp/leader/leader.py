@@ -22,7 +22,7 @@ from drp.leader.timeline import Mark, Timeline, What
 from drp.protocol.arena import Arena
 from drp.protocol.messages import Bind, Bound, Draft, ModelSpec, Prediction, Unbind
 from drp.sampling.result import Result
-from drp.sampling.run import Run, Task, slots
+from drp.sampling.run import Task
 
 Key = tuple[int, int] | int
 """What a worker owes: the prediction (index, slot), or, by the worker's number, its Bound."""
@@ -104,8 +104,8 @@ class Leader:
     def _run(self, job: Job, request: Request) -> Result:
         began = time.perf_counter()
         number = next(self._runs) % 2**31
-        arena = Arena.create(number, job.noise, slots(job.solver, job.mode), job.cond)
-        run = Run(job.solver, job.mode, job.noise, arena.drafts, arena.predictions, job.fresh, request.residuals)
+        arena = Arena.create(number, job.start, job.slots, job.cond)
+        run = job.run(arena.drafts, arena.predictions)
         answers: list[Prediction] = []
         try:
             self._bind(arena.bind)

@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from drp.protocol.messages import ModelSpec
-from drp.sampling.drafts import PAPER
-from drp.sampling.grids import scaled_linear
-from drp.sampling.modes import Mode, make_mode
-from drp.sampling.run import Callback, Noise
-from drp.sampling.solvers import DDIM
+from drp.sampling.choice import choose
+from drp.sampling.drafts import RULES, DraftRule, best_rule
+from drp.sampling.modes import Mode, Sweeps, Warmup, make_mode
+from drp.sampling.named import make_solver
+from drp.sampling.run import Callback, Noise, Run, slots
+from drp.sampling.solvers import Solver
 
 MOST_DRAFTS = 1024
 MOST_NUMBERS = 2**34
@@ -30,8 +32,19 @@ class Options(TypedDict, total=False):
     cond: Mapping[str, Tensor]
     guidance: float | None
     steps: int
+    solver: str | Solver
+    solver_options: Mapping[str, Any]
+    grid: Mapping[str, Any]
+    prediction_type: str
+    image: Tensor | None
+    strength: float
     mode: str | Mode
     drafts: int | None
+    target_speedup: float | None
+    rule: str | DraftRule | None
+    tolerance: float
+    warmup: int
+    sweeps: int
     seed: int
     callback: Callback | None
     residuals: bool
@@ -47,11 +60,25 @@ class Request:
     cond: tensors handed to the denoiser by name, as they are.
     guidance: scale of classifier-free guidance; by default the model's.
     steps: N, the steps of the solver.
-    mode: "sequential", "conservative", "aggressive", or a mode object of your own.
+    solver: its name (`drp.sampling.named.SOLVER_NAMES`), or one made by hand, which has its grid, its prediction type
+        and its steps already. See docs/schedulers.md.
+    solver_options: of the solver, by name: {"order": 3}, {"eta": 1.0}.
+    grid: options of `drp.sampling.grids.make_grid`, or of `flow_grid` for prediction type "flow", by name:
+        {"spacing": "leading", "sigmas": "karras"}, {"shift": 3.0}.
+    prediction_type: what the model predicts: "epsilon", "v", "sample" or "flow".
+    image: a sample [B, ...] to start from in the middle, noised as far as `strength` says.
+    strength: the share of the steps that is taken, above 0 to 1.
+    mode: "sequential", "conservative", "aggressive", "adaptive", or a mode object of your own. See docs/drafts.md.
     drafts: n, the drafts a round; by default one a device. The samples depend on it, and not on the devices.
+    target_speedup: choose mode and drafts so that evaluations over rounds come to this, with at most `drafts`.
+    rule: how drafts are made: "paper", "secant" or a `drp.sampling.drafts.DraftRule`; by default the best measured.
+    tolerance: of mode "adaptive": the relative residual at which predictions are given up; 0 is sequential.
+    warmup: steps taken sequentially first.
+    sweeps: how many times more each block of drafts is evaluated, each time refined through the last.
     seed: of the noise; sample i has the same whatever the count.
     callback: called as callback(k, state) once for each step k = 1..N, in order; the state [B, ...] is a view, valid
         during the call. It runs while the workers compute. What it raises ends the run.
+    residuals: put the residual of every draft into the result, in modes that would not compute them.
     """
 
     labels: Sequence[int] | Tensor | None = None
@@ -60,8 +87,19 @@ class Request:
     cond: Mapping[str, Tensor] = field(default_factory=dict)
     guidance: float | None = None
     steps: int = 48
+    solver: str | Solver = "ddim"
+    solver_options: Mapping[str, Any] = field(default_factory=dict)
+    grid: Mapping[str, Any] = field(default_factory=dict)
+    prediction_type: str = "epsilon"
+    image: Tensor | None = None
+    strength: float = 1.0
     mode: str | Mode = "aggressive"
     drafts: int | None = None
+    target_speedup: float | None = None
+    rule: str | DraftRule | None = None
+    tolerance: float = 0.01
+    warmup: int = 0
+    sweeps: int = 0
     seed: int = 0
     callback: Callback | None = None
     residuals: bool = False
@@ -69,28 +107,72 @@ class Request:
 
 @dataclass(frozen=True)
 class Job:
-    """A request worked out for a model: all that a run needs."""
+    """A request worked out for a model: all that a run needs. `start` [B, ...] is the state at index 0."""
 
-    solver: DDIM
+    solver: Solver
     mode: Mode
-    noise: Tensor
+    start: Tensor
     cond: dict[str, Tensor]
-    fresh: Noise | None = None
+    fresh: Noise
+    watch: bool
+
+    @property
+    def slots(self) -> int:
+        """The slots that the run needs for drafts, and as many for predictions."""
+        return slots(self.solver, self.mode)
+
+    def run(self, drafts: Tensor, predictions: Tensor) -> Run:
+        """Return the run, its drafts and predictions in these matrices [slots, D]."""
+        return Run(self.solver, self.mode, self.start, drafts, predictions, self.fresh, self.watch)
 
 
 def make_job(request: Request, spec: ModelSpec, devices: int) -> Job:
     """Return the job for a model and a number of devices; raise ValueError, naming value and remedy, if it can't be."""
-    solver = DDIM(scaled_linear(_whole("steps", request.steps)))
-    mode = _mode(request, devices)
+    solver = _solver(request)
+    mode = _mode(request, devices, solver.grid.steps)
     labels = _labels(request.labels, spec)
     count = _count(request.count, labels)
     shape = _shape(request.shape, spec)
-    if count * math.prod(shape) * 2 * mode.width > MOST_NUMBERS:
-        raise ValueError(f"count {count} of shape {list(shape)} with {mode.width} drafts is too large; ask for fewer")
+    kept = slots(solver, mode)
+    if count * math.prod(shape) * 2 * kept > MOST_NUMBERS:
+        raise ValueError(f"count {count} of shape {list(shape)} with {kept} drafts kept is too large; ask for fewer")
     cond = _cond(request, spec)
     if labels is not None:
         cond["labels"] = labels
-    return Job(solver, mode, _noise(_whole("seed", request.seed), count, shape), cond)
+    seed = _whole("seed", request.seed)
+    start = _start(request, solver, _noise(seed, count, shape))
+    return Job(solver, mode, start, cond, lambda k: _noise(_seed_of(seed, k), count, shape), request.residuals)
+
+
+def _solver(request: Request) -> Solver:
+    if not isinstance(request.solver, str):
+        if request.grid or request.solver_options or request.strength != 1.0:
+            raise ValueError(
+                "grid, solver_options and strength go with a solver's name; this one is made already, so set them there"
+            )
+        return request.solver
+    steps = _whole("steps", request.steps)
+    strength = request.strength if request.image is not None else 1.0
+    if request.image is None and request.strength != 1.0:
+        raise ValueError(f"strength is {request.strength}, but there is no image to start from; give image")
+    return make_solver(request.solver, steps, request.prediction_type, request.grid, request.solver_options, strength)
+
+
+def _start(request: Request, solver: Solver, noise: Tensor) -> Tensor:
+    """Return the state at index 0: noise, or the image with some."""
+    if request.image is None:
+        return noise * solver.grid.start if solver.grid.start != 1.0 else noise
+    image = request.image
+    if not isinstance(image, Tensor) or not image.is_floating_point() or image.shape != noise.shape:
+        got = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(f"image is {got}; give floating point numbers of shape {list(noise.shape)}, one a sample")
+    alpha, sigma = solver.at(0)
+    return alpha * image.to(noise.dtype) + sigma * noise
+
+
+def _seed_of(seed: int, k: int) -> int:
+    """Return the seed of the noise that step k adds: by index alone, so neither mode nor arrival change it."""
+    return int(np.random.SeedSequence([seed, k]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _whole(name: str, value: Any) -> int:
@@ -99,17 +181,37 @@ def _whole(name: str, value: Any) -> int:
     return value
 
 
-def _mode(request: Request, devices: int) -> Mode:
+def _mode(request: Request, devices: int, steps: int) -> Mode:
     if isinstance(request.mode, str):
         drafts = devices if request.drafts is None else _whole("drafts", request.drafts)
-        mode = make_mode(request.mode, drafts, 0.01, PAPER)
-    elif request.drafts is not None:
-        raise ValueError(f"drafts is {request.drafts}, but {request.mode} is a mode object and says itself how many")
+        name = request.mode
+        if request.target_speedup is not None:
+            name, drafts = choose(request.target_speedup, steps, drafts)
+        mode = make_mode(name, drafts, request.tolerance, _rule(request.rule, name))
+    elif request.drafts is not None or request.rule is not None or request.target_speedup is not None:
+        raise ValueError(
+            f"mode is {request.mode}, an object that says itself how drafts are made and how many; leave out drafts, "
+            "rule and target_speedup"
+        )
     else:
         mode = request.mode
+    if _whole("sweeps", request.sweeps):
+        mode = Sweeps(mode, request.sweeps)
+    if _whole("warmup", request.warmup):
+        mode = Warmup(mode, request.warmup)
     if mode.width > MOST_DRAFTS:
         raise ValueError(f"{mode.width} drafts a round; at most {MOST_DRAFTS}")
     return mode
+
+
+def _rule(rule: str | DraftRule | None, mode: str) -> DraftRule:
+    if rule is None:
+        return best_rule(mode)
+    if isinstance(rule, str):
+        if rule not in RULES:
+            raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}, or give a DraftRule")
+        return RULES[rule]
+    return rule
 
 
 def _labels(labels: Sequence[int] | Tensor | None, spec: ModelSpec) -> Tensor | None:

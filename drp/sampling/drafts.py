@@ -24,3 +24,8 @@ class DraftRule:
 
 PAPER = DraftRule()
 RULES = {"paper": PAPER, "secant": DraftRule(carry=0.5, slope=0.5)}
+
+
+def best_rule(mode: str) -> DraftRule:
+    """Return the rule that measured best in a mode (docs/drafts.md)."""
+    return PAPER if mode == "adaptive" else RULES["secant"]

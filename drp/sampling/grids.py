@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-Float64s = NDArray[np.float64]
+from drp.sampling.schedules import (
+    TRAINING_STEPS,
+    Float64s,
+    alpha_bars,
+    scaled_linear_alpha_bars,
+    spread,
+)
 
-TRAINING_STEPS = 1000
+__all__ = [
+    "FAMILIES",
+    "SPACINGS",
+    "TRAINING_STEPS",
+    "Grid",
+    "dynamic_mu",
+    "flow_grid",
+    "ipndm_grid",
+    "make_grid",
+    "scaled_linear",
+    "scaled_linear_alpha_bars",
+]
 
+FAMILIES = ("ddim", "ddpm", "pndm", "dpm", "euler", "heun")
+SPACINGS = ("leading", "linspace", "trailing")
 
-def scaled_linear_alpha_bars(beta_start: float = 0.00085, beta_end: float = 0.012) -> Float64s:
-    """Return alpha-bar of the 1,000 training timesteps: float64 [1000], falling from near 1 to near 0.
-
-    The square roots of the betas are evenly spaced (Rombach et al. 2022, the schedule of Stable Diffusion).
-    """
-    betas = np.linspace(beta_start**0.5, beta_end**0.5, TRAINING_STEPS, dtype=np.float64) ** 2
-    return np.cumprod(1.0 - betas, dtype=np.float64)
+LEAST_ALPHA_BAR = 2.0**-24
+"""What zero-terminal SNR is rounded up to where a solver works in sigma = sqrt((1 - alpha-bar) / alpha-bar)."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +42,16 @@ class Grid:
 
     `timesteps` are t_0 > ... > t_{N-1}, float64 [N]: where the denoiser is evaluated. `alphas` and `sigmas` are
     float64 [N + 1]: the state at index k is `alphas[k] * data + sigmas[k] * noise`. Index N is the sample itself.
+
+    `start` is the factor of the noise that a run starts from. `landings`, float64 [N, 2], are the (alpha, sigma) that
+    step k leads to, where a scheduler takes them from elsewhere than index k + 1.
     """
 
     timesteps: Float64s
     alphas: Float64s
     sigmas: Float64s
+    start: float = 1.0
+    landings: Float64s | None = None
 
     @property
     def steps(self) -> int:
@@ -40,9 +60,22 @@ class Grid:
 
     @property
     def lambdas(self) -> Float64s:
-        """log(alpha / sigma) at 0..N: half the log of the signal-to-noise ratio; infinite where there is no noise."""
+        """log(alpha / sigma) at 0..N: half the log of the signal-to-noise ratio; infinite without noise or signal."""
         with np.errstate(divide="ignore"):
             return np.log(self.alphas) - np.log(self.sigmas)
+
+    def landing(self, k: int) -> tuple[float, float]:
+        """Return the alpha and sigma that step k leads to."""
+        if self.landings is not None:
+            return float(self.landings[k, 0]), float(self.landings[k, 1])
+        return float(self.alphas[k + 1]), float(self.sigmas[k + 1])
+
+    def after(self, first: int) -> Grid:
+        """Return the grid from index `first` on: what is left of a run that starts in the middle (image to image)."""
+        if not 0 <= first < self.steps:
+            raise ValueError(f"first is {first}; this grid has the steps 0 to {self.steps - 1}")
+        landings = None if self.landings is None else self.landings[first:]
+        return Grid(self.timesteps[first:], self.alphas[first:], self.sigmas[first:], self.start, landings)
 
 
 def scaled_linear(steps: int) -> Grid:
@@ -50,8 +83,195 @@ def scaled_linear(steps: int) -> Grid:
 
     The spacing is "trailing" (Lin et al. 2024, table 2); the end is free of noise: alpha_N = 1, sigma_N = 0.
     """
-    if not 1 <= steps <= TRAINING_STEPS:
-        raise ValueError(f"steps is {steps}; choose 1 to {TRAINING_STEPS}, the number of training timesteps")
-    timesteps = np.round(np.arange(steps, 0, -1) * (TRAINING_STEPS / steps)) - 1
-    alpha_bars = np.append(scaled_linear_alpha_bars()[timesteps.astype(np.int64)], 1.0)
-    return Grid(timesteps, np.sqrt(alpha_bars), np.sqrt(1.0 - alpha_bars))
+    return make_grid(steps, family="ddpm")
+
+
+def make_grid(
+    steps: int,
+    *,
+    family: str = "ddim",
+    schedule: str | Float64s = "scaled_linear",
+    zero_snr: bool = False,
+    spacing: str = "trailing",
+    offset: int = 0,
+    timesteps: Sequence[float] | None = None,
+    sigmas: str | Sequence[float] | None = None,
+    end: str = "zero",
+) -> Grid:
+    """Return a grid on a schedule of training timesteps.
+
+    family: whose habits are followed where diffusers' schedulers differ (docs/schedulers.md): "ddim", "ddpm", "pndm",
+        "dpm" (also DEIS and UniPC), "euler" (also linear multistep) or "heun" (two evaluations a step).
+    schedule: "linear", "scaled_linear", "cosine", or alpha-bar of every training timestep, float64 [T].
+    zero_snr: rescale it so that the last training timestep holds no signal.
+    spacing: "leading", "linspace" or "trailing"; `offset` is added to leading timesteps.
+    timesteps: instead, `steps` falling numbers below T.
+    sigmas: noise levels sqrt((1 - alpha-bar) / alpha-bar), as "karras", "exponential", "beta", or `steps` falling
+        numbers; the timesteps are then those of the schedule at these levels.
+    end: "zero", free of noise, or "sigma_min", the noise of the first training timestep.
+    """
+    bars = alpha_bars(schedule, zero_snr)
+    if not 1 <= steps <= len(bars):
+        raise ValueError(f"steps is {steps}; choose 1 to {len(bars)}, the number of training timesteps")
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
+    if end not in ("zero", "sigma_min"):
+        raise ValueError(f"end is {end!r}; choose 'zero' or 'sigma_min'")
+    by_index = family in ("ddim", "ddpm", "pndm")
+    if by_index and sigmas is not None:
+        raise ValueError(f"sigmas is {sigmas!r:.80}, which family {family!r} does not take; choose a solver in sigmas")
+    last_bar = 1.0 if end == "zero" else float(bars[0])
+    t = _falling("timesteps", timesteps, steps) if timesteps is not None else _spaced(steps, len(bars), spacing, family)
+    t = t + offset if spacing == "leading" and timesteps is None else t.copy()
+    if not (t[-1] >= 0 and t[0] <= len(bars) - 1):
+        raise ValueError(f"timesteps run from {t[0]:g} to {t[-1]:g}; they must lie within 0 and {len(bars) - 1}")
+    if by_index:
+        return _by_index(t, bars, last_bar, family, len(bars) // steps)
+    noise, t = _noise_levels(t, np.maximum(bars, LEAST_ALPHA_BAR) if zero_snr else bars, sigmas, family, schedule)
+    ended = np.append(noise, math.sqrt((1 - last_bar) / last_bar))
+    alphas = 1 / np.sqrt(ended**2 + 1)
+    grid = Grid(t, alphas, ended * alphas)
+    if family == "dpm":
+        return grid
+    grid = replace(grid, start=1.0 if spacing == "leading" else float(grid.sigmas[0]))
+    return _doubled(grid) if family == "heun" else grid
+
+
+def _spaced(steps: int, training: int, spacing: str, family: str) -> Float64s:
+    """Spread timesteps; families differ in whether an end point is among them, and rounded."""
+    extra = 1 if family == "dpm" else 0  # one point more, the last of which is the end and not evaluated
+    match spacing:
+        case "linspace":
+            t = np.linspace(0, training - 1, steps + extra)[::-1][:steps]
+            return t if family in ("euler", "heun") else np.round(t)
+        case "leading":
+            return np.arange(steps + extra, dtype=np.float64)[::-1][:steps] * (training // (steps + extra))
+        case "trailing":
+            return np.round(np.arange(training, 0, -training / steps)[:steps]) - 1
+    raise ValueError(f"unknown spacing {spacing!r}; choose one of {', '.join(SPACINGS)}")
+
+
+def _falling(name: str, values: Sequence[float], steps: int) -> Float64s:
+    given = np.asarray(values, dtype=np.float64)
+    if given.shape != (steps,) or not np.all(np.isfinite(given)) or not np.all(np.diff(given) < 0):
+        raise ValueError(f"{name} must be as many falling numbers as there are steps, {steps}; got {values!r:.200}")
+    return given
+
+
+def _by_index(t: Float64s, bars: Float64s, last_bar: float, family: str, stride: int) -> Grid:
+    """Take alpha-bar at whole timesteps. DDIM and PNDM land a fixed stride below, wherever the next timestep lies."""
+    if np.any(t != np.round(t)):
+        raise ValueError(f"timesteps hold {t[t != np.round(t)][0]:g}; this solver takes whole training timesteps")
+    index = t.astype(np.int64)
+    before = index - stride
+    if family == "pndm":  # The second timestep is evaluated twice: the first step is one of Heun's.
+        index = np.concatenate([index[:2], index[1:]]) if len(index) > 1 else index
+        before = np.concatenate([before[:1], index[1:2], before[1:]]) if len(before) > 1 else before
+    bar = np.append(bars[index], last_bar)
+    landed = bar[1:] if family == "ddpm" else np.where(before >= 0, bars[np.maximum(before, 0)], last_bar)
+    # Where they land on the grid itself there is nothing to say; the last landing is the end of the grid.
+    bar[-1] = landed[-1]
+    landings = None if np.array_equal(landed, bar[1:]) else np.stack([np.sqrt(landed), np.sqrt(1 - landed)], axis=1)
+    return Grid(index.astype(np.float64), np.sqrt(bar), np.sqrt(1 - bar), landings=landings)
+
+
+def _noise_levels(
+    t: Float64s, bars: Float64s, sigmas: str | Sequence[float] | None, family: str, schedule: str | Float64s
+) -> tuple[Float64s, Float64s]:
+    """Return noise levels and their timesteps."""
+    training = np.sqrt((1 - bars) / bars)
+    between = np.asarray(np.interp(t, np.arange(len(bars)), training), dtype=np.float64)
+    if sigmas is None:
+        return between, t
+    if isinstance(sigmas, str):
+        ends = training[[0, -1]] if family == "dpm" else between[[-1, 0]]
+        levels = spread(sigmas, float(ends[0]), float(ends[1]), len(t))
+    else:
+        levels = _falling("sigmas", sigmas, len(t))
+        if levels[-1] <= 0:
+            raise ValueError(f"sigmas end at {levels[-1]:g}; give those above 0, the end is `end`'s")
+    at = np.asarray(np.interp(np.log(levels), np.log(training), np.arange(len(bars))), dtype=np.float64)
+    if family == "dpm":  # These schedulers hand whole timesteps to the network: some rounded, others cut off.
+        cosine = isinstance(schedule, str) and schedule == "cosine"
+        at = np.round(at) if isinstance(sigmas, str) and sigmas == "karras" and not cosine else np.floor(at)
+    return levels, at
+
+
+def _doubled(grid: Grid) -> Grid:
+    """Evaluate each noise level but the first twice: once at the end of a step, once at the start of the next."""
+    n = grid.steps
+    twice = np.repeat(np.arange(n), 2)[1:]
+    ends = np.append(twice, n)
+    return Grid(grid.timesteps[twice], grid.alphas[ends], grid.sigmas[ends], grid.start)
+
+
+def dynamic_mu(length: int, base: tuple[int, float] = (256, 0.5), most: tuple[int, float] = (4096, 1.15)) -> float:
+    """Return mu of a dynamic shift for images of `length` tokens, on the line through two (length, mu)."""
+    return base[1] + (most[1] - base[1]) * (length - base[0]) / (most[0] - base[0])
+
+
+def flow_grid(
+    steps: int,
+    *,
+    family: str = "euler",
+    shift: float = 1.0,
+    mu: float | None = None,
+    shape: str = "exponential",
+    terminal: float | None = None,
+    spacing: str | None = None,
+    sigmas: Sequence[float] | None = None,
+    training: int = TRAINING_STEPS,
+) -> Grid:
+    """Return a grid of flow matching, alpha = 1 - sigma (Esser et al. 2024); timesteps are sigma times `training`.
+
+    family: "euler", "dpm" or "unipc": where diffusers' schedulers for these begin and end.
+    shift: sigma becomes shift sigma / (1 + (shift - 1) sigma), which spends more steps at much noise.
+    mu: instead, a dynamic shift, e^mu ("exponential") or mu ("linear" `shape`); see `dynamic_mu`.
+    terminal: stretch so that the last sigma before 0 is this one.
+    spacing: then spread them between the ends as "karras", "exponential" or "beta".
+    sigmas: `steps` falling numbers from 1 to above 0, before shifting.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; a grid has 1 step or more")
+    if not (shift > 0 and math.isfinite(shift)):
+        raise ValueError(f"shift is {shift}; give a number above 0, 1 for none")
+    if shape not in ("exponential", "linear"):
+        raise ValueError(f"shape is {shape!r}; choose 'exponential' or 'linear'")
+    if mu is not None:
+        shift = math.exp(mu) if shape == "exponential" else mu
+
+    def shifted(s: Float64s) -> Float64s:
+        return np.asarray(shift * s / (1 + (shift - 1) * s), dtype=np.float64)
+
+    if sigmas is not None:
+        values = _falling("sigmas", sigmas, steps)
+        if not (values[-1] > 0 and values[0] <= 1):
+            raise ValueError(f"sigmas run from {values[0]:g} to {values[-1]:g}; they must lie above 0, up to 1")
+    elif family == "euler":
+        low = np.array(1 / training)
+        values = np.linspace(1, float(shifted(low) if mu is None else low), steps)
+    elif family == "dpm":
+        values = np.linspace(0, 1 - 1 / training, steps + 1)[::-1][:-1]
+    elif family == "unipc":
+        values = np.linspace(1, 1 / training, steps + 1)[:-1]
+    else:
+        raise ValueError(f"unknown family {family!r}; choose one of euler, dpm, unipc")
+    values = shifted(values)
+    if terminal is not None:
+        values = 1 - (1 - values) * ((1 - terminal) / (1 - values[-1]))
+    if spacing is not None:
+        values = spread(spacing, float(values[-1]), float(values[0]), steps)
+    if family == "unipc":  # It divides by alpha.
+        values = np.append(min(values[0], 1 - 1e-6), values[1:])
+    t = values * training
+    ended = np.append(values, 0.0)
+    return Grid(t if family == "euler" else np.floor(t), 1 - ended, ended)
+
+
+def ipndm_grid(steps: int) -> Grid:
+    """Return the grid of the improved pseudo-numerical method for v-diffusion; timesteps run from 1 to 0."""
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; a grid has 1 step or more")
+    sigmas = np.sin(np.linspace(1, 0, steps + 1) * np.pi / 2) ** 2
+    alphas = np.sqrt(1 - sigmas**2)
+    return Grid(np.arctan2(sigmas, alphas)[:-1] / np.pi * 2, alphas, sigmas)

@@ -1,6 +1,21 @@
 """Solvers: how a state goes from one index of the grid to the next, as rows of coefficients."""
 
 from drp.sampling.solvers.base import Solver
-from drp.sampling.solvers.ddim import DDIM
+from drp.sampling.solvers.ddim import DDIM, DDPM, EulerAncestral
+from drp.sampling.solvers.dpm import DPMSolver
+from drp.sampling.solvers.multistep import DEIS, IPNDM, PNDM, Heun, LinearMultistep
+from drp.sampling.solvers.unipc import UniPC
 
-__all__ = ["DDIM", "Solver"]
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "DEIS",
+    "IPNDM",
+    "PNDM",
+    "DPMSolver",
+    "EulerAncestral",
+    "Heun",
+    "LinearMultistep",
+    "Solver",
+    "UniPC",
+]

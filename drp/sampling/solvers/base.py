@@ -30,3 +30,15 @@ class Solver(ABC):
 
         `noise(k)` are standard normal numbers, drawn for this step alone. 0 <= k < N.
         """
+
+    def at(self, k: int) -> tuple[float, float]:
+        """Return alpha and sigma at an index."""
+        return float(self.grid.alphas[k]), float(self.grid.sigmas[k])
+
+
+def order_at(k: int, steps: int, order: int, lower_at_end: bool) -> int:
+    """Return the order that a multistep solver uses at step k: it has k earlier estimates.
+
+    `lower_at_end`: the last step is of first order, the one before of second at most.
+    """
+    return min(order, k + 1, steps - k if lower_at_end else order)

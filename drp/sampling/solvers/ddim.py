@@ -1,14 +1,70 @@
-"""DDIM and what it is equal to."""
+"""DDIM, and the ancestral samplers that add noise to it."""
 
 from __future__ import annotations
 
-from drp.sampling.rows import Row, data, epsilon
+import math
+
+from drp.sampling.grids import Grid
+from drp.sampling.rows import Row, data, epsilon, noise, state
 from drp.sampling.solvers.base import Solver
 
 
 class DDIM(Solver):
-    """DDIM without noise (Song et al. 2021, equation 12 with eta = 0): x_b = alpha_b data_a + sigma_b epsilon_a."""
+    """DDIM (Song et al. 2021, equation 12): x_b = alpha_b data + sqrt(sigma_b^2 - s^2) epsilon + s noise.
+
+    s = eta sigma_b / sigma_a sqrt(1 - alpha_a^2 / alpha_b^2). With eta = 0 there is no noise, and the step equals
+    Euler's in sigma / alpha, first-order DPM-Solver and first-order DEIS; on a flow-matching grid it is Euler's there.
+    """
+
+    def __init__(self, grid: Grid, prediction_type: str = "epsilon", eta: float = 0.0) -> None:
+        super().__init__(grid, prediction_type)
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta}; give 0 (no noise) to 1 (as much as DDPM)")
+        self.eta = eta
+        self.adds_noise = eta > 0
 
     def step(self, k: int) -> Row:
         """Return the row of x_{k+1}."""
-        return {data(k): float(self.grid.alphas[k + 1]), epsilon(k): float(self.grid.sigmas[k + 1])}
+        (alpha, sigma), (alpha_b, sigma_b) = self.at(k), self.grid.landing(k)
+        s = self.eta * sigma_b / sigma * math.sqrt(max(0.0, 1 - (alpha / alpha_b) ** 2))
+        return {data(k): alpha_b, epsilon(k): math.sqrt(max(0.0, sigma_b**2 - s**2)), noise(k): s}
+
+
+class DDPM(Solver):
+    """DDPM's ancestral sampling (Ho et al. 2020, equations 6 and 7).
+
+    variance: "small", of the posterior, or "large", of the step's beta; the last step to timestep 0 adds no noise.
+    """
+
+    adds_noise = True
+
+    def __init__(self, grid: Grid, prediction_type: str = "epsilon", variance: str = "small") -> None:
+        super().__init__(grid, prediction_type)
+        if variance not in ("small", "large"):
+            raise ValueError(
+                f"variance is {variance!r}; choose 'small' or 'large' (a learnt one is not linear in the output)"
+            )
+        self.variance = variance
+
+    def step(self, k: int) -> Row:
+        """Return the row of x_{k+1}."""
+        (alpha, sigma), (alpha_b, sigma_b) = self.at(k), self.at(k + 1)
+        beta = 1 - (alpha / alpha_b) ** 2
+        kept = (sigma_b / sigma) ** 2
+        variance = beta * kept if self.variance == "small" else beta
+        fresh = math.sqrt(variance) if self.grid.timesteps[k] > 0 else 0.0
+        return {data(k): alpha_b * beta / sigma**2, state(k): alpha / alpha_b * kept, noise(k): fresh}
+
+
+class EulerAncestral(Solver):
+    """Euler in sigma / alpha down below the next level, and noise up to it (Crowson's k-diffusion)."""
+
+    adds_noise = True
+
+    def step(self, k: int) -> Row:
+        """Return the row of x_{k+1}."""
+        (alpha, sigma), (alpha_b, sigma_b) = self.at(k), self.at(k + 1)
+        rho, rho_b = sigma / alpha, sigma_b / alpha_b
+        up = rho_b * math.sqrt(max(0.0, 1 - (rho_b / rho) ** 2))
+        down = math.sqrt(max(0.0, rho_b**2 - up**2))
+        return {data(k): alpha_b, epsilon(k): alpha_b * down, noise(k): alpha_b * up}

@@ -1,0 +1,106 @@
+"""DPM-Solver and DPM-Solver++, multistep, as differential equations without noise and with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from drp.sampling.grids import Grid
+from drp.sampling.rows import Row, Term, add, data, epsilon, noise, state
+from drp.sampling.solvers.base import Solver, order_at
+
+ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver")
+SHORT_RUN = 15
+"""Below this many steps the last ones are of lower order."""
+
+
+class DPMSolver(Solver):
+    """DPM-Solver++ (Lu et al. 2022b, algorithm 2 and appendix B) and DPM-Solver (Lu et al. 2022a), multistep.
+
+    The exponential integrator in lambda: x_b = base x_a + c (D0 + D1 (...) + D2 (...)), where D1 and D2 are the first
+    and second divided differences of the data estimates (the epsilon estimates without ++), times h.
+
+    order: 1 to 3, as far as there are estimates behind. lower_order_final: the last step of a run of fewer than 15
+    steps is of first order and the one before of second; a step to no noise at all is always of first.
+    variant: "midpoint" or "heun", how the second-order term is weighed.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        prediction_type: str = "epsilon",
+        order: int = 2,
+        algorithm: str = "dpmsolver++",
+        variant: str = "midpoint",
+        lower_order_final: bool = True,
+        euler_at_final: bool = False,
+    ) -> None:
+        super().__init__(grid, prediction_type)
+        if order not in (1, 2, 3):
+            raise ValueError(f"order is {order}; choose 1, 2 or 3")
+        if algorithm not in ALGORITHMS:
+            raise ValueError(f"unknown algorithm {algorithm!r}; choose one of {', '.join(ALGORITHMS)}")
+        if variant not in ("midpoint", "heun"):
+            raise ValueError(f"variant is {variant!r}; choose 'midpoint' or 'heun'")
+        if algorithm.startswith("sde") and order == 3:
+            raise ValueError(f"order is 3, which {algorithm} does not have; choose 1 or 2, or dpmsolver++")
+        if not algorithm.endswith("++") and grid.sigmas[-1] == 0:
+            raise ValueError(f"{algorithm} divides by the last sigma, which is 0; make the grid with end='sigma_min'")
+        self.order, self.algorithm, self.variant = order, algorithm, variant
+        self.lower_order_final, self.euler_at_final = lower_order_final, euler_at_final
+        self.history = order - 1
+        self.adds_noise = algorithm.startswith("sde")
+        self._lambdas = grid.lambdas.tolist()
+
+    def step(self, k: int) -> Row:
+        """Return the row of x_{k+1}."""
+        (alpha, sigma), (alpha_b, sigma_b) = self.at(k), self.at(k + 1)
+        h = self._lambdas[k + 1] - self._lambdas[k]
+        shrink = sigma_b * alpha / (alpha_b * sigma)  # e^-h, which stays finite where lambda does not
+        term: Callable[[int], Term] = data
+        match self.algorithm:
+            case "dpmsolver++":
+                base, c, weights = sigma_b / sigma, alpha_b * (1 - shrink), _weights(-h)
+                fresh = 0.0
+            case "sde-dpmsolver++":
+                base, c, weights = sigma_b / sigma * shrink, alpha_b * (1 - shrink**2), _weights(-2 * h)
+                fresh = sigma_b * math.sqrt(1 - shrink**2)
+            case "dpmsolver":
+                base, c, weights = alpha_b / alpha, -sigma_b * math.expm1(h), _weights(h)
+                fresh, term = 0.0, epsilon
+            case _:
+                base, c, weights = alpha_b / alpha, -2 * sigma_b * math.expm1(h), _weights(h)
+                fresh, term = sigma_b * math.sqrt(math.expm1(2 * h)), epsilon
+        order = self._order_at(k)
+        differences = self._differences(k, order, h, term)
+        row: list[tuple[float, Row]] = [(base, {state(k): 1.0}), (c, {term(k): 1.0}), (fresh, {noise(k): 1.0})]
+        if order == 2 and self.variant == "midpoint":
+            row.append((c / 2, differences[0]))
+        else:
+            row.extend((c * weight, difference) for weight, difference in zip(weights, differences, strict=False))
+        return add(*row)
+
+    def _order_at(self, k: int) -> int:
+        n = self.grid.steps
+        if k == n - 1 and (self.euler_at_final or self.grid.sigmas[n] == 0):
+            return 1
+        return order_at(k, n, self.order, self.lower_order_final and n < SHORT_RUN)
+
+    def _differences(self, k: int, order: int, h: float, term: Callable[[int], Term]) -> list[Row]:
+        """Return D1 and D2, as far as the order goes."""
+        if order == 1:
+            return []
+        r = [(self._lambdas[k - j] - self._lambdas[k - j - 1]) / h for j in range(order - 1)]
+        first = [add((1 / r[j], {term(k - j): 1.0, term(k - j - 1): -1.0})) for j in range(order - 1)]
+        if order == 2:
+            return first
+        bend = add((1.0, first[0]), (-1.0, first[1]))
+        return [add((1.0, first[0]), (r[0] / (r[0] + r[1]), bend)), add((1 / (r[0] + r[1]), bend))]
+
+
+def _weights(z: float) -> tuple[float, float]:
+    """Return what D1 and D2 weigh beside D0: phi_2 / phi_1 and phi_3 / phi_1 of the exponential integrator at z."""
+    if math.isinf(z):
+        return 0.0, 0.0
+    whole = math.expm1(z)
+    return (whole / z - 1) / whole, ((whole - z) / z**2 - 0.5) / whole
