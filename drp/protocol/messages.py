@@ -160,6 +160,11 @@ class Prediction:
     slot: Count
     seconds: Seconds
 
+    @property
+    def what(self) -> tuple[int, int, int]:
+        """The run, index and slot of the draft that it answers."""
+        return self.run, self.index, self.slot
+
 
 @dataclass(frozen=True)
 class Unbind:
