@@ -4,7 +4,7 @@ DEVICES ?= 2
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench micro clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,8 +28,11 @@ check: $(READY) ## Lint, format and types
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-bench: $(READY) ## Measure; DEVICES=2 says how many workers
-	$(BIN)/python -m bench.real_model --devices $(DEVICES)
+bench: $(READY) ## Measure, on emulated devices and real cores; DEVICES=8 says how many are emulated
+	$(BIN)/python -m bench --devices $(DEVICES)
+
+micro: $(READY) ## Measure the parts: codec, transport, arithmetic
+	$(BIN)/python -m pytest bench/micro --benchmark-enable --benchmark-columns=min,median,mean,rounds --benchmark-sort=name
 
 clean: ## Remove .venv and caches
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info

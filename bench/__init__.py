@@ -1,1 +1,1 @@
-"""Benches: one file a question. `make bench` runs them."""
+"""Benches: one question a file. `python -m bench` asks them in turn."""

@@ -29,8 +29,8 @@ def sample(
     """Start workers, sample once, end them.
 
     The first five arguments are those of `drp.Leader`, the others those of `drp.leader.request.Request`.
-    `result.samples` is float32 [B, ...], for `digits` [B, 1, 28, 28] in [-1, 1] where the model ends there. To sample
-    more than once, keep a `drp.Leader`.
+    `result.samples` is float32 [B, ...], for `digits` [B, 1, 28, 28], about [-1, 1]. To sample more than once, keep a
+    `drp.Leader`.
     """
     spec = models.describe(model_name(model))
     if spec is not None:  # Known without loading: bad options are refused before workers start.

@@ -23,10 +23,18 @@ def main() -> None:
     """Run diffusion sampling faster, by drafting timesteps on several devices and refining them."""
 
 
+def parse_numbers(what: str, text: str) -> list[int]:
+    """Return the whole numbers that text such as `1,28,28` lists; raise ValueError if it is anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"{what} is {text!r}; write whole numbers with commas between")
+    return [int(part) for part in parts]
+
+
 def parse_labels(text: str) -> list[int]:
-    """Return the labels that text such as `3,1,4` or `0-9` names; raise ValueError if it names none."""
+    """Return the labels that text such as `3,1,4` or `0-9` names, none if it is empty."""
     labels: list[int] = []
-    for part in text.split(","):
+    for part in text.split(",") if text else ():
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ValueError(f"labels {text!r}: {part!r} is no label; write them as 3,1,4 or 0-9")
@@ -39,8 +47,9 @@ def parse_labels(text: str) -> list[int]:
 
 @main.command()
 @click.argument("model", default="digits")
-@click.option("-l", "--labels", default="0-9", show_default=True, help="Classes, one a sample: 3,1,4 or 0-9.")
-@click.option("-r", "--repeat", default=1, show_default=True, help="Samples of each label.")
+@click.option("-l", "--labels", help="Classes, a column each: 3,1,4 or 0-9; by default all that the model has.")
+@click.option("-r", "--rows", default=1, show_default=True, help="Rows of the picture: samples of each label.")
+@click.option("--shape", help="A sample's shape, 1,28,28, for a model that does not say it.")
 @click.option("-n", "--steps", default=48, show_default=True, help="Steps of the solver.")
 @click.option("-d", "--devices", default="1", show_default=True, help="A count, or names: cpu:0,cpu:1.")
 @click.option("-m", "--mode", default="aggressive", show_default=True, help=f"One of {', '.join(MODE_NAMES)}.")
@@ -63,8 +72,9 @@ def parse_labels(text: str) -> list[int]:
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("samples.png"), show_default=True)
 def sample(
     model: str,
-    labels: str,
-    repeat: int,
+    labels: str | None,
+    rows: int,
+    shape: str | None,
     steps: int,
     devices: str,
     mode: str,
@@ -89,14 +99,16 @@ def sample(
     """Draw samples of MODEL into one picture, a label a column."""
     with _plain_errors():
         check_writable(out)
-        if repeat < 1:
-            raise ValueError(f"repeat is {repeat}; draw 1 sample of each label or more")
+        if rows < 1:
+            raise ValueError(f"rows is {rows}; a picture has 1 or more")
         from torch import Tensor  # only now: --help need not wait for torch
 
         from drp.api import sample as run
+        from drp.models import describe
         from drp.pictures import save_grid
 
-        columns = parse_labels(labels)
+        known = describe(model)
+        columns = list(range(known.classes or 0)) if known and labels is None else parse_labels(labels or "")
         console = Console(stderr=True)
         bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
@@ -109,7 +121,9 @@ def sample(
 
             result = run(
                 model,
-                labels=columns * repeat,
+                labels=columns * rows or None,
+                count=max(len(columns), 1) * rows,
+                shape=parse_numbers("shape", shape) if shape else None,
                 steps=steps,
                 devices=devices,
                 mode=mode,
@@ -128,7 +142,7 @@ def sample(
                 seed=seed,
                 callback=advance,
             )
-        save_grid(result.samples, len(columns), out)
+        save_grid(result.samples, max(len(columns), 1), out)
         click.echo(
             f"{result.mode}, {len(result.devices)} worker(s) on {', '.join(result.devices)}: {result.steps} steps in "
             f"{result.rounds} rounds, {result.evaluations} evaluations, {result.seconds:.2f} s; speed-up "

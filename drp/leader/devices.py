@@ -6,25 +6,44 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from drp.protocol.messages import Emulated
 
 MOST = 256
 """Workers of one leader."""
 
+SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+MOST_SECONDS = 3600
+BYTES = {"GB/s": 1e9, "MB/s": 1e6, "KB/s": 1e3}
+NUMBER = r"(\d{1,9}(?:\.\d{1,9})?)"
+
 
 @dataclass(frozen=True)
 class Device:
-    """One worker's place: a name, and the cores it is pinned to."""
+    """One worker's place: a name, the cores it is pinned to, and what it emulates, if it does."""
 
     name: str
     cores: tuple[int, ...]
+    emulated: Emulated | None = None
 
 
 def parse_devices(devices: int | str | Sequence[str], threads: int) -> tuple[Device, ...]:
     """Return a device for each worker.
 
-    `devices` is a count, a name, several names, or names with commas between. A name is `cpu:I`, the I-th of the cores
-    that this process may use, or `cpu`, the next in turn. A worker with several threads has the cores after it too.
-    More workers than cores share them.
+    `devices` is a count, a name, several names, or names with commas between; `8xNAME` is eight of a name. A name is
+
+    - `cpu:I`, the I-th of the cores that this process may use, or `cpu`, the next in turn. A worker with several
+      threads has the cores after it too. More workers than cores share them.
+    - `emulated:TIME`, a worker on the next core in turn that takes TIME (`20ms`, `500us`, `1s`) for each evaluation,
+      with options after more colons, any of them: `emulated:20ms:jitter=10%:straggler=3x@5%:link=50us@10GB/s`.
+      jitter: the standard deviation of a normal distribution, as a share of TIME.
+      straggler: three times as long, for 5 % of the evaluations.
+      link: a draft and a prediction each travel for 50 us and, after the @, if given, their bytes at this rate.
+      values: `model` (the default: the evaluation's own, within TIME if that is long enough), or `cheap`, a function of
+      the draft and the timestep that costs next to nothing; see `drp.workers.emulated`.
+
+    Raises ValueError for what is no device, saying what there is.
     """
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
         raise ValueError(f"threads is {threads!r}; a worker needs 1 or more")
@@ -34,20 +53,59 @@ def parse_devices(devices: int | str | Sequence[str], threads: int) -> tuple[Dev
     cores = sorted(os.sched_getaffinity(0))
     placed = []
     for turn, name in enumerate(names):
-        found = re.fullmatch(r"cpu(?::(\d{1,4}))?", name)
-        if not found:
-            raise ValueError(f"device {name!r} does not exist; drp runs on {_known(cores)}")
-        first = turn * threads % len(cores) if found[1] is None else int(found[1])
+        first = turn * threads % len(cores)
+        kind, _, rest = name.partition(":")
+        if kind == "cpu" and re.fullmatch(r"cpu(:\d{1,4})?", name):
+            first = int(rest) if rest else first
+        elif kind != "emulated":
+            raise ValueError(f"device {name!r} does not exist; drp runs on {_known(cores)}, and on emulated:TIME")
         if first >= len(cores):
             raise ValueError(f"device {name!r} does not exist; this process may use {_known(cores)}")
         own = tuple(cores[(first + i) % len(cores)] for i in range(min(threads, len(cores))))
-        placed.append(Device(f"cpu:{first}", own))
+        emulated = parse_emulated(name, turn) if kind == "emulated" else None
+        placed.append(Device(name if emulated else f"cpu:{first}", own, emulated))
     return tuple(placed)
+
+
+def parse_emulated(name: str, number: int) -> Emulated:
+    """Return what `emulated:TIME[:OPTION...]` says, for the worker of this number; see `parse_devices`."""
+    _, time, *options = name.split(":") if ":" in name else (name, "")
+    fields: dict[str, Any] = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        if jitter := re.fullmatch(f"jitter={NUMBER}%", option):
+            new: dict[str, Any] = {"jitter": float(jitter[1]) / 100}
+        elif straggler := re.fullmatch(f"straggler={NUMBER}x@{NUMBER}%", option):
+            new = {"straggler_factor": float(straggler[1]), "straggler_share": float(straggler[2]) / 100}
+        elif link := re.fullmatch(f"link=([^@]+)(?:@{NUMBER}([GMK]B/s))?", option):
+            new = {"latency": _seconds(link[1], name), "bandwidth": float(link[2]) * BYTES[link[3]] if link[2] else 0.0}
+            if link[2] and not new["bandwidth"]:
+                raise ValueError(f"device {name!r}: a link of {link[2]}{link[3]} passes nothing; give more than 0")
+        elif key == "values" and value in ("model", "cheap"):
+            new = {"cheap": value == "cheap"}
+        else:
+            raise ValueError(
+                f"device {name!r}: {option!r} is no option of an emulated device; "
+                "give jitter=10%, straggler=3x@5%, link=50us@10GB/s or values=cheap, with colons between"
+            )
+        if not fields.keys().isdisjoint(new):
+            raise ValueError(f"device {name!r} gives {key} twice; give it once")
+        fields |= new
+    if fields.get("jitter", 0) > 1 or fields.get("straggler_share", 0) > 1:
+        raise ValueError(f"device {name!r}: jitter and the share of stragglers are at most 100%")
+    return Emulated(number, _seconds(time, name), **fields)
+
+
+def _seconds(text: str, name: str) -> float:
+    found = re.fullmatch(f"{NUMBER}(s|ms|us)", text)
+    if not found or float(found[1]) * SECONDS[found[2]] > MOST_SECONDS:
+        raise ValueError(f"device {name!r}: {text!r} is no time up to {MOST_SECONDS} s; write 20ms, 500us or 1s")
+    return float(found[1]) * SECONDS[found[2]]
 
 
 def _names(devices: int | str | Sequence[str]) -> list[str]:
     if isinstance(devices, str):
-        devices = int(devices) if re.fullmatch(r"-?\d{1,6}", devices) else [d.strip() for d in devices.split(",")]
+        devices = int(devices) if re.fullmatch(r"-?\d{1,6}", devices) else devices.split(",")
     if isinstance(devices, bool) or not isinstance(devices, (int, Sequence)):
         raise ValueError(f"devices is {devices!r}; give a count, or names such as 'cpu:0'")
     if isinstance(devices, int):
@@ -57,7 +115,10 @@ def _names(devices: int | str | Sequence[str]) -> list[str]:
     for name in devices:
         if not isinstance(name, str):
             raise ValueError(f"devices holds {name!r}; give a count, or names such as 'cpu:0'")
-    return list(devices)
+    counted = [re.fullmatch(r"(?:(\d{1,6})x)?(.*)", name.strip(), re.DOTALL) for name in devices]
+    if sum(int(found[1] or 1) for found in counted if found) > MOST:
+        raise ValueError(f"devices is {devices!r:.80}; a run needs 1 to {MOST}")
+    return [found[2] for found in counted if found for _ in range(int(found[1] or 1))]
 
 
 def _known(cores: Sequence[int]) -> str:

@@ -118,7 +118,7 @@ class Pool:
                 raise WorkerError(f"{worker} speaks version {hello.version} of the protocol, the leader {VERSION}")
         self._socket.vanish()
         for worker in self.workers:
-            self.send(worker, Load(model))
+            self.send(worker, Load(model, worker.device.emulated))
         loaded = self._gather(Loaded, self.workers, deadline, f"load {model!r} and {waiting}")
         (first, facts), *others = loaded
         for worker, other in others:
@@ -138,7 +138,7 @@ class Pool:
         answers: dict[int, Answer] = {}
         while len(answers) < len(workers):
             silent = next(w for w in workers if w.number not in answers)
-            worker, message = self.receive(deadline, f"{silent} did not {waiting}")
+            worker, message = self._receive(deadline, f"{silent} did not {waiting}")
             if not isinstance(message, kind):
                 raise WorkerError(f"{worker} sent {type(message).__name__} where {kind.__name__} was due")
             answers[worker.number] = message
@@ -153,17 +153,38 @@ class Pool:
                 raise WorkerError(f"{worker} does not take its messages: {error}") from None
             raise WorkerError(f"{worker} {worker.end()}") from None
 
-    def receive(self, deadline: float, late: str) -> tuple[WorkerProcess, ToLeader]:
-        """Return the next message; raise WorkerError if a worker fails or dies, or, saying `late`, at the deadline."""
-        while True:
-            has_message, ended = self._socket.poll(deadline - time.monotonic())
-            if has_message:
-                return self._open()
-            for worker in self.workers:
-                if worker.process.sentinel in ended:
-                    raise WorkerError(f"{worker} {worker.end()}")
+    def watch(self, fd: int) -> None:
+        """Let `poll` also return when a descriptor of the caller's is ready."""
+        self._socket.watch(fd)
+
+    def poll(self, deadline: float, wakeup: int | None = None) -> tuple[WorkerProcess, ToLeader] | None:
+        """Return the next message, or None at the deadline, or when `wakeup`, an eventfd, is ready; that is reset.
+
+        Raises WorkerError if a worker has failed or died; what it sent before it died comes first.
+        """
+        has_message, ready = self._socket.poll(deadline - time.monotonic())
+        if wakeup in ready:
+            os.eventfd_read(wakeup)
+        if has_message:
+            return self._open()
+        for worker in self.workers:
+            if worker.process.sentinel in ready:
+                raise WorkerError(f"{worker} {worker.end()}")
+        return None
+
+    def receive_now(self) -> tuple[WorkerProcess, ToLeader] | None:
+        """Return a message that is waiting, or None."""
+        try:
+            return self._open()
+        except zmq.Again:
+            return None
+
+    def _receive(self, deadline: float, late: str) -> tuple[WorkerProcess, ToLeader]:
+        """Return the next message; raise WorkerError, saying `late`, at the deadline."""
+        while (got := self.poll(deadline)) is None:
             if time.monotonic() >= deadline:
                 raise WorkerError(late)
+        return got
 
     def _open(self) -> tuple[WorkerProcess, ToLeader]:
         try:

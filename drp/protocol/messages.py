@@ -26,6 +26,7 @@ VERSION = 1
 Count = Annotated[int, Bounds(0, 2**31 - 1)]
 Bytes = Annotated[int, Bounds(0, 2**48)]
 Seconds = Annotated[float, Bounds(0, 1e9)]
+Fraction = Annotated[float, Bounds(0, 1)]
 Shape = Annotated[tuple[Count, ...], Length(16)]
 Name = Annotated[str, Length(200)]
 Text = Annotated[str, Length(20_000)]
@@ -72,10 +73,31 @@ class Hello:
 
 
 @dataclass(frozen=True)
+class Emulated:
+    """A device that a worker stands in for: how long its evaluations take, in seconds, and how far away it is.
+
+    An evaluation takes `seconds`, normally distributed with a standard deviation of `jitter` times that, and
+    `straggler_factor` times as long for a share `straggler_share` of them. A draft and a prediction each travel for
+    `latency` and their bytes at `bandwidth` bytes a second (0: at once). `cheap`: the model need not be evaluated.
+    `number` tells the draws of one device from another's.
+    """
+
+    number: Count
+    seconds: Seconds
+    jitter: Fraction = 0.0
+    straggler_factor: Seconds = 1.0
+    straggler_share: Fraction = 0.0
+    latency: Seconds = 0.0
+    bandwidth: Annotated[float, Bounds(0, 1e18)] = 0.0
+    cheap: bool = False
+
+
+@dataclass(frozen=True)
 class Load:
-    """Load the model of this name."""
+    """Load the model of this name; be this device, if one is to be emulated."""
 
     model: Name
+    emulated: Emulated | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +159,11 @@ class Prediction:
     index: Count
     slot: Count
     seconds: Seconds
+
+    @property
+    def what(self) -> tuple[int, int, int]:
+        """The run, index and slot of the draft that it answers."""
+        return self.run, self.index, self.slot
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,8 @@ def make_solver(
     """
     if name not in SOLVERS:
         raise ValueError(f"unknown solver {name!r}; choose one of {', '.join(SOLVERS)}")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; choose 1 or more")
     named = SOLVERS[name]
     full = _grid(name, named, steps, prediction_type, grid or {})
     last = int(steps * strength)

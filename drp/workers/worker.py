@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 import traceback
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ from drp.protocol.messages import (
 )
 from drp.protocol.transport import WorkerSocket
 from drp.workers import lifeline
+from drp.workers.emulated import EmulatedDevice, cheap
 from drp.workers.weights import Weights
 
 PATIENCE = 1.0
@@ -48,6 +51,7 @@ class Worker:
         self._denoiser: Denoiser | None = None
         self._weights = Weights(None)
         self._arenas: dict[int, Arena] = {}
+        self._timed = _timed
 
     def run(self) -> None:
         """Answer messages until Stop; an error is told to the leader, and ends the worker."""
@@ -77,6 +81,10 @@ class Worker:
                 if self._from_main_thread:  # Not sooner: until here the socket has a name, for a worker to clear away.
                     lifeline.die_with_parent_thread()
                 self._denoiser = load(message.model)
+                if message.emulated is not None:
+                    self._timed = EmulatedDevice(message.emulated).run
+                    if message.emulated.cheap:
+                        self._denoiser = replace(self._denoiser, predict=cheap)
                 self._weights = Weights(self._denoiser.module)
                 return Loaded(self._denoiser.spec, self._weights.nbytes, self._weights.layout)
             case Share():
@@ -93,14 +101,23 @@ class Worker:
             return None  # The run was ended while this draft was on its way.
         if draft.slot >= arena.bind.slots:
             raise ProtocolError(f"slot {draft.slot}; the run has {arena.bind.slots}")
-        assert self._denoiser is not None
-        began = time.perf_counter()
         x = arena.drafts[draft.slot].view(arena.bind.shape)
-        t = torch.full(x.shape[:1], draft.timestep, dtype=torch.float32)
-        predicted = self._denoiser.predict(x, t, arena.cond)
-        _check(predicted, x)
-        arena.predictions[draft.slot] = predicted.reshape(-1)
-        return Prediction(draft.run, draft.index, draft.slot, time.perf_counter() - began)
+
+        def evaluate() -> None:
+            assert self._denoiser is not None
+            t = torch.full(x.shape[:1], draft.timestep, dtype=torch.float32)
+            predicted = self._denoiser.predict(x, t, arena.cond)
+            _check(predicted, x)
+            arena.predictions[draft.slot] = predicted.reshape(-1)
+
+        seconds = self._timed(draft, x.nbytes, evaluate)
+        return Prediction(draft.run, draft.index, draft.slot, seconds)
+
+
+def _timed(draft: Draft, nbytes: int, evaluate: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    evaluate()
+    return time.perf_counter() - began
 
 
 def _check(predicted: Tensor, x: Tensor) -> None:

@@ -1,0 +1,25 @@
+"""How long does a message take to encode, and to decode with every check? The goal is under 20 us."""
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from drp.protocol.codec import decode, encode
+from drp.protocol.messages import TO_LEADER, TO_WORKER, Bind, Draft, Handle, Prediction, TensorSpec, ToLeader, ToWorker
+
+MESSAGES = [
+    Draft(1, 47, 999.0, 23),
+    Prediction(1, 47, 23, 0.02),
+    Bind(1, Handle(1234, 5, 1 << 20), (1, 4, 64, 64), "float32", 24, (TensorSpec("labels", "int64", (1,), 0),)),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_encode(benchmark: BenchmarkFixture, message: ToWorker | ToLeader) -> None:
+    """Encode a message."""
+    assert len(benchmark(encode, message)) > 0
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_decode(benchmark: BenchmarkFixture, message: ToWorker | ToLeader) -> None:
+    """Decode a message."""
+    assert benchmark(decode, encode(message), TO_WORKER | TO_LEADER) == message

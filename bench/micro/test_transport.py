@@ -1,0 +1,76 @@
+"""Transport: how long a message takes to a worker process and back, and how long it takes to send a round's drafts."""
+
+import multiprocessing
+from collections.abc import Iterator
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from drp.protocol.messages import Draft, Hello, Prediction, Stop
+from drp.protocol.transport import LeaderSocket, WorkerSocket
+
+DEADLINE = 30.0
+WORKERS = 8
+
+
+def echo(endpoint: str) -> None:
+    """Answer drafts until Stop."""
+    socket = WorkerSocket(endpoint, b"echo")
+    socket.send(Hello(1, 1))
+    while not isinstance(message := socket.receive(DEADLINE), Stop) and message is not None:
+        assert isinstance(message, Draft)
+        socket.send(Prediction(message.run, message.index, message.slot, 0.0))
+    socket.close()
+
+
+@pytest.fixture
+def leader() -> Iterator[LeaderSocket]:
+    """Open a leader's socket."""
+    socket = LeaderSocket()
+    yield socket
+    socket.close()
+
+
+def test_round_trip(benchmark: BenchmarkFixture, leader: LeaderSocket) -> None:
+    """A Draft to another process, a Prediction back."""
+    process = multiprocessing.get_context("spawn").Process(target=echo, args=(leader.endpoint,), daemon=True)
+    process.start()
+    assert leader.poll(DEADLINE)[0]
+    leader.receive()
+
+    def there_and_back() -> object:
+        leader.send(b"echo", Draft(0, 1, 999.0, 1))
+        assert leader.poll(DEADLINE)[0]
+        return leader.receive()[1]
+
+    assert benchmark(there_and_back) == Prediction(0, 1, 1, 0.0)
+    leader.send(b"echo", Stop())
+    process.join(DEADLINE)
+
+
+def test_dispatch_to_8_workers(benchmark: BenchmarkFixture, leader: LeaderSocket) -> None:
+    """Encode and send a round's drafts; the workers' sockets take them before the next round."""
+    sockets = [WorkerSocket(leader.endpoint, b"%d" % number) for number in range(WORKERS)]
+    for socket in sockets:
+        socket.send(Hello(1, 1))
+        assert leader.poll(DEADLINE)[0]
+        leader.receive()
+    sent = 0
+
+    def dispatch() -> None:
+        nonlocal sent
+        for number in range(WORKERS):
+            leader.send(b"%d" % number, Draft(0, number, 999.0, number))
+        sent += 1
+
+    def take() -> None:
+        nonlocal sent
+        for _ in range(sent):
+            for number, socket in enumerate(sockets):
+                assert socket.receive(DEADLINE) == Draft(0, number, 999.0, number)
+        sent = 0
+
+    benchmark.pedantic(dispatch, setup=take, rounds=500)  # type: ignore[no-untyped-call]
+    take()
+    for socket in sockets:
+        socket.close()

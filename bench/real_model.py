@@ -1,0 +1,102 @@
+"""What is it worth on real cores? `digits`, one image: plain loops in this process, and worker processes, in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from bench.figures import console, percentile
+from bench.speedup import pinned
+from drp import models
+from drp.leader import Leader
+from drp.leader.request import Request, make_job
+from drp.sampling.modes import Sequential
+from drp.sampling.reference import run_reference
+
+TURNS = 10
+PATIENCE = 40.0
+"""Seconds after which no more turns begin: where others use the cores too, the loop with 2 threads takes very long."""
+DEVICES = 2
+REQUEST = Request(labels=[3], steps=48)
+
+
+def measure(turns: int = TURNS) -> dict[str, Any]:
+    """Return p50 and p95 of the ways, and the ratios that matter, each the median over the turns."""
+    denoiser = models.load("digits")
+    job = make_job(REQUEST, denoiser.spec, 1)
+
+    def plain(threads: int) -> float:
+        torch.set_num_threads(threads)
+        try:
+            return run_reference(denoiser.predict, job.solver, Sequential(), job.start, job.cond).seconds
+        finally:
+            torch.set_num_threads(1)
+
+    def plain_pinned() -> float:
+        with pinned():
+            return plain(1)
+
+    with Leader("digits", devices=DEVICES) as leader:
+
+        def led(mode: str, drafts: int) -> float:
+            return leader.sample(labels=[3], steps=48, mode=mode, drafts=drafts).seconds
+
+        ways: dict[str, Callable[[], float]] = {
+            "plain loop, 1 thread": plain_pinned,
+            "plain loop, 2 threads": lambda: plain(2),
+            "1 worker": lambda: led("sequential", 1),
+            "2 workers, aggressive": lambda: led("aggressive", 2),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        began = time.perf_counter()
+        for turn in range(turns + 1):
+            if turn > 1 and time.perf_counter() - began > PATIENCE:
+                break
+            for name, way in ways.items():
+                took = way()
+                if turn:  # the first warms up
+                    seconds[name].append(took)
+                time.sleep(0.02)
+
+    def ratio(slow: str, fast: str) -> float:
+        return percentile([a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)], 50)
+
+    theory = 48 / 25
+    return {
+        "turns": len(seconds["1 worker"]),
+        "ways": {name: {"p50": percentile(v, 50), "p95": percentile(v, 95)} for name, v in seconds.items()},
+        "theory": theory,
+        "two_over_one_worker": ratio("1 worker", "2 workers, aggressive"),
+        "two_over_one_worker_of_theory": ratio("1 worker", "2 workers, aggressive") / theory,
+        "two_over_plain_2_threads": ratio("plain loop, 2 threads", "2 workers, aggressive"),
+        "one_worker_over_plain_1_thread": ratio("1 worker", "plain loop, 1 thread"),
+    }
+
+
+def table(figures: dict[str, Any]) -> Table:
+    """Return the table."""
+    shown = Table(
+        *("", "ms: p50", "p95"),
+        title="digits, one image, 48 steps, real cores",
+        caption=f"2 workers against 1: {figures['two_over_one_worker']:.2f} times as fast, "
+        f"{figures['two_over_one_worker_of_theory']:.3f} of theory ({figures['theory']:.2f}); against the plain loop "
+        f"with 2 threads: {figures['two_over_plain_2_threads']:.2f}. 1 worker takes "
+        f"{figures['one_worker_over_plain_1_thread']:.3f} of the plain loop's time with 1 thread on the same core.",
+    )
+    for name, row in figures["ways"].items():
+        shown.add_row(name, f"{row['p50'] * 1e3:.1f}", f"{row['p95'] * 1e3:.1f}")
+    return shown
+
+
+def main() -> None:
+    """Measure."""
+    torch.set_num_threads(1)
+    console().print(table(measure()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Sharing: which run a free worker serves when several have drafts waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from drp.leader.active import Active
+
+
+class Sharing(Protocol):
+    """A policy. Whatever it chooses, samples are the same: only who waits for whom depends on it."""
+
+    def choose(self, worker: int, workers: int, runs: Sequence[Active]) -> Active | None:
+        """Return the run whose next draft worker number `worker` of `workers` evaluates; `runs` are oldest first."""
+        ...
+
+
+class Spread:
+    """Latency: every worker serves the oldest run that has drafts waiting; later runs fill what it leaves idle."""
+
+    def choose(self, worker: int, workers: int, runs: Sequence[Active]) -> Active | None:
+        """Return the oldest run with a draft waiting."""
+        return next((run for run in runs if run.waiting), None)
+
+
+class Gather:
+    """Throughput: a worker serves one run as long as that has drafts, then the oldest."""
+
+    def choose(self, worker: int, workers: int, runs: Sequence[Active]) -> Active | None:
+        """Return the worker's own run, or the oldest with a draft waiting."""
+        own = runs[worker] if worker < len(runs) else None
+        return own if own is not None and own.waiting else next((run for run in runs if run.waiting), None)
+
+
+class ByLoad:
+    """All workers on the oldest run while there are fewer runs than workers; beyond that, a run a worker."""
+
+    def __init__(self) -> None:
+        self._few, self._many = Spread(), Gather()
+
+    def choose(self, worker: int, workers: int, runs: Sequence[Active]) -> Active | None:
+        """Return what the policy for this load chooses."""
+        policy: Sharing = self._few if len(runs) < workers else self._many
+        return policy.choose(worker, workers, runs)

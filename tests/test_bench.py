@@ -1,0 +1,57 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.figures import machine
+from bench.rounds import split, summary
+from drp.leader.timeline import Mark
+
+MS = 1_000_000
+
+TIMELINE = [
+    Mark("begin", 0, 7),
+    Mark("formed", 1 * MS, 7),
+    Mark("sent", 2 * MS, 7, 0, 0),
+    Mark("refined", 3 * MS, 7),
+    Mark("answer", 23 * MS, 7, 0, 0, 0.020),
+    Mark("formed", 25 * MS, 7),
+    Mark("sent", 26 * MS, 7, 1, 0),
+    Mark("sent", 27 * MS, 7, 2, 1),
+    Mark("sent", 28 * MS, 7, 3, 0),
+    Mark("refined", 30 * MS, 7),
+    Mark("answer", 46 * MS, 7, 1, 0, 0.019),
+    Mark("answer", 60 * MS, 7, 2, 1, 0.031),
+    Mark("answer", 68 * MS, 7, 3, 0, 0.021),
+    Mark("end", 70 * MS, 7),
+]
+
+
+def test_a_timeline_is_divided_into_rounds_and_their_parts() -> None:
+    run = split(TIMELINE)
+    first, second = run.rounds
+    assert (first.drafts, second.drafts) == (1, 3)
+    assert run.wall == pytest.approx(0.070)
+    assert (first.wall, first.slowest, first.lost) == pytest.approx((0.023, 0.020, 0.003))
+    assert (first.arithmetic, first.sending, first.wire) == pytest.approx((0.001, 0.001, 0.001))
+    assert second.slowest == pytest.approx(0.040)  # worker 0 had two drafts, 19 and 21 ms
+    assert second.waiting == pytest.approx(0.040 - (0.040 + 0.031) / 2)
+    assert (second.arithmetic, second.sending, second.wire) == pytest.approx((0.002, 0.001, 0.002))
+    for r in run.rounds:
+        assert r.lost == pytest.approx(r.arithmetic + r.sending + r.wire)
+    assert run.efficiency == pytest.approx(0.060 / 0.070)
+
+
+def test_a_summary_takes_only_rounds_of_so_many_drafts() -> None:
+    figures = summary([split(TIMELINE)], drafts=3)
+    assert figures["lost_p50"] == pytest.approx(0.005)
+    assert figures["efficiency_p95"] == pytest.approx(6 / 7)
+
+
+def test_results_in_the_repository_say_emulated_and_name_their_machine() -> None:
+    found = list(Path(__file__).parent.parent.joinpath("bench", "results").glob("*.json"))
+    assert found
+    for path in found:
+        results = json.loads(path.read_text())
+        assert machine().keys() <= results["machine"].keys()
+        assert all(device.startswith("emulated:") for device in results["speedup"])

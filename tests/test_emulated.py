@@ -1,0 +1,161 @@
+import statistics
+import types
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import drp
+from drp.leader.devices import MOST, parse_devices, parse_emulated
+from drp.protocol.codec import decode, encode
+from drp.protocol.messages import TO_WORKER, Draft, Emulated, Load
+from drp.workers import emulated
+from drp.workers.emulated import EmulatedDevice
+
+CHEAP = "drp.workers.emulated:load"
+EVERYTHING = "emulated:20ms:jitter=10%:straggler=3x@5%:link=50us@10GB/s:values=cheap"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("emulated:20ms", Emulated(0, 0.02)),
+        ("emulated:500us", Emulated(0, 0.0005)),
+        ("emulated:1.5s", Emulated(0, 1.5)),
+        ("emulated:5ms:link=1ms", Emulated(0, 0.005, latency=0.001)),
+        ("emulated:5ms:values=model", Emulated(0, 0.005)),
+        (EVERYTHING, Emulated(0, 0.02, 0.1, 3.0, 0.05, 5e-5, 1e10, True)),
+    ],
+)
+def test_an_emulated_device_is_what_its_name_says(name: str, expected: Emulated) -> None:
+    said = parse_emulated(name, 0)
+    assert (said.number, said.cheap) == (expected.number, expected.cheap)
+    for field in ("seconds", "jitter", "straggler_factor", "straggler_share", "latency", "bandwidth"):
+        assert getattr(said, field) == pytest.approx(getattr(expected, field)), field
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("emulated", "'' is no time"),
+        ("emulated:", "'' is no time"),
+        ("emulated:20", "'20' is no time"),
+        ("emulated:-1ms", "'-1ms' is no time"),
+        ("emulated:2h", "'2h' is no time"),
+        ("emulated:9999999s", "no time up to 3600 s"),
+        ("emulated:20ms:", "'' is no option"),
+        ("emulated:20ms:jitter", "'jitter' is no option"),
+        ("emulated:20ms:jitter=10", "'jitter=10' is no option"),
+        ("emulated:20ms:jitter=300%", "at most 100%"),
+        ("emulated:20ms:straggler=3x@101%", "at most 100%"),
+        ("emulated:20ms:jitter=10%:jitter=20%", "gives jitter twice"),
+        ("emulated:20ms:link=@1GB/s", "'link=@1GB/s' is no option"),
+        ("emulated:20ms:link=1ms@0GB/s", "passes nothing"),
+        ("emulated:20ms:values=good", "'values=good' is no option"),
+        ("emulated:20ms,jitter=10%", "'jitter=10%' does not exist"),
+        ("emulator:20ms", "'emulator:20ms' does not exist"),
+        ("0xemulated:20ms", "0 devices"),
+        ("2x3xemulated:20ms", "'3xemulated:20ms' does not exist"),
+        (f"{MOST}xemulated:20ms,cpu", f"a run needs 1 to {MOST}"),
+    ],
+)
+def test_a_name_that_is_none_is_refused_with_a_remedy(name: str, complaint: str) -> None:
+    with pytest.raises(ValueError, match="device") as refusal:
+        parse_devices(name, 1)
+    assert complaint in str(refusal.value)
+
+
+def test_several_of_a_name_are_counted_and_numbered() -> None:
+    devices = parse_devices("2xemulated:20ms,emulated:40ms", 1)
+    assert [d.name for d in devices] == ["emulated:20ms", "emulated:20ms", "emulated:40ms"]
+    assert [d.emulated.number for d in devices if d.emulated] == [0, 1, 2]
+    assert devices == parse_devices(["emulated:20ms"] * 2 + ["emulated:40ms"], 1)
+    assert [d.emulated for d in parse_devices("2xcpu", 1)] == [None, None]
+
+
+def test_the_worker_is_told_what_it_emulates() -> None:
+    load = Load("digits", parse_emulated(EVERYTHING, 3))
+    assert decode(encode(load), TO_WORKER) == load
+
+
+class Clock:
+    """A clock whose sleeps are too short at first, as a sleep may be that a signal ends."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds / 2 if seconds > 1e-4 else seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(emulated, "time", types.SimpleNamespace(perf_counter=clock.perf_counter, sleep=clock.sleep))
+    return clock
+
+
+def test_an_evaluation_takes_the_stated_time_and_the_link_is_apart(clock: Clock) -> None:
+    device = EmulatedDevice(Emulated(0, 0.02, latency=0.001, bandwidth=1e6))
+    evaluated_at = []
+
+    def evaluate() -> None:
+        evaluated_at.append(clock.now)
+        clock.now += 0.015
+
+    seconds = device.run(Draft(0, 0, 999.0, 0), 4000, evaluate)
+    assert evaluated_at == [pytest.approx(100.005)]
+    assert seconds == pytest.approx(0.02)
+    assert clock.now == pytest.approx(100.03)
+
+
+def test_an_evaluation_that_takes_longer_is_reported_as_it_was(clock: Clock) -> None:
+    def evaluate() -> None:
+        clock.now += 0.5
+
+    assert EmulatedDevice(Emulated(0, 0.02)).run(Draft(0, 0, 999.0, 0), 4000, evaluate) == pytest.approx(0.5)
+
+
+@given(number=st.integers(0, 255), run=st.integers(0, 10**6), index=st.integers(0, 999))
+def test_times_repeat_for_a_device_a_run_and_an_index(number: int, run: int, index: int) -> None:
+    first, again = (EmulatedDevice(Emulated(number, 1.0, 0.2, 3.0, 0.5)) for _ in range(2))
+    assert first.seconds(run, index) == again.seconds(run, index) >= 0
+
+
+def test_times_are_distributed_as_stated() -> None:
+    steady = EmulatedDevice(Emulated(0, 0.02, jitter=0.1))
+    times = [steady.seconds(0, k) for k in range(4000)]
+    assert statistics.mean(times) == pytest.approx(0.02, rel=0.01)
+    assert statistics.stdev(times) == pytest.approx(0.002, rel=0.05)
+    straggling = EmulatedDevice(Emulated(0, 0.02, straggler_factor=3.0, straggler_share=0.05))
+    late = [t for t in (straggling.seconds(0, k) for k in range(4000)) if t != 0.02]
+    assert late == [pytest.approx(0.06)] * len(late)
+    assert len(late) / 4000 == pytest.approx(0.05, abs=0.01)
+    other = EmulatedDevice(Emulated(1, 0.02, jitter=0.1))
+    assert times[:10] != [other.seconds(0, k) for k in range(10)] != [other.seconds(1, k) for k in range(10)]
+
+
+def test_emulated_workers_compute_the_references_bits() -> None:
+    late = "emulated:2ms:jitter=50%:straggler=5x@30%:link=100us@1GB/s"
+    with drp.Leader(Halves, devices=["emulated:1ms", late, late]) as leader:
+        for mode in ("aggressive", "conservative"):
+            result = leader.sample(shape=(4, 8, 8), count=2, steps=12, mode=mode)
+            reference = drp.reference(Halves, devices=3, shape=(4, 8, 8), count=2, steps=12, mode=mode)
+            assert torch.equal(result.samples, reference.samples)
+            assert result.devices == ("emulated:1ms", late, late)
+
+
+def test_cheap_values_are_those_of_the_cheap_model() -> None:
+    with drp.Leader(Halves, devices="emulated:1ms:values=cheap") as leader:
+        cheap = leader.sample(shape=(3,), steps=4).samples
+    assert torch.equal(cheap, drp.reference(CHEAP, shape=(3,), steps=4).samples)
+    assert not torch.equal(cheap, drp.reference(Halves, shape=(3,), steps=4).samples)
+
+
+class Halves:
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, cond: object) -> torch.Tensor:
+        return x / 2

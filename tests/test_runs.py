@@ -1,0 +1,165 @@
+"""Several runs at once on one leader, and runs that nobody wants any more."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from drp import Leader
+from drp.leader.sharing import ByLoad, Gather, Sharing, Spread
+
+TINY = "tests.denoisers:Tiny"
+DEADLINE = 30.0
+
+ASKED: list[dict[str, Any]] = [
+    {"labels": list(range(1 + seed % 3)), "steps": steps, "mode": mode, "drafts": drafts, "seed": seed}
+    for seed, (mode, drafts, steps) in enumerate(
+        itertools.product(("conservative", "aggressive", "adaptive"), (1, 2, 5), (7, 12))
+    )
+]
+
+
+@pytest.mark.parametrize("sharing", [None, Spread(), Gather()])
+def test_runs_at_the_same_time_have_the_bits_they_have_alone(tiny: Leader, sharing: Sharing | None) -> None:
+    alone = [tiny.sample(**asked).samples for asked in ASKED]
+    with Leader(TINY, devices=3, sharing=sharing) as leader:
+        together = [leader.submit(**asked) for asked in ASKED]
+        for pending, samples in zip(together, alone, strict=True):
+            assert torch.equal(pending.result(DEADLINE).samples, samples)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_run_that_is_cancelled_ends_within_a_round() -> None:
+    reached, seen = threading.Event(), list[int]()
+
+    def watch(k: int, x: Tensor) -> None:
+        seen.append(k)
+        if k == 3:
+            reached.set()
+
+    with Leader("tests.denoisers:make_slow", devices=2) as leader:
+        leader.timeline = []
+        pending = leader.submit(shape=(4,), steps=500, callback=watch)
+        assert reached.wait(DEADLINE)
+        sent = sum(mark.what == "sent" for mark in leader.timeline)
+        assert pending.cancel()
+        with pytest.raises(CancelledError):
+            pending.result(DEADLINE)
+        assert sum(mark.what == "sent" for mark in leader.timeline) <= sent + 2
+        until(lambda: not leader._engine._leaving)  # the workers answered, and let go of its memory
+        assert leader.sample(shape=(4,), steps=3).evaluations == 3
+        assert len(seen) < 20
+
+
+def test_cancelling_one_run_leaves_the_others(tiny: Leader) -> None:
+    alone = tiny.sample(labels=[1], steps=40).samples
+    kept, unwanted = tiny.submit(labels=[1], steps=40), tiny.submit(labels=[2], steps=1000)
+    unwanted.cancel()
+    assert torch.equal(kept.result(DEADLINE).samples, alone)
+    with pytest.raises(CancelledError):
+        unwanted.result(DEADLINE)
+    assert not kept.cancel()
+    assert torch.equal(kept.result().samples, alone)
+
+
+def test_a_callback_that_raises_ends_its_own_run_alone(tiny: Leader) -> None:
+    def fail(k: int, x: Tensor) -> None:
+        raise LookupError("not here")
+
+    alone = tiny.sample(labels=[1], steps=40).samples
+    bad, good = tiny.submit(labels=[1], steps=40, callback=fail), tiny.submit(labels=[1], steps=40)
+    with pytest.raises(LookupError, match="not here"):
+        bad.result(DEADLINE)
+    assert torch.equal(good.result(DEADLINE).samples, alone)
+
+
+def test_closing_cancels_what_is_under_way() -> None:
+    leader = Leader("tests.denoisers:make_slow", devices=2)
+    pending = [leader.submit(shape=(4,), steps=500) for _ in range(3)]
+    leader.close()
+    for each in pending:
+        with pytest.raises(CancelledError):
+            each.result(DEADLINE)
+
+
+def test_a_pending_run_can_be_awaited(tiny: Leader) -> None:
+    async def both() -> list[Tensor]:
+        runs = [asyncio.wrap_future(tiny.submit(labels=[1], steps=9)) for _ in range(2)]
+        return [(await run).samples for run in runs]
+
+    first, second = asyncio.run(asyncio.wait_for(both(), DEADLINE))
+    assert torch.equal(first, second)
+
+
+def test_overlap_changes_no_bit(tiny: Leader) -> None:
+    seen: list[int] = []
+    overlapped = tiny.sample(labels=[1], steps=20).samples
+    tiny.overlap = False
+    try:
+        without = tiny.sample(labels=[1], steps=20, callback=lambda k, x: seen.append(k)).samples
+    finally:
+        tiny.overlap = True
+    assert torch.equal(overlapped, without)
+    assert seen == list(range(1, 21))
+
+
+class Waiting:
+    """What a policy looks at of a run."""
+
+    def __init__(self, drafts: int) -> None:
+        self.waiting = deque(range(drafts))
+
+
+def test_sharing_by_load() -> None:
+    old, young, idle = Waiting(2), Waiting(2), Waiting(0)
+    policy: Any = ByLoad()
+    assert policy.choose(0, 4, [old, young]) is policy.choose(1, 4, [old, young]) is old
+    assert policy.choose(1, 4, [idle, young]) is young
+    assert policy.choose(0, 2, [old, young]) is old
+    assert policy.choose(1, 2, [old, young]) is young
+    assert policy.choose(1, 2, [old, idle]) is old
+    assert policy.choose(0, 2, [idle, idle]) is None
+
+
+def test_ten_thousand_rounds_gain_no_memory_and_no_descriptor(tiny: Leader) -> None:
+    here = psutil.Process()
+    everyone = [here, *(child for child in here.children() if "resource_tracker" not in " ".join(child.cmdline()))]
+
+    def use() -> list[tuple[int, int]]:
+        return [
+            (process.num_fds(), len(Path(f"/proc/{process.pid}/maps").read_text().splitlines())) for process in everyone
+        ]
+
+    def rounds(count: int) -> None:
+        done = 0
+        while done < count:
+            done += tiny.sample(labels=[1], steps=500, mode="sequential").rounds
+
+    rounds(1000)
+    until(lambda: not tiny._engine._leaving)
+    before, resident = use(), [process.memory_info().rss for process in everyone]
+    rounds(10_000)
+    until(lambda: not tiny._engine._leaving)
+    for (fds, maps), (fds_before, maps_before) in zip(use(), before, strict=True):
+        assert fds <= fds_before
+        assert maps <= maps_before + 5
+    for process, rss in zip(everyone, resident, strict=True):
+        assert process.memory_info().rss < rss + 8_000_000
