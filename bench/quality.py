@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +95,8 @@ def run(way: Way, samples: Sequence[int], guidance: float) -> tuple[Tensor, list
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
     """Return the relative L2 distance of each sample of `a` from that of `b`."""
-    return (a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1)
+    relative: Tensor = (a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1)
+    return relative
 
 
 def summary(values: Tensor) -> dict[str, float]:
@@ -199,7 +200,7 @@ def draw_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    kinds = {
+    kinds: dict[str, Callable[[dict[str, Any]], bool]] = {
         "aggressive, paper": lambda r: r["way"].startswith("aggressive") and r["way"].endswith("paper"),
         "aggressive": lambda r: r["way"].startswith("aggressive") and r["way"][-1].isdigit() and r["solver"] == "ddim",
         "conservative, paper": lambda r: r["way"].startswith("conservative") and r["way"].endswith("paper"),

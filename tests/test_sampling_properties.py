@@ -43,7 +43,7 @@ def grids(draw: st.DrawFn) -> Grid:
     sigmas = np.asarray(1 / np.sqrt(1 + np.exp(2 * lambdas)), dtype=np.float64)
     if draw(st.booleans()):
         sigmas[-1] = 0.0
-    return Grid(np.arange(len(steps), 0, -1) * 90.0, np.sqrt(1 - sigmas**2, dtype=np.float64), sigmas)
+    return Grid(np.linspace(900, 90, len(steps)), np.sqrt(1 - sigmas**2, dtype=np.float64), sigmas)
 
 
 @st.composite

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,11 +162,12 @@ class Run:
     def _residual(self, x: Tensor, k: int) -> float:
         """Compare the state at k with the input of the prediction there.
 
-        The sums run over float64, along each sample alone, so that the number does not depend on the batch.
+        numpy adds in one order whatever the threads: what a mode decides by this number is the same everywhere.
         """
-        x = x.double().view(self._shape[0], -1)
-        apart = x - self._drafts[self._slots[k]].double().view_as(x)
-        return float((apart.norm(dim=1) / x.norm(dim=1)).max())
+        x = x.double()
+        apart = (x - self._drafts[self._slots[k]].double()).view(self._shape[0], -1).cpu().numpy()
+        norms = np.sqrt(np.square(apart).sum(axis=1) / np.square(x.view(self._shape[0], -1).cpu().numpy()).sum(axis=1))
+        return float(norms.max())
 
     def _vector(self, term: Term) -> Tensor:
         k = term.k
