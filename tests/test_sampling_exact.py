@@ -115,7 +115,7 @@ def test_error_of_a_draft_as_the_skip_grows(rule: DraftRule, order: int) -> None
 
 
 def test_drafting_converges_to_the_exact_solution() -> None:
-    for mode in (Aggressive(4), Aggressive(4, DraftRule(0.5, 0.5)), Conservative(4)):
+    for mode in (Aggressive(4), Aggressive(4, PAPER), Conservative(4)):
         errors = []
         for steps in (64, 256):
             grid = even_grid(steps)

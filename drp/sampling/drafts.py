@@ -15,7 +15,7 @@ class DraftRule:
     slope: how much of the change of the data estimate, from the base of the block before to the last prediction, is
         assumed to go on, evenly over the indices. At 0 the last estimate stays.
 
-    The defaults are the choices of the paper (DRiffusion, arXiv 2603.25872).
+    `DraftRule()` are the choices of the paper (DRiffusion, arXiv 2603.25872).
     """
 
     carry: float = 0.0
@@ -23,9 +23,8 @@ class DraftRule:
 
 
 PAPER = DraftRule()
-RULES = {"paper": PAPER, "secant": DraftRule(carry=0.5, slope=1.0)}
+SECANT = DraftRule(carry=0.5, slope=1.0)
+RULES = {"paper": PAPER, "secant": SECANT}
 
-
-def best_rule(mode: str) -> DraftRule:
-    """Return the rule that measured best in a mode (docs/drafts.md)."""
-    return PAPER if mode == "adaptive" else RULES["secant"]
+BEST = SECANT
+"""The rule that measured best, in every mode (docs/drafts.md)."""
