@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drp.sampling.drafts import PAPER, DraftRule
+from drp.sampling.drafts import BEST, PAPER, DraftRule
 from drp.sampling.grids import scaled_linear
 from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Round, Rounds, Sequential, make_mode
 from drp.sampling.plan import make_plan
@@ -77,7 +77,7 @@ def paper_by_hand(steps: int, n: int, conservative: bool) -> Tensor:
 
 @pytest.mark.parametrize(("steps", "n"), [(48, 2), (48, 4), (10, 3), (7, 8), (2, 2), (1, 4)])
 def test_drafting_is_what_the_paper_says(steps: int, n: int) -> None:
-    for mode, conservative in ((Aggressive(n), False), (Conservative(n), True)):
+    for mode, conservative in ((Aggressive(n, PAPER), False), (Conservative(n, PAPER), True)):
         result = sample(mode, steps).samples
         torch.testing.assert_close(result, paper_by_hand(steps, n, conservative), rtol=1e-11, atol=1e-11)
 
@@ -149,8 +149,8 @@ def test_a_mode_that_breaks_the_rules_is_told_which(script: tuple[Round, ...], m
 
 
 def test_mode_names() -> None:
-    assert make_mode("aggressive", 3, 0.0, PAPER) == Aggressive(3)
-    assert make_mode("adaptive", 3, 0.01, PAPER) == Adaptive(3, 0.01)
+    assert make_mode("aggressive", 3, 0.0, PAPER) == Aggressive(3, PAPER)
+    assert make_mode("adaptive", 3, 0.01, BEST) == Adaptive(3, 0.01)
     with pytest.raises(ValueError, match="unknown mode 'fast'; choose one of sequential, conservative, aggressive"):
         make_mode("fast", 2, 0.0, PAPER)
     with pytest.raises(ValueError, match="drafts is 0"):

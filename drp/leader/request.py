@@ -13,7 +13,7 @@ from torch import Tensor
 
 from drp.protocol.messages import ModelSpec
 from drp.sampling.choice import choose
-from drp.sampling.drafts import RULES, DraftRule, best_rule
+from drp.sampling.drafts import BEST, RULES, DraftRule
 from drp.sampling.modes import Mode, Sweeps, Warmup, make_mode
 from drp.sampling.named import make_solver
 from drp.sampling.run import Callback, Noise, Run, slots
@@ -97,7 +97,7 @@ class Request:
     drafts: int | None = None
     target_speedup: float | None = None
     rule: str | DraftRule | None = None
-    tolerance: float = 0.01
+    tolerance: float = 0.005
     warmup: int = 0
     sweeps: int = 0
     seed: int = 0
@@ -187,7 +187,7 @@ def _mode(request: Request, devices: int, steps: int) -> Mode:
         name = request.mode
         if request.target_speedup is not None:
             name, drafts = choose(request.target_speedup, steps, drafts)
-        mode = make_mode(name, drafts, request.tolerance, _rule(request.rule, name))
+        mode = make_mode(name, drafts, request.tolerance, _rule(request.rule))
     elif request.drafts is not None or request.rule is not None or request.target_speedup is not None:
         raise ValueError(
             f"mode is {request.mode}, an object that says itself how drafts are made and how many; leave out drafts, "
@@ -204,9 +204,9 @@ def _mode(request: Request, devices: int, steps: int) -> Mode:
     return mode
 
 
-def _rule(rule: str | DraftRule | None, mode: str) -> DraftRule:
+def _rule(rule: str | DraftRule | None) -> DraftRule:
     if rule is None:
-        return best_rule(mode)
+        return BEST
     if isinstance(rule, str):
         if rule not in RULES:
             raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}, or give a DraftRule")

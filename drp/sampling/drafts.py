@@ -12,10 +12,10 @@ class DraftRule:
     carry: w, from 0 to 1: what of a prediction taken at a draft d holds at the refined state x. The estimate of the
         data there is c_x ((1 - w) x + w d) + c_p prediction, with c_x and c_p of the prediction type: at 0 the
         network's output is carried unchanged, at 1 the data that it implied.
-    slope: how much of the change between the last prediction and the one at the base of the block before is assumed to
-        go on, linearly in lambda. At 0 the last estimate of the data stays.
+    slope: how much of the change of the data estimate, from the base of the block before to the last prediction, is
+        assumed to go on, evenly over the indices. At 0 the last estimate stays.
 
-    The defaults are the choices of the paper (DRiffusion, arXiv 2603.25872).
+    `DraftRule()` are the choices of the paper (DRiffusion, arXiv 2603.25872).
     """
 
     carry: float = 0.0
@@ -23,9 +23,8 @@ class DraftRule:
 
 
 PAPER = DraftRule()
-RULES = {"paper": PAPER, "secant": DraftRule(carry=0.5, slope=0.5)}
+SECANT = DraftRule(carry=0.5, slope=1.0)
+RULES = {"paper": PAPER, "secant": SECANT}
 
-
-def best_rule(mode: str) -> DraftRule:
-    """Return the rule that measured best in a mode (docs/drafts.md)."""
-    return PAPER if mode == "adaptive" else RULES["secant"]
+BEST = SECANT
+"""The rule that measured best, in every mode (docs/drafts.md)."""

@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from drp.sampling.drafts import PAPER, DraftRule
+from drp.sampling.drafts import BEST, DraftRule
 
 MODE_NAMES = ("sequential", "conservative", "aggressive", "adaptive")
 
@@ -60,7 +60,7 @@ class Mode(ABC):
 class Sequential(Mode):
     """The ordinary loop: N rounds of one evaluation."""
 
-    rule: DraftRule = PAPER
+    rule: DraftRule = BEST
 
     @property
     def width(self) -> int:
@@ -78,7 +78,7 @@ class Aggressive(Mode):
     """n drafts a round, the last draft's own prediction starting the next: 1 + ceil((N - 1) / n) rounds."""
 
     n: int
-    rule: DraftRule = PAPER
+    rule: DraftRule = BEST
 
     @property
     def width(self) -> int:
@@ -100,7 +100,7 @@ class Conservative(Mode):
     """
 
     n: int
-    rule: DraftRule = PAPER
+    rule: DraftRule = BEST
 
     @property
     def width(self) -> int:
@@ -128,7 +128,7 @@ class Adaptive(Mode):
     feedback: ClassVar[bool] = True
     n: int
     tolerance: float
-    rule: DraftRule = PAPER
+    rule: DraftRule = BEST
 
     @property
     def width(self) -> int:

@@ -67,10 +67,10 @@ def make_solver(
     if steps < 1:
         raise ValueError(f"steps is {steps}; choose 1 or more")
     named = SOLVERS[name]
+    full = _grid(name, named, steps, prediction_type, grid or {})
     last = int(steps * strength)
     if not (0 < strength <= 1) or last < 1:
         raise ValueError(f"strength is {strength}; of {steps} steps it must leave 1 or more: give {1 / steps:.3g} to 1")
-    full = _grid(name, named, steps, prediction_type, grid or {})
     if last < steps and name in ("pndm", "ipndm"):
         raise ValueError(f"strength is {strength}, but {name} has a beginning of its own; choose another solver")
     part = full.after(full.steps - (2 * last - 1 if name == "heun" else last)) if last < steps else full

@@ -147,8 +147,7 @@ class _Table:
         slope = self._rule.slope if 0 < further <= apart else 0.0
         if slope == 0.0:
             return {data(self.last): 1.0}
-        at, last, anchor = (float(grid.lambdas[i]) for i in (k, self.last, self.anchor))
-        share = slope * (at - last) / (last - anchor)
+        share = slope * further / apart
         return {data(self.last): 1.0 + share, data(self.anchor): -share}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,7 +119,7 @@ class Run:
         """Compute the states that the last finished round has passed; call `callback` for each, in order."""
         if self._to_refine is not None:
             (event, first), self._to_refine = self._to_refine, None
-            event.between.write(self._vector, self._states[first : first + len(event) - 1])
+            event.between.write(self._vector, self._states[first : first + len(event) - event.eager])
             for k, x in enumerate(self._states[first : first + len(event)], start=event.base + 1):
                 self.steps_done = k
                 if self._watch and k in self._slots:
@@ -133,7 +134,7 @@ class Run:
             self._draw(k)
 
     def _advance(self, event: _Advance) -> None:
-        """Compute the state that the next round starts from; leave those between to `refine`."""
+        """Compute the state that the next round starts from; leave the others to `refine`, where nobody waits."""
         end = event.base + len(event)
         if self._feedback:  # They are there already, except one past the last prediction.
             first, residuals = self._ahead
@@ -144,10 +145,9 @@ class Run:
         else:
             first = self._state_banks.take(len(event), self._rows.values())
             computed = False
-        row = first + len(event) - 1
         if not computed:
-            event.last.write(self._vector, self._states[row : row + 1])
-        self._rows[end] = row
+            event.last.write(self._vector, self._states[first + len(event) - event.eager : first + len(event)])
+        self._rows.update({event.base + 1 + i: first + i for i in range(len(event) - event.eager, len(event))})
         self._to_refine = (event, first)
 
     def _measure(self, base: int, rows: tuple[Row, ...]) -> Sequence[float]:
@@ -162,11 +162,12 @@ class Run:
     def _residual(self, x: Tensor, k: int) -> float:
         """Compare the state at k with the input of the prediction there.
 
-        The sums run over float64, along each sample alone, so that the number does not depend on the batch.
+        numpy adds in one order whatever the threads: what a mode decides by this number is the same everywhere.
         """
-        x = x.double().view(self._shape[0], -1)
-        apart = x - self._drafts[self._slots[k]].double().view_as(x)
-        return float((apart.norm(dim=1) / x.norm(dim=1)).max())
+        x = x.double()
+        apart = (x - self._drafts[self._slots[k]].double()).view(self._shape[0], -1).cpu().numpy()
+        norms = np.sqrt(np.square(apart).sum(axis=1) / np.square(x.view(self._shape[0], -1).cpu().numpy()).sum(axis=1))
+        return float(norms.max())
 
     def _vector(self, term: Term) -> Tensor:
         k = term.k
@@ -192,12 +193,17 @@ class _Predict:
 
 
 class _Advance:
-    """A way forward with its rows in the state's dtype; its length is that of the way."""
+    """A way forward with its rows in the state's dtype; its length is that of the way.
+
+    The last states are computed before the next round's drafts: the `eager` ones that a step from there looks back on.
+    """
 
     def __init__(self, event: Advance, dtype: torch.dtype) -> None:
         self.base, self.oldest, self.anchor = event.base, event.oldest, event.anchor
-        self.between, self.last = _Rows(event.states[:-1], dtype), _Rows(event.states[-1:], dtype)
         self._length = len(event.states)
+        self.eager = min(self._length, event.base + self._length - event.oldest + 1)
+        split = self._length - self.eager
+        self.between, self.last = _Rows(event.states[:split], dtype), _Rows(event.states[split:], dtype)
 
     def __len__(self) -> int:
         return self._length

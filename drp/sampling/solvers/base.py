@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from drp.sampling.grids import Grid
+from drp.sampling.predictions import estimates
 from drp.sampling.rows import Row
 
 
@@ -23,6 +24,8 @@ class Solver(ABC):
     def __init__(self, grid: Grid, prediction_type: str = "epsilon") -> None:
         self.grid = grid
         self.prediction_type = prediction_type
+        for k in range(grid.steps):
+            estimates(prediction_type, *self.at(k))  # refuses what says nothing of the data
 
     @abstractmethod
     def step(self, k: int) -> Row:

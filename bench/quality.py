@@ -1,0 +1,260 @@
+"""How good are the samples? `python -m bench.quality` (`make quality`; `--full` for the figures in bench/results).
+
+Every way of sampling `digits` in 48 steps, for n = 2, 4, 8 drafts a round, against (a) the sequential run of the same
+steps and seed, and (b) what a user would do instead: fewer sequential steps, of the best solver, as many as there are
+rounds. Distances are relative L2 norms, sample by sample; adaptive decides for each sample alone.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from drp import models
+from drp.models.classifier import load_classifier
+from drp.sampling.drafts import BEST, PAPER
+from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Sequential
+from drp.sampling.named import make_solver
+from drp.sampling.reference import run_reference
+
+RESULTS = Path(__file__).with_name("results")
+STEPS = 48
+SOLUTION = 240
+"""Steps of the solution, of second order: nearer to the true one than 1,000 steps of DDIM."""
+CHUNK = 10
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of sampling."""
+
+    name: str
+    solver: str
+    steps: int
+    mode: Mode
+    alone: bool = False  # each sample a run of its own
+
+    @property
+    def label(self) -> str:
+        """Name and solver."""
+        return f"{self.name}, {self.solver} {self.steps}"
+
+
+def ways(solution_steps: int) -> list[Way]:
+    """List all that is measured; the first is what distances are taken to, the second the solution."""
+    found = [
+        Way("sequential", "ddim", STEPS, Sequential()),
+        Way("solution", "dpmsolver++", solution_steps, Sequential()),
+    ]
+    for n in (2, 4, 8):
+        found += [
+            Way(f"aggressive n={n}, paper", "ddim", STEPS, Aggressive(n, PAPER)),
+            Way(f"aggressive n={n}", "ddim", STEPS, Aggressive(n, BEST)),
+            Way(f"conservative n={n}, paper", "ddim", STEPS, Conservative(n, PAPER)),
+            Way(f"conservative n={n}", "ddim", STEPS, Conservative(n, BEST)),
+            Way(f"aggressive n={n}", "dpmsolver++", STEPS, Aggressive(n, BEST)),
+        ]
+    for tolerance in (0.0025, 0.005, 0.01):
+        found.append(Way(f"adaptive n=8, tolerance {tolerance}", "ddim", STEPS, Adaptive(8, tolerance), alone=True))
+    for solver, steps in ((s, k) for s in ("ddim", "dpmsolver++", "unipc") for k in (STEPS, 25, 13, 7)):
+        if (solver, steps) != ("ddim", STEPS):
+            found.append(Way("fewer steps" if steps < STEPS else "sequential", solver, steps, Sequential()))
+    return found
+
+
+def draw(index: int) -> Tensor:
+    """Draw sample `index`'s noise."""
+    return torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(10_000 + index))
+
+
+def run(way: Way, samples: Sequence[int], guidance: float) -> tuple[Tensor, list[int], list[int]]:
+    """Sample in this process; return samples [len, 1, 28, 28], and the rounds and evaluations of each."""
+    torch.set_num_threads(1)
+    denoiser = models.load("digits").predict
+    solver = make_solver(way.solver, way.steps)
+    parts, rounds, evaluations = [], [], []
+    for group in [[i] for i in samples] if way.alone else [list(samples)]:
+        cond = {"labels": torch.tensor(group) % 10, "guidance": torch.tensor(guidance)}
+        result = run_reference(denoiser, solver, way.mode, torch.cat([draw(i) for i in group]), cond)
+        parts.append(result.samples)
+        rounds += [result.rounds] * len(group)
+        evaluations += [result.evaluations] * len(group)
+    return torch.cat(parts), rounds, evaluations
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return the relative L2 distance of each sample of `a` from that of `b`."""
+    relative: Tensor = (a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1)
+    return relative
+
+
+def summary(values: Tensor) -> dict[str, float]:
+    """Return mean, median and maximum: one sample that becomes another digit rules the mean."""
+    return {"mean": float(values.mean()), "median": float(values.median()), "max": float(values.max())}
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Return the Frechet distance of two sets of features [n, d] as Gaussians."""
+    mean = (a.mean(0) - b.mean(0)).square().sum()
+    one, two = torch.cov(a.T), torch.cov(b.T)
+    # The trace of the root of a product of two covariances, by the eigenvalues of a symmetric matrix like it.
+    values, vectors = torch.linalg.eigh(one)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ two @ root).clamp(min=0).sqrt().sum()
+    return float(mean + one.trace() + two.trace() - 2 * cross)
+
+
+def measure(count: int, solution_steps: int, guidance: float, processes: int, console: Console) -> list[dict[str, Any]]:
+    """Run every way on `count` samples; return a row of figures for each."""
+    todo = ways(solution_steps)
+    chunks = [range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        jobs = [[pool.submit(run, way, chunk, guidance) for chunk in chunks] for way in todo]
+        done = []
+        for way, futures in zip(todo, jobs, strict=True):
+            done.append([future.result() for future in futures])
+            console.print(f"{way.label}: done")
+    images = [torch.cat([part[0] for part in parts]) for parts in done]
+    labels, classifier = torch.arange(count) % 10, load_classifier()
+    features = [classifier.features(x).double() for x in images]
+    rows = []
+    for way, parts, x, seen in zip(todo, done, images, features, strict=True):
+        rounds = torch.tensor([r for part in parts for r in part[1]], dtype=torch.float64)
+        evaluations = torch.tensor([e for part in parts for e in part[2]], dtype=torch.float64)
+        error = (x - images[0]).flatten(1).square().mean(dim=1)
+        rows.append(
+            {
+                "way": way.name,
+                "solver": way.solver,
+                "steps": way.steps,
+                "rounds": float(rounds.mean()),
+                "most_rounds": int(rounds.max()),
+                "evaluations": float(evaluations.mean()),
+                "to_sequential": summary(distances(x, images[0])),
+                "psnr": float((10 * torch.log10(4 / error.clamp(min=1e-12))).median()),
+                "to_solution": summary(distances(x, images[1])),
+                "frechet_to_solution": frechet(seen, features[1]),
+                "accuracy": float((classifier(x).argmax(1) == labels).double().mean()),
+            }
+        )
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]], count: int) -> Table:
+    """Return the figures for the screen."""
+    shown = Table(title=f"digits, {count} samples: relative L2 to the sequential run, and to the solution")
+    for column in ("way", "solver", "rounds", "evals"):
+        shown.add_column(column)
+    for column in ("seq. mean", "median", "max", "PSNR", "sol. mean", "median", "max", "Frechet", "accuracy"):
+        shown.add_column(column, justify="right")
+    for row in rows:
+        s, t = row["to_sequential"], row["to_solution"]
+        shown.add_row(
+            row["way"],
+            f"{row['solver']} {row['steps']}",
+            f"{row['rounds']:.4g}",
+            f"{row['evaluations']:.4g}",
+            *(f"{s[k]:.4f}" for k in ("mean", "median", "max")),
+            f"{row['psnr']:.1f}",
+            *(f"{t[k]:.4f}" for k in ("mean", "median", "max")),
+            f"{row['frechet_to_solution']:.3f}",
+            f"{row['accuracy']:.3f}",
+        )
+    return shown
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the figures as a table for a page."""
+    lines = [
+        "| way | solver, steps | rounds | to sequential: mean / median / max | PSNR, dB | "
+        "to solution: mean / median / max | Frechet | accuracy |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        s, t = (" / ".join(f"{row[key][k]:.4f}" for k in ("mean", "median", "max")) for key in _DISTANCES)
+        lines.append(
+            f"| {row['way']} | {row['solver']} {row['steps']} | {row['rounds']:.4g} | {s} | {row['psnr']:.1f} | {t} | "
+            f"{row['frechet_to_solution']:.3f} | {row['accuracy']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+_DISTANCES = ("to_sequential", "to_solution")
+
+
+def draw_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw error over rounds, to the sequential run and to the solution."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    kinds: dict[str, Callable[[dict[str, Any]], bool]] = {
+        "aggressive, paper": lambda r: r["way"].startswith("aggressive") and r["way"].endswith("paper"),
+        "aggressive": lambda r: r["way"].startswith("aggressive") and r["way"][-1].isdigit() and r["solver"] == "ddim",
+        "conservative, paper": lambda r: r["way"].startswith("conservative") and r["way"].endswith("paper"),
+        "conservative": lambda r: r["way"].startswith("conservative") and r["way"][-1].isdigit(),
+        "adaptive": lambda r: r["way"].startswith("adaptive"),
+        "aggressive, refined with DPM-Solver++ 2M": lambda r: (
+            r["way"].startswith("aggressive") and r["solver"] == "dpmsolver++"
+        ),
+        "fewer steps of DDIM": lambda r: r["way"] == "fewer steps" and r["solver"] == "ddim",
+        "fewer steps of DPM-Solver++ 2M": lambda r: r["way"] == "fewer steps" and r["solver"] == "dpmsolver++",
+        "fewer steps of UniPC": lambda r: r["way"] == "fewer steps" and r["solver"] == "unipc",
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
+    titles = ("to the sequential run of 48 DDIM steps", "to the solution")
+    for axis, key, title in zip(axes, _DISTANCES, titles, strict=True):
+        for name, chosen in kinds.items():
+            points = sorted((r["rounds"], r[key]["median"]) for r in rows if chosen(r))
+            axis.plot(*zip(*points, strict=True), marker="o", label=name, linestyle="--" if "fewer" in name else "-")
+        axis.set(xlabel="rounds (evaluations one after the other)", title=f"relative L2 {title}", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("median over samples")
+    axes[1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+@click.command()
+@click.option("--full", is_flag=True, help="200 samples, instead of 40.")
+@click.option("--samples", type=int, help="How many samples.")
+@click.option("--solution-steps", type=int, help="Steps of the solution, DPM-Solver++ 2M.")
+@click.option("--guidance", default=2.0, show_default=True, help="Scale of classifier-free guidance.")
+@click.option("--processes", default=2, show_default=True, help="Processes that share the samples.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="JSON; table and picture are written beside it.")
+def main(
+    full: bool, samples: int | None, solution_steps: int | None, guidance: float, processes: int, out: Path | None
+) -> None:
+    """Measure the quality of drafted samples."""
+    console, began = Console(width=170), time.perf_counter()
+    count, solution = samples or (200 if full else 40), solution_steps or SOLUTION
+    rows = measure(count, solution, guidance, processes, console)
+    console.print(table(rows, count))
+    out = out or RESULTS / ("quality.json" if full else "quality-short.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    seconds = time.perf_counter() - began
+    facts = {"samples": count, "solution_steps": solution, "guidance": guidance, "seconds": round(seconds)}
+    out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    out.with_suffix(".md").write_text(markdown(rows))
+    try:
+        draw_plot(rows, out.with_suffix(".png"))
+    except ImportError:
+        console.print("no picture: matplotlib is missing; pip install 'drp[plots]'")
+    console.print(f"{seconds:.0f} s in all; wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What callers may ask of a run, and that workers compute the same bits whatever they ask."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import drp
+from drp.leader.request import Job, Request, make_job
+from drp.protocol.messages import ModelSpec
+from drp.sampling.choice import choose
+from drp.sampling.drafts import PAPER, SECANT, DraftRule
+from drp.sampling.modes import Adaptive, Aggressive, Conservative, Sequential, Sweeps, Warmup, rounds_of
+from drp.sampling.named import SOLVER_NAMES, make_solver
+from drp.sampling.solvers import DDIM, DPMSolver
+from examples.own_mode import Growing
+from tests.denoisers import make_free
+
+SPEC = ModelSpec(sample_shape=(2, 3))
+
+
+def job(devices: int = 4, **options: Any) -> Job:
+    return make_job(Request(count=2, **options), SPEC, devices)
+
+
+def test_modes_by_option() -> None:
+    assert job().mode == Aggressive(4, SECANT)
+    assert job(rule="paper").mode == Aggressive(4, PAPER)
+    assert job(rule=DraftRule(0.2, 0.1), mode="conservative", drafts=3).mode == Conservative(3, DraftRule(0.2, 0.1))
+    assert job(mode="adaptive", tolerance=0.02).mode == Adaptive(4, 0.02)
+    assert job(mode="adaptive", warmup=3, sweeps=2).mode == Warmup(Sweeps(Adaptive(4, 0.005), 2), 3)
+    assert job(target_speedup=3.0).mode == Aggressive(4)
+    assert job(target_speedup=1.0).mode == Sequential()
+
+
+def test_solvers_by_option() -> None:
+    solver = job(solver="dpmsolver++", steps=10, solver_options={"order": 3}, grid={"sigmas": "karras"}).solver
+    assert isinstance(solver, DPMSolver)
+    assert (solver.order, solver.grid.steps) == (3, 10)
+    own = DDIM(solver.grid)
+    assert job(solver=own).solver is own
+    assert isinstance(job(solver="euler", prediction_type="flow", grid={"shift": 3.0}).solver, DDIM)
+
+
+@pytest.mark.parametrize("speedup", [1.2, 1.9, 2.5, 3.6])
+def test_the_fewest_drafts_that_reach_a_speedup(speedup: float) -> None:
+    mode, n = choose(speedup, 48, 8)
+    assert 48 / rounds_of(mode, 48, n) >= speedup
+    assert all(48 / rounds_of(m, 48, n - 1) < speedup for m in ("aggressive", "conservative"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": "plms"}, "unknown solver 'plms'; choose one of ddim"),
+        ({"solver_options": {"order": 2}}, "solver_options holds 'order'; known here: eta"),
+        ({"grid": {"spaces": "x"}}, "grid holds 'spaces'; known here: family"),
+        ({"grid": {"spacing": "odd"}}, "unknown spacing 'odd'"),
+        ({"grid": {"sigmas": "karras"}}, "does not take; choose a solver in sigmas"),
+        ({"solver": "euler", "grid": {"sigmas": "odd"}}, "unknown sigmas 'odd'"),
+        ({"solver": "euler", "grid": {"sigmas": [3.0, 4.0]}, "steps": 2}, "falling numbers"),
+        ({"grid": {"timesteps": [10, 2000]}, "steps": 2}, "falling numbers"),
+        ({"grid": {"timesteps": [2000, 10]}, "steps": 2}, "within 0 and 999"),
+        ({"grid": {"timesteps": [20.5, 10]}, "steps": 2}, "whole training timesteps"),
+        ({"grid": {"schedule": "odd"}}, "unknown schedule 'odd'"),
+        ({"grid": {"schedule": [0.1, 0.5]}}, "no falling row"),
+        ({"grid": {"end": "odd"}}, "end is 'odd'"),
+        ({"grid": {"zero_snr": True}}, "prediction_type is 'epsilon' and the first state holds no signal"),
+        ({"prediction_type": "odd"}, "unknown prediction type 'odd'"),
+        ({"prediction_type": "flow", "solver": "lms"}, "not defined on a flow-matching grid"),
+        ({"prediction_type": "v", "solver": "pndm"}, "averages raw outputs"),
+        ({"solver": "dpmsolver++", "solver_options": {"order": 4}}, "order is 4; choose 1, 2 or 3"),
+        ({"solver": "dpmsolver", "grid": {"end": "zero"}}, "divides by the last sigma"),
+        ({"solver_options": {"eta": 2.0}}, "eta is 2.0"),
+        ({"strength": 0.5}, "there is no image"),
+        ({"strength": 0.0, "image": torch.zeros(2, 2, 3)}, "strength is 0.0"),
+        ({"image": torch.zeros(2, 3)}, r"image is \[2, 3\]; give floating point numbers of shape \[2, 2, 3\]"),
+        ({"tolerance": -1.0, "mode": "adaptive"}, "tolerance is -1.0"),
+        ({"rule": "best"}, "unknown rule 'best'; choose one of paper, secant"),
+        ({"mode": Aggressive(2), "rule": "paper"}, "an object that says itself"),
+        ({"target_speedup": 9.0}, "48 steps allow 3.69: use more devices"),
+        ({"target_speedup": math.nan}, "target_speedup is nan"),
+        ({"warmup": -1}, "warmup is -1"),
+        ({"sweeps": 1.5}, "sweeps is 1.5"),
+        ({"solver": DDIM(make_solver("ddim", 4).grid), "grid": {"end": "zero"}}, "this one is made already"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        job(**options)
+
+
+def test_every_solver_drafts() -> None:
+    """More signal than noise: the samples lie near those of the sequential run, and are not the same."""
+    for name in SOLVER_NAMES:
+        kind = "v" if name == "ipndm" else "epsilon"
+        options: dict[str, Any] = {"count": 2, "shape": (4, 4), "steps": 24, "solver": name, "prediction_type": kind}
+        exact = drp.reference(make_free, mode="sequential", **options).samples
+        for mode in ("aggressive", "conservative", "adaptive"):
+            drafted = drp.reference(make_free, mode=mode, drafts=3, **options).samples
+            assert 0 < (drafted - exact).norm() / exact.norm() < 0.3, (name, mode)
+
+
+def test_start_from_an_image() -> None:
+    image = torch.linspace(-1, 1, 12).view(2, 2, 3)
+    given = job(image=image, strength=0.25, steps=20)
+    assert given.solver.grid.steps == 5
+    grid = given.solver.grid
+    noise = job(steps=20).start
+    torch.testing.assert_close(given.start, float(grid.alphas[0]) * image + float(grid.sigmas[0]) * noise)
+    heun = job(image=image, strength=0.25, steps=20, solver="heun").solver
+    assert heun.grid.steps == 2 * 5 - 1
+    assert heun.grid.timesteps[0] > heun.grid.timesteps[1] == heun.grid.timesteps[2]
+
+
+def test_noise_of_a_step_depends_on_seed_and_index_alone() -> None:
+    few, many = job(seed=5, solver="ddpm"), make_job(Request(count=3, seed=5, solver="ddpm"), SPEC, 8)
+    assert torch.equal(few.fresh(7), many.fresh(7)[:2])
+    drawn = [few.fresh(7), few.fresh(8), job(seed=6).fresh(7), few.start]
+    for i, a in enumerate(drawn):
+        assert all(not torch.equal(a, b) for b in drawn[:i])
+
+
+def test_workers_equal_the_reference_whatever_is_asked() -> None:
+    asked: list[dict[str, Any]] = [
+        {"mode": "adaptive", "tolerance": 0.003},
+        {"mode": "adaptive", "tolerance": 0.003, "solver": "unipc", "warmup": 2, "sweeps": 1},
+        {"mode": "aggressive", "solver": "ddpm", "rule": "paper"},
+        {"mode": "conservative", "solver": "sde-dpmsolver++", "prediction_type": "v"},
+        {"mode": "aggressive", "solver": "lms", "prediction_type": "v", "residuals": True},
+        {"mode": Growing(3), "solver": "dpmsolver++"},
+    ]
+    with drp.Leader(make_free, devices=2) as leader:
+        for options in asked:
+            drafts = {} if isinstance(options["mode"], Growing) else {"drafts": 3}
+            common = {"count": 2, "shape": (4, 4), "steps": 17, **drafts, **options}
+            result, expected = leader.sample(**common), drp.reference(make_free, **common)
+            assert torch.equal(result.samples, expected.samples), options
+            assert (result.rounds, result.evaluations) == (expected.rounds, expected.evaluations)
+            assert result.residuals == expected.residuals
+            assert result.cuts == expected.cuts
+            if "residuals" in options:
+                assert sorted(result.residuals) == list(range(1, 17))
