@@ -27,7 +27,12 @@ def draw(figures: dict[str, Any], path: Path) -> None:
             n = [row["n"] for row in rows]
             axis.plot(n, [row["theory_nominal"] for row in rows], "--", color=colour, label=f"{mode}, theory")
             axis.plot(n, [row["speedup"] for row in rows], "o", color=colour, label=f"{mode}, measured")
-        axis.set(xlabel="emulated devices", ylabel="speed-up over the plain loop", title=f"{device}, emulated")
+        axis.set(
+            xlabel="emulated devices",
+            ylabel="speed-up over the plain loop",
+            title=f"{found['steps']} steps, {device}",
+            xticks=n,
+        )
         axis.legend()
     carried = {name: row for name, row in figures["side_by_side"]["carriers"].items() if row is not None}
     p50 = [row["lost_p50"] * 1e3 for row in carried.values()]

@@ -27,7 +27,6 @@ from drp.leader.timeline import Timeline
 from drp.protocol.messages import Draft
 from drp.sampling.modes import Sequential
 from drp.sampling.reference import run_reference
-from drp.sampling.result import Result
 from drp.workers.emulated import EmulatedDevice, cheap
 
 CHEAP = "drp.workers.emulated:load"
@@ -67,9 +66,10 @@ def measure(device: str, devices: int, turns: int = TURNS) -> dict[str, Any]:
                 if turn:  # the first warms up
                     runs[setting].append(split(timeline))
                 rounds[setting] = result.rounds
-    walls = [result.seconds for result in plain[1:]]
+    walls, device_seconds = zip(*plain[1:], strict=True)
     base = {"wall_p50": percentile(walls, 50), "wall_p95": percentile(walls, 95)}
-    base["device_p50"] = percentile([result.device_seconds for result in plain[1:]], 50)
+    base["device_p50"] = percentile(device_seconds, 50)
+    one_worker = [run.wall / wall for run, wall in zip(runs[Setting("sequential", 1)], walls, strict=True)]
     rows = []
     for setting, times in runs.items():
         figures = summary(times, setting.n)
@@ -90,23 +90,29 @@ def measure(device: str, devices: int, turns: int = TURNS) -> dict[str, Any]:
         "shape": work.shape,
         "plain": base,
         "rows": rows,
+        "one_worker_over_plain": percentile(one_worker, 50),
         "start_workers": started,
         "start_run_p50": percentile(around, 50),
     }
 
 
-def run_plain(work: Work) -> Result:
-    """Run the plain loop in this process, on the first worker's core, with the same emulated device in it."""
+def run_plain(work: Work) -> tuple[float, float]:
+    """Run the plain loop in this process, on the first worker's core, with the same emulated device in it.
+
+    Return its wall time and its device's time.
+    """
     job = work.job()
     emulated = EmulatedDevice(parse_emulated(work.device, 0))
+    device: list[float] = []
 
     def denoiser(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         predictions = []
-        emulated.run(Draft(0, 0, 0.0, 0), x.nbytes, lambda: predictions.append(cheap(x, t, cond)))
+        device.append(emulated.run(Draft(0, 0, 0.0, 0), x.nbytes, lambda: predictions.append(cheap(x, t, cond))))
         return predictions[0]
 
     with pinned():
-        return run_reference(denoiser, job.solver, Sequential(), job.start, job.cond)
+        result = run_reference(denoiser, job.solver, Sequential(), job.start, job.cond)
+    return result.seconds, sum(device)
 
 
 @contextlib.contextmanager
@@ -123,7 +129,10 @@ def pinned() -> Iterator[None]:
 def tables(figures: Mapping[str, Any]) -> list[Table]:
     """Return the speed-ups, and where the time goes."""
     device, plain = figures["device"], figures["plain"]
-    title = f"{figures['steps']} steps on {device} devices; the plain loop takes {plain['wall_p50'] * 1e3:.1f} ms"
+    title = (
+        f"{figures['steps']} steps on {device} devices; the plain loop takes {plain['wall_p50'] * 1e3:.1f} ms, "
+        f"one worker {figures['one_worker_over_plain']:.4f} of that"
+    )
     names = ("", "n", "rounds", "ms: p50", "p95", "nominal theory", "theory", "speed-up", "efficiency")
     speed = Table(*names, title=title)
     parts = Table(

@@ -62,13 +62,14 @@ class Engine:
     # What other threads call.
 
     def submit(self, job: Job, request: Request) -> Pending:
-        """Begin a run as soon as a worker is free; raise RuntimeError if the engine is closed."""
+        """Begin a run at once; raise RuntimeError if the engine was closed, WorkerError if it lost a worker."""
         pending = Pending(self._wake)
         pending.set_running_or_notify_cancel()
         with self._gate:
-            if self._closing is not None or self._lost is not None:
-                why = f": {self._lost}" if self._lost else ""
-                raise RuntimeError(f"this leader is closed; make a new one{why}")
+            if self._lost is not None:
+                raise WorkerError(f"this leader is closed; make a new one: {self._lost}")
+            if self._closing is not None:
+                raise RuntimeError("this leader is closed; make a new one")
             self._inbox.append((job, request, pending))
         self._wake()
         return pending
@@ -104,7 +105,7 @@ class Engine:
                 self._refine()  # the states behind, while they compute
                 self._take()
         except WorkerError as lost:
-            error = lost
+            error = WorkerError(*lost.args)  # without its traceback, whose frames hold the runs' memory
         except Exception as bug:
             log.exception("the leader's thread failed")
             error = WorkerError(f"the leader's thread failed, and its workers were ended: {bug!r}")
@@ -251,6 +252,7 @@ class Engine:
         self._runs.clear()
         self._leaving.clear()
         self._inbox.clear()
+        self._stations.clear()
         for pending in waiting:
             pending.set_exception(WorkerError(*error.args) if error else CancelledError("the leader was closed"))
 
