@@ -24,7 +24,7 @@ from torch import Tensor
 
 from drp import models
 from drp.models.classifier import load_classifier
-from drp.sampling.drafts import BEST, PAPER
+from drp.sampling.drafts import PAPER, SECANT
 from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Sequential
 from drp.sampling.named import make_solver
 from drp.sampling.reference import run_reference
@@ -61,10 +61,10 @@ def ways(solution_steps: int) -> list[Way]:
     for n in (2, 4, 8):
         found += [
             Way(f"aggressive n={n}, paper", "ddim", STEPS, Aggressive(n, PAPER)),
-            Way(f"aggressive n={n}", "ddim", STEPS, Aggressive(n, BEST)),
+            Way(f"aggressive n={n}", "ddim", STEPS, Aggressive(n, SECANT)),
             Way(f"conservative n={n}, paper", "ddim", STEPS, Conservative(n, PAPER)),
-            Way(f"conservative n={n}", "ddim", STEPS, Conservative(n, BEST)),
-            Way(f"aggressive n={n}", "dpmsolver++", STEPS, Aggressive(n, BEST)),
+            Way(f"conservative n={n}", "ddim", STEPS, Conservative(n, SECANT)),
+            Way(f"aggressive n={n}", "dpmsolver++", STEPS, Aggressive(n, SECANT)),
         ]
     for tolerance in (0.0025, 0.005, 0.01):
         found.append(Way(f"adaptive n=8, tolerance {tolerance}", "ddim", STEPS, Adaptive(8, tolerance), alone=True))

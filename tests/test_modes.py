@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drp.sampling.drafts import BEST, PAPER, DraftRule
+from drp.sampling.drafts import PAPER, SECANT, DraftRule
 from drp.sampling.grids import scaled_linear
 from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Round, Rounds, Sequential, make_mode
 from drp.sampling.plan import make_plan
@@ -150,7 +150,7 @@ def test_a_mode_that_breaks_the_rules_is_told_which(script: tuple[Round, ...], m
 
 def test_mode_names() -> None:
     assert make_mode("aggressive", 3, 0.0, PAPER) == Aggressive(3, PAPER)
-    assert make_mode("adaptive", 3, 0.01, BEST) == Adaptive(3, 0.01)
+    assert make_mode("adaptive", 3, 0.01, SECANT) == Adaptive(3, 0.01)
     with pytest.raises(ValueError, match="unknown mode 'fast'; choose one of sequential, conservative, aggressive"):
         make_mode("fast", 2, 0.0, PAPER)
     with pytest.raises(ValueError, match="drafts is 0"):

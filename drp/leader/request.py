@@ -13,7 +13,7 @@ from torch import Tensor
 
 from drp.protocol.messages import ModelSpec
 from drp.sampling.choice import choose
-from drp.sampling.drafts import BEST, RULES, DraftRule
+from drp.sampling.drafts import RULES, SECANT, DraftRule
 from drp.sampling.modes import Mode, Sweeps, Warmup, make_mode
 from drp.sampling.named import make_solver
 from drp.sampling.run import Callback, Noise, Run, slots
@@ -206,7 +206,7 @@ def _mode(request: Request, devices: int, steps: int) -> Mode:
 
 def _rule(rule: str | DraftRule | None) -> DraftRule:
     if rule is None:
-        return BEST
+        return SECANT
     if isinstance(rule, str):
         if rule not in RULES:
             raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}, or give a DraftRule")

@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from drp.sampling.drafts import BEST, DraftRule
+from drp.sampling.drafts import SECANT, DraftRule
 
 MODE_NAMES = ("sequential", "conservative", "aggressive", "adaptive")
 
@@ -44,7 +44,7 @@ class Mode(ABC):
     """
 
     feedback: ClassVar[bool] = False
-    rule: DraftRule = BEST
+    rule: DraftRule = SECANT
 
     @property
     @abstractmethod
@@ -60,7 +60,7 @@ class Mode(ABC):
 class Sequential(Mode):
     """The ordinary loop: N rounds of one evaluation."""
 
-    rule: DraftRule = BEST
+    rule: DraftRule = SECANT
 
     @property
     def width(self) -> int:
@@ -78,7 +78,7 @@ class Aggressive(Mode):
     """n drafts a round, the last draft's own prediction starting the next: 1 + ceil((N - 1) / n) rounds."""
 
     n: int
-    rule: DraftRule = BEST
+    rule: DraftRule = SECANT
 
     @property
     def width(self) -> int:
@@ -100,7 +100,7 @@ class Conservative(Mode):
     """
 
     n: int
-    rule: DraftRule = BEST
+    rule: DraftRule = SECANT
 
     @property
     def width(self) -> int:
@@ -128,7 +128,7 @@ class Adaptive(Mode):
     feedback: ClassVar[bool] = True
     n: int
     tolerance: float
-    rule: DraftRule = BEST
+    rule: DraftRule = SECANT
 
     @property
     def width(self) -> int:

@@ -76,6 +76,7 @@ class _Table:
     def __init__(self, solver: Solver, rule: DraftRule) -> None:
         grid = solver.grid
         self._solver, self._rule = solver, rule
+        self._carry = rule.carry_of(solver.prediction_type)
         self._steps = [solver.step(k) for k in range(grid.steps)]
         self._reads = [
             estimates(solver.prediction_type, float(grid.alphas[k]), float(grid.sigmas[k])) for k in range(grid.steps)
@@ -129,7 +130,7 @@ class _Table:
         """Read the prediction at an index as an estimate at the state there."""
         k = term.k
         read = self._reads[k]
-        carry = 0.0 if k in self._taken_at_state else self._rule.carry
+        carry = 0.0 if k in self._taken_at_state else self._carry
         if term.kind == "data":
             at_state, at_input, output = read.data_x * (1 - carry), read.data_x * carry, read.data_p
         else:  # What is left of the state, x = alpha data + sigma epsilon.
