@@ -60,10 +60,11 @@ class Active:
         return tasks is not None
 
     def answer(self, prediction: Prediction) -> bool:
-        """Account for a prediction; return whether the round is complete."""
+        """Account for a prediction and fold it in; return whether the round is complete."""
         self.due.remove((prediction.index, prediction.slot))
         self._evaluations += 1
         self._device_seconds += prediction.seconds
+        self.run.fold(prediction.index)
         return not self.due and not self.waiting
 
     def refine(self) -> None:

@@ -89,6 +89,11 @@ class Run:
             raise ValueError(f"{type(solver).__name__} adds noise at each step; give `noise`")
         self._ahead: tuple[int, list[float]] = (0, [])  # where the last round's states lie, and their residuals
         self._to_refine: tuple[_Advance, int] | None = None
+        self._evaluating: dict[int, int] = {}  # like _slots, for the round that is being evaluated
+        self._position = 0  # in the plan, of what follows that round
+        self._arrived: set[int] = set()
+        self._folding: _Fold | None = None
+        self._first = 0  # where the states being folded lie
         self.rounds_done = 0
         self.steps_done = 0
         self.residuals: dict[int, float] = {}
@@ -104,16 +109,32 @@ class Run:
 
         Call `refine` once between two rounds, best while the new tasks are being evaluated, and once at the end.
         """
-        for event in self._plan:
+        for position, event in enumerate(self._plan, start=1):
             if isinstance(event, _Advance):
                 self._advance(event)
                 continue
             first = self._slot_banks.take(len(event.indices), self._slots.values())
             slots = range(first, first + len(event.indices))
             event.drafts.write(self._vector, self._drafts[slots.start : slots.stop])
-            yield [Task(k, self._timesteps[k], slot) for k, slot in zip(event.indices, slots, strict=True)]
-            self._slots.update(zip(event.indices, slots, strict=True))
+            self._evaluating = dict(zip(event.indices, slots, strict=True))
+            self._position = position
+            yield [Task(k, self._timesteps[k], slot) for k, slot in self._evaluating.items()]
+            self._slots.update(self._evaluating)
             self.rounds_done += 1
+
+    def fold(self, index: int) -> None:
+        """Add the prediction at `index`, which is in its slot, to the states that the next drafts start from.
+
+        May be called for any of a round's predictions as they arrive, in any order: they are added in index order, each
+        as soon as those before it are in, and whatever is left is added when the next round is asked for. In a mode
+        with feedback, whose way is not known before, it does nothing.
+        """
+        event = self._plan[self._position] if isinstance(self._plan, list) else None
+        if isinstance(event, _Advance):
+            self._arrived.add(index)
+            if self._folding is None:
+                self._folding = self._begin(event)
+            self._folding.go(lambda term: term.kind != "prediction" or term.k in self._slots or term.k in self._arrived)
 
     def refine(self, callback: Callback | None = None) -> None:
         """Compute the states that the last finished round has passed; call `callback` for each, in order."""
@@ -141,14 +162,24 @@ class Run:
             self.residuals.update(enumerate(residuals[: len(event)], start=event.base + 1))
             if len(event) < len(residuals):
                 self.cuts.append(end)
-            computed = len(event) <= len(residuals)
+            fold = None if len(event) <= len(residuals) else event.last.fold(self._vector, self._eager(event, first))
         else:
-            first = self._state_banks.take(len(event), self._rows.values())
-            computed = False
-        if not computed:
-            event.last.write(self._vector, self._states[first + len(event) - event.eager : first + len(event)])
+            fold = self._folding or self._begin(event)
+            first = self._first
+            self._folding = None
+            self._arrived.clear()
+        if fold is not None:
+            fold.go()
         self._rows.update({event.base + 1 + i: first + i for i in range(len(event) - event.eager, len(event))})
         self._to_refine = (event, first)
+
+    def _begin(self, event: _Advance) -> _Fold:
+        """Find room for the states of a way forward, and begin to compute the last ones."""
+        self._first = self._state_banks.take(len(event), self._rows.values())
+        return event.last.fold(self._vector, self._eager(event, self._first))
+
+    def _eager(self, event: _Advance, first: int) -> Tensor:
+        return self._states[first + len(event) - event.eager : first + len(event)]
 
     def _measure(self, base: int, rows: tuple[Row, ...]) -> Sequence[float]:
         """Compute the states from base + 1 to the last predicted index; return their residuals."""
@@ -175,7 +206,8 @@ class Run:
             return self._states[self._rows[k]] if k else self._start
         if term.kind == "noise":
             return self._draw(k)
-        return (self._drafts if term.kind == "input" else self._predictions)[self._slots[k]]
+        slot = self._slots[k] if k in self._slots else self._evaluating[k]
+        return (self._drafts if term.kind == "input" else self._predictions)[slot]
 
     def _draw(self, k: int) -> Tensor:
         if k not in self._fresh:
@@ -227,8 +259,26 @@ class _Rows:
 
     def write(self, vector: Callable[[Term], Tensor], out: Tensor) -> None:
         """Write row i into `out[i]`; `out` is [rows, D]."""
-        if not self.terms:
-            return
-        torch.mul(self.weights[0], vector(self.terms[0]), out=out)
-        for weight, term in zip(self.weights[1:], self.terms[1:], strict=True):
-            out.addcmul_(weight, vector(term))
+        self.fold(vector, out).go()
+
+    def fold(self, vector: Callable[[Term], Tensor], out: Tensor) -> _Fold:
+        """Return the same as a sum that is yet to be made, term by term."""
+        return _Fold(self, vector, out)
+
+
+class _Fold:
+    """A sum under way: terms are added in their order, as far as they are ready."""
+
+    def __init__(self, rows: _Rows, vector: Callable[[Term], Tensor], out: Tensor) -> None:
+        self._rows, self._vector, self._out, self._done = rows, vector, out, 0
+
+    def go(self, ready: Callable[[Term], bool] = lambda term: True) -> None:
+        """Add the terms up to the first that is not ready."""
+        terms, weights = self._rows.terms, self._rows.weights
+        while self._done < len(terms) and ready(terms[self._done]):
+            term = self._vector(terms[self._done])
+            if self._done == 0:
+                torch.mul(weights[0], term, out=self._out)
+            else:
+                self._out.addcmul_(weights[self._done], term)
+            self._done += 1
