@@ -23,13 +23,15 @@ class Pending(Future[Result]):
         self.unwanted = False
 
     def cancel(self) -> bool:
-        """Ask for the end of the run, and say whether that was in time: then `result` raises CancelledError.
+        """Ask for the end of the run, after which `result` raises CancelledError; return False if it is over already.
 
         It ends within a round; its workers are free for other runs as soon as they have answered.
         """
+        over = self.done()
         self.unwanted = True
-        self._wake()
-        return not self.done()
+        if not over:
+            self._wake()
+        return not over
 
 
 class Active:
