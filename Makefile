@@ -4,7 +4,7 @@ DEVICES ?= 2
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test check bench micro clean
+.PHONY: help demo test check bench quality micro clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ bench: $(READY) ## Measure, on emulated devices and real cores; DEVICES=8 says h
 
 micro: $(READY) ## Measure the parts: codec, transport, arithmetic
 	$(BIN)/python -m pytest bench/micro --benchmark-enable --benchmark-columns=min,median,mean,rounds --benchmark-sort=name
+
+quality: $(READY) ## Measure the quality of drafted samples; FULL=1 for 200 samples, as in bench/results
+	$(BIN)/python -m bench.quality $(if $(FULL),--full)
 
 clean: ## Remove .venv and caches
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info

@@ -44,7 +44,7 @@ class Mode(ABC):
     """
 
     feedback: ClassVar[bool] = False
-    rule: DraftRule
+    rule: DraftRule = BEST
 
     @property
     @abstractmethod
