@@ -133,11 +133,11 @@ class Engine:
             except Exception as error:  # no memory, or a mode of somebody's own: the caller's to hear
                 pending.set_exception(error)
                 continue
+            self._mark("begin", run)
             for station in self._stations:
                 self._pool.send(station.worker, run.arena.bind)
                 run.unbound.add(station.worker.number)
             self._runs[run.number] = run
-            self._mark("begin", run)
             self._form(run)
         for run in [run for run in self._runs.values() if run.pending.unwanted]:
             self._end(run, CancelledError())

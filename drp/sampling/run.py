@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from drp.sampling.banks import Banks
 from drp.sampling.modes import Mode
-from drp.sampling.plan import Advance, Predict, make_plan
+from drp.sampling.plan import Advance, Predict, longest_way, make_plan
 from drp.sampling.rows import Row, Term, state
 from drp.sampling.solvers import Solver
 
@@ -71,13 +72,10 @@ class Run:
         self._shape, self._start = start.shape, start.reshape(-1)
         self._drafts, self._predictions, self._noise = drafts, predictions, noise
         self._feedback, self._watch = mode.feedback, watch and not mode.feedback
-        events = make_plan(solver, mode, self._measure)
-        if mode.feedback:
-            self._plan: Iterable[_Predict | _Advance] = (_cast(event, start.dtype) for event in events)
-            longest = mode.width + 1
-        else:
-            plan = self._plan = [_cast(event, start.dtype) for event in events]
-            longest = max(len(event) for event in plan if isinstance(event, _Advance))
+        # Rows are worked out while the round before is being evaluated, or, with feedback, when that is known.
+        self._plan = (_cast(event, start.dtype) for event in make_plan(solver, mode, self._measure))
+        self._ready: deque[_Predict | _Advance] = deque()
+        longest = mode.width + 1 if mode.feedback else longest_way(mode, solver.grid.steps)
         kept = _rounds_kept(solver, mode)
         self._slot_banks, self._state_banks = Banks(kept, mode.width), Banks(kept, longest)
         self._slots: dict[int, int] = {}  # index -> row of drafts and predictions
@@ -90,7 +88,6 @@ class Run:
         self._ahead: tuple[int, list[float]] = (0, [])  # where the last round's states lie, and their residuals
         self._to_refine: tuple[_Advance, int] | None = None
         self._evaluating: dict[int, int] = {}  # like _slots, for the round that is being evaluated
-        self._position = 0  # in the plan, of what follows that round
         self._arrived: set[int] = set()
         self._folding: _Fold | None = None
         self._first = 0  # where the states being folded lie
@@ -109,7 +106,7 @@ class Run:
 
         Call `refine` once between two rounds, best while the new tasks are being evaluated, and once at the end.
         """
-        for position, event in enumerate(self._plan, start=1):
+        while (event := self._ready.popleft() if self._ready else next(self._plan, None)) is not None:
             if isinstance(event, _Advance):
                 self._advance(event)
                 continue
@@ -117,7 +114,6 @@ class Run:
             slots = range(first, first + len(event.indices))
             event.drafts.write(self._vector, self._drafts[slots.start : slots.stop])
             self._evaluating = dict(zip(event.indices, slots, strict=True))
-            self._position = position
             yield [Task(k, self._timesteps[k], slot) for k, slot in self._evaluating.items()]
             self._slots.update(self._evaluating)
             self.rounds_done += 1
@@ -129,7 +125,8 @@ class Run:
         as soon as those before it are in, and whatever is left is added when the next round is asked for. In a mode
         with feedback, whose way is not known before, it does nothing.
         """
-        event = self._plan[self._position] if isinstance(self._plan, list) else None
+        self._prepare()
+        event = self._ready[0] if self._ready else None
         if isinstance(event, _Advance):
             self._arrived.add(index)
             if self._folding is None:
@@ -151,8 +148,17 @@ class Run:
             for known in (self._slots, self._rows, self._fresh):
                 for k in [k for k in known if k < event.oldest and k != event.anchor]:
                     del known[k]
+        self._prepare()
         for k in range(self.steps_done, min(self.steps_done + self._noise_ahead, len(self._timesteps))):
             self._draw(k)
+
+    def _prepare(self) -> None:
+        """Work out the rows up to the next round's drafts, if they do not depend on what is being evaluated."""
+        while not self._feedback and not any(isinstance(event, _Predict) for event in self._ready):
+            event = next(self._plan, None)
+            if event is None:
+                return
+            self._ready.append(event)
 
     def _advance(self, event: _Advance) -> None:
         """Compute the state that the next round starts from; leave the others to `refine`, where nobody waits."""
