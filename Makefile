@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY) ## Draw digits with two worker processes, into digits.png
-	$(BIN)/drp sample digits --labels 0-9 --repeat 4 --steps 48 --devices 2 --mode aggressive --out digits.png
+	$(BIN)/drp sample digits --labels 0-9 --rows 4 --steps 48 --devices 2 --mode aggressive --out digits.png
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest

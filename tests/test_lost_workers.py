@@ -195,7 +195,11 @@ def test_a_forked_child_does_not_end_its_parents_workers(tmp_path: Path) -> None
                 first = leader.sample(shape=(4,), steps=5).samples
                 child = os.fork()
                 if child == 0:
-                    raise SystemExit(0)  # with finalizers, as any child might
+                    try:
+                        leader.sample(shape=(4,), steps=5)
+                    except RuntimeError as error:
+                        assert "forked from" in str(error)
+                        raise SystemExit(0)  # with finalizers, as any child might
                 assert os.waitpid(child, 0)[1] == 0
                 assert (leader.sample(shape=(4,), steps=5).samples == first).all()
     """

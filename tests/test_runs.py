@@ -163,3 +163,15 @@ def test_ten_thousand_rounds_gain_no_memory_and_no_descriptor(tiny: Leader) -> N
         assert maps <= maps_before + 5
     for process, rss in zip(everyone, resident, strict=True):
         assert process.memory_info().rss < rss + 8_000_000
+
+
+def test_a_late_cancel_writes_to_nobody_elses_file(tmp_path: Path) -> None:
+    leader = Leader(TINY)
+    pending = leader.submit(labels=[1], steps=3)
+    pending.result(DEADLINE)
+    leader.close()
+    files = [(tmp_path / str(i)).open("wb", buffering=0) for i in range(50)]  # they take the numbers that are free now
+    assert not pending.cancel()
+    for file in files:
+        file.close()
+    assert all((tmp_path / str(i)).stat().st_size == 0 for i in range(50))

@@ -23,13 +23,15 @@ class Pending(Future[Result]):
         self.unwanted = False
 
     def cancel(self) -> bool:
-        """Ask for the end of the run, and say whether that was in time: then `result` raises CancelledError.
+        """Ask for the end of the run, after which `result` raises CancelledError; return False if it is over already.
 
         It ends within a round; its workers are free for other runs as soon as they have answered.
         """
+        over = self.done()
         self.unwanted = True
-        self._wake()
-        return not self.done()
+        if not over:
+            self._wake()
+        return not over
 
 
 class Active:
@@ -60,10 +62,11 @@ class Active:
         return tasks is not None
 
     def answer(self, prediction: Prediction) -> bool:
-        """Account for a prediction; return whether the round is complete."""
+        """Account for a prediction and fold it in; return whether the round is complete."""
         self.due.remove((prediction.index, prediction.slot))
         self._evaluations += 1
         self._device_seconds += prediction.seconds
+        self.run.fold(prediction.index)
         return not self.due and not self.waiting
 
     def refine(self) -> None:

@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import CancelledError
-from contextlib import suppress
 
 from drp.leader.active import Active, Pending
 from drp.leader.errors import WorkerError
@@ -63,6 +62,10 @@ class Engine:
 
     def submit(self, job: Job, request: Request) -> Pending:
         """Begin a run at once; raise RuntimeError if the engine was closed, WorkerError if it lost a worker."""
+        if os.getpid() != self._pool.owner:
+            raise RuntimeError(
+                f"this leader is process {self._pool.owner}'s, which this one was forked from; make a new one"
+            )
         pending = Pending(self._wake)
         pending.set_running_or_notify_cancel()
         with self._gate:
@@ -91,8 +94,9 @@ class Engine:
             self._thread.join(grace + 10.0)
 
     def _wake(self) -> None:
-        with suppress(OSError):  # It is closed: nobody is there to be woken.
-            os.eventfd_write(self._wakeup, 1)
+        with self._gate:
+            if self._wakeup >= 0:
+                os.eventfd_write(self._wakeup, 1)
 
     # The loop.
 
@@ -116,7 +120,9 @@ class Engine:
                 self._closing = grace
             self._end_all(error)
             self._pool.close(grace)
-            os.close(self._wakeup)
+            with self._gate:  # Its number may be another file's at once: nobody may write to it any more.
+                os.close(self._wakeup)
+                self._wakeup = -1
 
     def _admit(self) -> None:
         """Begin the runs that were submitted, end those that are unwanted."""
@@ -127,11 +133,11 @@ class Engine:
             except Exception as error:  # no memory, or a mode of somebody's own: the caller's to hear
                 pending.set_exception(error)
                 continue
+            self._mark("begin", run)
             for station in self._stations:
                 self._pool.send(station.worker, run.arena.bind)
                 run.unbound.add(station.worker.number)
             self._runs[run.number] = run
-            self._mark("begin", run)
             self._form(run)
         for run in [run for run in self._runs.values() if run.pending.unwanted]:
             self._end(run, CancelledError())

@@ -24,6 +24,8 @@ import msgpack
 MAX_MESSAGE = 1 << 20
 """Bytes of the longest message, and so of everything in it."""
 
+_SCALARS = frozenset({int, float, str, bool, type(None)})
+
 Checker = Callable[[Any], Any]
 Record = TypeVar("Record")
 
@@ -59,10 +61,12 @@ def encode(message: object) -> bytes:
 
 def to_fields(record: Any) -> dict[str, Any]:
     """Return a dataclass as plain maps and lists."""
-    return {field.name: _plain(getattr(record, field.name)) for field in dataclasses.fields(record)}
+    return {name: _plain(getattr(record, name)) for name in record.__dataclass_fields__}
 
 
 def _plain(value: Any) -> Any:
+    if type(value) in _SCALARS:
+        return value
     if dataclasses.is_dataclass(value):
         return to_fields(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value

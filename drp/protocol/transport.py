@@ -44,7 +44,9 @@ class LeaderSocket:
 
     def send(self, identity: bytes, message: ToWorker) -> None:
         """Send at once; raise zmq.ZMQError if the worker is gone or does not take its messages."""
-        self._socket.send_multipart([identity, encode(message)], zmq.NOBLOCK, copy=True)
+        data = encode(message)
+        self._socket.send(identity, zmq.NOBLOCK | zmq.SNDMORE)
+        self._socket.send(data, zmq.NOBLOCK)
 
     def vanish(self) -> None:
         """Take the socket's name away: connections stay, none can be added, and no sudden end leaves a file behind."""
@@ -82,6 +84,7 @@ class WorkerSocket:
         self._socket.setsockopt(zmq.LINGER, 1000)  # A last Failed has a second to leave.
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
         self._socket.connect(endpoint)
+        self._patience = -1.0
 
     def send(self, message: ToLeader) -> None:
         """Send at once."""
@@ -89,9 +92,14 @@ class WorkerSocket:
 
     def receive(self, seconds: float) -> ToWorker | None:
         """Return the next message, or None if none came in time."""
-        if not self._socket.poll(round(seconds * 1000)):
+        if seconds != self._patience:
+            self._patience = seconds
+            self._socket.setsockopt(zmq.RCVTIMEO, round(seconds * 1000))
+        try:
+            data = self._socket.recv()
+        except zmq.Again:
             return None
-        return decode(self._socket.recv(zmq.NOBLOCK), TO_WORKER)
+        return decode(data, TO_WORKER)
 
     def close(self) -> None:
         """Close; what was sent last has a moment to leave."""

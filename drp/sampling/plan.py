@@ -39,7 +39,7 @@ def make_plan(solver: Solver, mode: Mode, measure: Measure | None = None) -> Ite
 
     `measure` is asked for the residuals of each round of a mode with feedback, once its predictions are in.
     """
-    steps, last = solver.grid.steps, solver.grid.steps - 1
+    steps = solver.grid.steps
     table = _Table(solver, mode.rule)
     rounds = mode.rounds(steps)
     r = next(rounds, None)
@@ -53,9 +53,18 @@ def make_plan(solver: Solver, mode: Mode, measure: Measure | None = None) -> Ite
             r = rounds.send(residuals) if mode.feedback else next(rounds, None)
         except StopIteration:
             r = None
-    if table.last != last:
-        raise ValueError(f"{mode} ends with a prediction at {table.last}; its rounds must lead to the last, {last}")
+    _check_end(table.last, mode, steps)
     yield table.advance(steps)
+
+
+def longest_way(mode: Mode, steps: int) -> int:
+    """Return the most steps that a mode without feedback advances at once; raise ValueError as `make_plan` would."""
+    base, last, longest = 0, -1, 0
+    for r in mode.rounds(steps):
+        _check_round(r, base, last, mode, steps)
+        base, last, longest = r.base, max(last, r.predict[-1]), max(longest, r.base - base)
+    _check_end(last, mode, steps)
+    return max(longest, steps - base)
 
 
 def transition(solver: Solver, a: int, b: int, rule: DraftRule | None = None, anchor: int | None = None) -> Row:
@@ -150,6 +159,11 @@ class _Table:
             return {data(self.last): 1.0}
         share = slope * further / apart
         return {data(self.last): 1.0 + share, data(self.anchor): -share}
+
+
+def _check_end(last: int, mode: Mode, steps: int) -> None:
+    if last != steps - 1:
+        raise ValueError(f"{mode} ends with a prediction at {last}; its rounds must lead to the last, {steps - 1}")
 
 
 def _check_round(r: Round, base: int, last: int, mode: Mode, steps: int) -> None:

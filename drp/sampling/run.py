@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from drp.sampling.banks import Banks
 from drp.sampling.modes import Mode
-from drp.sampling.plan import Advance, Predict, make_plan
+from drp.sampling.plan import Advance, Predict, longest_way, make_plan
 from drp.sampling.rows import Row, Term, state
 from drp.sampling.solvers import Solver
 
@@ -71,13 +72,10 @@ class Run:
         self._shape, self._start = start.shape, start.reshape(-1)
         self._drafts, self._predictions, self._noise = drafts, predictions, noise
         self._feedback, self._watch = mode.feedback, watch and not mode.feedback
-        events = make_plan(solver, mode, self._measure)
-        if mode.feedback:
-            self._plan: Iterable[_Predict | _Advance] = (_cast(event, start.dtype) for event in events)
-            longest = mode.width + 1
-        else:
-            plan = self._plan = [_cast(event, start.dtype) for event in events]
-            longest = max(len(event) for event in plan if isinstance(event, _Advance))
+        # Rows are worked out while the round before is being evaluated, or, with feedback, when that is known.
+        self._plan = (_cast(event, start.dtype) for event in make_plan(solver, mode, self._measure))
+        self._ready: deque[_Predict | _Advance] = deque()
+        longest = mode.width + 1 if mode.feedback else longest_way(mode, solver.grid.steps)
         kept = _rounds_kept(solver, mode)
         self._slot_banks, self._state_banks = Banks(kept, mode.width), Banks(kept, longest)
         self._slots: dict[int, int] = {}  # index -> row of drafts and predictions
@@ -89,6 +87,10 @@ class Run:
             raise ValueError(f"{type(solver).__name__} adds noise at each step; give `noise`")
         self._ahead: tuple[int, list[float]] = (0, [])  # where the last round's states lie, and their residuals
         self._to_refine: tuple[_Advance, int] | None = None
+        self._evaluating: dict[int, int] = {}  # like _slots, for the round that is being evaluated
+        self._arrived: set[int] = set()
+        self._folding: _Fold | None = None
+        self._first = 0  # where the states being folded lie
         self.rounds_done = 0
         self.steps_done = 0
         self.residuals: dict[int, float] = {}
@@ -104,16 +106,32 @@ class Run:
 
         Call `refine` once between two rounds, best while the new tasks are being evaluated, and once at the end.
         """
-        for event in self._plan:
+        while (event := self._ready.popleft() if self._ready else next(self._plan, None)) is not None:
             if isinstance(event, _Advance):
                 self._advance(event)
                 continue
             first = self._slot_banks.take(len(event.indices), self._slots.values())
             slots = range(first, first + len(event.indices))
             event.drafts.write(self._vector, self._drafts[slots.start : slots.stop])
-            yield [Task(k, self._timesteps[k], slot) for k, slot in zip(event.indices, slots, strict=True)]
-            self._slots.update(zip(event.indices, slots, strict=True))
+            self._evaluating = dict(zip(event.indices, slots, strict=True))
+            yield [Task(k, self._timesteps[k], slot) for k, slot in self._evaluating.items()]
+            self._slots.update(self._evaluating)
             self.rounds_done += 1
+
+    def fold(self, index: int) -> None:
+        """Add the prediction at `index`, which is in its slot, to the states that the next drafts start from.
+
+        May be called for any of a round's predictions as they arrive, in any order: they are added in index order, each
+        as soon as those before it are in, and whatever is left is added when the next round is asked for. In a mode
+        with feedback, whose way is not known before, it does nothing.
+        """
+        self._prepare()
+        event = self._ready[0] if self._ready else None
+        if isinstance(event, _Advance):
+            self._arrived.add(index)
+            if self._folding is None:
+                self._folding = self._begin(event)
+            self._folding.go(lambda term: term.kind != "prediction" or term.k in self._slots or term.k in self._arrived)
 
     def refine(self, callback: Callback | None = None) -> None:
         """Compute the states that the last finished round has passed; call `callback` for each, in order."""
@@ -130,8 +148,17 @@ class Run:
             for known in (self._slots, self._rows, self._fresh):
                 for k in [k for k in known if k < event.oldest and k != event.anchor]:
                     del known[k]
+        self._prepare()
         for k in range(self.steps_done, min(self.steps_done + self._noise_ahead, len(self._timesteps))):
             self._draw(k)
+
+    def _prepare(self) -> None:
+        """Work out the rows up to the next round's drafts, if they do not depend on what is being evaluated."""
+        while not self._feedback and not any(isinstance(event, _Predict) for event in self._ready):
+            event = next(self._plan, None)
+            if event is None:
+                return
+            self._ready.append(event)
 
     def _advance(self, event: _Advance) -> None:
         """Compute the state that the next round starts from; leave the others to `refine`, where nobody waits."""
@@ -141,14 +168,24 @@ class Run:
             self.residuals.update(enumerate(residuals[: len(event)], start=event.base + 1))
             if len(event) < len(residuals):
                 self.cuts.append(end)
-            computed = len(event) <= len(residuals)
+            fold = None if len(event) <= len(residuals) else event.last.fold(self._vector, self._eager(event, first))
         else:
-            first = self._state_banks.take(len(event), self._rows.values())
-            computed = False
-        if not computed:
-            event.last.write(self._vector, self._states[first + len(event) - event.eager : first + len(event)])
+            fold = self._folding or self._begin(event)
+            first = self._first
+            self._folding = None
+            self._arrived.clear()
+        if fold is not None:
+            fold.go()
         self._rows.update({event.base + 1 + i: first + i for i in range(len(event) - event.eager, len(event))})
         self._to_refine = (event, first)
+
+    def _begin(self, event: _Advance) -> _Fold:
+        """Find room for the states of a way forward, and begin to compute the last ones."""
+        self._first = self._state_banks.take(len(event), self._rows.values())
+        return event.last.fold(self._vector, self._eager(event, self._first))
+
+    def _eager(self, event: _Advance, first: int) -> Tensor:
+        return self._states[first + len(event) - event.eager : first + len(event)]
 
     def _measure(self, base: int, rows: tuple[Row, ...]) -> Sequence[float]:
         """Compute the states from base + 1 to the last predicted index; return their residuals."""
@@ -175,7 +212,8 @@ class Run:
             return self._states[self._rows[k]] if k else self._start
         if term.kind == "noise":
             return self._draw(k)
-        return (self._drafts if term.kind == "input" else self._predictions)[self._slots[k]]
+        slot = self._slots[k] if k in self._slots else self._evaluating[k]
+        return (self._drafts if term.kind == "input" else self._predictions)[slot]
 
     def _draw(self, k: int) -> Tensor:
         if k not in self._fresh:
@@ -227,8 +265,26 @@ class _Rows:
 
     def write(self, vector: Callable[[Term], Tensor], out: Tensor) -> None:
         """Write row i into `out[i]`; `out` is [rows, D]."""
-        if not self.terms:
-            return
-        torch.mul(self.weights[0], vector(self.terms[0]), out=out)
-        for weight, term in zip(self.weights[1:], self.terms[1:], strict=True):
-            out.addcmul_(weight, vector(term))
+        self.fold(vector, out).go()
+
+    def fold(self, vector: Callable[[Term], Tensor], out: Tensor) -> _Fold:
+        """Return the same as a sum that is yet to be made, term by term."""
+        return _Fold(self, vector, out)
+
+
+class _Fold:
+    """A sum under way: terms are added in their order, as far as they are ready."""
+
+    def __init__(self, rows: _Rows, vector: Callable[[Term], Tensor], out: Tensor) -> None:
+        self._rows, self._vector, self._out, self._done = rows, vector, out, 0
+
+    def go(self, ready: Callable[[Term], bool] = lambda term: True) -> None:
+        """Add the terms up to the first that is not ready."""
+        terms, weights = self._rows.terms, self._rows.weights
+        while self._done < len(terms) and ready(terms[self._done]):
+            term = self._vector(terms[self._done])
+            if self._done == 0:
+                torch.mul(weights[0], term, out=self._out)
+            else:
+                self._out.addcmul_(weights[self._done], term)
+            self._done += 1
