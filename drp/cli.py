@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from drp import __version__
 from drp.sampling.drafts import RULES
 from drp.sampling.modes import MODE_NAMES
-from drp.sampling.named import SOLVER_NAMES
+from drp.sampling.named import SOLVER_NAMES, make_solver
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -109,12 +109,14 @@ def sample(
 
         known = describe(model)
         columns = list(range(known.classes or 0)) if known and labels is None else parse_labels(labels or "")
+        options, grid = _given(order=order, eta=eta), _given(spacing=spacing, sigmas=sigmas, shift=shift)
+        total = make_solver(solver, steps, prediction_type, grid, options).grid.steps  # Heun's has more than `steps`
         console = Console(stderr=True)
         bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
         )
         with bar:
-            progress = bar.add_task("starting workers", total=steps)
+            progress = bar.add_task("starting workers", total=total)
 
             def advance(step: int, state: Tensor) -> None:
                 bar.update(progress, completed=step, description="sampling")
@@ -134,8 +136,8 @@ def sample(
                 warmup=warmup,
                 sweeps=sweeps,
                 solver=solver,
-                solver_options=_given(order=order, eta=eta),
-                grid=_given(spacing=spacing, sigmas=sigmas, shift=shift),
+                solver_options=options,
+                grid=grid,
                 prediction_type=prediction_type,
                 threads=threads,
                 guidance=guidance,

@@ -35,10 +35,13 @@ class Result:
 
     @property
     def theory(self) -> float:
-        """The speed-up over one device that this many rounds allow: evaluations over rounds."""
-        return self.evaluations / self.rounds
+        """The speed-up over one device, which takes a round a step, that this many rounds allow."""
+        return self.steps / self.rounds
 
     @property
     def speedup(self) -> float:
-        """The measured one: the evaluations' own time, one after the other, over the wall time."""
-        return self.device_seconds / self.seconds
+        """The measured one: an evaluation's own time, once for each step, over the wall time.
+
+        Adaptive runs and sweeps evaluate some steps more than once, which one device would not.
+        """
+        return self.device_seconds / self.evaluations * self.steps / self.seconds
