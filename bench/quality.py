@@ -45,6 +45,7 @@ class Way:
     steps: int
     mode: Mode
     alone: bool = False  # each sample a run of its own
+    sigmas: str | None = None
 
     @property
     def label(self) -> str:
@@ -74,6 +75,20 @@ def ways(solution_steps: int) -> list[Way]:
     return found
 
 
+def ways_in_sigmas(solution_steps: int, sigmas: str) -> list[Way]:
+    """List what is measured of second-order solvers whose noise levels are spread in another way."""
+    names = ("dpmsolver++", "unipc")
+    found = [
+        Way("sequential", "dpmsolver++", STEPS, Sequential(), sigmas=sigmas),
+        Way("solution", "dpmsolver++", solution_steps, Sequential()),
+    ]
+    found += [Way(f"aggressive n={n}", "dpmsolver++", STEPS, Aggressive(n), sigmas=sigmas) for n in (2, 4, 8)]
+    adaptive = Way("adaptive n=8, tolerance 0.005", "dpmsolver++", STEPS, Adaptive(8, 0.005), True, sigmas)
+    return [*found, adaptive] + [
+        Way("fewer steps", s, k, Sequential(), False, sigmas) for s in names for k in (25, 13, 7)
+    ]
+
+
 def draw(index: int) -> Tensor:
     """Draw sample `index`'s noise."""
     return torch.randn(1, 1, 28, 28, generator=torch.Generator().manual_seed(10_000 + index))
@@ -83,7 +98,7 @@ def run(way: Way, samples: Sequence[int], guidance: float) -> tuple[Tensor, list
     """Sample in this process; return samples [len, 1, 28, 28], and the rounds and evaluations of each."""
     torch.set_num_threads(1)
     denoiser = models.load("digits").predict
-    solver = make_solver(way.solver, way.steps)
+    solver = make_solver(way.solver, way.steps, grid={"sigmas": way.sigmas} if way.sigmas else {})
     parts, rounds, evaluations = [], [], []
     for group in [[i] for i in samples] if way.alone else [list(samples)]:
         cond = {"labels": torch.tensor(group) % 10, "guidance": torch.tensor(guidance)}
@@ -116,9 +131,8 @@ def frechet(a: Tensor, b: Tensor) -> float:
     return float(mean + one.trace() + two.trace() - 2 * cross)
 
 
-def measure(count: int, solution_steps: int, guidance: float, processes: int, console: Console) -> list[dict[str, Any]]:
+def measure(todo: Sequence[Way], count: int, guidance: float, processes: int, console: Console) -> list[dict[str, Any]]:
     """Run every way on `count` samples; return a row of figures for each."""
-    todo = ways(solution_steps)
     chunks = [range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         jobs = [[pool.submit(run, way, chunk, guidance) for chunk in chunks] for way in todo]
@@ -232,25 +246,36 @@ def draw_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 @click.option("--full", is_flag=True, help="200 samples, instead of 40.")
 @click.option("--samples", type=int, help="How many samples.")
 @click.option("--solution-steps", type=int, help="Steps of the solution, DPM-Solver++ 2M.")
+@click.option("--sigmas", help="Second-order solvers alone, their noise levels spread so: karras, exponential or beta.")
 @click.option("--guidance", default=2.0, show_default=True, help="Scale of classifier-free guidance.")
 @click.option("--processes", default=2, show_default=True, help="Processes that share the samples.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="JSON; table and picture are written beside it.")
 def main(
-    full: bool, samples: int | None, solution_steps: int | None, guidance: float, processes: int, out: Path | None
+    full: bool,
+    samples: int | None,
+    solution_steps: int | None,
+    sigmas: str | None,
+    guidance: float,
+    processes: int,
+    out: Path | None,
 ) -> None:
     """Measure the quality of drafted samples."""
     console, began = Console(width=170), time.perf_counter()
     count, solution = samples or (200 if full else 40), solution_steps or SOLUTION
-    rows = measure(count, solution, guidance, processes, console)
+    todo = ways_in_sigmas(solution, sigmas) if sigmas else ways(solution)
+    rows = measure(todo, count, guidance, processes, console)
     console.print(table(rows, count))
-    out = out or RESULTS / ("quality.json" if full else "quality-short.json")
+    name = f"quality-{sigmas}" if sigmas else "quality" if full else "quality-short"
+    out = out or RESULTS / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     seconds = time.perf_counter() - began
-    facts = {"samples": count, "solution_steps": solution, "guidance": guidance, "seconds": round(seconds)}
+    facts = {"samples": count, "solution_steps": solution, "guidance": guidance, "sigmas": sigmas}
+    facts["seconds"] = round(seconds)
     out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     out.with_suffix(".md").write_text(markdown(rows))
     try:
-        draw_plot(rows, out.with_suffix(".png"))
+        if not sigmas:
+            draw_plot(rows, out.with_suffix(".png"))
     except ImportError:
         console.print("no picture: matplotlib is missing; pip install 'drp[plots]'")
     console.print(f"{seconds:.0f} s in all; wrote {out}")
