@@ -120,7 +120,7 @@ def test_a_model_of_ones_own_with_conditions() -> None:
 def test_the_leaders_thread_has_one_torch_thread_and_others_keep_theirs() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    counts = {}
+    counts: dict[str, int] = {}
     try:
         with Leader(TINY) as leader:
             leader.sample(labels=[1], steps=2, callback=lambda k, x: counts.update(leader=torch.get_num_threads()))

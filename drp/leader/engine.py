@@ -109,6 +109,7 @@ class Engine:
     def _serve(self) -> None:
         error: WorkerError | None = None
         # Sums of rows are too small to share out, and the threads that would share them spin on the workers' cores.
+        torch.get_num_threads()  # At its first call a thread takes the common number: not after the next line.
         torch.set_num_threads(1)
         self._ready.set()
         try:
