@@ -117,6 +117,22 @@ def test_a_model_of_ones_own_with_conditions() -> None:
     assert bare.samples.shape == (1, 5)
 
 
+def test_the_leaders_thread_has_one_torch_thread_and_others_keep_theirs() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    counts: dict[str, int] = {}
+    try:
+        with Leader(TINY) as leader:
+            leader.sample(labels=[1], steps=2, callback=lambda k, x: counts.update(leader=torch.get_num_threads()))
+            counts["caller"] = torch.get_num_threads()
+            thread = threading.Thread(target=lambda: counts.update(new=torch.get_num_threads()))
+            thread.start()
+            thread.join(5)
+    finally:
+        torch.set_num_threads(before)
+    assert counts == {"leader": 1, "caller": 2, "new": 2}
+
+
 def test_one_copy_of_the_weights(tiny: Leader) -> None:
     def shared_by(pid: int) -> set[str]:
         lines = Path(f"/proc/{pid}/maps").read_text().splitlines()

@@ -1,12 +1,14 @@
 """How long does the leader's arithmetic take? A state is 4 x 64 x 64 numbers, as Stable Diffusion's latents are."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from drp.sampling.grids import scaled_linear
 from drp.sampling.modes import Aggressive
-from drp.sampling.run import Run, slots
+from drp.sampling.run import Run, Task, slots
 from drp.sampling.solvers import DDIM
 
 NUMBERS = 4 * 64 * 64
@@ -22,20 +24,42 @@ def test_draft_product(benchmark: BenchmarkFixture) -> None:
     assert drafts.isfinite().all()
 
 
-@pytest.mark.parametrize("refine", [False, True], ids=["drafts", "drafts and states"])
-def test_rounds_of_8(benchmark: BenchmarkFixture, refine: bool) -> None:
-    """All of a round but the evaluations, six rounds of eight drafts; with the states between, or without."""
+@pytest.fixture
+def advanced() -> Callable[[], tuple[Run, Iterator[list[Task]]]]:
+    """Return what makes runs that have two rounds behind them, all refined."""
     torch.set_num_threads(1)
-    solver, noise = DDIM(scaled_linear(49)), torch.randn(1, NUMBERS)
-    drafts, predictions = (torch.zeros(slots(solver, Aggressive(DRAFTS)), NUMBERS) for _ in range(2))
+    solver, mode, noise = DDIM(scaled_linear(48)), Aggressive(DRAFTS), torch.randn(1, NUMBERS)
+    drafts, predictions = (torch.zeros(slots(solver, mode), NUMBERS) for _ in range(2))
+
+    def make() -> tuple[Run, Iterator[list[Task]]]:
+        run = Run(solver, mode, noise, drafts, predictions)
+        rounds = run.rounds()
+        for _ in range(2):
+            next(rounds)
+            run.refine()
+        return run, rounds
+
+    return make
+
+
+def test_from_predictions_to_drafts(
+    benchmark: BenchmarkFixture, advanced: Callable[[], tuple[Run, Iterator[list[Task]]]]
+) -> None:
+    """Between a round's last prediction and the next one's eight drafts: every worker waits for it."""
+
+    def setup() -> tuple[tuple[Iterator[list[Task]]], dict[str, object]]:
+        return (advanced()[1],), {}
+
+    tasks = benchmark.pedantic(next, setup=setup, rounds=300)  # type: ignore[no-untyped-call]
+    assert len(tasks) == DRAFTS
+
+
+def test_refine(benchmark: BenchmarkFixture, advanced: Callable[[], tuple[Run, Iterator[list[Task]]]]) -> None:
+    """The states between, while the workers compute: nobody waits for it."""
 
     def setup() -> tuple[tuple[Run], dict[str, object]]:
-        return (Run(solver, Aggressive(DRAFTS), noise, drafts, predictions),), {}
+        run, rounds = advanced()
+        next(rounds)
+        return (run,), {}
 
-    def arithmetic(run: Run) -> None:
-        for _ in run.rounds():
-            if refine:
-                run.refine()
-
-    benchmark.pedantic(arithmetic, setup=setup, rounds=200)  # type: ignore[no-untyped-call]
-    assert drafts.isfinite().all()
+    benchmark.pedantic(Run.refine, setup=setup, rounds=300)  # type: ignore[no-untyped-call]

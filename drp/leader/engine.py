@@ -10,6 +10,8 @@ import time
 from collections import deque
 from concurrent.futures import CancelledError
 
+import torch
+
 from drp.leader.active import Active, Pending
 from drp.leader.errors import WorkerError
 from drp.leader.pool import GRACE, Pool, WorkerProcess
@@ -55,8 +57,12 @@ class Engine:
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         pool.watch(self._wakeup)
         self._gate = threading.Lock()
+        self._ready = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="drp-leader", daemon=True)
+        threads = torch.get_num_threads()
         self._thread.start()
+        self._ready.wait()
+        torch.set_num_threads(threads)  # A thread keeps its own number; what others start with is as it was.
 
     # What other threads call.
 
@@ -102,6 +108,10 @@ class Engine:
 
     def _serve(self) -> None:
         error: WorkerError | None = None
+        # Sums of rows are too small to share out, and the threads that would share them spin on the workers' cores.
+        torch.get_num_threads()  # At its first call a thread takes the common number: not after the next line.
+        torch.set_num_threads(1)
+        self._ready.set()
         try:
             while self._closing is None:
                 self._admit()
