@@ -239,10 +239,9 @@ _plans: WeakKeyDictionary[Solver, dict[tuple[Mode, torch.dtype], _Plan]] = WeakK
 
 
 def _plan(solver: Solver, mode: Mode, dtype: torch.dtype, measure: Measure) -> _Plan:
-    events = (_cast(event, dtype) for event in make_plan(solver, mode, measure))
     if mode.feedback:
-        return _Plan(events, mode.width + 1)
-    fresh = _Plan(events, longest_way(mode, solver.grid.steps))
+        return _Plan((_cast(event, dtype) for event in make_plan(solver, mode, measure)), mode.width + 1)
+    fresh = _Plan((_cast(event, dtype) for event in make_plan(solver, mode)), longest_way(mode, solver.grid.steps))
     try:
         return _plans.setdefault(solver, {}).setdefault((mode, dtype), fresh)
     except TypeError:  # a mode of somebody's own that has no hash
