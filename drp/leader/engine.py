@@ -24,6 +24,9 @@ from drp.sampling.run import Task
 IDLE = 3600.0
 """Seconds of the longest wait: only when nothing is due from anyone, and a submission ends it."""
 
+HEAD_START = 0.0005
+"""Seconds that workers have to pick up their drafts before the leader refines: it may be using one of their cores."""
+
 log = logging.getLogger(__name__)
 
 
@@ -188,7 +191,10 @@ class Engine:
         station.drafts.append((run, task))
 
     def _refine(self) -> None:
-        for run in [run for run in self._runs.values() if run.behind]:
+        behind = [run for run in self._runs.values() if run.behind]
+        if behind and self.overlap:
+            self._pool.wait(HEAD_START)
+        for run in behind:
             try:
                 run.refine()
                 self._mark("refined", run)

@@ -172,6 +172,10 @@ class Pool:
                 raise WorkerError(f"{worker} {worker.end()}")
         return None
 
+    def wait(self, seconds: float) -> None:
+        """Leave the processor to others for so long, or until something is there to be taken."""
+        self._socket.wait(seconds)
+
     def receive_now(self) -> tuple[WorkerProcess, ToLeader] | None:
         """Return a message that is waiting, or None."""
         try:

@@ -5,8 +5,10 @@ A socket belongs to one thread at a time. Every receive has a deadline.
 
 from __future__ import annotations
 
+import select
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import zmq
@@ -28,6 +30,7 @@ class LeaderSocket:
         self.endpoint = f"ipc://{path}"
         # A context of its own: an embedding program's sockets and limits stay out of it.
         self._context = zmq.Context(io_threads=1)
+        self._epoll = select.epoll()
         try:
             if len(str(path)) > MAX_PATH:
                 raise ValueError(f"{path} is longer than a socket path's {MAX_PATH} characters; set TMPDIR to less")
@@ -36,8 +39,7 @@ class LeaderSocket:
             self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
             self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # Sending to a worker that is gone is an error.
             self._socket.bind(self.endpoint)
-            self._poller = zmq.Poller()
-            self._poller.register(self._socket, zmq.POLLIN)
+            self._epoll.register(self._socket.fileno(), select.EPOLLIN)
         except BaseException:
             self.close()
             raise
@@ -55,13 +57,25 @@ class LeaderSocket:
 
     def watch(self, fd: int) -> None:
         """Let `poll` also look at a file descriptor."""
-        self._poller.register(fd, zmq.POLLIN)
+        self._epoll.register(fd, select.EPOLLIN)
 
     def poll(self, seconds: float) -> tuple[bool, set[int]]:
         """Wait for a message or a watched descriptor; return whether there is a message, and which are ready."""
-        ready = dict(self._poller.poll(max(0, round(seconds * 1000))))
-        message = ready.pop(self._socket, 0) != 0
-        return message, {fd for fd in ready if isinstance(fd, int)}
+        # One epoll for all: zmq's own poll makes its list anew at each call, and counts whole milliseconds.
+        deadline, own = time.monotonic() + seconds, self._socket.fileno()
+        while True:
+            message = self._has_message()
+            ready = {fd for fd, _ in self._epoll.poll(0.0 if message else max(0.0, deadline - time.monotonic()))}
+            if message or ready - {own} or not ready:
+                return message or self._has_message(), ready - {own}
+
+    def _has_message(self) -> bool:
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for a message, at most."""
+        if not self._has_message():
+            self._epoll.poll(seconds)
 
     def receive(self) -> tuple[bytes, ToLeader]:
         """Return a waiting message and who sent it; raise ProtocolError if it is none, zmq.Again if none waits."""
@@ -70,6 +84,7 @@ class LeaderSocket:
 
     def close(self) -> None:
         """Close and remove the directory; nothing unsent is waited for."""
+        self._epoll.close()
         self._context.destroy(linger=0)
         shutil.rmtree(self.directory, ignore_errors=True)
 

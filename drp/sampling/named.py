@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -62,19 +63,39 @@ def make_solver(
     `grid` holds options of `make_grid`, or of `flow_grid` where `prediction_type` is "flow"; `options` those of the
     solver. `strength` below 1 starts in the middle: the last `int(strength * steps)` steps alone are taken.
     """
+    given = (name, steps, prediction_type, _frozen(grid), _frozen(options), strength)
+    try:
+        return _make_solver(*given)  # The same one for the same arguments: its rows need not be worked out again.
+    except TypeError:  # an option that has no hash, such as a list of sigmas
+        return _make_solver.__wrapped__(*given)
+
+
+def _frozen(options: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted((options or {}).items()))
+
+
+@functools.lru_cache(maxsize=32)
+def _make_solver(
+    name: str,
+    steps: int,
+    prediction_type: str,
+    grid: tuple[tuple[str, Any], ...],
+    options: tuple[tuple[str, Any], ...],
+    strength: float,
+) -> Solver:
     if name not in SOLVERS:
         raise ValueError(f"unknown solver {name!r}; choose one of {', '.join(SOLVERS)}")
     if steps < 1:
         raise ValueError(f"steps is {steps}; choose 1 or more")
     named = SOLVERS[name]
-    full = _grid(name, named, steps, prediction_type, grid or {})
+    full = _grid(name, named, steps, prediction_type, dict(grid))
     last = int(steps * strength)
     if not (0 < strength <= 1) or last < 1:
         raise ValueError(f"strength is {strength}; of {steps} steps it must leave 1 or more: give {1 / steps:.3g} to 1")
     if last < steps and name in ("pndm", "ipndm"):
         raise ValueError(f"strength is {strength}, but {name} has a beginning of its own; choose another solver")
     part = full.after(full.steps - (2 * last - 1 if name == "heun" else last)) if last < steps else full
-    given = {**named.options, **(options or {})}
+    given = {**named.options, **dict(options)}
     _check("solver_options", given, named.solver, ("grid", "prediction_type", "self"))
     return named.solver(part, prediction_type, **given)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from drp.sampling.banks import Banks
 from drp.sampling.modes import Mode
-from drp.sampling.plan import Advance, Predict, longest_way, make_plan
+from drp.sampling.plan import Advance, Measure, Predict, longest_way, make_plan
 from drp.sampling.rows import Row, Term, state
 from drp.sampling.solvers import Solver
 
@@ -73,9 +75,9 @@ class Run:
         self._drafts, self._predictions, self._noise = drafts, predictions, noise
         self._feedback, self._watch = mode.feedback, watch and not mode.feedback
         # Rows are worked out while the round before is being evaluated, or, with feedback, when that is known.
-        self._plan = (_cast(event, start.dtype) for event in make_plan(solver, mode, self._measure))
-        self._ready: deque[_Predict | _Advance] = deque()
-        longest = mode.width + 1 if mode.feedback else longest_way(mode, solver.grid.steps)
+        self._plan = _plan(solver, mode, start.dtype, self._measure)
+        self._position = 0  # in the plan, of what comes next
+        longest = self._plan.longest
         kept = _rounds_kept(solver, mode)
         self._slot_banks, self._state_banks = Banks(kept, mode.width), Banks(kept, longest)
         self._slots: dict[int, int] = {}  # index -> row of drafts and predictions
@@ -106,7 +108,8 @@ class Run:
 
         Call `refine` once between two rounds, best while the new tasks are being evaluated, and once at the end.
         """
-        while (event := self._ready.popleft() if self._ready else next(self._plan, None)) is not None:
+        while (event := self._plan.get(self._position)) is not None:
+            self._position += 1
             if isinstance(event, _Advance):
                 self._advance(event)
                 continue
@@ -125,8 +128,7 @@ class Run:
         as soon as those before it are in, and whatever is left is added when the next round is asked for. In a mode
         with feedback, whose way is not known before, it does nothing.
         """
-        self._prepare()
-        event = self._ready[0] if self._ready else None
+        event = None if self._feedback else self._plan.get(self._position)
         if isinstance(event, _Advance):
             self._arrived.add(index)
             if self._folding is None:
@@ -148,17 +150,11 @@ class Run:
             for known in (self._slots, self._rows, self._fresh):
                 for k in [k for k in known if k < event.oldest and k != event.anchor]:
                     del known[k]
-        self._prepare()
+        if not self._feedback:
+            for ahead in range(2):  # up to the next round's drafts
+                self._plan.get(self._position + ahead)
         for k in range(self.steps_done, min(self.steps_done + self._noise_ahead, len(self._timesteps))):
             self._draw(k)
-
-    def _prepare(self) -> None:
-        """Work out the rows up to the next round's drafts, if they do not depend on what is being evaluated."""
-        while not self._feedback and not any(isinstance(event, _Predict) for event in self._ready):
-            event = next(self._plan, None)
-            if event is None:
-                return
-            self._ready.append(event)
 
     def _advance(self, event: _Advance) -> None:
         """Compute the state that the next round starts from; leave the others to `refine`, where nobody waits."""
@@ -220,6 +216,37 @@ class Run:
             assert self._noise is not None
             self._fresh[k] = self._noise(k).reshape(-1)
         return self._fresh[k]
+
+
+class _Plan:
+    """What a run does, in order, worked out as far as anyone has asked; in threads at the same time, if need be."""
+
+    def __init__(self, events: Iterator[_Predict | _Advance], longest: int) -> None:
+        self.longest = longest
+        self._events, self._known = events, list[_Predict | _Advance]()
+        self._lock = threading.Lock()
+
+    def get(self, position: int) -> _Predict | _Advance | None:
+        """Return what is at a position, None past the end."""
+        if position >= len(self._known):
+            with self._lock:
+                self._known += itertools.islice(self._events, position + 1 - len(self._known))
+        return self._known[position] if position < len(self._known) else None
+
+
+_plans: WeakKeyDictionary[Solver, dict[tuple[Mode, torch.dtype], _Plan]] = WeakKeyDictionary()
+"""Rows are the same for every run with the same solver and a mode without feedback: the next run finds them here."""
+
+
+def _plan(solver: Solver, mode: Mode, dtype: torch.dtype, measure: Measure) -> _Plan:
+    events = (_cast(event, dtype) for event in make_plan(solver, mode, measure))
+    if mode.feedback:
+        return _Plan(events, mode.width + 1)
+    fresh = _Plan(events, longest_way(mode, solver.grid.steps))
+    try:
+        return _plans.setdefault(solver, {}).setdefault((mode, dtype), fresh)
+    except TypeError:  # a mode of somebody's own that has no hash
+        return fresh
 
 
 class _Predict:
