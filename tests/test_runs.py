@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import threading
 import time
@@ -144,6 +145,7 @@ def test_ten_thousand_rounds_gain_no_memory_and_no_descriptor(tiny: Leader) -> N
     everyone = [here, *(child for child in here.children() if "resource_tracker" not in " ".join(child.cmdline()))]
 
     def use() -> list[tuple[int, int]]:
+        gc.collect()  # what other tests left, errors with their tracebacks above all
         return [
             (process.num_fds(), len(Path(f"/proc/{process.pid}/maps").read_text().splitlines())) for process in everyone
         ]

@@ -133,7 +133,9 @@ class Run:
             self._arrived.add(index)
             if self._folding is None:
                 self._folding = self._begin(event)
-            self._folding.go(lambda term: term.kind != "prediction" or term.k in self._slots or term.k in self._arrived)
+            self._folding.go(
+                self._vector, lambda term: term.kind != "prediction" or term.k in self._slots or term.k in self._arrived
+            )
 
     def refine(self, callback: Callback | None = None) -> None:
         """Compute the states that the last finished round has passed; call `callback` for each, in order."""
@@ -164,21 +166,21 @@ class Run:
             self.residuals.update(enumerate(residuals[: len(event)], start=event.base + 1))
             if len(event) < len(residuals):
                 self.cuts.append(end)
-            fold = None if len(event) <= len(residuals) else event.last.fold(self._vector, self._eager(event, first))
+            fold = None if len(event) <= len(residuals) else _Fold(event.last, self._eager(event, first))
         else:
             fold = self._folding or self._begin(event)
             first = self._first
             self._folding = None
             self._arrived.clear()
         if fold is not None:
-            fold.go()
+            fold.go(self._vector)
         self._rows.update({event.base + 1 + i: first + i for i in range(len(event) - event.eager, len(event))})
         self._to_refine = (event, first)
 
     def _begin(self, event: _Advance) -> _Fold:
         """Find room for the states of a way forward, and begin to compute the last ones."""
         self._first = self._state_banks.take(len(event), self._rows.values())
-        return event.last.fold(self._vector, self._eager(event, self._first))
+        return _Fold(event.last, self._eager(event, self._first))
 
     def _eager(self, event: _Advance, first: int) -> Tensor:
         return self._states[first + len(event) - event.eager : first + len(event)]
@@ -291,24 +293,20 @@ class _Rows:
 
     def write(self, vector: Callable[[Term], Tensor], out: Tensor) -> None:
         """Write row i into `out[i]`; `out` is [rows, D]."""
-        self.fold(vector, out).go()
-
-    def fold(self, vector: Callable[[Term], Tensor], out: Tensor) -> _Fold:
-        """Return the same as a sum that is yet to be made, term by term."""
-        return _Fold(self, vector, out)
+        _Fold(self, out).go(vector)
 
 
 class _Fold:
-    """A sum under way: terms are added in their order, as far as they are ready."""
+    """Rows' sum under way: terms are added in their order, as far as they are ready."""
 
-    def __init__(self, rows: _Rows, vector: Callable[[Term], Tensor], out: Tensor) -> None:
-        self._rows, self._vector, self._out, self._done = rows, vector, out, 0
+    def __init__(self, rows: _Rows, out: Tensor) -> None:
+        self._rows, self._out, self._done = rows, out, 0
 
-    def go(self, ready: Callable[[Term], bool] = lambda term: True) -> None:
+    def go(self, vector: Callable[[Term], Tensor], ready: Callable[[Term], bool] = lambda term: True) -> None:
         """Add the terms up to the first that is not ready."""
         terms, weights = self._rows.terms, self._rows.weights
         while self._done < len(terms) and ready(terms[self._done]):
-            term = self._vector(terms[self._done])
+            term = vector(terms[self._done])
             if self._done == 0:
                 torch.mul(weights[0], term, out=self._out)
             else:
