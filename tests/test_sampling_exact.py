@@ -94,7 +94,7 @@ def evaluate(row: Row, states: Mapping[int, Tensor], gaussian: Gaussian) -> Tens
     total = torch.zeros_like(X)
     for term, coefficient in row.items():
         x = states[term.k]
-        value = x if term.kind == "state" else gaussian(x, torch.tensor([float(term.k)]), {})
+        value = x if term.kind in ("state", "input") else gaussian(x, torch.tensor([float(term.k)]), {})
         total = total + coefficient * value
     return total
 
