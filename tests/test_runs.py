@@ -160,9 +160,11 @@ def test_ten_thousand_rounds_gain_no_memory_and_no_descriptor(tiny: Leader) -> N
     before, resident = use(), [process.memory_info().rss for process in everyone]
     rounds(10_000)
     until(lambda: not tiny._engine._leaving)
-    for (fds, maps), (fds_before, maps_before) in zip(use(), before, strict=True):
-        assert fds <= fds_before
-        assert maps <= maps_before + 5
+
+    def gained() -> list[tuple[int, int]]:
+        return [(fds - fds0, maps - maps0) for (fds, maps), (fds0, maps0) in zip(use(), before, strict=True)]
+
+    until(lambda: all(fds <= 0 and maps <= 5 for fds, maps in gained()))  # workers let go of the last run a bit later
     for process, rss in zip(everyone, resident, strict=True):
         assert process.memory_info().rss < rss + 8_000_000
 

@@ -97,7 +97,7 @@ class Request:
     drafts: int | None = None
     target_speedup: float | None = None
     rule: str | DraftRule | None = None
-    tolerance: float = 0.005
+    tolerance: float = 0.0025
     warmup: int = 0
     sweeps: int = 0
     seed: int = 0
