@@ -56,7 +56,7 @@ def parse_labels(text: str) -> list[int]:
 @click.option("--drafts", type=int, help="Drafts a round; by default one a device.")
 @click.option("--target-speedup", type=float, help="Choose mode and drafts for this, with at most --drafts.")
 @click.option("--rule", help=f"How drafts are made: {', '.join(RULES)}; by default the best measured.")
-@click.option("--tolerance", default=0.005, show_default=True, help="Residual at which adaptive gives predictions up.")
+@click.option("--tolerance", default=0.0025, show_default=True, help="Residual at which adaptive gives predictions up.")
 @click.option("--warmup", default=0, show_default=True, help="Steps taken sequentially first.")
 @click.option("--sweeps", default=0, show_default=True, help="Times more that each block of drafts is evaluated.")
 @click.option("--solver", default="ddim", show_default=True, help=f"One of {', '.join(SOLVER_NAMES)}.")
