@@ -24,11 +24,10 @@ BATCH = 50
 def draw(leader: Leader, count: int, steps: int, mode: str, drafts: int, console: Console) -> Tensor:
     """Return `count` digits, labels 0 to 9 in turn, every batch from a seed of its own."""
     labels = [i % 10 for i in range(BATCH)]
-    parts = [
-        leader.sample(labels=labels, steps=steps, mode=mode, drafts=drafts, seed=seed).samples
-        for seed in track(range(count // BATCH), description=f"{mode} n={drafts}", console=console)
+    runs = [
+        leader.submit(labels=labels, steps=steps, mode=mode, drafts=drafts, seed=seed) for seed in range(count // BATCH)
     ]
-    return torch.cat(parts)
+    return torch.cat([run.result().samples for run in track(runs, description=f"{mode} n={drafts}", console=console)])
 
 
 @click.command()
