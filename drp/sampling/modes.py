@@ -146,11 +146,10 @@ class Adaptive(Mode):
 
 
 @dataclass(frozen=True)
-class Warmup(Mode):
-    """The first `steps` steps sequentially, the others as `mode` has it."""
+class Around(Mode):
+    """A mode that does something to the rounds of another."""
 
     mode: Mode
-    steps: int
 
     @property
     def feedback(self) -> bool:  # type: ignore[override]  # it is that of the mode inside
@@ -166,6 +165,13 @@ class Warmup(Mode):
     def width(self) -> int:
         """That of `mode`."""
         return self.mode.width
+
+
+@dataclass(frozen=True)
+class Warmup(Around):
+    """The first `steps` steps sequentially, the others as `mode` has it."""
+
+    steps: int
 
     def rounds(self, steps: int) -> Rounds:
         """Yield a round a step, then those of `mode`, moved."""
@@ -177,29 +183,13 @@ class Warmup(Mode):
 
 
 @dataclass(frozen=True)
-class Sweeps(Mode):
+class Sweeps(Around):
     """Each block of `mode`'s drafts evaluated `extra` times more, each time at the states refined through the last.
 
     A Picard iteration: with n - 1 extra sweeps a block of n drafts equals the sequential steps.
     """
 
-    mode: Mode
     extra: int
-
-    @property
-    def feedback(self) -> bool:  # type: ignore[override]  # it is that of the mode inside
-        """Whether `mode` has it."""
-        return self.mode.feedback
-
-    @property
-    def rule(self) -> DraftRule:  # type: ignore[override]  # likewise
-        """That of `mode`."""
-        return self.mode.rule
-
-    @property
-    def width(self) -> int:
-        """That of `mode`."""
-        return self.mode.width
 
     def rounds(self, steps: int) -> Rounds:
         """Yield the rounds of `mode`, each with drafts 1 + `extra` times."""
