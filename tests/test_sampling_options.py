@@ -29,7 +29,7 @@ def test_modes_by_option() -> None:
     assert job(rule="paper").mode == Aggressive(4, PAPER)
     assert job(rule=DraftRule(0.2, 0.1), mode="conservative", drafts=3).mode == Conservative(3, DraftRule(0.2, 0.1))
     assert job(mode="adaptive", tolerance=0.02).mode == Adaptive(4, 0.02)
-    assert job(mode="adaptive", warmup=3, sweeps=2).mode == Warmup(Sweeps(Adaptive(4, 0.005), 2), 3)
+    assert job(mode="adaptive", warmup=3, sweeps=2).mode == Warmup(Sweeps(Adaptive(4, 0.0025), 2), 3)
     assert job(target_speedup=3.0).mode == Aggressive(4)
     assert job(target_speedup=1.0).mode == Sequential()
 
