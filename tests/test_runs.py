@@ -70,6 +70,23 @@ def test_a_run_that_is_cancelled_ends_within_a_round() -> None:
         assert len(seen) < 20
 
 
+def test_more_runs_than_there_is_room_for_wait_their_turn(tiny: Leader) -> None:
+    alone = tiny.sample(labels=[1], steps=9).samples
+    at_once: list[int] = []
+    runs = [
+        tiny.submit(labels=[1], steps=9, callback=lambda k, x: at_once.append(len(tiny._engine._runs)))
+        for _ in range(60)
+    ]
+    runs[50].cancel()
+    for place, run in enumerate(runs):
+        if place == 50:
+            with pytest.raises(CancelledError):
+                run.result(DEADLINE)
+        else:
+            assert torch.equal(run.result(DEADLINE).samples, alone)
+    assert 2 < max(at_once) <= 8
+
+
 def test_cancelling_one_run_leaves_the_others(tiny: Leader) -> None:
     alone = tiny.sample(labels=[1], steps=40).samples
     kept, unwanted = tiny.submit(labels=[1], steps=40), tiny.submit(labels=[2], steps=1000)

@@ -27,6 +27,9 @@ IDLE = 3600.0
 HEAD_START = 0.0005
 """Seconds that workers have to pick up their drafts before the leader refines: it may be using one of their cores."""
 
+ROOM = 4
+"""Runs at once, for each worker: enough to keep it busy. Others wait, and take no memory meanwhile."""
+
 log = logging.getLogger(__name__)
 
 
@@ -138,8 +141,11 @@ class Engine:
                 self._wakeup = -1
 
     def _admit(self) -> None:
-        """Begin the runs that were submitted, end those that are unwanted."""
-        while self._inbox:
+        """Begin runs that were submitted, as many as there is room for, and end those that are unwanted."""
+        for entry in [entry for entry in list(self._inbox) if entry[2].unwanted]:
+            self._inbox.remove(entry)
+            entry[2].set_exception(CancelledError())
+        while self._inbox and len(self._runs) < ROOM * len(self._stations):
             job, request, pending = self._inbox.popleft()
             try:
                 run = Active(next(self._numbers) % 2**31, job, request, pending)
