@@ -142,11 +142,13 @@ class Engine:
 
     def _admit(self) -> None:
         """Begin runs that were submitted, as many as there is room for, and end those that are unwanted."""
-        for entry in [entry for entry in list(self._inbox) if entry[2].unwanted]:
-            self._inbox.remove(entry)
-            entry[2].set_exception(CancelledError())
+        for _, _, pending in list(self._inbox):
+            if pending.unwanted and not pending.done():
+                pending.set_exception(CancelledError())
         while self._inbox and len(self._runs) < ROOM * len(self._stations):
             job, request, pending = self._inbox.popleft()
+            if pending.done():  # cancelled while it waited
+                continue
             try:
                 run = Active(next(self._numbers) % 2**31, job, request, pending)
             except Exception as error:  # no memory, or a mode of somebody's own: the caller's to hear
@@ -276,7 +278,7 @@ class Engine:
         """Tell every caller; each gets an error of its own, since a traceback is added where it is raised."""
         for run in (*self._runs.values(), *self._leaving.values()):
             run.arena.close()
-        waiting = [run.pending for run in self._runs.values()] + [pending for _, _, pending in self._inbox]
+        waiting = [run.pending for run in self._runs.values()] + [p for _, _, p in self._inbox if not p.done()]
         self._runs.clear()
         self._leaving.clear()
         self._inbox.clear()
