@@ -12,7 +12,7 @@ import click
 import torch
 
 from bench import figures as facts
-from bench import plot, real_model, side_by_side, speedup
+from bench import interleaved, overlap, plot, real_model, side_by_side, speedup
 from bench.carriers.base import Work
 
 RESULTS = Path(__file__).with_name("results")
@@ -40,6 +40,11 @@ def main(devices: int, out: Path | None) -> None:
     work = Work(DEVICES[0], devices)
     figures["side_by_side"] = {"device": f"{devices} x {work.device}", "carriers": side_by_side.measure(work)}
     console.print(side_by_side.table(figures["side_by_side"]["carriers"], work))
+
+    figures["overlap"] = overlap.measure()
+    console.print(overlap.table(figures["overlap"]))
+    figures["interleaved"] = interleaved.measure()
+    console.print(interleaved.table(figures["interleaved"]))
 
     figures["real_model"] = real_model.measure()
     console.print(real_model.table(figures["real_model"]))

@@ -51,7 +51,9 @@ def parse_labels(text: str) -> list[int]:
 @click.option("-r", "--rows", default=1, show_default=True, help="Rows of the picture: samples of each label.")
 @click.option("--shape", help="A sample's shape, 1,28,28, for a model that does not say it.")
 @click.option("-n", "--steps", default=48, show_default=True, help="Steps of the solver.")
-@click.option("-d", "--devices", default="1", show_default=True, help="A count, or names: cpu:0,cpu:1.")
+@click.option(
+    "-d", "--devices", default="1", show_default=True, help="A count, or names: cpu:0,cpu:1 or 8xemulated:20ms."
+)
 @click.option("-m", "--mode", default="aggressive", show_default=True, help=f"One of {', '.join(MODE_NAMES)}.")
 @click.option("--drafts", type=int, help="Drafts a round; by default one a device.")
 @click.option("--target-speedup", type=float, help="Choose mode and drafts for this, with at most --drafts.")
