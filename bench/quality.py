@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench.figures import machine
 from drp import models
 from drp.models.classifier import load_classifier
 from drp.sampling.drafts import PAPER, SECANT
@@ -271,7 +272,7 @@ def main(
     seconds = time.perf_counter() - began
     facts = {"samples": count, "solution_steps": solution, "guidance": guidance, "sigmas": sigmas}
     facts["seconds"] = round(seconds)
-    out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    out.write_text(json.dumps({"machine": machine(), **facts, "rows": rows}, indent=1) + "\n")
     out.with_suffix(".md").write_text(markdown(rows))
     try:
         if not sigmas:
