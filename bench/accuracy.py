@@ -21,11 +21,12 @@ RUNS = [("sequential", 1), ("conservative", 2), ("conservative", 4), ("aggressiv
 BATCH = 50
 
 
-def draw(leader: Leader, count: int, steps: int, mode: str, drafts: int, console: Console) -> Tensor:
+def draw(leader: Leader, count: int, steps: int, mode: str, drafts: int, rule: str, console: Console) -> Tensor:
     """Return `count` digits, labels 0 to 9 in turn, every batch from a seed of its own."""
     labels = [i % 10 for i in range(BATCH)]
     runs = [
-        leader.submit(labels=labels, steps=steps, mode=mode, drafts=drafts, seed=seed) for seed in range(count // BATCH)
+        leader.submit(labels=labels, steps=steps, mode=mode, drafts=drafts, rule=rule, seed=seed)
+        for seed in range(count // BATCH)
     ]
     return torch.cat([run.result().samples for run in track(runs, description=f"{mode} n={drafts}", console=console)])
 
@@ -34,15 +35,22 @@ def draw(leader: Leader, count: int, steps: int, mode: str, drafts: int, console
 @click.option("--count", default=1000, show_default=True, help=f"Digits of each kind, a multiple of {BATCH}.")
 @click.option("--steps", default=48, show_default=True)
 @click.option("--devices", default="2", show_default=True)
-def main(count: int, steps: int, devices: str) -> None:
+@click.option("--rule", default="secant", show_default=True, help="How drafts are made; paper, for the paper's.")
+def main(count: int, steps: int, devices: str, rule: str) -> None:
     """Print the share of digits that the classifier reads as asked."""
-    table = Table("mode", "drafts", "digits", "read as asked", title=f"digits, {steps} steps, guidance of the card")
+    table = Table(
+        "mode",
+        "drafts",
+        "digits",
+        "read as asked",
+        title=f"digits, {steps} steps, guidance of the card, drafts by {rule}",
+    )
     classifier = load_classifier()
     wanted = torch.arange(count // BATCH * BATCH) % 10
     console = Console(stderr=True)
     with Leader("digits", devices=devices) as leader:
         for mode, drafts in RUNS:
-            samples = draw(leader, count, steps, mode, drafts, console)
+            samples = draw(leader, count, steps, mode, drafts, rule, console)
             right = int((classifier(samples).argmax(1) == wanted).sum())
             table.add_row(mode, str(drafts), str(len(wanted)), f"{right / len(wanted):.1%}")
     Console().print(table)
