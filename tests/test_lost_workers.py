@@ -116,10 +116,11 @@ def wait_for_end(pids: list[int], seconds: float = 10.0) -> list[int]:
 
 
 ENDLESS = """
-    import os, threading
+    import faulthandler, os, threading
     import drp
 
     def main():
+        faulthandler.dump_traceback_later(15)  # should it not end, this says where it is
         leader = drp.Leader("tests.denoisers:make_slow", devices=2)
         def tell(k, x):
             if k == 3:
@@ -157,7 +158,7 @@ def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
     pids = [int(word) for word in process.stdout.readline().split()]
     for pid in (process.pid, *pids):  # as a terminal does: to the whole group
         os.kill(pid, signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=30)
     assert err.rstrip().endswith("KeyboardInterrupt")
     assert wait_for_end(pids) == []
     assert list(tmp_path.glob("drp-*")) == []
