@@ -63,8 +63,10 @@ class WorkerProcess:
 
     def end(self) -> str:
         """Say how a dead worker ended: exit code or signal, and its last words."""
+        deadline = time.monotonic() + 1.0
         self.process.join(1.0)
-        code = self.process.exitcode
+        while (code := self.process.exitcode) is None and time.monotonic() < deadline:
+            time.sleep(0.01)  # Another thread has just asked for the code, and is about to write it down.
         how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
         words = self.words.read().rstrip(b"\0").decode(errors="replace").strip()
         return f"{how}; " + (f"its last words:\n{words}" if words else "it left no last words")
