@@ -103,7 +103,14 @@ def program(text: str, folder: Path) -> subprocess.Popen[str]:
     root = str(Path(__file__).parent.parent)
     env = os.environ | {"PYTHONPATH": root, "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [sys.executable, str(path)], env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(path)],
+        env=env,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore SIGINT, and so do their children: tests may run in one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -116,11 +123,10 @@ def wait_for_end(pids: list[int], seconds: float = 10.0) -> list[int]:
 
 
 ENDLESS = """
-    import faulthandler, os, threading
+    import os, threading
     import drp
 
     def main():
-        faulthandler.dump_traceback_later(15)  # should it not end, this says where it is
         leader = drp.Leader("tests.denoisers:make_slow", devices=2)
         def tell(k, x):
             if k == 3:
@@ -158,7 +164,7 @@ def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
     pids = [int(word) for word in process.stdout.readline().split()]
     for pid in (process.pid, *pids):  # as a terminal does: to the whole group
         os.kill(pid, signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=10)
     assert err.rstrip().endswith("KeyboardInterrupt")
     assert wait_for_end(pids) == []
     assert list(tmp_path.glob("drp-*")) == []
