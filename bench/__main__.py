@@ -59,7 +59,7 @@ def main(devices: int, out: Path | None) -> None:
     if plot.available():
         plot.draw(figures, out.with_suffix(".png"))
     else:
-        console.print("no picture: matplotlib is missing; pip install 'drp[plots]'")
+        console.print("no picture: matplotlib is missing; pip install 'drp\\[plots]'")
     console.print(f"{figures['seconds']:.0f} s in all; wrote {out}")
 
 

@@ -278,7 +278,7 @@ def main(
         if not sigmas:
             draw_plot(rows, out.with_suffix(".png"))
     except ImportError:
-        console.print("no picture: matplotlib is missing; pip install 'drp[plots]'")
+        console.print("no picture: matplotlib is missing; pip install 'drp\\[plots]'")
     console.print(f"{seconds:.0f} s in all; wrote {out}")
 
 

@@ -65,7 +65,7 @@ def table(figures: dict[str, Any], work: Work) -> Table:
     floor = figures["pipes (floor)"]["lost_p50"]
     for name, row in figures.items():
         if row is None:
-            shown.add_row(name, "not installed: pip install 'drp[ray]'")
+            shown.add_row(name, "not installed: pip install 'drp\\[ray]'")
             continue
         shown.add_row(
             name,

@@ -46,17 +46,13 @@ Answer = TypeVar("Answer", bound=ToLeader)
 
 @dataclass(frozen=True)
 class WorkerProcess:
-    """One worker as the leader sees it."""
+    """One worker as the leader sees it; `identity` is its address on the leader's socket."""
 
     number: int
+    identity: bytes
     device: Device
     process: multiprocessing.process.BaseProcess
     words: SharedMemory
-
-    @property
-    def identity(self) -> bytes:
-        """Its address on the leader's socket."""
-        return b"worker-%d" % self.number
 
     def __str__(self) -> str:
         return f"worker {self.number} ({self.device.name}, process {self.process.pid})"
@@ -91,9 +87,10 @@ class Pool:
 
     def _spawn(self, number: int, device: Device, threads: int) -> None:
         entry = importlib.import_module(ENTRY)
+        identity = b"worker-%d" % number
         words = SharedMemory.create(LAST_WORDS)
         config = entry.Config(
-            identity=b"worker-%d" % number,
+            identity=identity,
             endpoint=self._socket.endpoint,
             directory=str(self._socket.directory),
             leader=os.getpid(),
@@ -108,7 +105,7 @@ class Pool:
         process.start()
         # Else multiprocessing would end it when a child forked from this process ends; ending workers is close's work.
         multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]  # it has no public name
-        self.workers.append(WorkerProcess(number, device, process, words))
+        self.workers.append(WorkerProcess(number, identity, device, process, words))
         self._socket.watch(process.sentinel)  # before its first word: a worker that dies unheard is noticed
 
     def _start(self, model: str, timeout: float) -> ModelSpec:
