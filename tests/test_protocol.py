@@ -169,16 +169,44 @@ def test_an_arena_is_the_same_on_both_sides() -> None:
     mine.close()
 
 
+def test_a_slot_holds_several_tensors_and_predictions_of_another_shape() -> None:
+    inputs = {"latents": torch.zeros(1, 9, 4, 4), "t": torch.tensor(3), "mask": torch.zeros(0, 2).bool()}
+    outputs = {"noise": torch.zeros(1, 4, 4, 4).bfloat16(), "extra": torch.zeros(3, dtype=torch.complex64)}
+    mine = Arena.lay_out(7, inputs, outputs, 3, {"embedding": torch.ones(2, 5)})
+    peer = Arena.open(typing.cast(Bind, decode(encode(mine.bind), TO_WORKER)))
+    for slot in range(3):
+        mine.draft(slot)["latents"].fill_(slot + 1)
+        mine.draft(slot)["t"].fill_(slot + 10)
+        peer.prediction(slot)["noise"].fill_(-slot)
+        peer.prediction(slot)["extra"].fill_(slot * 1j)
+    for slot in range(3):
+        draft, prediction = peer.draft(slot), mine.prediction(slot)
+        assert {name: (t.shape, t.dtype) for name, t in draft.items()} == {
+            name: (t.shape, t.dtype) for name, t in inputs.items()
+        }
+        assert (draft["latents"] == slot + 1).all()
+        assert draft["t"] == slot + 10
+        assert (prediction["noise"] == -slot).all()
+        assert prediction["noise"].shape == (1, 4, 4, 4)
+        assert (prediction["extra"] == slot * 1j).all()
+    assert (peer.cond["embedding"] == 1).all()
+    mine.close()
+
+
 def test_an_arena_that_does_not_fit_its_memory_is_refused() -> None:
     memory = SharedMemory.create(4096)
+    x = (TensorSpec("x", "float32", (2, 2), 0),)
     for change in (
         {"slots": 10_000},
-        {"shape": (2**20, 2**20)},
-        {"dtype": "object"},
+        {"slots": 0, "inputs": ()},
+        {"inputs": (TensorSpec("x", "float32", (2**20, 2**20), 0),)},
+        {"inputs": (TensorSpec("x", "object", (2, 2), 0),)},
+        {"outputs": (TensorSpec("x", "float32", (2, 2), 4),)},
+        {"outputs": (TensorSpec("x", "float32", (2, 2), 4096),)},
         {"cond": (TensorSpec("c", "float32", (64,), 4032),)},
         {"cond": (TensorSpec("c", "float7", (1,), 0),)},
     ):
-        bind = dataclasses.replace(Bind(0, memory.handle, (2, 2), "float32", 2, ()), **change)
+        bind = dataclasses.replace(Bind(0, memory.handle, 2, x, x, ()), **change)
         with pytest.raises(ProtocolError):
             Arena(memory, bind)
     memory.close()

@@ -6,10 +6,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from drp.protocol.codec import decode, encode
 from drp.protocol.messages import TO_LEADER, TO_WORKER, Bind, Draft, Handle, Prediction, TensorSpec, ToLeader, ToWorker
 
+X = TensorSpec("x", "float32", (1, 4, 64, 64), 0)
 MESSAGES = [
     Draft(1, 47, 999.0, 23),
     Prediction(1, 47, 23, 0.02),
-    Bind(1, Handle(1234, 5, 1 << 20), (1, 4, 64, 64), "float32", 24, (TensorSpec("labels", "int64", (1,), 0),)),
+    Bind(1, Handle(1234, 5, 1 << 20), 24, (X,), (X,), (TensorSpec("labels", "int64", (1,), 0),)),
 ]
 
 

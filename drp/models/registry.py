@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from drp.protocol.messages import ModelSpec
@@ -24,6 +25,26 @@ class Denoiser:
 
     predict: Predict
     spec: ModelSpec
+
+    def evaluate(
+        self, inputs: Mapping[str, Tensor], timestep: float, cond: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+    ) -> None:
+        """Write into `outputs` what the model makes of a draft, `inputs`; raise TypeError if it returns anything else.
+
+        A model with a method `fill(inputs, timestep, cond, outputs)` does that itself, whatever tensors a slot holds.
+        For others it is the state `x`, in and out.
+        """
+        fill = getattr(self.predict, "fill", None)
+        if fill is not None:
+            fill(inputs, timestep, cond, outputs)
+            return
+        x = inputs["x"]
+        predicted = self.predict(x, torch.full(x.shape[:1], timestep, dtype=torch.float32), cond)
+        if not isinstance(predicted, Tensor) or predicted.shape != x.shape or predicted.dtype != x.dtype:
+            is_tensor = isinstance(predicted, Tensor)
+            got = f"{predicted.dtype} {list(predicted.shape)}" if is_tensor else type(predicted).__name__
+            raise TypeError(f"the denoiser returned {got}; it must return {x.dtype} {list(x.shape)}, like its input")
+        outputs["x"].copy_(predicted)
 
     @property
     def module(self) -> nn.Module | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from drp.protocol.codec import ProtocolError
-from drp.protocol.memory import DTYPES, NAMES, SharedMemory, aligned
+from drp.protocol.memory import ALIGNMENT, DTYPES, NAMES, SharedMemory, aligned
 from drp.protocol.messages import Bind, TensorSpec
 
 
@@ -17,36 +17,49 @@ class Arena:
     """Slots for drafts and predictions of one run, and the conditions of its denoiser.
 
     First all drafts, then all predictions, each slot padded to the alignment; then the conditions. `drafts` and
-    `predictions` are [slots, D], D the numbers in one state.
+    `predictions` are the first tensor of every slot, [slots, D], D the numbers in it; a run whose denoiser takes a
+    state and returns its like has no others.
     """
 
     def __init__(self, memory: SharedMemory, bind: Bind) -> None:
-        if bind.dtype not in DTYPES:
-            raise ProtocolError(f"unknown dtype {bind.dtype!r}")
         self.memory = memory
         self.bind = bind
-        dtype = DTYPES[bind.dtype]
-        count = math.prod(bind.shape)
-        stride = aligned(count * dtype.itemsize)
-        rows = (bind.slots, stride // dtype.itemsize)
-        self.drafts = memory.tensor(0, rows, dtype)[:, :count]
-        self.predictions = memory.tensor(bind.slots * stride, rows, dtype)[:, :count]
+        start = bind.slots * _stride(bind.inputs)
+        self._inputs = _slots(memory, 0, bind.slots, bind.inputs)
+        self._outputs = _slots(memory, start, bind.slots, bind.outputs)
+        self.drafts = self._inputs[bind.inputs[0].name]
+        self.predictions = self._outputs[bind.outputs[0].name]
         self.cond = {spec.name: _view(memory, spec) for spec in bind.cond}
 
+    def draft(self, slot: int) -> dict[str, Tensor]:
+        """Return the tensors of the draft in a slot, by name."""
+        return {spec.name: self._inputs[spec.name][slot].view(spec.shape) for spec in self.bind.inputs}
+
+    def prediction(self, slot: int) -> dict[str, Tensor]:
+        """Return the tensors of the prediction in a slot, by name."""
+        return {spec.name: self._outputs[spec.name][slot].view(spec.shape) for spec in self.bind.outputs}
+
     @classmethod
-    def create(cls, run: int, noise: Tensor, slots: int, cond: Mapping[str, Tensor]) -> Arena:
-        """Make the arena of a run whose states are like `noise`, with `cond` copied in."""
-        stride = aligned(noise.numel() * noise.element_size())
-        end = 2 * slots * stride
-        specs = []
-        for name, tensor in cond.items():
-            if tensor.dtype not in NAMES:
-                raise ValueError(f"cond[{name!r}] is {tensor.dtype}; choose one of {', '.join(DTYPES)}")
-            specs.append(TensorSpec(name, NAMES[tensor.dtype], tuple(tensor.shape), end))
-            end += aligned(tensor.numel() * tensor.element_size())
-        memory = SharedMemory.create(end)
-        bind = Bind(run, memory.handle, tuple(noise.shape), NAMES[noise.dtype], slots, tuple(specs))
-        arena = cls(memory, bind)
+    def create(cls, run: int, state: Tensor, slots: int, cond: Mapping[str, Tensor]) -> Arena:
+        """Make the arena of a run whose states, and predictions, are like `state`, with `cond` copied in."""
+        like = {"x": state}
+        return cls.lay_out(run, like, like, slots, cond)
+
+    @classmethod
+    def lay_out(
+        cls,
+        run: int,
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
+        slots: int,
+        cond: Mapping[str, Tensor],
+    ) -> Arena:
+        """Make the arena of a run whose slots hold tensors like `inputs` and `outputs`, with `cond` copied in."""
+        drafts, predictions = _specs("input", inputs), _specs("output", outputs)
+        start = slots * (_stride(drafts) + _stride(predictions))
+        specs = _specs("cond", cond, start)
+        memory = SharedMemory.create(_end(specs, start))
+        arena = cls(memory, Bind(run, memory.handle, slots, drafts, predictions, specs))
         for name, tensor in cond.items():
             arena.cond[name].copy_(tensor)
         return arena
@@ -65,8 +78,43 @@ class Arena:
         self.memory.close()
 
 
-def _view(memory: SharedMemory, spec: TensorSpec) -> Tensor:
+def _specs(what: str, tensors: Mapping[str, Tensor], start: int = 0) -> tuple[TensorSpec, ...]:
+    """Lay tensors out one after the other, from an offset on."""
+    specs = []
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NAMES:
+            raise ValueError(f"{what}[{name!r}] is {tensor.dtype}; choose one of {', '.join(DTYPES)}")
+        specs.append(TensorSpec(name, NAMES[tensor.dtype], tuple(tensor.shape), start))
+        start += aligned(tensor.numel() * tensor.element_size())
+    return tuple(specs)
+
+
+def _end(specs: Sequence[TensorSpec], start: int = 0) -> int:
+    """Return the offset behind the last of tensors laid out from an offset on."""
+    return max((spec.offset + aligned(_nbytes(spec)) for spec in specs), default=start)
+
+
+def _stride(specs: Sequence[TensorSpec]) -> int:
+    """Return the bytes from one slot to the next."""
+    if not specs:
+        raise ProtocolError("a slot without tensors")
+    return _end(specs)
+
+
+def _nbytes(spec: TensorSpec) -> int:
     if spec.dtype not in DTYPES:
         raise ProtocolError(f"unknown dtype {spec.dtype!r}")
-    view: torch.Tensor = memory.tensor(spec.offset, spec.shape, DTYPES[spec.dtype])
-    return view
+    return math.prod(spec.shape) * DTYPES[spec.dtype].itemsize
+
+
+def _slots(memory: SharedMemory, start: int, slots: int, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
+    """Return each tensor of every slot as a matrix [slots, D]."""
+    rows = memory.tensor(start, (slots, _stride(specs)), torch.uint8)
+    if any(spec.offset % ALIGNMENT for spec in specs):
+        raise ProtocolError(f"a tensor of a slot does not begin at a multiple of {ALIGNMENT} bytes")
+    return {spec.name: rows[:, spec.offset : spec.offset + _nbytes(spec)].view(DTYPES[spec.dtype]) for spec in specs}
+
+
+def _view(memory: SharedMemory, spec: TensorSpec) -> Tensor:
+    _nbytes(spec)
+    return memory.tensor(spec.offset, spec.shape, DTYPES[spec.dtype])

@@ -21,7 +21,9 @@ from typing import Annotated
 
 from drp.protocol.codec import Bounds, Length
 
-VERSION = 1
+VERSION = 2
+MOST_TENSORS = 1024
+"""In a slot, or as conditions."""
 
 Count = Annotated[int, Bounds(0, 2**31 - 1)]
 Bytes = Annotated[int, Bounds(0, 2**48)]
@@ -124,14 +126,19 @@ class Shared:
 
 @dataclass(frozen=True)
 class Bind:
-    """A run begins. Slots are as `arena.Layout` says; `cond` are the denoiser's conditions, in the same memory."""
+    """A run begins.
+
+    Each of the `slots` holds a draft, the tensors `inputs`, and a prediction, the tensors `outputs`, their offsets
+    counted from where the slot's draft or prediction begins (see `arena.Arena`). `cond` are what the denoiser is given
+    with every draft, at offsets of the memory as a whole.
+    """
 
     run: Count
     memory: Handle
-    shape: Shape
-    dtype: Name
     slots: Count
-    cond: Annotated[tuple[TensorSpec, ...], Length(64)]
+    inputs: Annotated[tuple[TensorSpec, ...], Length(MOST_TENSORS)]
+    outputs: Annotated[tuple[TensorSpec, ...], Length(MOST_TENSORS)]
+    cond: Annotated[tuple[TensorSpec, ...], Length(MOST_TENSORS)]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from drp.models import Denoiser, load
 from drp.protocol.arena import Arena
@@ -101,16 +100,13 @@ class Worker:
             return None  # The run was ended while this draft was on its way.
         if draft.slot >= arena.bind.slots:
             raise ProtocolError(f"slot {draft.slot}; the run has {arena.bind.slots}")
-        x = arena.drafts[draft.slot].view(arena.bind.shape)
+        inputs, outputs = arena.draft(draft.slot), arena.prediction(draft.slot)
 
         def evaluate() -> None:
             assert self._denoiser is not None
-            t = torch.full(x.shape[:1], draft.timestep, dtype=torch.float32)
-            predicted = self._denoiser.predict(x, t, arena.cond)
-            _check(predicted, x)
-            arena.predictions[draft.slot] = predicted.reshape(-1)
+            self._denoiser.evaluate(inputs, draft.timestep, arena.cond, outputs)
 
-        seconds = self._timed(draft, x.nbytes, evaluate)
+        seconds = self._timed(draft, sum(tensor.nbytes for tensor in inputs.values()), evaluate)
         return Prediction(draft.run, draft.index, draft.slot, seconds)
 
 
@@ -118,13 +114,6 @@ def _timed(draft: Draft, nbytes: int, evaluate: Callable[[], None]) -> float:
     began = time.perf_counter()
     evaluate()
     return time.perf_counter() - began
-
-
-def _check(predicted: Tensor, x: Tensor) -> None:
-    if not isinstance(predicted, Tensor) or predicted.shape != x.shape or predicted.dtype != x.dtype:
-        is_tensor = isinstance(predicted, Tensor)
-        got = f"{predicted.dtype} {list(predicted.shape)}" if is_tensor else type(predicted).__name__
-        raise TypeError(f"the denoiser returned {got}; it must return {x.dtype} {list(x.shape)}, like its input")
 
 
 def _doing(message: ToWorker | None) -> str:
