@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import subprocess
 import sys
+import types
 import typing
 from pathlib import Path
 
@@ -15,14 +17,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drp.protocol import codec, messages
+from drp.protocol import codec, door, messages
 from drp.protocol.arena import Arena
 from drp.protocol.codec import ProtocolError, decode, encode
 from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import TO_LEADER, TO_WORKER, Bind, Draft, Handle, Load, Prediction, TensorSpec
 from drp.protocol.transport import LeaderSocket, WorkerSocket
 
-KINDS: dict[str, type] = {**TO_WORKER, **TO_LEADER}
+KINDS: dict[str, type] = {**TO_WORKER, **TO_LEADER, **door.TO_SERVER, **door.TO_CLIENT}
 
 
 def values(hint: typing.Any) -> st.SearchStrategy[typing.Any]:
@@ -39,12 +41,17 @@ def values(hint: typing.Any) -> st.SearchStrategy[typing.Any]:
         if inner is str:
             return st.text(max_size=min(limit.most, 50))
         return st.lists(values(typing.get_args(inner)[0]), max_size=min(limit.most, 4)).map(tuple)
-    if type(None) in arguments:
-        return st.none() | values(next(a for a in arguments if a is not type(None)))
+    if origin in (typing.Union, types.UnionType):
+        return st.one_of(*(values(a) for a in arguments))
+    if origin is typing.Literal:
+        return st.sampled_from(arguments)
+    if hint is type(None):
+        return st.none()
     assert hint is bool
     return st.booleans()
 
 
+@functools.cache
 def records(kind: type) -> st.SearchStrategy[typing.Any]:
     hints = typing.get_type_hints(kind, include_extras=True)
     return st.builds(kind, **{name: values(hint) for name, hint in hints.items()})
@@ -237,6 +244,7 @@ def test_a_socket_path_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: 
 
 
 def test_the_messages_are_all_named() -> None:
-    assert messages.__doc__ is not None
-    for name in KINDS:
-        assert f" {name} " in messages.__doc__
+    for module, kinds in ((messages, {**TO_WORKER, **TO_LEADER}), (door, {**door.TO_SERVER, **door.TO_CLIENT})):
+        assert module.__doc__ is not None
+        for name in kinds:
+            assert f" {name} " in module.__doc__

@@ -4,7 +4,9 @@ A message is a map of its fields, `type` among them. What an annotation can say:
 
     Annotated[int, Bounds(0, 9)]       whole number within bounds (also for float: finite, within bounds)
     Annotated[str, Length(64)]         at most so many characters (also for tuple: at most so many items)
+    Literal["a", "b"]                  one of these words
     bool, X | None, tuple[X, ...], a nested dataclass
+    int | float | str | bool | tuple | dataclass    in unions, each but bool as above: MessagePack tells them apart
 
 Anything else in a decoded message (a missing or unknown field, another type, a value out of bounds) is a
 `ProtocolError`. Nothing decoded is ever executed: MessagePack has no code, and extension types are refused.
@@ -123,11 +125,41 @@ def _checker(hint: Any) -> Checker:
     if origin is Annotated:
         return _limited(arguments[0], arguments[1])
     if origin in (typing.Union, types.UnionType):
-        (inner,) = (_checker(a) for a in arguments if a is not type(None))
-        return lambda value: None if value is None else inner(value)
+        return _one_of(arguments)
+    if origin is typing.Literal:
+        return lambda value: (
+            value if isinstance(value, str) and value in arguments else _refuse(value, f"in {arguments}")
+        )
     if hint is bool:
         return lambda value: value if isinstance(value, bool) else _refuse(value, "true or false")
     raise TypeError(f"the codec cannot check {hint}")
+
+
+def _one_of(hints: tuple[Any, ...]) -> Checker:
+    """Return what checks a value against that one of several annotations which is for values of its type."""
+    checkers: dict[type, Checker] = {_wire_type(hint): _checker(hint) for hint in hints if hint is not type(None)}
+    if len(checkers) == 1 and type(None) in hints:
+        (inner,) = checkers.values()  # a float may come as a whole number
+        return lambda value: None if value is None else inner(value)
+    if type(None) in hints:
+        checkers[type(None)] = lambda value: None
+
+    def check(value: Any) -> Any:
+        checker = checkers.get(type(value))
+        return checker(value) if checker else _refuse(value, " or ".join(kind.__name__ for kind in checkers))
+
+    return check
+
+
+def _wire_type(hint: Any) -> type:
+    """Return the Python type that msgpack makes of values for an annotation."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _wire_type(arguments[0])
+    if origin is tuple:
+        return list
+    kind: type = dict if dataclasses.is_dataclass(hint) else hint
+    return kind
 
 
 def _limited(hint: Any, limit: Any) -> Checker:
