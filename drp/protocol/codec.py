@@ -127,9 +127,8 @@ def _checker(hint: Any) -> Checker:
     if origin in (typing.Union, types.UnionType):
         return _one_of(arguments)
     if origin is typing.Literal:
-        return lambda value: (
-            value if isinstance(value, str) and value in arguments else _refuse(value, f"in {arguments}")
-        )
+        words = " or ".join(arguments)
+        return lambda value: value if isinstance(value, str) and value in arguments else _refuse(value, words)
     if hint is bool:
         return lambda value: value if isinstance(value, bool) else _refuse(value, "true or false")
     raise TypeError(f"the codec cannot check {hint}")

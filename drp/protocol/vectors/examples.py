@@ -75,7 +75,7 @@ def _value(hint: Any, size: str, name: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _record(hint, size)
     if origin is typing.Annotated:
-        return _limited(*arguments, size=size, name=name)
+        return _limited(arguments[0], arguments[1], size, name)
     if origin is typing.Literal:
         return arguments[-1] if size == "most" else arguments[0]
     if origin in (typing.Union, types.UnionType):

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from drp.protocol.codec import Bounds, Length
@@ -15,8 +16,11 @@ ROW = re.compile(r"^\| `(\w+)` \| (.*?) \| (.*) \|$")
 TABLE = re.compile(r"(^Fields of `(\w+)`:\n\n)(?:\|.*\n|none\n)*", re.MULTILINE)
 
 
-def fill(text: str, kinds: dict[str, type]) -> str:
-    """Return the specification with its tables' fields and types as the classes have them; meanings stay."""
+def fill(text: str, kinds: dict[str, type], versions: Mapping[str, int]) -> str:
+    """Return the specification with its tables' fields and types as the classes have them; meanings stay.
+
+    Versions are written after the names of their protocols.
+    """
 
     def table(match: re.Match[str]) -> str:
         name = match[2]
@@ -26,6 +30,8 @@ def fill(text: str, kinds: dict[str, type]) -> str:
         lines = [f"| `{field}` | {describe(hint)} | {meanings.get(field, '')} |\n" for field, hint in hints.items()]
         return match[1] + (HEAD + "".join(lines) if lines else "none\n")
 
+    for protocol, version in versions.items():
+        text = re.sub(rf"({protocol} protocol, version )\d+", rf"\g<1>{version}", text)
     return TABLE.sub(table, text)
 
 
