@@ -8,38 +8,131 @@ import pytest
 import torch
 from torch import Tensor
 
-from drp.sampling.drafts import RULES
+from drp.sampling.drafts import PAPER, RULES
 from drp.sampling.grids import scaled_linear
-from drp.sampling.modes import Mode, make_mode
-from drp.sampling.run import Run, slots
+from drp.sampling.modes import (
+    Adaptive,
+    Aggressive,
+    Conservative,
+    Eager,
+    Mode,
+    Rolling,
+    Sweeps,
+    Warmup,
+    make_mode,
+)
+from drp.sampling.run import Run, Task, slots
 from drp.sampling.solvers import DDIM, DPMSolver, Solver
 
 
-def sample(solver: Solver, mode: Mode, order: random.Random | None) -> Tensor:
-    """Run, folding the predictions in a random order, or not at all."""
-    start = torch.randn(2, 33, generator=torch.Generator().manual_seed(1))
+def start(solver: Solver, mode: Mode) -> tuple[Run, Tensor, Tensor]:
+    noise = torch.randn(2, 33, generator=torch.Generator().manual_seed(1))
     drafts, predictions = (torch.full((slots(solver, mode), 66), torch.nan) for _ in range(2))
-    run = Run(solver, mode, start, drafts, predictions)
+    return Run(solver, mode, noise, drafts, predictions), drafts, predictions
+
+
+def denoise(x: Tensor, task: Task) -> Tensor:
+    return torch.tanh(x) * (0.5 + task.timestep / 1000)
+
+
+def sample_in_turn(solver: Solver, mode: Mode) -> tuple[Tensor, int]:
+    """Run, every round's predictions being there before the next is asked for; none is folded in."""
+    run, drafts, predictions = start(solver, mode)
     for tasks in run.rounds():
         run.refine()
-        if order:
-            order.shuffle(tasks)
         for task in tasks:
-            predictions[task.slot] = torch.tanh(drafts[task.slot]) * (0.5 + task.timestep / 1000)
-            if order:
-                run.fold(task.index)
+            predictions[task.slot] = denoise(drafts[task.slot], task)
     run.refine()
-    assert run.steps_done == solver.grid.steps
-    return run.state.clone()
+    return run.state.clone(), run.rounds_done
 
 
-@pytest.mark.parametrize("name", ["aggressive", "conservative", "adaptive"])
+def sample(solver: Solver, mode: Mode, order: random.Random) -> tuple[Tensor, int]:
+    """Run, predictions arriving in a random order among all that are out; return how many were out at most, too."""
+    run, drafts, predictions = start(solver, mode)
+    rounds = run.rounds()
+    out: list[Task] = []
+    most = 0
+    while True:
+        while run.ready:
+            tasks = next(rounds, None)
+            if tasks is None:
+                assert not out
+                run.refine()
+                assert run.steps_done == solver.grid.steps
+                return run.state.clone(), most
+            for task in tasks:
+                predictions[task.slot] = torch.nan  # using it before it is there would show
+            out += tasks
+        most = max(most, len(out))
+        run.refine()
+        task = out.pop(order.randrange(len(out)))
+        predictions[task.slot] = denoise(drafts[task.slot], task)
+        run.fold(task.slot)
+
+
+SOLVERS = [DDIM(scaled_linear(23)), DPMSolver(scaled_linear(23))]
+
+
+@pytest.mark.parametrize("name", ["aggressive", "conservative", "adaptive", "rolling"])
 @pytest.mark.parametrize("rule", sorted(RULES))
-@pytest.mark.parametrize("solver", [DDIM(scaled_linear(23)), DPMSolver(scaled_linear(23))])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_the_order_of_arrival_changes_no_bit(name: str, rule: str, solver: Solver) -> None:
     for n in (1, 2, 5):
         mode = make_mode(name, n, 0.01, RULES[rule])
-        expected = sample(solver, mode, None)
+        expected, _ = sample_in_turn(solver, mode)
         assert expected.isfinite().all()
         for seed in range(3):
-            assert torch.equal(sample(solver, mode, random.Random(seed)), expected), (n, seed)
+            assert torch.equal(sample(solver, mode, random.Random(seed))[0], expected), (n, seed)
+
+
+SCHEDULES = [
+    Sweeps(Aggressive(4), 2),
+    Sweeps(Conservative(5), 1),
+    Warmup(Sweeps(Aggressive(3), 1), 2),
+    Aggressive(4),
+    Adaptive(4, 0.01),
+]
+
+
+@pytest.mark.parametrize("mode", SCHEDULES)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_eager_drafts_are_the_same_and_wait_for_less(mode: Mode, solver: Solver) -> None:
+    expected, rounds = sample_in_turn(solver, mode)
+    eager, depth = sample_in_turn(solver, Eager(mode))
+    assert torch.equal(eager, expected)
+    assert depth <= rounds
+    for seed in range(5):
+        assert torch.equal(sample(solver, Eager(mode), random.Random(seed))[0], expected), seed
+        assert torch.equal(sample(solver, mode, random.Random(seed))[0], expected), seed
+
+
+def test_drafts_of_several_sweeps_are_out_at_the_same_time() -> None:
+    most = [sample(SOLVERS[0], Eager(Sweeps(Aggressive(4), 2)), random.Random(seed))[1] for seed in range(5)]
+    assert max(most) > 4
+    assert sample(SOLVERS[0], Sweeps(Aggressive(4), 2), random.Random(0))[1] == 4
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 40])
+def test_a_window_rolls_with_n_drafts_out_in_as_many_rounds_as_blocks(n: int) -> None:
+    for warm in (0, 3):
+        solver = DDIM(scaled_linear(48))
+        rolling, blocks = (Warmup(mode, warm) if warm else mode for mode in (Rolling(n), Aggressive(n)))
+        assert sample_in_turn(solver, rolling)[1] == sample_in_turn(solver, blocks)[1]
+        assert sample(solver, rolling, random.Random(n))[1] == min(n, 47 - warm)
+
+
+def test_a_window_is_between_the_sequential_run_and_drafts_that_are_all_far_ahead() -> None:
+    solver = DDIM(scaled_linear(48))
+    exact, _ = sample_in_turn(solver, Rolling(1))
+    assert torch.equal(exact, sample_in_turn(solver, Aggressive(1))[0])
+
+    def error(mode: Mode) -> float:
+        return float((sample_in_turn(solver, mode)[0] - exact).norm() / exact.norm())
+
+    assert 0 < error(Aggressive(2)) < error(Rolling(4)) < error(Rolling(8, PAPER))
+    assert error(Rolling(8)) < error(Rolling(8, PAPER))
+
+
+def test_a_window_has_no_blocks_to_sweep() -> None:
+    with pytest.raises(ValueError, match="no blocks to sweep"):
+        sample_in_turn(SOLVERS[0], Sweeps(Rolling(4), 1))

@@ -19,7 +19,7 @@ from drp.leader.devices import parse_devices
 from tests.denoisers import make_free
 
 TINY = "tests.denoisers:Tiny"
-MODES = ("sequential", "conservative", "aggressive")
+MODES = ("sequential", "conservative", "aggressive", "rolling")
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])

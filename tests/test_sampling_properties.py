@@ -12,7 +12,7 @@ from torch import Tensor
 
 from drp.sampling.drafts import PAPER, DraftRule
 from drp.sampling.grids import Grid
-from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Sequential, Sweeps, Warmup
+from drp.sampling.modes import Adaptive, Aggressive, Conservative, Eager, Mode, Rolling, Sequential, Sweeps, Warmup
 from drp.sampling.plan import transition
 from drp.sampling.predictions import PREDICTION_TYPES
 from drp.sampling.reference import run_reference
@@ -73,7 +73,8 @@ def assert_close(a: Tensor, b: Tensor, tolerance: float = 1e-9) -> None:
 def test_a_block_of_one_draft_is_sequential(solver: Solver, rule: DraftRule) -> None:
     expected = sample(solver, Sequential())
     assert expected.rounds == solver.grid.steps
-    assert_close(sample(solver, Aggressive(1, rule)).samples, expected.samples)
+    for mode in (Aggressive(1, rule), Rolling(1, rule)):
+        assert_close(sample(solver, mode).samples, expected.samples)
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,6 +85,10 @@ def test_enough_sweeps_are_sequential(solver: Solver, n: int, rule: DraftRule) -
     assert_close(result.samples, expected)
     assert result.rounds == 1 + n * math.ceil((solver.grid.steps - 1) / n)
     assert_close(sample(solver, Sweeps(Conservative(n, rule), n - 1)).samples, expected)
+    eager = sample(solver, Eager(Sweeps(Aggressive(n, rule), n - 1)))
+    assert torch.equal(eager.samples, result.samples)
+    assert eager.evaluations == result.evaluations
+    assert eager.rounds <= result.rounds
 
 
 @settings(max_examples=60, deadline=None)
@@ -116,12 +121,12 @@ def test_adaptive_lies_between(solver: Solver, n: int, tolerance: float, rule: D
 @given(solvers(), st.integers(1, 6), st.integers(0, 12), RULES)
 def test_warmup(solver: Solver, n: int, warm: int, rule: DraftRule) -> None:
     steps = solver.grid.steps
-    for mode in (Aggressive(n, rule), Conservative(n, rule), Adaptive(n, 0.01, rule)):
+    for mode in (Aggressive(n, rule), Conservative(n, rule), Adaptive(n, 0.01, rule), Rolling(n, rule)):
         result = sample(solver, Warmup(mode, warm))
         if warm >= steps - 1:
             assert result.rounds == steps
             assert_close(result.samples, sample(solver, Sequential()).samples)
-        elif isinstance(mode, Aggressive):
+        elif isinstance(mode, Aggressive | Rolling):
             assert result.rounds == warm + 1 + math.ceil((steps - warm - 1) / n)
 
 
@@ -163,5 +168,5 @@ def test_noise_does_not_depend_on_mode_or_drafts(solver: Solver, n: int, m: int,
     if solver.prediction_type != "sample":  # Otherwise the data estimate follows the state, and drafts do not know it.
         return
     expected = run_reference(constant, solver, Sequential(), noise(-1), {}, fresh=noise).samples
-    for mode in (Aggressive(n, rule), Conservative(m, rule), Adaptive(n, 0.1, rule)):
+    for mode in (Aggressive(n, rule), Conservative(m, rule), Adaptive(n, 0.1, rule), Rolling(m, rule)):
         assert_close(run_reference(constant, solver, mode, noise(-1), {}, fresh=noise).samples, expected)

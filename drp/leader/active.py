@@ -55,19 +55,22 @@ class Active:
         self._device_seconds = 0.0
 
     def form(self) -> bool:
-        """Form the next round's drafts; return False if there is none: the run is over but for `refine`."""
-        tasks = next(self._rounds, None)
+        """Form all drafts whose predictions are in; return False if there is none left: it is over but for `refine`."""
         self.behind = True
-        self.waiting.extend(tasks or ())
-        return tasks is not None
+        while self.run.ready:
+            tasks = next(self._rounds, None)
+            if tasks is None:
+                return False
+            self.waiting.extend(tasks)
+        return True
 
     def answer(self, prediction: Prediction) -> bool:
-        """Account for a prediction and fold it in; return whether the round is complete."""
+        """Account for a prediction and fold it in; return whether there are drafts to form, or nothing is left."""
         self.due.remove((prediction.index, prediction.slot))
         self._evaluations += 1
         self._device_seconds += prediction.seconds
-        self.run.fold(prediction.index)
-        return not self.due and not self.waiting
+        self.run.fold(prediction.slot)
+        return self.run.ready
 
     def refine(self) -> None:
         """Compute the states that the last round has passed, and call the callback for each."""

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from drp.sampling.drafts import SECANT, DraftRule
 
-MODE_NAMES = ("sequential", "conservative", "aggressive", "adaptive")
+MODE_NAMES = ("sequential", "conservative", "aggressive", "adaptive", "rolling")
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,17 @@ class Round:
     `base` is how far the state is refined before: the run first advances there from the base of the round before, by
     ordinary steps through the predictions there are. `predict` are the indices evaluated: `base` itself, at its state,
     or later ones, at drafts. After the last round the run advances to the end.
+
+    `behind` is how many of the rounds just before it a round does not use: it goes out as soon as the predictions of
+    all earlier ones are in. At 0 it waits for the last round, a barrier. What a draft is made of is so written down
+    before the run, and the samples do not depend on the order in which predictions arrive. `anchor` is the index
+    that the draft rule looks back on once the run has advanced to `base`; None: the base that it advanced from.
     """
 
     base: int
     predict: tuple[int, ...]
+    behind: int = 0
+    anchor: int | None = None
 
 
 Rounds = Generator[Round, Sequence[float], None]
@@ -40,10 +47,12 @@ class Mode(ABC):
     `rule` says how drafts are made. A mode with `feedback` learns after each round how stale the predictions are that
     the run could go on through: at base + 1, base + 2, ... up to the last predicted, the norm of the refined state less
     the input of the prediction over the norm of the state, the largest among the samples. Its rounds are then planned
-    as they come, which costs some microseconds each; those of others before the run.
+    as they come, which costs some microseconds each; those of others before the run. A mode that `lags` yields rounds
+    that leave others behind; it has no feedback.
     """
 
     feedback: ClassVar[bool] = False
+    lags: ClassVar[bool] = False
     rule: DraftRule = SECANT
 
     @property
@@ -146,6 +155,37 @@ class Adaptive(Mode):
 
 
 @dataclass(frozen=True)
+class Rolling(Mode):
+    """A window of n drafts without a barrier: as soon as the state at k is refined, the draft n ahead of it goes out.
+
+    The draft at k + n is made of the state at k and the predictions up to k. It needs no other of the n - 1 that are
+    being evaluated meanwhile, so a device that answers is given work at once. A late prediction holds up the drafts n
+    and more behind it, not the next round. Every draft is n ahead, where the aggressive mode's are 1 to n: its error is
+    that of the furthest of those.
+
+    The longest way through it is 1 + ceil((N - 1) / n) evaluations, as in the aggressive mode. With times that vary the
+    run takes as long as the slowest sequence of evaluations whose indices lie at least n apart; the aggressive mode's
+    barrier lets a sequence take the slowest of every block.
+    """
+
+    lags: ClassVar[bool] = True
+    n: int
+    rule: DraftRule = SECANT
+
+    @property
+    def width(self) -> int:
+        """The drafts that are out at the same time, n."""
+        return self.n
+
+    def rounds(self, steps: int) -> Rounds:
+        """Yield the first evaluation, then a round for each draft."""
+        yield Round(0, (0,))
+        for k in range(1, steps):
+            base = max(0, k - self.n)
+            yield Round(base, (k,), behind=k - 1 - base, anchor=max(0, base - self.n))
+
+
+@dataclass(frozen=True)
 class Around(Mode):
     """A mode that does something to the rounds of another."""
 
@@ -155,6 +195,11 @@ class Around(Mode):
     def feedback(self) -> bool:  # type: ignore[override]  # it is that of the mode inside
         """Whether `mode` has it."""
         return self.mode.feedback
+
+    @property
+    def lags(self) -> bool:  # type: ignore[override]  # likewise
+        """Whether `mode` does."""
+        return self.mode.lags
 
     @property
     def rule(self) -> DraftRule:  # type: ignore[override]  # likewise
@@ -193,7 +238,43 @@ class Sweeps(Around):
 
     def rounds(self, steps: int) -> Rounds:
         """Yield the rounds of `mode`, each with drafts 1 + `extra` times."""
+        if self.mode.lags:
+            raise ValueError(f"{self.mode} has no blocks to sweep; leave out sweeps, or sweep a mode with a barrier")
         yield from _pass_on(self.mode.rounds(steps), 0, 1 + self.extra)
+
+
+@dataclass(frozen=True)
+class Eager(Around):
+    """The rounds of `mode`, each draft going out as soon as what it is made of is there.
+
+    A draft at an index that has been predicted before is the state refined through the predictions below that index: in
+    the second sweep of a block, the first draft needs one prediction, the last needs n. Drafts that need the same go
+    out together. The samples are those of `mode`.
+
+    Where every draft is made of all predictions, as in the aggressive and the conservative mode, nothing changes. A
+    sweep takes as long as its slowest device only if that has the last draft; with s sweeps of n, a run takes as long
+    as the slowest sequence of evaluations, one a sweep, whose indices rise within a block. Rounds of a mode with
+    feedback are known only when all of the last are in: they stay as they are.
+    """
+
+    @property
+    def lags(self) -> bool:  # type: ignore[override]  # by what it does
+        """Whether there can be drafts that need less than all."""
+        return not self.mode.feedback
+
+    def rounds(self, steps: int) -> Rounds:
+        """Yield the rounds of `mode`, divided by what drafts need."""
+        if self.mode.feedback or self.mode.lags:
+            yield from self.mode.rounds(steps)
+            return
+        before: list[tuple[int, ...]] = []  # the round before, as divided
+        for r in self.mode.rounds(steps):
+            needs = [sum(part[0] < k for part in before) for k in r.predict]
+            parts = [[k for k, need in zip(r.predict, needs, strict=True) if need == n] for n in sorted(set(needs))]
+            for i, part in enumerate(parts):
+                unused = len(before) - needs[r.predict.index(part[0])]
+                yield Round(r.base, tuple(part), behind=unused + i, anchor=r.anchor)
+            before = [tuple(part) for part in parts]
 
 
 def _pass_on(rounds: Rounds, moved: int, times: int) -> Rounds:
@@ -204,8 +285,9 @@ def _pass_on(rounds: Rounds, moved: int, times: int) -> Rounds:
             r = next(rounds) if residuals is None else rounds.send(residuals)
         except StopIteration:
             return
+        anchor = None if r.anchor is None else r.anchor + moved
         for _ in range(times if r.predict[0] > r.base else 1):
-            residuals = yield Round(r.base + moved, tuple(k + moved for k in r.predict))
+            residuals = yield Round(r.base + moved, tuple(k + moved for k in r.predict), r.behind, anchor)
 
 
 def make_mode(name: str, n: int, tolerance: float, rule: DraftRule) -> Mode:
@@ -226,6 +308,8 @@ def make_mode(name: str, n: int, tolerance: float, rule: DraftRule) -> Mode:
             return Aggressive(n, rule)
         case "adaptive":
             return Adaptive(n, tolerance, rule)
+        case "rolling":
+            return Rolling(n, rule)
     raise ValueError(f"unknown mode {name!r}; choose one of {', '.join(MODE_NAMES)}")
 
 
@@ -234,7 +318,7 @@ def rounds_of(name: str, steps: int, n: int) -> int:
     match name:
         case "sequential":
             return steps
-        case "aggressive":
+        case "aggressive" | "rolling":
             return 1 + math.ceil((steps - 1) / n)
         case "conservative":
             return 2 * (steps // (n + 1)) + min(2, steps % (n + 1))

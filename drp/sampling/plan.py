@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,20 +15,25 @@ from drp.sampling.solvers import Solver
 
 @dataclass(frozen=True)
 class Predict:
-    """A round: `drafts[j]` is the input of the evaluation at `indices[j]`."""
+    """A round: `drafts[j]` is the input of the evaluation at `indices[j]`; the last `behind` rounds are not used."""
 
     indices: tuple[int, ...]
     drafts: tuple[Row, ...]
+    behind: int
 
 
 @dataclass(frozen=True)
 class Advance:
-    """The states from `base` + 1 on, in order; afterwards nothing at an index below `oldest` but `anchor` is needed."""
+    """The states from `base` + 1 on, in order; afterwards nothing at an index below `oldest` but `anchor` is needed.
+
+    The last `behind` rounds are not used.
+    """
 
     base: int
     states: tuple[Row, ...]
     oldest: int
     anchor: int | None
+    behind: int
 
 
 Measure = Callable[[int, tuple[Row, ...]], Sequence[float]]
@@ -44,27 +50,34 @@ def make_plan(solver: Solver, mode: Mode, measure: Measure | None = None) -> Ite
     rounds = mode.rounds(steps)
     r = next(rounds, None)
     while r is not None:
-        _check_round(r, table.base, table.last, mode, steps)
+        table.progress.begin(r, mode, steps)
         if r.base > table.base:
-            yield table.advance(r.base)
+            yield table.advance(r.base, r.behind, r.anchor)
         yield table.predict(r)
-        residuals = measure(table.base, table.ahead()) if mode.feedback and measure else ()
+        table.progress.out.append(r)
+        residuals: Sequence[float] = ()
+        if mode.feedback:
+            table.progress.take(0)
+            residuals = measure(table.base, table.ahead()) if measure else ()
         try:
             r = rounds.send(residuals) if mode.feedback else next(rounds, None)
         except StopIteration:
             r = None
-    _check_end(table.last, mode, steps)
-    yield table.advance(steps)
+    table.progress.end(mode, steps)
+    yield table.advance(steps, 0, None)
 
 
 def longest_way(mode: Mode, steps: int) -> int:
     """Return the most steps that a mode without feedback advances at once; raise ValueError as `make_plan` would."""
-    base, last, longest = 0, -1, 0
+    progress, longest = Progress(), 0
     for r in mode.rounds(steps):
-        _check_round(r, base, last, mode, steps)
-        base, last, longest = r.base, max(last, r.predict[-1]), max(longest, r.base - base)
-    _check_end(last, mode, steps)
-    return max(longest, steps - base)
+        before = progress.base
+        progress.begin(r, mode, steps)
+        longest = max(longest, r.base - before)
+        progress.base = r.base
+        progress.out.append(r)
+    progress.end(mode, steps)
+    return max(longest, steps - progress.base)
 
 
 def transition(solver: Solver, a: int, b: int, rule: DraftRule | None = None, anchor: int | None = None) -> Row:
@@ -74,13 +87,55 @@ def transition(solver: Solver, a: int, b: int, rule: DraftRule | None = None, an
     paper's; `anchor` is the other index whose prediction the rule may use.
     """
     table = _Table(solver, rule or PAPER)
-    table.base = table.last = a
+    table.progress.base = table.progress.last = a
     table.anchor = a if anchor is None else anchor
     return table.chain(b)[b]
 
 
+class Progress:
+    """How far a run has come while its rounds are gone through: by rounds alone, without any numbers.
+
+    `base` is the index of its state, `last` that of the last prediction that may be used, `out` are the rounds whose
+    predictions may not be used yet, oldest first, and `taken_at_state` the indices whose prediction is the state's own.
+    """
+
+    def __init__(self) -> None:
+        self.base, self.last = 0, -1
+        self.out: deque[Round] = deque()
+        self.taken_at_state: set[int] = set()
+        self.anchor = 0
+        """The least index that a later round may look back on."""
+
+    def begin(self, r: Round, mode: Mode, steps: int) -> None:
+        """Take the predictions that a round may use; raise ValueError if it breaks the rules."""
+        if not 0 <= r.behind <= (len(self.out) if mode.lags else 0):
+            may = f"0 to {len(self.out)}" if mode.lags else "none, unless it says that it `lags`"
+            raise ValueError(f"{mode}: {r} leaves {r.behind} rounds behind; it may leave {may}")
+        self.take(r.behind)
+        _check_round(r, self, mode, steps)
+        if r.anchor is not None or r.base > self.base:
+            self.anchor = r.base if r.anchor is None else r.anchor
+
+    def take(self, behind: int) -> None:
+        """Take the predictions of all rounds that are out but the last `behind`."""
+        while len(self.out) > behind:
+            r = self.out.popleft()
+            self.last = max(self.last, r.predict[-1])
+            if r.predict[0] == r.base:
+                self.taken_at_state.add(r.base)
+            self.taken_at_state.difference_update(k for k in r.predict if k != r.base)
+
+    def end(self, mode: Mode, steps: int) -> None:
+        """Take all predictions; raise ValueError if they do not lead to the end."""
+        self.take(0)
+        if self.last != steps - 1:
+            raise ValueError(
+                f"{mode} ends with a prediction at {self.last}; its rounds must lead to the last, {steps - 1}"
+            )
+
+
 class _Table:
-    """What is known at some moment of a run: which predictions, and where the state is."""
+    """What is known at some moment of a run, as rows."""
 
     def __init__(self, solver: Solver, rule: DraftRule) -> None:
         grid = solver.grid
@@ -90,31 +145,36 @@ class _Table:
         self._reads = [
             estimates(solver.prediction_type, float(grid.alphas[k]), float(grid.sigmas[k])) for k in range(grid.steps)
         ]
-        self._taken_at_state: set[int] = set()
-        self.base = 0
-        self.last = -1
+        self.progress = Progress()
         self.anchor = 0
 
-    def predict(self, r: Round) -> Predict:
-        """Take the predictions of a round."""
-        if r.predict[0] == self.base:
-            self._taken_at_state.add(self.base)
-        self._taken_at_state.difference_update(k for k in r.predict if k != self.base)
-        chain = self.chain(r.predict[-1])
-        self.last = max(self.last, r.predict[-1])
-        return Predict(r.predict, tuple(chain[k] for k in r.predict))
+    @property
+    def base(self) -> int:
+        """The index of the state."""
+        return self.progress.base
 
-    def advance(self, target: int) -> Advance:
+    def predict(self, r: Round) -> Predict:
+        """Return the drafts of a round."""
+        chain = self.chain(r.predict[-1])
+        return Predict(r.predict, tuple(chain[k] for k in r.predict), r.behind)
+
+    def advance(self, target: int, behind: int, anchor: int | None) -> Advance:
         """Go on to `target`, which is at most one index past the last prediction."""
-        chain = self.chain(target)
-        states = tuple(chain[k] for k in range(self.base + 1, target + 1))
-        self.anchor, base, self.base = self.base, self.base, target
-        return Advance(base, states, target - self._solver.history, self.anchor if self._rule.slope else None)
+        chain, base = self.chain(target), self.base
+        states = tuple(chain[k] for k in range(base + 1, target + 1))
+        self.anchor = base if anchor is None else anchor
+        self.progress.base = target
+        oldest = target - self._solver.history
+        if not self._rule.slope:
+            return Advance(base, states, oldest, None, behind)
+        # An anchor that the mode chooses moves on over all indices: those after it are needed too.
+        return Advance(base, states, oldest if anchor is None else min(oldest, anchor), self.anchor, behind)
 
     def ahead(self) -> tuple[Row, ...]:
         """Return the states from base + 1 to the last predicted index."""
-        chain = self.chain(self.last)
-        return tuple(chain[k] for k in range(self.base + 1, self.last + 1))
+        last = self.progress.last
+        chain = self.chain(last)
+        return tuple(chain[k] for k in range(self.base + 1, last + 1))
 
     def chain(self, end: int) -> dict[int, Row]:
         """Return the states from `base` to `end` by ordinary steps, as rows over what is known.
@@ -127,7 +187,7 @@ class _Table:
             if term.kind == "state":
                 return states.get(term.k, {term: 1.0})
             if term.kind in ("data", "epsilon"):
-                known = term.k <= self.last
+                known = term.k <= self.progress.last
                 return substitute(self._estimate(term) if known else self._assume(term), meaning)
             return {term: 1.0}
 
@@ -139,7 +199,7 @@ class _Table:
         """Read the prediction at an index as an estimate at the state there."""
         k = term.k
         read = self._reads[k]
-        carry = 0.0 if k in self._taken_at_state else self._carry
+        carry = 0.0 if k in self.progress.taken_at_state else self._carry
         if term.kind == "data":
             at_state, at_input, output = read.data_x * (1 - carry), read.data_x * carry, read.data_p
         else:  # What is left of the state, x = alpha data + sigma epsilon.
@@ -149,25 +209,21 @@ class _Table:
 
     def _assume(self, term: Term) -> Row:
         """Say what an estimate is where nothing has been predicted yet."""
-        grid, k = self._solver.grid, term.k
+        grid, k, last = self._solver.grid, term.k, self.progress.last
         if term.kind == "epsilon":
             scale = 1 / float(grid.sigmas[k])
             return {state(k): scale, data(k): -float(grid.alphas[k]) * scale}
-        further, apart = k - self.last, self.last - self.anchor
+        further, apart = k - last, last - self.anchor
         slope = self._rule.slope if 0 < further <= apart else 0.0
         if slope == 0.0:
-            return {data(self.last): 1.0}
+            return {data(last): 1.0}
         share = slope * further / apart
-        return {data(self.last): 1.0 + share, data(self.anchor): -share}
+        return {data(last): 1.0 + share, data(self.anchor): -share}
 
 
-def _check_end(last: int, mode: Mode, steps: int) -> None:
-    if last != steps - 1:
-        raise ValueError(f"{mode} ends with a prediction at {last}; its rounds must lead to the last, {steps - 1}")
-
-
-def _check_round(r: Round, base: int, last: int, mode: Mode, steps: int) -> None:
+def _check_round(r: Round, progress: Progress, mode: Mode, steps: int) -> None:
     """Hold a round of somebody's own mode to the rules; the message says which one it breaks."""
+    base, last = progress.base, progress.last
     if not base <= r.base <= last + 1:
         raise ValueError(
             f"{mode}: {r} starts at {r.base}, but the run is at {base} and has predictions up to {last}; start from "
@@ -176,7 +232,10 @@ def _check_round(r: Round, base: int, last: int, mode: Mode, steps: int) -> None
     if not r.predict or len(r.predict) > mode.width:
         raise ValueError(f"{mode}: {r} predicts {len(r.predict)} indices; a round predicts 1 to {mode.width}")
     first, end = r.predict[0], r.predict[-1]
-    if r.predict != tuple(range(first, end + 1)) or not r.base <= first <= last + 1 or end >= steps:
+    newest = max([last, *(out.predict[-1] for out in progress.out)])
+    if r.predict != tuple(range(first, end + 1)) or not r.base <= first <= newest + 1 or end >= steps:
         raise ValueError(
-            f"{mode}: {r} must predict indices in a row, starting from {r.base} to {last + 1}, to {steps - 1} at most"
+            f"{mode}: {r} must predict indices in a row, starting from {r.base} to {newest + 1}, to {steps - 1} at most"
         )
+    if r.anchor is not None and not progress.anchor <= r.anchor <= r.base:
+        raise ValueError(f"{mode}: {r} looks back on {r.anchor}; what is kept goes from {progress.anchor} to {r.base}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -36,7 +38,7 @@ class Task:
 
 def slots(solver: Solver, mode: Mode) -> int:
     """Return how many slots a run needs for drafts, and as many for predictions."""
-    return _rounds_kept(solver, mode) * mode.width
+    return _room(solver, mode, mode.width).rows
 
 
 def _rounds_kept(solver: Solver, mode: Mode) -> int:
@@ -48,6 +50,19 @@ def _rounds_kept(solver: Solver, mode: Mode) -> int:
     return 3 + (mode.rule.slope != 0) + solver.history
 
 
+def _room(solver: Solver, mode: Mode, width: int) -> Banks:
+    """Return room for what is in use at once; in a mode that lags, of rounds of any length."""
+    kept = _rounds_kept(solver, mode)
+    return Banks(2 * kept * width, 1) if mode.lags else Banks(kept, width)
+
+
+class _Out:
+    """A round that is being evaluated: the slots of its indices, those that are missing, and its depth."""
+
+    def __init__(self, slots: dict[int, int], depth: int) -> None:
+        self.slots, self.missing, self.depth = slots, set(slots.values()), depth
+
+
 class Run:
     """One run: `rounds()` yields the tasks of each round, `refine()` computes the states behind it.
 
@@ -55,9 +70,11 @@ class Run:
     dtype, one slot a row, D the numbers in one state. Tasks name their rows. Whoever evaluates reads a draft's row and
     writes the same row of `predictions`. `noise` is for a solver that adds some.
 
-    `rounds_done` and `steps_done` count. `residuals` say, by index, how far from the refined state the last prediction
-    was taken, relative to that state's norm, the largest among the samples: of all drafts in a mode with feedback or
-    with `watch`. `cuts` are the indices to which a mode with feedback advanced though it had predictions beyond.
+    `rounds_done` and `steps_done` count; where rounds need not wait for those before, `rounds_done` is the longest
+    sequence of rounds that waited for each other. `residuals` say, by index, how far from the refined state the last
+    prediction was taken, relative to that state's norm, the largest among the samples: of all drafts in a mode with
+    feedback or with `watch`. `cuts` are the indices to which a mode with feedback advanced though it had predictions
+    beyond.
     """
 
     def __init__(
@@ -77,9 +94,7 @@ class Run:
         # Rows are worked out while the round before is being evaluated, or, with feedback, when that is known.
         self._plan = _plan(solver, mode, start.dtype, self._measure)
         self._position = 0  # in the plan, of what comes next
-        longest = self._plan.longest
-        kept = _rounds_kept(solver, mode)
-        self._slot_banks, self._state_banks = Banks(kept, mode.width), Banks(kept, longest)
+        self._slot_banks, self._state_banks = (_room(solver, mode, width) for width in (mode.width, self._plan.longest))
         self._slots: dict[int, int] = {}  # index -> row of drafts and predictions
         self._rows: dict[int, int] = {}  # index -> row of states
         self._states = start.new_empty((self._state_banks.rows, start.numel()))
@@ -88,9 +103,9 @@ class Run:
         if solver.adds_noise and noise is None:
             raise ValueError(f"{type(solver).__name__} adds noise at each step; give `noise`")
         self._ahead: tuple[int, list[float]] = (0, [])  # where the last round's states lie, and their residuals
-        self._to_refine: tuple[_Advance, int] | None = None
-        self._evaluating: dict[int, int] = {}  # like _slots, for the round that is being evaluated
-        self._arrived: set[int] = set()
+        self._to_refine: deque[tuple[_Advance, int]] = deque()
+        self._out: deque[_Out] = deque()  # what is not in _slots yet, oldest first
+        self._plan_ahead = 2 * mode.width if mode.lags else 2
         self._folding: _Fold | None = None
         self._first = 0  # where the states being folded lie
         self.rounds_done = 0
@@ -103,44 +118,66 @@ class Run:
         """The latest refined state [B, ...]; after the run, the samples."""
         return self._vector(state(self.steps_done)).view(self._shape)
 
-    def rounds(self) -> Iterator[list[Task]]:
-        """Yield each round's tasks, their drafts written; ask for the next once every prediction is in its slot.
+    @property
+    def ready(self) -> bool:
+        """Whether the next round may be asked for: every prediction that it uses is in, as `fold` was told."""
+        return not any(out.missing for out in self._used())
 
-        Call `refine` once between two rounds, best while the new tasks are being evaluated, and once at the end.
+    def rounds(self) -> Iterator[list[Task]]:
+        """Yield each round's tasks, their drafts written; ask for the next once it is `ready`.
+
+        Call `refine` between two rounds, best while the new tasks are being evaluated, and once at the end.
         """
-        while (event := self._plan.get(self._position)) is not None:
+        while (event := self._next()) is not None:
             self._position += 1
             if isinstance(event, _Advance):
                 self._advance(event)
                 continue
-            first = self._slot_banks.take(len(event.indices), self._slots.values())
+            taken = itertools.chain(self._slots.values(), *(out.slots.values() for out in self._out))
+            first = self._slot_banks.take(len(event.indices), taken)
             slots = range(first, first + len(event.indices))
             event.drafts.write(self._vector, self._drafts[slots.start : slots.stop])
-            self._evaluating = dict(zip(event.indices, slots, strict=True))
-            yield [Task(k, self._timesteps[k], slot) for k, slot in self._evaluating.items()]
-            self._slots.update(self._evaluating)
-            self.rounds_done += 1
+            self._out.append(_Out(dict(zip(event.indices, slots, strict=True)), self.rounds_done + 1))
+            yield [Task(k, self._timesteps[k], slot) for k, slot in zip(event.indices, slots, strict=True)]
 
-    def fold(self, index: int) -> None:
-        """Add the prediction at `index`, which is in its slot, to the states that the next drafts start from.
+    def _next(self) -> _Predict | _Advance | None:
+        """Return what comes next, with the predictions that it uses taken as there."""
+        for out in self._used():
+            self._slots.update(out.slots)
+            self.rounds_done = max(self.rounds_done, out.depth)
+            self._out.popleft()
+        return self._plan.get(self._position)
 
-        May be called for any of a round's predictions as they arrive, in any order: they are added in index order, each
-        as soon as those before it are in, and whatever is left is added when the next round is asked for. In a mode
-        with feedback, whose way is not known before, it does nothing.
+    def _used(self) -> list[_Out]:
+        """Return the rounds under way that the next event uses; with feedback it is not known yet, and uses all."""
+        event = None if self._feedback else self._plan.get(self._position)
+        return list(self._out)[: len(self._out) - (event.behind if event is not None else 0)]
+
+    def fold(self, slot: int) -> None:
+        """Take note that the prediction in a slot is there, and add it to the states that the next drafts start from.
+
+        May be called for predictions as they arrive, in any order: they are added in index order, each as soon as those
+        before it are in, and whatever is left is added when the next round is asked for. In a mode with feedback, whose
+        way is not known before, none is added.
         """
+        for out in self._out:
+            out.missing.discard(slot)
         event = None if self._feedback else self._plan.get(self._position)
         if isinstance(event, _Advance):
-            self._arrived.add(index)
             if self._folding is None:
                 self._folding = self._begin(event)
+            used = self._used()
+            missing = set().union(*(out.missing for out in used))
+            newest = {k: slot for out in used for k, slot in out.slots.items()}
             self._folding.go(
-                self._vector, lambda term: term.kind != "prediction" or term.k in self._slots or term.k in self._arrived
+                lambda term: self._vector(term, newest),
+                lambda term: term.kind != "prediction" or newest.get(term.k) not in missing,
             )
 
     def refine(self, callback: Callback | None = None) -> None:
-        """Compute the states that the last finished round has passed; call `callback` for each, in order."""
-        if self._to_refine is not None:
-            (event, first), self._to_refine = self._to_refine, None
+        """Compute the states that finished rounds have passed; call `callback` for each, in order."""
+        while self._to_refine:
+            event, first = self._to_refine.popleft()
             event.between.write(self._vector, self._states[first : first + len(event) - event.eager])
             for k, x in enumerate(self._states[first : first + len(event)], start=event.base + 1):
                 self.steps_done = k
@@ -153,7 +190,7 @@ class Run:
                 for k in [k for k in known if k < event.oldest and k != event.anchor]:
                     del known[k]
         if not self._feedback:
-            for ahead in range(2):  # up to the next round's drafts
+            for ahead in range(self._plan_ahead):  # up to the next drafts
                 self._plan.get(self._position + ahead)
         for k in range(self.steps_done, min(self.steps_done + self._noise_ahead, len(self._timesteps))):
             self._draw(k)
@@ -171,23 +208,26 @@ class Run:
             fold = self._folding or self._begin(event)
             first = self._first
             self._folding = None
-            self._arrived.clear()
         if fold is not None:
             fold.go(self._vector)
         self._rows.update({event.base + 1 + i: first + i for i in range(len(event) - event.eager, len(event))})
-        self._to_refine = (event, first)
+        self._to_refine.append((event, first))
 
     def _begin(self, event: _Advance) -> _Fold:
         """Find room for the states of a way forward, and begin to compute the last ones."""
-        self._first = self._state_banks.take(len(event), self._rows.values())
+        self._first = self._take_states(len(event))
         return _Fold(event.last, self._eager(event, self._first))
+
+    def _take_states(self, count: int) -> int:
+        behind = (first + i for event, first in self._to_refine for i in range(len(event)))
+        return self._state_banks.take(count, itertools.chain(self._rows.values(), behind))
 
     def _eager(self, event: _Advance, first: int) -> Tensor:
         return self._states[first + len(event) - event.eager : first + len(event)]
 
     def _measure(self, base: int, rows: tuple[Row, ...]) -> Sequence[float]:
         """Compute the states from base + 1 to the last predicted index; return their residuals."""
-        first = self._state_banks.take(len(rows), self._rows.values())
+        first = self._take_states(len(rows))
         states = self._states[first : first + len(rows)]
         _Rows(rows, states.dtype).write(self._vector, states)
         residuals = [self._residual(x, k) for k, x in enumerate(states, start=base + 1)]
@@ -204,13 +244,14 @@ class Run:
         norms = np.sqrt(np.square(apart).sum(axis=1) / np.square(x.view(self._shape[0], -1).cpu().numpy()).sum(axis=1))
         return float(norms.max())
 
-    def _vector(self, term: Term) -> Tensor:
+    def _vector(self, term: Term, newest: Mapping[int, int] = MappingProxyType({})) -> Tensor:
+        """Return what a term stands for; `newest` are slots that are not taken as there yet."""
         k = term.k
         if term.kind == "state":
             return self._states[self._rows[k]] if k else self._start
         if term.kind == "noise":
             return self._draw(k)
-        slot = self._slots[k] if k in self._slots else self._evaluating[k]
+        slot = newest[k] if k in newest else self._slots[k]
         return (self._drafts if term.kind == "input" else self._predictions)[slot]
 
     def _draw(self, k: int) -> Tensor:
@@ -254,7 +295,7 @@ class _Predict:
     """A round with its rows in the state's dtype."""
 
     def __init__(self, event: Predict, dtype: torch.dtype) -> None:
-        self.indices = event.indices
+        self.indices, self.behind = event.indices, event.behind
         self.drafts = _Rows(event.drafts, dtype)
 
 
@@ -265,7 +306,7 @@ class _Advance:
     """
 
     def __init__(self, event: Advance, dtype: torch.dtype) -> None:
-        self.base, self.oldest, self.anchor = event.base, event.oldest, event.anchor
+        self.base, self.oldest, self.anchor, self.behind = event.base, event.oldest, event.anchor, event.behind
         self._length = len(event.states)
         self.eager = min(self._length, event.base + self._length - event.oldest + 1)
         split = self._length - self.eager
