@@ -184,8 +184,26 @@ def test_a_leader_that_is_never_closed_ends_with_the_interpreter(tmp_path: Path)
     assert list(tmp_path.glob("drp-*")) == []
 
 
-def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
-    process = program('import drp\ndrp.sample("digits", labels=[1], devices=1)', tmp_path)
+OWN_MODEL = """
+    import drp
+    def make():
+        return lambda x, t, cond: x / 2
+"""
+
+
+def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
+    process = program('import drp\nprint(drp.sample("tests.denoisers:make_free", shape=(4,), steps=3).steps)', tmp_path)
+    assert (*process.communicate(timeout=60), process.returncode) == ("3\n", "", 0)
+
+
+def test_a_model_made_in_the_script(tmp_path: Path) -> None:
+    guarded = 'if __name__ == "__main__":\n        print(drp.sample(make, shape=(4,), steps=3).steps)'
+    process = program(f"{OWN_MODEL}\n    {guarded}", tmp_path)
+    assert (*process.communicate(timeout=60), process.returncode) == ("3\n", "", 0)
+
+
+def test_a_model_made_in_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
+    process = program(f"{OWN_MODEL}\n    drp.sample(make, shape=(4,), steps=3)", tmp_path)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "if __name__ == '__main__':" in err

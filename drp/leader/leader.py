@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -33,6 +35,8 @@ class Leader:
     start_timeout: seconds that all workers together have to start and load the model.
     draft_timeout: seconds that a worker has to evaluate a draft.
     sharing: which run a free worker serves when there are several; by default by load, see `drp.leader.sharing`.
+    python: the interpreter that the workers run; by default this program's, or in a program that embeds Python the one
+        in the environment's folder. It must have the same version.
 
     Raises ValueError for arguments that cannot be, WorkerError if a worker cannot start.
     """
@@ -46,12 +50,13 @@ class Leader:
         start_timeout: float = 120.0,
         draft_timeout: float = 60.0,
         sharing: Sharing | None = None,
+        python: str | os.PathLike[str] | None = None,
     ) -> None:
         for name, value in (("start_timeout", start_timeout), ("draft_timeout", draft_timeout)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; give seconds above 0")
         self._devices = parse_devices(devices, threads)
-        self._pool = Pool(model_name(model), self._devices, threads, start_timeout)
+        self._pool = Pool(model_name(model), self._devices, threads, start_timeout, python)
         self._engine = Engine(self._pool, draft_timeout, sharing)
         self._end = weakref.finalize(self, self._engine.close)  # also at interpreter exit
 
@@ -125,6 +130,9 @@ def model_name(model: str | Callable[[], Any]) -> str:
     if isinstance(model, str):
         return model
     module, name = getattr(model, "__module__", None), getattr(model, "__qualname__", None)
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if module == "__main__" and spec is not None:  # run by `python -m`: workers can import it by its own name
+        module = spec.name
     if not module or not name or "<" in name:
         raise ValueError(f"model {model!r} cannot be imported by a worker; define it by name at the top of a module")
     return f"{module}:{name}"

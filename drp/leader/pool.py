@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
-import torch.multiprocessing
 import zmq
 
 from drp.leader.devices import Device
 from drp.leader.errors import WorkerError
+from drp.leader.process import Process, find_interpreter
 from drp.protocol.codec import ProtocolError
 from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import (
@@ -51,7 +54,7 @@ class WorkerProcess:
     number: int
     identity: bytes
     device: Device
-    process: multiprocessing.process.BaseProcess
+    process: Process
     words: SharedMemory
 
     def __str__(self) -> str:
@@ -71,9 +74,18 @@ class WorkerProcess:
 class Pool:
     """The worker processes of one leader, started and with the model loaded; `close` ends them."""
 
-    def __init__(self, model: str, devices: Sequence[Device], threads: int, start_timeout: float) -> None:
+    def __init__(
+        self,
+        model: str,
+        devices: Sequence[Device],
+        threads: int,
+        start_timeout: float,
+        python: str | os.PathLike[str] | None = None,
+    ) -> None:
         _refuse_inside_import()
         self.owner = os.getpid()
+        self._python = find_interpreter(python)
+        self._main = _main_script() if model.startswith("__main__:") else None
         self.workers: list[WorkerProcess] = []
         self._weights: SharedMemory | None = None
         self._socket = LeaderSocket()
@@ -90,7 +102,7 @@ class Pool:
         identity = b"worker-%d" % number
         words = SharedMemory.create(LAST_WORDS)
         config = entry.Config(
-            identity=identity,
+            identity=identity.decode(),
             endpoint=self._socket.endpoint,
             directory=str(self._socket.directory),
             leader=os.getpid(),
@@ -98,13 +110,14 @@ class Pool:
             last_words=f"/proc/{os.getpid()}/fd/{words.handle.fd}",
             cores=device.cores,
             threads=threads,
+            version=sys.version_info[:2],
+            main=self._main,
         )
-        process = torch.multiprocessing.get_context("spawn").Process(
-            target=entry.main, args=(config,), name=f"drp-worker-{number}", daemon=True
-        )
-        process.start()
-        # Else multiprocessing would end it when a child forked from this process ends; ending workers is close's work.
-        multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]  # it has no public name
+        try:
+            process = Process(self._python, ENTRY, dataclasses.asdict(config))
+        except BaseException:
+            words.close()
+            raise
         self.workers.append(WorkerProcess(number, identity, device, process, words))
         self._socket.watch(process.sentinel)  # before its first word: a worker that dies unheard is noticed
 
@@ -226,8 +239,18 @@ class Pool:
             self._weights.close()
 
 
+def _main_script() -> str:
+    """Return the path of the main script, for a model that is made there."""
+    path = getattr(sys.modules["__main__"], "__file__", None)
+    if path is None:
+        raise ValueError(
+            "the model is made in __main__, which no worker can import: it has no file; put it in a module"
+        )
+    return str(Path(path).absolute())
+
+
 def _refuse_inside_import() -> None:
-    """Workers import the main script; where it starts a leader outside of a main guard, they would start leaders."""
+    """Workers import the main script if the model is made there; unguarded, it would start leaders in them."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError(
             "this script starts drp while it is being imported by a worker; put what it does under "

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import faulthandler
+import json
+import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import traceback
+import types
 from dataclasses import dataclass
 
 from drp.workers import lifeline
@@ -16,7 +20,7 @@ from drp.workers import lifeline
 class Config:
     """What a worker is told when it is started; the rest comes by message."""
 
-    identity: bytes
+    identity: str
     endpoint: str
     directory: str
     leader: int
@@ -24,20 +28,48 @@ class Config:
     last_words: str
     cores: tuple[int, ...]
     threads: int
+    version: tuple[int, ...]
+    main: str | None
+    """The main script, if the model is made there."""
 
 
-def main(config: Config) -> None:
-    """Run one worker until it is told to stop or its leader is gone."""
+def start(told: str) -> None:
+    """Run one worker by its Config in JSON, and the descriptor of its lifeline."""
+    config = json.loads(told)
+    lifeline = config.pop("lifeline")
+    main(Config(**config), lifeline)
+
+
+def main(config: Config, leader_gone: int) -> None:
+    """Run one worker until it is told to stop or its leader is gone, when `leader_gone` is readable."""
     words = os.open(config.last_words, os.O_RDWR | os.O_CLOEXEC)
     faulthandler.enable(words)  # A crash in native code leaves its stack there.
     try:
-        lifeline.watch(config.leader, config.directory)
+        os.set_inheritable(leader_gone, False)
+        lifeline.watch(config.leader, leader_gone, config.directory)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the leader decides.
         os.sched_setaffinity(0, config.cores)
+        if sys.version_info[:2] != tuple(config.version):
+            wanted = ".".join(map(str, config.version))
+            raise RuntimeError(
+                f"{sys.executable} is not the Python {wanted} that the leader runs; give its path as python="
+            )
         os.environ["OMP_NUM_THREADS"] = str(config.threads)
         from drp.workers.worker import Worker  # only now: torch sizes its thread pool when imported
 
-        Worker(config.endpoint, config.identity, config.threads, config.from_main_thread).run()
+        if config.main is not None:
+            _import_main(config.main)
+        Worker(config.endpoint, config.identity.encode(), config.threads, config.from_main_thread).run()
     except BaseException:
         os.write(words, traceback.format_exc().encode()[-4000:])
         sys.exit(1)
+
+
+def _import_main(path: str) -> None:
+    """Run the main script under the name that multiprocessing gives it in children, and let it be `__main__` here."""
+    process = multiprocessing.current_process()
+    process._inheriting = True  # type: ignore[attr-defined]  # so that what it must not start refuses, as in any child
+    module = types.ModuleType("__mp_main__")
+    module.__dict__.update(runpy.run_path(path, run_name="__mp_main__"))
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+    del process._inheriting  # type: ignore[attr-defined]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import select
 import shutil
@@ -15,18 +14,18 @@ LEADER_GONE = 3
 """Exit status of a worker that found its leader dead."""
 
 
-def watch(leader: int, directory: str) -> None:
+def watch(leader: int, lifeline: int, directory: str) -> None:
     """End this process when process `leader` is gone, after removing the socket's directory, should it still be there.
 
-    A thread of its own sees to it, whatever the main thread is doing.
+    `lifeline` is a descriptor that is readable then. A thread of its own sees to it, whatever the main thread is doing.
     """
-    threading.Thread(target=_watch, args=(leader, directory), name="watch-leader", daemon=True).start()
+    threading.Thread(target=_watch, args=(leader, lifeline, directory), name="watch-leader", daemon=True).start()
 
 
-def _watch(leader: int, directory: str) -> None:
-    parent = multiprocessing.parent_process()
-    sentinel = [parent.sentinel] if parent is not None else []
-    while os.getppid() == leader and not select.select(sentinel, [], [], 0.5)[0]:
+def _watch(leader: int, lifeline: int, directory: str) -> None:
+    end = select.poll()
+    end.register(lifeline, select.POLLIN)
+    while os.getppid() == leader and not end.poll(500):
         continue
     shutil.rmtree(directory, ignore_errors=True)
     os._exit(LEADER_GONE)
