@@ -242,7 +242,7 @@ class Pool:
 def _main_script() -> str:
     """Return the path of the main script, for a model that is made there."""
     path = getattr(sys.modules["__main__"], "__file__", None)
-    if path is None:
+    if path is None or not Path(path).is_file():
         raise ValueError(
             "the model is made in __main__, which no worker can import: it has no file; put it in a module"
         )
