@@ -15,7 +15,14 @@ from drp.sampling.run import Task
 
 
 class Pending(Future[Result]):
-    """A run that was submitted: a `concurrent.futures.Future` whose `cancel` also ends a run that is under way."""
+    """A run that was submitted: a `concurrent.futures.Future` whose `cancel` also ends a run that is under way.
+
+    `number` is its own in the timeline, `steps` those of its grid; both from when it begins. `rounds` are those done.
+    """
+
+    number: int | None = None
+    steps = 0
+    rounds = 0
 
     def __init__(self, wake: Callable[[], None]) -> None:
         super().__init__()
@@ -40,6 +47,7 @@ class Active:
     def __init__(self, number: int, job: Job, request: Request, pending: Pending) -> None:
         self.began = time.perf_counter()
         self.number, self.job, self.pending = number, job, pending
+        pending.number, pending.steps = number, job.solver.grid.steps
         self.arena = Arena.create(number, job.start, job.slots, job.cond)
         self.run = job.run(self.arena.drafts, self.arena.predictions)
         self.waiting: deque[Task] = deque()
@@ -70,6 +78,7 @@ class Active:
         self._evaluations += 1
         self._device_seconds += prediction.seconds
         self.run.fold(prediction.slot)
+        self.pending.rounds = self.run.rounds_done
         return self.run.ready
 
     def refine(self) -> None:

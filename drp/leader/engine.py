@@ -94,6 +94,11 @@ class Engine:
         """Whether the caller is a callback."""
         return threading.current_thread() is self._thread
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more runs."""
+        return self._closing is not None
+
     def close(self, grace: float = GRACE) -> None:
         """Cancel all runs and end the workers, by force after `grace` seconds; wait until that is done."""
         if os.getpid() != self._pool.owner:

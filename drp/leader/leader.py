@@ -83,6 +83,16 @@ class Leader:
         """What the model expects."""
         return self._pool.spec
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The names of the workers' places, by number."""
+        return tuple(device.name for device in self._devices)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more runs: it was closed, or its workers were lost."""
+        return self._engine.closed
+
     def submit(self, **options: Unpack[Options]) -> Pending:
         """Begin a run and return at once; the options are the fields of `drp.leader.request.Request`.
 
