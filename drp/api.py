@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,9 +58,10 @@ def reference(
     denoiser = models.load(model_name(model))
     job = make_job(request, denoiser.spec, len(placed))
     with _threads(threads):
-        return run_reference(
+        result = run_reference(
             denoiser.predict, job.solver, job.mode, job.start, job.cond, request.callback, job.fresh, job.watch
         )
+    return result if job.out is None else replace(result, samples=job.samples(result.samples))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 import drp
 from drp import Leader
 from drp.leader.devices import parse_devices
+from drp.leader.request import Request, make_job
 from tests.denoisers import make_free
 
 TINY = "tests.denoisers:Tiny"
@@ -64,6 +65,36 @@ def test_a_sample_does_not_depend_on_its_neighbours(tiny: Leader) -> None:
     one = tiny.sample(labels=[4], steps=6).samples
     two = tiny.sample(labels=[4, 5], steps=6).samples
     torch.testing.assert_close(two[:1], one)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "aggressive"])
+def test_noise_is_read_and_samples_are_written_where_they_lie(tiny: Leader, mode: str) -> None:
+    noise, out = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3)), torch.zeros(2, 1, 8, 8)
+    job = make_job(Request(labels=[1, 2], noise=noise, out=out), tiny.spec, 2)
+    assert job.start.data_ptr() == noise.data_ptr()
+    before, place = noise.clone(), out.data_ptr()
+    run = tiny.sample(labels=[1, 2], noise=noise, out=out, steps=9, mode=mode)
+    ref = drp.reference(TINY, labels=[1, 2], noise=noise, steps=9, mode=mode, devices=2)
+    assert run.samples is out
+    assert out.data_ptr() == place
+    assert torch.equal(out, ref.samples)
+    assert torch.equal(noise, before)
+    same = torch.zeros_like(out)
+    assert drp.reference(TINY, labels=[1, 2], noise=noise, out=same, steps=9, mode=mode, devices=2).samples is same
+    assert torch.equal(same, out)
+
+
+def test_noise_equal_to_the_seeds_changes_nothing(tiny: Leader) -> None:
+    karras = {"sigmas": "karras"}  # whose first state is the noise times its first level
+    seeded = make_job(Request(seed=4, labels=[1, 2]), tiny.spec, 2).start
+    given = tiny.sample(labels=[1, 2], steps=9, solver="dpmsolver++", grid=karras, noise=seeded).samples
+    assert torch.equal(given, tiny.sample(labels=[1, 2], steps=9, solver="dpmsolver++", grid=karras, seed=4).samples)
+
+
+def test_samples_are_written_into_an_inference_tensor(tiny: Leader) -> None:
+    with torch.inference_mode():
+        out = torch.zeros(1, 1, 8, 8)
+    assert torch.equal(tiny.sample(labels=[1], steps=4, out=out).samples, tiny.sample(labels=[1], steps=4).samples)
 
 
 def test_callback_sees_every_step_in_order(tiny: Leader) -> None:
@@ -212,6 +243,10 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"drafts": 100_000}, "at most 1024"),
     ({"seed": -1}, "seed is -1"),
     ({"guidance": float("nan")}, "guidance is nan"),
+    ({"noise": [1.0]}, "noise is a list; give a tensor"),
+    ({"noise": torch.zeros(1, 8)}, r"noise is torch.float32 \[1, 8\] on cpu; give torch.float32 \[1, 1, "),
+    ({"noise": torch.zeros(1, 1, 8, 8).double()}, r"noise is torch.float64 \["),
+    ({"out": torch.zeros(1, 1, 1, 1).expand(1, 1, 8, 8)}, "out is .*, not contiguous; give torch.float32"),
     ({"cond": {"labels": torch.zeros(1)}}, "argument of its own"),
     ({"cond": {"x": 3}}, "cond holds tensors"),
 ]

@@ -90,7 +90,7 @@ class Active:
         """Return the finished run's result."""
         seconds = time.perf_counter() - self.began
         return Result(
-            samples=self.run.state.clone(),
+            samples=self.job.samples(self.run.state),
             mode=type(self.job.mode).__name__.lower(),
             drafts=self.job.mode.width,
             steps=self.job.solver.grid.steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -21,6 +22,8 @@ from drp.leader.sharing import Sharing
 from drp.leader.timeline import Timeline
 from drp.protocol.messages import ModelSpec
 from drp.sampling.result import Result
+
+log = logging.getLogger(__name__)
 
 
 class Leader:
@@ -58,6 +61,7 @@ class Leader:
         self._devices = parse_devices(devices, threads)
         self._pool = Pool(model_name(model), self._devices, threads, start_timeout, python)
         self._engine = Engine(self._pool, draft_timeout, sharing)
+        log.debug("%d workers hold %s", len(self._devices), model_name(model))
         self._end = weakref.finalize(self, self._engine.close)  # also at interpreter exit
 
     @property
@@ -125,6 +129,7 @@ class Leader:
         if self._engine.is_this_thread:
             raise RuntimeError("a callback must not use the leader that calls it")
         self._end()
+        log.debug("closed")
 
     def __enter__(self) -> Leader:
         return self

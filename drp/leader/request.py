@@ -36,6 +36,7 @@ class Options(TypedDict, total=False):
     solver_options: Mapping[str, Any]
     grid: Mapping[str, Any]
     prediction_type: str
+    noise: Tensor | None
     image: Tensor | None
     strength: float
     mode: str | Mode
@@ -48,6 +49,7 @@ class Options(TypedDict, total=False):
     seed: int
     callback: Callback | None
     residuals: bool
+    out: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Request:
     grid: options of `drp.sampling.grids.make_grid`, or of `flow_grid` for prediction type "flow", by name:
         {"spacing": "leading", "sigmas": "karras"}, {"shift": 3.0}.
     prediction_type: what the model predicts: "epsilon", "v", "sample" or "flow".
+    noise: standard normal numbers [B, ...] float32 to start from in place of the seed's. They are read where they lie,
+        in every round, so they must stay as they are until the run is over.
     image: a sample [B, ...] to start from in the middle, noised as far as `strength` says.
     strength: the share of the steps that is taken, above 0 to 1.
     mode: "sequential", "conservative", "aggressive", "adaptive", or a mode object of your own. See docs/drafts.md.
@@ -79,6 +83,7 @@ class Request:
     callback: called as callback(k, state) once for each step k = 1..N, in order; the state [B, ...] is a view, valid
         during the call. It runs while the workers compute. What it raises ends the run.
     residuals: put the residual of every draft into the result, in modes that would not compute them.
+    out: a tensor [B, ...] float32 that the samples are written into; then `result.samples` is this one.
     """
 
     labels: Sequence[int] | Tensor | None = None
@@ -91,6 +96,7 @@ class Request:
     solver_options: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, Any] = field(default_factory=dict)
     prediction_type: str = "epsilon"
+    noise: Tensor | None = None
     image: Tensor | None = None
     strength: float = 1.0
     mode: str | Mode = "aggressive"
@@ -103,6 +109,7 @@ class Request:
     seed: int = 0
     callback: Callback | None = None
     residuals: bool = False
+    out: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,7 @@ class Job:
     cond: dict[str, Tensor]
     fresh: Noise
     watch: bool
+    out: Tensor | None
 
     @property
     def slots(self) -> int:
@@ -124,6 +132,14 @@ class Job:
     def run(self, drafts: Tensor, predictions: Tensor) -> Run:
         """Return the run, its drafts and predictions in these matrices [slots, D]."""
         return Run(self.solver, self.mode, self.start, drafts, predictions, self.fresh, self.watch)
+
+    def samples(self, state: Tensor) -> Tensor:
+        """Return a finished run's state in memory that is the caller's."""
+        if self.out is None:
+            return state.clone()
+        with torch.inference_mode():  # the only way to write into a tensor that was made in it
+            self.out.copy_(state)
+        return self.out
 
 
 def make_job(request: Request, spec: ModelSpec, devices: int) -> Job:
@@ -140,8 +156,10 @@ def make_job(request: Request, spec: ModelSpec, devices: int) -> Job:
     if labels is not None:
         cond["labels"] = labels
     seed = _whole("seed", request.seed)
-    start = _start(request, solver, _noise(seed, count, shape))
-    return Job(solver, mode, start, cond, lambda k: _noise(_seed_of(seed, k), count, shape), request.residuals)
+    noise = _given("noise", request.noise, (count, *shape))
+    start = _start(request, solver, _noise(seed, count, shape) if noise is None else noise.detach())
+    out = _given("out", request.out, (count, *shape))
+    return Job(solver, mode, start, cond, lambda k: _noise(_seed_of(seed, k), count, shape), request.residuals, out)
 
 
 def _solver(request: Request) -> Solver:
@@ -168,6 +186,21 @@ def _start(request: Request, solver: Solver, noise: Tensor) -> Tensor:
         raise ValueError(f"image is {got}; give floating point numbers of shape {list(noise.shape)}, one a sample")
     alpha, sigma = solver.at(0)
     return alpha * image.to(noise.dtype) + sigma * noise
+
+
+def _given(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """Return a tensor of the caller's, which is used where it lies: so it must be just as it is wanted."""
+    if tensor is None:
+        return None
+    if not isinstance(tensor, Tensor):
+        raise ValueError(
+            f"{name} is a {type(tensor).__name__}; give a tensor, torch.from_dlpack makes one of most things"
+        )
+    dense = tensor.layout == torch.strided and tensor.is_contiguous()
+    if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_cpu or not dense:
+        got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}{'' if dense else ', not contiguous'}"
+        raise ValueError(f"{name} is {got}; give torch.float32 {list(shape)} on cpu, contiguous")
+    return tensor
 
 
 def _seed_of(seed: int, k: int) -> int:
