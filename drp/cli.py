@@ -1,10 +1,8 @@
-"""The command line: `drp sample`."""
+"""The command line: `drp sample`, and the commands of the server."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -12,15 +10,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from drp import __version__
+from drp.plain import plain_errors
 from drp.sampling.drafts import RULES
 from drp.sampling.modes import MODE_NAMES
 from drp.sampling.named import SOLVER_NAMES, make_solver
+from drp.server.command import keys, serve, status
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="drp")
 def main() -> None:
     """Run diffusion sampling faster, by drafting timesteps on several devices and refining them."""
+
+
+for command in (serve, keys, status):
+    main.add_command(command)
 
 
 def parse_numbers(what: str, text: str) -> list[int]:
@@ -99,7 +103,7 @@ def sample(
     out: Path,
 ) -> None:
     """Draw samples of MODEL into one picture, a label a column."""
-    with _plain_errors():
+    with plain_errors():
         check_writable(out)
         if rows < 1:
             raise ValueError(f"rows is {rows}; a picture has 1 or more")
@@ -170,12 +174,3 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"{path} cannot be written: permission denied")
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Show what a user can mend as a line on stderr with exit status 1, without a traceback."""
-    try:
-        yield
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        raise click.ClickException(str(error)) from error

@@ -78,12 +78,12 @@ class Active:
         self._evaluations += 1
         self._device_seconds += prediction.seconds
         self.run.fold(prediction.slot)
-        self.pending.rounds = self.run.rounds_done
         return self.run.ready
 
     def refine(self) -> None:
         """Compute the states that the last round has passed, and call the callback for each."""
         self.behind = False
+        self.pending.rounds = self.run.rounds_done
         self.run.refine(self._callback)
 
     def result(self, devices: tuple[str, ...]) -> Result:

@@ -1,0 +1,11 @@
+"""What can go wrong between a client and its server."""
+
+from __future__ import annotations
+
+
+class RefusedError(RuntimeError):
+    """The server did not take a request, or did not finish it: `code` is "busy", "draining" or "version"."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(f"{code}: {reason}")
+        self.code = code

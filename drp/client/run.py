@@ -1,0 +1,107 @@
+"""RemoteRun: a run on the server, as its caller holds it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+from torch import Tensor
+
+from drp.client.errors import RefusedError
+from drp.leader.errors import WorkerError
+from drp.protocol.codec import ProtocolError
+from drp.protocol.door import Ended, Evaluation, Finished, Progress, Refused
+from drp.protocol.tensors import Frame, Received, open_shared
+from drp.sampling.result import Result
+
+
+@dataclass(frozen=True)
+class Update:
+    """How far a run is. `preview` is the state [B, ...] after `step` of `steps`, if one was due.
+
+    `rounds` are the evaluations that had to follow one another so far; `evaluations` what was evaluated where since the
+    last update, if the timeline was asked for.
+    """
+
+    step: int
+    steps: int
+    rounds: int
+    preview: Tensor | None
+    evaluations: Sequence[Evaluation]
+
+
+class RemoteRun(Future[Result]):
+    """A `concurrent.futures.Future` with a `drp.Result`; `cancel` also ends a run that is under way."""
+
+    def __init__(self, number: int, cancel: Callable[[int], None]) -> None:
+        super().__init__()
+        self.number = number
+        self._cancel = cancel
+        self._updates: SimpleQueue[Update | None] = SimpleQueue()
+        self.set_running_or_notify_cancel()
+        self.add_done_callback(lambda _: self._updates.put(None))
+
+    def cancel(self) -> bool:
+        """Ask for the end of the run, after which `result` raises CancelledError; return False if it is over."""
+        if self.done():
+            return False
+        self._cancel(self.number)
+        return True
+
+    def progress(self) -> Iterator[Update]:
+        """Yield updates as they come, until the run is over; what it came to, `result` says.
+
+        There are none unless `progress`, `previews` or `timeline` was asked for. When steps are done faster than they
+        can be told, some are left out.
+        """
+        while (update := self._updates.get()) is not None:
+            yield update
+        self._updates.put(None)  # for whoever asks again
+
+    # What the line does with it.
+
+    def on_progress(self, message: Progress, frames: Sequence[Frame]) -> None:
+        """Take an update."""
+        received = Received(frames)
+        preview = received.take(message.preview) if message.preview is not None else None
+        received.done()
+        self._updates.put(Update(message.step, message.steps, message.rounds, preview, message.evaluations))
+
+    def on_finished(self, message: Finished, frames: Sequence[Frame]) -> None:
+        """Take the samples."""
+        received = Received(frames)
+        shared = message.samples.memory is not None
+        samples = open_shared(message.samples) if shared else received.take(message.samples)
+        received.done()
+        self.set_result(
+            Result(
+                samples=samples,
+                mode=message.mode,
+                drafts=message.drafts,
+                steps=message.steps,
+                devices=message.devices,
+                rounds=message.rounds,
+                evaluations=message.evaluations,
+                seconds=message.seconds,
+                device_seconds=message.device_seconds,
+                residuals={each.index: math.inf if each.value is None else each.value for each in message.residuals},
+                cuts=message.cuts,
+            )
+        )
+
+    def on_error(self, message: Refused | Ended) -> None:
+        """Learn that there will be no samples."""
+        match message.code:
+            case "cancelled":
+                self.set_exception(CancelledError())
+            case "failed":
+                self.set_exception(WorkerError(message.reason))
+            case "invalid":
+                self.set_exception(ValueError(message.reason))
+            case "protocol":
+                self.set_exception(ProtocolError(message.reason))
+            case _:
+                self.set_exception(RefusedError(message.code, message.reason))

@@ -1,0 +1,98 @@
+"""Metrics: what the server counts, in the text format of Prometheus (version 0.0.4)."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from drp.sampling.result import Result
+
+EDGES: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+"""Seconds up to which each bucket of a histogram counts."""
+
+
+@dataclass
+class Histogram:
+    """How often something took how long."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(EDGES) + 1))
+    total: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one."""
+        self.counts[bisect_left(EDGES, seconds)] += 1
+        self.total += seconds
+
+    def lines(self, name: str) -> list[str]:
+        """Return its samples."""
+        found, so_far = [], 0
+        for edge, count in zip([*map(str, EDGES), "+Inf"], self.counts, strict=True):
+            so_far += count
+            found.append(f'{name}_bucket{{le="{edge}"}} {so_far}')
+        return [*found, f"{name}_sum {self.total!r}", f"{name}_count {so_far}"]
+
+
+@dataclass
+class Counts:
+    """Everything that only grows while the server runs."""
+
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    refused: int = 0
+    lost_clients: int = 0
+    bad_messages: int = 0
+    untaken: int = 0
+    steps: int = 0
+    rounds: int = 0
+    evaluations: int = 0
+    device_seconds: float = 0.0
+    request_seconds: Histogram = field(default_factory=Histogram)
+    waited_seconds: Histogram = field(default_factory=Histogram)
+
+    def add(self, result: Result, taken: float, waited: float) -> None:
+        """Count a finished run: seconds from Submit to its end, and those before it began."""
+        self.finished += 1
+        self.steps += result.steps
+        self.rounds += result.rounds
+        self.evaluations += result.evaluations
+        self.device_seconds += result.device_seconds
+        self.request_seconds.add(taken)
+        self.waited_seconds.add(waited)
+
+
+def prometheus(counts: Counts, gauges: Mapping[str, tuple[str, float]]) -> str:
+    """Return the text; `gauges` are what is so now: name -> (what it is, value)."""
+    lines: list[str] = []
+
+    def metric(name: str, kind: str, what: str, samples: list[str]) -> None:
+        lines.extend([f"# HELP drp_{name} {what}", f"# TYPE drp_{name} {kind}", *samples])
+
+    outcomes = [("finished", counts.finished), ("cancelled", counts.cancelled), ("failed", counts.failed)]
+    outcomes.append(("refused", counts.refused))
+    metric(
+        "requests_total",
+        "counter",
+        "Requests that are over, by how.",
+        [f'drp_requests_total{{outcome="{outcome}"}} {count}' for outcome, count in outcomes],
+    )
+    for name, what, value in (
+        ("lost_clients_total", "Clients whose connection broke or who did not read.", counts.lost_clients),
+        ("bad_messages_total", "Messages that broke the protocol.", counts.bad_messages),
+        ("untaken_results_total", "Results in shared memory given back because no client took them.", counts.untaken),
+        ("steps_total", "Steps of finished runs.", counts.steps),
+        ("rounds_total", "Evaluations of finished runs that had to follow one another.", counts.rounds),
+        ("evaluations_total", "Evaluations of the denoiser in finished runs.", counts.evaluations),
+        ("device_seconds_total", "Seconds in the denoiser, of all workers, in finished runs.", counts.device_seconds),
+    ):
+        metric(name, "counter", what, [f"drp_{name} {value!r}"])
+    for name, what, histogram in (
+        ("request_seconds", "From Submit to the end of requests that finished.", counts.request_seconds),
+        ("waited_seconds", "From Submit to the beginning of runs that finished.", counts.waited_seconds),
+    ):
+        metric(name, "histogram", what, histogram.lines(f"drp_{name}"))
+    for name, (what, value) in gauges.items():
+        metric(name, "gauge", what, [f"drp_{name} {value!r}"])
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,78 @@
+"""Options: what a Submit asks for, as the leader takes it; and a result, as a client is told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+from drp.leader.request import Options
+from drp.protocol.door import Finished, Option, Residual, Rule, Submit, TensorData
+from drp.protocol.tensors import Frame, Received
+from drp.sampling.drafts import DraftRule
+from drp.sampling.result import Result
+from drp.sampling.run import Callback
+
+AS_THEY_ARE = (
+    "labels",
+    "count",
+    "shape",
+    "guidance",
+    "steps",
+    "solver",
+    "prediction_type",
+    "strength",
+    "mode",
+    "drafts",
+    "target_speedup",
+    "warmup",
+    "sweeps",
+    "seed",
+    "residuals",
+)
+
+
+def options(submit: Submit, frames: Sequence[Frame], callback: Callback) -> Options:
+    """Return a leader's options; raise ProtocolError if the tensors are not as the message says."""
+    received = Received(frames)
+    cond = {each.name: received.take(each.tensor) for each in submit.cond}
+    image = received.take(submit.image) if submit.image is not None else None
+    received.done()
+    given = {name: getattr(submit, name) for name in AS_THEY_ARE}
+    rule = submit.rule
+    own = {
+        "cond": cond,
+        "image": image,
+        "solver_options": _named("solver_options", submit.solver_options),
+        "grid": _named("grid", submit.grid),
+        "rule": DraftRule(rule.carry, rule.slope) if isinstance(rule, Rule) else rule,
+        "tolerance": math.inf if submit.tolerance is None else submit.tolerance,
+        "callback": callback,
+    }
+    return cast(Options, given | own)
+
+
+def _named(what: str, given: Sequence[Option]) -> dict[str, Any]:
+    named = {option.name: option.value for option in given}
+    if len(named) < len(given):
+        raise ValueError(f"{what} names an option twice: {[option.name for option in given]!s:.200}")
+    return named
+
+
+def finished(request: int, result: Result, samples: TensorData, waited: float) -> Finished:
+    """Return a result as a message."""
+    return Finished(
+        request=request,
+        samples=samples,
+        mode=result.mode[:200],
+        drafts=result.drafts,
+        steps=result.steps,
+        devices=result.devices,
+        rounds=result.rounds,
+        evaluations=result.evaluations,
+        seconds=result.seconds,
+        device_seconds=result.device_seconds,
+        waited=waited,
+        residuals=tuple(Residual(k, r if math.isfinite(r) else None) for k, r in sorted(result.residuals.items())),
+        cuts=result.cuts,
+    )

@@ -1,0 +1,367 @@
+"""Server: a leader's front door. One role, one loop; what is said at the door is in drp/protocol/SPEC.md."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import CancelledError
+from typing import Final
+
+import zmq
+
+from drp.leader.errors import WorkerError
+from drp.leader.leader import Leader
+from drp.protocol.codec import ProtocolError, decode
+from drp.protocol.door import (
+    BEAT,
+    MAX_FRAME,
+    TO_SERVER,
+    VERSION,
+    Accepted,
+    Ask,
+    Cancel,
+    Ended,
+    Evaluation,
+    Metrics,
+    Open,
+    Opened,
+    Refused,
+    Status,
+    Submit,
+    Taken,
+    ToServer,
+)
+from drp.protocol.tensors import Frame, Frames, nbytes_of_samples, share
+from drp.sampling.result import Result
+from drp.server import options
+from drp.server.clients import Client, Clients
+from drp.server.endpoint import Endpoint
+from drp.server.feed import Feed
+from drp.server.keys import Keys
+from drp.server.metrics import Counts, prometheus
+from drp.server.ticket import Ticket
+
+AT_ONCE: Final = 100
+"""Messages that are taken before anything else is looked at again."""
+LAST: Final = 5.0
+"""Seconds that runs have to end after they were cancelled for the end of the server."""
+
+log = logging.getLogger(__name__)
+
+
+class Server:
+    """Takes requests at `address` and hands them to `leader`, until it is drained.
+
+    model: the name that clients are told.
+    address: ipc://PATH, in a directory of mode 0700, or tcp://HOST:PORT, with `keys`.
+    most: requests at once, of all clients together, waiting ones included.
+    stall: seconds without progress of any request after which the server is not healthy.
+
+    Raises ValueError for an address that cannot be, OSError if it is taken.
+    """
+
+    def __init__(
+        self,
+        leader: Leader,
+        model: str,
+        address: str,
+        *,
+        keys: Keys | None = None,
+        most: int = 64,
+        stall: float = 30.0,
+    ) -> None:
+        if most < 1 or not 0 < stall < math.inf:
+            raise ValueError(f"most is {most} and stall {stall}; give a whole number from 1 and seconds above 0")
+        self._leader, self._model, self._most, self._stall = leader, model, most, stall
+        self._endpoint = Endpoint(address, keys)
+        self._clients = Clients(self._endpoint, self._on_gone, self._on_untaken)
+        self._tickets: set[Ticket] = set()
+        self._reports: deque[Ticket] = deque()
+        """Those that the leader's thread has news of."""
+        self._untold: set[Ticket] = set()
+        """Those with news that their clients had no room for."""
+        self._counts, self._feed = Counts(), Feed()
+        self._began = self._lively = self._looked = time.monotonic()
+        self._draining: float | None = None
+        self._gate = threading.Lock()
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poller = zmq.Poller()
+        for each in (self._endpoint.socket, self._endpoint.monitor, self._wakeup):
+            self._poller.register(each, zmq.POLLIN)
+
+    @property
+    def address(self) -> str:
+        """Where it listens; of tcp://HOST:* with the port that was free."""
+        return self._endpoint.address
+
+    def drain(self, seconds: float) -> None:
+        """Refuse new requests, finish those there are within `seconds`, then end `run`. Called again, only sooner.
+
+        Any thread may call it, and any signal handler.
+        """
+        until = time.monotonic() + seconds
+        self._draining = until if self._draining is None else min(until, self._draining)
+        os.eventfd_write(self._wakeup, 1)
+
+    def run(self) -> None:
+        """Serve until drained; raise WorkerError if the leader is lost."""
+        while not self._is_over():
+            self._wait()
+            self._hear()
+            self._tell()
+            if time.monotonic() - self._looked >= BEAT:
+                self._looked = time.monotonic()
+                self._clients.look()
+        if self._leader.closed and self._draining is None:
+            raise WorkerError("the leader has lost its workers, and every client was told")
+
+    def close(self) -> None:
+        """Cancel what is left and close the door. The leader stays as it is."""
+        self._clients.close()
+        self._leader.timeline = None
+        self._endpoint.close()
+        with self._gate:  # Runs that were cancelled just now still report.
+            os.close(self._wakeup)
+            self._wakeup = -1
+
+    def _is_over(self) -> bool:
+        if self._leader.closed:
+            return all(ticket.pending.done() for ticket in self._tickets) and not self._reports
+        if self._draining is None:
+            return False
+        now = time.monotonic()
+        if now > self._draining:
+            for ticket in self._tickets:
+                ticket.pending.cancel()
+        busy = self._tickets or self._clients.unsent or self._clients.untaken
+        return not busy or now > self._draining + LAST
+
+    def _wait(self) -> None:
+        left = min(self._looked + BEAT - time.monotonic(), self._clients.patience)
+        if self._draining is not None:
+            left = min(left, self._draining - time.monotonic() if self._draining > time.monotonic() else 0.1)
+        ready = dict(self._poller.poll(math.ceil(max(0.0, left) * 1000)))
+        if self._wakeup in ready:
+            os.eventfd_read(self._wakeup)
+        if self._endpoint.monitor in ready and self._endpoint.has_lost():
+            self._clients.lost()
+
+    # What clients say.
+
+    def _hear(self) -> None:
+        for _ in range(AT_ONCE):
+            received = self._endpoint.receive()
+            if received is None:
+                return
+            address, (head, *frames) = received
+            try:
+                self._on(address, decode(bytes(head), TO_SERVER), frames)
+            except ProtocolError as error:
+                self._counts.bad_messages += 1
+                self._clients.reply(address, Refused(None, "protocol", str(error)[:2000]))
+
+    def _on(self, address: bytes, message: ToServer, frames: Sequence[Frame]) -> None:
+        client = self._clients.get(address)
+        if frames and not isinstance(message, Submit):
+            raise ProtocolError(f"{len(frames)} frames after a {type(message).__name__}, which has no tensors")
+        if isinstance(message, Open):
+            self._open(address, message)
+        elif client is None:
+            raise ProtocolError(f"{type(message).__name__} before Open")
+        elif isinstance(message, Submit):
+            self._submit(client, message, frames)
+        elif isinstance(message, Cancel):
+            if message.request in client.tickets:
+                client.tickets[message.request].cancel()
+        elif isinstance(message, Taken):
+            self._clients.taken(client, message.request)
+        elif isinstance(message, Ask):
+            self._clients.send(client, self.status() if message.what == "status" else Metrics(self.metrics()))
+
+    def _open(self, address: bytes, message: Open) -> None:
+        if message.version != VERSION:
+            self._clients.reply(address, Refused(None, "version", f"this server speaks version {VERSION}"))
+            return
+        client = self._clients.open(address, message.name)
+        self._clients.send(client, Opened(VERSION, self._model, self._leader.spec, self._leader.devices, self._most))
+
+    def _submit(self, client: Client, submit: Submit, frames: Sequence[Frame]) -> None:
+        if submit.request in client.tickets or submit.request in client.untaken:
+            raise ProtocolError(f"request {submit.request} is there already")
+        ahead = len(self._tickets) + self._clients.unsent
+        ticket = Ticket(client.address, submit, self._report, self._note_progress)
+        try:
+            refused = self._why_not(submit, ahead) or self._begin(ticket, frames)
+        except ProtocolError as error:
+            self._counts.bad_messages += 1
+            refused = Refused(submit.request, "protocol", str(error)[:2000])
+        if refused is not None:
+            self._counts.refused += 1
+            self._clients.send(client, refused)
+            return
+        if not self._tickets:
+            self._note_progress()
+        self._tickets.add(ticket)
+        client.tickets[submit.request] = ticket
+        self._clients.send(client, Accepted(submit.request, ahead))
+        ticket.pending.add_done_callback(ticket.on_end)
+
+    def _why_not(self, submit: Submit, ahead: int) -> Refused | None:
+        """Return why a request is refused, whatever the leader would say of it."""
+        if self._draining is not None or self._leader.closed:
+            return Refused(submit.request, "draining", "this server is about to end")
+        if ahead >= self._most:
+            return Refused(submit.request, "busy", f"{ahead} requests are there, as many as this server takes")
+        if submit.memory and not self._endpoint.local:
+            return Refused(submit.request, "invalid", "memory is true, which an ipc:// address alone allows")
+        nbytes = nbytes_of_samples(submit, self._leader.spec)
+        if nbytes > MAX_FRAME:
+            return Refused(submit.request, "invalid", f"samples of {nbytes} bytes; at most {MAX_FRAME}: ask for fewer")
+        return None
+
+    def _begin(self, ticket: Ticket, frames: Sequence[Frame]) -> Refused | None:
+        """Hand a request to the leader, or return why it does not take it."""
+        if ticket.submit.timeline:
+            self._leader.timeline = self._feed
+        try:
+            ticket.pending = self._leader.submit(**options.options(ticket.submit, frames, ticket.on_step))
+        except ProtocolError:
+            raise
+        except WorkerError as error:
+            return Refused(ticket.request, "draining", str(error)[:2000])
+        except ValueError as error:
+            return Refused(ticket.request, "invalid", str(error)[:2000])
+        except Exception as error:  # Whatever options can bring about is their sender's to hear, not the server's end.
+            log.warning("a request raised", exc_info=True)
+            return Refused(ticket.request, "invalid", repr(error)[:2000])
+        return None
+
+    # What the leader's thread says.
+
+    def _report(self, ticket: Ticket) -> None:
+        with self._gate:
+            if not ticket.reported and self._wakeup >= 0:
+                ticket.reported = True
+                self._reports.append(ticket)
+                os.eventfd_write(self._wakeup, 1)
+
+    def _note_progress(self) -> None:
+        self._lively = time.monotonic()
+
+    # What clients are told.
+
+    def _tell(self) -> None:
+        self._clients.flush()
+        tickets, self._untold = self._untold, set()
+        while self._reports:
+            ticket = self._reports.popleft()
+            ticket.reported = False  # before it is looked at: what comes later is reported again
+            tickets.add(ticket)
+        for ticket in tickets & self._tickets:
+            client, over = self._clients.get(ticket.client), ticket.pending.done()
+            if client is not None and (over or not client.outbox):
+                for progress, frames in ticket.news(self._evaluations):
+                    self._clients.send(client, progress, frames)
+            elif client is not None and not over:
+                self._untold.add(ticket)
+            if over:
+                self._end(ticket, client)
+
+    def _evaluations(self, ticket: Ticket, most: int) -> tuple[Evaluation, ...]:
+        number = ticket.pending.number
+        return self._feed.take(number, most) if number is not None and ticket.submit.timeline else ()
+
+    def _end(self, ticket: Ticket, client: Client | None) -> None:
+        """Hand a finished run's result, or what became of it, to its client; forget it."""
+        self._tickets.remove(ticket)
+        if ticket.pending.number is not None:
+            self._feed.forget(ticket.pending.number)
+        if not any(other.submit.timeline for other in self._tickets):
+            self._leader.timeline = None
+        self._note_progress()
+        if client is not None:
+            del client.tickets[ticket.request]
+        client = self._clients.get(ticket.client)  # It may be gone since.
+        try:
+            result = ticket.pending.result(timeout=0)
+        except CancelledError:
+            self._counts.cancelled += 1
+            ended = Ended(ticket.request, "cancelled", "") if ticket.cancelled else None
+            ended = ended or Ended(ticket.request, "draining", "the server ended first")
+        except Exception as error:
+            self._counts.failed += 1
+            ended = Ended(ticket.request, "failed", str(error)[:20_000] or repr(error)[:20_000])
+        else:
+            self._finish(ticket, client, result)
+            return
+        if client is not None:
+            self._clients.send(client, ended)
+
+    def _finish(self, ticket: Ticket, client: Client | None, result: Result) -> None:
+        taken = time.monotonic() - ticket.began
+        waited = max(0.0, taken - result.seconds)
+        self._counts.add(result, taken, waited)
+        if client is None:
+            return
+        frames = Frames()
+        if ticket.submit.memory:
+            memory, samples = share(result.samples)
+            self._clients.keep(client, ticket.request, memory)
+        else:
+            samples = frames.add(result.samples)
+        self._clients.send(client, options.finished(ticket.request, result, samples, waited), frames.frames)
+
+    def _on_gone(self, client: Client) -> None:
+        """Cancel what a client that is gone wanted."""
+        self._counts.lost_clients += bool(client.tickets)
+        for ticket in client.tickets.values():
+            ticket.cancel()
+
+    def _on_untaken(self, client: Client) -> None:
+        self._counts.untaken += 1
+
+    # How it is.
+
+    def status(self) -> Status:
+        """Return how the server is."""
+        now, counts = time.monotonic(), self._counts
+        still = now - self._lively if self._tickets else 0.0
+        state = "lost" if self._leader.closed else "serving" if self._draining is None else "draining"
+        reason = "the leader is lost" if self._leader.closed else ""
+        if still > self._stall:
+            reason = f"{len(self._tickets)} requests, and no progress of any for {still:.0f} s"
+        return Status(
+            state=state,  # type: ignore[arg-type]  # one of the three
+            healthy=not reason,
+            reason=reason,
+            clients=len(self._clients),
+            requests=len(self._tickets),
+            most=self._most,
+            uptime=now - self._began,
+            since_progress=still,
+            finished=counts.finished,
+            cancelled=counts.cancelled,
+            failed=counts.failed,
+            refused=counts.refused,
+        )
+
+    def metrics(self) -> str:
+        """Return the metrics in the text format of Prometheus."""
+        now = self.status()
+        gauges = {
+            "requests": ("Requests that are not over.", now.requests),
+            "requests_limit": ("Requests that the server has at once.", now.most),
+            "clients": ("Sessions.", now.clients),
+            "workers": ("Workers of the leader.", len(self._leader.devices)),
+            "untaken_results": ("Results in shared memory that their clients have not taken.", self._clients.untaken),
+            "healthy": ("1 if there is progress, or nothing to do.", int(now.healthy)),
+            "draining": ("1 if the server refuses requests because it is about to end.", int(now.state != "serving")),
+            "since_progress_seconds": ("Since the last progress; 0 without requests.", now.since_progress),
+            "uptime_seconds": ("Since the door opened.", now.uptime),
+        }
+        return prometheus(self._counts, gauges)

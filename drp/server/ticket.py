@@ -1,0 +1,76 @@
+"""Ticket: one request, from Submit until its run is over, and what its client is to be told of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from drp.leader.active import Pending
+from drp.protocol.door import Evaluation, Progress, Submit, TensorData
+from drp.protocol.tensors import Frame, Frames
+
+MOST_EVALUATIONS = 10_000
+
+Evaluations = tuple[Evaluation, ...]
+
+
+class Ticket:
+    """`on_step` is called in the leader's thread, everything else in the server's.
+
+    `report` is called in either when there is something to tell; `lively` whenever a step was done.
+    """
+
+    pending: Pending
+
+    def __init__(
+        self, client: bytes, submit: Submit, report: Callable[[Ticket], None], lively: Callable[[], None]
+    ) -> None:
+        self.client, self.submit = client, submit
+        self.began = time.monotonic()
+        self.reported = False
+        self.cancelled = False
+        """By its client, or because that is gone."""
+        self._report, self._lively = report, lively
+        self._step = self._told = 0
+        self._preview: tuple[int, Tensor | None] = (0, None)
+        self._wanted = submit.progress or submit.previews > 0 or submit.timeline
+
+    @property
+    def request(self) -> int:
+        """The client's number for it."""
+        return self.submit.request
+
+    def cancel(self) -> None:
+        """End the run: its client does not want it any more."""
+        self.cancelled = True
+        self.pending.cancel()
+
+    def on_step(self, step: int, state: Tensor) -> None:
+        """Note a step, and its state if it is to be shown. The state is only valid now."""
+        self._lively()
+        self._step = step
+        if self.submit.previews and step % self.submit.previews == 0:
+            self._preview = step, state.clone()
+        if self._wanted:
+            self._report(self)
+
+    def on_end(self, _: object) -> None:
+        """Note that the run is over."""
+        self._report(self)
+
+    def news(self, take: Callable[[Ticket, int], Evaluations]) -> Iterator[tuple[Progress, list[Frame]]]:
+        """Yield what is new since it was asked last; `take` returns so many evaluations, at most."""
+        (shown, state), step = self._preview, self._step
+        if state is not None and shown > self._told:
+            frames = Frames()
+            preview = frames.add(state)
+            yield self._progress(shown, take(self, MOST_EVALUATIONS), preview), frames.frames
+            self._preview = self._preview if self._preview[0] > shown else (shown, None)
+        while (evaluations := take(self, MOST_EVALUATIONS)) or (self._wanted and step > self._told):
+            yield self._progress(max(step, self._told), evaluations), []
+
+    def _progress(self, step: int, evaluations: Evaluations, preview: TensorData | None = None) -> Progress:
+        self._told = step
+        return Progress(self.request, step, self.pending.steps, self.pending.rounds, preview, evaluations)
