@@ -21,8 +21,11 @@ def to_submit(number: int, given: Options, ways: Mapping[str, Any]) -> tuple[Sub
     `ways` are the fields of Submit that are no options: how the client wants to hear of the run.
     """
     request = Request(**given)  # refuses names that there are not
-    if request.callback is not None:
-        raise ValueError("callback is for a leader in this process; iterate over client.submit(...).progress()")
+    if request.callback is not None or request.out is not None:
+        raise ValueError(
+            "callback and out are for a leader in this process; iterate over client.submit(...).progress(), and copy "
+            "result.samples"
+        )
     for name in ("solver", "mode"):
         value = getattr(request, name)
         if not isinstance(value, str):
@@ -32,13 +35,15 @@ def to_submit(number: int, given: Options, ways: Mapping[str, Any]) -> tuple[Sub
     fields["labels"] = None if request.labels is None else tuple(_list(request.labels))
     fields["shape"] = None if request.shape is None else tuple(request.shape)
     fields["cond"] = tuple(Condition(name, frames.add(_tensor(name, each))) for name, each in request.cond.items())
-    fields["image"] = None if request.image is None else frames.add(_tensor("image", request.image))
+    for name, value in (("noise", request.noise), ("image", request.image)):
+        fields[name] = None if value is None else frames.add(_tensor(name, value))
     fields["grid"] = _named("grid", request.grid)
     fields["solver_options"] = _named("solver_options", request.solver_options)
     fields["tolerance"] = None if request.tolerance == math.inf else request.tolerance
     if isinstance(request.rule, DraftRule):
         fields["rule"] = Rule(request.rule.carry, request.rule.slope)
-    fields.pop("callback", None)
+    for name in ("callback", "out"):
+        fields.pop(name, None)
     return Submit(request=number, **fields, **ways), frames.frames
 
 

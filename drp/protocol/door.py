@@ -28,8 +28,8 @@ from drp.protocol.messages import Count, Handle, ModelSpec, Name, Seconds, Shape
 
 VERSION = 1
 
-MOST_FRAMES = 61
-"""Tensors of one message: a Submit has at most 60 conditions and an image."""
+MOST_FRAMES = 62
+"""Tensors of one message: a Submit has at most 60 conditions, noise and an image."""
 MAX_FRAME = 1 << 28
 """Bytes of the longest frame, and so of a tensor that travels in one."""
 
@@ -142,6 +142,7 @@ class Submit:
     solver_options: Annotated[tuple[Option, ...], Length(64)] = ()
     grid: Annotated[tuple[Option, ...], Length(64)] = ()
     prediction_type: Name = "epsilon"
+    noise: TensorData | None = None
     image: TensorData | None = None
     strength: Real = 1.0
     mode: Name = "aggressive"

@@ -36,12 +36,13 @@ def options(submit: Submit, frames: Sequence[Frame], callback: Callback) -> Opti
     """Return a leader's options; raise ProtocolError if the tensors are not as the message says."""
     received = Received(frames)
     cond = {each.name: received.take(each.tensor) for each in submit.cond}
-    image = received.take(submit.image) if submit.image is not None else None
+    noise, image = (None if each is None else received.take(each) for each in (submit.noise, submit.image))
     received.done()
     given = {name: getattr(submit, name) for name in AS_THEY_ARE}
     rule = submit.rule
     own = {
         "cond": cond,
+        "noise": noise,
         "image": image,
         "solver_options": _named("solver_options", submit.solver_options),
         "grid": _named("grid", submit.grid),
