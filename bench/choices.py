@@ -242,12 +242,12 @@ class Chosen(Led):
 
     def make_slots(self, slots: int, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Put them where the workers can map them."""
-        self.arena = Arena.create(0, noise, slots, {})
+        self.arena = Arena.create(0, noise, slots, slots, {})
         return self.arena.drafts, self.arena.predictions
 
     def send(self, worker: int, task: Task) -> None:
         """Send a Draft."""
-        self.end.send(worker, encode(Draft(0, task.index, task.timestep, task.slot)))
+        self.end.send(worker, encode(Draft(0, task.index, task.timestep, task.slot, task.slot)))
 
     def receive(self) -> tuple[int, int, float]:
         """Receive a Prediction."""
@@ -300,7 +300,7 @@ def answer(work: Work, choice: Choice, number: int, endpoint: str, pair: socket.
         seconds = evaluator.evaluate(
             draft.index, draft.timestep, arena.drafts[draft.slot], arena.predictions[draft.slot]
         )
-        end.send(0, encode(Prediction(0, draft.index, draft.slot, seconds)))
+        end.send(0, encode(Prediction(0, draft.index, draft.row, seconds)))
 
 
 @contextlib.contextmanager

@@ -107,7 +107,7 @@ def run_plain(work: Work) -> tuple[float, float]:
 
     def denoiser(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         predictions = []
-        device.append(emulated.run(Draft(0, 0, 0.0, 0), x.nbytes, lambda: predictions.append(cheap(x, t, cond))))
+        device.append(emulated.run(Draft(0, 0, 0.0, 0, 0), x.nbytes, lambda: predictions.append(cheap(x, t, cond))))
         return predictions[0]
 
     with pinned():

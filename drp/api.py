@@ -24,7 +24,7 @@ def sample(
     devices: int | str | Sequence[str] = 1,
     threads: int = 1,
     start_timeout: float = 120.0,
-    draft_timeout: float = 60.0,
+    draft_timeout: float | None = None,
     **options: Unpack[Options],
 ) -> Result:
     """Start workers, sample once, end them.

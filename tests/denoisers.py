@@ -99,6 +99,14 @@ def make_misshapen() -> Callable[..., Tensor]:
     return lambda x, t, cond: x[:, :, 1:]
 
 
+def make_infinite() -> Callable[..., Tensor]:
+    return lambda x, t, cond: x / 0
+
+
+def make_nan() -> Callable[..., Tensor]:
+    return lambda x, t, cond: torch.full_like(x, torch.nan) if _at(500, t) else x
+
+
 def make_varying() -> nn.Module:
     """Other weights in every process, since no seed is set."""
     torch.seed()

@@ -169,7 +169,7 @@ def test_one_copy_of_the_weights(tiny: Leader) -> None:
         lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
         return {line.split()[4] for line in lines if "memfd:drp" in line}
 
-    first, second = (worker.process.pid for worker in tiny._pool.workers)
+    first, second = (worker.pid for worker in tiny.workers)
     assert first is not None
     assert second is not None
     assert shared_by(first) & shared_by(second), "no memory with the same inode in both workers"
@@ -186,8 +186,8 @@ def test_one_copy_of_the_weights(tiny: Leader) -> None:
 
 def test_workers_are_pinned_with_one_thread_each(tiny: Leader) -> None:
     cores = sorted(os.sched_getaffinity(0))
-    for turn, worker in enumerate(tiny._pool.workers):
-        assert psutil.Process(worker.process.pid).cpu_affinity() == [cores[turn % len(cores)]]
+    for turn, worker in enumerate(tiny.workers):
+        assert psutil.Process(worker.pid).cpu_affinity() == [cores[turn % len(cores)]]
 
 
 def test_leaders_side_by_side_and_again(tiny: Leader) -> None:
@@ -263,7 +263,7 @@ def test_bad_options_are_refused_before_any_worker_starts(
     change: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "shape" not in change:
-        monkeypatch.setattr("drp.leader.pool.Pool._spawn", None)  # starting one would be a TypeError
+        monkeypatch.setattr("drp.leader.pool.Pool.spawn", None)  # starting one would be a TypeError
         with pytest.raises(ValueError, match=message):
             drp.sample("digits", **{"labels": [1], **change})  # type: ignore[arg-type]  # wrong on purpose
 

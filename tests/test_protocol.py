@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import types
 import typing
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_garbage_is_refused(data: bytes) -> None:
 
 @given(st.data())
 def test_a_damaged_message_is_refused_or_another_message(data: st.DataObject) -> None:
-    good = bytearray(encode(Draft(1, 2, 3.0, 4)))
+    good = bytearray(encode(Draft(1, 2, 3.0, 4, 5)))
     place = data.draw(st.integers(0, len(good) - 1))
     good[place] = data.draw(st.integers(0, 255))
     with contextlib.suppress(ProtocolError):
@@ -94,14 +95,14 @@ def test_a_damaged_message_is_refused_or_another_message(data: st.DataObject) ->
     ],
 )
 def test_a_field_out_of_bounds_is_named(change: dict[str, object], message: str) -> None:
-    fields = {"type": "Draft", "run": 1, "index": 2, "timestep": 3.0, "slot": 4}
+    fields = {"type": "Draft", "run": 1, "index": 2, "timestep": 3.0, "slot": 4, "row": 5}
     with pytest.raises(ProtocolError, match=message):
         decode(msgpack.packb(fields | change), KINDS)
 
 
 def test_a_bad_message_is_not_sent() -> None:
     with pytest.raises(ProtocolError, match=r"Draft\.slot"):
-        encode(Draft(0, 0, 0.0, -1))
+        encode(Draft(0, 0, 0.0, -1, 0))
     with pytest.raises(ProtocolError, match=r"Load\.model"):
         encode(Load("m" * 201))
 
@@ -165,7 +166,7 @@ def test_a_handle_that_lies_is_refused() -> None:
 def test_an_arena_is_the_same_on_both_sides() -> None:
     noise = torch.zeros(3, 1, 5)
     cond = {"labels": torch.tensor([1, 2, 3]), "guidance": torch.tensor(2.0), "mask": torch.ones(2, 2).bool()}
-    mine = Arena.create(7, noise, slots=4, cond=cond)
+    mine = Arena.create(7, noise, slots=4, rows=4, cond=cond)
     peer = Arena.open(typing.cast(Bind, decode(encode(mine.bind), TO_WORKER)))
     mine.drafts[2] = torch.arange(15.0)
     peer.predictions[3] = 1.5
@@ -179,7 +180,7 @@ def test_an_arena_is_the_same_on_both_sides() -> None:
 def test_a_slot_holds_several_tensors_and_predictions_of_another_shape() -> None:
     inputs = {"latents": torch.zeros(1, 9, 4, 4), "t": torch.tensor(3), "mask": torch.zeros(0, 2).bool()}
     outputs = {"noise": torch.zeros(1, 4, 4, 4).bfloat16(), "extra": torch.zeros(3, dtype=torch.complex64)}
-    mine = Arena.lay_out(7, inputs, outputs, 3, {"embedding": torch.ones(2, 5)})
+    mine = Arena.lay_out(7, inputs, outputs, 3, 3, {"embedding": torch.ones(2, 5)})
     peer = Arena.open(typing.cast(Bind, decode(encode(mine.bind), TO_WORKER)))
     for slot in range(3):
         mine.draft(slot)["latents"].fill_(slot + 1)
@@ -205,6 +206,7 @@ def test_an_arena_that_does_not_fit_its_memory_is_refused() -> None:
     x = (TensorSpec("x", "float32", (2, 2), 0),)
     for change in (
         {"slots": 10_000},
+        {"rows": 10_000},
         {"slots": 0, "inputs": ()},
         {"inputs": (TensorSpec("x", "float32", (2**20, 2**20), 0),)},
         {"inputs": (TensorSpec("x", "object", (2, 2), 0),)},
@@ -213,25 +215,29 @@ def test_an_arena_that_does_not_fit_its_memory_is_refused() -> None:
         {"cond": (TensorSpec("c", "float32", (64,), 4032),)},
         {"cond": (TensorSpec("c", "float7", (1,), 0),)},
     ):
-        bind = dataclasses.replace(Bind(0, memory.handle, 2, x, x, ()), **change)
+        bind = dataclasses.replace(Bind(0, memory.handle, 2, 2, x, x, ()), **change)
         with pytest.raises(ProtocolError):
             Arena(memory, bind)
     memory.close()
 
 
-def test_sockets_are_private_and_go_away() -> None:
+def test_sockets_have_no_name_and_go_away() -> None:
+    before = set(Path(tempfile.gettempdir()).iterdir())
     leader = LeaderSocket()
-    assert leader.directory.stat().st_mode & 0o777 == 0o700
+    assert set(Path(tempfile.gettempdir()).iterdir()) == before
+    place = Path(leader.endpoint.removeprefix("ipc://"))
+    assert place.parent == Path(f"/proc/{os.getpid()}/fd")  # where the kernel lets nobody else in
+    assert place.parent.stat().st_mode & 0o777 == 0o500
     worker = WorkerSocket(leader.endpoint, b"someone")
     worker.send(Prediction(1, 2, 3, 0.5))
     assert leader.poll(5.0) == (True, set())
     assert leader.receive() == (b"someone", Prediction(1, 2, 3, 0.5))
-    leader.send(b"someone", Draft(1, 2, 3.0, 4))
-    assert worker.receive(5.0) == Draft(1, 2, 3.0, 4)
+    leader.send(b"someone", Draft(1, 2, 3.0, 4, 5))
+    assert worker.receive(5.0) == Draft(1, 2, 3.0, 4, 5)
     assert worker.receive(0.01) is None
     worker.close()
     leader.close()
-    assert not leader.directory.exists()
+    assert not place.is_symlink()
 
 
 def test_a_socket_path_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

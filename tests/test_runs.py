@@ -158,7 +158,7 @@ def test_sharing_by_load() -> None:
 
 
 def test_ten_thousand_rounds_gain_no_memory_and_no_descriptor(tiny: Leader) -> None:
-    everyone = [psutil.Process(), *(psutil.Process(worker.process.pid) for worker in tiny._pool.workers)]
+    everyone = [psutil.Process(), *(psutil.Process(worker.pid) for worker in tiny.workers)]
 
     def use() -> list[tuple[int, int]]:
         gc.collect()  # what other tests left, errors with their tracebacks above all

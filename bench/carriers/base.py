@@ -127,4 +127,4 @@ class Evaluator:
             t = torch.full((1,), timestep, dtype=torch.float32)
             prediction.copy_(cheap(draft.view(self.shape), t, NO_COND).reshape(-1))
 
-        return self.device.run(Draft(0, index, timestep, 0), draft.numel() * draft.element_size(), values)
+        return self.device.run(Draft(0, index, timestep, 0, 0), draft.numel() * draft.element_size(), values)

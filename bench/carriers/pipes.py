@@ -44,7 +44,7 @@ class Pipes(Led):
 
     def make_slots(self, slots: int, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Put them where the workers can map them."""
-        self.arena = Arena.create(0, noise, slots, {})
+        self.arena = Arena.create(0, noise, slots, slots, {})
         return self.arena.drafts, self.arena.predictions
 
     def send(self, worker: int, task: Task) -> None:

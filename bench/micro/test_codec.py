@@ -8,9 +8,9 @@ from drp.protocol.messages import TO_LEADER, TO_WORKER, Bind, Draft, Handle, Pre
 
 X = TensorSpec("x", "float32", (1, 4, 64, 64), 0)
 MESSAGES = [
-    Draft(1, 47, 999.0, 23),
-    Prediction(1, 47, 23, 0.02),
-    Bind(1, Handle(1234, 5, 1 << 20), 24, (X,), (X,), (TensorSpec("labels", "int64", (1,), 0),)),
+    Draft(1, 47, 999.0, 23, 31),
+    Prediction(1, 47, 31, 0.02),
+    Bind(1, Handle(1234, 5, 1 << 20), 24, 40, (X,), (X,), (TensorSpec("labels", "int64", (1,), 0),)),
 ]
 
 

@@ -39,7 +39,7 @@ def test_round_trip(benchmark: BenchmarkFixture, leader: LeaderSocket) -> None:
     leader.receive()
 
     def there_and_back() -> object:
-        leader.send(b"echo", Draft(0, 1, 999.0, 1))
+        leader.send(b"echo", Draft(0, 1, 999.0, 1, 1))
         assert leader.poll(DEADLINE)[0]
         return leader.receive()[1]
 
@@ -60,14 +60,14 @@ def test_dispatch_to_8_workers(benchmark: BenchmarkFixture, leader: LeaderSocket
     def dispatch() -> None:
         nonlocal sent
         for number in range(WORKERS):
-            leader.send(b"%d" % number, Draft(0, number, 999.0, number))
+            leader.send(b"%d" % number, Draft(0, number, 999.0, number, number))
         sent += 1
 
     def take() -> None:
         nonlocal sent
         for _ in range(sent):
             for number, socket in enumerate(sockets):
-                assert socket.receive(DEADLINE) == Draft(0, number, 999.0, number)
+                assert socket.receive(DEADLINE) == Draft(0, number, 999.0, number, number)
         sent = 0
 
     benchmark.pedantic(dispatch, setup=take, rounds=500)  # type: ignore[no-untyped-call]

@@ -1,17 +1,25 @@
-"""Active: one run while it is under way, and the future that its caller holds."""
+"""Active: what the engine carries: a run, or a caller's own session, while it is under way."""
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections import deque
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from drp.leader.request import Job, Request
 from drp.protocol.arena import Arena
-from drp.protocol.messages import Prediction
 from drp.sampling.result import Result
-from drp.sampling.run import Task
+from drp.sampling.run import Run, Task
+
+REMEMBERED = 32
+"""Evaluations whose times are kept."""
+PATIENT = 60.0
+"""Seconds that a worker's first evaluation of a run may take, if nothing else was said."""
+LEAST, FACTOR = 5.0, 20.0
+"""Seconds that any evaluation may take, and how many times the longest so far, if nothing else was said."""
 
 
 class Pending(Future[Result]):
@@ -41,44 +49,131 @@ class Pending(Future[Result]):
         return not over
 
 
-class Active:
-    """One run's arithmetic, memory and accounts. `waiting` are the drafts formed but not given to any worker."""
+class Active(ABC):
+    """Memory and accounts. `waiting` are the drafts formed but not given to any worker."""
 
-    def __init__(self, number: int, job: Job, request: Request, pending: Pending) -> None:
-        self.began = time.perf_counter()
-        self.number, self.job, self.pending = number, job, pending
-        pending.number, pending.steps = number, job.solver.grid.steps
-        self.arena = Arena.create(number, job.start, job.slots, job.cond)
-        self.run = job.run(self.arena.drafts, self.arena.predictions)
+    behind = False
+    """States are to be refined, callbacks to be called."""
+
+    def __init__(self, number: int, arena: Arena) -> None:
+        self.number, self.arena = number, arena
         self.waiting: deque[Task] = deque()
-        self.due: set[tuple[int, int]] = set()
-        """(index, slot) of the drafts that workers have."""
+        self.missing: dict[int, Task] = {}
+        """By slot, the drafts formed whose predictions are not in."""
+        self.writing: Counter[int] = Counter()
+        """Rows that workers may write to: of drafts that they have, late ones too."""
         self.unbound: set[int] = set()
         """Numbers of the workers that have not answered Bind: until then the memory's descriptor stays open."""
-        self.behind = False
-        """States are to be refined, callbacks to be called."""
+        self.strikes: Counter[int] = Counter()
+        """By index, how much its losses weigh."""
+        self.served: set[int] = set()
+        """Numbers of the workers that have answered."""
+        self.incidents: list[str] = []
+        """What happened to workers meanwhile."""
+        self.evaluations = 0
+        self.device_seconds = 0.0
+        self._slowest = 0.0
+        self._recent: deque[float] = deque(maxlen=REMEMBERED)
+
+    @property
+    @abstractmethod
+    def unwanted(self) -> bool:
+        """Whether its caller has given it up."""
+
+    @abstractmethod
+    def form(self) -> bool | None:
+        """Form the next drafts; return False if there is none and it is over but for `refine`, None if not yet."""
+
+    @property
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether `form` has something to do."""
+
+    @abstractmethod
+    def rows_in_use(self) -> set[int]:
+        """Return the rows whose predictions are still needed."""
+
+    @abstractmethod
+    def take(self, task: Task, row: int) -> None:
+        """Take a prediction."""
+
+    @abstractmethod
+    def refine(self) -> None:
+        """Do what nobody waits for."""
+
+    @abstractmethod
+    def finish(self, error: BaseException | None, devices: tuple[str, ...]) -> None:
+        """Tell the caller that it is over."""
+
+    def free_row(self) -> int:
+        """Return a row for a prediction: one that nobody reads, and that no late worker may write to."""
+        used = self.rows_in_use() | self.writing.keys()
+        return next(row for row in range(self.arena.bind.rows) if row not in used)
+
+    def answer(self, worker: int, task: Task, row: int, seconds: float) -> None:
+        """Account for a prediction and take it."""
+        del self.missing[task.slot]
+        self.strikes.pop(task.index, None)
+        self.served.add(worker)
+        self.evaluations += 1
+        self.device_seconds += seconds
+        self._slowest = max(self._slowest, seconds)
+        self._recent.append(seconds)
+        self.take(task, row)
+
+    def _add(self, tasks: Sequence[Task]) -> None:
+        self.waiting.extend(tasks)
+        self.missing.update((task.slot, task) for task in tasks)
+
+    def patience(self, worker: int) -> float:
+        """Return the seconds that a worker may take for a draft: many times what the slowest took so far."""
+        return max(LEAST, FACTOR * self._slowest) if worker in self.served else PATIENT
+
+    @property
+    def usual(self) -> float | None:
+        """The median of the seconds that evaluations took lately, once there are some."""
+        return statistics.median(self._recent) if len(self._recent) >= 4 else None
+
+
+class ActiveRun(Active):
+    """One run's arithmetic with it, and the future that its caller holds."""
+
+    def __init__(self, number: int, job: Job, request: Request, pending: Pending, spare: int) -> None:
+        self._began = time.perf_counter()
+        super().__init__(number, Arena.create(number, job.start, job.slots, job.slots + spare, job.cond))
+        self.job, self.pending = job, pending
+        pending.number, pending.steps = number, job.solver.grid.steps
+        self.run: Run = job.run(self.arena.drafts, self.arena.predictions)
         self._callback = request.callback
         self._rounds = self.run.rounds()
-        self._evaluations = 0
-        self._device_seconds = 0.0
+
+    @property
+    def unwanted(self) -> bool:
+        """Whether the future was cancelled."""
+        return self.pending.unwanted
 
     def form(self) -> bool:
-        """Form all drafts whose predictions are in; return False if there is none left: it is over but for `refine`."""
+        """Form all drafts whose predictions are in."""
         self.behind = True
         while self.run.ready:
             tasks = next(self._rounds, None)
             if tasks is None:
                 return False
-            self.waiting.extend(tasks)
+            self._add(tasks)
         return True
 
-    def answer(self, prediction: Prediction) -> bool:
-        """Account for a prediction and fold it in; return whether there are drafts to form, or nothing is left."""
-        self.due.remove((prediction.index, prediction.slot))
-        self._evaluations += 1
-        self._device_seconds += prediction.seconds
-        self.run.fold(prediction.slot)
+    @property
+    def ready(self) -> bool:
+        """Whether there are drafts to form, or nothing is left."""
         return self.run.ready
+
+    def rows_in_use(self) -> set[int]:
+        """Return the rows that the arithmetic may still read."""
+        return self.run.rows
+
+    def take(self, task: Task, row: int) -> None:
+        """Fold a prediction in."""
+        self.run.fold(task.slot, row)
 
     def refine(self) -> None:
         """Compute the states that the last round has passed, and call the callback for each."""
@@ -86,9 +181,15 @@ class Active:
         self.pending.rounds = self.run.rounds_done
         self.run.refine(self._callback)
 
-    def result(self, devices: tuple[str, ...]) -> Result:
-        """Return the finished run's result."""
-        seconds = time.perf_counter() - self.began
+    def finish(self, error: BaseException | None, devices: tuple[str, ...]) -> None:
+        """Resolve the future."""
+        if error is None:
+            self.pending.set_result(self._result(devices))
+        else:
+            self.pending.set_exception(error)
+
+    def _result(self, devices: tuple[str, ...]) -> Result:
+        seconds = time.perf_counter() - self._began
         return Result(
             samples=self.job.samples(self.run.state),
             mode=type(self.job.mode).__name__.lower(),
@@ -96,9 +197,10 @@ class Active:
             steps=self.job.solver.grid.steps,
             devices=devices,
             rounds=self.run.rounds_done,
-            evaluations=self._evaluations,
+            evaluations=self.evaluations,
             seconds=seconds,
-            device_seconds=self._device_seconds,
+            device_seconds=self.device_seconds,
             residuals=self.run.residuals,
             cuts=tuple(self.run.cuts),
+            incidents=tuple(self.incidents),
         )

@@ -8,21 +8,23 @@ import os
 import threading
 import time
 from collections import deque
-from concurrent.futures import CancelledError
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
 
 import torch
 
-from drp.leader.active import Active, Pending
+from drp.leader.active import Active, ActiveRun, Pending
+from drp.leader.devices import Device
 from drp.leader.errors import WorkerError
-from drp.leader.pool import GRACE, Pool, WorkerProcess
+from drp.leader.pool import GRACE, Pool
 from drp.leader.request import Job, Request
+from drp.leader.session import Session
 from drp.leader.sharing import ByLoad, Sharing
+from drp.leader.staff import MOST, Loss, Sent, Staff, Station
 from drp.leader.timeline import Mark, Timeline, What
-from drp.protocol.messages import Bound, Draft, Prediction, ToLeader, Unbind
+from drp.protocol.arena import Arena
+from drp.protocol.messages import Bound, Draft, Fault, ModelSpec, Prediction, ToLeader, Unbind
 from drp.sampling.run import Task
-
-IDLE = 3600.0
-"""Seconds of the longest wait: only when nothing is due from anyone, and a submission ends it."""
 
 HEAD_START = 0.0005
 """Seconds that workers have to pick up their drafts before the leader refines: it may be using one of their cores."""
@@ -30,30 +32,35 @@ HEAD_START = 0.0005
 ROOM = 4
 """Runs at once, for each worker: enough to keep it busy. Others wait, and take no memory meanwhile."""
 
+DEPTH = 2
+"""Drafts that a worker has at most: one, and another in advance."""
+
 log = logging.getLogger(__name__)
-
-
-class Station:
-    """A worker's place in the loop: the drafts it has, and since when it is busy with the first."""
-
-    def __init__(self, worker: WorkerProcess) -> None:
-        self.worker = worker
-        self.drafts: deque[tuple[Active, Task]] = deque()
-        self.since = 0.0
 
 
 class Engine:
     """Runs submitted from any thread, on the workers of one pool, in a thread of its own."""
 
-    def __init__(self, pool: Pool, draft_timeout: float, sharing: Sharing | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        devices: Sequence[Device],
+        threads: int,
+        python: str | os.PathLike[str] | None,
+        start_timeout: float,
+        draft_timeout: float | None,
+        sharing: Sharing | None,
+        hedge: float | None,
+    ) -> None:
         self.timeline: Timeline | None = None
         self.overlap = True
-        self._pool = pool
-        self._draft_timeout = draft_timeout
+        self._draft_timeout, self._hedge = draft_timeout, hedge
         self._sharing = sharing or ByLoad()
-        self._stations = [Station(worker) for worker in pool.workers]
-        self._devices = tuple(worker.device.name for worker in pool.workers)
-        self._inbox: deque[tuple[Job, Request, Pending]] = deque()
+        self._devices = tuple(device.name for device in devices)
+        self._pool = Pool(model, threads, python)
+        self._staff = Staff(self._pool, model, devices, start_timeout)
+        self._inbox: deque[tuple[Job, Request, Pending] | Session] = deque()
+        self._poked: deque[Session] = deque()
         self._runs: dict[int, Active] = {}
         self._leaving: dict[int, Active] = {}
         """Runs that are over, while a worker still has one of their drafts, or has not opened their memory."""
@@ -61,33 +68,49 @@ class Engine:
         self._closing: float | None = None
         self._lost: WorkerError | None = None
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        pool.watch(self._wakeup)
+        self._pool.watch(self._wakeup)
         self._gate = threading.Lock()
-        self._ready = threading.Event()
+        self._started: Future[ModelSpec] = Future()
+        self._alone = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="drp-leader", daemon=True)
-        threads = torch.get_num_threads()
+        torch_threads = torch.get_num_threads()
         self._thread.start()
-        self._ready.wait()
-        torch.set_num_threads(threads)  # A thread keeps its own number; what others start with is as it was.
+        self._alone.wait()
+        torch.set_num_threads(torch_threads)  # A thread keeps its own number; what others start with is as it was.
+        try:
+            self.spec = self._started.result()
+        except BaseException:  # a worker's failure, or an interrupt of this thread
+            self.close(grace=0.0)
+            raise
 
     # What other threads call.
 
+    @property
+    def staff(self) -> Staff:
+        """The workers' places."""
+        return self._staff
+
+    @property
+    def dropped(self) -> int:
+        """How many messages were none, or from nobody."""
+        return self._pool.dropped
+
     def submit(self, job: Job, request: Request) -> Pending:
-        """Begin a run at once; raise RuntimeError if the engine was closed, WorkerError if it lost a worker."""
-        if os.getpid() != self._pool.owner:
-            raise RuntimeError(
-                f"this leader is process {self._pool.owner}'s, which this one was forked from; make a new one"
-            )
+        """Begin a run at once; raise RuntimeError if the engine was closed, WorkerError if it has no worker left."""
         pending = Pending(self._wake)
         pending.set_running_or_notify_cancel()
-        with self._gate:
-            if self._lost is not None:
-                raise WorkerError(f"this leader is closed; make a new one: {self._lost}")
-            if self._closing is not None:
-                raise RuntimeError("this leader is closed; make a new one")
-            self._inbox.append((job, request, pending))
-        self._wake()
+        self._put((job, request, pending))
         return pending
+
+    def open(self, make_arena: Callable[[int, int], Arena]) -> Session:
+        """Begin a session; `make_arena` is given its number, and how many rows beyond those that it reads it needs."""
+        session = Session(*self._numbered(make_arena), self._poke)
+        try:
+            self._put(session)
+        except BaseException:
+            session.arena.close()
+            raise
+        return session
 
     @property
     def is_this_thread(self) -> bool:
@@ -110,6 +133,31 @@ class Engine:
         if not self.is_this_thread:
             self._thread.join(grace + 10.0)
 
+    def _put(self, what: tuple[Job, Request, Pending] | Session) -> None:
+        if os.getpid() != self._pool.owner:
+            raise RuntimeError(
+                f"this leader is process {self._pool.owner}'s, which this one was forked from; make a new one"
+            )
+        with self._gate:
+            if self._lost is not None:
+                raise WorkerError(f"this leader is closed; make a new one: {self._lost}")
+            if self._closing is not None:
+                raise RuntimeError("this leader is closed; make a new one")
+            self._inbox.append(what)
+        self._wake()
+
+    def _numbered(self, make_arena: Callable[[int, int], Arena]) -> tuple[int, Arena]:
+        number = next(self._numbers) % 2**31
+        return number, make_arena(number, self._spare)
+
+    @property
+    def _spare(self) -> int:
+        return DEPTH * len(self._devices)
+
+    def _poke(self, session: Session) -> None:
+        self._poked.append(session)
+        self._wake()
+
     def _wake(self) -> None:
         with self._gate:
             if self._wakeup >= 0:
@@ -122,8 +170,9 @@ class Engine:
         # Sums of rows are too small to share out, and the threads that would share them spin on the workers' cores.
         torch.get_num_threads()  # At its first call a thread takes the common number: not after the next line.
         torch.set_num_threads(1)
-        self._ready.set()
+        self._alone.set()
         try:
+            self._start()
             while self._closing is None:
                 self._admit()
                 self._dispatch()  # before anything else: the workers are waiting
@@ -140,33 +189,63 @@ class Engine:
                 grace = 0.0 if error or self._closing is None else self._closing
                 self._closing = grace
             self._end_all(error)
-            self._pool.close(grace)
+            self._staff.close(grace)
             with self._gate:  # Its number may be another file's at once: nobody may write to it any more.
                 os.close(self._wakeup)
                 self._wakeup = -1
+            if not self._started.done():
+                self._started.set_exception(error or RuntimeError("this leader was closed while it started"))
+
+    def _start(self) -> None:
+        """Bring all workers up; until then, whatever goes wrong with one is an error."""
+        for station in self._staff.stations:
+            self._staff.start(station)
+        while self._closing is None and len(self._staff.ready) < len(self._staff.stations):
+            got = self._pool.poll(self._staff.next_time, self._wakeup)
+            losses = self._staff.tend()
+            if got is not None and not losses:
+                loss = self._staff.take(self._staff.station_of(got[0]), got[1])
+                losses = [loss] if loss else []
+            for loss in losses:
+                raise WorkerError(loss.why)
+        if self._closing is None:
+            self._started.set_result(self._staff.crew.facts.spec)
 
     def _admit(self) -> None:
         """Begin runs that were submitted, as many as there is room for, and end those that are unwanted."""
-        for _, _, pending in list(self._inbox):
-            if pending.unwanted and not pending.done():
-                pending.set_exception(CancelledError())
-        while self._inbox and len(self._runs) < ROOM * len(self._stations):
-            job, request, pending = self._inbox.popleft()
-            if pending.done():  # cancelled while it waited
-                continue
-            try:
-                run = Active(next(self._numbers) % 2**31, job, request, pending)
-            except Exception as error:  # no memory, or a mode of somebody's own: the caller's to hear
-                pending.set_exception(error)
-                continue
-            self._mark("begin", run)
-            for station in self._stations:
-                self._pool.send(station.worker, run.arena.bind)
-                run.unbound.add(station.worker.number)
-            self._runs[run.number] = run
-            self._form(run)
-        for run in [run for run in self._runs.values() if run.pending.unwanted]:
+        for what in list(self._inbox):
+            if not isinstance(what, Session) and what[2].unwanted and not what[2].done():
+                what[2].set_exception(CancelledError())
+        while self._inbox and len(self._runs) < ROOM * len(self._devices):
+            run = self._begin(self._inbox.popleft())
+            if run is not None:
+                self._mark("begin", run)
+                self._runs[run.number] = run
+                for station in self._staff.ready:
+                    self._bind(station, run)
+                self._form(run)
+        while self._poked:
+            session = self._poked.popleft()
+            if session.number in self._runs and session.idle:
+                self._form(session)
+        for run in [run for run in self._runs.values() if run.unwanted]:
             self._end(run, CancelledError())
+
+    def _begin(self, what: tuple[Job, Request, Pending] | Session) -> Active | None:
+        if isinstance(what, Session):
+            return what
+        job, request, pending = what
+        if pending.done():  # cancelled while it waited
+            return None
+        try:
+            return ActiveRun(next(self._numbers) % 2**31, job, request, pending, self._spare)
+        except Exception as error:  # no memory, or a mode of somebody's own: the caller's to hear
+            pending.set_exception(error)
+            return None
+
+    def _bind(self, station: Station, run: Active) -> None:
+        self._staff.send(station, run.arena.bind)
+        run.unbound.add(station.number)
 
     def _form(self, run: Active) -> None:
         """Form a run's next drafts, or end it."""
@@ -174,34 +253,58 @@ class Engine:
             if run.behind and not self.overlap:
                 run.refine()
             more = run.form()
-            if not self.overlap or not more:
+            if not self.overlap or more is False:
                 run.refine()
         except Exception as error:  # a callback's, or a mode's of somebody's own: the run's, not the engine's
             self._end(run, error)
             return
-        self._mark("formed" if more else "end", run)
-        if not more:
+        if more is not None:
+            self._mark("formed" if more else "end", run)
+        if more is False:
             self._end(run, None)
 
     def _dispatch(self) -> None:
         """Give waiting drafts to workers: one each, and a second in advance if there is only one run."""
-        runs = list(self._runs.values())
-        for depth in (1, 2) if len(runs) == 1 else (1,):
-            for place, station in enumerate(self._stations):
+        runs = [run for run in self._runs.values() if run.missing]
+        ready = self._staff.ready
+        for depth in range(1, (DEPTH if len(runs) == 1 else 1) + 1):
+            for place, station in enumerate(ready):
                 while len(station.drafts) < depth:
-                    run = self._sharing.choose(place, len(self._stations), runs)
+                    run = self._sharing.choose(place, len(ready), runs)
                     if run is None:
-                        return
-                    self._give(station, run)
+                        return self._hedge_late(ready)
+                    self._give(station, run, run.waiting.popleft())
+        return None
 
-    def _give(self, station: Station, run: Active) -> None:
-        task = run.waiting.popleft()
-        self._pool.send(station.worker, Draft(run.number, task.index, task.timestep, task.slot))
-        self._mark("sent", run, task.index, station.worker.number)
-        run.due.add((task.index, task.slot))
+    def _give(self, station: Station, run: Active, task: Task) -> None:
+        row = run.free_row()
+        self._staff.send(station, Draft(run.number, task.index, task.timestep, task.slot, row))
+        self._mark("sent", run, task.index, station.number)
+        run.writing[row] += 1
         if not station.drafts:
             station.since = time.monotonic()
-        station.drafts.append((run, task))
+        station.drafts.append(Sent(run, task, row))
+
+    def _hedge_late(self, ready: Sequence[Station]) -> None:
+        """Give drafts that are late to idle workers too; the first answer counts."""
+        idle = [station for station in ready if not station.drafts] if self._hedge else []
+        for station in ready if idle else ():
+            if station.drafts and time.monotonic() >= self._late(station):
+                for sent in list(station.drafts):
+                    if idle and self._is_missing(sent) and len(self._copies(sent)) == 1:
+                        self._mark("hedged", sent.run, sent.task.index, station.number)
+                        self._give(idle.pop(), sent.run, sent.task)
+
+    def _late(self, station: Station) -> float:
+        """Return when the first draft of a busy station is late enough to be given to another too."""
+        usual = station.drafts[0].run.usual
+        return station.since + self._hedge * usual if self._hedge and usual else float("inf")
+
+    def _copies(self, sent: Sent) -> list[Sent]:
+        return [other for station in self._staff.ready for other in station.drafts if other.task is sent.task]
+
+    def _is_missing(self, sent: Sent) -> bool:
+        return sent.run.number in self._runs and sent.run.missing.get(sent.task.slot) is sent.task
 
     def _refine(self) -> None:
         behind = [run for run in self._runs.values() if run.behind]
@@ -216,48 +319,103 @@ class Engine:
 
     def _take(self) -> None:
         """Wait for an answer, and take what has come until a worker can be given more."""
-        busy = [station for station in self._stations if station.drafts]
-        deadline = min((station.since + self._draft_timeout for station in busy), default=time.monotonic() + IDLE)
-        got = self._pool.poll(deadline, self._wakeup)
-        if got is None and busy and time.monotonic() >= deadline:
-            late = next(station for station in busy if station.since + self._draft_timeout <= time.monotonic())
-            run, task = late.drafts[0]
-            raise WorkerError(
-                f"{late.worker} has not evaluated step {task.index} of run {run.number} within "
-                f"{self._draft_timeout:g} s (draft_timeout)"
-            )
+        timer = self._next_time()
+        got = self._pool.poll(timer, self._wakeup)
         while got is not None:
-            self._on(*got)
+            self._on(self._staff.station_of(got[0]), got[1])
             if any(run.waiting for run in self._runs.values()):
-                return
+                break
             got = self._pool.receive_now()
+        if time.monotonic() >= timer:
+            self._on_time()
 
-    def _on(self, worker: WorkerProcess, message: ToLeader) -> None:
+    def _next_time(self) -> float:
+        """Return when something is due."""
+        busy = [station for station in self._staff.ready if station.drafts]
+        times = [self._deadline(station) for station in busy]
+        if self._hedge and len(busy) < len(self._staff.ready):
+            times += [self._late(s) for s in busy if any(len(self._copies(sent)) == 1 for sent in s.drafts)]
+        return min([*times, self._staff.next_time])
+
+    def _deadline(self, station: Station) -> float:
+        """Return when a busy station's first draft is given up, and the worker with it."""
+        return station.since + (self._draft_timeout or station.drafts[0].run.patience(station.number))
+
+    def _on_time(self) -> None:
+        for loss in self._staff.tend():
+            self._on_loss(loss)
+        now = time.monotonic()
+        for station in self._staff.ready:
+            if station.drafts and self._deadline(station) <= now:
+                run, task = station.drafts[0].run, station.drafts[0].task
+                seconds = self._deadline(station) - station.since
+                self._on_loss(
+                    self._staff.lose(
+                        station,
+                        f"{station.worker} has not evaluated step {task.index} of run {run.number} within "
+                        f"{seconds:g} s (draft_timeout)",
+                    )
+                )
+
+    def _on(self, station: Station, message: ToLeader | None) -> None:
+        """Take a message, or the end of a worker."""
+        first = station.drafts[0] if station.drafts else None
         match message:
-            case Prediction():
-                self._on_prediction(worker, message)
-            case Bound(number):
-                run = self._runs.get(number) or self._leaving.get(number)
-                if run is None or worker.number not in run.unbound:
-                    raise WorkerError(f"{worker} sent {message}, which it does not owe")
-                run.unbound.remove(worker.number)
+            case Prediction() | Fault() if first and _what(message) == (first.run.number, first.task.index, first.row):
+                station.drafts.popleft()
+                station.since, station.weight = time.monotonic(), 0
+                self._on_answer(station, first, message)
+            case Bound(number) if (run := self._runs.get(number) or self._leaving.get(number)) and (
+                station.number in run.unbound
+            ):
+                run.unbound.remove(station.number)
                 self._let_go(run)
+            case Prediction() | Fault() | Bound():
+                self._on_loss(self._staff.lose(station, f"{station.worker} sent {message}, which it does not owe"))
             case _:
-                raise WorkerError(f"{worker} sent {type(message).__name__}, which was not due")
+                starting = station.state == "starting"
+                if loss := self._staff.take(station, message):
+                    self._on_loss(loss)
+                elif starting and station.state == "ready":
+                    for run in self._runs.values():
+                        self._bind(station, run)
 
-    def _on_prediction(self, worker: WorkerProcess, prediction: Prediction) -> None:
-        station = self._stations[worker.number]
-        run, task = station.drafts[0] if station.drafts else (None, None)
-        if run is None or task is None or (run.number, task.index, task.slot) != prediction.what:
-            raise WorkerError(f"{worker} sent {prediction}, which it does not owe")
-        station.drafts.popleft()
-        station.since = time.monotonic()
-        self._mark("answer", run, task.index, worker.number, prediction.seconds)
-        complete = run.answer(prediction)
-        if run.number in self._leaving:
+    def _on_answer(self, station: Station, sent: Sent, message: Prediction | Fault) -> None:
+        run, index = sent.run, sent.task.index
+        counts = self._is_missing(sent)  # It may be the second of two copies, or its run over.
+        _give_back(run, sent.row)
+        if counts and isinstance(message, Fault):
+            words = f"{station.worker} failed evaluating step {index} of run {run.number}: {message.error}"
+            self._end(run, WorkerError(f"{words}\n{message.traceback}"))
+        elif counts and isinstance(message, Prediction):
+            self._mark("answer", run, index, station.number, message.seconds)
+            run.answer(station.number, sent.task, sent.row, message.seconds)
+            if run.ready:
+                self._form(run)
+        self._let_go(run)
+
+    def _on_loss(self, loss: Loss) -> None:
+        """Have a lost worker's drafts evaluated by others: they are what they were, and so will the predictions be."""
+        number = loss.station.number
+        for run in (*self._runs.values(), *self._leaving.values()):
+            run.unbound.discard(number)
+            run.served.discard(number)
+        for run in self._runs.values():
+            run.incidents.append(loss.why)
+        for place, sent in reversed([*enumerate(loss.drafts)]):
+            run, task = sent.run, sent.task
+            _give_back(run, sent.row)
+            self._mark("lost", run, task.index, number)
+            if self._is_missing(sent) and not self._copies(sent):
+                run.waiting.appendleft(task)
+                run.strikes[task.index] += loss.weight if place == 0 else 0
+                if run.strikes[task.index] >= MOST["draft"]:
+                    several = (
+                        f"step {task.index} of run {run.number} was given up, after every worker that evaluated it"
+                    )
+                    self._end(run, WorkerError(f"{several} was lost; the last: {loss.why}"))
+        for run in list(self._leaving.values()):
             self._let_go(run)
-        elif complete:
-            self._form(run)
 
     # Ends.
 
@@ -266,31 +424,50 @@ class Engine:
         del self._runs[run.number]
         self._leaving[run.number] = run
         run.waiting.clear()
-        if error is None:
-            run.pending.set_result(run.result(self._devices))
-        else:
-            run.pending.set_exception(error)
+        run.missing.clear()
+        run.finish(error, self._devices)
         self._let_go(run)
 
     def _let_go(self, run: Active) -> None:
-        if run.number in self._leaving and not run.due and not run.unbound:
+        if run.number in self._leaving and not run.writing and not run.unbound:
             del self._leaving[run.number]
-            for station in self._stations:
-                self._pool.send(station.worker, Unbind(run.number))
+            for station in self._staff.ready:
+                self._staff.send(station, Unbind(run.number))
             run.arena.close()
 
     def _end_all(self, error: WorkerError | None) -> None:
         """Tell every caller; each gets an error of its own, since a traceback is added where it is raised."""
+
+        def reason() -> BaseException:
+            return WorkerError(*error.args) if error else CancelledError("the leader was closed")
+
         for run in (*self._runs.values(), *self._leaving.values()):
             run.arena.close()
-        waiting = [run.pending for run in self._runs.values()] + [p for _, _, p in self._inbox if not p.done()]
+        for run in self._runs.values():
+            run.finish(reason(), self._devices)
+        for what in self._inbox:
+            if isinstance(what, Session):
+                what.finish(reason(), self._devices)
+                what.arena.close()
+            elif not what[2].done():
+                what[2].set_exception(reason())
+        for station in self._staff.stations:
+            station.drafts.clear()
         self._runs.clear()
         self._leaving.clear()
         self._inbox.clear()
-        self._stations.clear()
-        for pending in waiting:
-            pending.set_exception(WorkerError(*error.args) if error else CancelledError("the leader was closed"))
 
     def _mark(self, what: What, run: Active, step: int = 0, worker: int = 0, seconds: float = 0.0) -> None:
         if self.timeline is not None:
             self.timeline.append(Mark(what, time.perf_counter_ns(), run.number, step, worker, seconds))
+
+
+def _what(message: Prediction | Fault) -> tuple[int, int, int]:
+    return message.run, message.index, message.row
+
+
+def _give_back(run: Active, row: int) -> None:
+    """Note that a worker no longer writes to a row."""
+    run.writing[row] -= 1
+    if not run.writing[row]:
+        del run.writing[row]

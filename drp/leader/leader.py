@@ -8,6 +8,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -16,14 +17,40 @@ from typing_extensions import Unpack
 from drp.leader.active import Pending
 from drp.leader.devices import parse_devices
 from drp.leader.engine import Engine
-from drp.leader.pool import Pool
 from drp.leader.request import Options, Request, make_job
 from drp.leader.sharing import Sharing
+from drp.leader.staff import Station
 from drp.leader.timeline import Timeline
 from drp.protocol.messages import ModelSpec
 from drp.sampling.result import Result
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker as it is now. `state`: "starting", "ready", "away" (lost, to be replaced) or "lost" (given up).
+
+    `pid` is None while there is no process. `lost` counts those that were in its place before. `drafts` are those that
+    it has. `last` says how the one before ended.
+    """
+
+    number: int
+    device: str
+    state: str
+    pid: int | None
+    lost: int
+    drafts: int
+    last: str
+
+    @classmethod
+    def of(cls, station: Station) -> Worker:
+        """Describe what is at a station."""
+        process = station.worker
+        pid = process.process.pid if process else None
+        lost = station.generation - (process is not None)
+        name, drafts = station.device.name, len(station.drafts)
+        return cls(station.number, name, station.state, pid, lost, drafts, station.last)
 
 
 class Leader:
@@ -36,7 +63,10 @@ class Leader:
     devices: a count, or names (`"cpu"`, `["cpu:0", "cpu:1"]`, `"8xemulated:20ms"`); see `drp.leader.devices`.
     threads: of each worker.
     start_timeout: seconds that all workers together have to start and load the model.
-    draft_timeout: seconds that a worker has to evaluate a draft.
+    draft_timeout: seconds that a worker has to evaluate a draft, after which it counts as lost; by default a minute for
+        its first of a run, and then 20 times what the slowest of that run took, at least 5.
+    hedge: give a draft that takes this many times the usual to an idle worker too; the first answer counts. By default
+        drafts are given twice only when a worker is lost.
     sharing: which run a free worker serves when there are several; by default by load, see `drp.leader.sharing`.
     python: the interpreter that the workers run; by default this program's, or in a program that embeds Python the one
         in the environment's folder. It must have the same version.
@@ -51,17 +81,20 @@ class Leader:
         devices: int | str | Sequence[str] = 1,
         threads: int = 1,
         start_timeout: float = 120.0,
-        draft_timeout: float = 60.0,
+        draft_timeout: float | None = None,
+        hedge: float | None = None,
         sharing: Sharing | None = None,
         python: str | os.PathLike[str] | None = None,
     ) -> None:
         for name, value in (("start_timeout", start_timeout), ("draft_timeout", draft_timeout)):
-            if not 0 < value < math.inf:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; give seconds above 0")
+        if hedge is not None and not 1 < hedge < math.inf:
+            raise ValueError(f"hedge is {hedge}; give a factor above 1, such as 1.5, or None")
         self._devices = parse_devices(devices, threads)
-        self._pool = Pool(model_name(model), self._devices, threads, start_timeout, python)
-        self._engine = Engine(self._pool, draft_timeout, sharing)
-        log.debug("%d workers hold %s", len(self._devices), model_name(model))
+        name = model_name(model)
+        self._engine = Engine(name, self._devices, threads, python, start_timeout, draft_timeout, sharing, hedge)
+        log.debug("%d workers hold %s", len(self._devices), name)
         self._end = weakref.finalize(self, self._engine.close)  # also at interpreter exit
 
     @property
@@ -83,9 +116,19 @@ class Leader:
         self._engine.overlap = overlap
 
     @property
+    def workers(self) -> tuple[Worker, ...]:
+        """What every worker is doing."""
+        return tuple(Worker.of(station) for station in self._engine.staff.stations)
+
+    @property
+    def dropped(self) -> int:
+        """How many messages were dropped because they were none, or from nobody known."""
+        return self._engine.dropped
+
+    @property
     def spec(self) -> ModelSpec:
         """What the model expects."""
-        return self._pool.spec
+        return self._engine.spec
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -115,8 +158,10 @@ class Leader:
     def sample(self, **options: Unpack[Options]) -> Result:
         """Sample once; the options are the fields of `drp.leader.request.Request`. Any thread may call this.
 
-        Raises ValueError for options that cannot be, WorkerError if a worker raises, dies or does not answer in time:
-        then all workers are ended and the leader is closed.
+        A worker that dies or does not answer in time is replaced, others evaluate its drafts meanwhile, and the samples
+        are the same; `result.incidents` says so. Raises ValueError for options that cannot be, WorkerError if the
+        denoiser raises, if every worker that evaluates a draft is lost, or if no worker is left: only then the leader
+        is closed.
         """
         pending = self.submit(**options)
         try:

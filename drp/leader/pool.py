@@ -1,4 +1,4 @@
-"""Pool: starts the workers, passes messages to and fro, notices when one is lost, ends them."""
+"""Pool: worker processes and the socket to them. It starts them, passes messages to and fro, notices their ends."""
 
 from __future__ import annotations
 
@@ -8,50 +8,42 @@ import logging
 import multiprocessing
 import os
 import signal
+import struct
 import sys
-import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import zmq
 
 from drp.leader.devices import Device
-from drp.leader.errors import WorkerError
 from drp.leader.process import Process, find_interpreter
 from drp.protocol.codec import ProtocolError
 from drp.protocol.memory import SharedMemory
-from drp.protocol.messages import (
-    VERSION,
-    Failed,
-    Hello,
-    Load,
-    Loaded,
-    ModelSpec,
-    Share,
-    Shared,
-    Stop,
-    ToLeader,
-    ToWorker,
-)
+from drp.protocol.messages import Failed, Stop, ToLeader, ToWorker
 from drp.protocol.transport import LeaderSocket
 
 ENTRY = "drp.workers.entry"
 LAST_WORDS = 16 * 1024
+"""Bytes for what a worker writes as it crashes; the count of its beats comes after."""
 GRACE = 2.0
 """Seconds that a worker has to end after Stop, before it is killed."""
+LAST_MESSAGE = 0.05
+"""Seconds that the last message of a worker that ended by itself may take to arrive after its end was seen."""
 
 log = logging.getLogger(__name__)
-Answer = TypeVar("Answer", bound=ToLeader)
 
 
 @dataclass(frozen=True)
 class WorkerProcess:
-    """One worker as the leader sees it; `identity` is its address on the leader's socket."""
+    """One worker as the leader sees it; `identity` is its address on the leader's socket.
+
+    A worker that takes the place of a lost one has its number and the next generation, and so another identity: what
+    the lost one may still send is nobody's.
+    """
 
     number: int
+    generation: int
     identity: bytes
     device: Device
     process: Process
@@ -60,128 +52,102 @@ class WorkerProcess:
     def __str__(self) -> str:
         return f"worker {self.number} ({self.device.name}, process {self.process.pid})"
 
-    def end(self) -> str:
-        """Say how a dead worker ended: exit code or signal, and its last words."""
+    @property
+    def beats(self) -> int:
+        """How often its main thread has come round; it does at least once in `drp.workers.worker.PATIENCE`."""
+        return int(struct.unpack_from("Q", self.words.view(), LAST_WORDS)[0])
+
+    @property
+    def code(self) -> int | None:
+        """How it ended: 0 or above, or a signal's number below 0; None if it has not."""
         deadline = time.monotonic() + 1.0
         self.process.join(1.0)
         while (code := self.process.exitcode) is None and time.monotonic() < deadline:
             time.sleep(0.01)  # Another thread has just asked for the code, and is about to write it down.
+        return code
+
+    def end(self) -> str:
+        """Say how a dead worker ended: exit code or signal, and its last words."""
+        code = self.code
         how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
-        words = self.words.read().rstrip(b"\0").decode(errors="replace").strip()
+        words = self.words.read()[:LAST_WORDS].rstrip(b"\0").decode(errors="replace").strip()
         return f"{how}; " + (f"its last words:\n{words}" if words else "it left no last words")
 
 
 class Pool:
-    """The worker processes of one leader, started and with the model loaded; `close` ends them."""
+    """The worker processes of one leader; `close` ends them. One thread uses it, and lives as long as they do."""
 
-    def __init__(
-        self,
-        model: str,
-        devices: Sequence[Device],
-        threads: int,
-        start_timeout: float,
-        python: str | os.PathLike[str] | None = None,
-    ) -> None:
+    def __init__(self, model: str, threads: int, python: str | os.PathLike[str] | None = None) -> None:
         _refuse_inside_import()
         self.owner = os.getpid()
         self._python = find_interpreter(python)
         self._main = _main_script() if model.startswith("__main__:") else None
         self.workers: list[WorkerProcess] = []
-        self._weights: SharedMemory | None = None
+        self.dropped = 0
+        """Messages that were none, or from nobody."""
+        self._threads = threads
+        self._ended: set[int] = set()
         self._socket = LeaderSocket()
-        try:
-            for number, device in enumerate(devices):
-                self._spawn(number, device, threads)
-            self.spec = self._start(model, start_timeout)
-        except BaseException:
-            self.close(grace=0.0)
-            raise
 
-    def _spawn(self, number: int, device: Device, threads: int) -> None:
+    def spawn(self, number: int, generation: int, device: Device) -> WorkerProcess:
+        """Start a worker; the kernel ends it with the thread that calls this."""
         entry = importlib.import_module(ENTRY)
-        identity = b"worker-%d" % number
-        words = SharedMemory.create(LAST_WORDS)
-        config = entry.Config(
-            identity=identity.decode(),
-            endpoint=self._socket.endpoint,
-            directory=str(self._socket.directory),
-            leader=os.getpid(),
-            from_main_thread=threading.get_native_id() == os.getpid(),
-            last_words=f"/proc/{os.getpid()}/fd/{words.handle.fd}",
-            cores=device.cores,
-            threads=threads,
-            version=sys.version_info[:2],
-            main=self._main,
-        )
+        identity = f"worker-{number}-{generation}"
+        words = SharedMemory.create(LAST_WORDS + 8)
         try:
+            config = entry.Config(
+                identity=identity,
+                endpoint=self._socket.endpoint,
+                leader=os.getpid(),
+                words=f"/proc/{os.getpid()}/fd/{words.handle.fd}",
+                beats=LAST_WORDS,
+                cores=device.cores,
+                threads=self._threads,
+                version=sys.version_info[:2],
+                main=self._main,
+            )
             process = Process(self._python, ENTRY, dataclasses.asdict(config))
         except BaseException:
             words.close()
             raise
-        self.workers.append(WorkerProcess(number, identity, device, process, words))
+        worker = WorkerProcess(number, generation, identity.encode(), device, process, words)
+        self.workers.append(worker)
         self._socket.watch(process.sentinel)  # before its first word: a worker that dies unheard is noticed
-
-    def _start(self, model: str, timeout: float) -> ModelSpec:
-        """Bring all workers to the point where they take drafts; return what the model expects."""
-        deadline = time.monotonic() + timeout
-        waiting = f"start within {timeout:g} s (start_timeout)"
-        for worker, hello in self._gather(Hello, self.workers, deadline, waiting):
-            if hello.version != VERSION:
-                raise WorkerError(f"{worker} speaks version {hello.version} of the protocol, the leader {VERSION}")
-        self._socket.vanish()
-        for worker in self.workers:
-            self.send(worker, Load(model, worker.device.emulated))
-        loaded = self._gather(Loaded, self.workers, deadline, f"load {model!r} and {waiting}")
-        (first, facts), *others = loaded
-        for worker, other in others:
-            if other.layout != facts.layout:
-                raise WorkerError(f"{worker} made other weights of {model!r} than {first}; its factory must not vary")
-        self._weights = SharedMemory.create(facts.nbytes)
-        for publish, group in ((True, self.workers[:1]), (False, self.workers[1:])):
-            for worker in group:
-                self.send(worker, Share(self._weights.handle, publish))
-            self._gather(Shared, group, deadline, f"share its weights and {waiting}")
-        return facts.spec
-
-    def _gather(
-        self, kind: type[Answer], workers: Sequence[WorkerProcess], deadline: float, waiting: str
-    ) -> list[tuple[WorkerProcess, Answer]]:
-        """Return one answer of a kind from each worker, in the workers' order."""
-        answers: dict[int, Answer] = {}
-        while len(answers) < len(workers):
-            silent = next(w for w in workers if w.number not in answers)
-            worker, message = self._receive(deadline, f"{silent} did not {waiting}")
-            if not isinstance(message, kind):
-                raise WorkerError(f"{worker} sent {type(message).__name__} where {kind.__name__} was due")
-            answers[worker.number] = message
-        return [(worker, answers[worker.number]) for worker in workers]
+        return worker
 
     def send(self, worker: WorkerProcess, message: ToWorker) -> None:
-        """Send a message; raise WorkerError if the worker is gone."""
+        """Send a message. A worker that does not take its messages is killed; `poll` tells of any that is gone."""
         try:
             self._socket.send(worker.identity, message)
+        except zmq.Again:
+            log.warning("%s does not take its messages and is ended", worker)
+            worker.process.kill()
         except zmq.ZMQError as error:
-            if worker.process.is_alive():
-                raise WorkerError(f"{worker} does not take its messages: {error}") from None
-            raise WorkerError(f"{worker} {worker.end()}") from None
+            log.debug("%s is gone: %s", worker, error)
 
     def watch(self, fd: int) -> None:
         """Let `poll` also return when a descriptor of the caller's is ready."""
         self._socket.watch(fd)
 
-    def poll(self, deadline: float, wakeup: int | None = None) -> tuple[WorkerProcess, ToLeader] | None:
-        """Return the next message, or None at the deadline, or when `wakeup`, an eventfd, is ready; that is reset.
+    def poll(self, deadline: float, wakeup: int) -> tuple[WorkerProcess, ToLeader | None] | None:
+        """Return the next message, or, with None in its place, a worker that has ended: what it sent comes first.
 
-        Raises WorkerError if a worker has failed or died; what it sent before it died comes first.
+        Returns None at the deadline, and when `wakeup`, an eventfd, is ready; that is reset.
         """
         has_message, ready = self._socket.poll(deadline - time.monotonic())
         if wakeup in ready:
             os.eventfd_read(wakeup)
-        if has_message:
-            return self._open()
+        if has_message and (got := self.receive_now()):
+            return got
         for worker in self.workers:
-            if worker.process.sentinel in ready:
-                raise WorkerError(f"{worker} {worker.end()}")
+            if worker.process.sentinel not in ready:
+                continue
+            if worker.number not in self._ended and (worker.code or 0) >= 0:
+                self._ended.add(worker.number)
+                self._socket.wait(LAST_MESSAGE)
+                if got := self.receive_now():
+                    return got
+            return worker, None
         return None
 
     def wait(self, seconds: float) -> None:
@@ -189,41 +155,39 @@ class Pool:
         self._socket.wait(seconds)
 
     def receive_now(self) -> tuple[WorkerProcess, ToLeader] | None:
-        """Return a message that is waiting, or None."""
-        try:
-            return self._open()
-        except zmq.Again:
-            return None
+        """Return a message that is waiting, or None; what is none, or from nobody known, is dropped and counted."""
+        while True:
+            try:
+                identity, message = self._socket.receive()
+            except zmq.Again:
+                return None
+            except ProtocolError as error:
+                self.dropped += 1
+                log.warning("dropped what is no message: %s", error)
+                continue
+            worker = next((w for w in self.workers if w.identity == identity), None)
+            if worker is not None:
+                return worker, message
+            self.dropped += 1
 
-    def _receive(self, deadline: float, late: str) -> tuple[WorkerProcess, ToLeader]:
-        """Return the next message; raise WorkerError, saying `late`, at the deadline."""
-        while (got := self.poll(deadline)) is None:
-            if time.monotonic() >= deadline:
-                raise WorkerError(late)
-        return got
-
-    def _open(self) -> tuple[WorkerProcess, ToLeader]:
-        try:
-            identity, message = self._socket.receive()
-        except ProtocolError as error:
-            raise WorkerError(f"a worker sent what is no message: {error}") from error
-        worker = next(w for w in self.workers if w.identity == identity)
-        if isinstance(message, Failed):
-            raise WorkerError(f"{worker} failed {message.doing}: {message.error}\n{message.traceback}")
-        return worker, message
+    def retire(self, worker: WorkerProcess) -> tuple[str, int | None]:
+        """End a worker by force, if it has not ended; return how it did and its code. Give back what it held."""
+        self.workers.remove(worker)
+        self._ended.discard(worker.number)
+        self._socket.forget(worker.process.sentinel)
+        worker.process.kill()
+        how, code = worker.end(), worker.code
+        _release(worker)
+        return how, code
 
     def close(self, grace: float = GRACE) -> None:
         """End all workers, by Stop and then, after `grace` seconds, by SIGKILL; give back all memory and sockets."""
         if os.getpid() != self.owner:
             return  # A forked child holds copies of what is its parent's to end.
         workers, self.workers = self.workers, []
-        if grace > 0:
-            for worker in workers:
-                try:
-                    self._socket.send(worker.identity, Stop())
-                except zmq.ZMQError:
-                    log.debug("%s is gone already", worker)
         deadline = time.monotonic() + grace
+        for worker in workers if grace > 0 else ():
+            self.send(worker, Stop())
         for worker in workers:
             worker.process.join(max(0.0, deadline - time.monotonic()))
         for worker in workers:
@@ -231,12 +195,19 @@ class Pool:
                 worker.process.kill()
         for worker in workers:
             worker.process.join(5.0)
-            if not worker.process.is_alive():
-                worker.process.close()
-            worker.words.close()
+            _release(worker)
         self._socket.close()
-        if self._weights is not None:
-            self._weights.close()
+
+
+def _release(worker: WorkerProcess) -> None:
+    if not worker.process.is_alive():
+        worker.process.close()
+    worker.words.close()
+
+
+def failure(worker: WorkerProcess, failed: Failed) -> str:
+    """Say what a worker said before it ended."""
+    return f"{worker} failed {failed.doing}: {failed.error}\n{failed.traceback}"
 
 
 def _main_script() -> str:

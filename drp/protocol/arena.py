@@ -14,11 +14,11 @@ from drp.protocol.messages import Bind, TensorSpec
 
 
 class Arena:
-    """Slots for drafts and predictions of one run, and the conditions of its denoiser.
+    """Slots for the drafts of one run, rows for its predictions, and the conditions of its denoiser.
 
-    First all drafts, then all predictions, each slot padded to the alignment; then the conditions. `drafts` and
-    `predictions` are the first tensor of every slot, [slots, D], D the numbers in it; a run whose denoiser takes a
-    state and returns its like has no others.
+    First all drafts, then all predictions, each padded to the alignment; then the conditions. `drafts` [slots, D] and
+    `predictions` [rows, D] are the first tensor of each, D the numbers in it; a run whose denoiser takes a state and
+    returns its like has no others.
     """
 
     def __init__(self, memory: SharedMemory, bind: Bind) -> None:
@@ -26,7 +26,7 @@ class Arena:
         self.bind = bind
         start = bind.slots * _stride(bind.inputs)
         self._inputs = _slots(memory, 0, bind.slots, bind.inputs)
-        self._outputs = _slots(memory, start, bind.slots, bind.outputs)
+        self._outputs = _slots(memory, start, bind.rows, bind.outputs)
         self.drafts = self._inputs[bind.inputs[0].name]
         self.predictions = self._outputs[bind.outputs[0].name]
         self.cond = {spec.name: _view(memory, spec) for spec in bind.cond}
@@ -35,15 +35,15 @@ class Arena:
         """Return the tensors of the draft in a slot, by name."""
         return {spec.name: self._inputs[spec.name][slot].view(spec.shape) for spec in self.bind.inputs}
 
-    def prediction(self, slot: int) -> dict[str, Tensor]:
-        """Return the tensors of the prediction in a slot, by name."""
-        return {spec.name: self._outputs[spec.name][slot].view(spec.shape) for spec in self.bind.outputs}
+    def prediction(self, row: int) -> dict[str, Tensor]:
+        """Return the tensors of the prediction in a row, by name."""
+        return {spec.name: self._outputs[spec.name][row].view(spec.shape) for spec in self.bind.outputs}
 
     @classmethod
-    def create(cls, run: int, state: Tensor, slots: int, cond: Mapping[str, Tensor]) -> Arena:
+    def create(cls, run: int, state: Tensor, slots: int, rows: int, cond: Mapping[str, Tensor]) -> Arena:
         """Make the arena of a run whose states, and predictions, are like `state`, with `cond` copied in."""
         like = {"x": state}
-        return cls.lay_out(run, like, like, slots, cond)
+        return cls.lay_out(run, like, like, slots, rows, cond)
 
     @classmethod
     def lay_out(
@@ -52,14 +52,15 @@ class Arena:
         inputs: Mapping[str, Tensor],
         outputs: Mapping[str, Tensor],
         slots: int,
+        rows: int,
         cond: Mapping[str, Tensor],
     ) -> Arena:
-        """Make the arena of a run whose slots hold tensors like `inputs` and `outputs`, with `cond` copied in."""
+        """Make the arena of a run: `slots` for tensors like `inputs`, `rows` like `outputs`, and `cond` copied in."""
         drafts, predictions = _specs("input", inputs), _specs("output", outputs)
-        start = slots * (_stride(drafts) + _stride(predictions))
+        start = slots * _stride(drafts) + rows * _stride(predictions)
         specs = _specs("cond", cond, start)
         memory = SharedMemory.create(_end(specs, start))
-        arena = cls(memory, Bind(run, memory.handle, slots, drafts, predictions, specs))
+        arena = cls(memory, Bind(run, memory.handle, slots, rows, drafts, predictions, specs))
         for name, tensor in cond.items():
             arena.cond[name].copy_(tensor)
         return arena

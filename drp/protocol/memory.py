@@ -101,6 +101,10 @@ class SharedMemory:
         self._lent = True
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(tuple(shape))
 
+    def view(self) -> mmap.mmap:
+        """Return the mapping itself, for numbers that are read and written in place."""
+        return self._map
+
     def read(self) -> bytes:
         """Return a copy of everything."""
         return self._map[:]

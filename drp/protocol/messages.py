@@ -8,7 +8,8 @@ worker -> leader   Shared      done
 leader -> worker   Bind        a run begins: its memory
 worker -> leader   Bound       I have the run's memory
 leader -> worker   Draft       evaluate this slot
-worker -> leader   Prediction  the answer is in the slot
+worker -> leader   Prediction  the answer is in the row
+worker -> leader   Fault       instead: it cannot be evaluated; I go on
 leader -> worker   Unbind      the run is over
 leader -> worker   Stop        end
 worker -> leader   Failed      instead of any answer: the worker ends after it
@@ -128,14 +129,15 @@ class Shared:
 class Bind:
     """A run begins.
 
-    Each of the `slots` holds a draft, the tensors `inputs`, and a prediction, the tensors `outputs`, their offsets
-    counted from where the slot's draft or prediction begins (see `arena.Arena`). `cond` are what the denoiser is given
-    with every draft, at offsets of the memory as a whole.
+    Each of the `slots` holds a draft, the tensors `inputs`, and each of the `rows` a prediction, the tensors `outputs`,
+    their offsets counted from where the draft or prediction begins (see `arena.Arena`). `cond` are what the denoiser is
+    given with every draft, at offsets of the memory as a whole.
     """
 
     run: Count
     memory: Handle
     slots: Count
+    rows: Count
     inputs: Annotated[tuple[TensorSpec, ...], Length(MOST_TENSORS)]
     outputs: Annotated[tuple[TensorSpec, ...], Length(MOST_TENSORS)]
     cond: Annotated[tuple[TensorSpec, ...], Length(MOST_TENSORS)]
@@ -150,27 +152,37 @@ class Bound:
 
 @dataclass(frozen=True)
 class Draft:
-    """Evaluate the draft in `slot` at `timestep`; `index` is the grid's."""
+    """Evaluate the draft in `slot` at `timestep`, and write the prediction to `row`; `index` is the grid's.
+
+    No two drafts that are under way have the same row: whoever is late writes where nobody reads.
+    """
 
     run: Count
     index: Count
     timestep: Annotated[float, Bounds(-1e9, 1e9)]
     slot: Count
+    row: Count
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The prediction is in `slot`; evaluating took `seconds` by the worker's clock."""
+    """The prediction is in `row`; evaluating took `seconds` by the worker's clock."""
 
     run: Count
     index: Count
-    slot: Count
+    row: Count
     seconds: Seconds
 
-    @property
-    def what(self) -> tuple[int, int, int]:
-        """The run, index and slot of the draft that it answers."""
-        return self.run, self.index, self.slot
+
+@dataclass(frozen=True)
+class Fault:
+    """The draft cannot be evaluated: the denoiser raised, or its prediction is none; the worker goes on."""
+
+    run: Count
+    index: Count
+    row: Count
+    error: Annotated[str, Length(2000)]
+    traceback: Text
 
 
 @dataclass(frozen=True)
@@ -195,9 +207,9 @@ class Failed:
 
 
 ToWorker = Load | Share | Bind | Draft | Unbind | Stop
-ToLeader = Hello | Loaded | Shared | Bound | Prediction | Failed
+ToLeader = Hello | Loaded | Shared | Bound | Prediction | Fault | Failed
 
 TO_WORKER: dict[str, type[ToWorker]] = {kind.__name__: kind for kind in (Load, Share, Bind, Draft, Unbind, Stop)}
 TO_LEADER: dict[str, type[ToLeader]] = {
-    kind.__name__: kind for kind in (Hello, Loaded, Shared, Bound, Prediction, Failed)
+    kind.__name__: kind for kind in (Hello, Loaded, Shared, Bound, Prediction, Fault, Failed)
 }

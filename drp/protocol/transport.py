@@ -1,10 +1,11 @@
-"""Transport: the leader's and the worker's socket, over ipc:// in a directory that only their user can enter.
+"""Transport: the leader's and the worker's socket, over ipc:// at a place that only their user can reach.
 
 A socket belongs to one thread at a time. Every receive has a deadline.
 """
 
 from __future__ import annotations
 
+import os
 import select
 import shutil
 import tempfile
@@ -13,21 +14,31 @@ from pathlib import Path
 
 import zmq
 
-from drp.protocol.codec import MAX_MESSAGE, decode, encode
+from drp.protocol.codec import MAX_MESSAGE, ProtocolError, decode, encode
 from drp.protocol.messages import TO_LEADER, TO_WORKER, ToLeader, ToWorker
 
 MAX_PATH = 107
 """Characters of the longest path of a Unix socket."""
 
+BACKLOG = 64
+"""Messages from one worker that wait to be taken; a worker that sends more waits itself."""
+
+MAX_FROM_WORKER = 1 << 18
+"""Bytes of the longest message from a worker: one that is longer ends its connection."""
+
 
 class LeaderSocket:
-    """A ROUTER: a worker is addressed by the identity it connected with."""
+    """A ROUTER: a worker is addressed by the identity it connected with.
+
+    It has no name in any file system: it is bound in a directory of its owner's, held open, and its name removed at
+    once. `endpoint` leads there through /proc, which lets nobody in but the owner, and nothing is left of it when the
+    process is gone, however it went.
+    """
 
     def __init__(self) -> None:
-        # mkdtemp makes the directory for its owner alone (mode 0700).
-        self.directory = Path(tempfile.mkdtemp(prefix="drp-"))
-        path = self.directory / "leader"
-        self.endpoint = f"ipc://{path}"
+        directory = Path(tempfile.mkdtemp(prefix="drp-"))  # for its owner alone (mode 0700)
+        path = directory / "leader"
+        self._place = -1
         # A context of its own: an embedding program's sockets and limits stay out of it.
         self._context = zmq.Context(io_threads=1)
         self._epoll = select.epoll()
@@ -36,13 +47,18 @@ class LeaderSocket:
                 raise ValueError(f"{path} is longer than a socket path's {MAX_PATH} characters; set TMPDIR to less")
             self._socket = self._context.socket(zmq.ROUTER)
             self._socket.setsockopt(zmq.LINGER, 0)
-            self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
+            self._socket.setsockopt(zmq.RCVHWM, BACKLOG)
+            self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FROM_WORKER)
             self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # Sending to a worker that is gone is an error.
-            self._socket.bind(self.endpoint)
+            self._socket.bind(f"ipc://{path}")
+            self._place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            self.endpoint = f"ipc:///proc/{os.getpid()}/fd/{self._place}"
             self._epoll.register(self._socket.fileno(), select.EPOLLIN)
         except BaseException:
             self.close()
             raise
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
 
     def send(self, identity: bytes, message: ToWorker) -> None:
         """Send at once; raise zmq.ZMQError if the worker is gone or does not take its messages."""
@@ -50,14 +66,13 @@ class LeaderSocket:
         self._socket.send(identity, zmq.NOBLOCK | zmq.SNDMORE)
         self._socket.send(data, zmq.NOBLOCK)
 
-    def vanish(self) -> None:
-        """Take the socket's name away: connections stay, none can be added, and no sudden end leaves a file behind."""
-        # Not zmq's unbind, which ends the connections too.
-        shutil.rmtree(self.directory, ignore_errors=True)
-
     def watch(self, fd: int) -> None:
         """Let `poll` also look at a file descriptor."""
         self._epoll.register(fd, select.EPOLLIN)
+
+    def forget(self, fd: int) -> None:
+        """Look at a file descriptor no longer."""
+        self._epoll.unregister(fd)
 
     def poll(self, seconds: float) -> tuple[bool, set[int]]:
         """Wait for a message or a watched descriptor; return whether there is a message, and which are ready."""
@@ -80,13 +95,17 @@ class LeaderSocket:
     def receive(self) -> tuple[bytes, ToLeader]:
         """Return a waiting message and who sent it; raise ProtocolError if it is none, zmq.Again if none waits."""
         identity, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
-        return identity, decode(b"".join(parts), TO_LEADER)
+        if len(parts) != 1:
+            raise ProtocolError(f"{len(parts)} frames; a message is one")
+        return identity, decode(parts[0], TO_LEADER)
 
     def close(self) -> None:
-        """Close and remove the directory; nothing unsent is waited for."""
+        """Close; nothing unsent is waited for."""
         self._epoll.close()
         self._context.destroy(linger=0)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        if self._place >= 0:
+            os.close(self._place)
+            self._place = -1
 
 
 class WorkerSocket:

@@ -19,6 +19,8 @@ class Result:
     `residuals` say, by index of the grid, how far from the refined state its prediction was taken, relative to that
     state's norm, the largest among the samples; empty unless the mode is adaptive or they were asked for. `cuts` are
     the indices to which an adaptive run advanced though it had predictions beyond: where drafts went stale.
+
+    `incidents` say which workers were lost meanwhile, and how. Others took over; the samples are the same.
     """
 
     samples: Tensor
@@ -32,6 +34,7 @@ class Result:
     device_seconds: float
     residuals: Mapping[int, float] = field(default_factory=dict)
     cuts: tuple[int, ...] = ()
+    incidents: tuple[str, ...] = ()
 
     @property
     def theory(self) -> float:

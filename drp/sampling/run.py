@@ -29,7 +29,7 @@ Noise = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """One evaluation: the draft in `slot`, at `timestep`; the prediction is written to the same slot's number."""
+    """One evaluation: the draft in `slot`, at `timestep`."""
 
     index: int
     timestep: float
@@ -37,7 +37,7 @@ class Task:
 
 
 def slots(solver: Solver, mode: Mode) -> int:
-    """Return how many slots a run needs for drafts, and as many for predictions."""
+    """Return how many slots a run needs for drafts, and rows for as many predictions that are in use at once."""
     return _room(solver, mode, mode.width).rows
 
 
@@ -66,9 +66,10 @@ class _Out:
 class Run:
     """One run: `rounds()` yields the tasks of each round, `refine()` computes the states behind it.
 
-    `start` [B, ...] is the state at index 0. `drafts` and `predictions` are matrices [slots(solver, mode), D] of its
-    dtype, one slot a row, D the numbers in one state. Tasks name their rows. Whoever evaluates reads a draft's row and
-    writes the same row of `predictions`. `noise` is for a solver that adds some.
+    `start` [B, ...] is the state at index 0. `drafts` is a matrix [slots(solver, mode), D] of its dtype, a slot a row,
+    D the numbers in one state; `predictions` is one with at least as many rows. Whoever evaluates reads a task's slot
+    and writes the prediction to the row of the same number, or to any that is not in `rows`, and says to `fold` which.
+    `noise` is for a solver that adds some.
 
     `rounds_done` and `steps_done` count; where rounds need not wait for those before, `rounds_done` is the longest
     sequence of rounds that waited for each other. `residuals` say, by index, how far from the refined state the last
@@ -95,7 +96,8 @@ class Run:
         self._plan = _plan(solver, mode, start.dtype, self._measure)
         self._position = 0  # in the plan, of what comes next
         self._slot_banks, self._state_banks = (_room(solver, mode, width) for width in (mode.width, self._plan.longest))
-        self._slots: dict[int, int] = {}  # index -> row of drafts and predictions
+        self._slots: dict[int, int] = {}  # index -> row of drafts
+        self._answers: dict[int, int] = {}  # that -> row of predictions
         self._rows: dict[int, int] = {}  # index -> row of states
         self._states = start.new_empty((self._state_banks.rows, start.numel()))
         self._fresh: dict[int, Tensor] = {}
@@ -136,6 +138,7 @@ class Run:
             taken = itertools.chain(self._slots.values(), *(out.slots.values() for out in self._out))
             first = self._slot_banks.take(len(event.indices), taken)
             slots = range(first, first + len(event.indices))
+            self._answers.update(zip(slots, slots, strict=True))
             event.drafts.write(self._vector, self._drafts[slots.start : slots.stop])
             self._out.append(_Out(dict(zip(event.indices, slots, strict=True)), self.rounds_done + 1))
             yield [Task(k, self._timesteps[k], slot) for k, slot in zip(event.indices, slots, strict=True)]
@@ -153,13 +156,20 @@ class Run:
         event = None if self._feedback else self._plan.get(self._position)
         return list(self._out)[: len(self._out) - (event.behind if event is not None else 0)]
 
-    def fold(self, slot: int) -> None:
-        """Take note that the prediction in a slot is there, and add it to the states that the next drafts start from.
+    @property
+    def rows(self) -> set[int]:
+        """The rows of `predictions` that are in use."""
+        there = {slot for out in self._out for slot in out.slots.values() if slot not in out.missing}
+        return {self._answers[slot] for slot in there.union(self._slots.values())}
+
+    def fold(self, slot: int, row: int | None = None) -> None:
+        """Take note of a draft's prediction, in `row`, and add it to the states that the next drafts start from.
 
         May be called for predictions as they arrive, in any order: they are added in index order, each as soon as those
         before it are in, and whatever is left is added when the next round is asked for. In a mode with feedback, whose
         way is not known before, none is added.
         """
+        self._answers[slot] = slot if row is None else row
         for out in self._out:
             out.missing.discard(slot)
         event = None if self._feedback else self._plan.get(self._position)
@@ -252,7 +262,7 @@ class Run:
         if term.kind == "noise":
             return self._draw(k)
         slot = newest[k] if k in newest else self._slots[k]
-        return (self._drafts if term.kind == "input" else self._predictions)[slot]
+        return self._drafts[slot] if term.kind == "input" else self._predictions[self._answers[slot]]
 
     def _draw(self, k: int) -> Tensor:
         if k not in self._fresh:

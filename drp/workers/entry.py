@@ -18,14 +18,16 @@ from drp.workers import lifeline
 
 @dataclass(frozen=True)
 class Config:
-    """What a worker is told when it is started; the rest comes by message."""
+    """What a worker is told when it is started; the rest comes by message.
+
+    `words` is a file for its last words, and from `beats` bytes on a count (uint64) of how often it has come round.
+    """
 
     identity: str
     endpoint: str
-    directory: str
     leader: int
-    from_main_thread: bool
-    last_words: str
+    words: str
+    beats: int
     cores: tuple[int, ...]
     threads: int
     version: tuple[int, ...]
@@ -34,19 +36,18 @@ class Config:
 
 
 def start(told: str) -> None:
-    """Run one worker by its Config in JSON, and the descriptor of its lifeline."""
+    """Run one worker by its Config in JSON, and the descriptor that shows its leader that it is there."""
     config = json.loads(told)
-    lifeline = config.pop("lifeline")
-    main(Config(**config), lifeline)
+    os.set_inheritable(config.pop("lifeline"), False)
+    main(Config(**config))
 
 
-def main(config: Config, leader_gone: int) -> None:
-    """Run one worker until it is told to stop or its leader is gone, when `leader_gone` is readable."""
-    words = os.open(config.last_words, os.O_RDWR | os.O_CLOEXEC)
+def main(config: Config) -> None:
+    """Run one worker until it is told to stop or its leader is gone."""
+    lifeline.tie(config.leader)
+    words = os.open(config.words, os.O_RDWR | os.O_CLOEXEC)
     faulthandler.enable(words)  # A crash in native code leaves its stack there.
     try:
-        os.set_inheritable(leader_gone, False)
-        lifeline.watch(config.leader, leader_gone, config.directory)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the leader decides.
         os.sched_setaffinity(0, config.cores)
         if sys.version_info[:2] != tuple(config.version):
@@ -59,7 +60,7 @@ def main(config: Config, leader_gone: int) -> None:
 
         if config.main is not None:
             _import_main(config.main)
-        Worker(config.endpoint, config.identity.encode(), config.threads, config.from_main_thread).run()
+        Worker(config, words).run()
     except BaseException:
         os.write(words, traceback.format_exc().encode()[-4000:])
         sys.exit(1)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import struct
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from drp.models import Denoiser, load
 from drp.protocol.arena import Arena
@@ -20,6 +23,7 @@ from drp.protocol.messages import (
     Bound,
     Draft,
     Failed,
+    Fault,
     Hello,
     Load,
     Loaded,
@@ -32,8 +36,8 @@ from drp.protocol.messages import (
     Unbind,
 )
 from drp.protocol.transport import WorkerSocket
-from drp.workers import lifeline
 from drp.workers.emulated import EmulatedDevice, cheap
+from drp.workers.entry import Config
 from drp.workers.weights import Weights
 
 PATIENCE = 1.0
@@ -43,10 +47,10 @@ PATIENCE = 1.0
 class Worker:
     """A process's share of the work: it answers the leader's messages one after the other."""
 
-    def __init__(self, endpoint: str, identity: bytes, threads: int, from_main_thread: bool) -> None:
-        torch.set_num_threads(threads)
-        self._socket = WorkerSocket(endpoint, identity)
-        self._from_main_thread = from_main_thread
+    def __init__(self, config: Config, words: int) -> None:
+        torch.set_num_threads(config.threads)
+        self._socket = WorkerSocket(config.endpoint, config.identity.encode())
+        self._words, self._place, self._beats = mmap.mmap(words, 0), config.beats, 0
         self._denoiser: Denoiser | None = None
         self._weights = Weights(None)
         self._arenas: dict[int, Arena] = {}
@@ -57,15 +61,20 @@ class Worker:
         self._socket.send(Hello(VERSION, os.getpid()))
         message: ToWorker | None = None
         try:
-            while not isinstance(message := self._socket.receive(PATIENCE), Stop):
+            while not isinstance(message := self._receive(), Stop):
                 answer = self._answer(message) if message is not None else None
                 if answer is not None:
                     self._socket.send(answer)
         except Exception as error:
-            summary = f"{type(error).__name__}: {error}"
-            self._socket.send(Failed(_doing(message), summary[:2000], traceback.format_exc()[-20_000:]))
+            self._socket.send(Failed(_doing(message), *_told(error)))
         finally:
             self._socket.close()
+
+    def _receive(self) -> ToWorker | None:
+        """Return the next message, or None after a while; let the leader see that this thread comes round."""
+        self._beats += 1
+        struct.pack_into("Q", self._words, self._place, self._beats)
+        return self._socket.receive(PATIENCE)
 
     def _answer(self, message: ToWorker) -> ToLeader | None:
         match message:
@@ -77,8 +86,6 @@ class Worker:
             case Unbind():
                 self._arenas.pop(message.run, None)
             case Load():
-                if self._from_main_thread:  # Not sooner: until here the socket has a name, for a worker to clear away.
-                    lifeline.die_with_parent_thread()
                 self._denoiser = load(message.model)
                 if message.emulated is not None:
                     self._timed = EmulatedDevice(message.emulated).run
@@ -94,26 +101,46 @@ class Worker:
         return None
 
     @torch.inference_mode()
-    def _evaluate(self, draft: Draft) -> Prediction | None:
+    def _evaluate(self, draft: Draft) -> Prediction | Fault:
         arena = self._arenas.get(draft.run)
         if arena is None:
-            return None  # The run was ended while this draft was on its way.
-        if draft.slot >= arena.bind.slots:
-            raise ProtocolError(f"slot {draft.slot}; the run has {arena.bind.slots}")
-        inputs, outputs = arena.draft(draft.slot), arena.prediction(draft.slot)
+            raise ProtocolError(f"a draft of run {draft.run}, which is not bound")
+        if draft.slot >= arena.bind.slots or draft.row >= arena.bind.rows:
+            raise ProtocolError(
+                f"slot {draft.slot} and row {draft.row}; the run has {arena.bind.slots} and {arena.bind.rows}"
+            )
+        inputs, outputs = arena.draft(draft.slot), arena.prediction(draft.row)
 
         def evaluate() -> None:
             assert self._denoiser is not None
             self._denoiser.evaluate(inputs, draft.timestep, arena.cond, outputs)
+            _check(outputs, inputs)
 
-        seconds = self._timed(draft, sum(tensor.nbytes for tensor in inputs.values()), evaluate)
-        return Prediction(draft.run, draft.index, draft.slot, seconds)
+        try:
+            seconds = self._timed(draft, sum(tensor.nbytes for tensor in inputs.values()), evaluate)
+        except Exception as error:
+            return Fault(draft.run, draft.index, draft.row, *_told(error))
+        return Prediction(draft.run, draft.index, draft.row, seconds)
 
 
 def _timed(draft: Draft, nbytes: int, evaluate: Callable[[], None]) -> float:
     began = time.perf_counter()
     evaluate()
     return time.perf_counter() - began
+
+
+def _check(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
+    """Refuse what is no number; the shapes are those of the memory it lies in."""
+    for name, output in outputs.items():
+        if not output.isfinite().all():
+            wrong = "NaN" if output.isnan().any() else "infinity"
+            given = "" if all(tensor.isfinite().all() for tensor in inputs.values()) else ", as it was given"
+            raise FloatingPointError(f"the denoiser returned {wrong} in {name!r}{given}")
+
+
+def _told(error: Exception) -> tuple[str, str]:
+    """Return an error in a line, and its traceback."""
+    return f"{type(error).__name__}: {error}"[:2000], traceback.format_exc()[-20_000:]
 
 
 def _doing(message: ToWorker | None) -> str:

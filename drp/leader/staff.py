@@ -1,0 +1,191 @@
+"""Staff: a place for each device, a worker in it, and another when that one is lost."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from drp.leader.active import Active
+from drp.leader.crew import Crew
+from drp.leader.devices import Device
+from drp.leader.errors import WorkerError
+from drp.leader.pool import GRACE, Pool, WorkerProcess, failure
+from drp.protocol.messages import Failed, ToLeader, ToWorker
+from drp.sampling.run import Task
+
+TICK = 1.0
+"""Seconds between two looks at whether idle workers come round."""
+STILL = 5
+"""Looks at which an idle worker had not come round, after which it counts as lost."""
+BACKOFF = (0.5, 2.0)
+"""Seconds before a lost worker is replaced: at first, twice as long each time, at most."""
+KILLED, OWN = 4, 5
+"""How much a loss weighs: to a signal from outside, or by the worker's own fault: a crash, a hang, an exit."""
+MOST = {"draft": 10, "place": 40}
+"""Where a draft, or a place that has answered nothing between, has been lost too often."""
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
+
+log = logging.getLogger(__name__)
+State = Literal["starting", "ready", "away", "lost"]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A draft that a worker has: of a run, to be answered in a row of its predictions."""
+
+    run: Active
+    task: Task
+    row: int
+
+
+@dataclass
+class Station:
+    """A device's place: the worker there, and the drafts it has, since when it is busy with the first."""
+
+    number: int
+    device: Device
+    worker: WorkerProcess | None = None
+    state: State = "away"
+    generation: int = 0
+    drafts: deque[Sent] = field(default_factory=deque)
+    since: float = 0.0
+    """Of state starting or away too: until when."""
+    weight: int = 0
+    """Of the losses since its last answer."""
+    last: str = ""
+    """How its last worker ended."""
+    _beats: int = -1
+    _still: int = 0
+
+    def comes_round(self) -> bool:
+        """Look whether an idle worker has come round since a few looks ago. Time that all processes slept is none."""
+        assert self.worker is not None
+        beats = self.worker.beats
+        self._still = 0 if self.drafts or beats != self._beats else self._still + 1
+        self._beats = beats
+        return self._still < STILL
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A worker that is gone, why, what that weighs, and the drafts it had."""
+
+    station: Station
+    why: str
+    weight: int
+    drafts: tuple[Sent, ...]
+
+
+class Staff:
+    """The stations of one leader, each with a worker or waiting for one."""
+
+    def __init__(self, pool: Pool, model: str, devices: Sequence[Device], start_timeout: float) -> None:
+        self.stations = [Station(number, device) for number, device in enumerate(devices)]
+        self._pool, self._crew, self._start_timeout = pool, Crew(pool, model), start_timeout
+        self._next_tick = time.monotonic() + TICK
+
+    @property
+    def crew(self) -> Crew:
+        """Those who bring workers up, and know what the model is."""
+        return self._crew
+
+    @property
+    def ready(self) -> list[Station]:
+        """Stations that take drafts."""
+        return [station for station in self.stations if station.state == "ready"]
+
+    def send(self, station: Station, message: ToWorker) -> None:
+        """Send to a station's worker; one that is gone shows at the next `poll`."""
+        if station.worker is not None:
+            self._pool.send(station.worker, message)
+
+    def start(self, station: Station) -> None:
+        """Put a new worker into a place; OSError if the machine has no process to give."""
+        station.since = time.monotonic() + self._start_timeout
+        station.worker = self._pool.spawn(station.number, station.generation, station.device)
+        station.generation += 1
+        station.state = "starting"
+        self._crew.expect(station.worker)
+
+    def station_of(self, worker: WorkerProcess) -> Station:
+        """Return the place of a worker."""
+        return self.stations[worker.number]
+
+    def take(self, station: Station, message: ToLeader | None) -> Loss | None:
+        """Take what the worker of a starting station said, or, for any station, that it failed or ended (None)."""
+        worker = station.worker
+        assert worker is not None
+        if message is None:
+            return self.lose(station, "")
+        if isinstance(message, Failed):
+            return self.lose(station, failure(worker, message))
+        try:
+            if self._crew.answer(worker, message):
+                station.state, station.since = "ready", time.monotonic()
+        except (WorkerError, MemoryError) as error:
+            return self.lose(station, str(error))
+        return None
+
+    def lose(self, station: Station, why: str) -> Loss:
+        """Give a worker up, by force if it is still there; `why` is empty for one that ended. It will be replaced."""
+        worker = station.worker
+        assert worker is not None
+        self._crew.lose(worker)
+        name = str(worker)
+        how, code = self._pool.retire(worker)
+        outside = not why and code is not None and code < 0 and -code not in CRASHES
+        station.last = why or f"{name} {how}"
+        drafts = tuple(station.drafts)
+        station.drafts.clear()
+        station.worker = None
+        weight = KILLED if outside else OWN
+        self._wait(station, weight)
+        log.warning("lost: %s", station.last)
+        return Loss(station, station.last, weight, drafts)
+
+    def tend(self) -> list[Loss]:
+        """Replace workers whose turn has come; return those that did not start in time, or idle and do not move."""
+        now, losses = time.monotonic(), []
+        for station in self.stations:
+            if station.state == "away" and station.since <= now:
+                try:
+                    self.start(station)
+                except OSError as error:
+                    station.last = f"{station.device.name}: no process can be started: {error}"
+                    self._wait(station, OWN)
+            elif station.state == "starting" and station.since <= now:
+                assert station.worker is not None
+                doing = self._crew.doing(station.worker)
+                late = f"{station.worker} did not {doing} within {self._start_timeout:g} s (start_timeout)"
+                losses.append(self.lose(station, late))
+        if now >= self._next_tick:
+            self._next_tick = now + TICK
+            for station in self.ready:
+                if not station.comes_round():
+                    why = f"{station.worker} does not come round, though it has nothing to do; is it stopped?"
+                    losses.append(self.lose(station, why))
+        if all(station.state == "lost" for station in self.stations):
+            raise WorkerError("no worker is left: " + "; ".join(station.last for station in self.stations))
+        return losses
+
+    @property
+    def next_time(self) -> float:
+        """When there is something to tend to."""
+        times = [station.since for station in self.stations if station.state in ("starting", "away")]
+        return min([*times, self._next_tick])
+
+    def _wait(self, station: Station, weight: int) -> None:
+        station.weight += weight
+        station.state = "lost" if station.weight >= MOST["place"] else "away"
+        first, most = BACKOFF
+        station.since = time.monotonic() + min(most, first * 2 ** max(0, station.weight // KILLED - 1))
+
+    def close(self, grace: float = GRACE) -> None:
+        """End all workers and give back the weights."""
+        self._pool.close(grace)
+        self._crew.close()
