@@ -60,10 +60,9 @@ def test_an_interpreter_of_another_version_is_a_clear_error() -> None:
     config = {
         "identity": "worker-0",
         "endpoint": "",
-        "directory": "",
         "leader": words.handle.pid,
-        "from_main_thread": False,
-        "last_words": f"/proc/{words.handle.pid}/fd/{words.handle.fd}",
+        "words": f"/proc/{words.handle.pid}/fd/{words.handle.fd}",
+        "beats": 4088,
         "cores": [0],
         "threads": 1,
         "version": [2, 7],
