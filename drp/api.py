@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from drp.leader.leader import Leader, model_name
 from drp.leader.request import Options, Request, make_job
 from drp.sampling.reference import run_reference
 from drp.sampling.result import Result
+from drp.trace.record import check, record
 
 
 def sample(
@@ -25,20 +27,27 @@ def sample(
     threads: int = 1,
     start_timeout: float = 120.0,
     draft_timeout: float | None = None,
+    trace: str | os.PathLike[str] | None = None,
     **options: Unpack[Options],
 ) -> Result:
     """Start workers, sample once, end them.
 
-    The first five arguments are those of `drp.Leader`, the others those of `drp.leader.request.Request`.
+    The first five arguments are those of `drp.Leader`; `trace` is a file to write what happened where and when to, see
+    `drp.trace`; the others are those of `drp.leader.request.Request`.
     `result.samples` is float32 [B, ...], for `digits` [B, 1, 28, 28], about [-1, 1]. To sample more than once, keep a
     `drp.Leader`.
     """
+    if trace is not None:
+        check(trace)
     spec = models.describe(model_name(model))
     if spec is not None:  # Known without loading: bad options are refused before workers start.
         make_job(Request(**options), spec, len(parse_devices(devices, threads)))
-    with Leader(
-        model, devices=devices, threads=threads, start_timeout=start_timeout, draft_timeout=draft_timeout
-    ) as leader:
+    with (
+        Leader(
+            model, devices=devices, threads=threads, start_timeout=start_timeout, draft_timeout=draft_timeout
+        ) as leader,
+        record(leader, trace) if trace is not None else nullcontext(),
+    ):
         return leader.sample(**options)
 
 

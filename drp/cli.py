@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from drp import __version__
-from drp.plain import plain_errors
+from drp.plain import plain_errors, trace_option
 from drp.sampling.drafts import RULES
 from drp.sampling.modes import MODE_NAMES
 from drp.sampling.named import SOLVER_NAMES, make_solver
@@ -76,6 +76,7 @@ def parse_labels(text: str) -> list[int]:
 @click.option("--guidance", type=float, help="Scale of classifier-free guidance; by default the model's.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("samples.png"), show_default=True)
+@trace_option
 def sample(
     model: str,
     labels: str | None,
@@ -101,6 +102,7 @@ def sample(
     guidance: float | None,
     seed: int,
     out: Path,
+    trace: Path | None,
 ) -> None:
     """Draw samples of MODEL into one picture, a label a column."""
     with plain_errors():
@@ -149,6 +151,7 @@ def sample(
                 guidance=guidance,
                 seed=seed,
                 callback=advance,
+                trace=trace,
             )
         save_grid(result.samples, max(len(columns), 1), out)
         click.echo(
@@ -157,6 +160,24 @@ def sample(
             f"{result.speedup:.2f} of {result.theory:.2f} in theory"
         )
         click.echo(f"wrote {out}")
+
+
+@main.group()
+def trace() -> None:
+    """Look at what --trace has written."""
+
+
+@trace.command()
+@click.argument("path", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+def summary(path: Path) -> None:
+    """Say where the time of the runs in PATH went: computing, transfer, the slowest device, the leader, idle."""
+    with plain_errors():
+        from drp.trace import read, summarise
+        from drp.trace.tables import tables
+
+        found = summarise(*read(path))
+        click.echo(found.words)
+        Console(width=max(Console().width, 110)).print(*tables(found))
 
 
 def _given(**options: float | str | None) -> dict[str, float | str]:

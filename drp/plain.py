@@ -1,11 +1,16 @@
-"""Plain errors: what a user of the command line can mend, in a line."""
+"""Plain: what several commands share. Errors that a user can mend, in a line; the option --trace."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
+
+trace_option = click.option(
+    "--trace", type=click.Path(path_type=Path), help="File for what happened where and when, which Perfetto opens."
+)
 
 
 @contextmanager

@@ -107,9 +107,10 @@ def test_an_evaluation_takes_the_stated_time_and_the_link_is_apart(clock: Clock)
         evaluated_at.append(clock.now)
         clock.now += 0.015
 
-    seconds = device.run(Draft(0, 0, 999.0, 0, 0), 4000, evaluate)
+    began, _, ended = device.run(Draft(0, 0, 999.0, 0, 0), 4000, evaluate)
     assert evaluated_at == [pytest.approx(100.005)]
-    assert seconds == pytest.approx(0.02)
+    assert began == pytest.approx(100.005)
+    assert ended == pytest.approx(100.025)
     assert clock.now == pytest.approx(100.03)
 
 
@@ -117,7 +118,8 @@ def test_an_evaluation_that_takes_longer_is_reported_as_it_was(clock: Clock) -> 
     def evaluate() -> None:
         clock.now += 0.5
 
-    assert EmulatedDevice(Emulated(0, 0.02)).run(Draft(0, 0, 999.0, 0, 0), 4000, evaluate) == pytest.approx(0.5)
+    began, _, ended = EmulatedDevice(Emulated(0, 0.02)).run(Draft(0, 0, 999.0, 0, 0), 4000, evaluate)
+    assert ended - began == pytest.approx(0.5)
 
 
 @given(number=st.integers(0, 255), run=st.integers(0, 10**6), index=st.integers(0, 999))

@@ -9,6 +9,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
+from torch import Tensor
+
 from drp.leader.request import Job, Request
 from drp.protocol.arena import Arena
 from drp.sampling.result import Result
@@ -54,6 +56,11 @@ class Active(ABC):
 
     behind = False
     """States are to be refined, callbacks to be called."""
+    steps_done = 0
+    cuts: Sequence[int] = ()
+    """Of a run, those of its arithmetic."""
+    watch: Callable[[int, int], None] | None = None
+    """Called with the step of each callback and since when it ran, in ns of perf_counter."""
 
     def __init__(self, number: int, arena: Arena) -> None:
         self.number, self.arena = number, arena
@@ -144,6 +151,7 @@ class ActiveRun(Active):
         self.job, self.pending = job, pending
         pending.number, pending.steps = number, job.solver.grid.steps
         self.run: Run = job.run(self.arena.drafts, self.arena.predictions)
+        self.cuts = self.run.cuts
         self._callback = request.callback
         self._rounds = self.run.rounds()
 
@@ -179,7 +187,15 @@ class ActiveRun(Active):
         """Compute the states that the last round has passed, and call the callback for each."""
         self.behind = False
         self.pending.rounds = self.run.rounds_done
-        self.run.refine(self._callback)
+        self.run.refine(self._called if self.watch and self._callback else self._callback)
+        self.steps_done = self.run.steps_done
+
+    def _called(self, step: int, state: Tensor) -> None:
+        assert self._callback is not None
+        assert self.watch is not None
+        since = time.perf_counter_ns()
+        self._callback(step, state)
+        self.watch(step, since)
 
     def finish(self, error: BaseException | None, devices: tuple[str, ...]) -> None:
         """Resolve the future."""

@@ -52,7 +52,7 @@ class Engine:
         sharing: Sharing | None,
         hedge: float | None,
     ) -> None:
-        self.timeline: Timeline | None = None
+        self.timelines: tuple[Timeline, ...] = ()
         self.overlap = True
         self._draft_timeout, self._hedge = draft_timeout, hedge
         self._sharing = sharing or ByLoad()
@@ -220,6 +220,7 @@ class Engine:
             run = self._begin(self._inbox.popleft())
             if run is not None:
                 self._mark("begin", run)
+                run.watch = self._watch(run) if self.timelines else None
                 self._runs[run.number] = run
                 for station in self._staff.ready:
                     self._bind(station, run)
@@ -249,6 +250,7 @@ class Engine:
 
     def _form(self, run: Active) -> None:
         """Form a run's next drafts, or end it."""
+        since, cuts, formed = time.perf_counter_ns(), len(run.cuts), len(run.waiting)
         try:
             if run.behind and not self.overlap:
                 run.refine()
@@ -258,8 +260,11 @@ class Engine:
         except Exception as error:  # a callback's, or a mode's of somebody's own: the run's, not the engine's
             self._end(run, error)
             return
-        if more is not None:
-            self._mark("formed" if more else "end", run)
+        if more is not None and self.timelines:
+            for cut in run.cuts[cuts:]:
+                self._mark("cut", run, cut)
+            steps = tuple(task.index for task in itertools.islice(run.waiting, formed, None))
+            self._mark("formed" if more else "end", run, since=since, steps=steps)
         if more is False:
             self._end(run, None)
 
@@ -277,9 +282,9 @@ class Engine:
         return None
 
     def _give(self, station: Station, run: Active, task: Task) -> None:
-        row = run.free_row()
+        since, row = time.perf_counter_ns(), run.free_row()
         self._staff.send(station, Draft(run.number, task.index, task.timestep, task.slot, row))
-        self._mark("sent", run, task.index, station.number)
+        self._mark("sent", run, task.index, station.number, since=since)
         run.writing[row] += 1
         if not station.drafts:
             station.since = time.monotonic()
@@ -311,9 +316,10 @@ class Engine:
         if behind and self.overlap:
             self._pool.wait(HEAD_START)
         for run in behind:
+            since = time.perf_counter_ns()
             try:
                 run.refine()
-                self._mark("refined", run)
+                self._mark("refined", run, run.steps_done, since=since)
             except Exception as error:  # a callback's
                 self._end(run, error)
 
@@ -381,15 +387,16 @@ class Engine:
                         self._bind(station, run)
 
     def _on_answer(self, station: Station, sent: Sent, message: Prediction | Fault) -> None:
-        run, index = sent.run, sent.task.index
+        run, index, since = sent.run, sent.task.index, time.perf_counter_ns()
         counts = self._is_missing(sent)  # It may be the second of two copies, or its run over.
         _give_back(run, sent.row)
+        self._answered("answer" if counts else "late", run, station, message)
         if counts and isinstance(message, Fault):
             words = f"{station.worker} failed evaluating step {index} of run {run.number}: {message.error}"
             self._end(run, WorkerError(f"{words}\n{message.traceback}"))
         elif counts and isinstance(message, Prediction):
-            self._mark("answer", run, index, station.number, message.seconds)
             run.answer(station.number, sent.task, sent.row, message.seconds)
+            self._mark("folded", run, index, station.number, since=since)
             if run.ready:
                 self._form(run)
         self._let_go(run)
@@ -425,6 +432,8 @@ class Engine:
         self._leaving[run.number] = run
         run.waiting.clear()
         run.missing.clear()
+        if error is not None:
+            self._mark("failed", run)
         run.finish(error, self._devices)
         self._let_go(run)
 
@@ -457,9 +466,25 @@ class Engine:
         self._leaving.clear()
         self._inbox.clear()
 
-    def _mark(self, what: What, run: Active, step: int = 0, worker: int = 0, seconds: float = 0.0) -> None:
-        if self.timeline is not None:
-            self.timeline.append(Mark(what, time.perf_counter_ns(), run.number, step, worker, seconds))
+    # Marks.
+
+    def _mark(
+        self, what: What, run: Active, step: int = 0, worker: int = 0, since: int = 0, steps: tuple[int, ...] = ()
+    ) -> None:
+        for timeline in self.timelines:
+            timeline.append(Mark(what, time.perf_counter_ns(), run.number, step, worker, since=since, steps=steps))
+
+    def _answered(self, what: What, run: Active, station: Station, message: Prediction | Fault) -> None:
+        if isinstance(message, Prediction):
+            times = (message.received, message.began, message.predicted, message.ended)
+            for timeline in self.timelines:
+                now = time.perf_counter_ns()
+                timeline.append(
+                    Mark(what, now, run.number, message.index, station.number, message.seconds, times=times)
+                )
+
+    def _watch(self, run: Active) -> Callable[[int, int], None]:
+        return lambda step, since: self._mark("callback", run, step, since=since)
 
 
 def _what(message: Prediction | Fault) -> tuple[int, int, int]:

@@ -94,17 +94,30 @@ class Leader:
         self._devices = parse_devices(devices, threads)
         name = model_name(model)
         self._engine = Engine(name, self._devices, threads, python, start_timeout, draft_timeout, sharing, hedge)
+        self._timeline: Timeline | None = None
         log.debug("%d workers hold %s", len(self._devices), name)
         self._end = weakref.finalize(self, self._engine.close)  # also at interpreter exit
 
     @property
     def timeline(self) -> Timeline | None:
         """Give it a list, and runs append their marks."""
-        return self._engine.timeline
+        return self._timeline
 
     @timeline.setter
     def timeline(self, timeline: Timeline | None) -> None:
-        self._engine.timeline = timeline
+        if self._timeline is not None:
+            self.leave(self._timeline)
+        self._timeline = timeline
+        if timeline is not None:
+            self.listen(timeline)
+
+    def listen(self, timeline: Timeline) -> None:
+        """Let runs append their marks to a list beside others, until `leave`."""
+        self._engine.timelines = (*self._engine.timelines, timeline)
+
+    def leave(self, timeline: Timeline) -> None:
+        """Append no more marks to a list."""
+        self._engine.timelines = tuple(other for other in self._engine.timelines if other is not timeline)
 
     @property
     def overlap(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,10 @@ class Denoiser:
 
     def evaluate(
         self, inputs: Mapping[str, Tensor], timestep: float, cond: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
-    ) -> None:
+    ) -> float:
         """Write into `outputs` what the model makes of a draft, `inputs`; raise TypeError if it returns anything else.
+
+        Return when it had been made, by `perf_counter`: what follows is the copy.
 
         A model with a method `fill(inputs, timestep, cond, outputs)` does that itself, whatever tensors a slot holds.
         For others it is the state `x`, in and out.
@@ -37,14 +40,16 @@ class Denoiser:
         fill = getattr(self.predict, "fill", None)
         if fill is not None:
             fill(inputs, timestep, cond, outputs)
-            return
+            return time.perf_counter()
         x = inputs["x"]
         predicted = self.predict(x, torch.full(x.shape[:1], timestep, dtype=torch.float32), cond)
         if not isinstance(predicted, Tensor) or predicted.shape != x.shape or predicted.dtype != x.dtype:
             is_tensor = isinstance(predicted, Tensor)
             got = f"{predicted.dtype} {list(predicted.shape)}" if is_tensor else type(predicted).__name__
             raise TypeError(f"the denoiser returned {got}; it must return {x.dtype} {list(x.shape)}, like its input")
+        made = time.perf_counter()
         outputs["x"].copy_(predicted)
+        return made
 
     @property
     def module(self) -> nn.Module | None:

@@ -166,12 +166,20 @@ class Draft:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The prediction is in `row`; evaluating took `seconds` by the worker's clock."""
+    """The prediction is in `row`; evaluating took `seconds` by the worker's clock.
+
+    The other times are when, in seconds of CLOCK_MONOTONIC, which all processes of a machine share: the draft was
+    `received`, its evaluation `began`, the prediction was there (`predicted`), and it was in the row (`ended`).
+    """
 
     run: Count
     index: Count
     row: Count
     seconds: Seconds
+    received: Seconds = 0.0
+    began: Seconds = 0.0
+    predicted: Seconds = 0.0
+    ended: Seconds = 0.0
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
 
-from drp.plain import plain_errors
+from drp.plain import plain_errors, trace_option
 
 
 @click.command()
@@ -23,6 +24,7 @@ from drp.plain import plain_errors
 @click.option("--start-timeout", default=120.0, show_default=True, help="Seconds that workers have to start.")
 @click.option("--draft-timeout", default=60.0, show_default=True, help="Seconds that a worker has for a draft.")
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens.")
+@trace_option
 def serve(
     model: str,
     devices: str,
@@ -35,6 +37,7 @@ def serve(
     start_timeout: float,
     draft_timeout: float,
     verbose: bool,
+    trace: Path | None,
 ) -> None:
     """Serve MODEL to clients on a socket, until SIGTERM or Ctrl-C; a second one ends it at once."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s")
@@ -43,11 +46,15 @@ def serve(
         from drp.server.endpoint import default_address
         from drp.server.keys import Keys
         from drp.server.server import Server
+        from drp.trace.record import record
 
         own = Keys.read(keys) if keys is not None else None
-        with Leader(
-            model, devices=devices, threads=threads, start_timeout=start_timeout, draft_timeout=draft_timeout
-        ) as leader:
+        with (
+            Leader(
+                model, devices=devices, threads=threads, start_timeout=start_timeout, draft_timeout=draft_timeout
+            ) as leader,
+            record(leader, trace) if trace is not None else nullcontext(),
+        ):
             server = Server(leader, model, listen or default_address(), keys=own, most=most, stall=stall)
             patience = iter([drain])
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -27,8 +27,11 @@ class EmulatedDevice:
         # The kernel may end a sleep 50 us late to save power, unless it is asked not to.
         ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1)
 
-    def run(self, draft: Draft, nbytes: int, evaluate: Callable[[], None]) -> float:
-        """Evaluate a draft of `nbytes`; return what the evaluation took of this process's clock, transfers apart."""
+    def run(self, draft: Draft, nbytes: int, evaluate: Callable[[], object]) -> tuple[float, float, float]:
+        """Evaluate a draft of `nbytes`; return when that began, had its prediction and ended, by `perf_counter`.
+
+        Transfers over the link are apart; the prediction is there, and copied, at the end of the stated time.
+        """
         link = self.emulated.latency + (nbytes / self.emulated.bandwidth if self.emulated.bandwidth else 0.0)
         arrived = time.perf_counter()
         began = sleep_until(arrived + link) if link else arrived
@@ -38,7 +41,7 @@ class EmulatedDevice:
         ended = sleep_until(began + self.seconds(draft.run, draft.index))
         if link:
             sleep_until(ended + link)
-        return ended - began
+        return began, ended, ended
 
     def seconds(self, run: int, index: int) -> float:
         """Return the time of one evaluation: the same whenever this device evaluates this index of this run."""

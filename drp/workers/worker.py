@@ -102,6 +102,7 @@ class Worker:
 
     @torch.inference_mode()
     def _evaluate(self, draft: Draft) -> Prediction | Fault:
+        received = time.perf_counter()
         arena = self._arenas.get(draft.run)
         if arena is None:
             raise ProtocolError(f"a draft of run {draft.run}, which is not bound")
@@ -111,22 +112,22 @@ class Worker:
             )
         inputs, outputs = arena.draft(draft.slot), arena.prediction(draft.row)
 
-        def evaluate() -> None:
+        def evaluate() -> float:
             assert self._denoiser is not None
-            self._denoiser.evaluate(inputs, draft.timestep, arena.cond, outputs)
+            predicted = self._denoiser.evaluate(inputs, draft.timestep, arena.cond, outputs)
             _check(outputs, inputs)
+            return predicted
 
         try:
-            seconds = self._timed(draft, sum(tensor.nbytes for tensor in inputs.values()), evaluate)
+            began, predicted, ended = self._timed(draft, sum(tensor.nbytes for tensor in inputs.values()), evaluate)
         except Exception as error:
             return Fault(draft.run, draft.index, draft.row, *_told(error))
-        return Prediction(draft.run, draft.index, draft.row, seconds)
+        return Prediction(draft.run, draft.index, draft.row, ended - began, received, began, predicted, ended)
 
 
-def _timed(draft: Draft, nbytes: int, evaluate: Callable[[], None]) -> float:
+def _timed(draft: Draft, nbytes: int, evaluate: Callable[[], float]) -> tuple[float, float, float]:
     began = time.perf_counter()
-    evaluate()
-    return time.perf_counter() - began
+    return began, evaluate(), time.perf_counter()
 
 
 def _check(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:

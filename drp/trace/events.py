@@ -1,0 +1,148 @@
+"""Events: a timeline as trace events, and back.
+
+The format is the JSON of chrome://tracing, which Perfetto opens ("Trace Event Format"): process 1 is the leader, 2 + w
+the worker w. Slices lie one in another or apart, never across each other's ends; arrows lead from the slice in which a
+draft was formed over its evaluation to the slice that refined with it. Times are in microseconds since the first mark.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from drp.leader.timeline import Mark, Timeline
+from drp.trace.evaluations import Evaluation, evaluations
+
+Event = dict[str, Any]
+
+LEADER = 1
+WORKER = 2
+"""Process number of the first worker."""
+NAMES = {
+    "formed": "draft",
+    "sent": "send",
+    "folded": "take",
+    "refined": "refine",
+    "callback": "callback",
+    "end": "last states",
+}
+"""What slices in the leader's lane are called, by mark."""
+
+
+def write(path: str | Path, timeline: Sequence[Mark], devices: Sequence[str]) -> None:
+    """Write a trace; `devices` are the workers' names by number."""
+    Path(path).write_text(json.dumps(trace(timeline, devices), separators=(",", ":")) + "\n")
+
+
+def trace(timeline: Sequence[Mark], devices: Sequence[str]) -> Event:
+    """Return a trace as the object that is written."""
+    zero = timeline[0].since or timeline[0].ns if timeline else 0
+    found = [*_names(devices), *sorted(_events(timeline, zero), key=lambda event: event["ts"])]
+    marks = [list(mark) for mark in timeline]
+    return {
+        "traceEvents": found,
+        "displayTimeUnit": "ms",
+        "otherData": {"drp": {"devices": list(devices), "marks": marks}},
+    }
+
+
+def read(path: str | Path) -> tuple[Timeline, tuple[str, ...]]:
+    """Return the marks of a trace that drp wrote, and its devices; raise ValueError if it is none."""
+    try:
+        found = json.loads(Path(path).read_text())["otherData"]["drp"]
+        marks = (Mark._make(mark) for mark in found["marks"])
+        return [m._replace(times=tuple(m.times), steps=tuple(m.steps)) for m in marks], tuple(found["devices"])
+    except (KeyError, TypeError, IndexError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no trace of drp's ({error!r}); write one with --trace") from None
+
+
+def _names(devices: Sequence[str]) -> Iterator[Event]:
+    for process, name in enumerate(["leader", *(f"worker {w}, {d}" for w, d in enumerate(devices))], start=LEADER):
+        yield {"ph": "M", "name": "process_name", "pid": process, "tid": 0, "args": {"name": name}}
+        yield {"ph": "M", "name": "process_sort_index", "pid": process, "tid": 0, "args": {"sort_index": process}}
+        lane = "leader's thread" if process == LEADER else "stream"
+        yield {"ph": "M", "name": "thread_name", "pid": process, "tid": 1, "args": {"name": lane}}
+
+
+def _events(timeline: Sequence[Mark], zero: int) -> Iterator[Event]:
+    found = evaluations(timeline)
+    last = timeline[-1].ns if timeline else 0
+    yield from _leader(timeline, zero)
+    yield from _rounds(timeline, found, zero, last)
+    for worker in sorted({e.worker for e in found}):
+        yield from _worker([e for e in found if e.worker == worker], zero, last)
+    for number, e in enumerate(found, start=1):
+        yield from _arrows(number, e, zero)
+
+
+def _slice(name: str, process: int, since: int, until: int, zero: int, **args: object) -> Event:
+    ends = {"ts": (since - zero) / 1e3, "dur": max(0, until - since) / 1e3}
+    return {"ph": "X", "cat": "drp", "name": name, "pid": process, "tid": 1, **ends, "args": args}
+
+
+def _leader(timeline: Sequence[Mark], zero: int) -> Iterator[Event]:
+    for mark in timeline:
+        if mark.what in NAMES:
+            since = mark.since or mark.ns
+            detail = {"steps": list(mark.steps)} if mark.steps else {"step": mark.step}
+            yield _slice(NAMES[mark.what], LEADER, since, mark.ns, zero, run=mark.run, **detail)
+        elif mark.what not in ("answer", "late"):
+            at = {"pid": LEADER, "tid": 1, "ts": (mark.ns - zero) / 1e3, "args": {"run": mark.run, "step": mark.step}}
+            yield {"ph": "i", "s": "t", "cat": "drp", "name": mark.what, **at}
+
+
+def _rounds(timeline: Sequence[Mark], found: Sequence[Evaluation], zero: int, last: int) -> Iterator[Event]:
+    """Yield each run and each of its rounds, from its forming to its last answer; those that overlap, side by side."""
+    spans: list[tuple[str, str, int, int]] = []
+    for begin in (mark for mark in timeline if mark.what == "begin"):
+        run = begin.run
+        end = next((m.ns for m in timeline if m.run == run and m.what in ("end", "failed") and m.ns >= begin.ns), last)
+        spans.append((f"run {run}", f"run {run}", begin.ns, end))
+        formed = [m for m in timeline if m.run == run and m.what == "formed" and begin.ns <= m.ns <= end and m.steps]
+        lanes: list[int] = []  # until when each is taken
+        for number, mark in enumerate(formed):
+            answers = [e.answered or last for e in found if e.formed is mark]
+            since, until = mark.since or mark.ns, max(answers, default=mark.ns)
+            lane = next((i for i, taken in enumerate(lanes) if taken <= since), len(lanes))
+            lanes[lane : lane + 1] = [until]
+            spans.append((f"round {number}", f"run {run} rounds {lane}", since, until))
+    for name, place, since, until in spans:
+        both = {"cat": "round", "name": name, "id": place, "pid": LEADER, "tid": 1}
+        yield {"ph": "b", **both, "ts": (since - zero) / 1e3}
+        yield {"ph": "e", **both, "ts": (until - zero) / 1e3}
+
+
+def _worker(found: Sequence[Evaluation], zero: int, last: int) -> Iterator[Event]:
+    """Yield a worker's lane: each draft's way there, the evaluation, the copy and the way back."""
+    free = 0  # when the lane's last slice ended
+    # A draft may be there before the leader's clock says that it has sent it: what counts is when it began to.
+    for e, later in zip(found, [*found[1:], None], strict=True):
+        process, facts = WORKER + e.worker, {"run": e.run, "step": e.step}
+        if e.answered is None:
+            until = e.lost or (later.since if later is not None else last)
+            yield _slice("no answer", process, max(e.since, free), max(until, free, e.since), zero, **facts)
+            continue
+        began = max(e.began, free)
+        yield _slice("receive", process, max(e.since, free), began, zero, **facts)
+        yield _slice("compute", process, began, e.predicted, zero, **facts)
+        yield _slice("copy", process, e.predicted, e.ended, zero, **facts)
+        free = e.answered if later is None else min(e.answered, max(later.since, e.ended))
+        yield _slice("answer", process, e.ended, free, zero, **facts)
+
+
+def _arrows(number: int, e: Evaluation, zero: int) -> Iterator[Event]:
+    """Yield the arrow from a draft over its evaluation to the states refined with it."""
+
+    def point(phase: str, process: int, since: int, until: int) -> Event:
+        at = ((since + until) / 2 - zero) / 1e3
+        where = {"pid": process, "tid": 1, "ts": at, "id": number}
+        return {"ph": phase, "cat": "draft", "name": f"step {e.step}", **where, **({"bp": "e"} if phase == "f" else {})}
+
+    if e.formed is None or e.answered is None:
+        return
+    yield point("s", LEADER, e.formed.since or e.formed.ns, e.formed.ns)
+    yield point("t" if e.used else "f", WORKER + e.worker, e.began, e.predicted)
+    if e.used is not None:
+        yield point("f", LEADER, e.used.since or e.used.ns, e.used.ns)

@@ -1,0 +1,214 @@
+"""Summary: where a run's time went, along the path that it had to wait for, and on each device."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from drp.leader.timeline import Mark
+from drp.trace.evaluations import Evaluation, evaluations
+
+
+@dataclass
+class Path:
+    """A run's wall time, divided; in seconds. The parts add up to `wall`.
+
+    From the run's end the path goes back to the last answer, over its evaluation to the drafts that this was one of,
+    from there to the answer that these were formed after, and so on. `compute` is the device time on that path;
+    `transfer` the messages' ways, the links, and both processes' waking up; `arithmetic` the leader's from an answer to
+    the drafts formed with it; `sending` from there until the draft on the path has gone; `queue` the waiting for a
+    worker that was busy with other drafts; `end` what follows the last answer.
+    """
+
+    run: int
+    wall: float = 0.0
+    compute: float = 0.0
+    transfer: float = 0.0
+    arithmetic: float = 0.0
+    sending: float = 0.0
+    queue: float = 0.0
+    end: float = 0.0
+    rounds: int = 0
+    evaluations: int = 0
+
+    @property
+    def leader(self) -> float:
+        """What the leader's thread took of the path."""
+        return self.arithmetic + self.sending + self.end
+
+
+@dataclass
+class Lane:
+    """A device's time while runs were under way, divided; in seconds. The parts add up to the time of all runs.
+
+    compute: evaluating. transfer: a draft or its prediction on the way, or the leader not free to take it. waiting:
+    answered, until the next drafts of any run are formed: for the slowest device, above all. leader: those drafts being
+    formed and sent. idle: no draft of the last ones was for it.
+    """
+
+    device: str
+    evaluations: int = 0
+    compute: float = 0.0
+    transfer: float = 0.0
+    waiting: float = 0.0
+    leader: float = 0.0
+    idle: float = 0.0
+    lost: int = 0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.compute + self.transfer + self.waiting + self.leader + self.idle
+
+
+@dataclass
+class Summary:
+    """The runs that came to their end, the devices, and the drafts that had no answer."""
+
+    paths: list[Path] = field(default_factory=list)
+    lanes: list[Lane] = field(default_factory=list)
+
+    @property
+    def words(self) -> str:
+        """Say where the time went."""
+        wall = sum(path.wall for path in self.paths)
+        if not wall:
+            return "no run came to its end"
+
+        def share(part: str) -> str:
+            return f"{sum(getattr(path, part) for path in self.paths) / wall:.1%}"
+
+        lanes = sum(lane.total for lane in self.lanes)
+
+        def of_devices(part: str) -> str:
+            return f"{sum(getattr(lane, part) for lane in self.lanes) / lanes:.1%}"
+
+        rounds, evaluated = sum(p.rounds for p in self.paths), sum(p.evaluations for p in self.paths)
+        lost = sum(lane.lost for lane in self.lanes)
+        return (
+            f"{len(self.paths)} run(s), {wall * 1e3:.1f} ms in all, {evaluated} evaluations on {len(self.lanes)} "
+            f"device(s), {rounds / len(self.paths):.4g} of them one after the other a run. Of what a run had to wait "
+            f"for, {share('compute')} was computing, {share('transfer')} transfer and waking up, {share('leader')} the "
+            f"leader, {share('queue')} queueing for a device. The devices computed {of_devices('compute')} of their "
+            f"time, waited {of_devices('waiting')} for the slowest, and had nothing to do in {of_devices('idle')}."
+            + (f" {lost} draft(s) had no answer." if lost else "")
+        )
+
+
+def summarise(timeline: Sequence[Mark], devices: Sequence[str]) -> Summary:
+    """Return where the time went; a run that failed, or has not ended, counts for the devices alone."""
+    found = evaluations(timeline)
+    ends = {mark.run: mark for mark in timeline if mark.what == "end"}
+    begins = {mark.run: mark for mark in timeline if mark.what == "begin"}
+    summary = Summary()
+    for run, begin in begins.items():
+        if run in ends:
+            own = [e for e in found if e.run == run and e.answered is not None]
+            summary.paths.append(_path(begin, ends[run], own, found))
+    spans = _spans(timeline)
+    for worker, device in enumerate(devices):
+        summary.lanes.append(_lane(device, [e for e in found if e.worker == worker], timeline, spans))
+    return summary
+
+
+def _path(begin: Mark, end: Mark, own: list[Evaluation], everyone: Sequence[Evaluation]) -> Path:
+    path = Path(begin.run, (end.ns - begin.ns) / 1e9, evaluations=len(own))
+    before: dict[tuple[int, int], Evaluation] = {}  # by worker and time of sending: what the worker had just before
+    last: dict[int, Evaluation] = {}
+    for each in everyone:
+        if each.answered is not None:
+            if each.worker in last:
+                before[each.worker, each.sent] = last[each.worker]
+            last[each.worker] = each
+    e: Evaluation | None = max(own, key=lambda e: e.answered or 0, default=None)
+    path.end = (end.ns - ((e.answered or 0) if e else begin.ns)) / 1e9
+    until = e.answered or 0 if e else 0  # of the part of the path that is not divided yet
+    while e is not None:
+        path.rounds += 1
+        ahead = before.get((e.worker, e.sent))
+        if ahead is not None and ahead.ended > e.sent:  # it waited in the worker
+            path.transfer += (until - ahead.ended) / 1e9 - e.seconds
+            path.compute += e.seconds
+            if ahead.run != begin.run:
+                path.queue += (ahead.ended - e.sent) / 1e9
+                until = e.sent
+            else:
+                e, until = ahead, ahead.ended
+                continue
+        else:
+            path.transfer += (until - e.sent) / 1e9 - e.seconds
+            path.compute += e.seconds
+        formed = e.formed
+        assert formed is not None
+        if ahead is not None and formed.ns < (ahead.answered or 0) <= e.sent:  # it waited for the worker
+            if ahead.run == begin.run:
+                path.sending += (e.sent - (ahead.answered or 0)) / 1e9
+                e, until = ahead, ahead.answered or 0
+                continue
+            path.queue += (e.sent - formed.ns) / 1e9
+        else:
+            path.sending += (e.sent - formed.ns) / 1e9
+        since = formed.since or formed.ns
+        trigger = max(
+            (t for t in own if t.answered and t.answered <= since), key=lambda t: t.answered or 0, default=None
+        )
+        until = (trigger.answered or 0) if trigger else begin.ns
+        path.arithmetic += (formed.ns - until) / 1e9
+        e = trigger
+    return path
+
+
+def _spans(timeline: Sequence[Mark]) -> list[tuple[int, int]]:
+    """Return when runs were under way."""
+    spans: list[tuple[int, int]] = []
+    running: set[int] = set()
+    since = 0
+    for mark in timeline:
+        if mark.what == "begin":
+            since = since if running else mark.ns
+            running.add(mark.run)
+        elif mark.what in ("end", "failed") and mark.run in running:
+            running.remove(mark.run)
+            if not running:
+                spans.append((since, mark.ns))
+    if running:
+        spans.append((since, timeline[-1].ns))
+    return spans
+
+
+def _lane(device: str, found: list[Evaluation], timeline: Sequence[Mark], spans: list[tuple[int, int]]) -> Lane:
+    lane = Lane(device, len(found))
+    formed = [(mark.since or mark.ns, mark.ns) for mark in timeline if mark.what == "formed"]
+    parts: dict[str, float] = defaultdict(float)
+    for since, until in spans:
+        own = [e for e in found if since <= e.sent <= until]
+        at, served = since, False
+        for e in own:
+            sent = max(e.sent, at)
+            _gap(at, sent, formed, served, True, parts)
+            answered = min(e.answered or until, until)
+            lane.lost += e.answered is None
+            busy = max(0, answered - sent)
+            seconds = min(e.seconds * 1e9, busy)
+            parts["compute"] += seconds
+            parts["transfer"] += busy - seconds
+            at, served = max(at, answered), True
+        _gap(at, until, formed, served, False, parts)
+    for part, ns in parts.items():
+        setattr(lane, part, ns / 1e9)
+    return lane
+
+
+def _gap(
+    since: int, until: int, formed: Sequence[tuple[int, int]], served: bool, sent: bool, parts: dict[str, float]
+) -> None:
+    """Divide the time in which a device had no draft; `served`: it had one before, `sent`: it gets one at the end."""
+    inside = [(a, b) for a, b in formed if since <= a < until]
+    first = inside[0][0] if inside else until
+    parts["waiting" if served else "idle"] += first - since
+    if not inside:
+        return
+    last = inside[-1][0] if sent else until  # the drafts that brought it one
+    parts["idle"] += last - first
+    parts["leader"] += until - last

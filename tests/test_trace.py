@@ -1,0 +1,173 @@
+"""Traces: valid by the format's rules, with everything that happened in them, and sums that agree with the bench."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import drp
+from bench.rounds import split
+from drp import Leader
+from drp.trace import read, record, summarise
+from tests.test_cli import drp as command
+
+Event = dict[str, Any]
+EMULATED = "emulated:5ms:jitter=20%:values=cheap:link=300us"
+CHEAP = "drp.workers.emulated:load"
+
+
+def check_format(path: Path) -> list[Event]:
+    """Hold a file to the rules of the Trace Event Format's JSON objects; return its events."""
+    content = json.loads(path.read_text())
+    assert content["displayTimeUnit"] in ("ms", "ns")
+    events: list[Event] = content["traceEvents"]
+    lanes: dict[tuple[int, int], list[Event]] = defaultdict(list)
+    flows: dict[tuple[str, str, int], list[Event]] = defaultdict(list)
+    nested: dict[tuple[str, str], list[Event]] = defaultdict(list)
+    for event in events:
+        assert isinstance(event["name"], str)
+        assert isinstance(event["pid"], int)
+        assert isinstance(event["tid"], int)
+        if event["ph"] == "M":
+            assert event["name"] in ("process_name", "thread_name", "process_sort_index")
+            continue
+        assert event["ts"] >= 0
+        match event["ph"]:
+            case "X":
+                assert event["dur"] >= 0
+                lanes[event["pid"], event["tid"]].append(event)
+            case "s" | "t" | "f":
+                flows[event["cat"], event["name"], event["id"]].append(event)
+            case "b" | "e":
+                nested[event["cat"], event["id"]].append(event)
+            case "i":
+                assert event["s"] in ("g", "p", "t")
+            case other:
+                pytest.fail(f"phase {other!r} is not one that is written")
+    named = {event["pid"] for event in events if event["name"] == "process_name"}
+    assert {pid for pid, _ in lanes} <= named
+    for slices in lanes.values():  # one in another, or apart
+        ends: list[float] = []
+        for event in sorted(slices, key=lambda e: (e["ts"], -e["dur"])):
+            end = event["ts"] + event["dur"]
+            while ends and ends[-1] <= event["ts"] + 1e-3:
+                ends.pop()
+            assert not ends or end <= ends[-1] + 1e-3, event
+            ends.append(end)
+    for flow in flows.values():
+        phases = "".join(event["ph"] for event in flow)
+        assert phases in ("stf", "sf"), phases
+        assert [e["ts"] for e in flow] == sorted(e["ts"] for e in flow)
+        assert flow[-1]["bp"] == "e"
+        for event in flow:  # bound to the slice around it
+            around = lanes[event["pid"], event["tid"]]
+            assert any(s["ts"] - 1e-3 <= event["ts"] <= s["ts"] + s["dur"] + 1e-3 for s in around)
+    for pairs in nested.values():
+        assert "".join(event["ph"] for event in pairs) == "be" * (len(pairs) // 2)
+    return events
+
+
+def names(events: list[Event], phase: str) -> list[str]:
+    return [event["name"] for event in events if event["ph"] == phase]
+
+
+@pytest.fixture(scope="module")
+def emulated() -> Any:
+    with Leader(CHEAP, devices=[EMULATED] * 3) as leader:
+        yield leader
+
+
+@pytest.mark.parametrize("mode", ["aggressive", "conservative", "adaptive", "rolling"])
+def test_a_trace_is_valid_and_whole(emulated: Leader, mode: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    with record(emulated, path) as marks:
+        result = emulated.sample(shape=(4, 8, 8), steps=14, mode=mode, callback=lambda k, x: None)
+        emulated.sample(shape=(4, 8, 8), steps=5, mode=mode)
+    events = check_format(path)
+    assert read(path) == (marks, emulated.devices)
+    slices = names(events, "X")
+    total = [mark.what for mark in marks].count("answer")
+    for part in ("receive", "compute", "copy", "answer", "send", "take"):
+        assert slices.count(part) == total
+    assert slices.count("callback") == 14
+    assert slices.count("last states") == 2
+    assert slices.count("draft") == [mark.what for mark in marks].count("formed")
+    for phase in "stf":  # an arrow for each evaluation, to what was refined with it
+        assert names(events, phase).count("step 3") == [m.step for m in marks if m.what == "answer"].count(3)
+    assert sum(name.startswith("run ") for name in names(events, "b")) == 2
+    assert total == result.evaluations + sum(mark.what == "answer" and mark.run != marks[0].run for mark in marks)
+
+
+def test_cuts_are_shown(tiny: Leader, tmp_path: Path) -> None:
+    with record(tiny, tmp_path / "run.json"):
+        result = tiny.sample(labels=[1], steps=20, mode="adaptive", drafts=4, tolerance=1e-3)
+    assert result.cuts
+    events = check_format(tmp_path / "run.json")
+    cuts = [event["args"]["step"] for event in events if event["name"] == "cut"]
+    assert cuts == list(result.cuts)
+
+
+@pytest.mark.parametrize(("mode", "drafts"), [("aggressive", 3), ("conservative", 3), ("aggressive", 6)])
+def test_sums_are_those_of_the_bench(emulated: Leader, mode: str, drafts: int, tmp_path: Path) -> None:
+    with record(emulated, tmp_path / "run.json") as marks:
+        emulated.sample(shape=(4, 8, 8), steps=20, mode=mode, drafts=drafts)
+    bench = split(marks)
+    summary = summarise(*read(tmp_path / "run.json"))
+    (path,) = summary.paths
+    parts = path.compute + path.transfer + path.arithmetic + path.sending + path.queue + path.end
+    assert parts == pytest.approx(path.wall) == pytest.approx(bench.wall)
+    assert path.arithmetic == pytest.approx(sum(r.arithmetic for r in bench.rounds), rel=0.02)
+    if drafts == 3:  # with more drafts than devices the bench adds up those of a device
+        assert path.sending == pytest.approx(sum(r.sending for r in bench.rounds), rel=0.02)
+        assert path.transfer == pytest.approx(sum(r.wire for r in bench.rounds), rel=0.02)
+        assert path.compute == pytest.approx(bench.wall - path.transfer - path.leader, rel=0.02)
+    assert [lane.total for lane in summary.lanes] == [pytest.approx(bench.wall)] * 3
+    assert sum(lane.evaluations for lane in summary.lanes) == 20
+    assert "1 run(s)" in summary.words
+
+
+def test_a_trace_is_written_though_workers_are_killed(tmp_path: Path) -> None:
+    with pytest.raises(drp.WorkerError, match="SIGKILL"):
+        drp.sample("tests.denoisers:make_dying", shape=(4,), steps=12, devices=2, trace=tmp_path / "run.json")
+    events = check_format(tmp_path / "run.json")
+    assert "no answer" in names(events, "X")
+    summary = summarise(*read(tmp_path / "run.json"))
+    assert not summary.paths
+    assert sum(lane.lost for lane in summary.lanes) >= 1
+    assert summary.words == "no run came to its end"
+
+
+def test_only_what_is_recorded_is_kept(tiny: Leader, tmp_path: Path) -> None:
+    with record(tiny, tmp_path / "none.json"):
+        pass
+    assert check_format(tmp_path / "none.json")
+    assert tiny.timeline is None
+    seen: list[Tensor] = []
+    with pytest.raises(LookupError), record(tiny, tmp_path / "failed.json"):
+        tiny.sample(labels=[1], steps=9, callback=lambda k, x: seen[k])  # type: ignore[arg-type]
+    assert "failed" in names(check_format(tmp_path / "failed.json"), "i")
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_workers_start(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "nowhere" / "run.json"):
+        with pytest.raises(ValueError, match="cannot be written"):
+            drp.sample("digits", labels=[1], trace=place)
+
+
+def test_the_command_line_writes_and_reads(tmp_path: Path) -> None:
+    made = command("sample", "-l", "7", "-n", "6", "-d", "2", "--trace", "run.json", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    check_format(tmp_path / "run.json")
+    said = command("trace", "summary", "run.json", cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert "6 evaluations on 2 device(s), 4 of them one after the other" in said.stdout
+    assert "How each device spent the time" in said.stdout
+    (tmp_path / "other.json").write_text('{"traceEvents": []}')
+    refused = command("trace", "summary", "other.json", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "other.json is no trace of drp's" in refused.stderr
