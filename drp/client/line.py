@@ -124,6 +124,7 @@ class Line:
     # The loop.
 
     def _serve(self, socket: zmq.Socket[bytes]) -> None:
+        # Closed by name: a socket left to the garbage collector would keep the context from ending.
         monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
         poller = zmq.Poller()
         for each in (socket, monitor, self._wakeup):
@@ -132,11 +133,11 @@ class Line:
         try:
             socket.connect(self.address)
             while not self._closing:
+                self._speak(socket)
                 ready = dict(poller.poll(TICK))
                 if self._wakeup in ready:
                     os.eventfd_read(self._wakeup)
                 self._hear(socket)
-                self._speak(socket)
                 if monitor in ready and (self.opened.done() or _refused(monitor)):
                     raise ConnectionError(f"the server at {self.address} has closed the connection")
                 with self._gate:
@@ -146,6 +147,10 @@ class Line:
             error = lost
         finally:
             self._end(socket, error)
+            socket.disable_monitor()
+            monitor.close()
+            socket.close()
+            self._context.term()
 
     def _speak(self, socket: zmq.Socket[bytes]) -> None:
         while self._outgoing and int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
@@ -223,9 +228,6 @@ class Line:
             if not answer.done():
                 answer.set_exception(_again(error))
         self._runs.clear()
-        socket.disable_monitor()
-        socket.close()
-        self._context.term()
 
 
 def _refused(monitor: zmq.Socket[bytes]) -> bool:

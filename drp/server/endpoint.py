@@ -38,8 +38,9 @@ class Endpoint:
             )
         self._context = zmq.Context(io_threads=1)
         self._authenticator: ThreadAuthenticator | None = None
+        self.socket = self._context.socket(zmq.ROUTER)
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         try:
-            self.socket = self._context.socket(zmq.ROUTER)
             self.socket.setsockopt(zmq.LINGER, 1000)  # Last answers have a second to leave.
             self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
             self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # Sending to a client that is gone is an error.
@@ -51,7 +52,6 @@ class Endpoint:
             self.socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
             if keys is not None and not self.local:
                 self._admit(keys)
-            self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             try:
                 self.socket.bind(address)
             except zmq.ZMQError as error:
@@ -103,9 +103,9 @@ class Endpoint:
         """Close; what was sent last has a moment to leave."""
         if self._authenticator is not None:
             self._authenticator.stop()
-        if hasattr(self, "socket"):
-            self.socket.disable_monitor()
-            self.socket.close()
+        self.socket.disable_monitor()
+        self.monitor.close()
+        self.socket.close()
         self._context.term()
         if self._path is not None:
             self._path.unlink(missing_ok=True)
