@@ -139,7 +139,7 @@ class Active(ABC):
     @property
     def usual(self) -> float | None:
         """The median of the seconds that evaluations took lately, once there are some."""
-        return statistics.median(self._recent) if len(self._recent) >= 4 else None
+        return statistics.median(self._recent) if self._recent else None
 
 
 class ActiveRun(Active):

@@ -39,6 +39,10 @@ class Crew:
         due = self._due[worker.identity]
         return {Hello: "start", Loaded: f"load {self._model!r} and start"}.get(due, "share its weights and start")
 
+    def held_up_by(self, worker: WorkerProcess) -> WorkerProcess | None:
+        """Return the worker that another waits for, which has done all that it can."""
+        return self._publisher if worker in self._waiting else None
+
     def answer(self, worker: WorkerProcess, message: ToLeader) -> bool:
         """Take a worker's next word; return whether it is ready. Raise WorkerError for one that cannot be used."""
         due = self._due[worker.identity]

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import zmq
 
 from drp.leader.devices import Device
@@ -56,6 +57,14 @@ class WorkerProcess:
     def beats(self) -> int:
         """How often its main thread has come round; it does at least once in `drp.workers.worker.PATIENCE`."""
         return int(struct.unpack_from("Q", self.words.view(), LAST_WORDS)[0])
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether somebody has stopped it, with SIGSTOP or in a debugger."""
+        try:
+            return psutil.Process(self.process.pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        except psutil.NoSuchProcess:
+            return False
 
     @property
     def code(self) -> int | None:

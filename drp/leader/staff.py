@@ -26,7 +26,7 @@ BACKOFF = (0.5, 2.0)
 """Seconds before a lost worker is replaced: at first, twice as long each time, at most."""
 KILLED, OWN = 4, 5
 """How much a loss weighs: to a signal from outside, or by the worker's own fault: a crash, a hang, an exit."""
-MOST = {"draft": 10, "place": 40}
+MOST = {"draft": 15, "place": 40}
 """Where a draft, or a place that has answered nothing between, has been lost too often."""
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
 
@@ -136,9 +136,10 @@ class Staff:
         worker = station.worker
         assert worker is not None
         self._crew.lose(worker)
-        name = str(worker)
+        name, stopped = str(worker), worker.is_stopped
         how, code = self._pool.retire(worker)
-        outside = not why and code is not None and code < 0 and -code not in CRASHES
+        outside = stopped or (not why and code is not None and code < 0 and -code not in CRASHES)
+        why += "; it was stopped" if stopped else ""
         station.last = why or f"{name} {how}"
         drafts = tuple(station.drafts)
         station.drafts.clear()
@@ -159,10 +160,7 @@ class Staff:
                     station.last = f"{station.device.name}: no process can be started: {error}"
                     self._wait(station, OWN)
             elif station.state == "starting" and station.since <= now:
-                assert station.worker is not None
-                doing = self._crew.doing(station.worker)
-                late = f"{station.worker} did not {doing} within {self._start_timeout:g} s (start_timeout)"
-                losses.append(self.lose(station, late))
+                losses += self._late(station)
         if now >= self._next_tick:
             self._next_tick = now + TICK
             for station in self.ready:
@@ -172,6 +170,15 @@ class Staff:
         if all(station.state == "lost" for station in self.stations):
             raise WorkerError("no worker is left: " + "; ".join(station.last for station in self.stations))
         return losses
+
+    def _late(self, station: Station) -> list[Loss]:
+        """Give up a worker that did not start in time; one that waits for another's weights gets its time again."""
+        assert station.worker is not None
+        if self._crew.held_up_by(station.worker) is not None:
+            station.since += self._start_timeout
+            return []
+        late = f"{station.worker} did not {self._crew.doing(station.worker)}"
+        return [self.lose(station, f"{late} within {self._start_timeout:g} s (start_timeout)")]
 
     @property
     def next_time(self) -> float:
