@@ -4,7 +4,7 @@ DEVICES ?= 2
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test check bench quality micro clean
+.PHONY: help demo test test-faults soak check bench quality micro clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,6 +21,12 @@ demo: $(READY) ## Draw digits with two worker processes, into digits.png
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest
+
+test-faults: $(READY) ## Kill, stop, starve and flood everything, for ten minutes
+	$(BIN)/python -m pytest -m faults -s tests/faults
+
+soak: $(READY) ## Kill a worker every second for ten minutes
+	DRP_SOAK_SECONDS=600 $(BIN)/python -m pytest -m faults -s tests/faults/test_soak.py --timeout 900
 
 check: $(READY) ## Lint, format and types
 	$(BIN)/ruff check .

@@ -95,6 +95,14 @@ def make_slow() -> Callable[..., Tensor]:
     return predict
 
 
+def make_slow_sine() -> Callable[..., Tensor]:
+    def predict(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        time.sleep(0.02)
+        return free(x, t, cond)
+
+    return predict
+
+
 def make_misshapen() -> Callable[..., Tensor]:
     return lambda x, t, cond: x[:, :, 1:]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
@@ -71,8 +71,8 @@ class Active(ABC):
         """Rows that workers may write to: of drafts that they have, late ones too."""
         self.unbound: set[int] = set()
         """Numbers of the workers that have not answered Bind: until then the memory's descriptor stays open."""
-        self.strikes: Counter[int] = Counter()
-        """By index, how much its losses weigh."""
+        self.used_up: defaultdict[int, float] = defaultdict(float)
+        """By index, how much of the losses allowed it has had."""
         self.served: set[int] = set()
         """Numbers of the workers that have answered."""
         self.incidents: list[str] = []
@@ -120,7 +120,7 @@ class Active(ABC):
     def answer(self, worker: int, task: Task, row: int, seconds: float) -> None:
         """Account for a prediction and take it."""
         del self.missing[task.slot]
-        self.strikes.pop(task.index, None)
+        self.used_up.pop(task.index, None)
         self.served.add(worker)
         self.evaluations += 1
         self.device_seconds += seconds

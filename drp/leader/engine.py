@@ -20,7 +20,7 @@ from drp.leader.pool import GRACE, Pool
 from drp.leader.request import Job, Request
 from drp.leader.session import Session
 from drp.leader.sharing import ByLoad, Sharing
-from drp.leader.staff import MOST, Loss, Sent, Staff, Station
+from drp.leader.staff import MOST_DRAFT, Loss, Sent, Staff, Station
 from drp.leader.timeline import Mark, Timeline, What
 from drp.protocol.arena import Arena
 from drp.protocol.messages import Bound, Draft, Fault, ModelSpec, Prediction, ToLeader, Unbind
@@ -369,7 +369,7 @@ class Engine:
         match message:
             case Prediction() | Fault() if first and _what(message) == (first.run.number, first.task.index, first.row):
                 station.drafts.popleft()
-                station.since, station.weight = time.monotonic(), 0
+                station.since, station.used_up = time.monotonic(), 0.0
                 self._on_answer(station, first, message)
             case Bound(number) if (run := self._runs.get(number) or self._leaving.get(number)) and (
                 station.number in run.unbound
@@ -415,8 +415,8 @@ class Engine:
             self._mark("lost", run, task.index, number)
             if self._is_missing(sent) and not self._copies(sent):
                 run.waiting.appendleft(task)
-                run.strikes[task.index] += loss.weight if place == 0 else 0
-                if run.strikes[task.index] >= MOST["draft"]:
+                run.used_up[task.index] += MOST_DRAFT[loss.fault] if place == 0 else 0.0
+                if run.used_up[task.index] > 1 - 1e-9:
                     several = (
                         f"step {task.index} of run {run.number} was given up, after every worker that evaluated it"
                     )

@@ -171,13 +171,17 @@ class Pool:
             except zmq.Again:
                 return None
             except ProtocolError as error:
-                self.dropped += 1
-                log.warning("dropped what is no message: %s", error)
+                self._drop(f"no message: {error}")
                 continue
             worker = next((w for w in self.workers if w.identity == identity), None)
             if worker is not None:
                 return worker, message
-            self.dropped += 1
+            self._drop(f"a {type(message).__name__} from {identity!r}, which is no worker")
+
+    def _drop(self, what: str) -> None:
+        self.dropped += 1
+        if self.dropped & (self.dropped - 1) == 0:  # The first, second, fourth...: a flood does not fill the log.
+            log.warning("dropped %s (%d so far)", what, self.dropped)
 
     def retire(self, worker: WorkerProcess) -> tuple[str, int | None]:
         """End a worker by force, if it has not ended; return how it did and its code. Give back what it held."""

@@ -24,14 +24,16 @@ STILL = 5
 """Looks at which an idle worker had not come round, after which it counts as lost."""
 BACKOFF = (0.5, 2.0)
 """Seconds before a lost worker is replaced: at first, twice as long each time, at most."""
-KILLED, OWN = 4, 5
-"""How much a loss weighs: to a signal from outside, or by the worker's own fault: a crash, a hang, an exit."""
-MOST = {"draft": 15, "place": 40}
-"""Where a draft, or a place that has answered nothing between, has been lost too often."""
+MOST_DRAFT = {"outside": 1 / 4, "own": 1 / 3}
+"""The share of the losses that a draft is allowed: to a signal from outside, or by the worker's own fault: a crash, a
+hang, an exit. Of one it would be given up after four, of the other after three."""
+MOST_PLACE = {"outside": 1 / 20, "own": 1 / 8}
+"""Likewise for a place, in a row, none of its workers having answered anything."""
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
 
 log = logging.getLogger(__name__)
 State = Literal["starting", "ready", "away", "lost"]
+Fault = Literal["outside", "own"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Station:
     drafts: deque[Sent] = field(default_factory=deque)
     since: float = 0.0
     """Of state starting or away too: until when."""
-    weight: int = 0
-    """Of the losses since its last answer."""
+    used_up: float = 0.0
+    """How much of the losses allowed it has had since its last answer."""
     last: str = ""
     """How its last worker ended."""
     _beats: int = -1
@@ -73,11 +75,11 @@ class Station:
 
 @dataclass(frozen=True)
 class Loss:
-    """A worker that is gone, why, what that weighs, and the drafts it had."""
+    """A worker that is gone, why, whose fault it was, and the drafts it had."""
 
     station: Station
     why: str
-    weight: int
+    fault: Fault
     drafts: tuple[Sent, ...]
 
 
@@ -144,10 +146,10 @@ class Staff:
         drafts = tuple(station.drafts)
         station.drafts.clear()
         station.worker = None
-        weight = KILLED if outside else OWN
-        self._wait(station, weight)
+        fault: Fault = "outside" if outside else "own"
+        self._wait(station, fault)
         log.warning("lost: %s", station.last)
-        return Loss(station, station.last, weight, drafts)
+        return Loss(station, station.last, fault, drafts)
 
     def tend(self) -> list[Loss]:
         """Replace workers whose turn has come; return those that did not start in time, or idle and do not move."""
@@ -158,7 +160,7 @@ class Staff:
                     self.start(station)
                 except OSError as error:
                     station.last = f"{station.device.name}: no process can be started: {error}"
-                    self._wait(station, OWN)
+                    self._wait(station, "own")
             elif station.state == "starting" and station.since <= now:
                 losses += self._late(station)
         if now >= self._next_tick:
@@ -186,11 +188,12 @@ class Staff:
         times = [station.since for station in self.stations if station.state in ("starting", "away")]
         return min([*times, self._next_tick])
 
-    def _wait(self, station: Station, weight: int) -> None:
-        station.weight += weight
-        station.state = "lost" if station.weight >= MOST["place"] else "away"
+    def _wait(self, station: Station, fault: Fault) -> None:
         first, most = BACKOFF
-        station.since = time.monotonic() + min(most, first * 2 ** max(0, station.weight // KILLED - 1))
+        pause = first * 2 ** min(10, round(station.used_up / MOST_PLACE["outside"]))
+        station.used_up += MOST_PLACE[fault]
+        station.state = "lost" if station.used_up > 1 - 1e-9 else "away"
+        station.since = time.monotonic() + min(most, pause)
 
     def close(self, grace: float = GRACE) -> None:
         """End all workers and give back the weights."""

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from drp.protocol.messages import Bind, Draft, Prediction, Stop, Unbind
-from drp.workers import weights, worker
+from drp.protocol.transport import WorkerSocket
+from drp.workers import weights
 from drp.workers.worker import Worker
 
 WHERE = ("loading", "sharing", "binding", "before", "during", "after", "answered", "unbinding", "closing")
@@ -65,7 +66,7 @@ def make() -> Callable[..., Tensor]:
 
 def _prepare(where: str) -> None:
     """Let the fault strike between two lines of the worker, where no signal from outside could be aimed."""
-    receive, send, share = Worker._receive, worker.WorkerSocket.send, weights.Weights.share
+    receive, send, share = Worker._receive, WorkerSocket.send, weights.Weights.share
 
     @functools.wraps(receive)
     def on_receive(self: Worker) -> Any:
@@ -76,7 +77,7 @@ def _prepare(where: str) -> None:
         return message
 
     @functools.wraps(send)
-    def on_send(self: worker.WorkerSocket, message: Any) -> None:
+    def on_send(self: WorkerSocket, message: Any) -> None:
         due = isinstance(message, Prediction) and message.index >= AT_STEP
         if due and where == "after":
             strike()
@@ -92,5 +93,5 @@ def _prepare(where: str) -> None:
         share(self, *arguments)
 
     Worker._receive = on_receive  # type: ignore[method-assign]  # the worker's own code, in the worker's own process
-    worker.WorkerSocket.send = on_send  # type: ignore[method-assign]  # likewise
-    weights.Weights.share = on_share  # type: ignore[method-assign]  # likewise
+    WorkerSocket.send = on_send  # type: ignore[method-assign]  # likewise
+    weights.Weights.share = on_share  # type: ignore[assignment, method-assign]  # likewise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -123,7 +124,7 @@ def test_one_that_replaces_another_is_killed_as_it_starts(monkeypatch: pytest.Mo
         for turn in range(2, 4):
             until(lambda: leader.workers[1].state == "starting")
             os.kill(leader.workers[1].pid or 0, signal.SIGKILL)
-            until(lambda turn=turn: leader.workers[1].lost == turn)
+            until(functools.partial(_has_lost, leader, turn))
         until(lambda: leader.workers[1].state == "ready")
         assert torch.equal(sample(leader, "aggressive").samples, expected("aggressive"))
 
@@ -166,7 +167,7 @@ def test_one_that_is_late_is_overtaken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_none_left_names_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no worker can be started any more, the end comes with every worker's own."""
     with faulty(monkeypatch, "during", "SIGKILL", [0, 1, 2]) as leader:
-        monkeypatch.setattr("drp.leader.staff.MOST", {"draft": 1000, "place": 1})
+        monkeypatch.setattr("drp.leader.staff.MOST_PLACE", {"outside": 1, "own": 1})
         with pytest.raises(WorkerError, match=r"no worker is left: worker 0 .*SIGKILL.*; worker 1 .*; worker 2 "):
             sample(leader, "aggressive")
         with pytest.raises(WorkerError, match="closed; make a new one: no worker is left"):
@@ -180,6 +181,10 @@ def test_memory_that_a_worker_does_not_get(monkeypatch: pytest.MonkeyPatch) -> N
         pending = leader.submit(shape=(4, 1024, 1024), steps=4, drafts=2)
         assert pending.result(DEADLINE).incidents[0].startswith("worker 0 ")
         assert torch.equal(sample(leader, "aggressive").samples, expected("aggressive"))
+
+
+def _has_lost(leader: Leader, count: int) -> bool:
+    return leader.workers[1].lost == count
 
 
 def until(condition: Callable[[], bool]) -> None:
