@@ -159,6 +159,8 @@ def sample(
             f"{result.rounds} rounds, {result.evaluations} evaluations, {result.seconds:.2f} s; speed-up "
             f"{result.speedup:.2f} of {result.theory:.2f} in theory"
         )
+        for incident in result.incidents:
+            click.echo(f"meanwhile {incident.splitlines()[0]}", err=True)
         click.echo(f"wrote {out}")
 
 
