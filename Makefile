@@ -4,7 +4,7 @@ DEVICES ?= 2
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test test-faults soak check bench quality micro clean
+.PHONY: help demo test test-diffusers test-faults soak check bench quality micro clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,6 +21,9 @@ demo: $(READY) ## Draw digits with two worker processes, into digits.png
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest
+
+test-diffusers: $(READY) ## Run every diffusers pipeline with two, three and four workers
+	$(BIN)/python -m pytest -m diffusers
 
 test-faults: $(READY) ## Kill, stop, starve and flood everything, for ten minutes
 	$(BIN)/python -m pytest -m faults -s tests/faults

@@ -7,20 +7,23 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
 from typing_extensions import Unpack
 
 from drp.leader.active import Pending
 from drp.leader.devices import parse_devices
 from drp.leader.engine import Engine
 from drp.leader.request import Options, Request, make_job
+from drp.leader.session import Session
 from drp.leader.sharing import Sharing
 from drp.leader.staff import Station
 from drp.leader.timeline import Timeline
+from drp.protocol.arena import Arena
 from drp.protocol.messages import ModelSpec
 from drp.sampling.result import Result
 
@@ -181,6 +184,19 @@ class Leader:
             return pending.result()
         finally:
             pending.cancel()  # for an interrupt of this thread: nobody wants the run any more
+
+    def open(
+        self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], slots: int, cond: Mapping[str, Tensor]
+    ) -> Session:
+        """Begin a session: evaluations for a caller who does the arithmetic himself, see `drp.leader.session`.
+
+        Its `slots` hold drafts, tensors like `inputs`, for predictions like `outputs`; `cond` is copied.
+        """
+        if self._engine.is_this_thread:
+            raise RuntimeError("a callback must not use the leader that calls it")
+        return self._engine.open(
+            lambda number, spare: Arena.lay_out(number, inputs, outputs, slots, slots + spare, cond)
+        )
 
     def close(self) -> None:
         """Cancel the runs, end the workers and give back all memory; more calls do nothing."""

@@ -1,0 +1,244 @@
+"""Call: one call of a pipeline, from its first step to its last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drp.diffusers.drafting import OWN, Drafter, scale_of
+from drp.diffusers.evaluators import Evaluator
+from drp.diffusers.forms import OfState
+from drp.diffusers.learned import Learned, Recorded, UnrecognisedError, learn
+from drp.diffusers.report import CallReport
+from drp.diffusers.rounds import Predictions
+from drp.diffusers.scheduler import copy_of
+from drp.diffusers.tree import Json, UnknownValueError, flatten
+from drp.sampling.modes import Mode
+
+MOST_LESSONS = 6
+"""How often in one call a step may turn out otherwise than those before it, and be learned from anew."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all calls of a pipeline have in common: `modules` by name, and for each what workers find it by."""
+
+    pipe: Any
+    mode: Mode
+    modules: Mapping[str, Callable[..., Any]]
+    evaluator: Evaluator
+    publish: Callable[[str], Json]
+    config_of: Callable[[str], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a step showed, and the predictions for those that follow."""
+
+    learned: Learned
+    predictions: Predictions
+
+
+class Step:
+    """A step that is under way: what was recorded of it, or how far it is answered."""
+
+    def __init__(self) -> None:
+        self.recorded: list[Recorded] = []
+        self.position = 0
+        """Calls answered."""
+        self.astray = False
+        """It has turned out not to be as the program says: the rest of it is evaluated here."""
+        self.here = False
+        """Something of it was evaluated here."""
+        self.x: Tensor | None = None
+        """The latents, as the denoiser's arguments show them."""
+        self.exact = True
+        """They are what the scheduler's last step returned."""
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.answered: dict[tuple[int, int], Tensor] = {}
+
+
+class PipelineCall:
+    """Answers the calls of the denoiser, in the order in which the pipeline makes them, and watches its scheduler.
+
+    The first step is evaluated here, by the pipeline itself, and learned from. From then on the pipeline asks for what
+    it has asked before, for other latents. When it asks for what nobody has predicted, the drafts of a round are made.
+    """
+
+    def __init__(self, work: Work, scheduler: Any, report: CallReport) -> None:
+        self._work, self._scheduler, self._report = work, scheduler, report
+        self._drafter = Drafter(scheduler, work.mode.rule)
+        self._lesson: Lesson | None = None
+        self._lessons = 0
+        self._suspects: set[str] = set()
+        self._step = Step()
+        self._index: int | None = None
+        self._end: int | None = None
+        self._stepped: Tensor | None = None
+        self._began = time.perf_counter()
+
+    # What the pipeline does.
+
+    def evaluate(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what the module returns: as predicted, at a draft or at these very arguments, or evaluated here."""
+        if self._lesson is not None and not self._step.astray:
+            try:
+                return self._answer(self._lesson, module, args, kwargs)
+            except UnrecognisedError as error:
+                self._suspects.add(error.path)
+                self._lose_way(str(error))
+        return self._here(module, args, kwargs)
+
+    def step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let the scheduler take a step, and learn from it."""
+        if not self._report.sequential:
+            try:
+                self._before_step(args, kwargs)
+            except UnrecognisedError as error:
+                self._give_up(str(error))
+        stepped = original(*args, **kwargs)
+        self._stepped = stepped[0]
+        if self._index is not None:
+            self._index += 1
+        self._report.steps += 1
+        self._report.rounds += self._step.here
+        self._report.seconds = time.perf_counter() - self._began
+        self._step = Step()
+        return stepped
+
+    def close(self) -> None:
+        """Give all memory back."""
+        lesson, self._lesson = self._lesson, None
+        if lesson is not None:
+            lesson.predictions.close()
+
+    # A step.
+
+    def _here(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Evaluate in this process, as the pipeline would have done."""
+        began = time.perf_counter()
+        result = self._work.modules[module](*args, **kwargs)
+        self._report.device_seconds += time.perf_counter() - began
+        self._report.evaluations += not self._step.here
+        self._step.here = True
+        if not self._report.sequential:
+            self._step.recorded.append(Recorded(module, args, kwargs, result))
+        return result
+
+    def _before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check the step that ends, or learn from it."""
+        arguments = self._drafter.read(args, kwargs)
+        x, output = arguments["sample"], arguments["model_output"]
+        if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+            raise UnrecognisedError("the scheduler's step takes no tensors")
+        k = self._index = self._drafter.find(arguments["timestep"], self._index)
+        step = self._step
+        if self._lesson is not None and not step.astray:
+            calls = self._lesson.learned.program.calls
+            if step.position < len(calls):
+                self._lose_way(f"{calls[step.position].module} was not called")
+            elif step.exact and (step.x is None or not torch.equal(step.x, x)):
+                self._lose_way("the scheduler was given other latents than the denoiser")
+        if self._lesson is None and step.recorded:
+            self._learn(k, x, output)
+        elif step.astray:
+            self._forget()
+        self._drafter.note(k, x, output)
+
+    def _lose_way(self, why: str) -> None:
+        """Take the rest of this step without the program."""
+        self._report.notes[f"a step was evaluated anew: {why}"] += 1
+        self._lessons += 1
+        if self._step.position == 0:  # Nothing of it was answered yet: it can be learned from.
+            self._forget()
+        else:
+            self._step.astray = True
+            self._lessons += 2  # It costs more: what was answered of the step has been evaluated for nothing.
+        if self._lessons >= MOST_LESSONS:
+            self._give_up(f"steps differ from one another: {why}")
+
+    def _forget(self) -> None:
+        self.close()
+        self._step.astray = False
+
+    def _give_up(self, why: str) -> None:
+        """Take the remaining steps without drafts."""
+        self._forget()
+        self._report.sequential = why
+
+    def _learn(self, k: int, x: Tensor, output: Tensor) -> None:
+        """Make a program of the step whose calls were recorded, and begin rounds with it."""
+        work, t = self._work, self._drafter.timesteps[k]
+        if torch.is_autocast_enabled("cpu"):
+            raise UnrecognisedError("the pipeline runs under torch.autocast, which workers do not")
+        recorded = self._step.recorded
+        configs = {record.module: work.config_of(record.module) for record in recorded}
+        learned = learn(recorded, x, t, scale_of(copy_of(self._scheduler, OWN), t), configs, self._suspects)
+        try:
+            sources = {name: work.publish(name) for name in configs}
+        except UnknownValueError as error:
+            raise UnrecognisedError(str(error)) from None
+        if self._end is None:
+            left = len(self._drafter.timesteps) - k
+            said = getattr(work.pipe, "_num_timesteps", None)  # fewer, if it stops before the last
+            self._end = k + (said if isinstance(said, int) and 0 < said < left else left)
+        inputs = {name: varying.like for name, varying in learned.inputs.items()}
+        width = work.mode.width
+        session = work.evaluator.bind(learned.program, sources, inputs, learned.outputs, width, learned.cond)
+        self._drafter.taken.clear()
+        predictions = Predictions(learned, self._drafter, session, work.mode, k, self._end, self._report)
+        predictions.fit_guidance(x, output)
+        self._lesson = Lesson(learned, predictions)
+        if self._drafter.assumes:
+            self._report.notes[self._drafter.assumes] = 1
+
+    # Answering.
+
+    def _answer(self, lesson: Lesson, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what was predicted for a call; raise UnrecognisedError if it is not one that was expected."""
+        learned, step = lesson.learned, self._step
+        number, k = step.position, self._index
+        tensors = learned.tensors_of(number, module, args, kwargs)
+        if k is None or self._end is None or k >= self._end or self._stepped is None:
+            raise UnrecognisedError("the pipeline takes more steps than its scheduler has timesteps")
+        if step.x is None:
+            step.x = self._expect(learned, tensors, k, self._stepped)
+        learned.check(number, tensors, step.inputs, step.answered)
+        if number == 0:
+            stepped = None if step.exact else self._stepped
+            step.outputs = lesson.predictions.at(k, step.x, step.inputs, stepped)
+        step.position += 1
+        result = learned.answer(number, step.outputs)
+        step.answered.update({(number, place): tensor for place, tensor in enumerate(flatten(result)[1])})
+        return result
+
+    def _expect(self, learned: Learned, tensors: list[Tensor], k: int, stepped: Tensor) -> Tensor:
+        """Return the latents that the denoiser is given; find the arguments that follow from them."""
+        step, t = self._step, self._drafter.timesteps[k]
+        scale = scale_of(copy_of(self._scheduler, OWN), t)
+        x = stepped
+        leaves = learned.program.calls[0].leaves
+        for leaf, tensor in zip(leaves, tensors, strict=True):
+            varying = learned.inputs[leaf.name] if leaf.kind == "input" else None
+            if varying is None or not isinstance(varying.form, OfState) or varying.form.item is not None:
+                continue
+            if tensor.shape != varying.like.shape or tensor.dtype != varying.like.dtype:
+                raise UnrecognisedError("the denoiser is given latents of another shape")
+            if not torch.equal(varying.form.apply(x, scale, varying.like), tensor):
+                # The pipeline, or a callback, changed the latents after the scheduler's step.
+                step.exact = False
+                x = varying.form.read(tensor, x, scale)
+                if not varying.form.same_elsewhere(varying.like, tensor, x):
+                    raise UnrecognisedError("what is added to the latents has changed")
+                step.inputs[leaf.name] = tensor
+            break
+        for name, varying in learned.inputs.items():
+            if name not in step.inputs:
+                step.inputs[name] = varying.at(x, t, scale)
+        return x

@@ -1,0 +1,113 @@
+"""Evaluators: who evaluates the drafts of a pipeline's call: workers, or, for reference, this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from drp.diffusers.program import PROGRAM, Program, to_tensor
+from drp.diffusers.tree import Json
+from drp.protocol.arena import Arena
+from drp.sampling.run import Task
+
+
+class Session(Protocol):
+    """One program, while drafts of it are evaluated, as of `drp.leader.session`. `arena` has its slots.
+
+    `device_seconds` is what evaluations have taken so far, `incidents` what happened to workers meanwhile.
+    """
+
+    arena: Arena
+    device_seconds: float
+    incidents: list[str]
+
+    def evaluate(self, tasks: Sequence[Task]) -> Mapping[int, int]:
+        """Evaluate the drafts in the tasks' slots, all at once; return by index the row of each prediction."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back."""
+        ...
+
+
+class Evaluator(Protocol):
+    """Makes sessions. `devices` are names."""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The names of the places where drafts are evaluated."""
+        ...
+
+    def bind(
+        self,
+        program: Program,
+        sources: Mapping[str, Json],
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
+        slots: int,
+        cond: Mapping[str, Tensor],
+    ) -> Session:
+        """Return a session whose slots hold tensors like `inputs` and `outputs`."""
+        ...
+
+
+class Here:
+    """This process, on its own modules, one draft at a time, with as many threads as a worker has."""
+
+    def __init__(self, modules: Mapping[str, Callable[..., Any]], threads: int) -> None:
+        self._modules, self._threads = modules, threads
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """One name."""
+        return ("this process",)
+
+    def bind(
+        self,
+        program: Program,
+        sources: Mapping[str, Json],
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
+        slots: int,
+        cond: Mapping[str, Tensor],
+    ) -> Session:
+        """Return a session in this process."""
+        arena = Arena.lay_out(0, inputs, outputs, slots, slots, {**cond, PROGRAM: to_tensor(program, sources)})
+        return _SessionHere(arena, program, self._modules, self._threads)
+
+
+class _SessionHere:
+    def __init__(self, arena: Arena, program: Program, modules: Mapping[str, Callable[..., Any]], threads: int) -> None:
+        self.arena = arena
+        self.device_seconds = 0.0
+        self.incidents: list[str] = []
+        self._program, self._modules, self._threads = program, modules, threads
+
+    def evaluate(self, tasks: Sequence[Task]) -> Mapping[int, int]:
+        """Evaluate one after the other."""
+        with _threads(self._threads), torch.no_grad():
+            for task in tasks:
+                began = time.perf_counter()
+                inputs, outputs = self.arena.draft(task.slot), self.arena.prediction(task.slot)
+                self._program.run(self._modules, inputs, self.arena.cond, outputs)
+                self.device_seconds += time.perf_counter() - began
+        return {task.index: task.slot for task in tasks}
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.arena.close()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

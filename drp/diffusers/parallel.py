@@ -1,0 +1,238 @@
+"""Parallel: the context in which a pipeline's denoiser is answered from drafts; see `parallelize`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from drp.diffusers.call import PipelineCall, Work
+from drp.diffusers.evaluators import Evaluator, Here
+from drp.diffusers.publish import Publisher
+from drp.diffusers.report import CallReport, Report
+from drp.diffusers.tree import Json
+from drp.diffusers.workers import Workers
+from drp.leader.devices import parse_devices
+from drp.sampling.drafts import RULES, SECANT, DraftRule
+from drp.sampling.modes import Mode, Sweeps, Warmup, make_mode
+
+DENOISERS = ("unet", "transformer", "transformer_2", "controlnet", "prior")
+"""Components of a pipeline that its steps call."""
+
+
+class Parallel:
+    """A pipeline while it is parallelised. `report` says what happened in each of its calls."""
+
+    def __init__(self, pipe: Any, mode: Mode, names: Sequence[str]) -> None:
+        self.report = Report()
+        self._pipe, self._mode = pipe, mode
+        self._modules = {name: getattr(pipe, name) for name in names}
+        self._schedulers: list[Any] = []
+        self._call: PipelineCall | None = None
+        self._fresh = True
+        self._publisher: Publisher | None = None
+        self._evaluator: Evaluator | None = None
+
+    @property
+    def originals(self) -> dict[str, Callable[..., Any]]:
+        """The modules' own forward methods."""
+        return {name: type(module).forward.__get__(module) for name, module in self._modules.items()}
+
+    def enter(self, evaluator: Evaluator, publisher: Publisher | None) -> None:
+        """Begin to answer the denoiser's calls."""
+        if any("forward" in vars(module) for module in self._modules.values()):
+            raise ValueError(
+                f"{type(self._pipe).__name__} is parallelised already, or a hook took its denoiser's forward; "
+                "leave that first"
+            )
+        self._evaluator, self._publisher = evaluator, publisher
+        self._originals = self.originals
+        for name, module in self._modules.items():
+            module.forward = Hook(functools.partial(self._evaluate, name), self._originals[name])
+        self._watch(self._pipe.scheduler)
+
+    def leave(self) -> None:
+        """Make the pipeline what it was."""
+        for module in self._modules.values():
+            vars(module).pop("forward", None)
+        for scheduler in self._schedulers:
+            for name in ("step", "set_timesteps"):
+                vars(scheduler).pop(name, None)
+        if self._call is not None:
+            self._call.close()
+
+    def _watch(self, scheduler: Any) -> None:
+        """Be told of a scheduler's steps."""
+        self._schedulers.append(scheduler)
+        step, set_timesteps = scheduler.step, scheduler.set_timesteps
+
+        @functools.wraps(step)
+        def watched_step(*args: Any, **kwargs: Any) -> Any:
+            return self._call.step(step, args, kwargs) if self._call is not None else step(*args, **kwargs)
+
+        @functools.wraps(set_timesteps)
+        def watched_set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            self._fresh = True
+            return set_timesteps(*args, **kwargs)
+
+        scheduler.step, scheduler.set_timesteps = watched_step, watched_set_timesteps
+
+    def _evaluate(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        scheduler = self._pipe.scheduler
+        if not any(scheduler is watched for watched in self._schedulers):
+            self._watch(scheduler)  # It was exchanged.
+            self._fresh = True
+        if self._fresh:
+            self._begin(scheduler)
+        assert self._call is not None
+        return self._call.evaluate(name, args, kwargs)
+
+    def _begin(self, scheduler: Any) -> None:
+        assert self._evaluator is not None
+        if self._call is not None:
+            self._call.close()
+        self._fresh = False
+        mode = self._mode
+        report = CallReport(type(mode).__name__.lower(), mode.width, self._evaluator.devices)
+        self.report.calls.append(report)
+        work = Work(self._pipe, mode, self._originals, self._evaluator, self._publish, self._config)
+        self._call = PipelineCall(work, scheduler, report)
+
+    def publish(self, publisher: Publisher, name: str) -> Json:
+        """Put a module where workers find it; raise ValueError if it cannot be put there."""
+        return publisher.publish(name, self._modules[name])
+
+    def _publish(self, name: str) -> Json:
+        return None if self._publisher is None else self.publish(self._publisher, name)
+
+    def _config(self, name: str) -> Mapping[str, Any]:
+        return getattr(self._modules[name], "config", {})
+
+
+class Hook:
+    """Stands in for a module's `forward`."""
+
+    def __init__(self, evaluate: Callable[..., Any], original: Callable[..., Any]) -> None:
+        self._evaluate = evaluate
+        functools.update_wrapper(self, original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer."""
+        return self._evaluate(*args, **kwargs)
+
+
+@contextmanager
+def parallelize(
+    pipe: Any,
+    devices: int | str | Sequence[str] | Workers = 2,
+    mode: str | Mode = "aggressive",
+    *,
+    drafts: int | None = None,
+    rule: str | DraftRule | None = None,
+    tolerance: float = 0.0025,
+    warmup: int = 0,
+    threads: int | None = None,
+    denoisers: Sequence[str] | None = None,
+    start_timeout: float = 120.0,
+    draft_timeout: float | None = None,
+) -> Iterator[Parallel]:
+    """Spread the steps of a diffusers pipeline's calls over several devices, inside a `with`.
+
+        with parallelize(pipe, devices=4) as run:
+            image = pipe("an astronaut on a horse").images[0]
+        print(run.report)
+
+    The pipeline's own code runs as ever, in this process and thread; only the calls of its denoiser are answered from
+    drafts that worker processes have evaluated. After the `with` the pipeline is what it was, and the workers are gone;
+    its weights have moved into shared memory, one copy for all.
+
+    devices: a count, or names, as of `drp.Leader`; or `Workers`, which several pipelines may share.
+    mode, drafts, rule, tolerance, warmup: as of `drp.sample` (docs/drafts.md); modes that go back to steps that were
+        taken, rolling and those with sweeps, are refused.
+    threads: of each worker; by default an equal share of this process's. Bits may depend on it.
+    denoisers: the names of the components that the steps call, if they are called unusually.
+
+    Raises ValueError for a pipeline or arguments that cannot be, WorkerError if a worker cannot start or, from the
+    pipeline's call, if one is lost. Steps of which it cannot be made sure that drafts are right are taken sequentially,
+    in this process; `run.report` says which, and why.
+    """
+    names = _denoisers(pipe, denoisers)
+    own = devices if isinstance(devices, Workers) else None
+    count = len(own.devices if own else parse_devices(cast("int | str | Sequence[str]", devices), 1))
+    parallel = Parallel(pipe, make(mode, drafts or count, rule, tolerance, warmup), names)
+    with ExitStack() as stack:
+        publisher = stack.enter_context(closing(Publisher(lambda value: isinstance(value, Hook))))
+        for name in names:  # Before workers start: what cannot be described is refused.
+            parallel.publish(publisher, name)
+        workers = own or stack.enter_context(
+            Workers(
+                cast("int | str | Sequence[str]", devices),
+                threads=threads,
+                start_timeout=start_timeout,
+                draft_timeout=draft_timeout,
+            )
+        )
+        parallel.enter(workers, publisher)
+        stack.callback(parallel.leave)
+        yield parallel
+
+
+@contextmanager
+def reference(
+    pipe: Any,
+    *,
+    devices: int | str | Sequence[str] = 1,
+    mode: str | Mode = "aggressive",
+    drafts: int | None = None,
+    rule: str | DraftRule | None = None,
+    tolerance: float = 0.0025,
+    warmup: int = 0,
+    threads: int | None = None,
+    denoisers: Sequence[str] | None = None,
+) -> Iterator[Parallel]:
+    """Do in this process what `parallelize` does with the same arguments on workers: the bits are the same.
+
+    `devices` only counts, for the drafts a round.
+    """
+    names = _denoisers(pipe, denoisers)
+    placed = parse_devices(devices, 1)
+    own = threads or max(1, torch.get_num_threads() // len(placed))
+    parallel = Parallel(pipe, make(mode, drafts or len(placed), rule, tolerance, warmup), names)
+    parallel.enter(Here(parallel.originals, own), None)
+    try:
+        yield parallel
+    finally:
+        parallel.leave()
+
+
+def make(mode: str | Mode, drafts: int, rule: str | DraftRule | None, tolerance: float, warmup: int) -> Mode:
+    """Return the mode that the arguments describe; raise ValueError if a pipeline's steps can't be taken in it."""
+    if isinstance(mode, str):
+        if isinstance(rule, str) and rule not in RULES:
+            raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}, or give a DraftRule")
+        made = make_mode(mode, drafts, tolerance, RULES[rule] if isinstance(rule, str) else rule or SECANT)
+    else:
+        made = mode
+    if warmup:
+        made = Warmup(made, warmup)
+    if made.lags or isinstance(made, Sweeps):
+        raise ValueError(
+            f"mode {mode!r} goes back to steps that a pipeline has already taken; choose sequential, conservative, "
+            "aggressive or adaptive"
+        )
+    return made
+
+
+def _denoisers(pipe: Any, denoisers: Sequence[str] | None) -> list[str]:
+    """Return the names of the components that the pipeline's steps call."""
+    if not hasattr(pipe, "scheduler"):
+        raise ValueError(f"{type(pipe).__name__} has no scheduler, whose steps drp would draft")
+    names = [n for n in denoisers or DENOISERS if isinstance(getattr(pipe, n, None), nn.Module)]
+    if not names or (denoisers and len(names) < len(denoisers)):
+        wanted = ", ".join(denoisers or DENOISERS)
+        raise ValueError(f"{type(pipe).__name__} lacks {wanted}; name its denoising modules in `denoisers`")
+    return names

@@ -1,0 +1,121 @@
+"""Publish: modules, put where workers find them: descriptions and weights in shared memory, one copy for all.
+
+The weights *move* there: the pipeline's own parameters use the same pages from then on, in this process too, also after
+the workers have ended. So there is one copy on the machine, and what is later done to a weight in place (a LoRA fused
+into it, say) is what the workers see.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drp.diffusers.structure import describe
+from drp.diffusers.tree import Json
+from drp.protocol.memory import NAMES, SharedMemory, aligned
+
+_numbers = itertools.count(1)
+
+
+Key = tuple[int, tuple[int, ...], torch.dtype, tuple[int, ...]]
+"""Where a tensor lies, its shape, dtype and stride."""
+
+
+class Publisher:
+    """The shared memory of one pipeline's modules. `ours` says which attributes of modules are not the user's."""
+
+    def __init__(self, ours: Callable[[Any], bool]) -> None:
+        self._ours = ours
+        self._blocks: list[SharedMemory] = []
+        self._places: dict[Key, Json] = {}
+        self._copies: dict[str, dict[int, tuple[Tensor, Json]]] = {}
+        self._latest: dict[str, tuple[Json, Json]] = {}
+
+    def publish(self, name: str, module: nn.Module) -> Json:
+        """Return the JSON by which a worker finds a module; the same as the last time if nothing has changed since.
+
+        Raises UnknownValueError for a module that cannot be described.
+        """
+        description, tensors = describe(module, self._ours)
+        weights = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        self._move([tensor for tensor in tensors if id(tensor) in weights])
+        copies = self._copy(name, {i: tensor for i, tensor in enumerate(tensors) if id(tensor) not in weights})
+        places = [copies[i] if i in copies else self._places[_key(tensor)] for i, tensor in enumerate(tensors)]
+        known, source = self._latest.get(name, (None, None))
+        if known != (description, places):
+            text = json.dumps({"structure": description, "weights": places}).encode()
+            memory = self._block(len(text))
+            memory.tensor(0, (len(text),), torch.uint8).copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+            source = {"number": next(_numbers), "length": len(text), "memory": _fields(memory)}
+            self._latest[name] = ((description, places), source)
+        return source
+
+    def _move(self, weights: Sequence[Tensor]) -> None:
+        """Move the weights that are not there yet into one more block."""
+        fresh: dict[Key, list[Tensor]] = {}
+        for tensor in weights:
+            if _key(tensor) not in self._places:
+                fresh.setdefault(_key(tensor), []).append(tensor)  # Tied weights are one.
+        for (shared, place), same in zip(self._fill([same[0] for same in fresh.values()]), fresh.values(), strict=True):
+            for tensor in same:
+                tensor.data = shared
+            self._places[_key(shared)] = place
+
+    def _copy(self, name: str, tensors: Mapping[int, Tensor]) -> dict[int, Json]:
+        """Return where copies are of tensors that are no weights: attributes that a module computes and keeps."""
+        known = self._copies.get(name, {})
+        if known.keys() != tensors.keys() or not all(_equal(known[i][0], tensor) for i, tensor in tensors.items()):
+            known = dict(zip(tensors, self._fill(list(tensors.values())), strict=True))
+            self._copies[name] = known
+        return {i: place for i, (_, place) in known.items()}
+
+    def _fill(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, Json]]:
+        """Copy tensors into one more block; return the copies, and where they are."""
+        if not tensors:
+            return []
+        sizes = [_count(tensor) * tensor.element_size() for tensor in tensors]
+        block, offset = self._block(sum(map(aligned, sizes))), 0
+        filled = []
+        for tensor, size in zip(tensors, sizes, strict=True):
+            flat = block.tensor(offset, (_count(tensor),), tensor.dtype)
+            shape, stride = list(tensor.shape), list(tensor.stride())
+            shared = flat.as_strided(shape, stride) if len(flat) else flat.view(shape)
+            shared.copy_(tensor.detach())
+            place = {"memory": _fields(block), "offset": offset, "dtype": NAMES[tensor.dtype]}
+            filled.append((shared, {**place, "shape": shape, "stride": stride}))
+            offset += aligned(size)
+        return filled
+
+    def _block(self, nbytes: int) -> SharedMemory:
+        self._blocks.append(SharedMemory.create(nbytes))
+        return self._blocks[-1]
+
+    def close(self) -> None:
+        """Give the descriptors back: nobody can open the memory any more; the pipeline's weights stay in it."""
+        self._copies.clear()
+        for block in self._blocks:
+            block.close()
+        self._blocks.clear()
+
+
+def _key(tensor: Tensor) -> Key:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.dtype, tuple(tensor.stride())
+
+
+def _equal(copy: Tensor, tensor: Tensor) -> bool:
+    return _key(copy)[1:] == _key(tensor)[1:] and torch.equal(copy, tensor)
+
+
+def _count(tensor: Tensor) -> int:
+    """Return how many numbers the memory has that a tensor lies in."""
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+
+
+def _fields(memory: SharedMemory) -> dict[str, int]:
+    handle = memory.handle
+    return {"pid": handle.pid, "fd": handle.fd, "nbytes": handle.nbytes}

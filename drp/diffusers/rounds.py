@@ -1,0 +1,145 @@
+"""Rounds: which steps of a pipeline's call are predicted together, from drafts, and what the pipeline is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor
+
+from drp.diffusers.drafting import Drafter, gain_of, outputs_as_branches
+from drp.diffusers.evaluators import Session
+from drp.diffusers.learned import Learned, UnrecognisedError
+from drp.diffusers.program import output_name
+from drp.diffusers.report import CallReport
+from drp.sampling.modes import Adaptive, Mode, Rounds
+from drp.sampling.run import Task
+
+JUMP = 0.25
+"""The change of the latents between two steps, over their norm, beyond which drafts are given up for new ones."""
+
+
+class Predictions:
+    """The predictions for the steps from one that was learned from, at `first`, to `end`, made as they are needed."""
+
+    def __init__(
+        self,
+        learned: Learned,
+        drafter: Drafter,
+        session: Session,
+        mode: Mode,
+        first: int,
+        end: int,
+        report: CallReport,
+    ) -> None:
+        self._learned, self._drafter, self._session = learned, drafter, session
+        self._mode, self._adaptive = mode, _adaptive(mode)
+        self._end, self._report = end, report
+        self._rows: dict[int, int] = {}
+        self._drafts: dict[int, Tensor] = {}
+        self._residuals: list[float] | None = None
+        self._gain = 0
+        self._final = _final_results(learned)
+        self._begin(first)
+        next(self._rounds)  # That was the step that was learned from.
+
+    def fit_guidance(self, x: Tensor, output: Tensor) -> None:
+        """Find out how a shift of the results shifts the output after guidance, from the step that was learned from."""
+        results = self._learned.outputs
+        branches = outputs_as_branches([results[name] for name in self._final], x)
+        self._gain = gain_of(branches, output) if branches and output.shape == x.shape else 0
+
+    def at(self, k: int, x: Tensor, inputs: Mapping[str, Tensor], stepped: Tensor | None) -> dict[str, Tensor]:
+        """Return the results of the step at index k, whose latents are x and whose arguments are `inputs`.
+
+        `stepped` is what the scheduler's last step returned, if the latents are no longer that.
+        """
+        if k in self._rows and not self._still_good(k, x, stepped):
+            self._rows = {}
+        if k not in self._rows:
+            self._round(k, x, inputs)
+        stored = self._session.arena.prediction(self._rows.pop(k))
+        outputs = {name: tensor.clone() for name, tensor in stored.items()}
+        shift = self._drafter.shift(k, self._drafts.pop(k), x) if self._gain else None
+        if shift is not None:
+            for branch in outputs_as_branches([outputs[name] for name in self._final], x) or ():
+                branch.copy_(branch + self._gain * shift)
+        return outputs
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._report.notes.update(self._session.incidents)
+        self._session.close()
+
+    def _begin(self, k: int) -> None:
+        """Begin rounds for the steps from k on, as in a run that starts there."""
+        self._first = self._drafter.base = self._drafter.anchor = k
+        self._rounds: Rounds = self._mode.rounds(self._end - k)
+        self._residuals = None
+
+    def _still_good(self, k: int, x: Tensor, stepped: Tensor | None) -> bool:
+        """Compare the state with the draft whose prediction would be used; say whether it is to be."""
+        residual = _apart(x, self._drafts[k])
+        self._report.residuals[k] = residual
+        if self._residuals is not None:
+            self._residuals.append(residual)
+        if self._adaptive is not None and not residual <= self._adaptive.tolerance:
+            self._report.notes["drafts were given up as stale"] += 1
+            return False
+        if stepped is not None and _apart(x, stepped) > JUMP:
+            self._report.notes["drafts were given up: the latents were exchanged between two steps"] += 1
+            self._begin(k)
+            return False
+        return True
+
+    def _round(self, k: int, x: Tensor, inputs: Mapping[str, Tensor]) -> None:
+        """Have the next round's drafts made and evaluated."""
+        try:
+            # A round is told how stale the drafts of the one before were, from its base on.
+            r = next(self._rounds) if self._residuals is None else self._rounds.send(self._residuals)
+        except StopIteration:
+            raise UnrecognisedError("the pipeline takes more steps than its scheduler has timesteps") from None
+        self._drafter.advance(r.base + self._first)
+        last = r.predict[-1] + self._first
+        assert r.predict[0] + self._first == k, "parallelize refuses modes that go back"
+        tasks = []
+        for slot, state in enumerate(self._drafter.states(k, last, x)):
+            t = self._drafter.timesteps[state.index]
+            draft = self._session.arena.draft(slot)
+            for name, varying in self._learned.inputs.items():
+                draft[name].copy_(inputs[name] if state.index == k else varying.at(state.x, t, state.scale))
+            self._drafts[state.index] = state.x
+            tasks.append(Task(state.index, float(t), slot))
+        spent = self._session.device_seconds
+        self._rows = dict(self._session.evaluate(tasks))
+        self._residuals = [0.0] if self._mode.feedback else None
+        self._report.rounds += 1
+        self._report.evaluations += len(tasks)
+        self._report.device_seconds += self._session.device_seconds - spent
+
+
+def _final_results(learned: Learned) -> list[str]:
+    """Return the names of the results that no later call of the step takes: guidance makes the output of them."""
+    taken = {leaf.call for call in learned.program.calls for leaf in call.leaves if leaf.kind == "output"}
+    return [
+        output_name(number, place)
+        for number, call in enumerate(learned.program.calls)
+        if number not in taken
+        for place in range(call.results)
+    ]
+
+
+def _apart(x: Tensor, draft: Tensor) -> float:
+    """Return |x - draft| / |x|, the largest among the samples; numpy adds in one order whatever the threads."""
+    difference = (x.double() - draft.double()).reshape(len(x), -1).cpu().numpy()
+    whole = x.double().reshape(len(x), -1).cpu().numpy()
+    return float(np.sqrt(np.square(difference).sum(axis=1) / np.square(whole).sum(axis=1)).max())
+
+
+def _adaptive(mode: Mode) -> Adaptive | None:
+    """Return the adaptive mode in a mode, None if there is none."""
+    while not isinstance(mode, Adaptive):
+        if not hasattr(mode, "mode"):
+            return None
+        mode = mode.mode
+    return mode

@@ -1,0 +1,95 @@
+"""Tree: the arguments and results of a module as a description in plain JSON, and the tensors in it, in order."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Json = Any
+"""What `json` reads and writes: None, bool, int, float, str, and lists and maps of these."""
+
+PLAIN = (bool, int, float, str, type(None))
+
+
+class UnknownValueError(ValueError):
+    """A value that has no description; the message says where and what it is."""
+
+
+def flatten(value: Any, path: str = "") -> tuple[Json, list[Tensor], list[str]]:
+    """Return a description of nested containers, the tensors in it and their paths; `rebuild` reverses it.
+
+    Raises UnknownValueError for what is neither a container, a tensor nor a plain value.
+    """
+    tensors: list[Tensor] = []
+    paths: list[str] = []
+
+    def walk(value: Any, path: str) -> Json:
+        kind = type(value)
+        if kind in PLAIN:
+            return value
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            paths.append(path)
+            return {"tensor": len(tensors) - 1}
+        if kind in (list, tuple, torch.Size):
+            items = [walk(item, f"{path}[{i}]") for i, item in enumerate(value)]
+            return {"list" if kind is list else "tuple": items}
+        if isinstance(value, dict):
+            items = [[_key(k, path), walk(v, f"{path}.{k}" if path else str(k))] for k, v in value.items()]
+            return {"map": items} if kind is dict else {"record": name_of(kind), "items": items}
+        if kind in (torch.dtype, torch.device):
+            return {kind.__name__: str(value).removeprefix("torch.")}
+        raise UnknownValueError(f"{path or 'an argument'} is a {kind.__name__}")
+
+    return walk(value, path), tensors, paths
+
+
+def rebuild(description: Json, tensors: Sequence[Tensor]) -> Any:
+    """Return what `flatten` described, with these tensors in it."""
+    if not isinstance(description, dict):
+        return description
+    if "record" in description:  # such as diffusers' outputs: a map that can be made from its items
+        return find(description["record"])(**{k: rebuild(v, tensors) for k, v in description["items"]})
+    ((kind, content),) = description.items()
+    makers: dict[str, Callable[[], Any]] = {
+        "tensor": lambda: tensors[content],
+        "list": lambda: [rebuild(item, tensors) for item in content],
+        "tuple": lambda: tuple(rebuild(item, tensors) for item in content),
+        "map": lambda: {k: rebuild(v, tensors) for k, v in content},
+        "dtype": lambda: getattr(torch, content),
+        "device": lambda: torch.device(content),
+    }
+    return makers[kind]()
+
+
+def name_of(thing: Any) -> str:
+    """Return `module:qualified.name` of a class or function; raise UnknownValueError if it is not found there."""
+    name = f"{getattr(thing, '__module__', '')}:{getattr(thing, '__qualname__', '')}"
+    if name.startswith("__main__:"):
+        raise UnknownValueError(f"{name} is defined in the main script, which workers do not run; put it into a module")
+    try:
+        found = find(name)
+    except (ImportError, AttributeError, ValueError):
+        found = None
+    if found is not thing:
+        raise UnknownValueError(f"{thing!r:.80} cannot be imported by its name")
+    return name
+
+
+def find(name: str) -> Any:
+    """Return what `name_of` named."""
+    module, _, attributes = name.partition(":")
+    found: Any = importlib.import_module(module)
+    for attribute in attributes.split("."):
+        found = getattr(found, attribute)
+    return found
+
+
+def _key(key: Any, path: str) -> Any:
+    if type(key) not in PLAIN:
+        raise UnknownValueError(f"{path or 'an argument'} has the key {key!r:.40}")
+    return key

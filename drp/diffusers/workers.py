@@ -1,0 +1,73 @@
+"""Workers: an evaluator that has drafts evaluated by worker processes, all of a round's at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from drp.diffusers.evaluators import Session
+from drp.diffusers.program import PROGRAM, Program, to_tensor
+from drp.diffusers.tree import Json
+from drp.leader.devices import parse_devices
+from drp.leader.leader import Leader
+
+MODEL = "drp.diffusers.worker:load"
+
+
+class Workers:
+    """Worker processes for pipelines: hand them to `parallelize` as `devices`, and several pipelines share them.
+
+    devices, start_timeout, draft_timeout, hedge: as of `drp.Leader`.
+    threads: of each worker; by default an equal share of this process's.
+    """
+
+    def __init__(
+        self,
+        devices: int | str | Sequence[str] = 2,
+        *,
+        threads: int | None = None,
+        start_timeout: float = 120.0,
+        draft_timeout: float | None = None,
+        hedge: float | None = None,
+    ) -> None:
+        self.threads = threads or max(1, torch.get_num_threads() // len(parse_devices(devices, 1)))
+        self._leader = Leader(
+            MODEL,
+            devices=devices,
+            threads=self.threads,
+            start_timeout=start_timeout,
+            draft_timeout=draft_timeout,
+            hedge=hedge,
+        )
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The names of the workers' places."""
+        return self._leader.devices
+
+    def bind(
+        self,
+        program: Program,
+        sources: Mapping[str, Json],
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
+        slots: int,
+        cond: Mapping[str, Tensor],
+    ) -> Session:
+        """Return a session on the workers."""
+        return self._leader.open(inputs, outputs, slots, {**cond, PROGRAM: to_tensor(program, sources)})
+
+    def close(self) -> None:
+        """End the workers."""
+        self._leader.close()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

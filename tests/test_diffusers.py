@@ -1,0 +1,600 @@
+"""Pipelines of diffusers through `parallelize`: the real classes, small random weights, real worker processes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    TCDScheduler,
+    UniPCMultistepScheduler,
+)
+from peft import LoraConfig
+
+from drp.diffusers import Workers, parallelize, reference
+from drp.diffusers.scheduler import Levels
+from drp.diffusers.structure import describe
+from drp.sampling.modes import rounds_of
+from tests.pipelines import (
+    BETAS,
+    IMAGE,
+    PICTURE,
+    PIPELINES,
+    TEXT,
+    VARIANTS,
+    controlled,
+    normal,
+    pooled,
+    prompts,
+    run,
+    sd3,
+    sdxl,
+    wan22,
+)
+
+# diffusers hands tensors to numpy in a way that numpy means to forbid.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
+EVERY = {**PIPELINES, **VARIANTS}
+CHEAP = {**prompts(1, 6, 8), **pooled(), **IMAGE}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Bits depend on it; the workers have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    with Workers(3, threads=1) as made:
+        yield made
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def other_workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
+    with Workers(request.param, threads=1) as made:
+        yield made
+
+
+def attributes(pipe: Any) -> dict[str, Any]:
+    """What a user could see of a pipeline: what its components hold, and the weights."""
+    seen: dict[str, Any] = {"pipe": dict(vars(pipe))}
+    for name, component in pipe.components.items():
+        if isinstance(component, torch.nn.Module):
+            seen[name] = {path: dict(vars(module)).keys() for path, module in component.named_modules()}
+            seen[f"{name}, weights"] = {key: value.clone() for key, value in component.state_dict().items()}
+        elif component is not None:
+            seen[name] = dict(vars(component))
+    return seen
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_one_draft_a_round_is_the_untouched_pipeline(name: str, workers: Workers) -> None:
+    make, options = EVERY[name]
+    pipe = make()
+    expected = run(pipe, options)
+    with parallelize(pipe, workers, drafts=1) as parallel:
+        assert torch.equal(run(pipe, options), expected)
+    (report,) = parallel.report.calls
+    assert report.rounds == report.evaluations == report.steps > 3
+    assert not report.sequential
+    assert not report.notes
+
+
+@pytest.mark.parametrize("mode", ["aggressive", "conservative"])
+@pytest.mark.parametrize("name", EVERY)
+def test_workers_have_the_bits_of_one_process(name: str, mode: str, workers: Workers) -> None:
+    make, options = EVERY[name]
+    pipe = make()
+    with reference(pipe, devices=3, mode=mode):
+        expected = run(pipe, options)
+    steps: list[int] = []
+
+    def note(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        steps.append(i)
+        return {}
+
+    callback: dict[str, Any] = {"callback_on_step_end": note}
+    if name in ("PixArt", "DiT"):  # The one has an older kind, the other none.
+        callback = {"callback": lambda i, t, latents: steps.append(i)} if name == "PixArt" else {}
+    with parallelize(pipe, workers, mode) as parallel:
+        assert torch.equal(run(pipe, {**options, **callback}), expected)
+    (report,) = parallel.report.calls
+    assert report.rounds == rounds_of(mode, report.steps, 3)
+    assert report.evaluations == report.steps
+    assert not report.sequential
+    assert not report.notes
+    if callback:
+        assert steps == list(range(report.steps))
+
+
+@pytest.mark.diffusers
+@pytest.mark.parametrize("mode", ["aggressive", "conservative"])
+@pytest.mark.parametrize("name", EVERY)
+def test_other_numbers_of_workers(name: str, mode: str, other_workers: Workers) -> None:
+    make, options = EVERY[name]
+    pipe = make()
+    n = len(other_workers.devices)
+    with reference(pipe, devices=n, mode=mode):
+        expected = run(pipe, options)
+    with parallelize(pipe, other_workers, mode) as parallel:
+        assert torch.equal(run(pipe, options), expected)
+    (report,) = parallel.report.calls
+    assert report.rounds == rounds_of(mode, report.steps, n)
+
+
+SCHEDULERS: dict[str, Any] = {
+    "DDIM": lambda: DDIMScheduler(**BETAS, clip_sample=False),
+    "DDIM, clipped": lambda: DDIMScheduler(**BETAS, clip_sample=True),
+    "DDPM": lambda: DDPMScheduler(**BETAS, clip_sample=False),
+    "PNDM": lambda: PNDMScheduler(**BETAS, skip_prk_steps=True),
+    "Euler": lambda: EulerDiscreteScheduler(**BETAS),
+    "Euler, karras, v": lambda: EulerDiscreteScheduler(**BETAS, use_karras_sigmas=True, prediction_type="v_prediction"),
+    "Euler ancestral": lambda: EulerAncestralDiscreteScheduler(**BETAS),
+    "Heun": lambda: HeunDiscreteScheduler(**BETAS),
+    "LMS": lambda: LMSDiscreteScheduler(**BETAS),
+    "KDPM2": lambda: KDPM2DiscreteScheduler(**BETAS),
+    "DPM++ 2M": lambda: DPMSolverMultistepScheduler(**BETAS),
+    "DPM++ 2M SDE": lambda: DPMSolverMultistepScheduler(**BETAS, algorithm_type="sde-dpmsolver++"),
+    "DPM++ 2S": lambda: DPMSolverSinglestepScheduler(**BETAS, lower_order_final=True),
+    "DEIS": lambda: DEISMultistepScheduler(**BETAS),
+    "UniPC": lambda: UniPCMultistepScheduler(**BETAS),
+    "TCD": lambda: TCDScheduler(**BETAS),
+}
+
+UNKNOWN = ("DDIM, clipped", "KDPM2")
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_drafts(name: str, workers: Workers) -> None:
+    pipe = sdxl()
+    pipe.scheduler = SCHEDULERS[name]()
+    untouched = run(pipe, CHEAP, steps=9)
+    with reference(pipe, devices=3):
+        expected = run(pipe, CHEAP, steps=9)
+    with parallelize(pipe, workers) as parallel:
+        assert torch.equal(run(pipe, CHEAP, steps=9), expected)
+    (report,) = parallel.report.calls
+    assert report.rounds == rounds_of("aggressive", report.steps, 3)
+    assert not report.sequential
+    assert not torch.equal(expected, untouched)
+    assert bool(report.notes) == (name in UNKNOWN)
+
+
+FLOWS: dict[str, Any] = {
+    "flow, Euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "flow, Heun": FlowMatchHeunDiscreteScheduler,
+    "flow, UniPC": lambda: UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*(n for n in SCHEDULERS if n not in UNKNOWN), *FLOWS])
+def test_the_estimate_of_the_data_is_the_schedulers_own(name: str) -> None:
+    """A scheduler that is always told the same data, in whatever the model predicts, ends at that data."""
+    scheduler = (SCHEDULERS | FLOWS)[name]()
+    scheduler.set_timesteps(12)
+    data = normal(1, 4, 8, 8, seed=3)
+    levels = Levels(scheduler, scheduler.timesteps)
+    assert levels.known
+    x = normal(1, 4, 8, 8) * getattr(scheduler, "init_noise_sigma", 1.0)
+    for k, t in enumerate(scheduler.timesteps):
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(x, t)
+        at_state, at_output = levels.factors(k)
+        x = scheduler.step((data - at_state * x) / at_output, t, x).prev_sample
+    assert float((x - data).norm() / data.norm()) < 0.06
+
+
+def test_the_pipeline_is_left_as_it_was() -> None:
+    pipe = sdxl()
+    run(pipe, CHEAP)  # A first call leaves traces of its own.
+    before, weights = attributes(pipe), [p.data_ptr() for p in pipe.vae.parameters()]
+    config = copy.deepcopy(pipe.config)
+    processes = psutil.Process().children()
+    with parallelize(pipe, 1, threads=1):
+        run(pipe, CHEAP)
+        assert "forward" in vars(pipe.unet)
+        assert len(psutil.Process().children()) == len(processes) + 1
+    after = attributes(pipe)
+    assert before["pipe"].keys() == after["pipe"].keys()
+    assert all(before["pipe"][name] is after["pipe"][name] for name in pipe.components)
+    assert pipe.config == config
+    assert list(before) == list(after)
+    for name in before:
+        if name != "pipe":
+            assert same(before[name], after[name]), name
+    assert weights == [p.data_ptr() for p in pipe.vae.parameters()]
+    assert psutil.Process().children() == processes
+
+
+def test_an_error_of_the_pipeline_passes_through(workers: Workers) -> None:
+    pipe = sdxl()
+
+    def fail(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        if i == 3:
+            raise ZeroDivisionError("mine")
+        return {}
+
+    expected = run(pipe, CHEAP)
+    with parallelize(pipe, workers, drafts=1):
+        with pytest.raises(ZeroDivisionError, match="mine"):
+            run(pipe, {**CHEAP, "callback_on_step_end": fail})
+        assert torch.equal(run(pipe, CHEAP), expected)
+    assert "forward" not in vars(pipe.unet)
+
+
+def test_several_calls_of_different_sizes_and_steps(workers: Workers) -> None:
+    pipe = sdxl()
+    calls = [(7, CHEAP), (10, {**CHEAP, "height": 32}), (4, {**CHEAP, "guidance_scale": 1.0}), (1, CHEAP)]
+    with reference(pipe, devices=3):
+        expected = [run(pipe, options, steps) for steps, options in calls]
+    with parallelize(pipe, workers) as parallel:
+        for (steps, options), samples in zip(calls, expected, strict=True):
+            assert torch.equal(run(pipe, options, steps), samples)
+    assert [call.rounds for call in parallel.report.calls] == [rounds_of("aggressive", n, 3) for n, _ in calls]
+    assert str(parallel.report).count("speed-up") == 4
+
+
+def test_two_pipelines_at_once(workers: Workers) -> None:
+    first, second = sdxl(), sd3()
+    options = PIPELINES["SD 3"][1]
+    with reference(first, devices=3), reference(second, devices=3):
+        expected = run(first, CHEAP), run(second, options)
+    with parallelize(first, workers), parallelize(second, workers):
+        assert torch.equal(run(first, CHEAP), expected[0])
+        assert torch.equal(run(second, options), expected[1])
+        assert torch.equal(run(first, CHEAP), expected[0])
+
+
+def test_the_scheduler_may_be_exchanged_between_calls(workers: Workers) -> None:
+    pipe = sdxl()
+    with parallelize(pipe, workers, drafts=1) as parallel:
+        run(pipe, CHEAP)
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+        drafted = run(pipe, CHEAP)
+    assert torch.equal(run(pipe, CHEAP), drafted)
+    assert [call.steps for call in parallel.report.calls] == [7, 7]
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_interrupt_ends_the_call(workers: Workers) -> None:
+    pipe = sdxl()
+
+    def stop(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = i >= 2
+        return {}
+
+    with parallelize(pipe, workers, drafts=1) as parallel:
+        drafted = run(pipe, {**CHEAP, "callback_on_step_end": stop})
+    assert torch.equal(run(pipe, {**CHEAP, "callback_on_step_end": stop}), drafted)
+    assert parallel.report.calls[0].steps == 3
+
+
+def test_a_callback_may_nudge_the_latents(workers: Workers) -> None:
+    pipe = sdxl()
+
+    def nudge(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": kept["latents"] * 1.01}
+
+    options = {**CHEAP, "callback_on_step_end": nudge}
+    untouched = run(pipe, options)
+    with parallelize(pipe, workers, drafts=1):
+        assert torch.equal(run(pipe, options), untouched)
+    with reference(pipe, devices=3):
+        expected = run(pipe, options)
+    with parallelize(pipe, workers) as parallel:
+        assert torch.equal(run(pipe, options), expected)
+    assert parallel.report.calls[0].rounds == rounds_of("aggressive", 7, 3)
+    assert float((expected - untouched).norm() / untouched.norm()) < 0.1
+
+
+def test_latents_that_a_callback_exchanges_end_the_drafts(workers: Workers) -> None:
+    pipe = sdxl()
+
+    def exchange(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": normal(1, 4, 8, 8, seed=9)} if i == 4 else {}
+
+    options = {**CHEAP, "callback_on_step_end": exchange}
+    with reference(pipe, devices=3):
+        expected = run(pipe, options, steps=10)
+    with parallelize(pipe, workers) as parallel:
+        assert torch.equal(run(pipe, options, steps=10), expected)
+    (report,) = parallel.report.calls
+    assert "drafts were given up: the latents were exchanged between two steps" in report.notes
+    assert report.rounds == 1 + 2 + 1 + 2  # steps 0, 1-3 and 4-6, of which 5 and 6 are dropped; then 5, 6-8 and 9
+
+
+def test_guidance_may_end_on_the_way(workers: Workers) -> None:
+    """The denoiser's batch is halved in the middle: the step is learned from anew, and drafts go on."""
+    pipe = sdxl()
+
+    def end_guidance(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        if i != 3:
+            return {}
+        pipe._guidance_scale = 0.0
+        return {name: value.chunk(2)[-1] for name, value in kept.items() if name != "latents"}
+
+    names = ["latents", "prompt_embeds", "add_text_embeds", "add_time_ids"]
+    options = {**CHEAP, "callback_on_step_end": end_guidance, "callback_on_step_end_tensor_inputs": names}
+    untouched = run(pipe, options, steps=10)
+    with parallelize(pipe, workers, drafts=1) as parallel:
+        assert torch.equal(run(pipe, options, steps=10), untouched)
+    with reference(pipe, devices=3):
+        expected = run(pipe, options, steps=10)
+    with parallelize(pipe, workers) as parallel:
+        assert torch.equal(run(pipe, options, steps=10), expected)
+    (report,) = parallel.report.calls
+    assert not report.sequential
+    assert sum(report.notes.values()) == 1
+    assert report.rounds < 10
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "lessons"),
+    [
+        (wan22, PIPELINES["Wan"][1], 1),
+        (controlled, {**TEXT, **PICTURE, "control_guidance_end": 0.5}, 1),
+        (controlled, {**TEXT, **PICTURE, "guess_mode": True}, 0),
+    ],
+    ids=["two transformers", "ControlNet for half of the steps", "ControlNet in guess mode"],
+)
+def test_steps_that_change_on_the_way(make: Any, options: dict[str, Any], lessons: int, workers: Workers) -> None:
+    pipe = make()
+    untouched = run(pipe, options)
+    with parallelize(pipe, workers, drafts=1):
+        assert torch.equal(run(pipe, options), untouched)
+    with reference(pipe, devices=3):
+        expected = run(pipe, options)
+    with parallelize(pipe, workers) as parallel:
+        assert torch.equal(run(pipe, options), expected)
+    (report,) = parallel.report.calls
+    assert not report.sequential
+    assert sum(report.notes.values()) == lessons
+    assert report.rounds < report.steps
+
+
+def lora(seed: int) -> Any:
+    config = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=["to_q", "to_v", "to_out.0"])
+    torch.manual_seed(seed)
+    return config
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+def test_workers_follow_a_lora(workers: Workers) -> None:
+    pipe, untouched = sdxl(), sdxl()
+    plain = run(untouched, CHEAP)
+
+    def first(pipe: Any) -> None:
+        pipe.unet.add_adapter(lora(1), "first")
+
+    def scaled(pipe: Any) -> None:
+        pipe.set_adapters("first", 0.5)
+
+    def second(pipe: Any) -> None:
+        pipe.unet.add_adapter(lora(2), "second")
+        pipe.set_adapters(["first", "second"], [0.7, 1.0])
+
+    def changed(pipe: Any) -> None:
+        with torch.no_grad():
+            next(p for name, p in pipe.unet.named_parameters() if "lora_B.first" in name).mul_(3)
+
+    def fused(pipe: Any) -> None:
+        pipe.fuse_lora(["unet"])
+
+    def unfused(pipe: Any) -> None:
+        pipe.unfuse_lora(["unet"])
+
+    def removed(pipe: Any) -> None:
+        pipe.unload_lora_weights()
+
+    changes = [first, scaled, second, changed, fused, unfused, removed]
+    scale = {"cross_attention_kwargs": {"scale": 0.3}}
+    with parallelize(pipe, workers, drafts=1) as parallel:
+        for change in changes:
+            change(pipe)
+            change(untouched)
+            drafted = run(pipe, CHEAP)
+            assert torch.equal(drafted, run(untouched, CHEAP)), change.__name__
+            assert torch.allclose(drafted, plain, rtol=1e-3, atol=1e-3) == (change is removed)
+            if change is second:
+                assert torch.equal(run(pipe, {**CHEAP, **scale}), run(untouched, {**CHEAP, **scale}))
+    assert [call.sequential for call in parallel.report.calls] == [""] * (len(changes) + 1)
+
+
+def test_weights_written_in_place_are_seen(workers: Workers) -> None:
+    pipe = sdxl()
+    with parallelize(pipe, workers, drafts=1):
+        run(pipe, CHEAP)
+        with torch.no_grad():
+            for parameter in pipe.unet.parameters():
+                parameter.data.mul_(1.1)
+        pipe.unet.conv_in.weight.data = pipe.unet.conv_in.weight.data.clone() * 1.1
+        drafted = run(pipe, CHEAP)
+    assert torch.equal(run(pipe, CHEAP), drafted)
+
+
+def test_an_ip_adapter_works(workers: Workers) -> None:
+    pipe = sdxl()
+    names = [n for n in pipe.unet.attn_processors if n.endswith("attn2.processor")]
+    weights: dict[str, Any] = {}
+    for number, name in zip(itertools.count(1, 2), names):
+        width = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+        weights[f"{number}.to_k_ip.weight"] = normal(width, 8, seed=number)
+        weights[f"{number}.to_v_ip.weight"] = normal(width, 8, seed=number + 1)
+    projection = {
+        "proj.weight": normal(4 * 8, 8, seed=90) * 0.3,
+        "proj.bias": torch.zeros(32),
+        "norm.weight": torch.ones(8),
+        "norm.bias": torch.zeros(8),
+    }
+    pipe.unet._load_ip_adapter_weights([{"ip_adapter": weights, "image_proj": projection}])
+    options = {**CHEAP, "ip_adapter_image_embeds": [normal(2, 1, 8, seed=5)]}
+    untouched = run(pipe, options)
+    with parallelize(pipe, workers, drafts=1) as parallel:
+        assert torch.equal(run(pipe, options), untouched)
+        pipe.set_ip_adapter_scale(0.1)
+        weaker = run(pipe, options)
+    assert torch.equal(run(pipe, options), weaker)
+    assert not torch.equal(weaker, untouched)
+    assert not any(call.notes or call.sequential for call in parallel.report.calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype, workers: Workers) -> None:
+    pipe = sdxl()
+    pipe.to(dtype)
+    options = {n: v.to(dtype) if isinstance(v, torch.Tensor) else v for n, v in CHEAP.items()}
+    untouched = run(pipe, options)
+    with parallelize(pipe, workers, drafts=1):
+        assert torch.equal(run(pipe, options), untouched)
+    with reference(pipe, devices=3):
+        expected = run(pipe, options)
+    with parallelize(pipe, workers):
+        assert torch.equal(run(pipe, options), expected)
+
+
+def test_weights_in_another_memory_format_keep_their_bits(workers: Workers) -> None:
+    pipe = sdxl()
+    pipe.unet.to(memory_format=torch.channels_last)
+    untouched = run(pipe, CHEAP)
+    with parallelize(pipe, workers, drafts=1):
+        assert torch.equal(run(pipe, CHEAP), untouched)
+
+
+def test_adaptive_goes_from_sequential_to_aggressive(workers: Workers) -> None:
+    pipe = sdxl()
+    untouched = run(pipe, CHEAP, steps=12)
+    with parallelize(pipe, workers, "aggressive"):
+        aggressive = run(pipe, CHEAP, steps=12)
+    for tolerance, expected in ((0.0, untouched), (1e9, aggressive)):
+        with parallelize(pipe, workers, "adaptive", tolerance=tolerance):
+            assert torch.equal(run(pipe, CHEAP, steps=12), expected)
+    with parallelize(pipe, workers, "adaptive", tolerance=0.01) as parallel:
+        drafted = run(pipe, CHEAP, steps=12)
+    (report,) = parallel.report.calls
+    assert rounds_of("aggressive", 12, 3) < report.rounds < 12
+    assert float((drafted - untouched).norm()) < float((aggressive - untouched).norm())
+
+
+def test_warmup_and_sequential(workers: Workers) -> None:
+    pipe = sdxl()
+    untouched = run(pipe, CHEAP)
+    with parallelize(pipe, workers, "sequential") as parallel:
+        assert torch.equal(run(pipe, CHEAP), untouched)
+    assert parallel.report.calls[0].rounds == 7
+    with parallelize(pipe, workers, warmup=3) as parallel:
+        run(pipe, CHEAP)
+    assert parallel.report.calls[0].rounds == 3 + rounds_of("aggressive", 4, 3)
+
+
+def test_what_is_not_recognised_runs_sequentially_and_says_why(workers: Workers) -> None:
+    pipe = sdxl()
+    original = pipe.scheduler.scale_model_input
+
+    def flipped(sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        scaled: torch.Tensor = original(sample, t)
+        return scaled.flip(-1)
+
+    pipe.scheduler.scale_model_input = flipped
+    untouched = run(pipe, CHEAP)
+    with parallelize(pipe, workers) as parallel:
+        drafted = run(pipe, CHEAP)
+    assert torch.equal(drafted, untouched)
+    assert "scale_model_input was exchanged" in parallel.report.calls[0].sequential
+    assert parallel.report.calls[0].rounds == 7
+    assert "without drafts" in str(parallel.report)
+
+
+def test_autocast_runs_sequentially_and_says_why(workers: Workers) -> None:
+    pipe = sdxl()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        untouched = run(pipe, CHEAP)
+        with parallelize(pipe, workers) as parallel:
+            assert torch.equal(run(pipe, CHEAP), untouched)
+    assert "autocast" in parallel.report.calls[0].sequential
+
+
+def test_what_cannot_be_handed_to_workers_is_refused() -> None:
+    pipe = sdxl()
+    pipe.unet.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="forward hooks"), parallelize(pipe, 2):
+        pass
+    pipe = sdxl()
+    pipe.unet._compiled_call_impl = run  # as by pipe.unet.compile()
+    with pytest.raises(ValueError, match="compiled"), parallelize(pipe, 2):
+        pass
+    pipe = sdxl()
+    pipe.unet.conv_in.forward = pipe.unet.conv_in.forward
+    with pytest.raises(ValueError, match=r"conv_in\.forward was exchanged"), parallelize(pipe, 2):
+        pass
+    pipe = sdxl()
+    pipe.unet._hf_hook = object()
+    with pytest.raises(ValueError, match="accelerate"), parallelize(pipe, 2):
+        pass
+    pipe = sdxl()
+    pipe.unet.to("meta")
+    with pytest.raises(ValueError, match="meta"), parallelize(pipe, 2):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "rolling"}, "goes back"),
+        ({"mode": "agressive"}, "unknown mode"),
+        ({"rule": "tangent"}, "unknown rule"),
+        ({"devices": 0}, "a run needs 1"),
+        ({"drafts": -1}, "at least 1 draft"),
+        ({"denoisers": ["transformer"]}, "lacks transformer"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message), parallelize(sdxl(), **options):
+        pass
+
+
+def test_a_pipeline_is_parallelised_once(workers: Workers) -> None:
+    pipe = sdxl()
+    with parallelize(pipe, workers), pytest.raises(ValueError, match="parallelised already"), reference(pipe):
+        pass
+    assert "forward" not in vars(pipe.unet)
+
+
+def test_a_class_of_the_main_script_is_refused() -> None:
+    class Local(torch.nn.Linear):
+        """Not found by its name."""
+
+    with pytest.raises(ValueError, match="cannot be imported by its name"):
+        describe(Local(2, 2))
