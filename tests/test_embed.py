@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import drp
-from tests.cpp import build
+from tests.cpp_build import build
 
 EXPECTED = """\
 refused: ValueError: steps is 0; choose 1 or more

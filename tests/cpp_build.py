@@ -25,7 +25,8 @@ def build(source: str) -> Path:
         if shutil.which(tool) is None:
             _missing(f"{tool} is not installed; on Debian: apt install {package}")
     out = ROOT / "build" / source
-    options = [f"-DPython3_EXECUTABLE={sys.executable}", f"-DCMAKE_CXX_FLAGS={WARNINGS}", "-DCMAKE_BUILD_TYPE=Release"]
+    options = [f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
+    options += [f"-DCMAKE_C_FLAGS={WARNINGS}", f"-DCMAKE_CXX_FLAGS={WARNINGS}"]
     configured = _run("cmake", "-S", str(ROOT / source), "-B", str(out), *options)
     if configured.returncode != 0:
         _missing(
