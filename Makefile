@@ -46,5 +46,5 @@ micro: $(READY) ## Measure the parts: codec, transport, arithmetic
 quality: $(READY) ## Measure the quality of drafted samples; FULL=1 for 200 samples, as in bench/results
 	$(BIN)/python -m bench.quality $(if $(FULL),--full)
 
-clean: ## Remove .venv and caches
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info
+clean: ## Remove .venv, caches and what was built
+	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info

@@ -14,7 +14,7 @@ import torch
 import drp
 from drp.protocol import vectors
 from tests.cpp_build import build
-from tests.served import Served
+from tests.test_server import Served
 
 HERE = Path(vectors.__file__).parent
 MODEL = "tests.denoisers:Tiny"
@@ -30,8 +30,12 @@ def programs() -> Path:
 
 @pytest.fixture(scope="module")
 def served(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with Served(tmp_path_factory.mktemp("serve"), "-d", "2", "--most", "16") as served:
+    served = Served(tmp_path_factory.mktemp("serve"), "-d", "2", "--most", "16")
+    try:
         yield served
+        assert served.end() == (0, "")
+    finally:
+        served.process.kill()
 
 
 def ran(*command: str | Path) -> subprocess.CompletedProcess[str]:

@@ -33,7 +33,9 @@
 #include <limits>
 #include <map>
 #include <memory>
-#include <msgpack.hpp>
+#include <msgpack/pack.hpp>
+#include <msgpack/sbuffer.hpp>
+#include <msgpack/unpack.hpp>
 #include <mutex>
 #include <optional>
 #include <stdexcept>
