@@ -4,7 +4,7 @@ DEVICES ?= 2
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test test-diffusers test-faults soak check bench quality micro clean
+.PHONY: help demo test test-diffusers test-faults soak fuzz check bench quality micro clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,10 @@ test-faults: $(READY) ## Kill, stop, starve and flood everything, for ten minute
 
 soak: $(READY) ## Kill a worker every second for ten minutes
 	DRP_SOAK_SECONDS=600 $(BIN)/python -m pytest -m faults -s tests/faults/test_soak.py --timeout 900
+
+fuzz: $(READY) ## Fuzz the decoder for five minutes, guided by coverage
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.faults.fuzz -max_total_time=300 -rss_limit_mb=2048 -timeout=5 -max_len=4096
 
 check: $(READY) ## Lint, format and types
 	$(BIN)/ruff check .
