@@ -29,9 +29,12 @@ from diffusers import (
 )
 from peft import LoraConfig
 
+import drp
 from drp.diffusers import Workers, parallelize, reference
+from drp.diffusers.digits import digits_pipeline
 from drp.diffusers.scheduler import Levels
 from drp.diffusers.structure import describe
+from drp.models.classifier import load_classifier
 from drp.sampling.modes import rounds_of
 from tests.pipelines import (
     BETAS,
@@ -215,6 +218,39 @@ def test_the_estimate_of_the_data_is_the_schedulers_own(name: str) -> None:
         at_state, at_output = levels.factors(k)
         x = scheduler.step((data - at_state * x) / at_output, t, x).prev_sample
     assert float((x - data).norm() / data.norm()) < 0.06
+
+
+def digits_noise(count: int) -> torch.Tensor:
+    """The noise of `drp.sample` with seed 0."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([torch.randn(1, 28, 28, generator=generator) for _ in range(count)])
+
+
+@pytest.mark.parametrize("rule", ["paper", "secant"])
+@pytest.mark.parametrize("mode", ["sequential", "aggressive", "conservative"])
+@pytest.mark.parametrize(
+    ("solver", "kind"), [("euler", EulerDiscreteScheduler), ("dpmsolver++", DPMSolverMultistepScheduler)]
+)
+def test_drafts_are_those_of_drps_own_solvers(solver: str, kind: Any, mode: str, rule: str) -> None:
+    labels, options = [3, 1, 4], {"timestep_spacing": "trailing"}
+    own = drp.reference(
+        labels=labels, steps=20, solver=solver, grid={"spacing": "trailing"}, mode=mode, drafts=4, rule=rule
+    )
+    pipe = digits_pipeline(kind(**BETAS, **options))
+    pipe.set_progress_bar_config(disable=True)
+    with reference(pipe, devices=4, mode=mode, rule=rule) as parallel:
+        images = pipe(labels, 20, latents=digits_noise(3)).images
+    assert float((images - own.samples).norm() / own.samples.norm()) < 1e-5
+    assert parallel.report.calls[0].rounds == own.rounds
+
+
+def test_digits_are_as_asked(workers: Workers) -> None:
+    labels = [digit for digit in range(10) for _ in range(3)]
+    pipe = digits_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    with parallelize(pipe, workers):
+        images = pipe(labels, 20, latents=digits_noise(30)).images
+    assert float((load_classifier()(images).argmax(1) == torch.tensor(labels)).float().mean()) >= 0.9
 
 
 def test_the_pipeline_is_left_as_it_was() -> None:
