@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from drp import __version__
+from drp.http.command import http
 from drp.plain import plain_errors, trace_option
 from drp.sampling.drafts import RULES
 from drp.sampling.modes import MODE_NAMES
@@ -23,7 +24,7 @@ def main() -> None:
     """Run diffusion sampling faster, by drafting timesteps on several devices and refining them."""
 
 
-for command in (serve, keys, status):
+for command in (serve, keys, status, http):
     main.add_command(command)
 
 

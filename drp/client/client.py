@@ -81,6 +81,11 @@ class Client:
         """The workers' places, by number."""
         return self._opened.devices
 
+    @property
+    def closed(self) -> bool:
+        """Whether the session is over, by `close` or because the server is gone."""
+        return self._line.closed
+
     def submit(
         self, *, progress: bool = False, previews: int = 0, timeline: bool = False, **options: Unpack[Options]
     ) -> RemoteRun:

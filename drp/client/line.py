@@ -81,6 +81,11 @@ class Line:
 
     # What other threads call.
 
+    @property
+    def closed(self) -> bool:
+        """Whether the session is over."""
+        return self._error is not None or self._closing
+
     def submit(self, run: RemoteRun, message: ToServer, frames: Sequence[Frame]) -> None:
         """Send a Submit; what becomes of it, `run` is told."""
         self._put(message, frames, lambda: self._runs.__setitem__(run.number, run))
@@ -110,7 +115,7 @@ class Line:
     def _put(self, message: ToServer, frames: Sequence[Frame], note: Callable[[], None]) -> None:
         data = encode(message)
         with self._gate:
-            if self._error is not None or self._closing:
+            if self.closed:
                 raise ConnectionError(f"the connection to {self.address} is closed: {self._error or 'by this program'}")
             if not self._waits():
                 self._heard = time.monotonic()  # Until now the server had no cause to speak.

@@ -1,0 +1,59 @@
+"""The command line of the gateway: `drp http`."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import click
+
+from drp.plain import plain_errors
+
+
+@click.command()
+@click.option("-c", "--connect", help="The server's address, as `drp serve` prints it; by default the user's own.")
+@click.option("--server-key", type=click.Path(path_type=Path), help="File with the server's public key, for tcp://.")
+@click.option("--key", type=click.Path(path_type=Path), help="File with the client's secret key, for tcp://.")
+@click.option("--pipeline", help="Instead of a server: package.module:factory of a diffusers pipeline.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Where it listens; whoever reaches it needs no password."
+)
+@click.option("--port", default=8000, show_default=True, help="0 for one that is free.")
+def http(
+    connect: str | None, server_key: Path | None, key: Path | None, pipeline: str | None, host: str, port: int
+) -> None:
+    """Answer HTTP: images in OpenAI's convention, /health, /metrics, and a page. Needs drp[serve]."""
+    with plain_errors():
+        try:
+            import uvicorn
+
+            from drp.http.app import make_app
+        except ImportError as error:
+            raise ValueError(f"{error}; pip install 'drp[serve]'") from None
+        from drp.http.work import Backend
+
+        backend: Backend
+        if pipeline is not None:
+            from drp.http.pipeline import load
+
+            backend = load(pipeline)
+        else:
+            from drp.client import Client
+            from drp.http.door import Door
+            from drp.server.endpoint import default_address
+
+            address = connect or default_address()
+            backend = Door(
+                lambda timeout: Client(address, server_key=server_key, key=key, name="drp http", timeout=timeout)
+            )
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once it has shut down
+        try:
+            with contextlib.suppress(KeyboardInterrupt), socket.create_server((host, port), backlog=128) as listening:
+                click.echo(f"serving {backend.model} at http://{host}:{listening.getsockname()[1]}")
+                config = uvicorn.Config(make_app(backend), log_level="warning", timeout_graceful_shutdown=5)
+                uvicorn.Server(config).run([listening])
+        finally:
+            backend.close()

@@ -1,0 +1,176 @@
+"""A diffusers pipeline makes the images, in a thread of its own, one order after the other."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import io
+import queue
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import CancelledError, Future
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Final
+
+import torch
+
+from drp.client import RefusedError
+from drp.http.work import Images, News, Order
+from drp.server.metrics import Counts, prometheus
+
+NAMES: Final = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+"""Options of a run, as pipelines call them."""
+MOST: Final = 64
+START: Final = 600.0
+"""Seconds that a pipeline has to load."""
+
+
+class Pipeline:
+    """A backend over what `factory` returns: a pipeline, or a context manager that gives one for as long as it is used.
+
+    The second is the place for `drp.diffusers.parallelize`. There are no previews: what a pipeline's latents look like,
+    its decoder alone can say.
+    """
+
+    def __init__(self, factory: Any, model: str, stall: float = 300.0) -> None:
+        self.model, self._stall = model, stall
+        self._orders: queue.Queue[PipelineWork | None] = queue.Queue(MOST)
+        self._counts, self._lively = Counts(), time.monotonic()
+        self._ready: Future[frozenset[str]] = Future()
+        self._thread = threading.Thread(target=self._serve, args=(factory,), name="drp-pipeline", daemon=True)
+        self._thread.start()
+        self._known = self._ready.result(START)
+
+    def begin(self, order: Order) -> PipelineWork:
+        """Queue an order."""
+        arguments: dict[str, Any] = {"prompt": order.prompt, "num_images_per_prompt": order.n}
+        arguments |= {NAMES.get(name, name): value for name, value in order.options.items() if name != "seed"}
+        if order.size not in (None, "auto"):
+            found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", order.size or "")
+            if found is None:
+                raise ValueError(f"size is {order.size!r}; write width and height, as in '1024x1024'")
+            arguments |= {"width": int(found[1]), "height": int(found[2])}
+        for name in arguments:
+            if name not in self._known:
+                raise ValueError(f"{name} is given, which {self.model} does not take; leave it out")
+        seed = order.options.get("seed")
+        if seed is not None:
+            arguments["generator"] = torch.Generator().manual_seed(seed)
+        work = PipelineWork(arguments, self._note_progress)
+        try:
+            self._orders.put_nowait(work)
+        except queue.Full:
+            self._counts.refused += 1
+            raise RefusedError("busy", f"{MOST} orders wait, as many as there may") from None
+        return work
+
+    def health(self) -> tuple[bool, Mapping[str, Any]]:
+        """Say whether there was progress lately, or nothing to do."""
+        still = time.monotonic() - self._lively if self._orders.unfinished_tasks else 0.0
+        alive = self._thread.is_alive()
+        return alive and still <= self._stall, {"alive": alive, "since_progress": still}
+
+    def metrics(self) -> str:
+        """Return what was counted."""
+        waiting = {"requests": ("Requests that are not over.", self._orders.unfinished_tasks)}
+        return prometheus(self._counts, waiting)
+
+    def close(self) -> None:
+        """Cancel what waits and what is under way; wait until the pipeline is let go."""
+        while self._thread.is_alive():
+            try:
+                work = self._orders.get_nowait()
+            except queue.Empty:
+                break
+            if work is not None:
+                work.images.set_exception(CancelledError())
+            self._orders.task_done()
+        self._orders.put(None)
+        self._thread.join(30.0)
+
+    def _note_progress(self) -> None:
+        self._lively = time.monotonic()
+
+    def _serve(self, factory: Any) -> None:
+        try:
+            made = factory()
+            holder = made if isinstance(made, AbstractContextManager) else nullcontext(made)
+            with holder as pipe:
+                self._ready.set_result(frozenset(inspect.signature(pipe.__call__).parameters))
+                while (work := self._orders.get()) is not None:
+                    self._note_progress()
+                    self._draw(pipe, work)
+                    self._orders.task_done()
+        except BaseException as error:
+            if self._ready.done():
+                raise
+            self._ready.set_exception(error)
+
+    def _draw(self, pipe: Any, work: PipelineWork) -> None:
+        began = time.monotonic()
+        try:
+            images = work.draw(pipe)
+        except CancelledError as error:
+            self._counts.cancelled += 1
+            work.images.set_exception(error)
+        except Exception as error:
+            self._counts.failed += 1
+            work.images.set_exception(error)
+        else:
+            self._counts.finished += 1
+            self._counts.request_seconds.add(time.monotonic() - began)
+            work.images.set_result(images)
+
+
+class PipelineWork:
+    """One call of a pipeline."""
+
+    def __init__(self, arguments: dict[str, Any], lively: Any) -> None:
+        self.images: Future[Images] = Future()
+        self._arguments, self._lively = arguments, lively
+        self._news: queue.SimpleQueue[News | None] = queue.SimpleQueue()
+        self._unwanted = False
+        self.images.add_done_callback(lambda _: self._news.put(None))
+
+    def news(self) -> Iterator[News]:
+        """Yield the steps."""
+        while (news := self._news.get()) is not None:
+            yield news
+
+    def cancel(self) -> None:
+        """Let it end with its next step."""
+        self._unwanted = True
+
+    def draw(self, pipe: Any) -> Images:
+        """Call the pipeline; raise CancelledError if nobody wants the images any more."""
+        if self._unwanted:
+            raise CancelledError
+
+        def step(own: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+            if self._unwanted:
+                raise CancelledError
+            self._lively()
+            self._news.put(News(index + 1, int(own.num_timesteps)))
+            return kwargs
+
+        began = time.perf_counter()
+        images = pipe(**self._arguments, callback_on_step_end=step).images
+        return Images([_png(image) for image in images], {"seconds": time.perf_counter() - began})
+
+
+def load(name: str) -> Pipeline:
+    """Return the backend over `package.module:factory`; raise ValueError if there is no such factory."""
+    module, _, attribute = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"pipeline is {name!r}: {error}; write package.module:factory") from None
+    return Pipeline(factory, name)
+
+
+def _png(image: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()

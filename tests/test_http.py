@@ -1,0 +1,208 @@
+"""The gateway as `drp http` runs it, in front of `drp serve`, and its page in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import drp
+from drp import Client
+from drp.pictures import encode_grid
+from tests.browser import PROGRAM, browser
+from tests.test_server import DEADLINE, ROOT, Served, until
+
+SLOW: dict[str, Any] = {"steps": 900, "mode": "sequential"}
+
+
+class Gateway:
+    """`drp http` as a process."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [str(Path(sys.executable).with_name("drp")), "http", "--port", "0", *arguments]
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        found = re.fullmatch(r"serving \S+ at (http://127\.0\.0\.1:(\d+))\n", line)
+        assert found is not None, line + self.process.communicate(timeout=DEADLINE)[1]
+        self.url, self.port = found[1], int(found[2])
+
+    def get(self, path: str) -> tuple[int, str]:
+        return self._ask(urllib.request.Request(self.url + path))
+
+    def draw(self, **body: Any) -> tuple[int, Any]:
+        headers = {"Content-Type": "application/json"}
+        url = f"{self.url}/v1/images/generations"
+        status, text = self._ask(urllib.request.Request(url, json.dumps(body).encode(), headers))
+        return status, text if body.get("stream") else json.loads(text)
+
+    def _ask(self, request: urllib.request.Request) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(request, timeout=DEADLINE) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def end(self) -> tuple[int, str]:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            _, errors = self.process.communicate(timeout=DEADLINE)
+        finally:
+            self.process.kill()
+        return self.process.returncode, errors
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    server = Served(tmp_path_factory.mktemp("http"), "-d", "2xemulated:2ms", "--most", "4")
+    try:
+        yield server
+    finally:
+        server.end()
+
+
+@pytest.fixture(scope="module")
+def gateway(served: Served) -> Iterator[Gateway]:
+    gateway = Gateway("-c", served.address)
+    yield gateway
+    status, errors = gateway.end()
+    assert (status, errors) == (0, "")
+
+
+def reference(labels: list[int], **options: Any) -> bytes:
+    samples = drp.reference("tests.denoisers:Tiny", labels=labels, devices=2, **options).samples
+    return encode_grid(samples[-2:], 2, 1, 0)
+
+
+def events(text: str) -> list[tuple[str, dict[str, Any]]]:
+    found = re.findall(r"event: (.*)\ndata: (.*)\n\n", text)
+    assert all(json.loads(data)["type"] == kind for kind, data in found)
+    return [(kind, json.loads(data)) for kind, data in found]
+
+
+def test_images_are_those_of_the_reference(gateway: Gateway) -> None:
+    status, answer = gateway.draw(prompt="3 1", n=2, steps=7, seed=4, drafts=3, size="16x8")
+    assert status == 200
+    assert len(answer["data"]) == 2
+    assert base64.b64decode(answer["data"][1]["b64_json"]) == reference([3, 1, 3, 1], steps=7, seed=4, drafts=3)
+    assert (answer["drp"]["steps"], answer["drp"]["drafts"], answer["drp"]["rounds"]) == (7, 3, 3)
+
+
+def test_a_stream_shows_the_picture_form(gateway: Gateway) -> None:
+    status, text = gateway.draw(prompt="31", steps=12, stream=True, partial_images=4, timeline=True)
+    assert status == 200
+    found = events(text)
+    assert [kind for kind, _ in found][-1] == "image_generation.completed"
+    assert base64.b64decode(found[-1][1]["b64_json"]) == reference([3, 1], steps=12)
+    steps = [data["step"] for kind, data in found if kind == "drp.progress"]
+    assert steps == sorted(steps)
+    assert steps[-1] == 12
+    evaluated = [each["index"] for kind, data in found if kind == "drp.progress" for each in data["evaluations"]]
+    assert sorted(evaluated) == list(range(12))
+    partial = [data for kind, data in found if kind == "image_generation.partial_image"]
+    assert [data["partial_image_index"] for data in partial] == list(range(len(partial)))
+    assert partial[-1]["b64_json"] == found[-1][1]["b64_json"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"prompt": "a cat"}, 400, "write digits, as in '314'"),
+        ({"prompt": ""}, 400, "write digits"),
+        ({"prompt": "1", "size": "1024x1024"}, 400, "are 8x8, or leave it out"),
+        ({"prompt": "1", "mode": "fast"}, 400, "unknown mode 'fast'"),
+        ({"prompt": "1", "stepz": 4}, 400, "stepz"),
+        ({"prompt": "1", "n": 99}, 400, "n: "),
+        ({"prompt": "1", "response_format": "url"}, 400, "response_format"),
+        ({"n": 1}, 400, "prompt"),
+        ({"prompt": "1", "model": "dall-e-3"}, 404, "here is 'tests.denoisers:Tiny'"),
+    ],
+)
+def test_what_cannot_be_is_refused(gateway: Gateway, body: dict[str, Any], status: int, message: str) -> None:
+    got, answer = gateway.draw(**body)
+    assert got == status
+    assert message in answer["error"]["message"]
+    assert answer["error"]["type"] == "invalid_request_error"
+
+
+def test_too_much_is_429_and_streams_say_so_too(gateway: Gateway, served: Served) -> None:
+    with Client(served.address) as client:
+        for _ in range(4):
+            client.submit(labels=[1], **SLOW)
+        until(lambda: client.status().requests == 4, "the server has as much as it takes")
+        status, answer = gateway.draw(prompt="1")
+        assert (status, answer["error"]["type"]) == (429, "server_error")
+        _, text = gateway.draw(prompt="1", stream=True)
+        [(kind, data)] = events(text)
+        assert (kind, data["error"]["code"]) == ("error", "429")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_ends_its_run(gateway: Gateway, served: Served, stream: bool) -> None:
+    with Client(served.address) as client:
+        until(lambda: client.status().requests == 0, "nothing else is under way")
+        before = client.status().cancelled
+        connection = HTTPConnection("127.0.0.1", gateway.port, timeout=DEADLINE)
+        body = json.dumps({"prompt": "1", "stream": stream, **SLOW})
+        connection.request("POST", "/v1/images/generations", body, {"Content-Type": "application/json"})
+        until(lambda: client.status().requests == 1, "the run is under way")
+        connection.close()
+        until(lambda: client.status().requests == 0, "the run is over")
+        assert client.status().cancelled == before + 1
+
+
+def test_health_metrics_models_and_page(gateway: Gateway) -> None:
+    status, text = gateway.get("/health")
+    assert status == 200
+    assert json.loads(text)["healthy"] is True
+    status, text = gateway.get("/metrics")
+    assert "drp_requests" in {family.name for family in text_string_to_metric_families(text)}
+    assert json.loads(gateway.get("/v1/models")[1])["data"][0]["id"] == "tests.denoisers:Tiny"
+    status, text = gateway.get("/")
+    assert status == 200
+    assert not re.search(
+        r"(src|href)=|https?://|@import|url\(", text.replace("https://", "http://").replace("src =", "")
+    ), "the page asks another host for something"
+
+
+@pytest.mark.skipif(PROGRAM is None and "CI" not in os.environ, reason="no Chromium here")
+def test_the_page_in_a_browser(gateway: Gateway) -> None:
+    with browser() as page:
+        page.go(f"{gateway.url}/?prompt=314&steps=10")
+        page.until("document.body?.dataset.state === 'done'")
+        assert page.value("[picture.naturalWidth, picture.naturalHeight].join()") == "24,8"
+        shown = page.value("picture.src").removeprefix("data:image/png;base64,")
+        samples = drp.reference("tests.denoisers:Tiny", labels=[3, 1, 4], devices=2, steps=10).samples
+        assert base64.b64decode(shown) == encode_grid(samples, 3, 1, 0)
+        assert page.value("document.querySelectorAll('#timeline rect').length") == 10
+        assert "10 steps in 6 rounds, 10 evaluations" in page.value("facts.textContent")
+        assert page.value("document.querySelectorAll('#film img').length") >= 1
+        page.value(
+            "document.getElementById('prompt').value = 'x'; document.getElementById('mode').value = 'aggressive'"
+        )
+        page.value("run()")
+        page.until("document.body.dataset.state === 'failed'")
+        assert "write digits" in page.value("facts.textContent")
+
+
+def test_a_server_that_is_gone_shows_in_the_health(gateway: Gateway, served: Served) -> None:
+    assert served.end()[0] == 0
+    until(lambda: gateway.get("/health")[0] == 503, "the gateway says that the server is gone")
+    assert "no server answers" in gateway.get("/health")[1]
+    status, answer = gateway.draw(prompt="1")
+    assert (status, answer["error"]["type"]) == (503, "server_error")
