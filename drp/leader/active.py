@@ -112,10 +112,15 @@ class Active(ABC):
     def finish(self, error: BaseException | None, devices: tuple[str, ...]) -> None:
         """Tell the caller that it is over."""
 
-    def free_row(self) -> int:
-        """Return a row for a prediction: one that nobody reads, and that no late worker may write to."""
+    def free_row(self, slot: int) -> int:
+        """Return a row for a draft's prediction: one that nobody reads, and that no late worker may write to.
+
+        It is the one of the slot's number, which only this slot's predictions are ever read from, or else a spare one.
+        """
+        if slot not in self.writing:
+            return slot
         used = self.rows_in_use() | self.writing.keys()
-        return next(row for row in range(self.arena.bind.rows) if row not in used)
+        return next(row for row in range(self.arena.bind.slots, self.arena.bind.rows) if row not in used)
 
     def answer(self, worker: int, task: Task, row: int, seconds: float) -> None:
         """Account for a prediction and take it."""

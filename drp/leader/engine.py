@@ -282,7 +282,7 @@ class Engine:
         return None
 
     def _give(self, station: Station, run: Active, task: Task) -> None:
-        since, row = time.perf_counter_ns(), run.free_row()
+        since, row = time.perf_counter_ns(), run.free_row(task.slot)
         self._staff.send(station, Draft(run.number, task.index, task.timestep, task.slot, row))
         self._mark("sent", run, task.index, station.number, since=since)
         run.writing[row] += 1

@@ -90,16 +90,17 @@ class Staff:
         self.stations = [Station(number, device) for number, device in enumerate(devices)]
         self._pool, self._crew, self._start_timeout = pool, Crew(pool, model), start_timeout
         self._next_tick = time.monotonic() + TICK
+        self.ready: tuple[Station, ...] = ()
+        """Stations that take drafts."""
+
+    def _turn(self, station: Station, state: State) -> None:
+        station.state = state
+        self.ready = tuple(station for station in self.stations if station.state == "ready")
 
     @property
     def crew(self) -> Crew:
         """Those who bring workers up, and know what the model is."""
         return self._crew
-
-    @property
-    def ready(self) -> list[Station]:
-        """Stations that take drafts."""
-        return [station for station in self.stations if station.state == "ready"]
 
     def send(self, station: Station, message: ToWorker) -> None:
         """Send to a station's worker; one that is gone shows at the next `poll`."""
@@ -111,7 +112,7 @@ class Staff:
         station.since = time.monotonic() + self._start_timeout
         station.worker = self._pool.spawn(station.number, station.generation, station.device)
         station.generation += 1
-        station.state = "starting"
+        self._turn(station, "starting")
         self._crew.expect(station.worker)
 
     def station_of(self, worker: WorkerProcess) -> Station:
@@ -128,7 +129,8 @@ class Staff:
             return self.lose(station, failure(worker, message))
         try:
             if self._crew.answer(worker, message):
-                station.state, station.since = "ready", time.monotonic()
+                station.since = time.monotonic()
+                self._turn(station, "ready")
         except (WorkerError, MemoryError) as error:
             return self.lose(station, str(error))
         return None
@@ -192,7 +194,7 @@ class Staff:
         first, most = BACKOFF
         pause = first * 2 ** min(10, round(station.used_up / MOST_PLACE["outside"]))
         station.used_up += MOST_PLACE[fault]
-        station.state = "lost" if station.used_up > 1 - 1e-9 else "away"
+        self._turn(station, "lost" if station.used_up > 1 - 1e-9 else "away")
         station.since = time.monotonic() + min(most, pause)
 
     def close(self, grace: float = GRACE) -> None:
