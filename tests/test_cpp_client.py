@@ -1,24 +1,34 @@
-"""The C++ client: the golden vectors, and both examples against a real server, with the bits of the Python call."""
+"""The C++ client: golden vectors; the examples and eight clients at a real server, with the bits of the Python call."""
 
 from __future__ import annotations
 
 import json
+import random
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from torch import Tensor
 
 import drp
+from drp import Client
 from drp.protocol import vectors
 from tests.cpp_build import build
-from tests.test_server import Served
+from tests.test_server import Served, until
 
 HERE = Path(vectors.__file__).parent
 MODEL = "tests.denoisers:Tiny"
 DEADLINE = 60.0
+EACH = 63  # of eight clients: more than 500 requests
+SHORT, LONG = 12, 600
+CANCELLED, CLOSED = 6, 10  # codes of drp/client.h
 
 pytestmark = pytest.mark.timeout(400)  # the first test builds
 
@@ -30,7 +40,7 @@ def programs() -> Path:
 
 @pytest.fixture(scope="module")
 def served(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    served = Served(tmp_path_factory.mktemp("serve"), "-d", "2", "--most", "16")
+    served = Served(tmp_path_factory.mktemp("serve"), "-d", "2")
     try:
         yield served
         assert served.end() == (0, "")
@@ -95,3 +105,101 @@ def test_errors_are_told(programs: Path, served: Served, tmp_path: Path, program
         run = ran(programs / "examples" / program, address, label, tmp_path / "out.f32")
         assert run.returncode == 1
         assert words in run.stderr
+
+
+# Eight clients at one door, four in C++ and four in Python: they finish, cancel, and leave; every answer is right.
+
+
+def digest(samples: Tensor) -> int:
+    """FNV-1a, as the C++ program's."""
+    total = 0xCBF29CE484222325
+    for byte in samples.numpy().tobytes():
+        total = (total ^ byte) * 0x100000001B3 % 2**64
+    return total
+
+
+@cache
+def expected(label: int, seed: int) -> int:
+    return digest(drp.reference(MODEL, labels=[label, label + 1], seed=seed, steps=SHORT, devices=2).samples)
+
+
+def in_cpp(programs: Path, address: str, seed: int, count: int) -> Counter[str]:
+    """Run the C++ client; count what its requests came to."""
+    run = subprocess.run(
+        [programs / "check", "soak", address, str(seed), str(count)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    *lines, last = run.stdout.splitlines()
+    assert (last, len(lines), run.stderr) == ("left", count - 1, "")
+    found = Counter({"left": 1})
+    for line in lines:
+        label, noise, steps, kind, value, *_ = line.split(" ")
+        if kind == "finished":
+            assert int(value, 16) == expected(int(label), int(noise)), line
+        else:
+            assert (int(value), int(steps)) in ((CANCELLED, LONG), (CLOSED, LONG)), line
+        found[kind if kind == "finished" else "cancelled" if int(value) == CANCELLED else "left"] += 1
+    return found
+
+
+def in_python(address: str, seed: int, count: int) -> Counter[str]:
+    """Do the like with the Python client."""
+    draws, found = random.Random(seed), Counter[str]()
+    client = Client(address)
+    for _ in range(count):
+        label, noise, way = draws.randrange(4), draws.randrange(3), draws.randrange(10)
+        steps, previews = (LONG if way < 3 else SHORT), (3 if way == 3 else 0)
+        run = client.submit(labels=[label, label + 1], seed=noise, steps=steps, progress=way != 4, previews=previews)
+        if way in (1, 2):
+            next(run.progress())
+        if way == 2:  # half-way, without a word
+            client.close()
+            client = Client(address)
+        elif way < 2:
+            run.cancel()
+        try:
+            assert digest(run.result(60).samples) == expected(label, noise)
+            found["finished"] += 1
+        except CancelledError:
+            assert steps == LONG
+            found["left" if way == 2 else "cancelled"] += 1
+    client.close()
+    return found
+
+
+def test_five_hundred_requests_of_eight_clients(programs: Path, served: Served) -> None:
+    process = psutil.Process(served.process.pid)
+    for label in range(4):
+        for seed in range(3):
+            expected(label, seed)
+
+    def all_clients(first: int, count: int) -> Counter[str]:
+        with ThreadPoolExecutor(8) as pool:
+            runs = [pool.submit(in_cpp, programs, served.address, first + i, count) for i in range(4)]
+            runs += [pool.submit(in_python, served.address, first + i, count) for i in range(4)]
+            return sum((run.result(120) for run in runs), Counter())
+
+    with Client(served.address) as watcher:
+
+        def settled() -> tuple[int, int]:
+            until(lambda: (watcher.status().requests, watcher.status().clients) == (0, 1), "nothing is left running")
+            until(lambda: served.memory() == baseline, "all shared memory is given back")
+            return process.memory_info().rss, process.num_fds()
+
+        baseline = served.memory()
+        all_clients(100, 10)  # what grows at first, has grown
+        resident, descriptors = settled()
+        began = watcher.status()
+        found = all_clients(200, EACH)
+        assert found.total() == 8 * EACH
+        assert min(found[kind] for kind in ("finished", "cancelled", "left")) > 20, found
+        resident_after, descriptors_after = settled()
+        now = watcher.status()
+
+    ended = now.finished + now.cancelled + now.failed - began.finished - began.cancelled - began.failed
+    assert (ended, now.failed, now.refused) == (8 * EACH, began.failed, began.refused)
+    assert descriptors_after == descriptors
+    assert resident_after < resident + 8_000_000, f"{resident} bytes before, {resident_after} after"
