@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from drp import __version__
+from drp.cli_pipeline import pipeline_options
 from drp.http.command import http
 from drp.plain import plain_errors, trace_option
 from drp.sampling.drafts import RULES
@@ -78,6 +79,7 @@ def parse_labels(text: str) -> list[int]:
 @click.option("--seed", default=0, show_default=True, help="Seed of the noise.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("samples.png"), show_default=True)
 @trace_option
+@pipeline_options
 def sample(
     model: str,
     labels: str | None,
