@@ -75,19 +75,22 @@ class Received:
             raise ProtocolError(f"no field names frame {left[0]}")
 
 
-def nbytes_of_samples(submit: Submit, spec: ModelSpec) -> int:
-    """Return how long the samples of a request will be."""
+def shape_of_samples(submit: Submit, spec: ModelSpec) -> tuple[int, ...]:
+    """Return the shape that the samples of a request will have, if it is one that can be."""
     shape = submit.shape if submit.shape is not None else spec.sample_shape or ()
     count = submit.count if submit.count is not None else len(submit.labels or (0,))
-    return count * math.prod(shape) * torch.float32.itemsize
+    return count, *shape
 
 
-def share(tensor: Tensor) -> tuple[SharedMemory, TensorData]:
-    """Copy a tensor into shared memory of this process; whoever gets the TensorData may map it until that is closed."""
-    name = _name(tensor)
-    memory = SharedMemory.create(tensor.numel() * tensor.element_size())
-    memory.tensor(0, tensor.shape, tensor.dtype).copy_(tensor)
-    return memory, TensorData(name, tuple(tensor.shape), memory=memory.handle)
+def nbytes_of_samples(submit: Submit, spec: ModelSpec) -> int:
+    """Return how long they will be."""
+    return math.prod(shape_of_samples(submit, spec)) * torch.float32.itemsize
+
+
+def shared(shape: tuple[int, ...]) -> tuple[SharedMemory, Tensor]:
+    """Return new shared memory of this process and a tensor float32 in it."""
+    memory = SharedMemory.create(math.prod(shape) * torch.float32.itemsize)
+    return memory, memory.tensor(0, shape, torch.float32)
 
 
 def open_shared(data: TensorData) -> Tensor:

@@ -34,9 +34,10 @@ from drp.protocol.door import (
     Status,
     Submit,
     Taken,
+    TensorData,
     ToServer,
 )
-from drp.protocol.tensors import Frame, Frames, nbytes_of_samples, share
+from drp.protocol.tensors import Frame, Frames, nbytes_of_samples, shape_of_samples, shared
 from drp.sampling.result import Result
 from drp.server import options
 from drp.server.clients import Client, Clients
@@ -201,6 +202,7 @@ class Server:
             self._counts.bad_messages += 1
             refused = Refused(submit.request, "protocol", str(error)[:2000])
         if refused is not None:
+            ticket.release()
             self._counts.refused += 1
             self._clients.send(client, refused)
             return
@@ -229,7 +231,10 @@ class Server:
         if ticket.submit.timeline:
             self._leader.timeline = self._feed
         try:
-            ticket.pending = self._leader.submit(**options.options(ticket.submit, frames, ticket.on_step))
+            given = options.options(ticket.submit, frames, ticket.on_step)
+            if ticket.submit.memory:
+                ticket.memory, given["out"] = shared(shape_of_samples(ticket.submit, self._leader.spec))
+            ticket.pending = self._leader.submit(**given)
         except ProtocolError:
             raise
         except WorkerError as error:
@@ -288,19 +293,22 @@ class Server:
             del client.tickets[ticket.request]
         client = self._clients.get(ticket.client)  # It may be gone since.
         try:
-            result = ticket.pending.result(timeout=0)
-        except CancelledError:
-            self._counts.cancelled += 1
-            ended = Ended(ticket.request, "cancelled", "") if ticket.cancelled else None
-            ended = ended or Ended(ticket.request, "draining", "the server ended first")
-        except Exception as error:
+            self._finish(ticket, client, ticket.pending.result(timeout=0))
+        except (Exception, CancelledError) as error:
+            ended = self._ended(ticket, error)
+            if client is not None:
+                self._clients.send(client, ended)
+        ticket.release()
+
+    def _ended(self, ticket: Ticket, error: BaseException) -> Ended:
+        """Count a run without samples; return what its client is told."""
+        if not isinstance(error, CancelledError):
             self._counts.failed += 1
-            ended = Ended(ticket.request, "failed", str(error)[:20_000] or repr(error)[:20_000])
-        else:
-            self._finish(ticket, client, result)
-            return
-        if client is not None:
-            self._clients.send(client, ended)
+            return Ended(ticket.request, "failed", str(error)[:20_000] or repr(error)[:20_000])
+        self._counts.cancelled += 1
+        if ticket.cancelled:
+            return Ended(ticket.request, "cancelled", "")
+        return Ended(ticket.request, "draining", "the server ended first")
 
     def _finish(self, ticket: Ticket, client: Client | None, result: Result) -> None:
         taken = time.monotonic() - ticket.began
@@ -309,9 +317,10 @@ class Server:
         if client is None:
             return
         frames = Frames()
-        if ticket.submit.memory:
-            memory, samples = share(result.samples)
-            self._clients.keep(client, ticket.request, memory)
+        if ticket.memory is not None:
+            samples = TensorData("float32", tuple(result.samples.shape), memory=ticket.memory.handle)
+            self._clients.keep(client, ticket.request, ticket.memory)
+            ticket.memory = None
         else:
             samples = frames.add(result.samples)
         self._clients.send(client, options.finished(ticket.request, result, samples, waited), frames.frames)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from drp.leader.active import Pending
 from drp.protocol.door import Evaluation, Progress, Submit, TensorData
+from drp.protocol.memory import SharedMemory
 from drp.protocol.tensors import Frame, Frames
 
 MOST_EVALUATIONS = 10_000
@@ -32,6 +33,8 @@ class Ticket:
         self.reported = False
         self.cancelled = False
         """By its client, or because that is gone."""
+        self.memory: SharedMemory | None = None
+        """That the samples are written into, if they are to be shared."""
         self._report, self._lively = report, lively
         self._step = self._told = 0
         self._preview: tuple[int, Tensor | None] = (0, None)
@@ -46,6 +49,12 @@ class Ticket:
         """End the run: its client does not want it any more."""
         self.cancelled = True
         self.pending.cancel()
+
+    def release(self) -> None:
+        """Give back the memory, if nobody else has it in keeping by now."""
+        if self.memory is not None:
+            self.memory.close()
+            self.memory = None
 
     def on_step(self, step: int, state: Tensor) -> None:
         """Note a step, and its state if it is to be shown. The state is only valid now."""
