@@ -51,7 +51,11 @@ class Ticket:
         self.pending.cancel()
 
     def release(self) -> None:
-        """Give back the memory, if nobody else has it in keeping by now."""
+        """Give back the memory, if nobody else has it in keeping by now, and let go of the run.
+
+        That holds this ticket by its callbacks, and the samples: without a circle they go at once.
+        """
+        self.__dict__.pop("pending", None)
         if self.memory is not None:
             self.memory.close()
             self.memory = None
