@@ -1,4 +1,4 @@
-"""The command line: `drp sample`, and the commands of the server."""
+"""The command line: `drp sample`, `drp trace`, and the commands of the server and of the simulator."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from drp.sampling.drafts import RULES
 from drp.sampling.modes import MODE_NAMES
 from drp.sampling.named import SOLVER_NAMES, make_solver
 from drp.server.command import keys, serve, status
+from drp.simulate.command import simulate
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,7 +26,7 @@ def main() -> None:
     """Run diffusion sampling faster, by drafting timesteps on several devices and refining them."""
 
 
-for command in (serve, keys, status, http):
+for command in (serve, keys, status, http, simulate):
     main.add_command(command)
 
 

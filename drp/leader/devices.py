@@ -96,6 +96,11 @@ def parse_emulated(name: str, number: int) -> Emulated:
     return Emulated(number, _seconds(time, name), **fields)
 
 
+def parse_time(text: str) -> float:
+    """Return the seconds that text such as `20ms`, `500us` or `1s` says; raise ValueError if it says none."""
+    return _seconds(text, text)
+
+
 def _seconds(text: str, name: str) -> float:
     found = re.fullmatch(f"{NUMBER}(s|ms|us)", text)
     if not found or float(found[1]) * SECONDS[found[2]] > MOST_SECONDS:

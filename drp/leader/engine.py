@@ -54,8 +54,8 @@ class Engine:
     ) -> None:
         self.timelines: tuple[Timeline, ...] = ()
         self.overlap = True
-        self._draft_timeout, self._hedge = draft_timeout, hedge
-        self._sharing = sharing or ByLoad()
+        self._draft_timeout = draft_timeout
+        self.follow(sharing or ByLoad(), hedge, DEPTH)
         self._devices = tuple(device.name for device in devices)
         self._pool = Pool(model, threads, python)
         self._staff = Staff(self._pool, model, devices, start_timeout)
@@ -112,6 +112,10 @@ class Engine:
             raise
         return session
 
+    def follow(self, sharing: Sharing, hedge: float | None, depth: int) -> None:
+        """Share, hedge, and give so many drafts in advance from now on; only while no run is under way."""
+        self._sharing, self._hedge, self._depth = sharing, hedge, depth
+
     @property
     def is_this_thread(self) -> bool:
         """Whether the caller is a callback."""
@@ -152,7 +156,7 @@ class Engine:
 
     @property
     def _spare(self) -> int:
-        return DEPTH * len(self._devices)
+        return self._depth * len(self._devices)
 
     def _poke(self, session: Session) -> None:
         self._poked.append(session)
@@ -272,7 +276,7 @@ class Engine:
         """Give waiting drafts to workers: one each, and a second in advance if there is only one run."""
         runs = [run for run in self._runs.values() if run.missing]
         ready = self._staff.ready
-        for depth in range(1, (DEPTH if len(runs) == 1 else 1) + 1):
+        for depth in range(1, (self._depth if len(runs) == 1 else 1) + 1):
             for place, station in enumerate(ready):
                 while len(station.drafts) < depth:
                     run = self._sharing.choose(place, len(ready), runs)

@@ -8,7 +8,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +18,7 @@ from typing_extensions import Unpack
 from drp.leader.active import Pending
 from drp.leader.devices import parse_devices
 from drp.leader.engine import Engine
+from drp.leader.policies import Policy, find_policy
 from drp.leader.request import Options, Request, make_job
 from drp.leader.session import Session
 from drp.leader.sharing import Sharing
@@ -71,6 +72,8 @@ class Leader:
     hedge: give a draft that takes this many times the usual to an idle worker too; the first answer counts. By default
         drafts are given twice only when a worker is lost.
     sharing: which run a free worker serves when there are several; by default by load, see `drp.leader.sharing`.
+    policy: instead of `hedge` and `sharing`, a name or an object that says all of when drafts go out, to whom, and
+        whether twice; see `drp.leader.policies`.
     python: the interpreter that the workers run; by default this program's, or in a program that embeds Python the one
         in the environment's folder. It must have the same version.
 
@@ -87,16 +90,23 @@ class Leader:
         draft_timeout: float | None = None,
         hedge: float | None = None,
         sharing: Sharing | None = None,
+        policy: str | Policy | None = None,
         python: str | os.PathLike[str] | None = None,
     ) -> None:
         for name, value in (("start_timeout", start_timeout), ("draft_timeout", draft_timeout)):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; give seconds above 0")
+        if policy is not None and (hedge is not None or sharing is not None):
+            raise ValueError(f"policy is {policy!r}, which says hedge and sharing itself; leave those out")
+        own = find_policy(policy) if policy is not None else None
         if hedge is not None and not 1 < hedge < math.inf:
             raise ValueError(f"hedge is {hedge}; give a factor above 1, such as 1.5, or None")
         self._devices = parse_devices(devices, threads)
         name = model_name(model)
         self._engine = Engine(name, self._devices, threads, python, start_timeout, draft_timeout, sharing, hedge)
+        self._policy: Policy | None = None
+        if own is not None:
+            self.policy = own
         self._timeline: Timeline | None = None
         log.debug("%d workers hold %s", len(self._devices), name)
         self._end = weakref.finalize(self, self._engine.close)  # also at interpreter exit
@@ -121,6 +131,19 @@ class Leader:
     def leave(self, timeline: Timeline) -> None:
         """Append no more marks to a list."""
         self._engine.timelines = tuple(other for other in self._engine.timelines if other is not timeline)
+
+    @property
+    def policy(self) -> Policy | None:
+        """When drafts go out, to whom, and whether twice; None for what `hedge` and `sharing` say.
+
+        Another, or its name, may be set while no run is under way.
+        """
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: str | Policy) -> None:
+        self._policy = find_policy(policy)
+        self._engine.follow(self._policy, self._policy.hedge, self._policy.depth)
 
     @property
     def overlap(self) -> bool:
@@ -167,6 +190,8 @@ class Leader:
         """
         request = Request(**options)
         job = make_job(request, self.spec, len(self._devices))
+        if self._policy is not None:
+            job = replace(job, mode=self._policy.schedule(job.mode))
         if self._engine.is_this_thread:
             raise RuntimeError("a callback must not use the leader that calls it")
         return self._engine.submit(job, request)

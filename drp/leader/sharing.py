@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Sequence, Sized
+from typing import Protocol, TypeVar
 
-from drp.leader.active import Active
+
+class HasDrafts(Protocol):
+    """What a policy looks at of a run: the drafts that no worker has been given."""
+
+    @property
+    def waiting(self) -> Sized:
+        """The drafts."""
+        ...
+
+
+Waiting = TypeVar("Waiting", bound=HasDrafts)
 
 
 class Sharing(Protocol):
     """A policy. Whatever it chooses, samples are the same: only who waits for whom depends on it."""
 
-    def choose(self, worker: int, workers: int, runs: Sequence[Active]) -> Active | None:
+    def choose(self, worker: int, workers: int, runs: Sequence[Waiting]) -> Waiting | None:
         """Return the run whose next draft worker number `worker` of `workers` evaluates; `runs` are oldest first."""
         ...
 
@@ -19,7 +29,7 @@ class Sharing(Protocol):
 class Spread:
     """Latency: every worker serves the oldest run that has drafts waiting; later runs fill what it leaves idle."""
 
-    def choose(self, worker: int, workers: int, runs: Sequence[Active]) -> Active | None:
+    def choose(self, worker: int, workers: int, runs: Sequence[Waiting]) -> Waiting | None:
         """Return the oldest run with a draft waiting."""
         return next((run for run in runs if run.waiting), None)
 
@@ -27,7 +37,7 @@ class Spread:
 class Gather:
     """Throughput: a worker serves one run as long as that has drafts, then the oldest."""
 
-    def choose(self, worker: int, workers: int, runs: Sequence[Active]) -> Active | None:
+    def choose(self, worker: int, workers: int, runs: Sequence[Waiting]) -> Waiting | None:
         """Return the worker's own run, or the oldest with a draft waiting."""
         own = runs[worker] if worker < len(runs) else None
         return own if own is not None and own.waiting else next((run for run in runs if run.waiting), None)
@@ -39,7 +49,7 @@ class ByLoad:
     def __init__(self) -> None:
         self._few, self._many = Spread(), Gather()
 
-    def choose(self, worker: int, workers: int, runs: Sequence[Active]) -> Active | None:
+    def choose(self, worker: int, workers: int, runs: Sequence[Waiting]) -> Waiting | None:
         """Return what the policy for this load chooses."""
         policy: Sharing = self._few if len(runs) < workers else self._many
         return policy.choose(worker, workers, runs)

@@ -45,12 +45,16 @@ class EmulatedDevice:
 
     def seconds(self, run: int, index: int) -> float:
         """Return the time of one evaluation: the same whenever this device evaluates this index of this run."""
-        e = self.emulated
-        if not e.jitter and not e.straggler_share:
-            return e.seconds
-        draws = random.Random(f"{e.number} {run} {index}")  # noqa: S311  # times, not secrets
-        straggles = draws.random() < e.straggler_share
-        return e.seconds * max(0.0, draws.gauss(1.0, e.jitter)) * (e.straggler_factor if straggles else 1.0)
+        return seconds_of(self.emulated, run, index)
+
+
+def seconds_of(e: Emulated, run: int, index: int) -> float:
+    """Return the time that a device is to take for an index of a run."""
+    if not e.jitter and not e.straggler_share:
+        return e.seconds
+    draws = random.Random(f"{e.number} {run} {index}")  # noqa: S311  # times, not secrets
+    straggles = draws.random() < e.straggler_share
+    return e.seconds * max(0.0, draws.gauss(1.0, e.jitter)) * (e.straggler_factor if straggles else 1.0)
 
 
 def sleep_until(deadline: float) -> float:

@@ -1,0 +1,30 @@
+"""Simulate: what a mode, a policy and devices would take, without devices. A discrete-event model of the engine."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from drp.simulate.costs import Costs
+    from drp.simulate.devices import Device, make_devices
+    from drp.simulate.engine import Outcome, simulate
+    from drp.simulate.load import Load
+
+__all__ = ["Costs", "Device", "Load", "Outcome", "make_devices", "simulate"]
+
+# Loaded at first use: the command line shows its help without waiting for torch.
+_HOMES = {
+    "Costs": "costs",
+    "Device": "devices",
+    "Load": "load",
+    "Outcome": "engine",
+    "make_devices": "devices",
+    "simulate": "engine",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'drp.simulate' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"drp.simulate.{_HOMES[name]}"), name)

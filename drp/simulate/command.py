@@ -1,0 +1,123 @@
+"""The command line of the simulator: `drp simulate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from drp.plain import plain_errors, trace_option
+
+
+@click.command()
+@click.option(
+    "-d", "--devices", default="8xemulated:20ms", show_default=True, help="As `drp sample --devices` has them."
+)
+@click.option(
+    "--distribution", default="normal", show_default=True, help="Of jitter: normal, lognormal or exponential."
+)
+@click.option(
+    "--from", "source", type=click.Path(path_type=Path, exists=True), help="Trace: costs, and devices' times."
+)
+@click.option("--message", default="50us", show_default=True, help="Without a trace: the leader's time a message,")
+@click.option("--row", default="10us", show_default=True, help="a row of its arithmetic,")
+@click.option("--wake", default="100us", show_default=True, help="and for a process to wake up.")
+@click.option("-m", "--mode", default="aggressive", show_default=True, help="As `drp sample --mode`.")
+@click.option("--drafts", type=int, help="Drafts a round; by default one a device.")
+@click.option("-p", "--policy", default="barrier", show_default=True, help="Names, or all; see drp.leader.policies.")
+@click.option("-n", "--steps", default=48, show_default=True, help="Steps of each run.")
+@click.option("-r", "--runs", default=200, show_default=True, help="Runs.")
+@click.option("--rate", default=0.0, help="Runs that arrive a second; by default each when the one before has ended.")
+@click.option("--users", default=1, show_default=True, help="Runs at the same time, without --rate.")
+@click.option("--mtbf", default=0.0, help="Mean seconds between a device's failures; 0 for none.")
+@click.option("--restart", default=10.0, show_default=True, help="Seconds until a failed device is back.")
+@click.option("--price", default=0.0, help="Of a device for an hour.")
+@click.option("--tolerance", default=0.0025, show_default=True, help="Of mode adaptive.")
+@click.option(
+    "--staleness", default=5e-5, show_default=True, help="For mode adaptive: residual of a draft one step ahead."
+)
+@click.option("--best", is_flag=True, help="Try 1, 2, 4, ... devices, and say which number has the least latency.")
+@click.option("--seed", default=0, show_default=True, help="Of all draws.")
+@trace_option
+def simulate(
+    devices: str,
+    distribution: str,
+    source: Path | None,
+    message: str,
+    row: str,
+    wake: str,
+    mode: str,
+    drafts: int | None,
+    policy: str,
+    steps: int,
+    runs: int,
+    rate: float,
+    users: int,
+    mtbf: float,
+    restart: float,
+    price: float,
+    tolerance: float,
+    staleness: float,
+    best: bool,
+    seed: int,
+    trace: Path | None,
+) -> None:
+    """Say what runs would take on up to 1,024 devices: latency, throughput, utilisation, cost; by policy."""
+    with plain_errors():
+        from dataclasses import replace
+
+        from drp.leader.devices import parse_time
+        from drp.leader.policies import POLICIES, find_policy
+        from drp.leader.timeline import Timeline
+        from drp.sampling.drafts import SECANT
+        from drp.sampling.modes import make_mode
+        from drp.simulate import Costs, Load, make_devices
+        from drp.simulate import simulate as run
+        from drp.simulate.devices import measured, repeated
+        from drp.trace.events import read, write
+        from drp.trace.record import check
+
+        for name, value in (("rate", rate), ("mtbf", mtbf), ("restart", restart), ("price", price)):
+            if value < 0:
+                raise ValueError(f"{name} is {value}; give 0 or more")
+        for name, count in (("steps", steps), ("runs", runs), ("users", users)):
+            if count < 1:
+                raise ValueError(f"{name} is {count}; give 1 or more")
+        given = make_devices(devices, distribution)
+        if source is None:
+            costs = Costs.given(*map(parse_time, (message, row, wake)))
+        else:
+            marks, names = read(source)
+            costs = Costs.measured(marks, names)
+            if not all(name.startswith("emulated:") for name in names):
+                given = measured(given, marks)
+        given = tuple(replace(device, mtbf=mtbf, restart=restart) for device in given)
+        counts = [n for n in (2**i for i in range(11)) if n < len(given)] + [len(given)] if best else [len(given)]
+        chosen = list(POLICIES) if policy == "all" else policy.split(",")
+        table = Table(
+            *("policy", "devices", "run, ms: median", "mean", "latency, ms: p50", "p95", "runs/s", "computing"),
+            *(("cost a run",) if price else ()),
+            title=f"{runs} simulated runs of {steps} steps, {mode}",
+        )
+        found: dict[tuple[str, int], float] = {}
+        for name in chosen:
+            for count in counts:
+                made = make_mode(mode, drafts or count, tolerance, SECANT)
+                load = Load(made, steps, runs, rate, users)
+                timeline = Timeline()
+                outcome = run(repeated(given, count), find_policy(name), load, costs, seed, staleness, timeline)
+                found[name, count] = outcome.latency(50)
+                table.add_row(
+                    *(name, str(count), f"{outcome.median * 1e3:.1f}", f"{outcome.mean * 1e3:.1f}"),
+                    *(f"{outcome.latency(q) * 1e3:.1f}" for q in (50, 95)),
+                    *(f"{outcome.throughput:.3g}", f"{outcome.utilisation:.1%}"),
+                    *((f"{outcome.cost(price):.3g}",) if price else ()),
+                )
+        if trace is not None:  # of what was simulated last
+            write(check(trace), timeline, [f"simulated {number}" for number in range(counts[-1])])
+        Console(width=max(Console().width, 110)).print(table)
+        if best:
+            (name, count), least = min(found.items(), key=lambda item: item[1])
+            click.echo(f"least latency: {count} device(s), {name}, {least * 1e3:.1f} ms in the median")

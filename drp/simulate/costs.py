@@ -1,0 +1,256 @@
+"""Costs: what the leader, the messages and waking up add to the devices' time."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import random
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from drp.leader.devices import parse_emulated
+from drp.leader.timeline import Mark
+from drp.trace.evaluations import Evaluation, evaluations
+from drp.workers.emulated import seconds_of
+
+Samples = tuple[float, ...]
+
+SLEEP = 2e-3
+"""Seconds of a sleep after which code is cold (docs/round.md)."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A time that grows with a number, and how far single ones lie from it."""
+
+    fixed: float = 0.0
+    each: float = 0.0
+    apart: Samples = (0.0,)
+
+    def draw(self, count: int, draws: random.Random) -> float:
+        """Return a time for so many."""
+        return max(0.0, self.fixed + self.each * count + draws.choice(self.apart))
+
+    @classmethod
+    def fit(cls, points: Sequence[tuple[int, float]]) -> Line:
+        """Fit (number, time) by least squares; neither the slope nor the rest is below 0."""
+        if not points:
+            return cls()
+        x, y = np.array(points, dtype=np.float64).T
+        each = max(0.0, float(np.polyfit(x, y, 1)[0])) if len(set(x)) > 1 else 0.0
+        fixed = float(np.mean(y) - each * np.mean(x))
+        if fixed < 0:
+            fixed, each = 0.0, float(np.sum(x * y) / np.sum(x * x))
+        return cls(fixed, each, tuple(float(v) for v in y - fixed - each * x))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of everything but the devices; samples are drawn from, so that what varies goes on varying.
+
+    start: from a run's beginning to its first drafts. form: forming drafts, by their number. send_first, send_more:
+    handing a draft over, straight after something else and after another. down: from then until an idle worker begins,
+    for the first draft handed over without a pause, for the second, and so on: workers that share cores wake up in
+    turn. following: until a worker that has it already begins, after its last. wake_long, wake_short: from an
+    evaluation's end until the leader takes the answer, having slept for longer than `SLEEP` or not. take_first,
+    take_more: taking an answer after a sleep, and one that was there already. refine: the states passed, by their
+    number; head_start: what the leader leaves workers before that. end: from the last answer to the run's end. late:
+    how much longer than it should a device takes.
+    """
+
+    start: Samples = (0.0,)
+    form: Line = Line()
+    send_first: Samples = (0.0,)
+    send_more: Samples = (0.0,)
+    down: tuple[Samples, ...] = ((0.0,),)
+    following: Samples = (0.0,)
+    wake_long: Samples = (0.0,)
+    wake_short: Samples = (0.0,)
+    take_first: Samples = (0.0,)
+    take_more: Samples = (0.0,)
+    refine: Line = Line()
+    head_start: float = 0.0
+    end: Samples = (0.0,)
+    late: Samples = (0.0,)
+
+    @classmethod
+    def given(cls, message: float, row: float, wake: float) -> Costs:
+        """Return costs by three numbers: seconds a message, an arithmetic row, and waking a process up."""
+        m, w = (message,), (wake,)
+        line = Line(0.0, row)
+        return cls((message + row,), line, m, m, (w,), m, w, w, m, m, line, 0.0, (row,), (0.0,))
+
+    @classmethod
+    def measured(cls, timeline: Sequence[Mark], devices: Sequence[str]) -> Costs:
+        """Return the costs of the runs in a trace; raise ValueError if none of them came to its end.
+
+        Of the runs with as many evaluations, the middle half by time is taken: not the first, in which code and rows
+        are made, nor those that something else on the machine held up.
+        """
+        counted = _usual(timeline)
+        if not counted:
+            raise ValueError("no run in this trace came to its end; trace one that does")
+        found = [e for e in evaluations(timeline) if e.run in counted and e.answered is not None]
+        return _Fit([mark for mark in timeline if mark.run in counted], found, devices).costs()
+
+
+class _Fit:
+    """The samples of some runs."""
+
+    def __init__(self, marks: Sequence[Mark], found: Sequence[Evaluation], devices: Sequence[str]) -> None:
+        self._marks, self._found = marks, found
+        self._emulated = [parse_emulated(d, n) if d.startswith("emulated:") else None for n, d in enumerate(devices)]
+        spans = {"formed", "sent", "folded", "refined", "end"}
+        self._busy = sorted((mark.since, mark.ns) for mark in marks if mark.what in spans and mark.since)
+
+    def costs(self) -> Costs:
+        """Return all."""
+        start, end, form, refine = self._leader()
+        send = self._sends()
+        down, following, late = self._workers()
+        wake = self._wakes()
+        take = self._takes()
+        return Costs(
+            start=_some(start),
+            form=form,
+            send_first=_some(send[0]),
+            send_more=_some(send[1]),
+            down=tuple(map(_some, down)) or ((0.0,),),
+            following=_some(following),
+            wake_long=_some(wake[0]),
+            wake_short=_some(wake[1] or wake[0]),
+            take_first=_some(take[0]),
+            take_more=_some(take[1]),
+            refine=refine,
+            head_start=self._head_start(),
+            end=_some(end),
+            late=_some(late),
+        )
+
+    def _leader(self) -> tuple[list[float], list[float], Line, Line]:
+        start: list[float] = []
+        end: list[float] = []
+        form: list[tuple[int, float]] = []
+        refine: list[tuple[int, float]] = []
+        began: dict[int, int] = {}
+        reached: dict[int, int] = defaultdict(int)
+        for mark in self._marks:
+            took = (mark.ns - mark.since) / 1e9
+            if mark.what == "begin":
+                began[mark.run] = mark.ns
+            elif mark.what == "formed":
+                if mark.run in began:
+                    start.append((mark.ns - began.pop(mark.run)) / 1e9)
+                else:
+                    form.append((len(mark.steps), took))
+            elif mark.what == "refined":
+                if mark.step > reached[mark.run]:
+                    refine.append((mark.step - reached[mark.run], took))
+                reached[mark.run] = mark.step
+            elif mark.what == "end":
+                end.append(took)
+        return start, end, Line.fit(form), Line.fit(refine)
+
+    def _sends(self) -> tuple[list[float], list[float]]:
+        """Return the times of sending after other things, and after another send."""
+        first: list[float] = []
+        more: list[float] = []
+        before: Mark | None = None
+        for mark in self._marks:
+            if mark.what == "sent":
+                (more if before is not None and before.what == "sent" else first).append((mark.ns - mark.since) / 1e9)
+            before = mark
+        return first, more
+
+    def _takes(self) -> tuple[list[float], list[float]]:
+        """Return the times of taking an answer after a sleep, and one that was there already, receiving included."""
+        first: list[float] = []
+        more: list[float] = []
+        ends = sorted(until for _, until in self._busy)
+        for e in self._found:
+            if e.folded is not None and e.answered is not None:
+                place = bisect.bisect_right(ends, e.answered)
+                before = ends[place - 1] if place else 0
+                if e.ended + self._link(e) < before:
+                    more.append((e.folded - before) / 1e9)
+                else:
+                    first.append((e.folded - e.answered) / 1e9)
+        return first, more
+
+    def _link(self, e: Evaluation) -> int:
+        """Return the ns of a way over the link of an emulated device."""
+        emulated = self._emulated[e.worker]
+        return round(emulated.latency * 1e9) if emulated is not None else 0
+
+    def _workers(self) -> tuple[list[list[float]], list[float], list[float]]:
+        """Return how long workers took to begin, by place in the row of drafts sent, and how late they ended."""
+        down: list[list[float]] = []
+        following: list[float] = []
+        late: list[float] = []
+        last: dict[int, Evaluation] = {}
+        before: Evaluation | None = None
+        place = 0
+        for e in self._found:
+            place = place + 1 if before is not None and e.since - before.sent < 50_000 else 0
+            emulated, link, ahead = self._emulated[e.worker], self._link(e) / 1e9, last.get(e.worker)
+            if ahead is not None and ahead.ended > e.sent:
+                following.append((e.began - ahead.ended) / 1e9 - 2 * link)
+            else:
+                down.extend([] for _ in range(place + 1 - len(down)))
+                down[place].append((e.began - e.sent) / 1e9 - link)
+            if emulated is not None:
+                late.append(e.seconds - seconds_of(emulated, e.run, e.step))
+            before = last[e.worker] = e
+        return [samples for samples in down if samples], following, late
+
+    def _wakes(self) -> tuple[list[float], list[float]]:
+        """Return the times from the first answer that ended a sleep of the leader's until it was taken."""
+        long: list[float] = []
+        short: list[float] = []
+        found = sorted((e.ended + self._link(e), e.answered or 0) for e in self._found)
+        starts = [ended for ended, _ in found]
+        for (_, asleep), (awake, _) in itertools.pairwise(self._busy):
+            place = bisect.bisect_right(starts, asleep)
+            there = [e for e in found[max(0, place - 1024) : place] if e[1] >= awake]  # before it fell asleep
+            if not there and place < len(found) and found[place][0] <= awake <= found[place][1] + 1:
+                ended = found[place][0]
+                (long if (ended - asleep) / 1e9 > SLEEP else short).append((awake - ended) / 1e9)
+        return long, short
+
+    def _head_start(self) -> float:
+        """Return what lay between the last draft sent and refining, without an answer between, in the median."""
+        waits: list[float] = []
+        before: Mark | None = None
+        for mark in self._marks:
+            if mark.what == "refined" and before is not None and before.what == "sent":
+                waits.append((mark.since - before.ns) / 1e9)
+            if mark.what != "callback":
+                before = mark
+        return float(np.median(waits)) if waits else 0.0
+
+
+def _usual(timeline: Sequence[Mark]) -> set[int]:
+    """Return the runs that took neither long nor short, of those with as many rounds."""
+    began: dict[int, int] = {}
+    rounds: Counter[int] = Counter()
+    walls: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for mark in timeline:
+        if mark.what == "begin":
+            began[mark.run] = mark.ns
+        elif mark.what == "formed":
+            rounds[mark.run] += 1
+        elif mark.what == "end" and mark.run in began:
+            walls[rounds[mark.run]].append((mark.ns - began[mark.run], mark.run))
+    found: set[int] = set()
+    for times in walls.values():
+        times.sort()
+        rest = len(times) // 4
+        found.update(run for _, run in times[rest : len(times) - rest])
+    return found
+
+
+def _some(samples: Sequence[float]) -> Samples:
+    return tuple(samples) or (0.0,)

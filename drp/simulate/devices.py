@@ -1,0 +1,93 @@
+"""Devices: how long evaluations take, and how often a device fails."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from drp.leader.devices import parse_emulated
+from drp.leader.timeline import Mark
+from drp.protocol.messages import Emulated
+from drp.workers.emulated import seconds_of
+
+MOST = 1024
+Distribution = Literal["normal", "lognormal", "exponential", "measured"]
+DISTRIBUTIONS = get_args(Distribution)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device as the simulator has it.
+
+    emulated: its times, as `drp.leader.devices` writes them. distribution: of the jitter, its mean and standard
+    deviation being those that `emulated` says. "normal" takes the very draws of an emulated device; "exponential" is a
+    fixed time and an exponential one; "measured" draws from `measured`, seconds. mtbf: mean seconds between failures,
+    exponentially distributed; 0 for none. restart: seconds until a device that failed takes drafts again.
+    """
+
+    emulated: Emulated
+    distribution: Distribution = "normal"
+    measured: tuple[float, ...] = ()
+    mtbf: float = 0.0
+    restart: float = 10.0
+
+    @property
+    def link(self) -> float:
+        """Seconds of one way over the link, without the bytes' share."""
+        return self.emulated.latency
+
+    def seconds(self, run: int, step: int, draws: random.Random) -> float:
+        """Return what an evaluation takes."""
+        e = self.emulated
+        if self.distribution == "normal":
+            return seconds_of(e, run, step)
+        if self.distribution == "measured":
+            return draws.choice(self.measured)
+        factor = e.straggler_factor if draws.random() < e.straggler_share else 1.0
+        if not e.jitter:
+            return e.seconds * factor
+        if self.distribution == "exponential":
+            return e.seconds * factor * (1 - e.jitter + draws.expovariate(1.0) * e.jitter)
+        variance = math.log(1 + e.jitter**2)
+        return e.seconds * factor * draws.lognormvariate(-variance / 2, math.sqrt(variance))
+
+
+def make_devices(names: str | Sequence[str], distribution: str = "normal") -> tuple[Device, ...]:
+    """Return the devices that names such as `8xemulated:20ms:jitter=10%` say, up to 1,024 of them.
+
+    Raises ValueError for what is no emulated device, or no distribution.
+    """
+    if distribution not in DISTRIBUTIONS[:-1]:
+        raise ValueError(f"distribution {distribution!r} does not exist; choose one of {', '.join(DISTRIBUTIONS[:-1])}")
+    found: list[Device] = []
+    for name in names.split(",") if isinstance(names, str) else names:
+        several = re.fullmatch(r"(?:(\d{1,4})x)?(emulated:.*)", name.strip())
+        if several is None:
+            raise ValueError(f"device {name!r} cannot be simulated; write emulated:TIME, or 8xemulated:TIME")
+        for _ in range(int(several[1] or 1)):
+            found.append(Device(parse_emulated(several[2], len(found)), distribution))  # type: ignore[arg-type]  # checked
+            if len(found) > MOST:
+                raise ValueError(f"more than {MOST} devices; the simulator has room for as many")
+    if not found:
+        raise ValueError(f"devices is {names!r}; give 1 to {MOST}")
+    return tuple(found)
+
+
+def measured(devices: Sequence[Device], timeline: Sequence[Mark]) -> tuple[Device, ...]:
+    """Return the devices with times drawn from those of a trace."""
+    times = tuple(mark.seconds for mark in timeline if mark.what == "answer")
+    if not times:
+        raise ValueError("no evaluation in this trace has ended; trace a run")
+    return tuple(replace(device, distribution="measured", measured=times) for device in devices)
+
+
+def repeated(devices: Sequence[Device], count: int) -> tuple[Device, ...]:
+    """Return `count` devices like the first ones, in turn, each with draws of its own."""
+    if not 1 <= count <= MOST:
+        raise ValueError(f"{count} devices; the simulator has room for 1 to {MOST}")
+    like = [devices[i % len(devices)] for i in range(count)]
+    return tuple(replace(device, emulated=replace(device.emulated, number=i)) for i, device in enumerate(like))

@@ -1,0 +1,378 @@
+"""Engine: a discrete-event model of the leader's loop and its workers.
+
+It goes through what `drp.leader.engine` does, in its order: admit, dispatch, refine, take. The leader is one thread and
+does one thing at a time; a worker has at most one draft and another in advance. Modes and policies are the engine's own
+objects; only the numbers are missing.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from drp.leader.engine import ROOM
+from drp.leader.policies import Policy
+from drp.leader.timeline import Mark, Timeline, What
+from drp.simulate.costs import SLEEP, Costs
+from drp.simulate.devices import Device
+from drp.simulate.load import Load
+from drp.simulate.schedule import Schedule, Ticket
+
+REMEMBERED = 32
+NOTICE = 0.005
+"""Seconds until the leader knows that a worker died."""
+
+
+@dataclass
+class Run:
+    """A request, from its arrival to its end."""
+
+    number: int
+    arrived: float
+    schedule: Schedule
+    steps: int
+    began: float = 0.0
+    ended: float = 0.0
+    evaluations: int = 0
+    waiting: deque[Ticket] = field(default_factory=deque)
+    missing: set[Ticket] = field(default_factory=set)
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    behind: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Return the time from its beginning to its end."""
+        return self.ended - self.began
+
+    @property
+    def latency(self) -> float:
+        """Return the time from its arrival to its end."""
+        return self.ended - self.arrived
+
+    @property
+    def usual(self) -> float | None:
+        """The median of the seconds that evaluations took lately, once there are some."""
+        return statistics.median(self.recent) if len(self.recent) >= 4 else None
+
+
+@dataclass
+class Station:
+    """A device's place: the drafts it has, and until when it is busy with them."""
+
+    number: int
+    device: Device
+    drafts: deque[tuple[Run, Ticket]] = field(default_factory=deque)
+    since: float = 0.0
+    free_at: float = 0.0
+    fails_at: float = float("inf")
+    ready: bool = True
+    generation: int = 0
+    computed: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a simulation; seconds.
+
+    `runs` are in the order of their ends. `duration` is from the first arrival to the last end, `computed` the devices'
+    time in evaluations, those that were lost or not needed included.
+    """
+
+    runs: tuple[Run, ...]
+    devices: int
+    duration: float
+    computed: float
+    hedged: int
+    lost: int
+
+    @property
+    def throughput(self) -> float:
+        """Runs a second."""
+        return len(self.runs) / self.duration
+
+    @property
+    def utilisation(self) -> float:
+        """The share of the devices' time that they computed."""
+        return self.computed / (self.devices * self.duration)
+
+    def latency(self, percentile: float) -> float:
+        """Return the time from arrival to end that this percentage of the runs does not exceed."""
+        times = sorted(run.latency for run in self.runs)
+        return times[min(len(times) - 1, int(len(times) * percentile / 100))]
+
+    @property
+    def median(self) -> float:
+        """The median of the time from a run's beginning to its end."""
+        return statistics.median(run.seconds for run in self.runs)
+
+    @property
+    def mean(self) -> float:
+        """The mean of that."""
+        return statistics.fmean(run.seconds for run in self.runs)
+
+    def cost(self, price: float) -> float:
+        """Return what a run costs if each device costs `price` an hour, idle or not."""
+        return price * self.devices * self.duration / 3600 / len(self.runs)
+
+
+def simulate(
+    devices: Sequence[Device],
+    policy: Policy,
+    load: Load,
+    costs: Costs | None = None,
+    seed: int = 0,
+    staleness: float = 5e-5,
+    timeline: Timeline | None = None,
+) -> Outcome:
+    """Return what the runs of a load would take; their marks are appended to `timeline`, as an engine's would be.
+
+    `policy` schedules the load's mode. `staleness` stands for the network in a mode with feedback, see `Schedule`. The
+    same seed draws the same costs, arrivals and failures. Raises ValueError for a mode that breaks its rules.
+    """
+    return _Simulation(devices, policy, load, costs or Costs(), seed, staleness, timeline).run()
+
+
+class _Simulation:
+    """The state of one simulation; `now` is the leader's time."""
+
+    def __init__(
+        self,
+        devices: Sequence[Device],
+        policy: Policy,
+        load: Load,
+        costs: Costs,
+        seed: int,
+        staleness: float,
+        timeline: Timeline | None,
+    ) -> None:
+        self.timeline = timeline
+        self.draws = random.Random(seed)  # noqa: S311  # times, not secrets
+        self.policy, self.load, self.costs, self.staleness = policy, load, costs, staleness
+        self.mode = policy.schedule(load.mode)
+        self.stations = [Station(number, device) for number, device in enumerate(devices)]
+        for station in self.stations:
+            station.fails_at = self._failure(station, 0.0)
+        self.now = 0.0
+        self.arrivals = deque(load.arrivals(self.draws))
+        self.numbers = itertools.count(load.first)
+        self.runs: list[Run] = []
+        self.done: list[Run] = []
+        self.events: list[tuple[float, int, Station, int, Ticket | None, float, float]] = []
+        self.order = itertools.count()
+        self.submitted = len(self.arrivals)
+        self.hedged = self.lost = 0
+        self.asleep = True
+
+    def run(self) -> Outcome:
+        """Go through the loop until all runs are done."""
+        while self.arrivals or self.runs:
+            self._admit()
+            self._dispatch()
+            self._refine()
+            self._take()
+        first = min(run.arrived for run in self.done)
+        last = max(run.ended for run in self.done)
+        computed = sum(station.computed for station in self.stations)
+        return Outcome(tuple(self.done), len(self.stations), last - first, computed, self.hedged, self.lost)
+
+    def _some(self, samples: Sequence[float]) -> float:
+        return samples[0] if len(samples) == 1 else self.draws.choice(samples)
+
+    def _failure(self, station: Station, now: float) -> float:
+        mtbf = station.device.mtbf
+        return now + self.draws.expovariate(1 / mtbf) if mtbf else float("inf")
+
+    def _admit(self) -> None:
+        while self.arrivals and self.arrivals[0] <= self.now and len(self.runs) < ROOM * len(self.stations):
+            schedule = Schedule(self.mode, self.load.steps, self.staleness)
+            run = Run(next(self.numbers), self.arrivals.popleft(), schedule, self.load.steps, began=self.now)
+            self._mark("begin", run)
+            self.runs.append(run)
+            since, tickets = self.now, schedule.form()
+            self.now += self._some(self.costs.start)
+            self._formed(run, tickets, since)
+
+    def _formed(self, run: Run, tickets: list[Ticket] | None, since: float) -> None:
+        if tickets is None:
+            self.now += self._some(self.costs.end)
+            self._mark("end", run, since=since)
+            run.ended = self.now
+            self.runs.remove(run)
+            self.done.append(run)
+            if not self.load.rate and self.submitted < self.load.count:
+                self.arrivals.append(self.now)
+                self.submitted += 1
+            return
+        run.behind = run.schedule.states
+        self._mark("formed", run, since=since, steps=tuple(ticket.step for ticket in tickets))
+        run.waiting.extend(tickets)
+        run.missing.update(tickets)
+
+    def _dispatch(self) -> None:
+        """As the engine: a draft for each worker, a second in advance if there is only one run, then what is late."""
+        runs = [run for run in self.runs if run.missing]
+        ready = [station for station in self.stations if station.ready]
+        sent = 0
+        for depth in range(1, (self.policy.depth if len(runs) == 1 else 1) + 1):
+            for place, station in enumerate(ready):
+                while len(station.drafts) < depth:
+                    run = self.policy.choose(place, len(ready), runs)
+                    if run is None:
+                        self._hedge(ready)
+                        return
+                    self._give(station, run, run.waiting.popleft(), sent)
+                    sent += 1
+
+    def _give(self, station: Station, run: Run, ticket: Ticket, sent: int) -> None:
+        since = self.now
+        self.now += self._some(self.costs.send_more if sent else self.costs.send_first)
+        self._mark("sent", run, ticket.step, station.number, since=since)
+        if not station.drafts:
+            station.since = self.now
+            began = self.now + self._some(self.costs.down[min(sent, len(self.costs.down) - 1)])
+        else:
+            began = max(self.now, station.free_at) + self._some(self.costs.following)
+        station.drafts.append((run, ticket))
+        link = station.device.link
+        began = max(began, station.free_at) + link
+        seconds = station.device.seconds(run.number, ticket.step, self.draws)
+        seconds = max(0.0, seconds + self._some(self.costs.late))
+        station.free_at = began + seconds + link
+        if station.free_at > station.fails_at:
+            if station.generation >= 0:  # noted once: what the worker has is lost together
+                station.computed += max(0.0, station.fails_at - began)
+                self._event(station.fails_at + NOTICE, station, None)
+                station.generation = -station.generation - 1
+            return
+        station.computed += seconds
+        self._event(station.free_at, station, ticket, seconds, began)
+
+    def _event(
+        self, at: float, station: Station, ticket: Ticket | None, seconds: float = 0.0, began: float = 0.0
+    ) -> None:
+        entry = (at, next(self.order), station, abs(station.generation), ticket, seconds, began)
+        heapq.heappush(self.events, entry)
+
+    def _mark(
+        self,
+        what: What,
+        run: Run,
+        step: int = 0,
+        worker: int = 0,
+        seconds: float = 0.0,
+        since: float = 0.0,
+        times: tuple[float, ...] = (),
+        steps: tuple[int, ...] = (),
+    ) -> None:
+        if self.timeline is not None:
+            ns, began = round(self.now * 1e9) + 1, round(since * 1e9) + 1
+            self.timeline.append(Mark(what, ns, run.number, step, worker, seconds, began, times, steps))
+
+    def _hedge(self, ready: Sequence[Station]) -> None:
+        if not self.policy.hedge:
+            return
+        idle = [station for station in ready if not station.drafts]
+        for station in ready if idle else ():
+            if station.drafts and self.now >= self._late(station):
+                for run, ticket in list(station.drafts):
+                    if idle and ticket in run.missing and self._copies(ticket) == 1:
+                        self.hedged += 1
+                        self._mark("hedged", run, ticket.step, station.number)
+                        self._give(idle.pop(), run, ticket, 0)
+
+    def _late(self, station: Station) -> float:
+        usual = station.drafts[0][0].usual
+        return station.since + self.policy.hedge * usual if self.policy.hedge and usual else float("inf")
+
+    def _copies(self, ticket: Ticket) -> int:
+        return sum(other is ticket for station in self.stations for _, other in station.drafts)
+
+    def _refine(self) -> None:
+        behind = [run for run in self.runs if run.behind is not None]
+        if behind:
+            soon = self.events[0][0] if self.events else float("inf")
+            self.now = min(self.now + self.costs.head_start, max(self.now, soon))
+        for run in behind:
+            since = self.now
+            if run.behind:
+                self.now += self.costs.refine.draw(run.behind, self.draws)
+                self._mark("refined", run, run.schedule.base, since=since)
+            run.behind = None
+
+    def _take(self) -> None:
+        """Sleep until something is there; take what has come until a worker can be given more."""
+        answer = self.events[0][0] if self.events else float("inf")
+        timer = self._timer()
+        if min(answer, timer) == float("inf"):
+            if not self.runs and not self.arrivals:
+                return
+            raise RuntimeError("nothing is due, and runs are left: the mode or the policy leaves drafts waiting")
+        first = answer > self.now
+        if first and answer <= timer:
+            self.now = answer + self._some(self.costs.wake_long if answer - self.now > SLEEP else self.costs.wake_short)
+        else:
+            self.now = max(self.now, min(answer, timer))
+        while self.events and self.events[0][0] <= self.now:
+            self._on(first)
+            first = False
+            if any(run.waiting for run in self.runs):
+                break
+
+    def _timer(self) -> float:
+        """Return when something is due that is no message."""
+        times = []
+        if self.arrivals and len(self.runs) < ROOM * len(self.stations):
+            times.append(self.arrivals[0])
+        busy = [station for station in self.stations if station.drafts]
+        if self.policy.hedge and len(busy) < len(self.stations):
+            late = (self._late(s) for s in busy if any(self._copies(ticket) == 1 for _, ticket in s.drafts))
+            times += [at for at in late if at > self.now]
+        return min(times, default=float("inf"))
+
+    def _on(self, first: bool) -> None:
+        at, _, station, generation, ticket, seconds, began = heapq.heappop(self.events)
+        if ticket is None:
+            self._on_loss(station, at)
+            return
+        if generation != abs(station.generation) or not station.drafts:
+            return
+        run, expected = station.drafts.popleft()
+        assert expected is ticket
+        station.since = since = self.now
+        needed = ticket in run.missing  # else it is a copy
+        times = (began, began, began + seconds, began + seconds)
+        self._mark("answer" if needed else "late", run, ticket.step, station.number, seconds, times=times)
+        if not needed:
+            return
+        self.now += self._some(self.costs.take_first if first else self.costs.take_more)
+        self._mark("folded", run, ticket.step, station.number, since=since)
+        run.missing.remove(ticket)
+        run.recent.append(seconds)
+        run.evaluations += 1
+        run.schedule.arrive(ticket)
+        if run.schedule.ready:
+            since, tickets = self.now, run.schedule.form()
+            if tickets is not None:
+                self.now += self.costs.form.draw(len(tickets), self.draws)
+            self._formed(run, tickets, since)
+
+    def _on_loss(self, station: Station, at: float) -> None:
+        """Take note that a worker died, or that its successor is there."""
+        if not station.ready:
+            station.ready = True
+            station.free_at = self.now
+            station.fails_at = self._failure(station, self.now)
+            return
+        self.lost += 1
+        drafts, station.drafts = station.drafts, deque()
+        station.ready, station.generation = False, abs(station.generation) + 1
+        for run, ticket in reversed(drafts):
+            self._mark("lost", run, ticket.step, station.number)
+            if ticket in run.missing and not self._copies(ticket):
+                run.waiting.appendleft(ticket)
+        self._event(at + station.device.restart, station, None)

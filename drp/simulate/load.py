@@ -1,0 +1,34 @@
+"""Load: the requests of a simulation."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from drp.sampling.modes import Mode
+
+
+@dataclass(frozen=True)
+class Load:
+    """`count` requests of `steps` steps in a mode, numbered from `first`.
+
+    rate: how many arrive a second, as a Poisson process. 0: each comes when the one before has ended, `users` of them
+    at the same time.
+    """
+
+    mode: Mode
+    steps: int = 48
+    count: int = 100
+    rate: float = 0.0
+    users: int = 1
+    first: int = 0
+
+    def arrivals(self, draws: random.Random) -> list[float]:
+        """Return when requests arrive, as far as that does not depend on others."""
+        if not self.rate:
+            return [0.0] * min(self.users, self.count)
+        now, times = 0.0, []
+        for _ in range(self.count):
+            now += draws.expovariate(self.rate)
+            times.append(now)
+        return times

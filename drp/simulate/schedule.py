@@ -1,0 +1,95 @@
+"""Schedule: a mode's own rounds, as their predictions come in. No numbers are computed, only who waits for whom."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from drp.sampling.modes import Mode, Round
+from drp.sampling.plan import Progress
+
+
+@dataclass(eq=False)
+class Ticket:
+    """An evaluation that a run has asked for."""
+
+    step: int
+    distance: int
+    """From the state that the draft was made of."""
+
+
+class Schedule:
+    """What a run asks for, and when, by the rounds that its mode yields.
+
+    `staleness` stands for the network in a mode with feedback: the residual of a draft at distance j from the state it
+    was made of is taken to be `staleness` j^2. `depth` is the longest sequence of rounds that waited for each other.
+    """
+
+    def __init__(self, mode: Mode, steps: int, staleness: float) -> None:
+        self._mode, self._steps, self._staleness = mode, steps, staleness
+        self._rounds = mode.rounds(steps)
+        self._next: Round | None = next(self._rounds, None)
+        self._known = True  # whether _next is what comes next
+        self._progress = Progress()
+        self._out: deque[tuple[set[Ticket], int]] = deque()
+        self._distance: dict[int, int] = {}
+        self.depth = 0
+        self.states = 0
+        """How many states the last `form` has passed."""
+
+    @property
+    def base(self) -> int:
+        """The index of the state."""
+        return self._progress.base
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to form, or nothing is left."""
+        behind = self._next.behind if self._known and self._next is not None else 0
+        used = len(self._out) - behind
+        return not any(missing for missing, _ in (self._out[i] for i in range(used)))
+
+    def arrive(self, ticket: Ticket) -> None:
+        """Take a prediction."""
+        for missing, _ in self._out:
+            missing.discard(ticket)
+        self._distance[ticket.step] = ticket.distance
+
+    def form(self) -> list[Ticket] | None:
+        """Return the next drafts; None if the run is over."""
+        tickets: list[Ticket] = []
+        before = self._progress.base
+        while self.ready:
+            r = self._ask()
+            if r is None:
+                self.depth = max([self.depth, *(depth for _, depth in self._out)])
+                self._progress.end(self._mode, self._steps)
+                self.states = self._steps - self._progress.base
+                return None
+            self._progress.begin(r, self._mode, self._steps)
+            while len(self._out) > r.behind:
+                self.depth = max(self.depth, self._out.popleft()[1])
+            self._progress.base = r.base
+            made = [Ticket(k, k - r.base) for k in r.predict]
+            self._progress.out.append(r)
+            self._out.append((set(made), self.depth + 1))
+            tickets += made
+            if self._mode.feedback:
+                self._known = False
+            else:
+                self._next = next(self._rounds, None)
+        self.states = self._progress.base - before
+        return tickets
+
+    def _ask(self) -> Round | None:
+        """Return the next round, having told a mode with feedback the residuals of the last."""
+        if not self._known:
+            self._progress.take(0)
+            ahead = range(self._progress.base + 1, self._progress.last + 1)
+            residuals = [self._staleness * self._distance[k] ** 2 for k in ahead]
+            try:
+                self._next = self._rounds.send(residuals)
+            except StopIteration:
+                self._next = None
+            self._known = True
+        return self._next

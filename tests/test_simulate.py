@@ -1,0 +1,216 @@
+"""The simulator: what can be said without it, it says too."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from drp.leader.policies import POLICIES, Barrier, LoadAdaptive, Policy
+from drp.leader.timeline import Timeline
+from drp.sampling.drafts import SECANT
+from drp.sampling.grids import scaled_linear
+from drp.sampling.modes import Aggressive, Conservative, Eager, Mode, Rolling, Sequential, Sweeps, Warmup, make_mode
+from drp.sampling.reference import run_reference
+from drp.sampling.solvers import DDIM
+from drp.simulate import Costs, Load, make_devices, simulate
+from drp.simulate.devices import repeated
+from drp.trace import summarise, write
+from tests.test_cli import drp as command
+from tests.test_trace import check_format, names
+
+STEADY = "8xemulated:20ms"
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        Sequential(),
+        Aggressive(8),
+        Conservative(4),
+        Rolling(8),
+        Rolling(3),
+        Warmup(Aggressive(5), 3),
+        Sweeps(Aggressive(4), 2),
+        Eager(Sweeps(Aggressive(4), 2)),
+    ],
+)
+def test_without_costs_a_run_takes_its_rounds(mode: Mode) -> None:
+    outcome = simulate(make_devices(STEADY), Barrier(), Load(mode, 48, 3))
+    start = torch.zeros(1, 2)
+    reference = run_reference(lambda x, t, cond: x, DDIM(scaled_linear(48)), mode, start, {})
+    for run in outcome.runs:
+        assert run.schedule.depth == reference.rounds
+        assert run.evaluations == reference.evaluations
+        assert run.seconds == pytest.approx(0.02 * reference.rounds)
+
+
+def test_adaptive_goes_by_how_stale_drafts_are() -> None:
+    def depth(tolerance: float) -> int:
+        load = Load(make_mode("adaptive", 8, tolerance, SECANT), 48, 1)
+        return simulate(make_devices(STEADY), Barrier(), load).runs[0].schedule.depth
+
+    assert depth(0.0) == 48
+    assert depth(1.0) == 7
+    assert 7 < depth(1e-3) < 48
+
+
+def test_given_costs_are_found_again_in_the_trace() -> None:
+    given = Costs(
+        start=(3e-4,),
+        send_first=(1e-4,),
+        send_more=(2e-5,),
+        down=((4e-4,), (5e-4,), (6e-4,), (7e-4,)),
+        wake_long=(5e-4,),
+        wake_short=(5e-4,),
+        take_first=(1e-4,),
+        take_more=(3e-5,),
+        head_start=5e-4,
+        end=(2e-4,),
+        late=(6e-5,),
+    )
+    marks = Timeline()
+    devices = make_devices("4xemulated:20ms")
+    simulate(devices, Barrier(), Load(Aggressive(4), 48, 8), given, timeline=marks)
+    found = Costs.measured(marks, ["emulated:20ms"] * 4)
+    for name in ("start", "send_first", "send_more", "wake_long", "end", "late", "take_first"):
+        assert statistics.median(getattr(found, name)) == pytest.approx(getattr(given, name)[0], abs=2e-9), name
+    assert [statistics.median(samples) for samples in found.down] == pytest.approx([4e-4, 5e-4, 6e-4, 7e-4], abs=2e-9)
+    again = simulate(devices, Barrier(), Load(Aggressive(4), 48, 8), found)
+    first = simulate(devices, Barrier(), Load(Aggressive(4), 48, 8), given)
+    assert again.median == pytest.approx(first.median, rel=1e-3)
+    assert first.median == pytest.approx(13 * 0.02, rel=0.1)
+    assert first.median > 13 * 0.02
+
+
+def lost(policy: Policy, n: int, steps: int) -> float:
+    """Return what straggling costs, on average over which of 8 devices does."""
+    whole = simulate(make_devices(STEADY), policy, Load(Aggressive(n), steps, 1)).mean
+    late = []
+    for which in range(8):
+        devices = ["emulated:20ms"] * 8
+        devices[which] += ":straggler=3x@5%"
+        late.append(simulate(make_devices(devices), policy, Load(Aggressive(n), steps, 40)).mean - whole)
+    return statistics.mean(late)
+
+
+def test_a_hedged_window_loses_less_than_half_of_what_a_barrier_loses() -> None:
+    assert lost(POLICIES["rolling-hedged"], 8, 50) < 0.5 * lost(POLICIES["barrier"], 8, 50)
+    assert lost(POLICIES["rolling-hedged"], 8, 48) < 0.7 * lost(POLICIES["barrier"], 8, 48)
+
+
+def test_a_window_waits_less_for_jitter_than_a_barrier() -> None:
+    devices = make_devices("8xemulated:20ms:jitter=10%")
+    barrier, eager, rolling = (
+        simulate(devices, POLICIES[name], Load(Aggressive(8), 48, 100)) for name in ("barrier", "eager", "rolling")
+    )
+    assert 0.140 < rolling.mean < barrier.mean == eager.mean
+    assert rolling.utilisation > barrier.utilisation
+
+
+@pytest.mark.parametrize("distribution", ["normal", "lognormal", "exponential"])
+def test_distributions_have_the_mean_and_the_deviation_that_is_said(distribution: str) -> None:
+    (device,) = make_devices("emulated:20ms:jitter=20%", distribution)
+    draws = random.Random(1)
+    times = [device.seconds(run, 0, draws) for run in range(20_000)]
+    assert statistics.mean(times) == pytest.approx(0.02, rel=0.01)
+    assert statistics.stdev(times) == pytest.approx(0.004, rel=0.05)
+    assert min(times) >= 0
+
+
+def test_measured_times_are_drawn_as_they_were() -> None:
+    device = replace(make_devices("emulated:20ms")[0], distribution="measured", measured=(0.1, 0.3))
+    draws = random.Random(0)
+    assert {device.seconds(0, k, draws) for k in range(50)} == {0.1, 0.3}
+
+
+def test_load() -> None:
+    devices = make_devices(STEADY)
+    most = 8 / (48 * 0.02)
+    calm = simulate(devices, LoadAdaptive(), Load(Aggressive(8), 48, 200, rate=0.2 * most))
+    busy = simulate(devices, LoadAdaptive(), Load(Aggressive(8), 48, 200, rate=3 * most))
+    spread = simulate(devices, Barrier(), Load(Aggressive(8), 48, 200, rate=3 * most))
+    assert calm.latency(50) < 0.2 < busy.latency(50)
+    assert calm.throughput == pytest.approx(0.2 * most, rel=0.2)
+    assert busy.throughput == pytest.approx(most, rel=0.05)
+    assert spread.throughput <= most
+    assert busy.utilisation > 0.95 > calm.utilisation
+    assert busy.cost(2.0) == pytest.approx(2.0 * 8 / 3600 / busy.throughput)
+    users = simulate(devices, LoadAdaptive(), Load(Aggressive(8), 48, 50, users=4))
+    assert len(users.runs) == 50
+    assert 1 / users.median * 4 == pytest.approx(users.throughput, rel=0.1)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_failures_cost_time_and_lose_nothing(name: str) -> None:
+    devices = [replace(device, mtbf=3.0, restart=0.5) for device in make_devices(STEADY)]
+    outcome = simulate(devices, POLICIES[name], Load(Aggressive(8), 48, 60), Costs.given(5e-5, 1e-5, 1e-4))
+    assert outcome.lost > 5
+    assert len(outcome.runs) == 60
+    assert all(run.evaluations == 48 for run in outcome.runs)
+    assert outcome.mean > 0.14
+
+
+def test_a_thousand_devices() -> None:
+    devices = repeated(make_devices("emulated:20ms:jitter=10%"), 1024)
+    outcome = simulate(devices, POLICIES["rolling"], Load(Rolling(64), 200, 2, users=2))
+    assert len(outcome.runs) == 2
+    with pytest.raises(ValueError, match="1 to 1024"):
+        repeated(devices, 1025)
+
+
+def test_the_same_seed_gives_the_same_and_every_trace_is_valid(tmp_path: Path) -> None:
+    devices = [
+        replace(d, mtbf=2.0, restart=0.3) for d in make_devices("4xemulated:20ms:jitter=30%:link=1ms", "lognormal")
+    ]
+    for name, policy in POLICIES.items():
+        marks, again = Timeline(), Timeline()
+        for timeline in (marks, again):
+            simulate(devices, policy, Load(Aggressive(6), 20, 5), Costs.given(5e-5, 1e-5, 1e-4), 7, timeline=timeline)
+        assert marks == again
+        write(tmp_path / "run.json", marks, ["simulated"] * 4)
+        assert names(check_format(tmp_path / "run.json"), "X").count("last states") == 5
+        for path in summarise(marks, ["simulated"] * 4).paths:
+            parts = path.compute + path.transfer + path.arithmetic + path.sending + path.queue + path.end
+            assert parts == pytest.approx(path.wall), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-d", "cpu:0"], "device 'cpu:0' cannot be simulated"),
+        (["-d", "2000xemulated:20ms"], "more than 1024 devices"),
+        (["--distribution", "flat"], "distribution 'flat' does not exist"),
+        (["--policy", "fast"], "unknown policy 'fast'"),
+        (["--mode", "fast"], "unknown mode 'fast'"),
+        (["--runs", "0"], "runs is 0"),
+        (["--message", "fast"], "'fast' is no time"),
+        (["--mtbf=-1"], "mtbf is -1.0"),
+    ],
+)
+def test_bad_input_is_a_line(arguments: list[str], message: str) -> None:
+    from click.testing import CliRunner
+
+    from drp.cli import main
+
+    done = CliRunner().invoke(main, ["simulate", *arguments])
+    assert done.exit_code == 1
+    assert message in done.output
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    done = command(
+        *("simulate", "-d", "8xemulated:20ms", "--policy", "barrier,rolling", "--runs", "5", "--best", "--price", "2"),
+        *("--trace", "run.json"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "least latency: 8 device(s)" in done.stdout
+    check_format(tmp_path / "run.json")
+    again = command("simulate", "--from", "run.json", "-d", "4xemulated:20ms", "--runs", "5", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "5 simulated runs of 48 steps" in again.stdout
