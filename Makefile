@@ -4,7 +4,7 @@ DEVICES ?= 2
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test test-diffusers test-faults soak fuzz check bench quality micro clean
+.PHONY: help demo test test-diffusers test-faults soak fuzz check bench bench-pipelines quality micro clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ check: $(READY) ## Lint, format and types
 
 bench: $(READY) ## Measure, on emulated devices and real cores; DEVICES=8 says how many are emulated
 	$(BIN)/python -m bench --devices $(DEVICES)
+
+bench-pipelines: $(READY) ## Measure pipelines of diffusers: a small SDXL, and ParaDiGMS beside ours
+	$(BIN)/python -m bench.pipelines
 
 micro: $(READY) ## Measure the parts: codec, transport, arithmetic
 	$(BIN)/python -m pytest bench/micro --benchmark-enable --benchmark-columns=min,median,mean,rounds --benchmark-sort=name

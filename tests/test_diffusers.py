@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDPMScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
@@ -571,6 +572,16 @@ def test_what_is_not_recognised_runs_sequentially_and_says_why(workers: Workers)
     assert "scale_model_input was exchanged" in parallel.report.calls[0].sequential
     assert parallel.report.calls[0].rounds == 7
     assert "without drafts" in str(parallel.report)
+
+
+def test_a_scheduler_that_wants_more_than_latents_runs_sequentially(workers: Workers) -> None:
+    pipe = cogvideo()
+    pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
+    options = PIPELINES["CogVideoX"][1]
+    untouched = run(pipe, options)
+    with parallelize(pipe, workers) as parallel:
+        assert torch.equal(run(pipe, options), untouched)
+    assert "old_pred_original_sample" in parallel.report.calls[0].sequential
 
 
 def test_autocast_runs_sequentially_and_says_why(workers: Workers) -> None:
