@@ -96,6 +96,15 @@ def test_the_example_in_c(programs: Path, served: Served, tmp_path: Path) -> Non
     assert (tmp_path / "out.f32").read_bytes() == samples.numpy().tobytes()
 
 
+def test_the_entry_points_for_c(programs: Path, served: Served) -> None:
+    run = subprocess.run([programs / "entry_points", served.address], capture_output=True, timeout=DEADLINE)
+    assert (run.returncode, run.stderr) == (0, b"")
+    noise = (torch.arange(64) % 7 - 3).float().view(1, 1, 8, 8) / 2
+    options = {"solver": "dpmsolver++", "solver_options": {"order": 2}, "grid": {"sigmas": "karras"}}
+    samples = drp.reference(MODEL, labels=[7], steps=8, drafts=2, noise=noise, **options).samples  # type: ignore[arg-type]
+    assert run.stdout == samples.numpy().tobytes()
+
+
 @pytest.mark.parametrize("program", ["submit", "submit_c"])
 def test_errors_are_told(programs: Path, served: Served, tmp_path: Path, program: str) -> None:
     for address, label, words in (

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing.spawn
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from drp import Leader
 from drp.leader.process import Process, find_interpreter
@@ -90,3 +93,13 @@ assert not psutil.Process().children()
 """
     env = {"PYTHONPATH": str(Path(__file__).parent.parent), "TMPDIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", text], check=True, env=env, cwd=tmp_path, timeout=60)
+
+
+def test_a_supervisors_sigterm_is_for_the_leader(tiny: Leader) -> None:
+    pids = [worker.pid for worker in tiny.workers]
+    before = tiny.sample(labels=[1], steps=6)
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    after = tiny.sample(labels=[1], steps=6)
+    assert torch.equal(before.samples, after.samples)
+    assert [worker.pid for worker in tiny.workers] == pids

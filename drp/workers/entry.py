@@ -48,7 +48,8 @@ def main(config: Config) -> None:
     words = os.open(config.words, os.O_RDWR | os.O_CLOEXEC)
     faulthandler.enable(words)  # A crash in native code leaves its stack there.
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the leader decides.
+        for number in (signal.SIGINT, signal.SIGTERM):  # They reach the whole group, from a terminal or a supervisor:
+            signal.signal(number, signal.SIG_IGN)  # the leader decides.
         os.sched_setaffinity(0, config.cores)
         if sys.version_info[:2] != tuple(config.version):
             wanted = ".".join(map(str, config.version))

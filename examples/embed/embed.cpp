@@ -14,6 +14,7 @@
 #include <cstring>
 #include <iostream>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
@@ -126,9 +127,11 @@ Taken reference(const python::Object& helper, const Kept& kept) {
                              noise.get(), "devices", kDevices));
 }
 
-// Makes a leader, samples in several threads at once, closes it. The samples outlive it.
+// Makes a leader, samples in several threads at once, closes it. It outlives the thread that made it, the samples both.
 std::vector<Kept> use_leader(unsigned seed) {
-    Leader leader("digits", kDevices);
+    std::optional<Leader> made;
+    std::thread([&] { made.emplace("digits", kDevices); }).join();
+    Leader& leader = *made;
     std::vector<Kept> kept(kThreads * kRuns);
     std::vector<std::thread> threads;
     for (unsigned place = 0; place < kThreads; ++place) {
