@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 import drp
-from drp import Client
+from drp import Client, Leader
 from drp.protocol import vectors
+from drp.server.keys import Keys, make, pair, public
 from tests.cpp_build import build
-from tests.test_server import Served, until
+from tests.test_server import Served, serving, until
 
 HERE = Path(vectors.__file__).parent
 MODEL = "tests.denoisers:Tiny"
@@ -114,6 +115,38 @@ def test_errors_are_told(programs: Path, served: Served, tmp_path: Path, program
         run = ran(programs / "examples" / program, address, label, tmp_path / "out.f32")
         assert run.returncode == 1
         assert words in run.stderr
+
+
+def test_over_tcp_with_keys_and_without(programs: Path, tiny: Leader, tmp_path: Path) -> None:
+    make(tmp_path, ["us"])
+    make(tmp_path / "others", ["them"])
+    server = public(tmp_path / "server.key").decode()
+
+    def once(address: str, client: Path) -> str:
+        keys = [key.decode() for key in pair(client)]
+        return ran(programs / "check", "once", address, "12", server, *keys).stdout
+
+    with serving(tiny, tmp_path, address="tcp://127.0.0.1:*", keys=Keys.read(tmp_path)) as door:
+        # No handle travels over tcp: the samples come inline.
+        assert once(door.address, tmp_path / "clients/us.key_secret") == f"running\nfinished {expected(1, 0):x}\n"
+        assert once(door.address, tmp_path / "others/clients/them.key_secret").startswith("error 8 ")  # lost
+        assert ran(programs / "check", "once", door.address, "12", server, "short", "keys").stdout.startswith(
+            "error 1 "
+        )
+
+
+def test_a_server_that_is_killed(programs: Path, tmp_path: Path) -> None:
+    server = Served(tmp_path, "-d", "1")
+    command = [str(programs / "check"), "once", server.address, "900"]
+    try:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
+            assert client.stdout is not None
+            assert client.stdout.readline() == "running\n"
+            server.process.kill()
+            assert client.stdout.readline() == f"error 8 the server at {server.address} has closed the connection\n"
+    finally:
+        server.process.kill()
+        server.process.communicate(timeout=DEADLINE)
 
 
 # Eight clients at one door, four in C++ and four in Python: they finish, cancel, and leave; every answer is right.

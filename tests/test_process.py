@@ -96,7 +96,7 @@ assert not psutil.Process().children()
 
 
 def test_a_supervisors_sigterm_is_for_the_leader(tiny: Leader) -> None:
-    pids = [worker.pid for worker in tiny.workers]
+    pids = [worker.pid for worker in tiny.workers if worker.pid is not None]
     before = tiny.sample(labels=[1], steps=6)
     for pid in pids:
         os.kill(pid, signal.SIGTERM)

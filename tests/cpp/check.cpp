@@ -2,6 +2,7 @@
 //
 //     check vectors < LINES               a name and a message in hexadecimal each: says what it is, and its bytes again
 //     check soak ADDRESS SEED COUNT       so many requests, some cancelled, some left; says what became of each
+//     check once ADDRESS STEPS [SERVER_KEY PUBLIC_KEY SECRET_KEY]       one request, and what became of it
 
 #include <drp/client.hpp>
 #include <cstdlib>
@@ -162,6 +163,23 @@ void soak(const std::string& address, unsigned seed, int count) {
     std::_Exit(0);  // with a run under way, and nobody told
 }
 
+// The client's own error if there is no session, the run's if there is one.
+void once(const std::string& address, std::int64_t steps, const std::optional<drp::Keys>& keys) {
+    try {
+        const drp::Client client(address, {"once", keys, 5.0});
+        drp::Request request;
+        request.labels = {1, 2};
+        request.steps = steps;
+        request.progress = true;
+        const drp::Run run = client.submit(request);
+        if (run.next()) std::cout << "running" << std::endl;
+        const drp::Result result = run.result();
+        std::cout << "finished " << std::hex << digest(result.samples) << std::endl;
+    } catch (const drp::Error& error) {
+        std::cout << "error " << static_cast<int>(error.code) << ' ' << error.what() << std::endl;
+    }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -171,6 +189,9 @@ int main(int count, char** arguments) {
             vectors();
         else if (what == "soak" && count == 5)
             soak(arguments[2], static_cast<unsigned>(std::stoul(arguments[3])), std::stoi(arguments[4]));
+        else if (what == "once" && (count == 4 || count == 7))
+            once(arguments[2], std::stoll(arguments[3]),
+                 count == 4 ? std::nullopt : std::optional<drp::Keys>({arguments[4], arguments[5], arguments[6]}));
         else
             return 2;
         return 0;
