@@ -44,6 +44,7 @@ from tests.pipelines import (
     PIPELINES,
     TEXT,
     VARIANTS,
+    cogvideo,
     controlled,
     normal,
     pooled,
