@@ -7,9 +7,11 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
+from drp.http.work import Backend
 from drp.plain import plain_errors
 
 
@@ -17,13 +19,28 @@ from drp.plain import plain_errors
 @click.option("-c", "--connect", help="The server's address, as `drp serve` prints it; by default the user's own.")
 @click.option("--server-key", type=click.Path(path_type=Path), help="File with the server's public key, for tcp://.")
 @click.option("--key", type=click.Path(path_type=Path), help="File with the client's secret key, for tcp://.")
-@click.option("--pipeline", help="Instead of a server: package.module:factory of a diffusers pipeline.")
+@click.option(
+    "--diffusers",
+    metavar="PATH",
+    help="Instead: a diffusers pipeline, a folder, a hub's name or package.module:factory.",
+)
+@click.option("-d", "--devices", default="1", show_default=True, help="Of the pipeline, as those of `drp sample`.")
+@click.option("-m", "--mode", default="aggressive", show_default=True, help="Of the pipeline.")
+@click.option("--drafts", type=int, help="Of the pipeline: drafts a round; by default one a device.")
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Where it listens; whoever reaches it needs no password."
 )
 @click.option("--port", default=8000, show_default=True, help="0 for one that is free.")
 def http(
-    connect: str | None, server_key: Path | None, key: Path | None, pipeline: str | None, host: str, port: int
+    connect: str | None,
+    server_key: Path | None,
+    key: Path | None,
+    diffusers: str | None,
+    devices: str,
+    mode: str,
+    drafts: int | None,
+    host: str,
+    port: int,
 ) -> None:
     """Answer HTTP: images in OpenAI's convention, /health, /metrics, and a page. Needs drp[serve]."""
     with plain_errors():
@@ -33,13 +50,9 @@ def http(
             from drp.http.app import make_app
         except ImportError as error:
             raise ValueError(f"{error}; pip install 'drp[serve]'") from None
-        from drp.http.work import Backend
-
         backend: Backend
-        if pipeline is not None:
-            from drp.http.pipeline import load
-
-            backend = load(pipeline)
+        if diffusers is not None:
+            backend = _pipeline(diffusers, {"devices": devices, "mode": mode, "drafts": drafts})
         else:
             from drp.client import Client
             from drp.http.door import Door
@@ -57,3 +70,11 @@ def http(
                 uvicorn.Server(config).run([listening])
         finally:
             backend.close()
+
+
+def _pipeline(name: str, spread: dict[str, Any]) -> Backend:
+    try:
+        from drp.http.pipeline import load
+    except ImportError as error:
+        raise ValueError(f"{error}; pip install 'drp[diffusers,serve]'") from None
+    return load(name, spread)

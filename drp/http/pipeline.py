@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import io
+import logging
 import queue
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
+from diffusers import DiffusionPipeline
 
 from drp.client import RefusedError
+from drp.diffusers import Report, parallelize
 from drp.http.work import Images, News, Order
+from drp.leader.errors import WorkerError
 from drp.server.metrics import Counts, prometheus
 
 NAMES: Final = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
@@ -26,20 +30,24 @@ MOST: Final = 64
 START: Final = 600.0
 """Seconds that a pipeline has to load."""
 
+FACTS: Final = ("mode", "drafts", "steps", "devices", "rounds", "evaluations", "seconds", "theory", "speedup")
+
+log = logging.getLogger(__name__)
+
 
 class Pipeline:
-    """A backend over what `factory` returns: a pipeline, or a context manager that gives one for as long as it is used.
+    """A backend over the pipeline that `factory` makes, its steps spread over devices by `drp.diffusers.parallelize`.
 
-    The second is the place for `drp.diffusers.parallelize`. There are no previews: what a pipeline's latents look like,
-    its decoder alone can say.
+    `spread` are the arguments of that. There are no previews: what a pipeline's latents look like, its decoder alone
+    can say.
     """
 
-    def __init__(self, factory: Any, model: str, stall: float = 300.0) -> None:
-        self.model, self._stall = model, stall
+    def __init__(self, factory: Callable[[], Any], model: str, spread: Mapping[str, Any], stall: float = 300.0) -> None:
+        self.model, self._factory, self._spread, self._stall = model, factory, spread, stall
         self._orders: queue.Queue[PipelineWork | None] = queue.Queue(MOST)
         self._counts, self._lively = Counts(), time.monotonic()
         self._ready: Future[frozenset[str]] = Future()
-        self._thread = threading.Thread(target=self._serve, args=(factory,), name="drp-pipeline", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="drp-pipeline", daemon=True)
         self._thread.start()
         self._known = self._ready.result(START)
 
@@ -93,41 +101,53 @@ class Pipeline:
     def _note_progress(self) -> None:
         self._lively = time.monotonic()
 
-    def _serve(self, factory: Any) -> None:
+    def _serve(self) -> None:
         try:
-            made = factory()
-            holder = made if isinstance(made, AbstractContextManager) else nullcontext(made)
-            with holder as pipe:
-                self._ready.set_result(frozenset(inspect.signature(pipe.__call__).parameters))
-                while (work := self._orders.get()) is not None:
-                    self._note_progress()
-                    self._draw(pipe, work)
-                    self._orders.task_done()
+            pipe = self._factory()
+            while self._serve_with(pipe):
+                log.warning("the pipeline has lost a worker; its workers start anew")
         except BaseException as error:
             if self._ready.done():
                 raise
             self._ready.set_exception(error)
 
-    def _draw(self, pipe: Any, work: PipelineWork) -> None:
+    def _serve_with(self, pipe: Any) -> bool:
+        """Draw until the end; return True if a worker is lost, and all are needed anew."""
+        with parallelize(pipe, **self._spread) as run:
+            if not self._ready.done():
+                self._ready.set_result(frozenset(inspect.signature(pipe.__call__).parameters))
+            while (work := self._orders.get()) is not None:
+                self._note_progress()
+                lost = self._draw(pipe, work, run.report)
+                run.report.calls.clear()
+                self._orders.task_done()
+                if lost:
+                    return True
+        return False
+
+    def _draw(self, pipe: Any, work: PipelineWork, report: Report) -> bool:
+        """Carry an order out; return whether it lost a worker."""
         began = time.monotonic()
         try:
-            images = work.draw(pipe)
+            images = work.draw(pipe, report)
         except CancelledError as error:
             self._counts.cancelled += 1
             work.images.set_exception(error)
         except Exception as error:
             self._counts.failed += 1
             work.images.set_exception(error)
+            return isinstance(error, WorkerError)
         else:
             self._counts.finished += 1
             self._counts.request_seconds.add(time.monotonic() - began)
             work.images.set_result(images)
+        return False
 
 
 class PipelineWork:
     """One call of a pipeline."""
 
-    def __init__(self, arguments: dict[str, Any], lively: Any) -> None:
+    def __init__(self, arguments: dict[str, Any], lively: Callable[[], None]) -> None:
         self.images: Future[Images] = Future()
         self._arguments, self._lively = arguments, lively
         self._news: queue.SimpleQueue[News | None] = queue.SimpleQueue()
@@ -143,7 +163,7 @@ class PipelineWork:
         """Let it end with its next step."""
         self._unwanted = True
 
-    def draw(self, pipe: Any) -> Images:
+    def draw(self, pipe: Any, report: Report) -> Images:
         """Call the pipeline; raise CancelledError if nobody wants the images any more."""
         if self._unwanted:
             raise CancelledError
@@ -155,19 +175,21 @@ class PipelineWork:
             self._news.put(News(index + 1, int(own.num_timesteps)))
             return kwargs
 
-        began = time.perf_counter()
         images = pipe(**self._arguments, callback_on_step_end=step).images
-        return Images([_png(image) for image in images], {"seconds": time.perf_counter() - began})
+        facts = {name: getattr(report.calls[-1], name) for name in FACTS} if report.calls else {}
+        return Images([_png(image) for image in images], facts)
 
 
-def load(name: str) -> Pipeline:
-    """Return the backend over `package.module:factory`; raise ValueError if there is no such factory."""
-    module, _, attribute = name.partition(":")
+def load(name: str, spread: Mapping[str, Any]) -> Pipeline:
+    """Return the backend over `package.module:factory`, or over a folder or a hub's name; ValueError if it is none."""
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        return Pipeline(functools.partial(DiffusionPipeline.from_pretrained, name), name, spread)
     try:
         factory = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"pipeline is {name!r}: {error}; write package.module:factory") from None
-    return Pipeline(factory, name)
+        raise ValueError(f"{name!r} is no pipeline: {error}; write package.module:factory, or a folder") from None
+    return Pipeline(factory, name, spread)
 
 
 def _png(image: Any) -> bytes:

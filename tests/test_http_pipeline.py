@@ -1,0 +1,82 @@
+"""A diffusers pipeline behind the images endpoint: a small real one, its steps on real workers."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import sys
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+
+from drp.http.pipeline import Pipeline, load
+from drp.http.work import Order
+
+EXAMPLES = str(Path(__file__).parent.parent / "examples" / "pipelines")
+DEADLINE = 60.0
+SPREAD: dict[str, Any] = {"devices": 2, "mode": "aggressive"}
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers'
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator[Pipeline]:
+    sys.path.append(EXAMPLES)
+    try:
+        backend = load("tiny:sdxl", SPREAD)
+        yield backend
+        backend.close()
+        assert not backend.health()[0]
+    finally:
+        sys.path.remove(EXAMPLES)
+
+
+def order(**options: object) -> Order:
+    return Order("a cat", n=1, size="64x64", options={"steps": 6, "seed": 3, "guidance": 2.0, **options})
+
+
+def same(png: bytes, image: Image.Image) -> bool:
+    with Image.open(io.BytesIO(png)) as drawn:
+        return ImageChops.difference(drawn, image).getbbox() is None
+
+
+def test_the_images_are_the_pipelines(backend: Pipeline) -> None:
+    from drp.diffusers import reference
+
+    pipe = importlib.import_module("tiny").sdxl()
+    with reference(pipe, **SPREAD):
+        expected = pipe(
+            "a cat",
+            height=64,
+            width=64,
+            num_inference_steps=6,
+            guidance_scale=2.0,
+            generator=torch.Generator().manual_seed(3),
+        ).images[0]
+    left = backend.begin(order(steps=400))
+    assert next(left.news()).step == 1
+    left.cancel()
+    work = backend.begin(order())
+    with pytest.raises(CancelledError):
+        left.images.result(DEADLINE)
+    news = list(work.news())
+    assert [(each.step, each.steps) for each in news] == [(k, 6) for k in range(1, 7)]
+    images = work.images.result(DEADLINE)
+    assert same(images.pngs[0], expected)
+    assert (images.facts["steps"], images.facts["rounds"], images.facts["devices"]) == (6, 4, ("cpu:0", "cpu:1"))
+    assert backend.health()[0]
+    assert 'drp_requests_total{outcome="finished"} 1' in backend.metrics()
+
+
+def test_what_a_pipeline_does_not_take_is_refused(backend: Pipeline) -> None:
+    with pytest.raises(ValueError, match="mode is given, which tiny:sdxl does not take"):
+        backend.begin(order(mode="adaptive"))
+    with pytest.raises(ValueError, match="size is 'large'"):
+        backend.begin(Order("a cat", size="large"))
+    with pytest.raises(ValueError, match="'nowhere:sdxl' is no pipeline"):
+        load("nowhere:sdxl", SPREAD)
