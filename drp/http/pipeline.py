@@ -104,6 +104,7 @@ class Pipeline:
     def _serve(self) -> None:
         try:
             pipe = self._factory()
+            pipe.set_progress_bar_config(disable=True)
             while self._serve_with(pipe):
                 log.warning("the pipeline has lost a worker; its workers start anew")
         except BaseException as error:
