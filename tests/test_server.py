@@ -184,7 +184,7 @@ def test_updates_with_previews_and_evaluations(client: Client) -> None:
     assert torch.equal(last, result.samples)
     evaluations = [each for update in updates for each in update.evaluations]
     assert sorted(each.index for each in evaluations) == list(range(12))
-    assert all(-0.001 < each.began <= each.ended < 20 and each.worker in (0, 1) for each in evaluations)
+    assert all(0 < each.began <= each.ended < 20 and each.worker in (0, 1) for each in evaluations)
     assert list(run.progress()) == []
 
 

@@ -21,15 +21,15 @@ class Feed(list[Mark]):
 
     def append(self, mark: Mark) -> None:
         """Take a mark."""
-        if mark.what == "sent" and mark.run not in self._began:
+        if mark.what == "begin":
             if len(self._began) == MOST_RUNS:  # of somebody who shares the leader, and tells nobody when they end
                 self.forget(next(iter(self._began)))
             self._evaluations[mark.run] = deque()
             self._began[mark.run] = mark.ns
         elif mark.what == "answer" and mark.run in self._began:
-            ended = (mark.ns - self._began[mark.run]) / 1e9
-            evaluation = Evaluation(mark.step, mark.worker, ended - mark.seconds, ended)
-            self._evaluations[mark.run].append(evaluation)
+            zero = self._began[mark.run] / 1e9
+            _, began, _, ended = mark.times
+            self._evaluations[mark.run].append(Evaluation(mark.step, mark.worker, began - zero, ended - zero))
 
     def take(self, run: int, most: int) -> tuple[Evaluation, ...]:
         """Return a run's evaluations that were not taken yet, at most so many."""

@@ -86,7 +86,8 @@ class Server:
         """Those that the leader's thread has news of."""
         self._untold: set[Ticket] = set()
         """Those with news that their clients had no room for."""
-        self._counts, self._feed = Counts(), Feed()
+        self._counts = Counts()
+        self._feed, self._listening = Feed(), False
         self._began = self._lively = self._looked = time.monotonic()
         self._draining: float | None = None
         self._gate = threading.Lock()
@@ -124,7 +125,7 @@ class Server:
     def close(self) -> None:
         """Cancel what is left and close the door. The leader stays as it is."""
         self._clients.close()
-        self._leader.timeline = None
+        self._listen(False)
         self._endpoint.close()
         with self._gate:  # Runs that were cancelled just now still report.
             os.close(self._wakeup)
@@ -228,8 +229,7 @@ class Server:
 
     def _begin(self, ticket: Ticket, frames: Sequence[Frame]) -> Refused | None:
         """Hand a request to the leader, or return why it does not take it."""
-        if ticket.submit.timeline:
-            self._leader.timeline = self._feed
+        self._listen(self._listening or ticket.submit.timeline)
         try:
             given = options.options(ticket.submit, frames, ticket.on_step)
             if ticket.submit.memory:
@@ -245,6 +245,12 @@ class Server:
             log.warning("a request raised", exc_info=True)
             return Refused(ticket.request, "invalid", repr(error)[:2000])
         return None
+
+    def _listen(self, wanted: bool) -> None:
+        """Have the leader tell what its workers do, if a client wants to know; it costs a little of its time."""
+        if wanted != self._listening:
+            self._listening = wanted
+            (self._leader.listen if wanted else self._leader.leave)(self._feed)
 
     # What the leader's thread says.
 
@@ -286,8 +292,7 @@ class Server:
         self._tickets.remove(ticket)
         if ticket.pending.number is not None:
             self._feed.forget(ticket.pending.number)
-        if not any(other.submit.timeline for other in self._tickets):
-            self._leader.timeline = None
+        self._listen(any(other.submit.timeline for other in self._tickets))
         self._note_progress()
         if client is not None:
             del client.tickets[ticket.request]
@@ -361,12 +366,15 @@ class Server:
 
     def metrics(self) -> str:
         """Return the metrics in the text format of Prometheus."""
-        now = self.status()
+        now, workers = self.status(), self._leader.workers
         gauges = {
             "requests": ("Requests that are not over.", now.requests),
             "requests_limit": ("Requests that the server has at once.", now.most),
             "clients": ("Sessions.", now.clients),
-            "workers": ("Workers of the leader.", len(self._leader.devices)),
+            "workers": ("Workers of the leader.", len(workers)),
+            "workers_ready": ("Those that can take a draft.", sum(worker.state == "ready" for worker in workers)),
+            "workers_lost": ("Workers lost, and replaced or given up.", sum(worker.lost for worker in workers)),
+            "dropped_messages": ("Messages to the leader that were no worker's, or none.", self._leader.dropped),
             "untaken_results": ("Results in shared memory that their clients have not taken.", self._clients.untaken),
             "healthy": ("1 if there is progress, or nothing to do.", int(now.healthy)),
             "draining": ("1 if the server refuses requests because it is about to end.", int(now.state != "serving")),
