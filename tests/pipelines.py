@@ -92,6 +92,18 @@ def controlnet() -> ControlNetModel:
     return made.eval()
 
 
+class MixingConv(torch.nn.Module):
+    """A layer in which the samples of a batch are not on their own."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed: torch.Tensor = self.inner(x + x.flip(0))
+        return mixed
+
+
 SD = {"safety_checker": None, "feature_extractor": None, "text_encoder": None, "tokenizer": None}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -23,8 +23,10 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
+    LCMScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
+    SASolverScheduler,
     TCDScheduler,
     UniPCMultistepScheduler,
 )
@@ -44,6 +46,7 @@ from tests.pipelines import (
     PIPELINES,
     TEXT,
     VARIANTS,
+    MixingConv,
     cogvideo,
     controlled,
     normal,
@@ -174,6 +177,8 @@ SCHEDULERS: dict[str, Any] = {
     "DPM++ 2S": lambda: DPMSolverSinglestepScheduler(**BETAS, lower_order_final=True),
     "DEIS": lambda: DEISMultistepScheduler(**BETAS),
     "UniPC": lambda: UniPCMultistepScheduler(**BETAS),
+    "LCM": lambda: LCMScheduler(**BETAS),
+    "SA": lambda: SASolverScheduler(**BETAS),
     "TCD": lambda: TCDScheduler(**BETAS),
 }
 
@@ -544,6 +549,64 @@ def test_adaptive_goes_from_sequential_to_aggressive(workers: Workers) -> None:
     (report,) = parallel.report.calls
     assert rounds_of("aggressive", 12, 3) < report.rounds < 12
     assert float((drafted - untouched).norm()) < float((aggressive - untouched).norm())
+
+
+BATCHES = [
+    "SD 1.5",
+    "SD 2.1",
+    "SDXL",
+    "SD 3",
+    "PixArt",
+    "Sana",
+    "LTX-Video",
+    "CogVideoX",
+    "ControlNet",
+    "wider than high",
+]
+CALLS = ["Flux, true CFG", "Qwen-Image", "Wan"]
+
+
+@pytest.mark.parametrize("name", [*BATCHES, *CALLS])
+def test_the_branches_of_guidance_on_different_devices(name: str, workers: Workers) -> None:
+    make, options = EVERY[name]
+    pipe = make()
+    with parallelize(pipe, workers, drafts=2):
+        together = run(pipe, options)
+    with reference(pipe, devices=4, split_guidance=True):
+        expected = run(pipe, options)
+    with parallelize(pipe, workers, drafts=2, split_guidance=True) as parallel:
+        apart = run(pipe, options)
+    (report,) = parallel.report.calls
+    assert torch.equal(apart, expected)
+    assert not report.notes
+    assert report.rounds == rounds_of("aggressive", report.steps, 2)
+    assert report.evaluations == report.steps
+    if name in CALLS:
+        assert torch.equal(apart, together)
+    assert float((apart - together).norm() / together.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["Flux", "DiT", "two in a batch, no guidance"])
+def test_guidance_without_branches_is_not_split_and_says_so(name: str, workers: Workers) -> None:
+    make, options = EVERY[name]
+    pipe = make()
+    with parallelize(pipe, workers, drafts=2):
+        together = run(pipe, options)
+    with parallelize(pipe, workers, drafts=2, split_guidance=True) as parallel:
+        assert torch.equal(run(pipe, options), together)
+    assert [note.partition(":")[0] for note in parallel.report.calls[0].notes] == ["guidance was not split"]
+
+
+def test_a_batch_whose_halves_depend_on_each_other_is_not_split(workers: Workers) -> None:
+    pipe = sdxl()
+    pipe.unet.conv_out = MixingConv(pipe.unet.conv_out)
+    with parallelize(pipe, workers, drafts=2):
+        together = run(pipe, CHEAP)
+    with parallelize(pipe, workers, drafts=2, split_guidance=True) as parallel:
+        assert torch.equal(run(pipe, CHEAP), together)
+    assert list(parallel.report.calls[0].notes) == [
+        "guidance was not split: the halves of the batch depend on each other"
+    ]
 
 
 def test_warmup_and_sequential(workers: Workers) -> None:

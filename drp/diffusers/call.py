@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from drp.diffusers.drafting import OWN, Drafter, scale_of
 from drp.diffusers.evaluators import Evaluator
 from drp.diffusers.forms import OfState
 from drp.diffusers.learned import Learned, Recorded, UnrecognisedError, learn
+from drp.diffusers.program import PART, Program
 from drp.diffusers.report import CallReport
 from drp.diffusers.rounds import Predictions
 from drp.diffusers.scheduler import copy_of
@@ -23,15 +25,21 @@ from drp.sampling.modes import Mode
 MOST_LESSONS = 6
 """How often in one call a step may turn out otherwise than those before it, and be learned from anew."""
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Work:
-    """What all calls of a pipeline have in common: `modules` by name, and for each what workers find it by."""
+    """What all calls of a pipeline have in common: `modules` by name, and for each what workers find it by.
+
+    `split`: the branches of guidance are to be evaluated on different devices.
+    """
 
     pipe: Any
     mode: Mode
     modules: Mapping[str, Callable[..., Any]]
     evaluator: Evaluator
+    split: bool
     publish: Callable[[str], Json]
     config_of: Callable[[str], Mapping[str, Any]]
 
@@ -188,15 +196,43 @@ class PipelineCall:
             left = len(self._drafter.timesteps) - k
             said = getattr(work.pipe, "_num_timesteps", None)  # fewer, if it stops before the last
             self._end = k + (said if isinstance(said, int) and 0 < said < left else left)
-        inputs = {name: varying.like for name, varying in learned.inputs.items()}
-        width = work.mode.width
-        session = work.evaluator.bind(learned.program, sources, inputs, learned.outputs, width, learned.cond)
         self._drafter.taken.clear()
-        predictions = Predictions(learned, self._drafter, session, work.mode, k, self._end, self._report)
+        predictions = self._split(learned, sources, k) if work.split else None
+        if predictions is None:
+            predictions = self._bind(learned, learned.program, sources, k)
         predictions.fit_guidance(x, output)
         self._lesson = Lesson(learned, predictions)
         if self._drafter.assumes:
             self._report.notes[self._drafter.assumes] = 1
+
+    def _bind(self, learned: Learned, program: Program, sources: Mapping[str, Json], k: int) -> Predictions:
+        """Begin rounds with a program."""
+        assert self._end is not None
+        work = self._work
+        inputs = {name: varying.like for name, varying in learned.inputs.items()}
+        if program.parts > 1:
+            inputs[PART] = torch.tensor(0)
+        slots = work.mode.width * program.parts
+        session = work.evaluator.bind(program, sources, inputs, learned.outputs, slots, learned.cond)
+        return Predictions(learned, self._drafter, session, work.mode, k, self._end, self._report, program)
+
+    def _split(self, learned: Learned, sources: Mapping[str, Json], k: int) -> Predictions | None:
+        """Begin rounds with the branches of guidance apart, if that makes what the step has made; else say why not."""
+        doubled = [v for v in learned.inputs.values() if isinstance(v.form, OfState)]
+        sizes = {len(v.like) if isinstance(v.form, OfState) and v.form.repeats == 2 else 0 for v in doubled}
+        program = learned.program.in_branches(sizes - {0} if 0 not in sizes else ())
+        if program is None:
+            self._report.notes["guidance was not split: a step has no two branches that drp knows"] = 1
+            return None
+        predictions = self._bind(learned, program, sources, k)
+        try:
+            if not program.batch or predictions.agrees():
+                return predictions
+        except Exception as error:  # whatever a module makes of half a batch; what is lost is missed again at once
+            log.debug("the halves of a batch could not be evaluated: %s", error)
+        predictions.close()
+        self._report.notes["guidance was not split: the halves of the batch depend on each other"] = 1
+        return None
 
     # Answering.
 

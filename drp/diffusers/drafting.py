@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +17,6 @@ from drp.sampling.drafts import DraftRule
 
 OWN = ("step", "set_timesteps")
 """Attributes of a scheduler that are ours while a pipeline is parallelised."""
-METHODS = (types.FunctionType, types.MethodType, functools.partial)
 KNOWN = ("model_output", "timestep", "sample")
 
 
@@ -53,7 +50,8 @@ class Drafter:
     def __init__(self, scheduler: Any, rule: DraftRule) -> None:
         self.timesteps: Tensor = scheduler.timesteps
         self._scheduler, self._rule = scheduler, rule
-        self._signature = inspect.signature(type(scheduler).step)
+        self._kind = type(scheduler)
+        self._signature = inspect.signature(self._kind.step)
         self._levels = Levels(scheduler, self.timesteps)
         self._arguments: dict[str, Any] = {}
         self.taken: dict[int, Taken] = {}
@@ -65,7 +63,7 @@ class Drafter:
 
         Raises UnrecognisedError if there are some that a copy could not be given for later steps.
         """
-        exchanged = [n for n, v in vars(self._scheduler).items() if n not in OWN and isinstance(v, METHODS)]
+        exchanged = [n for n in vars(self._scheduler) if n not in OWN and callable(getattr(self._kind, n, None))]
         if exchanged:
             raise UnrecognisedError(
                 f"the scheduler's {exchanged[0]} was exchanged on the object, so no copy has its own"
@@ -79,7 +77,7 @@ class Drafter:
         ]
         if missing or more:
             raise UnrecognisedError(
-                f"{type(self._scheduler).__name__}.step takes {', '.join(more or missing)}, which cannot be drafted"
+                f"{self._kind.__name__}.step takes {', '.join(more or missing)}, which cannot be drafted"
             )
         self._arguments = {name: value for name, value in arguments.items() if name not in ("self", *KNOWN)}
         return arguments
@@ -162,7 +160,7 @@ class Drafter:
         if self._levels.known or self._rule == DraftRule(carry=0.0, slope=0.0):
             return ""
         return (
-            f"{type(self._scheduler).__name__} clips its estimate of the data, or has noise levels that drp does not "
+            f"{self._kind.__name__} clips its estimate of the data, or has noise levels that drp does not "
             "know: drafts assume that the model's output stays"
         )
 

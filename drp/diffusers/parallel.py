@@ -27,8 +27,9 @@ DENOISERS = ("unet", "transformer", "transformer_2", "controlnet", "prior")
 class Parallel:
     """A pipeline while it is parallelised. `report` says what happened in each of its calls."""
 
-    def __init__(self, pipe: Any, mode: Mode, names: Sequence[str]) -> None:
+    def __init__(self, pipe: Any, mode: Mode, names: Sequence[str], split: bool) -> None:
         self.report = Report()
+        self._split = split
         self._pipe, self._mode = pipe, mode
         self._modules = {name: getattr(pipe, name) for name in names}
         self._schedulers: list[Any] = []
@@ -99,7 +100,7 @@ class Parallel:
         mode = self._mode
         report = CallReport(type(mode).__name__.lower(), mode.width, self._evaluator.devices)
         self.report.calls.append(report)
-        work = Work(self._pipe, mode, self._originals, self._evaluator, self._publish, self._config)
+        work = Work(self._pipe, mode, self._originals, self._evaluator, self._split, self._publish, self._config)
         self._call = PipelineCall(work, scheduler, report)
 
     def publish(self, publisher: Publisher, name: str) -> Json:
@@ -135,6 +136,7 @@ def parallelize(
     rule: str | DraftRule | None = None,
     tolerance: float = 0.0025,
     warmup: int = 0,
+    split_guidance: bool = False,
     threads: int | None = None,
     denoisers: Sequence[str] | None = None,
     start_timeout: float = 120.0,
@@ -153,6 +155,8 @@ def parallelize(
     devices: a count, or names, as of `drp.Leader`; or `Workers`, which several pipelines may share.
     mode, drafts, rule, tolerance, warmup: as of `drp.sample` (docs/drafts.md); modes that go back to steps that were
         taken, rolling and those with sweeps, are refused.
+    split_guidance: evaluate the two branches of classifier-free guidance on two devices, so that a round has half as
+        many drafts as devices. Where they are one doubled batch, halves may have other bits than the whole.
     threads: of each worker; by default an equal share of this process's. Bits may depend on it.
     denoisers: the names of the components that the steps call, if they are called unusually.
 
@@ -163,7 +167,8 @@ def parallelize(
     names = _denoisers(pipe, denoisers)
     own = devices if isinstance(devices, Workers) else None
     count = len(own.devices if own else parse_devices(cast("int | str | Sequence[str]", devices), 1))
-    parallel = Parallel(pipe, make(mode, drafts or count, rule, tolerance, warmup), names)
+    drafts = _drafts(drafts, count, split_guidance)
+    parallel = Parallel(pipe, make(mode, drafts, rule, tolerance, warmup), names, split_guidance)
     with ExitStack() as stack:
         publisher = stack.enter_context(closing(Publisher(lambda value: isinstance(value, Hook))))
         for name in names:  # Before workers start: what cannot be described is refused.
@@ -191,6 +196,7 @@ def reference(
     rule: str | DraftRule | None = None,
     tolerance: float = 0.0025,
     warmup: int = 0,
+    split_guidance: bool = False,
     threads: int | None = None,
     denoisers: Sequence[str] | None = None,
 ) -> Iterator[Parallel]:
@@ -201,7 +207,8 @@ def reference(
     names = _denoisers(pipe, denoisers)
     placed = parse_devices(devices, 1)
     own = threads or max(1, torch.get_num_threads() // len(placed))
-    parallel = Parallel(pipe, make(mode, drafts or len(placed), rule, tolerance, warmup), names)
+    drafts = _drafts(drafts, len(placed), split_guidance)
+    parallel = Parallel(pipe, make(mode, drafts, rule, tolerance, warmup), names, split_guidance)
     parallel.enter(Here(parallel.originals, own), None)
     try:
         yield parallel
@@ -225,6 +232,11 @@ def make(mode: str | Mode, drafts: int, rule: str | DraftRule | None, tolerance:
             "aggressive or adaptive"
         )
     return made
+
+
+def _drafts(drafts: int | None, devices: int, split: bool) -> int:
+    """Return the drafts a round: by default one a device, or one for two devices."""
+    return drafts if drafts is not None else max(1, devices // 2) if split else devices
 
 
 def _denoisers(pipe: Any, denoisers: Sequence[str] | None) -> list[str]:

@@ -8,8 +8,8 @@ from the results of a call before it in the same step (`output`: a ControlNet's,
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from drp.diffusers.tree import Json, flatten, rebuild
 
 PROGRAM = "program"
 """The condition that holds a program, as the bytes of its JSON."""
+PART = "part"
+"""The tensor of a draft that says which part of a program is to be run, if it has several."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,42 @@ class Call:
 
 @dataclass(frozen=True)
 class Program:
-    """A step's calls, in order."""
+    """A step's calls, in order.
+
+    It may be run in `parts`, each on another device: of a doubled batch, of `batch` samples, a part of the samples; or
+    else one of the calls.
+    """
 
     calls: tuple[Call, ...]
+    parts: int = 1
+    batch: int = 0
+
+    def in_branches(self, sizes: Collection[int]) -> Program | None:
+        """Return the program in parts, one a branch of guidance; None if there are none that are known.
+
+        `sizes` are those of the batches that the latents go into, if these are doubled in there.
+        """
+        among = [leaf for call in self.calls for leaf in call.leaves if leaf.kind == "output"]
+        if len(self.calls) > 1 and not among:
+            return replace(self, parts=len(self.calls))
+        if len(sizes) != 1 or any(leaf.zeros for leaf in among):
+            return None
+        return replace(self, parts=2, batch=next(iter(sizes)))
+
+    def merge(self, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return all results, given what each part has written; views or copies."""
+        merged = dict(outputs[0])
+        for name in merged if self.parts > 1 else ():
+            if not self.batch:
+                merged[name] = outputs[int(name.partition(".")[0])][name]
+            elif len(merged[name]) == self.batch:
+                merged[name] = torch.cat([self._own(part[name], i) for i, part in enumerate(outputs)])
+        return merged
+
+    def _own(self, tensor: Tensor, part: int) -> Tensor:
+        """Return a part's samples, if it is of samples that the tensor consists."""
+        halved = self.batch and tensor.dim() > 0 and len(tensor) == self.batch
+        return tensor.chunk(self.parts)[part] if halved else tensor
 
     def run(
         self,
@@ -62,15 +97,18 @@ class Program:
     ) -> None:
         """Make the calls for the draft `inputs`; write every tensor of the results into `outputs`."""
         known: dict[tuple[int, int], Tensor] = {}
+        part = int(inputs[PART]) if self.parts > 1 else 0
         for number, call in enumerate(self.calls):
-            tensors = [self._tensor(leaf, inputs, cond, known) for leaf in call.leaves]
+            if self.parts > 1 and not self.batch and number != part:
+                continue
+            tensors = [self._tensor(leaf, inputs, cond, known, part) for leaf in call.leaves]
             args, kwargs = rebuild(call.arguments, tensors)
             _, results, _ = flatten(modules[call.module](*args, **kwargs))
             if len(results) != call.results:
                 raise TypeError(f"{call.module} returned {len(results)} tensors; it has returned {call.results}")
             for place, tensor in enumerate(results):
                 known[number, place] = tensor
-                _write(tensor, outputs[output_name(number, place)])
+                _write(tensor, self._own(outputs[output_name(number, place)], part))
 
     def _tensor(
         self,
@@ -78,11 +116,12 @@ class Program:
         inputs: Mapping[str, Tensor],
         cond: Mapping[str, Tensor],
         known: Mapping[tuple[int, int], Tensor],
+        part: int,
     ) -> Tensor:
         if leaf.kind == "output":
             return with_zeros(known[leaf.call, leaf.place], leaf.zeros)
         tensor = (inputs if leaf.kind == "input" else cond)[leaf.name]
-        return tensor if leaf.stride is None else with_stride(tensor, leaf.stride)
+        return self._own(tensor if leaf.stride is None else with_stride(tensor, leaf.stride), part)
 
 
 def output_name(call: int, place: int) -> str:
@@ -122,6 +161,8 @@ def to_tensor(program: Program, sources: Mapping[str, Json]) -> Tensor:
             {"module": c.module, "arguments": c.arguments, "leaves": [vars(x) for x in c.leaves], "results": c.results}
             for c in program.calls
         ],
+        "parts": program.parts,
+        "batch": program.batch,
         "modules": dict(sources),
     }
     return torch.frombuffer(bytearray(json.dumps(fields).encode()), dtype=torch.uint8)
@@ -134,4 +175,4 @@ def from_bytes(text: bytes) -> tuple[Program, dict[str, Json]]:
         Call(c["module"], c["arguments"], tuple(Leaf(**leaf) for leaf in c["leaves"]), c["results"])
         for c in fields["calls"]
     )
-    return Program(calls), fields["modules"]
+    return Program(calls, fields["parts"], fields["batch"]), fields["modules"]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from drp.diffusers.drafting import Drafter, gain_of, outputs_as_branches
 from drp.diffusers.evaluators import Session
 from drp.diffusers.learned import Learned, UnrecognisedError
-from drp.diffusers.program import output_name
+from drp.diffusers.program import PART, Program, output_name
 from drp.diffusers.report import CallReport
 from drp.sampling.modes import Adaptive, Mode, Rounds
 from drp.sampling.run import Task
@@ -31,11 +32,13 @@ class Predictions:
         first: int,
         end: int,
         report: CallReport,
+        program: Program,
     ) -> None:
+        self._program = program
         self._learned, self._drafter, self._session = learned, drafter, session
         self._mode, self._adaptive = mode, _adaptive(mode)
         self._end, self._report = end, report
-        self._rows: dict[int, int] = {}
+        self._rows: dict[int, list[int]] = {}
         self._drafts: dict[int, Tensor] = {}
         self._residuals: list[float] | None = None
         self._gain = 0
@@ -58,13 +61,24 @@ class Predictions:
             self._rows = {}
         if k not in self._rows:
             self._round(k, x, inputs)
-        stored = self._session.arena.prediction(self._rows.pop(k))
-        outputs = {name: tensor.clone() for name, tensor in stored.items()}
+        outputs = {name: tensor.clone() for name, tensor in self._stored(self._rows, k).items()}
+        del self._rows[k]
         shift = self._drafter.shift(k, self._drafts.pop(k), x) if self._gain else None
         if shift is not None:
             for branch in outputs_as_branches([outputs[name] for name in self._final], x) or ():
                 branch.copy_(branch + self._gain * shift)
         return outputs
+
+    def agrees(self) -> bool:
+        """Return whether the parts of the program make together what the step that was learned from returned."""
+        like = {name: varying.like for name, varying in self._learned.inputs.items()}
+        rows = self._evaluate([(self._first, 0.0, like)])
+        for name, made in self._stored(rows, self._first).items():
+            wanted = self._learned.outputs[name].double()
+            few = 1e-4 if torch.finfo(made.dtype).bits >= 32 else 0.05
+            if not float((made.double() - wanted).norm()) <= few * float(wanted.norm()):
+                return False
+        return True
 
     def close(self) -> None:
         """Give the memory back."""
@@ -102,20 +116,39 @@ class Predictions:
         self._drafter.advance(r.base + self._first)
         last = r.predict[-1] + self._first
         assert r.predict[0] + self._first == k, "parallelize refuses modes that go back"
-        tasks = []
-        for slot, state in enumerate(self._drafter.states(k, last, x)):
+        drafts = []
+        for state in self._drafter.states(k, last, x):
             t = self._drafter.timesteps[state.index]
-            draft = self._session.arena.draft(slot)
-            for name, varying in self._learned.inputs.items():
-                draft[name].copy_(inputs[name] if state.index == k else varying.at(state.x, t, state.scale))
+            varying = self._learned.inputs
+            drafted = inputs if state.index == k else {n: v.at(state.x, t, state.scale) for n, v in varying.items()}
+            drafts.append((state.index, float(t), drafted))
             self._drafts[state.index] = state.x
-            tasks.append(Task(state.index, float(t), slot))
-        spent = self._session.device_seconds
-        self._rows = dict(self._session.evaluate(tasks))
+        self._rows = self._evaluate(drafts)
         self._residuals = [0.0] if self._mode.feedback else None
         self._report.rounds += 1
-        self._report.evaluations += len(tasks)
+        self._report.evaluations += len(drafts)
+
+    def _evaluate(self, drafts: Sequence[tuple[int, float, Mapping[str, Tensor]]]) -> dict[int, list[int]]:
+        """Have the program run on drafts: index, timestep, arguments; return where the parts of its results are."""
+        parts = self._program.parts
+        tasks: list[Task] = []
+        for index, t, inputs in drafts:
+            for part in range(parts):
+                slot = len(tasks)
+                draft = self._session.arena.draft(slot)
+                for name, value in inputs.items():
+                    draft[name].copy_(value)
+                if parts > 1:
+                    draft[PART].fill_(part)
+                tasks.append(Task(index * parts + part, t, slot))
+        spent = self._session.device_seconds
+        rows = self._session.evaluate(tasks)
         self._report.device_seconds += self._session.device_seconds - spent
+        return {index: [rows[index * parts + part] for part in range(parts)] for index, *_ in drafts}
+
+    def _stored(self, rows: Mapping[int, list[int]], k: int) -> dict[str, Tensor]:
+        """Return the results at an index, put together of their parts."""
+        return self._program.merge([self._session.arena.prediction(row) for row in rows[k]])
 
 
 def _final_results(learned: Learned) -> list[str]:
