@@ -21,7 +21,10 @@ EXAMPLES = str(Path(__file__).parent.parent / "examples" / "pipelines")
 DEADLINE = 60.0
 SPREAD: dict[str, Any] = {"devices": 2, "mode": "aggressive"}
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' schedulers'
+pytestmark = [
+    pytest.mark.diffusers,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of diffusers' schedulers
+]
 
 
 @pytest.fixture(scope="module")

@@ -393,12 +393,12 @@ def test_memory_for_a_client_that_is_gone_is_given_back(served: Served, client: 
     until(lambda: served.memory() == served.idle, "the memory of the result is closed too")
 
 
-def test_memory_that_is_not_taken_is_given_back(tiny: Leader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_is_not_taken_is_given_back(free: Leader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clients, "TAKE", 0.1)
-    with serving(tiny, tmp_path) as server:
+    with serving(free, tmp_path) as server:
         plain = Plain(server.address)
         plain.open()
-        plain.submit(1, labels=[1], steps=2, memory=True)
+        plain.submit(1, shape=(8, 8), steps=2, memory=True)
         plain.hear("Accepted")
         path = "/proc/{pid}/fd/{fd}".format(**plain.hear("Finished")["samples"]["memory"])
         until(lambda: "drp_untaken_results_total 1" in server.metrics(), "it was given back")
@@ -406,24 +406,24 @@ def test_memory_that_is_not_taken_is_given_back(tiny: Leader, tmp_path: Path, mo
         plain.close()
 
 
-def test_a_client_that_does_not_read_is_dropped(tiny: Leader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_does_not_read_is_dropped(free: Leader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clients, "SILENCE", 0.2)
-    with serving(tiny, tmp_path, most=1000) as server:
+    with serving(free, tmp_path, most=1000) as server:
         deaf = Plain(server.address, hwm=1)
         deaf.open()
         for request in range(300):
-            deaf.submit(request, labels=[1] * 128, steps=1)
+            deaf.submit(request, shape=(8, 8), count=128, steps=1)
         with Client(server.address) as client:
             until(lambda: client.status().clients == 1, "the client that does not read is forgotten")
             until(lambda: client.status().requests == 0, "and so are its runs")
-            assert client.sample(labels=[1], steps=3).rounds == 2
+            assert client.sample(shape=(8, 8), steps=3).rounds == 2
         deaf.close()
 
 
-def test_a_client_hears_of_a_server_that_is_gone(tmp_path: Path, tiny: Leader) -> None:
-    with serving(tiny, tmp_path) as server:
+def test_a_client_hears_of_a_server_that_is_gone(tmp_path: Path, free: Leader) -> None:
+    with serving(free, tmp_path) as server:
         client = Client(server.address)
-        run = client.submit(labels=[1], **LONG)
+        run = client.submit(shape=(8, 8), **LONG)
         assert client.status().requests == 1
         server.drain(0.0)
         with pytest.raises(RefusedError, match="the server ended first"):
@@ -438,21 +438,21 @@ def test_a_client_hears_of_a_server_that_is_gone(tmp_path: Path, tiny: Leader) -
 # The server's own end, and its health.
 
 
-def test_a_drain_finishes_what_there_is(tiny: Leader, tmp_path: Path) -> None:
-    with serving(tiny, tmp_path) as server, Client(server.address) as client:
-        run = client.submit(labels=[1], steps=200, progress=True)
+def test_a_drain_finishes_what_there_is(free: Leader, tmp_path: Path) -> None:
+    with serving(free, tmp_path) as server, Client(server.address) as client:
+        run = client.submit(shape=(8, 8), steps=200, progress=True)
         next(run.progress())
         server.drain(DEADLINE)
         with pytest.raises(RefusedError, match="draining"):
-            client.sample(labels=[1])
+            client.sample(shape=(8, 8))
         assert client.status().state == "draining"
-        assert torch.equal(run.result(DEADLINE).samples, tiny.sample(labels=[1], steps=200).samples)
+        assert torch.equal(run.result(DEADLINE).samples, free.sample(shape=(8, 8), steps=200).samples)
 
 
-def test_health_is_progress(tiny: Leader, tmp_path: Path) -> None:
-    with serving(tiny, tmp_path, stall=0.2) as server, Client(server.address) as client:
+def test_health_is_progress(free: Leader, tmp_path: Path) -> None:
+    with serving(free, tmp_path, stall=0.2) as server, Client(server.address) as client:
         assert client.status().healthy
-        run = client.submit(labels=[1], steps=9, sweeps=100_000)  # so many rounds until the first step is done
+        run = client.submit(shape=(8, 8), steps=9, sweeps=100_000)  # so many rounds until the first step is done
         until(lambda: not client.status().healthy, "the server says that nothing goes on")
         assert "no progress of any" in client.status().reason
         assert "drp_healthy 0" in client.metrics()
@@ -476,12 +476,12 @@ def test_a_lost_leader_ends_the_server(tmp_path: Path) -> None:
 # Who may come in.
 
 
-def test_only_the_owner_may_come_in(served: Served, tiny: Leader, tmp_path: Path) -> None:
+def test_only_the_owner_may_come_in(served: Served, free: Leader, tmp_path: Path) -> None:
     path = Path(served.address.removeprefix("ipc://"))
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o777 == 0o700
     with pytest.raises(ValueError, match="another server listens"):
-        Server(tiny, "model", served.address)
+        Server(free, "model", served.address)
     open_to_all = tmp_path / "open"
     open_to_all.mkdir(mode=0o755)
     for address, message in (
@@ -492,21 +492,21 @@ def test_only_the_owner_may_come_in(served: Served, tiny: Leader, tmp_path: Path
         ("inproc://door", "give ipc://PATH"),
     ):
         with pytest.raises(ValueError, match=message):
-            Server(tiny, "model", address)
+            Server(free, "model", address)
     with Client(served.address) as client:
         assert client.status().healthy  # It was not disturbed.
 
 
-def test_tcp_lets_known_keys_in(tiny: Leader, tmp_path: Path) -> None:
+def test_tcp_lets_known_keys_in(free: Leader, tmp_path: Path) -> None:
     made = make(tmp_path / "keys", ["known"])
     assert all(path.stat().st_mode & 0o077 == 0 for path in made)
     assert make(tmp_path / "keys", ["known"]) == []
     make(tmp_path / "others", ["stranger"])
     own, other = tmp_path / "keys", tmp_path / "others"
-    with serving(tiny, tmp_path, address="tcp://127.0.0.1:*", keys=Keys.read(own)) as server:
+    with serving(free, tmp_path, address="tcp://127.0.0.1:*", keys=Keys.read(own)) as server:
         with Client(server.address, server_key=own / "server.key", key=own / "clients" / "known.key_secret") as client:
-            large = client.sample(labels=[1] * 2000, steps=2).samples
-            assert torch.equal(large, tiny.sample(labels=[1] * 2000, steps=2).samples)
+            large = client.sample(shape=(8, 8), count=2000, steps=2).samples
+            assert torch.equal(large, free.sample(shape=(8, 8), count=2000, steps=2).samples)
         with pytest.raises(ConnectionError):
             Client(
                 server.address, server_key=own / "server.key", key=other / "clients" / "stranger.key_secret", timeout=5

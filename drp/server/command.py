@@ -42,12 +42,15 @@ def serve(
     """Serve MODEL to clients on a socket, until SIGTERM or Ctrl-C; a second one ends it at once."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s")
     with plain_errors():
-        from drp.leader import Leader  # only now: --help need not wait for torch
+        import torch  # only now: --help need not wait for it
+
+        from drp.leader import Leader
         from drp.server.endpoint import default_address
         from drp.server.keys import Keys
         from drp.server.server import Server
         from drp.trace.record import record
 
+        torch.set_num_threads(1)  # What this process computes is small, and its workers' cores are theirs.
         own = Keys.read(keys) if keys is not None else None
         with (
             Leader(

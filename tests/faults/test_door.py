@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -83,10 +84,10 @@ def round_of(address: str, requests: int, expected: list[torch.Tensor], turn: in
     return {name: sum(each[name] for each in (*told, *answers)) for name in told[0]}
 
 
-@pytest.mark.parametrize("requests", [64, pytest.param(500, marks=pytest.mark.faults)])
-def test_every_answer_is_right_and_nothing_is_left(tmp_path: Path, requests: int) -> None:
+@pytest.mark.faults
+def test_every_answer_is_right_and_nothing_is_left(tmp_path: Path) -> None:
     expected = [samples(seed) for seed in range(SEEDS)]
-    served = Served(tmp_path, "-d", "2")
+    requests, served = 500, Served(tmp_path, "-d", "2")
     try:
         process = psutil.Process(served.process.pid)
         with Client(served.address) as client:
@@ -108,6 +109,24 @@ def test_every_answer_is_right_and_nothing_is_left(tmp_path: Path, requests: int
         assert (status.failed, status.refused) == (0, 0)
         assert process.num_fds() <= descriptors
         assert grown < ROOM
+    finally:
+        ended = served.end()
+    assert ended == (0, "")
+
+
+@pytest.mark.faults
+def test_the_runs_of_a_stopped_client_are_cancelled(tmp_path: Path) -> None:
+    served = Served(tmp_path, "-d", "2")
+    program = [sys.executable, str(ROOT / "tests" / "plain.py"), served.address]
+    try:
+        with Client(served.address) as client, subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as stopped:
+            assert stopped.stdout is not None
+            assert stopped.stdout.readline() == "accepted\n"
+            stopped.send_signal(signal.SIGSTOP)
+            until(lambda: client.status().clients == 1, "it does not answer the heartbeats")
+            status = client.status()
+            stopped.kill()
+        assert (status.requests, status.cancelled, status.finished) == (0, 1, 0)
     finally:
         ended = served.end()
     assert ended == (0, "")
