@@ -86,6 +86,10 @@ def other_workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
         yield made
 
 
+class Quantised(torch.Tensor):
+    """Weights of a kind of their own."""
+
+
 def attributes(pipe: Any) -> dict[str, Any]:
     """What a user could see of a pipeline: what its components hold, and the weights."""
     seen: dict[str, Any] = {"pipe": dict(vars(pipe))}
@@ -308,6 +312,23 @@ def test_several_calls_of_different_sizes_and_steps(workers: Workers) -> None:
             assert torch.equal(run(pipe, options, steps), samples)
     assert [call.rounds for call in parallel.report.calls] == [rounds_of("aggressive", n, 3) for n, _ in calls]
     assert str(parallel.report).count("speed-up") == 4
+
+
+def test_a_lost_worker_is_replaced_and_the_bits_stay() -> None:
+    pipe = sdxl()
+    with reference(pipe, devices=2):
+        expected = run(pipe, CHEAP)
+    before = set(psutil.Process().children())
+
+    def kill(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        if i == 2:
+            min(set(psutil.Process().children()) - before, key=lambda worker: worker.pid).kill()
+        return {}
+
+    with parallelize(pipe, 2, threads=1) as parallel:
+        assert torch.equal(run(pipe, {**CHEAP, "callback_on_step_end": kill}), expected)
+        assert torch.equal(run(pipe, CHEAP), expected)
+    assert any("SIGKILL" in note for note in parallel.report.calls[0].notes)
 
 
 def test_two_pipelines_at_once(workers: Workers) -> None:
@@ -669,6 +690,10 @@ def test_what_cannot_be_handed_to_workers_is_refused() -> None:
     pipe = sdxl()
     pipe.unet.conv_in.forward = pipe.unet.conv_in.forward
     with pytest.raises(ValueError, match=r"conv_in\.forward was exchanged"), parallelize(pipe, 2):
+        pass
+    pipe = sdxl()
+    pipe.unet.conv_in.weight = torch.nn.Parameter(pipe.unet.conv_in.weight.data.as_subclass(Quantised))
+    with pytest.raises(ValueError, match=r"conv_in\.weight is a .*quantised"), parallelize(pipe, 2):
         pass
     pipe = sdxl()
     pipe.unet._hf_hook = object()

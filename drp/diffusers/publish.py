@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from drp.protocol.memory import NAMES, SharedMemory, aligned
 
 _numbers = itertools.count(1)
 
+
+MOST = 2**30
+"""Bytes of weights that are moved at once."""
 
 Key = tuple[int, tuple[int, ...], torch.dtype, tuple[int, ...]]
 """Where a tensor lies, its shape, dtype and stride."""
@@ -56,15 +59,16 @@ class Publisher:
         return source
 
     def _move(self, weights: Sequence[Tensor]) -> None:
-        """Move the weights that are not there yet into one more block."""
+        """Move the weights that are not there yet, some at a time, so that few are there twice meanwhile."""
         fresh: dict[Key, list[Tensor]] = {}
         for tensor in weights:
             if _key(tensor) not in self._places:
                 fresh.setdefault(_key(tensor), []).append(tensor)  # Tied weights are one.
-        for (shared, place), same in zip(self._fill([same[0] for same in fresh.values()]), fresh.values(), strict=True):
-            for tensor in same:
-                tensor.data = shared
-            self._places[_key(shared)] = place
+        for group in _groups(list(fresh.values())):
+            for (shared, place), same in zip(self._fill([same[0] for same in group]), group, strict=True):
+                for tensor in same:
+                    tensor.data = shared
+                self._places[_key(shared)] = place
 
     def _copy(self, name: str, tensors: Mapping[int, Tensor]) -> dict[int, Json]:
         """Return where copies are of tensors that are no weights: attributes that a module computes and keeps."""
@@ -101,6 +105,20 @@ class Publisher:
         for block in self._blocks:
             block.close()
         self._blocks.clear()
+
+
+def _groups(weights: Sequence[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
+    """Yield weights in groups of about `MOST` bytes, in order."""
+    group: list[list[Tensor]] = []
+    nbytes = 0
+    for same in weights:
+        if group and nbytes + same[0].nbytes > MOST:
+            yield group
+            group, nbytes = [], 0
+        group.append(same)
+        nbytes += same[0].nbytes
+    if group:
+        yield group
 
 
 def _key(tensor: Tensor) -> Key:
