@@ -38,7 +38,7 @@ from drp.diffusers.digits import digits_pipeline
 from drp.diffusers.scheduler import Levels
 from drp.diffusers.structure import describe
 from drp.models.classifier import load_classifier
-from drp.sampling.modes import rounds_of
+from drp.sampling.modes import Aggressive, Sweeps, rounds_of
 from tests.pipelines import (
     BETAS,
     IMAGE,
@@ -314,6 +314,7 @@ def test_several_calls_of_different_sizes_and_steps(workers: Workers) -> None:
     assert str(parallel.report).count("speed-up") == 4
 
 
+@pytest.mark.diffusers
 def test_a_lost_worker_is_replaced_and_the_bits_stay() -> None:
     pipe = sdxl()
     with reference(pipe, devices=2):
@@ -669,6 +670,17 @@ def test_a_scheduler_that_wants_more_than_latents_runs_sequentially(workers: Wor
     assert "old_pred_original_sample" in parallel.report.calls[0].sequential
 
 
+def test_another_default_dtype_runs_sequentially_and_says_why(workers: Workers) -> None:
+    pipe = sdxl()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with parallelize(pipe, workers) as parallel:
+            run(pipe, CHEAP)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert "default dtype" in parallel.report.calls[0].sequential
+
+
 def test_autocast_runs_sequentially_and_says_why(workers: Workers) -> None:
     pipe = sdxl()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -709,6 +721,8 @@ def test_what_cannot_be_handed_to_workers_is_refused() -> None:
     ("options", "message"),
     [
         ({"mode": "rolling"}, "goes back"),
+        ({"mode": Sweeps(Aggressive(2), 1)}, "goes back"),
+        ({"devices": "2xemulated:1ms:values=cheap"}, "values=cheap"),
         ({"mode": "agressive"}, "unknown mode"),
         ({"rule": "tangent"}, "unknown rule"),
         ({"devices": 0}, "a run needs 1"),

@@ -185,6 +185,8 @@ class PipelineCall:
         work, t = self._work, self._drafter.timesteps[k]
         if torch.is_autocast_enabled("cpu"):
             raise UnrecognisedError("the pipeline runs under torch.autocast, which workers do not")
+        if torch.get_default_dtype() != torch.float32:
+            raise UnrecognisedError(f"torch's default dtype is {torch.get_default_dtype()}; workers have float32")
         recorded = self._step.recorded
         configs = {record.module: work.config_of(record.module) for record in recorded}
         learned = learn(recorded, x, t, scale_of(copy_of(self._scheduler, OWN), t), configs, self._suspects)
@@ -196,6 +198,8 @@ class PipelineCall:
             left = len(self._drafter.timesteps) - k
             said = getattr(work.pipe, "_num_timesteps", None)  # fewer, if it stops before the last
             self._end = k + (said if isinstance(said, int) and 0 < said < left else left)
+        elif k >= self._end:  # It said too few.
+            self._end = len(self._drafter.timesteps)
         self._drafter.taken.clear()
         predictions = self._split(learned, sources, k) if work.split else None
         if predictions is None:

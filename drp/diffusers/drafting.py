@@ -98,7 +98,7 @@ class Drafter:
 
     def note(self, k: int, x: Tensor, output: Tensor) -> None:
         """Remember a step, for the drafts that look back on it."""
-        self.taken[k] = Taken(x.clone(), output)
+        self.taken[k] = Taken(x.clone(), output.clone())
         for old in [old for old in self.taken if old not in (self.anchor, self.base, k)]:
             del self.taken[old]
 

@@ -18,7 +18,7 @@ from drp.diffusers.tree import Json
 from drp.diffusers.workers import Workers
 from drp.leader.devices import parse_devices
 from drp.sampling.drafts import RULES, SECANT, DraftRule
-from drp.sampling.modes import Mode, Sweeps, Warmup, make_mode
+from drp.sampling.modes import Mode, Warmup, make_mode
 
 DENOISERS = ("unet", "transformer", "transformer_2", "controlnet", "prior")
 """Components of a pipeline that its steps call."""
@@ -140,7 +140,7 @@ def parallelize(
     threads: int | None = None,
     denoisers: Sequence[str] | None = None,
     start_timeout: float = 120.0,
-    draft_timeout: float | None = None,
+    draft_timeout: float | None = 600.0,
 ) -> Iterator[Parallel]:
     """Spread the steps of a diffusers pipeline's calls over several devices, inside a `with`.
 
@@ -159,6 +159,7 @@ def parallelize(
         many drafts as devices. Where they are one doubled batch, halves may have other bits than the whole.
     threads: of each worker; by default an equal share of this process's. Bits may depend on it.
     denoisers: the names of the components that the steps call, if they are called unusually.
+    start_timeout, draft_timeout: as of `drp.Leader`.
 
     Raises ValueError for a pipeline or arguments that cannot be, WorkerError if a worker cannot start or, from the
     pipeline's call, if one is lost. Steps of which it cannot be made sure that drafts are right are taken sequentially,
@@ -226,12 +227,24 @@ def make(mode: str | Mode, drafts: int, rule: str | DraftRule | None, tolerance:
         made = mode
     if warmup:
         made = Warmup(made, warmup)
-    if made.lags or isinstance(made, Sweeps):
+    if made.lags or not (made.feedback or _goes_on(made)):
         raise ValueError(
-            f"mode {mode!r} goes back to steps that a pipeline has already taken; choose sequential, conservative, "
-            "aggressive or adaptive"
+            f"mode {mode!r} goes back to steps that a pipeline has already taken, or leaves some out; "
+            "choose sequential, conservative, aggressive or adaptive"
         )
     return made
+
+
+def _goes_on(mode: Mode, steps: int = 24) -> bool:
+    """Return whether every round begins where the one before has ended, and the first is the first step alone."""
+    k = 0
+    for r in mode.rounds(steps):
+        if r.base not in (k - 1, k) or r.predict != tuple(range(k, k + len(r.predict))):
+            return False
+        if r.base == k and len(r.predict) > 1:
+            return False
+        k += len(r.predict)
+    return k == steps
 
 
 def _drafts(drafts: int | None, devices: int, split: bool) -> int:

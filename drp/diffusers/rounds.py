@@ -115,7 +115,7 @@ class Predictions:
             raise UnrecognisedError("the pipeline takes more steps than its scheduler has timesteps") from None
         self._drafter.advance(r.base + self._first)
         last = r.predict[-1] + self._first
-        assert r.predict[0] + self._first == k, "parallelize refuses modes that go back"
+        assert r.predict[0] + self._first == k, "parallelize refuses modes that do not go on step by step"
         drafts = []
         for state in self._drafter.states(k, last, x):
             t = self._drafter.timesteps[state.index]

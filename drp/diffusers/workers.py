@@ -30,10 +30,15 @@ class Workers:
         *,
         threads: int | None = None,
         start_timeout: float = 120.0,
-        draft_timeout: float | None = None,
+        draft_timeout: float | None = 600.0,
         hedge: float | None = None,
     ) -> None:
-        self.threads = threads or max(1, torch.get_num_threads() // len(parse_devices(devices, 1)))
+        placed = parse_devices(devices, 1)
+        if any(device.emulated is not None and device.emulated.cheap for device in placed):
+            raise ValueError(
+                f"devices is {devices!r}: values=cheap puts a function in the place of drp's own models only"
+            )
+        self.threads = threads or max(1, torch.get_num_threads() // len(placed))
         self._leader = Leader(
             MODEL,
             devices=devices,
