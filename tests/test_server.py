@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -22,6 +23,10 @@ import drp
 from drp import Client, Leader
 from drp.client import RefusedError
 from drp.leader.errors import WorkerError
+from drp.protocol.codec import ProtocolError
+from drp.protocol.door import TensorData
+from drp.protocol.messages import Handle
+from drp.protocol.tensors import open_shared
 from drp.sampling.drafts import PAPER, DraftRule
 from drp.sampling.modes import Sequential
 from drp.server import clients
@@ -171,6 +176,21 @@ def test_large_samples_come_in_shared_memory_and_it_is_given_back(served: Served
     assert mapped > 0, "the samples were copied"
     until(lambda: served.memory() == served.idle, "the server has closed the memory of the result")
     samples += 1  # The memory is the client's alone now.
+
+
+def test_memory_that_cannot_be_mapped_fails_its_run_alone(
+    served: Served, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:  # as where the server's processes cannot be seen
+
+        def elsewhere(data: TensorData) -> torch.Tensor:
+            return open_shared(dataclasses.replace(data, memory=Handle(2**31 - 1, 1, 4096)))
+
+        patched.setattr("drp.client.run.open_shared", elsewhere)
+        with pytest.raises(ProtocolError, match="cannot be opened"):
+            client.sample(labels=[1] * 2000, steps=2)
+    until(lambda: served.memory() == served.idle, "the server has closed the memory of the result")
+    assert client.sample(labels=[1] * 2000, steps=2).rounds == 2
 
 
 def test_updates_with_previews_and_evaluations(client: Client) -> None:

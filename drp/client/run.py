@@ -74,8 +74,12 @@ class RemoteRun(Future[Result]):
         """Take the samples."""
         received = Received(frames)
         shared = message.samples.memory is not None
-        samples = open_shared(message.samples) if shared else received.take(message.samples)
-        received.done()
+        try:
+            samples = open_shared(message.samples) if shared else received.take(message.samples)
+            received.done()
+        except ProtocolError as error:  # such as a server on this host, but where its processes cannot be seen
+            self.set_exception(error)
+            return
         self.set_result(
             Result(
                 samples=samples,

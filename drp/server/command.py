@@ -22,7 +22,8 @@ from drp.plain import plain_errors, trace_option
 @click.option("--stall", default=30.0, show_default=True, help="Seconds without progress that are not healthy.")
 @click.option("--drain", default=30.0, show_default=True, help="Seconds that requests have to finish after SIGTERM.")
 @click.option("--start-timeout", default=120.0, show_default=True, help="Seconds that workers have to start.")
-@click.option("--draft-timeout", default=60.0, show_default=True, help="Seconds that a worker has for a draft.")
+@click.option("--draft-timeout", type=float, help="Seconds that a worker has for a draft; by default what is usual.")
+@click.option("--hedge", type=float, help="Give drafts that take this many times the usual to idle workers too.")
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens.")
 @trace_option
 def serve(
@@ -35,7 +36,8 @@ def serve(
     stall: float,
     drain: float,
     start_timeout: float,
-    draft_timeout: float,
+    draft_timeout: float | None,
+    hedge: float | None,
     verbose: bool,
     trace: Path | None,
 ) -> None:
@@ -54,7 +56,12 @@ def serve(
         own = Keys.read(keys) if keys is not None else None
         with (
             Leader(
-                model, devices=devices, threads=threads, start_timeout=start_timeout, draft_timeout=draft_timeout
+                model,
+                devices=devices,
+                threads=threads,
+                start_timeout=start_timeout,
+                draft_timeout=draft_timeout,
+                hedge=hedge,
             ) as leader,
             record(leader, trace) if trace is not None else nullcontext(),
         ):

@@ -64,7 +64,7 @@ class Counts:
 
 
 def prometheus(counts: Counts, gauges: Mapping[str, tuple[str, float]]) -> str:
-    """Return the text; `gauges` are what is so now: name -> (what it is, value)."""
+    """Return the text; `gauges` are what others count: name -> (what it is, value)."""
     lines: list[str] = []
 
     def metric(name: str, kind: str, what: str, samples: list[str]) -> None:
@@ -94,5 +94,5 @@ def prometheus(counts: Counts, gauges: Mapping[str, tuple[str, float]]) -> str:
     ):
         metric(name, "histogram", what, histogram.lines(f"drp_{name}"))
     for name, (what, value) in gauges.items():
-        metric(name, "gauge", what, [f"drp_{name} {value!r}"])
+        metric(name, "counter" if name.endswith("_total") else "gauge", what, [f"drp_{name} {value!r}"])
     return "\n".join(lines) + "\n"

@@ -189,6 +189,7 @@ class Server:
         if message.version != VERSION:
             self._clients.reply(address, Refused(None, "version", f"this server speaks version {VERSION}"))
             return
+        log.info("client %r is there", message.name)
         client = self._clients.open(address, message.name)
         self._clients.send(client, Opened(VERSION, self._model, self._leader.spec, self._leader.devices, self._most))
 
@@ -332,6 +333,7 @@ class Server:
 
     def _on_gone(self, client: Client) -> None:
         """Cancel what a client that is gone wanted."""
+        log.info("client %r is gone, with %d requests under way", client.name, len(client.tickets))
         self._counts.lost_clients += bool(client.tickets)
         for ticket in client.tickets.values():
             ticket.cancel()
@@ -373,8 +375,8 @@ class Server:
             "clients": ("Sessions.", now.clients),
             "workers": ("Workers of the leader.", len(workers)),
             "workers_ready": ("Those that can take a draft.", sum(worker.state == "ready" for worker in workers)),
-            "workers_lost": ("Workers lost, and replaced or given up.", sum(worker.lost for worker in workers)),
-            "dropped_messages": ("Messages to the leader that were no worker's, or none.", self._leader.dropped),
+            "workers_lost_total": ("Workers lost, and replaced or given up.", sum(worker.lost for worker in workers)),
+            "dropped_messages_total": ("Messages to the leader that were no worker's, or none.", self._leader.dropped),
             "untaken_results": ("Results in shared memory that their clients have not taken.", self._clients.untaken),
             "healthy": ("1 if there is progress, or nothing to do.", int(now.healthy)),
             "draining": ("1 if the server refuses requests because it is about to end.", int(now.state != "serving")),
