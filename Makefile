@@ -38,6 +38,7 @@ fuzz: $(READY) ## Fuzz the decoder for five minutes, guided by coverage
 check: $(READY) ## Lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(find drp examples tests -name '*.[ch]' -o -name '*.[ch]pp')
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 

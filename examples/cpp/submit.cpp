@@ -21,7 +21,8 @@ unsigned char shade(float number) {
 std::string picture(const drp::Tensor& samples) {
     if (samples.shape.size() != 4 || (samples.shape[1] != 1 && samples.shape[1] != 3))
         throw std::runtime_error("these samples are no pictures; give a name that ends in .f32");
-    const std::int64_t count = samples.shape[0], channels = samples.shape[1], height = samples.shape[2], width = samples.shape[3];
+    const std::int64_t count = samples.shape[0], channels = samples.shape[1], height = samples.shape[2],
+                       width = samples.shape[3];
     std::ostringstream out;
     out << (channels == 1 ? "P5" : "P6") << '\n' << count * width << ' ' << height << "\n255\n";
     const float* numbers = samples.data<float>();
@@ -29,7 +30,8 @@ std::string picture(const drp::Tensor& samples) {
         for (std::int64_t sample = 0; sample < count; ++sample)
             for (std::int64_t x = 0; x < width; ++x)
                 for (std::int64_t channel = 0; channel < channels; ++channel)
-                    out.put(static_cast<char>(shade(numbers[((sample * channels + channel) * height + y) * width + x])));
+                    out.put(
+                        static_cast<char>(shade(numbers[((sample * channels + channel) * height + y) * width + x])));
     return out.str();
 }
 
@@ -54,7 +56,8 @@ void submit(const std::string& address, const std::string& labels, const std::st
     const bool numbers = path.size() > 4 && path.substr(path.size() - 4) == ".f32";
     file << (numbers ? raw(result.samples) : picture(result.samples));
     if (!file.flush()) throw std::runtime_error(path + " cannot be written");
-    std::cout << result.mode << ": " << result.steps << " steps in " << result.rounds << " rounds, " << path << std::endl;
+    std::cout << result.mode << ": " << result.steps << " steps in " << result.rounds << " rounds, " << path
+              << std::endl;
 }
 
 }  // namespace

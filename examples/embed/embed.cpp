@@ -3,9 +3,9 @@
 //     embed PYTHON    the interpreter of the environment that has drp
 //     embed           modules from PYTHONPATH
 //
-// Several threads sample at once from their own noise into their own memory; no tensor is copied between C++ and Python.
-// The leader is closed and made again. What it must not touch is compared before and after: signal handlers, settings of
-// torch and multiprocessing, standard output. Exit status 0 says that all was as it should be.
+// Several threads sample at once from their own noise into their own memory; no tensor is copied between C++ and
+// Python. The leader is closed and made again. What it must not touch is compared before and after: signal handlers,
+// settings of torch and multiprocessing, standard output. Exit status 0 says that all was as it should be.
 
 #include <algorithm>
 #include <csignal>
@@ -187,8 +187,9 @@ int embed(const std::string& environment, const char* program) {
     const python::Object lines = python::attribute(python::attribute(helper, "records"), "lines");
     std::cout << "settings, child processes, descriptors: " << (same_settings ? "as before" : "CHANGED") << '\n'
               << "signal handlers: " << (same_signals ? "as before" : "CHANGED") << '\n'
-              << "logged: " << PyList_Size(lines.get()) << " records, the first: "
-              << python::text(python::checked(PySequence_GetItem(lines.get(), 0))) << std::endl;
+              << "logged: " << PyList_Size(lines.get())
+              << " records, the first: " << python::text(python::checked(PySequence_GetItem(lines.get(), 0)))
+              << std::endl;
     return wrong + !same_settings + !same_signals;
 }
 

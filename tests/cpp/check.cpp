@@ -1,11 +1,11 @@
 // What the tests ask of the C++ client.
 //
-//     check vectors < LINES               a name and a message in hexadecimal each: says what it is, and its bytes again
-//     check soak ADDRESS SEED COUNT       so many requests, some cancelled, some left; says what became of each
+//     check vectors < LINES               a name and a message in hexadecimal each: says what it is, and its bytes
+//     again check soak ADDRESS SEED COUNT       so many requests, some cancelled, some left; says what became of each
 //     check once ADDRESS STEPS [SERVER_KEY PUBLIC_KEY SECRET_KEY]       one request, and what became of it
 
-#include <drp/client.hpp>
 #include <cstdlib>
+#include <drp/client.hpp>
 #include <iomanip>
 #include <iostream>
 #include <random>
@@ -103,8 +103,11 @@ void vectors() {
         const std::string bytes = unhex(digits);
         try {
             const Any message = drp::door::decode<Any>(bytes.data(), bytes.size());
-            std::visit([&](const auto& each) { std::cout << name << ' ' << hex(encode(each)) << ' ' << Json::of(each) << '\n'; },
-                       message);
+            std::visit(
+                [&](const auto& each) {
+                    std::cout << name << ' ' << hex(encode(each)) << ' ' << Json::of(each) << '\n';
+                },
+                message);
         } catch (const drp::Error& error) {
             std::cout << name << " refused " << error.what() << '\n';
         }

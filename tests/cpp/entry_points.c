@@ -1,15 +1,16 @@
-/* What the tests ask of the entry points for C: every code and every kind of argument, at a server of the tiny denoiser. */
+/* What the tests ask of the entry points for C: every code and every kind of argument, at a server of the tiny
+ * denoiser. */
 #include <drp/client.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
 
-#define CHECK(true_now)                                                                 \
-    do {                                                                                \
-        if (!(true_now)) {                                                              \
+#define CHECK(true_now)                                                                  \
+    do {                                                                                 \
+        if (!(true_now)) {                                                               \
             fprintf(stderr, "line %d: %s; %s\n", __LINE__, #true_now, drp_last_error()); \
-            return 1;                                                                   \
-        }                                                                               \
+            return 1;                                                                    \
+        }                                                                                \
     } while (0)
 
 static float noise_numbers[64];
@@ -82,7 +83,8 @@ int main(int count, char** arguments) {
     options[0].kind = (drp_kind)99;
     CHECK(drp_client_submit(client, &request, &run) == DRP_INVALID);
     request.solver = NULL;
-    CHECK(drp_client_submit(client, &request, &run) == DRP_INVALID && strstr(drp_last_error(), "solver is NULL") != NULL);
+    CHECK(drp_client_submit(client, &request, &run) == DRP_INVALID &&
+          strstr(drp_last_error(), "solver is NULL") != NULL);
 
     drp_request_init(&request);
     request.labels = labels;
@@ -91,7 +93,8 @@ int main(int count, char** arguments) {
     CHECK(drp_client_submit(client, &request, &run) == DRP_OK && drp_run_wait(run, 0.0) == DRP_TIMEOUT);
     CHECK(drp_client_submit(client, &request, &other) == DRP_OK);
     CHECK(drp_client_status(client, 10.0, &status) == DRP_OK && status.healthy && status.requests == 2);
-    CHECK(drp_run_cancel(run) == DRP_OK && drp_run_wait(run, 10.0) == DRP_OK && drp_run_result(run, &result) == DRP_CANCELLED);
+    CHECK(drp_run_cancel(run) == DRP_OK && drp_run_wait(run, 10.0) == DRP_OK &&
+          drp_run_result(run, &result) == DRP_CANCELLED);
     drp_run_free(run);
     drp_client_close(client); /* before its last run */
     CHECK(drp_run_result(other, &result) == DRP_CLOSED && drp_run_cancel(other) == DRP_OK);

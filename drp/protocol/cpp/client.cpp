@@ -135,12 +135,14 @@ drp::Request request_of(const drp_request& from) {
 
 extern "C" {
 
-drp_code drp_client_open(const char* address, const char* name, const drp_keys* keys, double timeout, drp_client** client) {
+drp_code drp_client_open(const char* address, const char* name, const drp_keys* keys, double timeout,
+                         drp_client** client) {
     return guarded([&] {
         drp::Client::Options options;
         if (name != nullptr) options.name = name;
         if (keys != nullptr)
-            options.keys = {given(keys->server, "a key"), given(keys->public_key, "a key"), given(keys->secret_key, "a key")};
+            options.keys = {given(keys->server, "a key"), given(keys->public_key, "a key"),
+                            given(keys->secret_key, "a key")};
         options.timeout = timeout;
         *client = new drp_client{drp::Client(given(address, "address"), options)};
         return DRP_OK;

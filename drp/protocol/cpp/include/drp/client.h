@@ -1,9 +1,9 @@
 /* A client of `drp serve`, for C: the entry points of the library drp_client, across which no exception passes.
  *
- * Each returns 0 (DRP_OK) or says what went wrong; drp_last_error() then says it in words, for the calling thread. What a
- * function returns through a pointer is set only if it returns DRP_OK. All functions may be called from any thread, but for
- * the two that end something: nobody may be using what they end. Every wait ends: after 10 s without a word from the
- * server with DRP_GONE. C++ has drp/client.hpp, which is one header and needs no library of ours.
+ * Each returns 0 (DRP_OK) or says what went wrong; drp_last_error() then says it in words, for the calling thread. What
+ * a function returns through a pointer is set only if it returns DRP_OK. All functions may be called from any thread,
+ * but for the two that end something: nobody may be using what they end. Every wait ends: after 10 s without a word
+ * from the server with DRP_GONE. C++ has drp/client.hpp, which is one header and needs no library of ours.
  */
 #ifndef DRP_CLIENT_H
 #define DRP_CLIENT_H
@@ -17,19 +17,19 @@ extern "C" {
 
 typedef enum drp_code {
     DRP_OK = 0,
-    DRP_INVALID = 1,    /* the request cannot be: its options do not fit the model or each other */
-    DRP_BUSY = 2,       /* the server has as many requests as it takes */
-    DRP_DRAINING = 3,   /* the server is about to end */
-    DRP_VERSION = 4,    /* the server speaks another version of the protocol */
-    DRP_PROTOCOL = 5,   /* one side broke the protocol */
-    DRP_CANCELLED = 6,  /* the run was cancelled */
-    DRP_FAILED = 7,     /* the run failed: the denoiser raised, or all workers were lost */
-    DRP_GONE = 8,       /* the server is gone, or silent */
-    DRP_TIMEOUT = 9,    /* not in time */
-    DRP_CLOSED = 10,    /* the client was closed */
-    DRP_REFUSED = 11,   /* for a reason that this client does not know */
-    DRP_OVER = 12,      /* the run is over: there is no more news */
-    DRP_ERROR = 13      /* no memory, or the like */
+    DRP_INVALID = 1,   /* the request cannot be: its options do not fit the model or each other */
+    DRP_BUSY = 2,      /* the server has as many requests as it takes */
+    DRP_DRAINING = 3,  /* the server is about to end */
+    DRP_VERSION = 4,   /* the server speaks another version of the protocol */
+    DRP_PROTOCOL = 5,  /* one side broke the protocol */
+    DRP_CANCELLED = 6, /* the run was cancelled */
+    DRP_FAILED = 7,    /* the run failed: the denoiser raised, or all workers were lost */
+    DRP_GONE = 8,      /* the server is gone, or silent */
+    DRP_TIMEOUT = 9,   /* not in time */
+    DRP_CLOSED = 10,   /* the client was closed */
+    DRP_REFUSED = 11,  /* for a reason that this client does not know */
+    DRP_OVER = 12,     /* the run is over: there is no more news */
+    DRP_ERROR = 13     /* no memory, or the like */
 } drp_code;
 
 typedef struct drp_client drp_client;
@@ -74,7 +74,8 @@ typedef struct drp_option {
     } value;
 } drp_option;
 
-/* What a run is asked for, as in SPEC.md under Submit. drp_request_init sets the defaults; then change what is to differ. */
+/* What a run is asked for, as in SPEC.md under Submit. drp_request_init sets the defaults; then change what is to
+ * differ. */
 typedef struct drp_request {
     const int64_t* labels; /* NULL: none */
     size_t labels_count;
@@ -123,7 +124,8 @@ typedef struct drp_status {
 } drp_status;
 
 /* Connects to a server; `name` is for its log, `keys` may be NULL. Waits `timeout` seconds for its answer at most. */
-drp_code drp_client_open(const char* address, const char* name, const drp_keys* keys, double timeout, drp_client** client);
+drp_code drp_client_open(const char* address, const char* name, const drp_keys* keys, double timeout,
+                         drp_client** client);
 
 /* Cancels the runs under way, ends the session and frees the client; its runs are over, and still to be freed. */
 void drp_client_close(drp_client* client);

@@ -23,8 +23,8 @@
 #include <zmq.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cerrno>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -130,7 +130,8 @@ struct Tensor {
     // The numbers, of which there are `size()`. Throws if they are of another type.
     template <class T>
     const T* data() const {
-        if (dtype != detail::dtype_of<T>()) throw Error(Code::invalid, "a tensor is " + dtype + ", read as another type");
+        if (dtype != detail::dtype_of<T>())
+            throw Error(Code::invalid, "a tensor is " + dtype + ", read as another type");
         return static_cast<const T*>(memory.get());
     }
 
@@ -523,7 +524,12 @@ inline std::optional<std::size_t> characters(const char* text, std::size_t size)
     std::size_t count = 0;
     for (std::size_t i = 0; i < size; ++count) {
         const unsigned char first = bytes[i];
-        const std::size_t length = first < 0x80 ? 1 : first < 0xC2 ? 0 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : first < 0xF5 ? 4 : 0;
+        const std::size_t length = first < 0x80   ? 1
+                                   : first < 0xC2 ? 0
+                                   : first < 0xE0 ? 2
+                                   : first < 0xF0 ? 3
+                                   : first < 0xF5 ? 4
+                                                  : 0;
         if (length == 0 || size - i < length) return std::nullopt;
         for (std::size_t j = 1; j < length; ++j)
             if ((bytes[i + j] & 0xC0) != 0x80) return std::nullopt;
@@ -767,7 +773,8 @@ template <class Messages>
 struct Kinds;
 template <class... Each>
 struct Kinds<std::variant<Each...>> {
-    static void match(const std::string& type, const msgpack::object& object, std::optional<std::variant<Each...>>& found) {
+    static void match(const std::string& type, const msgpack::object& object,
+                      std::optional<std::variant<Each...>>& found) {
         ((type == Each::type ? void(found = Reader::read<Each>(object)) : void()), ...);
     }
 };
@@ -795,7 +802,8 @@ Messages decode(const void* data, std::size_t size) {
     for (std::uint32_t i = 0; i < object.via.map.size; ++i) {
         const msgpack::object_kv& field = object.via.map.ptr[i];
         if (field.key.type != msgpack::type::STR) throw Error(Code::protocol, "a field's name is no text");
-        if (std::string(field.key.via.str.ptr, field.key.via.str.size) == "type" && field.val.type == msgpack::type::STR)
+        if (std::string(field.key.via.str.ptr, field.key.via.str.size) == "type" &&
+            field.val.type == msgpack::type::STR)
             type.assign(field.val.via.str.ptr, field.val.via.str.size);
     }
     std::optional<Messages> message;
@@ -891,7 +899,8 @@ inline Tensor map_shared(const door::TensorData& data) {
     const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
     struct stat facts = {};
     if (file.get() < 0 || fstat(file.get(), &facts) != 0)
-        throw Error(Code::protocol, "shared memory of the server cannot be opened: " + std::string(std::strerror(errno)));
+        throw Error(Code::protocol,
+                    "shared memory of the server cannot be opened: " + std::string(std::strerror(errno)));
     const auto size = static_cast<std::size_t>(handle.nbytes);
     if (facts.st_size != handle.nbytes || bytes > size || size == 0)
         throw Error(Code::protocol, "shared memory is not as long as it should be");
@@ -1027,7 +1036,7 @@ public:
     }
 
     template <class Answer>
-    Answer ask(const char* what, std::deque<std::shared_ptr<Question<Answer>>> Line::*asked, double seconds) {
+    Answer ask(const char* what, std::deque<std::shared_ptr<Question<Answer>>> Line::* asked, double seconds) {
         std::unique_lock lock(mutex_);
         const auto question = std::make_shared<Question<Answer>>();
         put({frame_of(door::encode(door::Ask{what}))}, [&] { (this->*asked).push_back(question); });
@@ -1105,9 +1114,10 @@ private:
                 throw Error(Code::lost, "the server at " + address_ + " has been silent for 10 s");
             speaks = !outgoing_.empty();
         }
-        zmq_pollitem_t items[] = {{socket_.get(), 0, static_cast<short>(speaks ? ZMQ_POLLIN | ZMQ_POLLOUT : ZMQ_POLLIN), 0},
-                                  {monitor_.get(), 0, ZMQ_POLLIN, 0},
-                                  {nullptr, wakeup_.get(), ZMQ_POLLIN, 0}};
+        zmq_pollitem_t items[] = {
+            {socket_.get(), 0, static_cast<short>(speaks ? ZMQ_POLLIN | ZMQ_POLLOUT : ZMQ_POLLIN), 0},
+            {monitor_.get(), 0, ZMQ_POLLIN, 0},
+            {nullptr, wakeup_.get(), ZMQ_POLLIN, 0}};
         if (zmq_poll(items, 3, 1000) < 0 && zmq_errno() != EINTR) fail("the connection");
         eventfd_t ignored;
         if (items[2].revents) (void)eventfd_read(wakeup_.get(), &ignored);
@@ -1167,7 +1177,8 @@ private:
                 fail("the connection");
             }
             more = zmq_msg_more(message.get()) != 0;
-            frames.push_back({std::shared_ptr<const void>(message, zmq_msg_data(message.get())), zmq_msg_size(message.get())});
+            frames.push_back(
+                {std::shared_ptr<const void>(message, zmq_msg_data(message.get())), zmq_msg_size(message.get())});
         }
         const auto message = door::decode<door::ToClient>(frames.front().memory.get(), frames.front().size);
         frames.pop_front();
@@ -1217,11 +1228,13 @@ private:
         std::optional<Error> error;
         if (!message.samples.memory || !local()) {
             result.samples = tensors.take(message.samples);
-        } else try {
-            result.samples = map_shared(message.samples);
-        } catch (const Error& bad) {  // in a container with other process numbers: this run's end, not the session's
-            error = bad;
-        }
+        } else
+            try {
+                result.samples = map_shared(message.samples);
+            } catch (
+                const Error& bad) {  // in a container with other process numbers: this run's end, not the session's
+                error = bad;
+            }
         const std::lock_guard lock(mutex_);
         finish(message.request, [&](RunState& run) {
             if (error)
@@ -1373,15 +1386,16 @@ private:
 class Client {
 public:
     struct Options {
-        std::string name = "C++";    // for the server's log
-        std::optional<Keys> keys;    // for tcp://
-        double timeout = 10.0;       // seconds until the server must have answered
+        std::string name = "C++";  // for the server's log
+        std::optional<Keys> keys;  // for tcp://
+        double timeout = 10.0;     // seconds until the server must have answered
     };
 
     // Connects; throws Error: timeout, version, lost, invalid.
     explicit Client(const std::string& address) : Client(address, Options()) {}
     Client(const std::string& address, const Options& options)
-        : line_(std::make_shared<detail::Line>(address, options.name, options.keys)), opened_(line_->open(options.timeout)) {}
+        : line_(std::make_shared<detail::Line>(address, options.name, options.keys)),
+          opened_(line_->open(options.timeout)) {}
 
     // What is served, and by which devices.
     const Opened& server() const { return opened_; }
@@ -1427,7 +1441,9 @@ private:
 
     std::size_t samples_of(const Request& request) const {
         double bytes = sizeof(float);
-        bytes *= static_cast<double>(request.count ? *request.count : request.labels ? std::int64_t(request.labels->size()) : 1);
+        bytes *= static_cast<double>(request.count    ? *request.count
+                                     : request.labels ? std::int64_t(request.labels->size())
+                                                      : 1);
         const auto& shape = request.shape ? request.shape : opened_.spec.sample_shape;
         for (const std::int64_t size : shape.value_or(std::vector<std::int64_t>())) bytes *= static_cast<double>(size);
         return static_cast<std::size_t>(std::clamp(bytes, 0.0, 1e15));
