@@ -19,7 +19,8 @@ from torch import Tensor
 
 import drp
 from drp import Client, Leader
-from drp.protocol import vectors
+from drp.protocol import door, vectors
+from drp.protocol.codec import ProtocolError, decode
 from drp.server.keys import Keys, make, pair, public
 from tests.cpp_build import build
 from tests.test_server import Served, serving, until
@@ -53,18 +54,16 @@ def ran(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=DEADLINE)
 
 
-def told(programs: Path, name: str) -> dict[str, tuple[str, str]]:
-    """Return what the client makes of a file of vectors: by name, a word and what follows."""
-    with (HERE / f"{name}.hex").open() as lines:
-        run = subprocess.run(
-            [programs / "check", "vectors"], stdin=lines, capture_output=True, text=True, timeout=DEADLINE, check=True
-        )
+def told(programs: Path, lines: str) -> dict[str, tuple[str, str]]:
+    """Return what the client makes of vectors: by name, a word and what follows."""
+    command = [str(programs / "check"), "vectors"]
+    run = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=DEADLINE, check=True)
     words = (line.split(" ", 2) for line in run.stdout.splitlines())
     return {name: (word, rest) for name, word, rest in words}
 
 
 def test_golden_vectors(programs: Path) -> None:
-    found, facts = told(programs, "door"), json.loads((HERE / "door.json").read_text())
+    found, facts = told(programs, (HERE / "door.hex").read_text()), json.loads((HERE / "door.json").read_text())
     expected = dict(line.split(" ") for line in (HERE / "door.hex").read_text().splitlines())
     assert {name: word for name, (word, _) in found.items()} == expected
     for name, (_, text) in found.items():
@@ -73,8 +72,37 @@ def test_golden_vectors(programs: Path) -> None:
 
 
 def test_what_must_be_refused_is(programs: Path) -> None:
-    found = {name: word for name, (word, _) in told(programs, "refused").items()}
+    found = {name: word for name, (word, _) in told(programs, (HERE / "refused.hex").read_text()).items()}
     assert found == dict.fromkeys(json.loads((HERE / "refused.json").read_text()), "refused")
+
+
+def mutated(data: bytes, draws: random.Random) -> bytes:
+    changed = bytearray(data)
+    for _ in range(draws.choice((1, 1, 2, 5))):
+        place, byte = draws.randrange(len(changed) + 1), draws.choice((0xC0, 0xDB, 0xDF, 0xFF, draws.randrange(256)))
+        how = draws.randrange(4)
+        changed[place : place + (how != 3)] = (b"", bytes([byte]), changed[place : place + 20], bytes([byte]))[how]
+    return bytes(changed)
+
+
+def test_both_sides_refuse_the_same(programs: Path) -> None:
+    draws = random.Random(7)
+    golden = [bytes.fromhex(line.split(" ")[1]) for line in (HERE / "door.hex").read_text().splitlines()]
+    messages = {f"m{i}": mutated(data, draws) for i, data in enumerate(golden * 100)}
+    found = told(programs, "\n".join(f"{name} {data.hex() or '-'}" for name, data in messages.items()))
+    kinds = {**door.TO_SERVER, **door.TO_CLIENT}
+    accepted = 0
+    for name, data in messages.items():
+        try:
+            decode(data, kinds)
+            refused = False
+        except ProtocolError as error:
+            if "Refused.code" in str(error):
+                continue  # A client takes codes that it does not know: they are those of other versions.
+            refused = True
+        assert (found[name] == ("refused", "-")) == refused, data.hex()
+        accepted += not refused
+    assert accepted > 20
 
 
 def test_the_example_in_cpp(programs: Path, served: Served, tmp_path: Path) -> None:

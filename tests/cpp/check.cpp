@@ -17,6 +17,12 @@ using namespace drp::door;
 using Any = std::variant<Open, Submit, Taken, Cancel, Ask, Opened, Accepted, Refused, Progress, Finished, Ended, Status,
                          Metrics, Beat>;
 
+std::string hex(const std::vector<char>& bytes) {
+    std::ostringstream out;
+    for (const char byte : bytes) out << std::hex << std::setw(2) << std::setfill('0') << (byte & 0xff);
+    return out.str();
+}
+
 // A message as JSON; 1.0 is a float, 1 an int.
 class Json {
 public:
@@ -48,8 +54,10 @@ private:
     void put(const std::string& value) {
         out_ << '"';
         for (const char each : value) {
-            if (each == '"' || each == '\\') out_ << '\\';
-            out_ << each;
+            if (static_cast<unsigned char>(each) < 0x20)
+                out_ << "\\u00" << hex({each});
+            else
+                out_ << (each == '"' || each == '\\' ? "\\" : "") << each;
         }
         out_ << '"';
     }
@@ -91,12 +99,6 @@ std::string unhex(const std::string& digits) {
     return bytes;
 }
 
-std::string hex(const std::vector<char>& bytes) {
-    std::ostringstream out;
-    for (const char byte : bytes) out << std::hex << std::setw(2) << std::setfill('0') << (byte & 0xff);
-    return out.str();
-}
-
 void vectors() {
     std::string name, digits;
     while (std::cin >> name >> digits) {
@@ -109,7 +111,7 @@ void vectors() {
                 },
                 message);
         } catch (const drp::Error& error) {
-            std::cout << name << " refused " << error.what() << '\n';
+            std::cout << name << (error.code == drp::Code::protocol ? " refused -\n" : " broken -\n");
         }
     }
 }

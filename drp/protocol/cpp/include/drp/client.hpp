@@ -808,7 +808,8 @@ Messages decode(const void* data, std::size_t size) {
     }
     std::optional<Messages> message;
     Kinds<Messages>::match(type, object, message);
-    if (!message) throw Error(Code::protocol, "unknown message type '" + type.substr(0, 80) + "'");
+    if (!message)
+        throw Error(Code::protocol, "unknown message type" + (holds(type, Text{80}) ? " '" + type + "'" : ""));
     return *std::move(message);
 }
 
