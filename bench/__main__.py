@@ -11,8 +11,8 @@ from typing import Any
 import click
 import torch
 
+from bench import door, interleaved, overlap, plot, real_model, side_by_side, speedup
 from bench import figures as facts
-from bench import interleaved, overlap, plot, real_model, side_by_side, speedup
 from bench.carriers.base import Work
 
 RESULTS = Path(__file__).with_name("results")
@@ -46,6 +46,8 @@ def main(devices: int, out: Path | None) -> None:
     figures["interleaved"] = interleaved.measure()
     console.print(interleaved.table(figures["interleaved"]))
 
+    figures["door"] = door.measure()
+    console.print(door.table(figures["door"]))
     figures["real_model"] = real_model.measure()
     console.print(real_model.table(figures["real_model"]))
     gpus = torch.cuda.device_count()

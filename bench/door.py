@@ -23,7 +23,7 @@ from drp.client import Client
 from drp.leader import Leader
 
 MODEL, DEVICE, DEVICES = "drp.workers.emulated:load", "emulated:20ms:values=cheap", 4
-STEPS, TURNS = 16, 40
+STEPS, TURNS = 16, 25
 
 CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "[1, 28, 28], inline": ((1, 28, 28), {}),

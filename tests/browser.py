@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import json
 import os
 import select
@@ -16,8 +17,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 DEADLINE = 60.0
 
@@ -126,7 +128,8 @@ def main(url: str, file: str) -> None:
         page.go(url)
         page.until("document.body?.dataset.state === 'done'")
         height = int(page.value("document.documentElement.scrollHeight"))
-        Path(file).write_bytes(page.picture(height))
+        with Image.open(io.BytesIO(page.picture(height))) as picture:
+            picture.convert("RGB").quantize(64).save(file, optimize=True)
 
 
 if __name__ == "__main__":
