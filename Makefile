@@ -4,7 +4,7 @@ DEVICES ?= 2
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test test-diffusers test-faults soak fuzz check bench bench-pipelines quality micro clean
+.PHONY: help demo test test-diffusers test-faults soak fuzz check bench study bench-pipelines quality micro clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,9 @@ bench-pipelines: $(READY) ## Measure pipelines of diffusers: a small SDXL, and P
 
 micro: $(READY) ## Measure the parts: codec, transport, arithmetic
 	$(BIN)/python -m pytest bench/micro --benchmark-enable --benchmark-columns=min,median,mean,rounds --benchmark-sort=name
+
+study: $(READY) ## Compare policies on emulated and simulated devices, as in docs/study.md
+	$(BIN)/python -m bench.study
 
 quality: $(READY) ## Measure the quality of drafted samples; FULL=1 for 200 samples, as in bench/results
 	$(BIN)/python -m bench.quality $(if $(FULL),--full)

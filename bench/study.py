@@ -2,8 +2,8 @@
 
     make study
 
-Simulated are: speed-ups on up to 64 devices, and stragglers. Emulated devices, in real processes, are beside them for 2,
-4 and 8. Samples and their distances are of the real `digits` model. About ten minutes on 2 cores.
+Simulated are: speed-ups on up to 64 devices, and stragglers. Emulated devices, in real processes, are beside them for
+2, 4 and 8. Samples and their distances are of the real `digits` model. About ten minutes on 2 cores.
 """
 
 from __future__ import annotations
