@@ -203,7 +203,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
 
 @click.command()
 @click.option("--turns", default=15, show_default=True, help="Runs of each kind on emulated devices.")
-@click.option("--late-turns", default=80, show_default=True, help="The same, with a straggler.")
+@click.option("--late-turns", default=150, show_default=True, help="The same, with a straggler.")
 @click.option("--runs", default=200, show_default=True, help="Simulated runs of each kind.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=RESULTS / "study.json", show_default=False)
 def main(turns: int, late_turns: int, runs: int, out: Path) -> None:

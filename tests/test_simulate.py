@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from drp.cli import main
 from drp.leader.policies import POLICIES, Barrier, LoadAdaptive, Policy
 from drp.leader.timeline import Timeline
 from drp.sampling.drafts import SECANT
@@ -20,7 +22,6 @@ from drp.sampling.solvers import DDIM
 from drp.simulate import Costs, Load, make_devices, simulate
 from drp.simulate.devices import repeated
 from drp.trace import summarise, write
-from tests.test_cli import drp as command
 from tests.test_trace import check_format, names
 
 STEADY = "8xemulated:20ms"
@@ -193,24 +194,18 @@ def test_the_same_seed_gives_the_same_and_every_trace_is_valid(tmp_path: Path) -
     ],
 )
 def test_bad_input_is_a_line(arguments: list[str], message: str) -> None:
-    from click.testing import CliRunner
-
-    from drp.cli import main
-
     done = CliRunner().invoke(main, ["simulate", *arguments])
     assert done.exit_code == 1
     assert message in done.output
 
 
 def test_the_command_line(tmp_path: Path) -> None:
-    done = command(
-        *("simulate", "-d", "8xemulated:20ms", "--policy", "barrier,rolling", "--runs", "5", "--best", "--price", "2"),
-        *("--trace", "run.json"),
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "least latency: 8 device(s)" in done.stdout
-    check_format(tmp_path / "run.json")
-    again = command("simulate", "--from", "run.json", "-d", "4xemulated:20ms", "--runs", "5", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert "5 simulated runs of 48 steps" in again.stdout
+    trace = str(tmp_path / "run.json")
+    asked = ["-d", "8xemulated:20ms", "--policy", "barrier,rolling", "--runs", "5", "--best", "--price", "2"]
+    done = CliRunner().invoke(main, ["simulate", *asked, "--trace", trace])
+    assert done.exit_code == 0, done.output
+    assert "least latency: 8 device(s)" in done.output
+    check_format(Path(trace))
+    again = CliRunner().invoke(main, ["simulate", "--from", trace, "-d", "4xemulated:20ms", "--runs", "5"])
+    assert again.exit_code == 0, again.output
+    assert "5 simulated runs of 48 steps" in again.output

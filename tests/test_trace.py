@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from torch import Tensor
 
 import drp
 from bench.rounds import split
 from drp import Leader
+from drp.cli import main
 from drp.trace import read, record, summarise
 from tests.test_cli import drp as command
 
@@ -163,11 +165,11 @@ def test_the_command_line_writes_and_reads(tmp_path: Path) -> None:
     made = command("sample", "-l", "7", "-n", "6", "-d", "2", "--trace", "run.json", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     check_format(tmp_path / "run.json")
-    said = command("trace", "summary", "run.json", cwd=tmp_path)
-    assert said.returncode == 0, said.stderr
-    assert "6 evaluations on 2 device(s), 4 of them one after the other" in said.stdout
-    assert "How each device spent the time" in said.stdout
+    said = CliRunner().invoke(main, ["trace", "summary", str(tmp_path / "run.json")])
+    assert said.exit_code == 0, said.output
+    assert "6 evaluations on 2 device(s), 4 of them one after the other" in said.output
+    assert "How each device spent the time" in said.output
     (tmp_path / "other.json").write_text('{"traceEvents": []}')
-    refused = command("trace", "summary", "other.json", cwd=tmp_path)
-    assert refused.returncode == 1
-    assert "other.json is no trace of drp's" in refused.stderr
+    refused = CliRunner().invoke(main, ["trace", "summary", str(tmp_path / "other.json")])
+    assert refused.exit_code == 1
+    assert "other.json is no trace of drp's" in refused.output
