@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
 import drp
 from drp import Client, Leader
+from drp.cli import main
 from drp.client import RefusedError
 from drp.leader.errors import WorkerError
 from drp.protocol.codec import ProtocolError
@@ -544,3 +546,14 @@ def test_tcp_lets_known_keys_in(free: Leader, tmp_path: Path) -> None:
         bare.close()
         with pytest.raises(ValueError, match="with server_key and key"):
             Client(server.address)
+
+
+def test_commands_say_plainly_what_cannot_be(tmp_path: Path) -> None:
+    for arguments, message in (
+        (["serve", "--listen", "tcp://127.0.0.1:*"], "with keys, which `drp keys` makes"),
+        (["serve", "--keys", str(tmp_path)], "`drp keys` makes them"),
+        (["keys", str(tmp_path / "keys"), "../anna"], "a name has letters"),
+    ):
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 1
+        assert message in done.output

@@ -47,13 +47,15 @@ def serve(
         import torch  # only now: --help need not wait for it
 
         from drp.leader import Leader
-        from drp.server.endpoint import default_address
+        from drp.server.endpoint import check_address, default_address
         from drp.server.keys import Keys
         from drp.server.server import Server
         from drp.trace.record import record
 
-        torch.set_num_threads(1)  # What this process computes is small, and its workers' cores are theirs.
         own = Keys.read(keys) if keys is not None else None
+        address = listen or default_address()
+        check_address(address, own)  # before workers start
+        torch.set_num_threads(1)  # What this process computes is small, and its workers' cores are theirs.
         with (
             Leader(
                 model,
@@ -65,7 +67,7 @@ def serve(
             ) as leader,
             record(leader, trace) if trace is not None else nullcontext(),
         ):
-            server = Server(leader, model, listen or default_address(), keys=own, most=most, stall=stall)
+            server = Server(leader, model, address, keys=own, most=most, stall=stall)
             patience = iter([drain])
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: server.drain(next(patience, 0.0)))

@@ -31,11 +31,7 @@ class Endpoint:
 
     def __init__(self, address: str, keys: Keys | None = None) -> None:
         self.local = address.startswith("ipc://")
-        self._path = _private(address) if self.local else None
-        if not self.local and (not address.startswith("tcp://") or keys is None):
-            raise ValueError(
-                f"cannot listen on {address!r}: give ipc://PATH, or tcp://HOST:PORT with keys, which `drp keys` makes"
-            )
+        self._path = check_address(address, keys)
         self._context = zmq.Context(io_threads=1)
         self._authenticator: ThreadAuthenticator | None = None
         self.socket = self._context.socket(zmq.ROUTER)
@@ -115,6 +111,17 @@ def default_address() -> str:
     """Return where `drp serve` listens unless told otherwise: in the user's runtime directory, or one in /tmp."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return f"ipc://{runtime}/drp/door" if runtime else f"ipc:///tmp/drp-{os.getuid()}/door"
+
+
+def check_address(address: str, keys: Keys | None) -> Path | None:
+    """Return the path of an ipc address; raise ValueError for an address that a server must not have."""
+    if address.startswith("ipc://"):
+        return _private(address)
+    if not address.startswith("tcp://") or keys is None:
+        raise ValueError(
+            f"cannot listen on {address!r}: give ipc://PATH, or tcp://HOST:PORT with keys, which `drp keys` makes"
+        )
+    return None
 
 
 def _private(address: str) -> Path:

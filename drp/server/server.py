@@ -108,7 +108,8 @@ class Server:
         """
         until = time.monotonic() + seconds
         self._draining = until if self._draining is None else min(until, self._draining)
-        os.eventfd_write(self._wakeup, 1)
+        if self._wakeup >= 0:
+            os.eventfd_write(self._wakeup, 1)
 
     def run(self) -> None:
         """Serve until drained; raise WorkerError if the leader is lost."""
@@ -128,8 +129,8 @@ class Server:
         self._listen(False)
         self._endpoint.close()
         with self._gate:  # Runs that were cancelled just now still report.
-            os.close(self._wakeup)
-            self._wakeup = -1
+            wakeup, self._wakeup = self._wakeup, -1  # in this order: a signal's handler may come between
+            os.close(wakeup)
 
     def _is_over(self) -> bool:
         if self._leader.closed:
