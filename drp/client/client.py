@@ -6,10 +6,10 @@ import dataclasses
 import itertools
 import os
 import weakref
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from typing_extensions import Unpack
 
@@ -23,6 +23,8 @@ from drp.protocol.messages import ModelSpec
 from drp.protocol.tensors import nbytes_of_samples
 from drp.sampling.result import Result
 from drp.server import keys
+
+Answer = TypeVar("Answer")
 
 SHARED = 1 << 18
 """Bytes of samples from which on they come in shared memory, if the server is on this host."""
@@ -58,7 +60,7 @@ class Client:
         self._line = Line(address, name or f"python, process {os.getpid()}", _curve(address, server_key, key))
         self._end = weakref.finalize(self, self._line.close)  # also at interpreter exit
         try:
-            self._opened = self._line.opened.result(timeout)
+            self._opened = _within(self._line.opened, timeout)
         except TimeoutError:
             self.close()
             raise ConnectionError(f"no server answers at {address} within {timeout:g} s") from None
@@ -123,12 +125,12 @@ class Client:
     def status(self, timeout: float = 10.0) -> Status:
         """Ask how the server is; TimeoutError if it does not say so in time."""
         answer: Future[Status] = self._line.ask(Ask("status"))
-        return answer.result(timeout)
+        return _within(answer, timeout)
 
     def metrics(self, timeout: float = 10.0) -> str:
         """Return the server's metrics in the text format of Prometheus."""
         answer: Future[Metrics] = self._line.ask(Ask("metrics"))
-        return answer.result(timeout).text
+        return _within(answer, timeout).text
 
     def close(self) -> None:
         """Cancel the runs under way and end the session; more calls do nothing."""
@@ -141,6 +143,13 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _within(answer: Future[Answer], timeout: float) -> Answer:
+    """Wait for an answer; raise TimeoutError, in Python 3.10 too, where that of futures is another."""
+    if wait([answer], timeout).not_done:
+        raise TimeoutError(f"no answer within {timeout:g} s")
+    return answer.result()
 
 
 def _curve(address: str, server_key: str | Path | None, key: str | Path | None) -> Curve | None:
