@@ -43,10 +43,15 @@ def test_a_leader_in_a_cpp_program(tmp_path: Path) -> None:
         )
         for command, env in starts
     ]
-    for process in running:
-        out, err = process.communicate(timeout=100)
-        assert (process.returncode, err) == (0, ""), out
-        assert re.fullmatch(re.escape(EXPECTED) + r"[1-9]\d* records, the first: .* drp\.leader.*\n", out), out
+    try:
+        for process in running:
+            out, err = process.communicate(timeout=100)
+            assert (process.returncode, err) == (0, ""), out
+            assert re.fullmatch(re.escape(EXPECTED) + r"[1-9]\d* records, the first: .* drp\.leader.*\n", out), out
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate(timeout=10)
     assert list(tmp_path.iterdir()) == []
 
 

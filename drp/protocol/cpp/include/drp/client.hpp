@@ -66,7 +66,7 @@ enum class Code {
 
 class Error : public std::runtime_error {
 public:
-    Error(Code code, const std::string& what) : std::runtime_error(what), code(code) {}
+    Error(Code why, const std::string& words) : std::runtime_error(words), code(why) {}
     Code code;
 };
 
@@ -946,7 +946,7 @@ private:
 
 // A run as the line and its caller share it; all but `number` under the line's mutex.
 struct RunState {
-    explicit RunState(std::int64_t number) : number(number) {}
+    explicit RunState(std::int64_t own) : number(own) {}
     const std::int64_t number;
     std::condition_variable changed;
     std::deque<Progress> news;
