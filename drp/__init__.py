@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from drp.api import reference, sample
     from drp.client import Client
-    from drp.leader import Leader, WorkerError
+    from drp.leader import GpuOptions, Leader, WorkerError
     from drp.models import ModelSpec
     from drp.sampling.result import Result
 
 __version__ = "0.1.0"
-__all__ = ["Client", "Leader", "ModelSpec", "Result", "WorkerError", "reference", "sample"]
+__all__ = ["Client", "GpuOptions", "Leader", "ModelSpec", "Result", "WorkerError", "reference", "sample"]
 
 # Loaded at first use: a worker must be pinned before torch is imported, and it imports this package first.
 _HOMES = {
     "Client": "drp.client",
+    "GpuOptions": "drp.leader",
     "Leader": "drp.leader",
     "ModelSpec": "drp.models",
     "Result": "drp.sampling.result",

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from drp import models
 from drp.leader.devices import parse_devices
-from drp.leader.leader import Leader, model_name
+from drp.leader.leader import Leader, check_batch, model_name
 from drp.leader.request import Options, Request, make_job
 from drp.sampling.reference import run_reference
 from drp.sampling.result import Result
@@ -27,12 +27,13 @@ def sample(
     threads: int = 1,
     start_timeout: float = 120.0,
     draft_timeout: float | None = None,
+    drafts_per_device: int = 1,
     trace: str | os.PathLike[str] | None = None,
     **options: Unpack[Options],
 ) -> Result:
     """Start workers, sample once, end them.
 
-    The first five arguments are those of `drp.Leader`; `trace` is a file to write what happened where and when to, see
+    The first six arguments are those of `drp.Leader`; `trace` is a file to write what happened where and when to, see
     `drp.trace`; the others are those of `drp.leader.request.Request`.
     `result.samples` is float32 [B, ...], for `digits` [B, 1, 28, 28], about [-1, 1]. To sample more than once, keep a
     `drp.Leader`.
@@ -41,10 +42,15 @@ def sample(
         check(trace)
     spec = models.describe(model_name(model))
     if spec is not None:  # Known without loading: bad options are refused before workers start.
-        make_job(Request(**options), spec, len(parse_devices(devices, threads)))
+        make_job(Request(**options), spec, len(parse_devices(devices, threads)) * check_batch(drafts_per_device))
     with (
         Leader(
-            model, devices=devices, threads=threads, start_timeout=start_timeout, draft_timeout=draft_timeout
+            model,
+            devices=devices,
+            threads=threads,
+            start_timeout=start_timeout,
+            draft_timeout=draft_timeout,
+            drafts_per_device=drafts_per_device,
         ) as leader,
         record(leader, trace) if trace is not None else nullcontext(),
     ):
@@ -56,19 +62,29 @@ def reference(
     *,
     devices: int | str | Sequence[str] = 1,
     threads: int = 1,
+    drafts_per_device: int = 1,
     **options: Unpack[Options],
 ) -> Result:
     """Sample in this process; the samples equal those of `sample` with the same arguments bit for bit.
 
-    `devices` only counts, for the drafts a round. torch runs on `threads` threads meanwhile, as a worker would.
+    `devices` only counts, for the drafts a round. torch runs on `threads` threads meanwhile, as a worker would. Drafts
+    are evaluated in the same batches of `drafts_per_device`.
     """
     placed = parse_devices(devices, threads)
     request = Request(**options)
     denoiser = models.load(model_name(model))
-    job = make_job(request, denoiser.spec, len(placed))
+    job = make_job(request, denoiser.spec, len(placed) * check_batch(drafts_per_device))
     with _threads(threads):
         result = run_reference(
-            denoiser.predict, job.solver, job.mode, job.start, job.cond, request.callback, job.fresh, job.watch
+            denoiser.predict,
+            job.solver,
+            job.mode,
+            job.start,
+            job.cond,
+            request.callback,
+            job.fresh,
+            job.watch,
+            drafts_per_device,
         )
     return result if job.out is None else replace(result, samples=job.samples(result.samples))
 

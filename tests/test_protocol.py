@@ -41,6 +41,8 @@ def values(hint: typing.Any) -> st.SearchStrategy[typing.Any]:
             return st.floats(limit.low, limit.high, allow_nan=False)
         if inner is str:
             return st.text(max_size=min(limit.most, 50))
+        if inner is bytes:
+            return st.binary(max_size=min(limit.most, 8))
         return st.lists(values(typing.get_args(inner)[0]), max_size=min(limit.most, 4)).map(tuple)
     if origin in (typing.Union, types.UnionType):
         return st.one_of(*(values(a) for a in arguments))
@@ -95,7 +97,7 @@ def test_a_damaged_message_is_refused_or_another_message(data: st.DataObject) ->
     ],
 )
 def test_a_field_out_of_bounds_is_named(change: dict[str, object], message: str) -> None:
-    fields = {"type": "Draft", "run": 1, "index": 2, "timestep": 3.0, "slot": 4, "row": 5}
+    fields = {"type": "Draft", "run": 1, "index": 2, "timestep": 3.0, "slot": 4, "row": 5, "also": []}
     with pytest.raises(ProtocolError, match=message):
         decode(msgpack.packb(fields | change), KINDS)
 

@@ -32,8 +32,8 @@ def facts(name: str) -> dict[str, Any]:
 
 
 def typed(value: object) -> str:
-    """Tell 1 from 1.0, and maps of another order not."""
-    return json.dumps(value, sort_keys=True)
+    """Tell 1 from 1.0, and maps of another order not; bytes are written in hex."""
+    return json.dumps(value, sort_keys=True, default=bytes.hex)
 
 
 @pytest.mark.parametrize("path", vectors.rendered(), ids=lambda path: path.name)

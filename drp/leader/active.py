@@ -12,9 +12,9 @@ from concurrent.futures import Future
 from torch import Tensor
 
 from drp.leader.request import Job, Request
-from drp.protocol.arena import Arena
+from drp.protocol.arena import Arena, Make
 from drp.sampling.result import Result
-from drp.sampling.run import Run, Task
+from drp.sampling.run import Run, Task, batches
 
 REMEMBERED = 32
 """Evaluations whose times are kept."""
@@ -52,7 +52,10 @@ class Pending(Future[Result]):
 
 
 class Active(ABC):
-    """Memory and accounts. `waiting` are the drafts formed but not given to any worker."""
+    """Memory and accounts. `waiting` are the drafts formed but not given to any worker, in batches for one each.
+
+    `batch` is how many drafts there are in one at most.
+    """
 
     behind = False
     """States are to be refined, callbacks to be called."""
@@ -62,9 +65,9 @@ class Active(ABC):
     watch: Callable[[int, int], None] | None = None
     """Called with the step of each callback and since when it ran, in ns of perf_counter."""
 
-    def __init__(self, number: int, arena: Arena) -> None:
-        self.number, self.arena = number, arena
-        self.waiting: deque[Task] = deque()
+    def __init__(self, number: int, arena: Arena, batch: int = 1) -> None:
+        self.number, self.arena, self._batch = number, arena, batch
+        self.waiting: deque[tuple[Task, ...]] = deque()
         self.missing: dict[int, Task] = {}
         """By slot, the drafts formed whose predictions are not in."""
         self.writing: Counter[int] = Counter()
@@ -122,19 +125,20 @@ class Active(ABC):
         used = self.rows_in_use() | self.writing.keys()
         return next(row for row in range(self.arena.bind.slots, self.arena.bind.rows) if row not in used)
 
-    def answer(self, worker: int, task: Task, row: int, seconds: float) -> None:
-        """Account for a prediction and take it."""
-        del self.missing[task.slot]
-        self.used_up.pop(task.index, None)
+    def answer(self, worker: int, tasks: Sequence[Task], rows: Sequence[int], seconds: float) -> None:
+        """Account for the predictions of a batch and take them."""
         self.served.add(worker)
-        self.evaluations += 1
         self.device_seconds += seconds
         self._slowest = max(self._slowest, seconds)
         self._recent.append(seconds)
-        self.take(task, row)
+        for task, row in zip(tasks, rows, strict=True):
+            del self.missing[task.slot]
+            self.used_up.pop(task.index, None)
+            self.evaluations += 1
+            self.take(task, row)
 
     def _add(self, tasks: Sequence[Task]) -> None:
-        self.waiting.extend(tasks)
+        self.waiting.extend(batches(tasks, self._batch))
         self.missing.update((task.slot, task) for task in tasks)
 
     def patience(self, worker: int) -> float:
@@ -150,9 +154,12 @@ class Active(ABC):
 class ActiveRun(Active):
     """One run's arithmetic with it, and the future that its caller holds."""
 
-    def __init__(self, number: int, job: Job, request: Request, pending: Pending, spare: int) -> None:
+    def __init__(
+        self, number: int, job: Job, request: Request, pending: Pending, spare: int, batch: int, make: Make
+    ) -> None:
         self._began = time.perf_counter()
-        super().__init__(number, Arena.create(number, job.start, job.slots, job.slots + spare, job.cond))
+        super().__init__(number, Arena.create(number, job.start, job.slots, job.slots + spare, job.cond, make), batch)
+        job = job.to(self.arena.memory.device)
         self.job, self.pending = job, pending
         pending.number, pending.steps = number, job.solver.grid.steps
         self.run: Run = job.run(self.arena.drafts, self.arena.predictions)

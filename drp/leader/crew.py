@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from drp.leader.errors import WorkerError
+from drp.leader.ground import Ground
 from drp.leader.pool import Pool, WorkerProcess
 from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import VERSION, Hello, Load, Loaded, Share, Shared, ToLeader
@@ -14,8 +15,8 @@ class Crew:
     The first worker that has loaded the model copies its weights into shared memory; all use them from there.
     """
 
-    def __init__(self, pool: Pool, model: str) -> None:
-        self._pool, self._model = pool, model
+    def __init__(self, pool: Pool, model: str, ground: Ground) -> None:
+        self._pool, self._model, self._ground = pool, model, ground
         self._due: dict[bytes, type[ToLeader]] = {}
         self._facts: Loaded | None = None
         self._first = ""
@@ -52,9 +53,9 @@ class Crew:
             case Hello(version):
                 if version != VERSION:
                     raise WorkerError(f"{worker} speaks version {version} of the protocol, the leader {VERSION}")
-                self._tell(worker, Load(self._model, worker.device.emulated), Loaded)
+                self._tell(worker, self._load(worker), Loaded)
             case Loaded():
-                self._on_loaded(worker, message)
+                return self._on_loaded(worker, message)
             case Shared():
                 del self._due[worker.identity]
                 if worker == self._publisher:
@@ -77,16 +78,26 @@ class Crew:
         if self._weights is not None:
             self._weights.close()
 
-    def _on_loaded(self, worker: WorkerProcess, loaded: Loaded) -> None:
+    def _load(self, worker: WorkerProcess) -> Load:
+        return Load(self._model, worker.device.emulated, self._ground.how(worker.number, worker.device))
+
+    def _on_loaded(self, worker: WorkerProcess, loaded: Loaded) -> bool:
+        """Give a worker its weights; return whether it needs none: on a GPU it keeps its own there."""
         if self._facts is None or self._weights is None:
             self._facts, self._first, self._weights = loaded, str(worker), SharedMemory.create(loaded.nbytes)
         if loaded.layout != self._facts.layout:
             raise WorkerError(
                 f"{worker} made other weights of {self._model!r} than {self._first}; its factory must not vary"
             )
+        if worker.device.gpu is not None:
+            if why := self._ground.judge(worker.number, str(worker), loaded.unreached):
+                raise WorkerError(why)
+            del self._due[worker.identity]
+            return True
         self._due[worker.identity] = Shared
         self._waiting.append(worker)
         self._share_on()
+        return False
 
     def _share_on(self) -> None:
         """Let those that wait have the weights, or one of them bring them."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+from drp.leader.gpus import Gpu, find_gpus, visible
 from drp.protocol.messages import Emulated
 
 MOST = 256
@@ -26,9 +28,13 @@ class Device:
     name: str
     cores: tuple[int, ...]
     emulated: Emulated | None = None
+    gpu: str | None = None
+    """Its UUID: a number may be another GPU's in another process."""
 
 
-def parse_devices(devices: int | str | Sequence[str], threads: int) -> tuple[Device, ...]:
+def parse_devices(
+    devices: int | str | Sequence[str], threads: int, find: Callable[[], tuple[Gpu, ...]] = find_gpus
+) -> tuple[Device, ...]:
     """Return a device for each worker.
 
     `devices` is a count, a name, several names, or names with commas between; `8xNAME` is eight of a name. A name is
@@ -42,6 +48,9 @@ def parse_devices(devices: int | str | Sequence[str], threads: int) -> tuple[Dev
       link: a draft and a prediction each travel for 50 us and, after the @, if given, their bytes at this rate.
       values: `model` (the default: the evaluation's own, within TIME if that is long enough), or `cheap`, a function of
       the draft and the timestep that costs next to nothing; see `drp.workers.emulated`.
+    - `cuda:I`, the I-th GPU that CUDA shows, `cuda:UUID`, the one of this UUID or its beginning, or `cuda`, the next in
+      turn. Its worker runs on the cores of that GPU's NUMA node. Several workers may be on one GPU; `4xcuda` with one
+      GPU is four. GPUs and other devices do not mix in one leader. `find` says what GPUs there are.
 
     Raises ValueError for what is no device, saying what there is.
     """
@@ -52,19 +61,52 @@ def parse_devices(devices: int | str | Sequence[str], threads: int) -> tuple[Dev
         raise ValueError(f"{len(names)} devices; a run needs 1 to {MOST}")
     cores = sorted(os.sched_getaffinity(0))
     placed = []
+    if any(_is_gpu(name) for name in names):
+        if not all(_is_gpu(name) for name in names):
+            raise ValueError(f"devices is {devices!r:.80}; GPUs and other devices do not mix: a leader has either")
+        gpus = cache(find)
+        return tuple(_on_gpu(name, turn, gpus, cores) for turn, name in enumerate(names))
     for turn, name in enumerate(names):
         first = turn * threads % len(cores)
         kind, _, rest = name.partition(":")
         if kind == "cpu" and re.fullmatch(r"cpu(:\d{1,4})?", name):
             first = int(rest) if rest else first
         elif kind != "emulated":
-            raise ValueError(f"device {name!r} does not exist; drp runs on {_known(cores)}, and on emulated:TIME")
+            raise ValueError(
+                f"device {name!r} does not exist; drp runs on {_known(cores)}, cuda:0 and so on, emulated:TIME"
+            )
         if first >= len(cores):
             raise ValueError(f"device {name!r} does not exist; this process may use {_known(cores)}")
         own = tuple(cores[(first + i) % len(cores)] for i in range(min(threads, len(cores))))
         emulated = parse_emulated(name, turn) if kind == "emulated" else None
         placed.append(Device(name if emulated else f"cpu:{first}", own, emulated))
     return tuple(placed)
+
+
+def _is_gpu(name: str) -> bool:
+    return name.partition(":")[0] == "cuda"
+
+
+def _on_gpu(name: str, turn: int, find: Callable[[], tuple[Gpu, ...]], cores: Sequence[int]) -> Device:
+    """Return the place on the GPU that a name says."""
+    wanted = name.partition(":")[2]
+    if not re.fullmatch(r"cuda(:(\d{1,4}|(GPU-|MIG-)?[0-9a-fA-F-]{4,40}))?", name):
+        raise ValueError(f"device {name!r} is none; write cuda, cuda:0, or cuda: and a UUID as nvidia-smi -L prints it")
+    try:
+        gpus = find()
+    except ValueError as error:
+        raise ValueError(f"device {name!r} cannot be used: {error}") from None
+    if not wanted:
+        found = [gpus[turn % len(gpus)]]
+    elif re.fullmatch(r"\d{1,4}", wanted):
+        found = [gpu for gpu in gpus if gpu.index == int(wanted)]
+    else:
+        start = wanted.lower() if wanted.startswith(("GPU-", "MIG-")) else f"gpu-{wanted.lower()}"
+        found = [gpu for gpu in gpus if gpu.uuid.lower().startswith(start)]
+    if len(found) != 1:
+        fault = "does not exist" if not found else "is more than one GPU"
+        raise ValueError(f"device {name!r} {fault}; {visible(os.environ, gpus)}")
+    return Device(f"cuda:{found[0].index}", found[0].cores or tuple(cores), gpu=found[0].uuid)
 
 
 def parse_emulated(name: str, number: int) -> Emulated:

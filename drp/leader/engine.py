@@ -16,6 +16,7 @@ import torch
 from drp.leader.active import Active, ActiveRun, Pending
 from drp.leader.devices import Device
 from drp.leader.errors import WorkerError
+from drp.leader.ground import GpuOptions, Ground
 from drp.leader.pool import GRACE, Pool
 from drp.leader.request import Job, Request
 from drp.leader.session import Session
@@ -23,7 +24,7 @@ from drp.leader.sharing import ByLoad, Sharing
 from drp.leader.staff import MOST_DRAFT, Loss, Sent, Staff, Station
 from drp.leader.timeline import Mark, Timeline, What
 from drp.protocol.arena import Arena
-from drp.protocol.messages import Bound, Draft, Fault, ModelSpec, Prediction, ToLeader, Unbind
+from drp.protocol.messages import Also, Bound, Draft, Fault, ModelSpec, Prediction, ToLeader, Unbind
 from drp.sampling.run import Task
 
 HEAD_START = 0.0005
@@ -33,7 +34,7 @@ ROOM = 4
 """Runs at once, for each worker: enough to keep it busy. Others wait, and take no memory meanwhile."""
 
 DEPTH = 2
-"""Drafts that a worker has at most: one, and another in advance."""
+"""Drafts, or batches of them, that a worker has at most: one, and another in advance."""
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +52,17 @@ class Engine:
         draft_timeout: float | None,
         sharing: Sharing | None,
         hedge: float | None,
+        batch: int,
+        gpu: GpuOptions,
     ) -> None:
+        self._batch, self._ground = batch, Ground(devices, gpu, batch)
         self.timelines: tuple[Timeline, ...] = ()
         self.overlap = True
         self._draft_timeout = draft_timeout
         self.follow(sharing or ByLoad(), hedge, DEPTH)
         self._devices = tuple(device.name for device in devices)
         self._pool = Pool(model, threads, python)
-        self._staff = Staff(self._pool, model, devices, start_timeout)
+        self._staff = Staff(self._pool, model, devices, start_timeout, self._ground)
         self._inbox: deque[tuple[Job, Request, Pending] | Session] = deque()
         self._poked: deque[Session] = deque()
         self._runs: dict[int, Active] = {}
@@ -104,7 +108,7 @@ class Engine:
 
     def open(self, make_arena: Callable[[int, int], Arena]) -> Session:
         """Begin a session; `make_arena` is given its number, and how many rows beyond those that it reads it needs."""
-        session = Session(*self._numbered(make_arena), self._poke)
+        session = Session(*self._numbered(make_arena), self._poke, self._batch)
         try:
             self._put(session)
         except BaseException:
@@ -156,7 +160,7 @@ class Engine:
 
     @property
     def _spare(self) -> int:
-        return self._depth * len(self._devices)
+        return self._depth * len(self._devices) * self._batch
 
     def _poke(self, session: Session) -> None:
         self._poked.append(session)
@@ -194,6 +198,7 @@ class Engine:
                 self._closing = grace
             self._end_all(error)
             self._staff.close(grace)
+            self._ground.close()
             with self._gate:  # Its number may be another file's at once: nobody may write to it any more.
                 os.close(self._wakeup)
                 self._wakeup = -1
@@ -202,6 +207,7 @@ class Engine:
 
     def _start(self) -> None:
         """Bring all workers up; until then, whatever goes wrong with one is an error."""
+        self._ground.enter()
         for station in self._staff.stations:
             self._staff.start(station)
         while self._closing is None and len(self._staff.ready) < len(self._staff.stations):
@@ -243,12 +249,14 @@ class Engine:
         if pending.done():  # cancelled while it waited
             return None
         try:
-            return ActiveRun(next(self._numbers) % 2**31, job, request, pending, self._spare)
+            number, make = next(self._numbers) % 2**31, self._ground.make
+            return ActiveRun(number, job, request, pending, self._spare, self._batch, make)
         except Exception as error:  # no memory, or a mode of somebody's own: the caller's to hear
             pending.set_exception(error)
             return None
 
     def _bind(self, station: Station, run: Active) -> None:
+        run.arena.memory.written()
         self._staff.send(station, run.arena.bind)
         run.unbound.add(station.number)
 
@@ -267,7 +275,7 @@ class Engine:
         if more is not None and self.timelines:
             for cut in run.cuts[cuts:]:
                 self._mark("cut", run, cut)
-            steps = tuple(task.index for task in itertools.islice(run.waiting, formed, None))
+            steps = tuple(task.index for batch in itertools.islice(run.waiting, formed, None) for task in batch)
             self._mark("formed" if more else "end", run, since=since, steps=steps)
         if more is False:
             self._end(run, None)
@@ -285,14 +293,20 @@ class Engine:
                     self._give(station, run, run.waiting.popleft())
         return None
 
-    def _give(self, station: Station, run: Active, task: Task) -> None:
-        since, row = time.perf_counter_ns(), run.free_row(task.slot)
-        self._staff.send(station, Draft(run.number, task.index, task.timestep, task.slot, row))
-        self._mark("sent", run, task.index, station.number, since=since)
-        run.writing[row] += 1
+    def _give(self, station: Station, run: Active, tasks: tuple[Task, ...]) -> None:
+        since, rows = time.perf_counter_ns(), []
+        for task in tasks:
+            rows.append(run.free_row(task.slot))
+            run.writing[rows[-1]] += 1
+        task, row = tasks[0], rows[0]
+        run.arena.memory.written()  # on a GPU; elsewhere it is nothing
+        also = tuple(Also(t.index, t.timestep, t.slot, r) for t, r in zip(tasks[1:], rows[1:], strict=True))
+        self._staff.send(station, Draft(run.number, task.index, task.timestep, task.slot, row, also))
+        for task in tasks:
+            self._mark("sent", run, task.index, station.number, since=since)
         if not station.drafts:
             station.since = time.monotonic()
-        station.drafts.append(Sent(run, task, row))
+        station.drafts.append(Sent(run, tasks, tuple(rows)))
 
     def _hedge_late(self, ready: Sequence[Station]) -> None:
         """Give drafts that are late to idle workers too; the first answer counts."""
@@ -301,8 +315,9 @@ class Engine:
             if station.drafts and time.monotonic() >= self._late(station):
                 for sent in list(station.drafts):
                     if idle and self._is_missing(sent) and len(self._copies(sent)) == 1:
-                        self._mark("hedged", sent.run, sent.task.index, station.number)
-                        self._give(idle.pop(), sent.run, sent.task)
+                        for task in sent.tasks:
+                            self._mark("hedged", sent.run, task.index, station.number)
+                        self._give(idle.pop(), sent.run, sent.tasks)
 
     def _late(self, station: Station) -> float:
         """Return when the first draft of a busy station is late enough to be given to another too."""
@@ -310,10 +325,10 @@ class Engine:
         return station.since + self._hedge * usual if self._hedge and usual else float("inf")
 
     def _copies(self, sent: Sent) -> list[Sent]:
-        return [other for station in self._staff.ready for other in station.drafts if other.task is sent.task]
+        return [other for station in self._staff.ready for other in station.drafts if other.tasks is sent.tasks]
 
     def _is_missing(self, sent: Sent) -> bool:
-        return sent.run.number in self._runs and sent.run.missing.get(sent.task.slot) is sent.task
+        return sent.run.number in self._runs and sent.run.missing.get(sent.tasks[0].slot) is sent.tasks[0]
 
     def _refine(self) -> None:
         behind = [run for run in self._runs.values() if run.behind]
@@ -357,7 +372,7 @@ class Engine:
         now = time.monotonic()
         for station in self._staff.ready:
             if station.drafts and self._deadline(station) <= now:
-                run, task = station.drafts[0].run, station.drafts[0].task
+                run, task = station.drafts[0].run, station.drafts[0].tasks[0]
                 seconds = self._deadline(station) - station.since
                 self._on_loss(
                     self._staff.lose(
@@ -371,7 +386,7 @@ class Engine:
         """Take a message, or the end of a worker."""
         first = station.drafts[0] if station.drafts else None
         match message:
-            case Prediction() | Fault() if first and _what(message) == (first.run.number, first.task.index, first.row):
+            case Prediction() | Fault() if first and _what(message) == _owed(first):
                 station.drafts.popleft()
                 station.since, station.used_up = time.monotonic(), 0.0
                 self._on_answer(station, first, message)
@@ -391,16 +406,17 @@ class Engine:
                         self._bind(station, run)
 
     def _on_answer(self, station: Station, sent: Sent, message: Prediction | Fault) -> None:
-        run, index, since = sent.run, sent.task.index, time.perf_counter_ns()
+        run, index, since = sent.run, sent.tasks[0].index, time.perf_counter_ns()
         counts = self._is_missing(sent)  # It may be the second of two copies, or its run over.
-        _give_back(run, sent.row)
-        self._answered("answer" if counts else "late", run, station, message)
+        _give_back(sent)
+        self._answered("answer" if counts else "late", sent, station, message)
         if counts and isinstance(message, Fault):
             words = f"{station.worker} failed evaluating step {index} of run {run.number}: {message.error}"
             self._end(run, WorkerError(f"{words}\n{message.traceback}"))
         elif counts and isinstance(message, Prediction):
-            run.answer(station.number, sent.task, sent.row, message.seconds)
-            self._mark("folded", run, index, station.number, since=since)
+            run.answer(station.number, sent.tasks, sent.rows, message.seconds)
+            for task in sent.tasks:
+                self._mark("folded", run, task.index, station.number, since=since)
             if run.ready:
                 self._form(run)
         self._let_go(run)
@@ -414,11 +430,12 @@ class Engine:
         for run in self._runs.values():
             run.incidents.append(loss.why)
         for place, sent in reversed([*enumerate(loss.drafts)]):
-            run, task = sent.run, sent.task
-            _give_back(run, sent.row)
-            self._mark("lost", run, task.index, number)
+            run, task = sent.run, sent.tasks[0]
+            _give_back(sent)
+            for each in sent.tasks:
+                self._mark("lost", run, each.index, number)
             if self._is_missing(sent) and not self._copies(sent):
-                run.waiting.appendleft(task)
+                run.waiting.appendleft(sent.tasks)
                 run.used_up[task.index] += MOST_DRAFT[loss.fault] if place == 0 else 0.0
                 if run.used_up[task.index] > 1 - 1e-9:
                     several = (
@@ -478,14 +495,16 @@ class Engine:
         for timeline in self.timelines:
             timeline.append(Mark(what, time.perf_counter_ns(), run.number, step, worker, since=since, steps=steps))
 
-    def _answered(self, what: What, run: Active, station: Station, message: Prediction | Fault) -> None:
+    def _answered(self, what: What, sent: Sent, station: Station, message: Prediction | Fault) -> None:
         if isinstance(message, Prediction):
-            times = (message.received, message.began, message.predicted, message.ended)
-            for timeline in self.timelines:
-                now = time.perf_counter_ns()
-                timeline.append(
-                    Mark(what, now, run.number, message.index, station.number, message.seconds, times=times)
-                )
+            share, own = message.seconds / len(sent.tasks), (message.predicted - message.began) / len(sent.tasks)
+            for place, task in enumerate(sent.tasks if self.timelines else ()):  # A batch's time is shared out.
+                last = place == len(sent.tasks) - 1
+                began, predicted = message.began + place * own, message.began + (place + 1) * own
+                times = (message.received, began, predicted, message.ended if last else predicted)
+                for timeline in self.timelines:
+                    now = time.perf_counter_ns()
+                    timeline.append(Mark(what, now, message.run, task.index, station.number, share, times=times))
 
     def _watch(self, run: Active) -> Callable[[int, int], None]:
         return lambda step, since: self._mark("callback", run, step, since=since)
@@ -495,8 +514,13 @@ def _what(message: Prediction | Fault) -> tuple[int, int, int]:
     return message.run, message.index, message.row
 
 
-def _give_back(run: Active, row: int) -> None:
-    """Note that a worker no longer writes to a row."""
-    run.writing[row] -= 1
-    if not run.writing[row]:
-        del run.writing[row]
+def _owed(sent: Sent) -> tuple[int, int, int]:
+    return sent.run.number, sent.tasks[0].index, sent.rows[0]
+
+
+def _give_back(sent: Sent) -> None:
+    """Note that a worker no longer writes to the rows."""
+    for row in sent.rows:
+        sent.run.writing[row] -= 1
+        if not sent.run.writing[row]:
+            del sent.run.writing[row]

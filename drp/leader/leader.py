@@ -18,6 +18,7 @@ from typing_extensions import Unpack
 from drp.leader.active import Pending
 from drp.leader.devices import parse_devices
 from drp.leader.engine import Engine
+from drp.leader.ground import GpuOptions
 from drp.leader.policies import Policy, find_policy
 from drp.leader.request import Options, Request, make_job
 from drp.leader.session import Session
@@ -25,7 +26,7 @@ from drp.leader.sharing import Sharing
 from drp.leader.staff import Station
 from drp.leader.timeline import Timeline
 from drp.protocol.arena import Arena
-from drp.protocol.messages import ModelSpec
+from drp.protocol.messages import MOST_BATCHED, ModelSpec
 from drp.sampling.result import Result
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Worker:
         process = station.worker
         pid = process.process.pid if process else None
         lost = station.generation - (process is not None)
-        name, drafts = station.device.name, len(station.drafts)
+        name, drafts = station.device.name, sum(len(sent.tasks) for sent in list(station.drafts))
         return cls(station.number, name, station.state, pid, lost, drafts, station.last)
 
 
@@ -76,6 +77,9 @@ class Leader:
         whether twice; see `drp.leader.policies`.
     python: the interpreter that the workers run; by default this program's, or in a program that embeds Python the one
         in the environment's folder. It must have the same version.
+    drafts_per_device: evaluate so many drafts of a round as one batch; see docs/gpus.md. A run then has this many times
+        the devices as its `drafts`, unless told otherwise. The samples are those of `drp.reference` with the same.
+    gpu: how workers use their GPUs, a `drp.GpuOptions`.
 
     Raises ValueError for arguments that cannot be, WorkerError if a worker cannot start.
     """
@@ -92,6 +96,8 @@ class Leader:
         sharing: Sharing | None = None,
         policy: str | Policy | None = None,
         python: str | os.PathLike[str] | None = None,
+        drafts_per_device: int = 1,
+        gpu: GpuOptions | None = None,
     ) -> None:
         for name, value in (("start_timeout", start_timeout), ("draft_timeout", draft_timeout)):
             if value is not None and not 0 < value < math.inf:
@@ -103,7 +109,19 @@ class Leader:
             raise ValueError(f"hedge is {hedge}; give a factor above 1, such as 1.5, or None")
         self._devices = parse_devices(devices, threads)
         name = model_name(model)
-        self._engine = Engine(name, self._devices, threads, python, start_timeout, draft_timeout, sharing, hedge)
+        self._drafts = len(self._devices) * check_batch(drafts_per_device)
+        self._engine = Engine(
+            name,
+            self._devices,
+            threads,
+            python,
+            start_timeout,
+            draft_timeout,
+            sharing,
+            hedge,
+            drafts_per_device,
+            gpu or GpuOptions(),
+        )
         self._policy: Policy | None = None
         if own is not None:
             self.policy = own
@@ -189,7 +207,7 @@ class Leader:
         Raises ValueError for options that cannot be.
         """
         request = Request(**options)
-        job = make_job(request, self.spec, len(self._devices))
+        job = make_job(request, self.spec, self._drafts)
         if self._policy is not None:
             job = replace(job, mode=self._policy.schedule(job.mode))
         if self._engine.is_this_thread:
@@ -237,6 +255,17 @@ class Leader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def check_batch(drafts_per_device: int) -> int:
+    """Return it; raise ValueError if no worker can take so many."""
+    if (
+        isinstance(drafts_per_device, bool)
+        or not isinstance(drafts_per_device, int)
+        or not 1 <= drafts_per_device <= MOST_BATCHED
+    ):
+        raise ValueError(f"drafts_per_device is {drafts_per_device!r}; give a whole number from 1 to {MOST_BATCHED}")
+    return drafts_per_device
 
 
 def model_name(model: str | Callable[[], Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 import numpy as np
@@ -133,10 +133,17 @@ class Job:
         """Return the run, its drafts and predictions in these matrices [slots, D]."""
         return Run(self.solver, self.mode, self.start, drafts, predictions, self.fresh, self.watch)
 
+    def to(self, device: torch.device) -> Job:
+        """Return the job with its states on a device."""
+        if device == self.start.device:
+            return self
+        fresh = self.fresh
+        return replace(self, start=self.start.to(device), fresh=lambda k: fresh(k).to(device))
+
     def samples(self, state: Tensor) -> Tensor:
-        """Return a finished run's state in memory that is the caller's."""
+        """Return a finished run's state in host memory that is the caller's."""
         if self.out is None:
-            return state.clone()
+            return state.clone() if state.is_cpu else state.cpu()
         with torch.inference_mode():  # the only way to write into a tensor that was made in it
             self.out.copy_(state)
         return self.out

@@ -28,8 +28,8 @@ class Session(Active):
     the rows it returns. Lost workers, replay and deadlines are the engine's, as for runs. `close` ends it.
     """
 
-    def __init__(self, number: int, arena: Arena, poke: Callable[[Session], None]) -> None:
-        super().__init__(number, arena)
+    def __init__(self, number: int, arena: Arena, poke: Callable[[Session], None], batch: int) -> None:
+        super().__init__(number, arena, batch)
         self._poke = poke
         self._gate = threading.Lock()
         self._blocks: deque[Block] = deque()

@@ -14,6 +14,7 @@ from drp.leader.active import Active
 from drp.leader.crew import Crew
 from drp.leader.devices import Device
 from drp.leader.errors import WorkerError
+from drp.leader.ground import Ground
 from drp.leader.pool import GRACE, Pool, WorkerProcess, failure
 from drp.protocol.messages import Failed, ToLeader, ToWorker
 from drp.sampling.run import Task
@@ -38,11 +39,11 @@ Fault = Literal["outside", "own"]
 
 @dataclass(frozen=True)
 class Sent:
-    """A draft that a worker has: of a run, to be answered in a row of its predictions."""
+    """Drafts that a worker has as one batch: of a run, each to be answered in a row of its predictions."""
 
     run: Active
-    task: Task
-    row: int
+    tasks: tuple[Task, ...]
+    rows: tuple[int, ...]
 
 
 @dataclass
@@ -86,9 +87,9 @@ class Loss:
 class Staff:
     """The stations of one leader, each with a worker or waiting for one."""
 
-    def __init__(self, pool: Pool, model: str, devices: Sequence[Device], start_timeout: float) -> None:
+    def __init__(self, pool: Pool, model: str, devices: Sequence[Device], start_timeout: float, ground: Ground) -> None:
         self.stations = [Station(number, device) for number, device in enumerate(devices)]
-        self._pool, self._crew, self._start_timeout = pool, Crew(pool, model), start_timeout
+        self._pool, self._crew, self._start_timeout = pool, Crew(pool, model, ground), start_timeout
         self._next_tick = time.monotonic() + TICK
         self.ready: tuple[Station, ...] = ()
         """Stations that take drafts."""

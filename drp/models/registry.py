@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +42,48 @@ class Denoiser:
             fill(inputs, timestep, cond, outputs)
             return time.perf_counter()
         x = inputs["x"]
-        predicted = self.predict(x, torch.full(x.shape[:1], timestep, dtype=torch.float32), cond)
+        predicted = self._predict(x, torch.full(x.shape[:1], timestep, dtype=torch.float32, device=x.device), cond)
+        made = time.perf_counter()
+        outputs["x"].copy_(predicted)
+        return made
+
+    def evaluate_batch(
+        self,
+        inputs: Sequence[Mapping[str, Tensor]],
+        timesteps: Sequence[float],
+        cond: Mapping[str, Tensor],
+        outputs: Sequence[Mapping[str, Tensor]],
+    ) -> float:
+        """Do as `evaluate` does for several drafts, which go through the model as one batch, one behind the other.
+
+        Of the conditions those that have an item for each sample, by their first size, are repeated for each draft. A
+        model with a method `fill` takes one draft after the other.
+        """
+        if hasattr(self.predict, "fill") or len(inputs) == 1:
+            for each, timestep, output in zip(inputs, timesteps, outputs, strict=True):
+                made = self.evaluate(each, timestep, cond, output)
+            return made
+        xs = [draft["x"] for draft in inputs]
+        samples = xs[0].shape[:1]
+        if not samples:
+            raise TypeError("a state without a first size cannot be batched; leave drafts_per_device at 1")
+        ts = [torch.full(samples, timestep, dtype=torch.float32, device=xs[0].device) for timestep in timesteps]
+        given = {
+            name: torch.cat([value] * len(xs)) if value.shape[:1] == samples else value for name, value in cond.items()
+        }
+        predicted = self._predict(torch.cat(xs), torch.cat(ts), given)
+        made = time.perf_counter()
+        for output, one in zip(outputs, predicted.chunk(len(xs)), strict=True):
+            output["x"].copy_(one)
+        return made
+
+    def _predict(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        predicted = self.predict(x, t, cond)
         if not isinstance(predicted, Tensor) or predicted.shape != x.shape or predicted.dtype != x.dtype:
             is_tensor = isinstance(predicted, Tensor)
             got = f"{predicted.dtype} {list(predicted.shape)}" if is_tensor else type(predicted).__name__
             raise TypeError(f"the denoiser returned {got}; it must return {x.dtype} {list(x.shape)}, like its input")
-        made = time.perf_counter()
-        outputs["x"].copy_(predicted)
-        return made
+        return predicted
 
     @property
     def module(self) -> nn.Module | None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from drp.protocol.codec import ProtocolError
-from drp.protocol.memory import ALIGNMENT, DTYPES, NAMES, SharedMemory, aligned
-from drp.protocol.messages import Bind, TensorSpec
+from drp.protocol.memory import ALIGNMENT, DTYPES, NAMES, Memory, SharedMemory, aligned
+from drp.protocol.messages import Bind, GpuHandle, TensorSpec
+
+Make = Callable[[int], Memory]
 
 
 class Arena:
@@ -21,7 +23,7 @@ class Arena:
     returns its like has no others.
     """
 
-    def __init__(self, memory: SharedMemory, bind: Bind) -> None:
+    def __init__(self, memory: Memory, bind: Bind) -> None:
         self.memory = memory
         self.bind = bind
         start = bind.slots * _stride(bind.inputs)
@@ -40,10 +42,18 @@ class Arena:
         return {spec.name: self._outputs[spec.name][row].view(spec.shape) for spec in self.bind.outputs}
 
     @classmethod
-    def create(cls, run: int, state: Tensor, slots: int, rows: int, cond: Mapping[str, Tensor]) -> Arena:
+    def create(
+        cls,
+        run: int,
+        state: Tensor,
+        slots: int,
+        rows: int,
+        cond: Mapping[str, Tensor],
+        make: Make = SharedMemory.create,
+    ) -> Arena:
         """Make the arena of a run whose states, and predictions, are like `state`, with `cond` copied in."""
         like = {"x": state}
-        return cls.lay_out(run, like, like, slots, rows, cond)
+        return cls.lay_out(run, like, like, slots, rows, cond, make)
 
     @classmethod
     def lay_out(
@@ -54,20 +64,29 @@ class Arena:
         slots: int,
         rows: int,
         cond: Mapping[str, Tensor],
+        make: Make = SharedMemory.create,
     ) -> Arena:
-        """Make the arena of a run: `slots` for tensors like `inputs`, `rows` like `outputs`, and `cond` copied in."""
+        """Make the arena of a run: `slots` for tensors like `inputs`, `rows` like `outputs`, and `cond` copied in.
+
+        `make` is given the bytes it takes, and returns memory that is at least so long.
+        """
         drafts, predictions = _specs("input", inputs), _specs("output", outputs)
         start = slots * _stride(drafts) + rows * _stride(predictions)
         specs = _specs("cond", cond, start)
-        memory = SharedMemory.create(_end(specs, start))
-        arena = cls(memory, Bind(run, memory.handle, slots, rows, drafts, predictions, specs))
+        memory = make(_end(specs, start))
+        handle, gpu = memory.names
+        arena = cls(memory, Bind(run, handle, slots, rows, drafts, predictions, specs, gpu))
         for name, tensor in cond.items():
             arena.cond[name].copy_(tensor)
         return arena
 
     @classmethod
-    def open(cls, bind: Bind) -> Arena:
-        """Map the arena that a leader's Bind describes."""
+    def open(cls, bind: Bind, reach: Callable[[GpuHandle], Memory] | None = None) -> Arena:
+        """Map the arena that a leader's Bind describes; `reach` opens a GPU's memory, and keeps it."""
+        if bind.gpu is not None and bind.memory is None and reach is not None:
+            return cls(reach(bind.gpu), bind)
+        if bind.memory is None or bind.gpu is not None:
+            raise ProtocolError("an arena lies either in shared memory or, for a worker on one, in a GPU's")
         memory = SharedMemory.open(bind.memory)
         try:
             return cls(memory, bind)
@@ -108,7 +127,7 @@ def _nbytes(spec: TensorSpec) -> int:
     return math.prod(spec.shape) * DTYPES[spec.dtype].itemsize
 
 
-def _slots(memory: SharedMemory, start: int, slots: int, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
+def _slots(memory: Memory, start: int, slots: int, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
     """Return each tensor of every slot as a matrix [slots, D]."""
     rows = memory.tensor(start, (slots, _stride(specs)), torch.uint8)
     if any(spec.offset % ALIGNMENT for spec in specs):
@@ -116,6 +135,6 @@ def _slots(memory: SharedMemory, start: int, slots: int, specs: Sequence[TensorS
     return {spec.name: rows[:, spec.offset : spec.offset + _nbytes(spec)].view(DTYPES[spec.dtype]) for spec in specs}
 
 
-def _view(memory: SharedMemory, spec: TensorSpec) -> Tensor:
+def _view(memory: Memory, spec: TensorSpec) -> Tensor:
     _nbytes(spec)
     return memory.tensor(spec.offset, spec.shape, DTYPES[spec.dtype])

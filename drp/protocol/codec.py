@@ -3,10 +3,11 @@
 A message is a map of its fields, `type` among them. What an annotation can say:
 
     Annotated[int, Bounds(0, 9)]       whole number within bounds (also for float: finite, within bounds)
-    Annotated[str, Length(64)]         at most so many characters (also for tuple: at most so many items)
+    Annotated[str, Length(64)]         at most so many characters (also for tuple: items; for bytes: bytes)
     Literal["a", "b"]                  one of these words
     bool, X | None, tuple[X, ...], a nested dataclass
-    int | float | str | bool | tuple | dataclass    in unions, each but bool as above: MessagePack tells them apart
+    int | float | str | bytes | bool | tuple | dataclass
+                                       in unions, each but bool as above: MessagePack tells them apart
 
 Anything else in a decoded message (a missing or unknown field, another type, a value out of bounds) is a
 `ProtocolError`. Nothing decoded is ever executed: MessagePack has no code, and extension types are refused.
@@ -46,7 +47,7 @@ class Bounds:
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """The most characters of a string, or items of a tuple."""
+    """The most characters of a string, items of a tuple, or bytes."""
 
     most: int
 
@@ -171,6 +172,13 @@ def _limited(hint: Any, limit: Any) -> Checker:
             return tuple(item(v) for v in value)
 
         return check_tuple
+    if hint is bytes:
+
+        def check_bytes(value: Any) -> Any:
+            fits = isinstance(value, bytes) and len(value) <= limit.most
+            return value if fits else _refuse(value, f"at most {limit.most} bytes")
+
+        return check_bytes
     if hint is str:
 
         def check_text(value: Any) -> Any:

@@ -10,13 +10,13 @@ import math
 import mmap
 import os
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
 from drp.protocol.codec import ProtocolError
-from drp.protocol.messages import Handle
+from drp.protocol.messages import GpuHandle, Handle
 
 ALIGNMENT: Final = 64
 """Bytes at which every tensor starts, like those that torch allocates itself."""
@@ -46,8 +46,57 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
+def check_fit(offset: int, shape: Sequence[int], dtype: torch.dtype, nbytes: int) -> int:
+    """Return how many numbers a tensor has; raise ProtocolError if it does not lie within so many bytes."""
+    count = math.prod(shape)
+    if offset % ALIGNMENT or offset < 0 or offset + count * dtype.itemsize > nbytes:
+        raise ProtocolError(f"a tensor {list(shape)} of {dtype} at {offset} is not within {nbytes} bytes")
+    return count
+
+
+class Memory(Protocol):
+    """What an arena asks of the memory it lies in, on the host or on a GPU.
+
+    Its owner calls `written` before it tells a peer to read, and the peer calls `follow` before it reads. On the host
+    both are nothing: what was called has been done. A peer waits for its own work before it answers.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Its length."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies, as this process counts."""
+        ...
+
+    @property
+    def names(self) -> tuple[Handle | None, GpuHandle | None]:
+        """What a peer needs to open it: one of the two."""
+        ...
+
+    def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a view; raise ProtocolError if it does not fit."""
+        ...
+
+    def written(self) -> None:
+        """Have peers that call `follow` from now on see what this process has queued so far."""
+        ...
+
+    def follow(self) -> None:
+        """Let what this process queues from now on come after what the owner had queued when it last said so."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it."""
+        ...
+
+
 class SharedMemory:
     """A stretch of shared memory. It stays mapped while a tensor made from it lives."""
+
+    device: Final = torch.device("cpu")
 
     def __init__(self, fd: int, nbytes: int) -> None:
         self._fd = fd
@@ -91,11 +140,20 @@ class SharedMemory:
         """What a peer needs to open it, while the owner lives and has not closed it."""
         return Handle(os.getpid(), self._fd, self.nbytes)
 
+    @property
+    def names(self) -> tuple[Handle | None, GpuHandle | None]:
+        """The handle, and no GPU's."""
+        return self.handle, None
+
+    def written(self) -> None:
+        """Do nothing: it is."""
+
+    def follow(self) -> None:
+        """Do nothing: whoever said so had written."""
+
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return a view; raise ProtocolError if it does not fit."""
-        count = math.prod(shape)
-        if offset % ALIGNMENT or offset < 0 or offset + count * dtype.itemsize > self.nbytes:
-            raise ProtocolError(f"a tensor {list(shape)} of {dtype} at {offset} is not within {self.nbytes} bytes")
+        count = check_fit(offset, shape, dtype, self.nbytes)
         if count == 0:
             return torch.empty(tuple(shape), dtype=dtype)
         self._lent = True

@@ -18,21 +18,26 @@ worker -> leader   Failed      instead of any answer: the worker ends after it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from drp.protocol.codec import Bounds, Length
 
-VERSION = 2
+VERSION = 3
 MOST_TENSORS = 1024
 """In a slot, or as conditions."""
+MOST_BATCHED = 255
+"""Drafts of a batch beside the first."""
 
 Count = Annotated[int, Bounds(0, 2**31 - 1)]
 Bytes = Annotated[int, Bounds(0, 2**48)]
+Timestep = Annotated[float, Bounds(-1e9, 1e9)]
 Seconds = Annotated[float, Bounds(0, 1e9)]
 Fraction = Annotated[float, Bounds(0, 1)]
 Shape = Annotated[tuple[Count, ...], Length(16)]
 Name = Annotated[str, Length(200)]
 Text = Annotated[str, Length(20_000)]
+Opaque = Annotated[bytes, Length(64)]
+Half = Literal["float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,20 @@ class Handle:
     pid: Count
     fd: Count
     nbytes: Bytes
+
+
+@dataclass(frozen=True)
+class GpuHandle:
+    """Memory of a GPU, `nbytes` long, opened by CUDA IPC: whoever has this may read and write it. It is never logged.
+
+    `device` is the UUID of the GPU where it lies, `memory` what cudaIpcGetMemHandle gives for it, `event` what
+    cudaIpcGetEventHandle gives for its owner's event: recorded before each message that says to read there.
+    """
+
+    device: Name
+    nbytes: Bytes
+    memory: Opaque
+    event: Opaque
 
 
 @dataclass(frozen=True)
@@ -96,20 +115,41 @@ class Emulated:
 
 
 @dataclass(frozen=True)
+class OnGpu:
+    """How a model is to run on the GPU `device`, a UUID: in `dtype`, or as it is; compiled; as captured graphs.
+
+    `batch` is how many drafts it will be given at once, at most. `probe` is memory of the leader's to be reached by
+    CUDA IPC: the worker turns each of its bytes into 255 minus that, if it can.
+    """
+
+    device: Name
+    dtype: Half | None = None
+    compile: bool = False
+    graphs: bool = False
+    batch: Count = 1
+    probe: GpuHandle | None = None
+
+
+@dataclass(frozen=True)
 class Load:
-    """Load the model of this name; be this device, if one is to be emulated."""
+    """Load the model of this name; be this device, if one is to be emulated; run on this GPU, if one is named."""
 
     model: Name
     emulated: Emulated | None = None
+    gpu: OnGpu | None = None
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model is there. `layout` is a digest of the names, dtypes, shapes and offsets of its `nbytes` of weights."""
+    """The model is there. `layout` is a digest of the names, dtypes, shapes and offsets of its `nbytes` of weights.
+
+    `unreached` says why the probe could not be written to; empty if it was, or there was none.
+    """
 
     spec: ModelSpec
     nbytes: Bytes
     layout: Name
+    unreached: Annotated[str, Length(2000)] = ""
 
 
 @dataclass(frozen=True)
@@ -131,16 +171,17 @@ class Bind:
 
     Each of the `slots` holds a draft, the tensors `inputs`, and each of the `rows` a prediction, the tensors `outputs`,
     their offsets counted from where the draft or prediction begins (see `arena.Arena`). `cond` are what the denoiser is
-    given with every draft, at offsets of the memory as a whole.
+    given with every draft, at offsets of the memory as a whole. Of `memory` and `gpu` exactly one is not None.
     """
 
     run: Count
-    memory: Handle
+    memory: Handle | None
     slots: Count
     rows: Count
     inputs: Annotated[tuple[TensorSpec, ...], Length(MOST_TENSORS)]
     outputs: Annotated[tuple[TensorSpec, ...], Length(MOST_TENSORS)]
     cond: Annotated[tuple[TensorSpec, ...], Length(MOST_TENSORS)]
+    gpu: GpuHandle | None = None
 
 
 @dataclass(frozen=True)
@@ -151,22 +192,34 @@ class Bound:
 
 
 @dataclass(frozen=True)
-class Draft:
-    """Evaluate the draft in `slot` at `timestep`, and write the prediction to `row`; `index` is the grid's.
+class Also:
+    """One more draft of the same run, its fields those of Draft."""
 
-    No two drafts that are under way have the same row: whoever is late writes where nobody reads.
-    """
-
-    run: Count
     index: Count
-    timestep: Annotated[float, Bounds(-1e9, 1e9)]
+    timestep: Timestep
     slot: Count
     row: Count
 
 
 @dataclass(frozen=True)
+class Draft:
+    """Evaluate the draft in `slot` at `timestep`, and write the prediction to `row`; `index` is the grid's.
+
+    Those in `also` are to be evaluated with it, as one batch in this order; one answer, for this draft, is for all.
+    No two drafts that are under way have the same row: whoever is late writes where nobody reads.
+    """
+
+    run: Count
+    index: Count
+    timestep: Timestep
+    slot: Count
+    row: Count
+    also: Annotated[tuple[Also, ...], Length(MOST_BATCHED)] = ()
+
+
+@dataclass(frozen=True)
 class Prediction:
-    """The prediction is in `row`; evaluating took `seconds` by the worker's clock.
+    """The prediction is in `row`, and those of a batch are in theirs; evaluating took `seconds` by the worker's clock.
 
     The other times are when, in seconds of CLOCK_MONOTONIC, which all processes of a machine share: the draft was
     `received`, its evaluation `began`, the prediction was there (`predicted`), and it was in the row (`ended`).

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from drp.sampling.modes import Mode
 from drp.sampling.result import Result
-from drp.sampling.run import Callback, Noise, Run, slots
+from drp.sampling.run import Callback, Noise, Run, batches, slots
 from drp.sampling.solvers import Solver
 
 Denoiser = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
@@ -26,10 +26,13 @@ def run_reference(
     callback: Callback | None = None,
     fresh: Noise | None = None,
     watch: bool = False,
+    batch: int = 1,
 ) -> Result:
     """Sample from `start` [B, ...] in this process and thread; the result's mode and devices are descriptions.
 
-    `fresh` draws noise for solvers that add some; `watch` asks for residuals in every mode.
+    `fresh` draws noise for solvers that add some; `watch` asks for residuals in every mode. So many drafts of a round
+    as `batch` says go through the denoiser together, one behind the other, with every condition that has an item for
+    each sample repeated.
     """
     drafts, predictions = (start.new_empty((slots(solver, mode), start.numel())) for _ in range(2))
     run = Run(solver, mode, start, drafts, predictions, fresh, watch)
@@ -38,12 +41,21 @@ def run_reference(
     with torch.inference_mode():
         for tasks in run.rounds():
             run.refine(callback)
-            for task in tasks:
+            for some in batches(tasks, batch):
                 started = time.perf_counter()
-                t = torch.full((len(start),), task.timestep, dtype=torch.float32)
-                predictions[task.slot] = denoiser(drafts[task.slot].view(start.shape), t, cond).reshape(-1)
+                ts = [
+                    torch.full((len(start),), task.timestep, dtype=torch.float32, device=start.device) for task in some
+                ]
+                if len(some) == 1:
+                    slot = some[0].slot
+                    predictions[slot] = denoiser(drafts[slot].view(start.shape), ts[0], cond).reshape(-1)
+                else:
+                    x = torch.cat([drafts[task.slot].view(start.shape) for task in some])
+                    given = {name: repeat(value, len(start), len(some)) for name, value in cond.items()}
+                    for task, predicted in zip(some, denoiser(x, torch.cat(ts), given).chunk(len(some)), strict=True):
+                        predictions[task.slot] = predicted.reshape(-1)
                 device_seconds += time.perf_counter() - started
-                evaluations += 1
+                evaluations += len(some)
         run.refine(callback)
     return Result(
         samples=run.state.clone(),
@@ -58,3 +70,8 @@ def run_reference(
         residuals=run.residuals,
         cuts=tuple(run.cuts),
     )
+
+
+def repeat(value: Tensor, samples: int, times: int) -> Tensor:
+    """Return a condition for `times` batches of `samples` in one: repeated, if it has an item for each sample."""
+    return torch.cat([value] * times) if value.dim() and len(value) == samples else value

@@ -36,6 +36,11 @@ class Task:
     slot: int
 
 
+def batches(tasks: Sequence[Task], size: int) -> list[tuple[Task, ...]]:
+    """Return a round's tasks in their order, `size` of them together: what one device evaluates as one batch."""
+    return [tuple(tasks[first : first + size]) for first in range(0, len(tasks), size)]
+
+
 def slots(solver: Solver, mode: Mode) -> int:
     """Return how many slots a run needs for drafts, and rows for as many predictions that are in use at once."""
     return _room(solver, mode, mode.width).rows
@@ -93,7 +98,7 @@ class Run:
         self._drafts, self._predictions, self._noise = drafts, predictions, noise
         self._feedback, self._watch = mode.feedback, watch and not mode.feedback
         # Rows are worked out while the round before is being evaluated, or, with feedback, when that is known.
-        self._plan = _plan(solver, mode, start.dtype, self._measure)
+        self._plan = _plan(solver, mode, start, self._measure)
         self._position = 0  # in the plan, of what comes next
         self._slot_banks, self._state_banks = (_room(solver, mode, width) for width in (mode.width, self._plan.longest))
         self._slots: dict[int, int] = {}  # index -> row of drafts
@@ -239,7 +244,7 @@ class Run:
         """Compute the states from base + 1 to the last predicted index; return their residuals."""
         first = self._take_states(len(rows))
         states = self._states[first : first + len(rows)]
-        _Rows(rows, states.dtype).write(self._vector, states)
+        _Rows(rows, states).write(self._vector, states)
         residuals = [self._residual(x, k) for k, x in enumerate(states, start=base + 1)]
         self._ahead = (first, residuals)
         return residuals
@@ -287,47 +292,48 @@ class _Plan:
         return self._known[position] if position < len(self._known) else None
 
 
-_plans: WeakKeyDictionary[Solver, dict[tuple[Mode, torch.dtype], _Plan]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[Solver, dict[tuple[Mode, torch.dtype, torch.device], _Plan]] = WeakKeyDictionary()
 """Rows are the same for every run with the same solver and a mode without feedback: the next run finds them here."""
 
 
-def _plan(solver: Solver, mode: Mode, dtype: torch.dtype, measure: Measure) -> _Plan:
+def _plan(solver: Solver, mode: Mode, like: Tensor, measure: Measure) -> _Plan:
     if mode.feedback:
-        return _Plan((_cast(event, dtype) for event in make_plan(solver, mode, measure)), mode.width + 1)
-    fresh = _Plan((_cast(event, dtype) for event in make_plan(solver, mode)), longest_way(mode, solver.grid.steps))
+        return _Plan((_cast(event, like) for event in make_plan(solver, mode, measure)), mode.width + 1)
+    like = like.new_empty(0)  # A plan outlives the run.
+    fresh = _Plan((_cast(event, like) for event in make_plan(solver, mode)), longest_way(mode, solver.grid.steps))
     try:
-        return _plans.setdefault(solver, {}).setdefault((mode, dtype), fresh)
+        return _plans.setdefault(solver, {}).setdefault((mode, like.dtype, like.device), fresh)
     except TypeError:  # a mode of somebody's own that has no hash
         return fresh
 
 
 class _Predict:
-    """A round with its rows in the state's dtype."""
+    """A round with its rows in the state's dtype, and on its device."""
 
-    def __init__(self, event: Predict, dtype: torch.dtype) -> None:
+    def __init__(self, event: Predict, like: Tensor) -> None:
         self.indices, self.behind = event.indices, event.behind
-        self.drafts = _Rows(event.drafts, dtype)
+        self.drafts = _Rows(event.drafts, like)
 
 
 class _Advance:
-    """A way forward with its rows in the state's dtype; its length is that of the way.
+    """A way forward with its rows in the state's dtype, on its device; its length is that of the way.
 
     The last states are computed before the next round's drafts: the `eager` ones that a step from there looks back on.
     """
 
-    def __init__(self, event: Advance, dtype: torch.dtype) -> None:
+    def __init__(self, event: Advance, like: Tensor) -> None:
         self.base, self.oldest, self.anchor, self.behind = event.base, event.oldest, event.anchor, event.behind
         self._length = len(event.states)
         self.eager = min(self._length, event.base + self._length - event.oldest + 1)
         split = self._length - self.eager
-        self.between, self.last = _Rows(event.states[:split], dtype), _Rows(event.states[split:], dtype)
+        self.between, self.last = _Rows(event.states[:split], like), _Rows(event.states[split:], like)
 
     def __len__(self) -> int:
         return self._length
 
 
-def _cast(event: Predict | Advance, dtype: torch.dtype) -> _Predict | _Advance:
-    return _Predict(event, dtype) if isinstance(event, Predict) else _Advance(event, dtype)
+def _cast(event: Predict | Advance, like: Tensor) -> _Predict | _Advance:
+    return _Predict(event, like) if isinstance(event, Predict) else _Advance(event, like)
 
 
 _ORDER = {"state": 0, "input": 1, "prediction": 2, "noise": 3}
@@ -336,11 +342,11 @@ _ORDER = {"state": 0, "input": 1, "prediction": 2, "noise": 3}
 class _Rows:
     """Several rows over the same terms, as one small matrix product."""
 
-    def __init__(self, rows: Sequence[Row], dtype: torch.dtype) -> None:
+    def __init__(self, rows: Sequence[Row], like: Tensor) -> None:
         # States before predictions, each in index order: an order that no arrival can change.
         self.terms = sorted({t for row in rows for t in row}, key=lambda t: (_ORDER[t.kind], t.k))
         weights = torch.tensor([[row.get(t, 0.0) for row in rows] for t in self.terms], dtype=torch.float64)
-        self.weights = weights.to(dtype).reshape(len(self.terms), len(rows), 1)
+        self.weights = weights.to(like).reshape(len(self.terms), len(rows), 1)
 
     def write(self, vector: Callable[[Term], Tensor], out: Tensor) -> None:
         """Write row i into `out[i]`; `out` is [rows, D]."""

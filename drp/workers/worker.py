@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from drp.protocol.codec import ProtocolError
 from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import (
     VERSION,
+    Also,
     Bind,
     Bound,
     Draft,
@@ -40,6 +42,9 @@ from drp.workers.emulated import EmulatedDevice, cheap
 from drp.workers.entry import Config
 from drp.workers.weights import Weights
 
+if TYPE_CHECKING:
+    from drp.workers.seat import Seat
+
 PATIENCE = 1.0
 """Seconds of one wait for a message."""
 
@@ -55,6 +60,7 @@ class Worker:
         self._weights = Weights(None)
         self._arenas: dict[int, Arena] = {}
         self._timed = _timed
+        self._seat: Seat | None = None
 
     def run(self) -> None:
         """Answer messages until Stop; an error is told to the leader, and ends the worker."""
@@ -81,18 +87,25 @@ class Worker:
             case Draft():
                 return self._evaluate(message)
             case Bind():
-                self._arenas[message.run] = Arena.open(message)
+                self._bind(message)
                 return Bound(message.run)
             case Unbind():
+                if self._seat is not None:
+                    self._seat.unbind(message.run)
                 self._arenas.pop(message.run, None)
             case Load():
-                self._denoiser = load(message.model)
+                self._denoiser, unreached = load(message.model), ""
+                if message.gpu is not None:
+                    from drp.workers.seat import Seat  # only now: nothing of CUDA without a GPU
+
+                    self._seat = Seat(message.gpu)
+                    unreached, self._denoiser = self._seat.answer_probe(), self._seat.place(self._denoiser)
                 if message.emulated is not None:
                     self._timed = EmulatedDevice(message.emulated).run
                     if message.emulated.cheap:
                         self._denoiser = replace(self._denoiser, predict=cheap)
                 self._weights = Weights(self._denoiser.module)
-                return Loaded(self._denoiser.spec, self._weights.nbytes, self._weights.layout)
+                return Loaded(self._denoiser.spec, self._weights.nbytes, self._weights.layout, unreached)
             case Share():
                 memory = SharedMemory.open(message.memory)
                 self._weights.share(memory, message.publish)
@@ -100,26 +113,44 @@ class Worker:
                 return Shared()
         return None
 
+    def _bind(self, bind: Bind) -> None:
+        """Open a run's memory."""
+        if self._seat is None:
+            self._arenas[bind.run] = Arena.open(bind)
+            return
+        arena = Arena.open(bind, self._seat.reach)
+        self._seat.bind(bind.run, arena)
+        self._arenas[bind.run] = arena
+
     @torch.inference_mode()
     def _evaluate(self, draft: Draft) -> Prediction | Fault:
         received = time.perf_counter()
         arena = self._arenas.get(draft.run)
         if arena is None:
             raise ProtocolError(f"a draft of run {draft.run}, which is not bound")
-        if draft.slot >= arena.bind.slots or draft.row >= arena.bind.rows:
-            raise ProtocolError(
-                f"slot {draft.slot} and row {draft.row}; the run has {arena.bind.slots} and {arena.bind.rows}"
-            )
-        inputs, outputs = arena.draft(draft.slot), arena.prediction(draft.row)
+        drafts: tuple[Draft | Also, ...] = (draft, *draft.also)
+        for each in drafts:
+            if each.slot >= arena.bind.slots or each.row >= arena.bind.rows:
+                raise ProtocolError(
+                    f"slot {each.slot} and row {each.row}; the run has {arena.bind.slots} and {arena.bind.rows}"
+                )
+        inputs = [arena.draft(each.slot) for each in drafts]
+        outputs = [arena.prediction(each.row) for each in drafts]
 
         def evaluate() -> float:
             assert self._denoiser is not None
-            predicted = self._denoiser.evaluate(inputs, draft.timestep, arena.cond, outputs)
-            _check(outputs, inputs)
+            timesteps = [each.timestep for each in drafts]
+            if self._seat is None:
+                predicted = self._denoiser.evaluate_batch(inputs, timesteps, arena.cond, outputs)
+            else:
+                predicted = self._seat.evaluate(self._denoiser, arena, inputs, timesteps, outputs)
+            for given, made in zip(inputs, outputs, strict=True):
+                _check(made, given)
             return predicted
 
+        nbytes = sum(tensor.nbytes for each in inputs for tensor in each.values())
         try:
-            began, predicted, ended = self._timed(draft, sum(tensor.nbytes for tensor in inputs.values()), evaluate)
+            began, predicted, ended = self._timed(draft, nbytes, evaluate)
         except Exception as error:
             return Fault(draft.run, draft.index, draft.row, *_told(error))
         return Prediction(draft.run, draft.index, draft.row, ended - began, received, began, predicted, ended)

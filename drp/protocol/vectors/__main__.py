@@ -43,7 +43,10 @@ def spec_records() -> dict[str, type]:
 
 
 def _json(content: dict[str, object]) -> str:
-    lines = (f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in content.items())
+    lines = (
+        f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False, default=bytes.hex)}"
+        for name, value in content.items()
+    )
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 

@@ -93,6 +93,8 @@ def _limited(hint: Any, limit: Bounds | Length, size: str, name: str) -> Any:
                 size, int(limit.high)
             )
         return {"least": float(limit.low), "middle": max(limit.low, min(0.1, limit.high))}.get(size, float(limit.high))
+    if hint is bytes:
+        return {"least": b"", "middle": name.encode()}.get(size, bytes(range(192, 256))[: limit.most])
     if hint is str:
         return {"least": "", "middle": name}.get(size, "żółw ∂ 亀"[: limit.most])
     item = typing.get_args(hint)[0]

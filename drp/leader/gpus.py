@@ -1,0 +1,122 @@
+"""GPUs: what there is here, or in plain words why there is none. Nothing is looked for until it is asked."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from drp.protocol.cuda import uuid_of
+
+PCI = Path("/sys/bus/pci/devices")
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Where torch reads its allocator's options from: the new name and the old."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU that CUDA shows this process: its number there, the name that is its own, and the cores next to it."""
+
+    index: int
+    uuid: str
+    """With its prefix, as nvidia-smi -L prints it."""
+    name: str = ""
+    nbytes: int = 0
+    bus: str = ""
+    """Its PCI address, such as 0000:17:00.0; empty if torch does not say."""
+    cores: tuple[int, ...] = ()
+    """Those of its NUMA node that this process may use; empty if the kernel does not say."""
+
+
+def find_gpus() -> tuple[Gpu, ...]:
+    """Return the GPUs in CUDA's order; raise ValueError, with cause and remedy, if none can be used."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        raise ValueError(why_none(torch.__version__, torch.version.cuda, _has_driver(), os.environ))
+    refuse_allocator(os.environ)
+    return tuple(_describe(index) for index in range(torch.cuda.device_count()))
+
+
+def why_none(version: str, cuda: str | None, driver: bool, environ: Mapping[str, str]) -> str:
+    """Say why there is no GPU for a torch of this version, built for this CUDA."""
+    if cuda is None:
+        return f"torch {version} is built without CUDA; install a build with it, or use cpu devices"
+    if not driver:
+        return (
+            f"there is no NVIDIA driver: libcuda.so.1 cannot be loaded (torch {version} is built for CUDA {cuda}); "
+            "install the driver, or in a container run it with --gpus all"
+        )
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return (
+            f"CUDA_VISIBLE_DEVICES is {visible!r}, which leaves no GPU: it is empty, or its first entry does not exist "
+            "(CUDA stops there); unset it, or name GPUs as nvidia-smi -L does"
+        )
+    return (
+        f"the NVIDIA driver shows no GPU to torch {version} (CUDA {cuda}): there is none, or the driver is too old; "
+        "nvidia-smi shows which"
+    )
+
+
+def refuse_allocator(environ: Mapping[str, str]) -> None:
+    """Raise ValueError if torch's allocator is told to use expandable segments."""
+    for name in ALLOCATOR:
+        options = environ.get(name, "").replace(" ", "").lower().split(",")
+        if "expandable_segments:true" in options:
+            raise ValueError(
+                f"{name} is {environ[name]!r}: CUDA IPC beside expandable segments is not known to work; take "
+                "expandable_segments out of it"
+            )
+
+
+def visible(environ: Mapping[str, str], gpus: tuple[Gpu, ...]) -> str:
+    """Say what the GPUs are called, and what CUDA_VISIBLE_DEVICES has to do with it."""
+    names = ", ".join(f"cuda:{gpu.index} ({gpu.uuid})" for gpu in gpus)
+    said = environ.get("CUDA_VISIBLE_DEVICES")
+    if said is None:
+        return f"there is {names}"
+    listed = [entry.strip() for entry in said.split(",")]
+    kind = "by UUID " if any(entry.startswith(("GPU-", "MIG-")) for entry in listed) else ""
+    short = (
+        f"; CUDA shows {len(gpus)} of its {len(listed)}, for it stops at the first that does not exist"
+        if len(listed) > len(gpus)
+        else ""
+    )
+    return f"CUDA_VISIBLE_DEVICES names {kind}{said!r}, and numbers count within it: there is {names}{short}"
+
+
+def near_cores(bus: str, allowed: set[int], pci: Path = PCI) -> tuple[int, ...]:
+    """Return the cores next to a PCI device, as far as this process may use them; none if the kernel does not say."""
+    try:
+        text = (pci / bus.lower() / "local_cpulist").read_text().strip()
+    except OSError:
+        return ()
+    return tuple(sorted(parse_cores(text) & allowed))
+
+
+def parse_cores(text: str) -> set[int]:
+    """Return what the kernel's list `0-3,8` names."""
+    cores: set[int] = set()
+    for part in text.split(",") if text else ():
+        first, _, last = part.partition("-")
+        cores.update(range(int(first), int(last or first) + 1))
+    return cores
+
+
+def _describe(index: int) -> Gpu:
+    found = torch.cuda.get_device_properties(index)
+    place = [int(getattr(found, f"pci_{part}_id", -1)) for part in ("domain", "bus", "device")]
+    bus = "" if min(place) < 0 else "{:04x}:{:02x}:{:02x}.0".format(*place)
+    cores = near_cores(bus, os.sched_getaffinity(0)) if bus else ()
+    return Gpu(index, uuid_of(index), found.name, found.total_memory, bus, cores)
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True

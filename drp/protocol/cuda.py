@@ -1,0 +1,184 @@
+"""Memory of a GPU that processes share, by CUDA IPC: what `drp.protocol.memory` is on the host. Not yet run on a GPU.
+
+The runtime is called through ctypes: torch's own sharing hands out pieces of its caching allocator, counts references
+in a file, and synchronises the stream beyond 1000 shares. An allocation here is one of its own, so a handle exposes
+nothing else. Its owner keeps it, and the event beside it, until those who opened it have ended: to free exported memory
+earlier is undefined.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drp.protocol.codec import ProtocolError
+from drp.protocol.memory import check_fit
+from drp.protocol.messages import GpuHandle, Handle
+
+HANDLE = 64
+"""Bytes of a handle."""
+NO_TIMES_BUT_SHARED = 2 | 4
+"""cudaEventDisableTiming and cudaEventInterprocess."""
+LAZY_PEER_ACCESS = 1
+
+
+class CudaError(RuntimeError):
+    """A call of the CUDA runtime that failed."""
+
+
+class _Opaque(ctypes.Structure):
+    _fields_ = (("bytes", ctypes.c_char * HANDLE),)
+
+
+def uuid_of(index: int) -> str:
+    """Return a GPU's UUID, with its prefix, by its number in this process."""
+    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+
+
+def index_of(uuid: str) -> int:
+    """Return a GPU's number in this process; raise ProtocolError if it does not see the GPU."""
+    seen = [uuid_of(index) for index in range(torch.cuda.device_count())]
+    if uuid not in seen:
+        raise ProtocolError(f"this process does not see the GPU {uuid!r:.60}; it sees {', '.join(seen) or 'none'}")
+    return seen.index(uuid)
+
+
+class GpuMemory:
+    """Memory of one GPU, and its owner's event. The current stream of the calling thread is the one that counts."""
+
+    def __init__(
+        self, address: int, event: int, handle: GpuHandle, index: int, keep: Callable[[GpuMemory], None] | None = None
+    ) -> None:
+        self._address, self._event, self._handle, self._keep = address, event, handle, keep
+        self.nbytes, self.device = handle.nbytes, torch.device("cuda", index)
+        # torch finds the device by the address; a different one here would make this a copy.
+        self._bytes = torch.as_tensor(_Span(address, handle.nbytes), device=self.device)
+
+    @classmethod
+    def create(cls, nbytes: int, uuid: str, keep: Callable[[GpuMemory], None]) -> GpuMemory:
+        """Allocate, zeroed; raise MemoryError if the GPU has not so much. `close` hands it to `keep`."""
+        index = index_of(uuid)
+        with torch.cuda.device(index):
+            torch.cuda.current_stream()  # The runtime's calls below need torch's context on this device.
+            address, event = ctypes.c_void_p(), ctypes.c_void_p()
+            try:
+                _call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes))
+            except CudaError as error:
+                raise MemoryError(f"no {nbytes} bytes on {uuid}: {error}") from error
+            try:
+                _call("cudaMemset", address, 0, ctypes.c_size_t(nbytes))
+                _call("cudaDeviceSynchronize")
+                _call("cudaEventCreateWithFlags", ctypes.byref(event), NO_TIMES_BUT_SHARED)
+                memory, shared = _Opaque(), _Opaque()
+                _call("cudaIpcGetMemHandle", ctypes.byref(memory), address)
+                _call("cudaIpcGetEventHandle", ctypes.byref(shared), event)
+            except CudaError:
+                if event.value:
+                    _call("cudaEventDestroy", event)
+                _call("cudaFree", address)
+                raise
+            handle = GpuHandle(uuid, nbytes, bytes(memory), bytes(shared))
+            return cls(int(address.value or 0), int(event.value or 0), handle, index, keep)
+
+    @classmethod
+    def open(cls, handle: GpuHandle) -> GpuMemory:
+        """Open a peer's, into the context of the current device; CudaError if the driver does not do that here."""
+        if handle.nbytes < 1 or len(handle.memory) != HANDLE or len(handle.event) != HANDLE:
+            raise ProtocolError(
+                f"a GPU's memory of {handle.nbytes} bytes; a handle has {HANDLE} bytes, and so the event's"
+            )
+        index = index_of(handle.device)
+        torch.cuda.current_stream()
+        address, event = ctypes.c_void_p(), ctypes.c_void_p()
+        memory, shared = _Opaque.from_buffer_copy(handle.memory), _Opaque.from_buffer_copy(handle.event)
+        _call("cudaIpcOpenMemHandle", ctypes.byref(address), memory, LAZY_PEER_ACCESS)
+        with torch.cuda.device(index):
+            _call("cudaIpcOpenEventHandle", ctypes.byref(event), shared)
+        return cls(int(address.value or 0), int(event.value or 0), handle, index)
+
+    @property
+    def names(self) -> tuple[Handle | None, GpuHandle | None]:
+        """No file's handle, and its own."""
+        return None, self._handle
+
+    def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a view; raise ProtocolError if it does not fit."""
+        count = check_fit(offset, shape, dtype, self.nbytes)
+        return self._bytes[offset : offset + count * dtype.itemsize].view(dtype).view(tuple(shape))
+
+    def written(self) -> None:
+        """Record the event on the current stream of its device."""
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        _call("cudaEventRecord", ctypes.c_void_p(self._event), ctypes.c_void_p(stream))
+
+    def follow(self) -> None:
+        """Have the current stream, of the current device, wait for the event as it was last recorded."""
+        stream = torch.cuda.current_stream().cuda_stream
+        _call("cudaStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(self._event), 0)
+
+    def close(self) -> None:
+        """Hand it to whoever keeps it: it is freed when those who opened it have ended. A peer's stays open."""
+        if self._keep is not None:
+            self._keep(self)
+
+    def free(self) -> None:
+        """Free it; what was queued there is waited for. No tensor of it may be used any more."""
+        with torch.cuda.device(self.device):
+            torch.cuda.synchronize()
+            _call("cudaEventDestroy", ctypes.c_void_p(self._event))
+            _call("cudaFree", ctypes.c_void_p(self._address))
+
+
+class _Span:
+    """Bytes at an address, as torch.as_tensor takes them."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+def turn_over(memory: GpuMemory) -> None:
+    """Turn each byte b into 255 - b, by way of a copy on the current device and back: a proof that both ways work."""
+    there = memory.tensor(0, (memory.nbytes,), torch.uint8)
+    memory.follow()
+    here = there.to(torch.device("cuda", torch.cuda.current_device()), copy=True)
+    there.copy_(255 - here)
+    torch.cuda.current_stream().synchronize()
+
+
+def is_turned(memory: GpuMemory, pattern: Tensor) -> bool:
+    """Whether a peer has turned over what was this pattern, uint8 on the host."""
+    return torch.equal(memory.tensor(0, (memory.nbytes,), torch.uint8).cpu(), 255 - pattern)
+
+
+@functools.cache
+def _runtime() -> Any:
+    """Return the CUDA runtime that torch has loaded: another copy of the library would have other state."""
+    torch.cuda.init()  # type: ignore[no-untyped-call]  # torch has no types for it
+    found = re.findall(r"\S*/libcudart[^/\s]*\.so[\d.]*", Path("/proc/self/maps").read_text())
+    try:
+        library = ctypes.CDLL(found[0] if found else f"libcudart.so.{(torch.version.cuda or '').split('.')[0]}")
+    except OSError as error:
+        raise CudaError(f"torch is loaded without a CUDA runtime library of its own: {error}") from error
+    library.cudaGetErrorString.restype = ctypes.c_char_p
+    library.cudaIpcOpenMemHandle.argtypes = (ctypes.c_void_p, _Opaque, ctypes.c_uint)
+    library.cudaIpcOpenEventHandle.argtypes = (ctypes.c_void_p, _Opaque)
+    return library
+
+
+def _call(name: str, *arguments: Any) -> None:
+    code = getattr(_runtime(), name)(*arguments)
+    if code:
+        _runtime().cudaGetLastError()  # Else torch would find it after its own next call.
+        raise CudaError(f"{name} failed: {_runtime().cudaGetErrorString(code).decode()} ({code})")

@@ -1,0 +1,93 @@
+"""Seat: a worker's place on its GPU: one stream, memory that it reaches, and the copies of what it cannot.
+
+Not yet run on a GPU. Everything goes to one stream: a draft, its evaluation and its prediction must follow one another,
+and the copies take microseconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drp.models.gpu import on_device
+from drp.models.registry import Denoiser
+from drp.protocol.arena import Arena
+from drp.protocol.cuda import CudaError, GpuMemory, index_of, turn_over
+from drp.protocol.messages import GpuHandle, OnGpu
+
+
+class Seat:
+    """One GPU, for the thread that makes this: its stream is the current one from here on."""
+
+    def __init__(self, how: OnGpu) -> None:
+        self.how = how
+        self.device = torch.device("cuda", index_of(how.device))
+        torch.cuda.set_device(self.device)
+        torch.cuda.set_stream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]  # torch has no types for it
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types for it
+        self._runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch has no types for it
+        self._reached: dict[bytes, GpuMemory] = {}
+        self._pinned: dict[int, int] = {}
+
+    def place(self, denoiser: Denoiser) -> Denoiser:
+        """Move a denoiser here, as it was asked for."""
+        return on_device(denoiser, self.device, self.how)
+
+    def answer_probe(self) -> str:
+        """Write to the leader's probe; return why that cannot be done, empty if it was or there is none."""
+        if self.how.probe is None:
+            return ""
+        try:
+            turn_over(self.reach(self.how.probe))
+        except (CudaError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"[:2000]
+        return ""
+
+    def reach(self, handle: GpuHandle) -> GpuMemory:
+        """Open the leader's memory; it stays open, and is found again when it comes with another run."""
+        if handle.memory not in self._reached:
+            self._reached[handle.memory] = GpuMemory.open(handle)
+        return self._reached[handle.memory]
+
+    def bind(self, run: int, arena: Arena) -> None:
+        """Bring a run's conditions here; pin the memory of one that lies on the host, for copies that do not wait."""
+        arena.memory.follow()
+        if arena.memory.device.type == "cpu":
+            start = arena.drafts.untyped_storage().data_ptr()
+            if not int(self._runtime.cudaHostRegister(start, arena.memory.nbytes, 0)):
+                self._pinned[run] = start  # Else copies go by way of the driver's own buffer: slower, no worse.
+        arena.cond = {name: value.to(self.device) for name, value in arena.cond.items()}
+        self._settle()
+
+    def unbind(self, run: int) -> None:
+        """Let go of a run's memory."""
+        if run in self._pinned:
+            self._runtime.cudaHostUnregister(self._pinned.pop(run))
+
+    def evaluate(
+        self,
+        denoiser: Denoiser,
+        arena: Arena,
+        inputs: Sequence[Mapping[str, Tensor]],
+        timesteps: Sequence[float],
+        outputs: Sequence[Mapping[str, Tensor]],
+    ) -> float:
+        """Do as `Denoiser.evaluate_batch` does, wherever the drafts lie; return when all was done."""
+        arena.memory.follow()
+        here = [{name: value.to(self.device, non_blocking=True) for name, value in each.items()} for each in inputs]
+        made = [{name: torch.empty_like(value, device=self.device) for name, value in each.items()} for each in outputs]
+        denoiser.evaluate_batch(here, timesteps, arena.cond, made)
+        for output, mine in zip(outputs, made, strict=True):
+            for name, value in output.items():
+                value.copy_(mine[name], non_blocking=True)
+        self._settle()
+        return time.perf_counter()
+
+    def _settle(self) -> None:
+        """Wait for what was queued, without giving the core away: to be woken would take longer."""
+        self._done.record()
+        self._done.synchronize()

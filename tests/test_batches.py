@@ -1,0 +1,85 @@
+"""Several drafts of a round as one batch on one device: the bits are those of a reference that batches alike."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+import drp
+from drp import Leader
+
+TINY = "tests.denoisers:Tiny"
+
+
+@pytest.mark.parametrize(("workers", "batch"), [(1, 4), (2, 3)])
+def test_bits_equal_a_reference_that_batches_alike(workers: int, batch: int) -> None:
+    with Leader(TINY, devices=workers, drafts_per_device=batch) as leader:
+        for mode, labels in itertools.product(
+            ("sequential", "conservative", "aggressive", "rolling"), ([3], [1, 2, 4])
+        ):
+            run = leader.sample(labels=labels, mode=mode, steps=13)
+            ref = drp.reference(TINY, labels=labels, mode=mode, steps=13, devices=workers, drafts_per_device=batch)
+            assert torch.equal(run.samples, ref.samples), (mode, labels)
+            assert (run.rounds, run.evaluations, run.drafts) == (ref.rounds, ref.evaluations, ref.drafts)
+            assert run.drafts == (1 if mode == "sequential" else workers * batch)
+
+
+def test_batches_are_no_more_messages_than_they_must_be() -> None:
+    calls: list[int] = []
+
+    def count(x: torch.Tensor, t: torch.Tensor, cond: object) -> torch.Tensor:
+        calls.append(len(x))
+        assert len(t) == len(x)
+        return torch.sin(x)
+
+    from drp.leader.request import Request, make_job
+    from drp.protocol.messages import ModelSpec
+    from drp.sampling.reference import run_reference
+
+    job = make_job(Request(count=2, shape=(3,), steps=9), ModelSpec(), 4)
+    run_reference(count, job.solver, job.mode, job.start, job.cond, batch=4)
+    assert calls == [2, 8, 8]  # the first alone, then four drafts of two samples each
+
+
+def test_conditions_follow_their_samples_through_a_batch() -> None:
+    shift = torch.linspace(-1, 1, 6).view(2, 3)
+    with Leader("tests.denoisers:make_free", drafts_per_device=3) as leader:
+        options = {"count": 2, "shape": (3,), "steps": 8, "cond": {"shift": shift}, "mode": "aggressive"}
+        run = leader.sample(**options)  # type: ignore[arg-type]  # the values' types are lost in the dict
+    alone = drp.reference("tests.denoisers:make_free", drafts=3, **options)  # type: ignore[arg-type]  # likewise
+    torch.testing.assert_close(run.samples, alone.samples)  # Evaluated one by one; rounding may differ, no more.
+
+
+def test_a_batch_of_a_killed_worker_is_evaluated_as_the_same_batch_elsewhere() -> None:
+    with Leader("tests.denoisers:make_slow_sine", devices=2, drafts_per_device=3) as leader:
+        pid = leader.workers[1].pid
+        assert pid is not None
+        killer = threading.Timer(0.15, os.kill, (pid, signal.SIGKILL))
+        killer.start()
+        run = leader.sample(count=2, shape=(5,), steps=48)
+        killer.join()
+        deadline = time.monotonic() + 10
+        while not run.incidents and time.monotonic() < deadline:
+            run = leader.sample(count=2, shape=(5,), steps=48)
+    ref = drp.reference("tests.denoisers:make_slow_sine", count=2, shape=(5,), steps=48, devices=2, drafts_per_device=3)
+    assert run.incidents
+    assert torch.equal(run.samples, ref.samples)
+
+
+def test_a_wrong_number_in_any_draft_of_a_batch_is_found() -> None:
+    with Leader("tests.denoisers:make_nan", drafts_per_device=4) as leader:
+        with pytest.raises(drp.WorkerError, match="returned NaN in 'x'"):
+            leader.sample(count=1, shape=(4,), steps=12)
+        assert leader.workers[0].state == "ready"
+
+
+@pytest.mark.parametrize("batch", [0, -1, 256, 1.5, True])
+def test_what_is_no_number_of_drafts_is_refused(batch: int) -> None:
+    with pytest.raises(ValueError, match=r"drafts_per_device is .*; give a whole number from 1 to 255"):
+        Leader(TINY, drafts_per_device=batch)
