@@ -53,7 +53,7 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
         (["--labels", "3-1"], "write the smaller number first"),
         (["--labels", "three"], "'three' is no label"),
         (["--devices", "0"], "devices is 0"),
-        (["--devices", "cuda:0"], "device 'cuda:0' does not exist"),
+        (["--devices", "tpu:0"], "device 'tpu:0' does not exist"),
         (["--rows", "0"], "rows is 0"),
         (["--shape", "1,x"], "shape is '1,x'"),
         (["--out", "nowhere/out.png"], "nowhere/out.png cannot be written"),

@@ -283,7 +283,7 @@ def test_unknown_options_are_refused(tiny: Leader) -> None:
         (1.5, r"devices is 1\.5"),
         ([], "0 devices"),
         ("gpu", "device 'gpu' does not exist"),
-        ("cuda:0", "device 'cuda:0' does not exist"),
+        ("tpu:0", "device 'tpu:0' does not exist"),
         ("cpu:4000", "device 'cpu:4000' does not exist"),
         (["cpu:0", "cpu:x"], "'cpu:x' does not exist"),
         (["cpu:0", 1], "devices holds 1"),

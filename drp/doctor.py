@@ -1,0 +1,284 @@
+"""Doctor: what this machine has, what of it works, and what drp will use. It probes; it changes nothing."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from drp.leader.devices import parse_devices
+from drp.leader.gpus import ALLOCATOR, Gpu, find_gpus, parse_cores
+from drp.protocol.memory import SharedMemory
+
+State = Literal["", "good", "bad"]
+CORES = Path("/sys/devices/system/node")
+CGROUP = Path("/sys/fs/cgroup")
+FILES = 16
+"""Descriptors that the leader needs for each worker, at most; more beside them are the program's own."""
+SEEN = "import os, sys; os.close(os.open(sys.argv[1], os.O_RDWR))"
+PEER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line: what was looked at, what was seen, whether that is good or bad for drp, and if bad, what to do."""
+
+    about: str
+    seen: str
+    state: State = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All findings by section, and for each GPU how a copy from it to each other went."""
+
+    sections: dict[str, tuple[Finding, ...]]
+    gpus: tuple[Gpu, ...]
+    peers: tuple[tuple[str, ...], ...]
+
+    @property
+    def bad(self) -> list[Finding]:
+        """What stands in the way."""
+        return [finding for findings in self.sections.values() for finding in findings if finding.state == "bad"]
+
+
+def examine(find: Callable[[], tuple[Gpu, ...]] = find_gpus) -> Report:
+    """Look at everything; `find` says what GPUs there are."""
+    try:
+        gpus, why = find(), ""
+    except ValueError as error:
+        gpus, why = (), str(error)
+    sections = {
+        "software": (*_software(),),
+        "GPUs": (*_gpus(gpus, why),),
+        "shared memory and processes": (shared_memory(), *_kernel()),
+        "cores": (*_cores(),),
+        "limits": (*_limits(),),
+        "drp will use": (*_use(gpus, why),),
+    }
+    return Report(sections, gpus, peers(gpus))
+
+
+def _software() -> list[Finding]:
+    cuda = torch.version.cuda
+    return [
+        Finding("python", sys.version.split()[0]),
+        Finding("torch", f"{torch.__version__}, {f'built for CUDA {cuda}' if cuda else 'built without CUDA'}"),
+        Finding("pyzmq", _version("zmq")),
+        Finding("msgpack", _version("msgpack")),
+        Finding("driver", _driver()),
+    ]
+
+
+def _version(module: str) -> str:
+    found: Any = importlib.import_module(module)
+    version = found.__version__ if hasattr(found, "__version__") else ".".join(map(str, found.version))
+    return str(version)
+
+
+def _driver() -> str:
+    """Say what the driver says of itself, through NVML."""
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+    except ModuleNotFoundError:
+        return "not asked: pip install 'drp[gpu]'"
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        return f"none: {error}"
+    try:
+        devices = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+        names = [f"{_text(nvml.nvmlDeviceGetName(each))} {_text(nvml.nvmlDeviceGetUUID(each))}" for each in devices]
+        return f"{_text(nvml.nvmlSystemGetDriverVersion())}, with {', '.join(names) or 'no GPU'}"
+    except nvml.NVMLError as error:
+        return f"there, but: {error}"
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _gpus(gpus: Sequence[Gpu], why: str) -> list[Finding]:
+    if not gpus:
+        return [Finding("GPUs", f"none: {why}")]
+    found = [
+        Finding(
+            f"cuda:{gpu.index}",
+            f"{gpu.name}, {gpu.uuid}, {gpu.nbytes / 2**30:.1f} GiB, at {gpu.bus or 'an unknown place'}, "
+            f"beside {_cores_text(gpu.cores) if gpu.cores else 'cores that the kernel does not name'}",
+            "good",
+        )
+        for gpu in gpus
+    ]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        found.append(Finding("CUDA_VISIBLE_DEVICES", repr(visible)))
+    return found + [Finding(name, repr(os.environ[name])) for name in ALLOCATOR if name in os.environ]
+
+
+def peers(gpus: Sequence[Gpu]) -> tuple[tuple[str, ...], ...]:
+    """Copy from each GPU to each, and look at what arrived: what the driver says of it proves nothing."""
+    return tuple(tuple(_peer(source.index, target.index) for target in gpus) for source in gpus)
+
+
+def _peer(source: int, target: int) -> str:
+    try:
+        sent = torch.arange(PEER_BYTES, device=f"cuda:{source}", dtype=torch.int64).to(torch.uint8)
+        arrived = sent.to(f"cuda:{target}", copy=True)
+        whole = torch.equal(arrived.cpu(), torch.arange(PEER_BYTES).to(torch.uint8))
+    except RuntimeError as error:
+        return f"fails: {str(error).splitlines()[0]}"
+    if source == target:
+        return "itself" if whole else "wrong"
+    direct = "direct" if torch.cuda.can_device_access_peer(source, target) else "by way of the host"
+    return f"copied, {direct}" if whole else f"WRONG, {direct}"
+
+
+def shared_memory() -> Finding:
+    """Have a child process open memory of this one, as a worker does."""
+    about, memory = "memfd through /proc/PID/fd", SharedMemory.create(4096)
+    path = f"/proc/{os.getpid()}/fd/{memory.handle.fd}"
+    try:
+        done = subprocess.run(  # noqa: S603  # this interpreter, and a line of our own
+            [sys.executable, "-I", "-c", SEEN, path], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding(about, f"could not be tried: {error}", "bad", "see that this interpreter can be started")
+    finally:
+        memory.close()
+    if done.returncode == 0:
+        return Finding(about, "a child opened it for reading and writing", "good")
+    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    remedy = (
+        "the leader must be allowed to be traced by its own user: same user, dumpable, /proc mounted without subset"
+    )
+    return Finding(about, f"a child could not open it: {last}", "bad", remedy)
+
+
+def _kernel() -> list[Finding]:
+    options = next((part.opts for part in psutil.disk_partitions(all=True) if part.mountpoint == "/proc"), "")
+    hidden = next((option for option in options.split(",") if option.startswith("hidepid")), "hidepid is off")
+    scope = _read(Path("/proc/sys/kernel/yama/ptrace_scope"))
+    meaning = {"0": "open", "1": "children only", "2": "for root", "3": "off"}.get(scope or "", "")
+    seen = f"{scope} ({meaning}); nothing of drp needs tracing" if scope else "no Yama"
+    return [Finding("/proc", hidden), Finding("ptrace_scope", seen)]
+
+
+def _cores() -> list[Finding]:
+    allowed = os.sched_getaffinity(0)
+    found = [
+        Finding("this process may use", f"{_cores_text(sorted(allowed))}, {len(allowed)} of {psutil.cpu_count()}"),
+        Finding("physical cores", str(psutil.cpu_count(logical=False) or "the kernel does not say")),
+    ]
+    for node in sorted(CORES.glob("node[0-9]*")):
+        text = _read(node / "cpulist")
+        if text:
+            mine = sorted(parse_cores(text) & allowed)
+            found.append(Finding(f"NUMA {node.name}", f"cores {text}; of these ours: {_cores_text(mine)}"))
+    return found
+
+
+def _limits() -> list[Finding]:
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = FILES * max(1, len(os.sched_getaffinity(0)))
+    few = files != resource.RLIM_INFINITY and files < needed
+    shm = shutil.disk_usage("/dev/shm")  # noqa: S108  # its size is what is asked for
+    remedy = f"ulimit -n {needed} or more"
+    memory = psutil.virtual_memory()
+    return [
+        Finding("open files", f"{_limit(files)}, at most {_limit(most)}", "bad" if few else "", remedy if few else ""),
+        Finding(
+            "locked memory", f"{_bytes_limit(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])}; CUDA does not count"
+        ),
+        Finding("/dev/shm", f"{_size(shm.free)} free of {_size(shm.total)}; drp puts nothing there"),
+        Finding("memory", f"{_size(memory.available)} available of {_size(memory.total)}"),
+        Finding("cgroup: processors", _cgroup_cpus()),
+        Finding("cgroup: memory", _cgroup_memory()),
+    ]
+
+
+def _cgroup_cpus() -> str:
+    """Return how many processors' time the control group has, by the second version's file or the first's."""
+    quota, _, period = (_read(_own_group("") / "cpu.max") or "").partition(" ")
+    if not quota:
+        quota = _read(_own_group("cpu") / "cpu.cfs_quota_us") or ""
+        period = _read(_own_group("cpu") / "cpu.cfs_period_us") or ""
+    if not quota:
+        return "no limit to be seen"
+    return "no limit" if quota in ("max", "-1") else f"the time of {int(quota) / int(period):g}"
+
+
+def _cgroup_memory() -> str:
+    most = _read(_own_group("") / "memory.max") or _read(_own_group("memory") / "memory.limit_in_bytes")
+    if most is None:
+        return "no limit to be seen"
+    return "no limit" if most == "max" or int(most) > 2**60 else _size(int(most))
+
+
+def _own_group(controller: str) -> Path:
+    """Return the folder of this process's group, of a controller in the first version, of all in the second."""
+    root = CGROUP / controller
+    for line in (_read(Path("/proc/self/cgroup")) or "").splitlines():
+        _, names, path = line.split(":", 2)
+        if controller in names.split(",") and (root / path.lstrip("/")).is_dir():
+            return root / path.lstrip("/")
+    return root
+
+
+def _use(gpus: Sequence[Gpu], why: str) -> list[Finding]:
+    cores = parse_devices(len(os.sched_getaffinity(0)), 1)
+    found = [Finding("devices=N", f"a worker a core, {cores[0].name} to {cores[-1].name}, one thread each")]
+    if not gpus:
+        return [*found, Finding("devices='cuda'", f"refused: {why}")]
+    names = ", ".join(f"cuda:{gpu.index}" for gpu in gpus)
+    return [
+        *found,
+        Finding("devices='cuda'", f"{names}, in turn; the leader computes on the first named"),
+        Finding(
+            "runs' memory", "on that GPU if every worker reaches it, which is tried at the start; else on the host"
+        ),
+        Finding("one GPU alone", f"Leader(..., devices='cuda:{gpus[0].index}', drafts_per_device=4)"),
+    ]
+
+
+def _cores_text(cores: Sequence[int]) -> str:
+    """Write cores as the kernel does: 0-3,8."""
+    spans: list[list[int]] = []
+    for core in cores:
+        if spans and spans[-1][1] == core - 1:
+            spans[-1][1] = core
+        else:
+            spans.append([core, core])
+    return "cores " + (",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) or "none")
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
+
+
+def _limit(count: int) -> str:
+    return "no limit" if count == resource.RLIM_INFINITY else str(count)
+
+
+def _bytes_limit(nbytes: int) -> str:
+    return "no limit" if nbytes == resource.RLIM_INFINITY else _size(nbytes)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
