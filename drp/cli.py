@@ -62,7 +62,8 @@ def parse_labels(text: str) -> list[int]:
     "-d", "--devices", default="1", show_default=True, help="A count, or names: cpu:0,cpu:1 or 8xemulated:20ms."
 )
 @click.option("-m", "--mode", default="aggressive", show_default=True, help=f"One of {', '.join(MODE_NAMES)}.")
-@click.option("--drafts", type=int, help="Drafts a round; by default one a device.")
+@click.option("--drafts", type=int, help="Drafts a round; by default as many as the devices evaluate at once.")
+@click.option("--drafts-per-device", default=1, show_default=True, help="Drafts that a device evaluates as one batch.")
 @click.option("--target-speedup", type=float, help="Choose mode and drafts for this, with at most --drafts.")
 @click.option("--rule", help=f"How drafts are made: {', '.join(RULES)}; by default the best measured.")
 @click.option("--tolerance", default=0.0025, show_default=True, help="Residual at which adaptive gives predictions up.")
@@ -90,6 +91,7 @@ def sample(
     devices: str,
     mode: str,
     drafts: int | None,
+    drafts_per_device: int,
     target_speedup: float | None,
     rule: str | None,
     tolerance: float,
@@ -142,6 +144,7 @@ def sample(
                 devices=devices,
                 mode=mode,
                 drafts=drafts,
+                drafts_per_device=drafts_per_device,
                 target_speedup=target_speedup,
                 rule=rule,
                 tolerance=tolerance,
@@ -166,6 +169,20 @@ def sample(
         for incident in result.incidents:
             click.echo(f"meanwhile {incident.splitlines()[0]}", err=True)
         click.echo(f"wrote {out}")
+
+
+@main.command()
+def doctor() -> None:
+    """Show what this machine has, what of it works, and what drp will use; end with 1 if something is in the way."""
+    from drp.doctor import examine
+    from drp.doctor_tables import tables
+
+    report = examine()
+    Console(width=max(Console().width, 110)).print(*tables(report))
+    for finding in report.bad:
+        click.echo(f"in the way: {finding.about}: {finding.remedy}", err=True)
+    if report.bad:
+        raise SystemExit(1)
 
 
 @main.group()

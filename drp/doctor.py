@@ -23,6 +23,7 @@ from drp.protocol.memory import SharedMemory
 State = Literal["", "good", "bad"]
 CORES = Path("/sys/devices/system/node")
 CGROUP = Path("/sys/fs/cgroup")
+SHM = "/dev/shm"  # noqa: S108  # its size is what is asked for
 FILES = 16
 """Descriptors that the leader needs for each worker, at most; more beside them are the program's own."""
 SEEN = "import os, sys; os.close(os.open(sys.argv[1], os.O_RDWR))"
@@ -195,15 +196,16 @@ def _limits() -> list[Finding]:
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = FILES * max(1, len(os.sched_getaffinity(0)))
     few = files != resource.RLIM_INFINITY and files < needed
-    shm = shutil.disk_usage("/dev/shm")  # noqa: S108  # its size is what is asked for
+    shm = shutil.disk_usage(SHM)
     remedy = f"ulimit -n {needed} or more"
     memory = psutil.virtual_memory()
     return [
         Finding("open files", f"{_limit(files)}, at most {_limit(most)}", "bad" if few else "", remedy if few else ""),
         Finding(
-            "locked memory", f"{_bytes_limit(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])}; CUDA does not count"
+            "locked memory",
+            f"{_bytes_limit(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])}; what CUDA pins is not counted",
         ),
-        Finding("/dev/shm", f"{_size(shm.free)} free of {_size(shm.total)}; drp puts nothing there"),
+        Finding(SHM, f"{_size(shm.free)} free of {_size(shm.total)}; drp puts nothing there"),
         Finding("memory", f"{_size(memory.available)} available of {_size(memory.total)}"),
         Finding("cgroup: processors", _cgroup_cpus()),
         Finding("cgroup: memory", _cgroup_memory()),
