@@ -26,7 +26,7 @@ from bench.figures import console
 from drp.leader import Leader
 from drp.leader.policies import POLICIES
 from drp.leader.timeline import Timeline
-from drp.sampling.modes import Aggressive, Conservative, Mode, Rolling
+from drp.sampling.modes import Aggressive, Conservative, Mode, Rolling, rounds_of
 from drp.simulate import Costs, Load, make_devices, simulate
 from drp.simulate.devices import repeated
 
@@ -107,9 +107,11 @@ def emulated_stragglers(runs: int) -> list[dict[str, Any]]:
                         took[name, n, leader is one_late].append(result.seconds)
     rows = []
     for name, n in EMULATED_STRAGGLING:
-        mean = statistics.fmean(took[name, n, False])
-        lost = statistics.fmean(took[name, n, True]) - mean
-        rows.append({"policy": name, "n": n, "seconds": mean, "lost": lost})
+        whole_runs, late_runs = took[name, n, False], took[name, n, True]
+        lost = [b - a for a, b in zip(whole_runs, late_runs, strict=True)]
+        error = statistics.stdev(lost) / len(lost) ** 0.5
+        mean = statistics.fmean(whole_runs)
+        rows.append({"policy": name, "n": n, "seconds": mean, "lost": statistics.fmean(lost), "error": error})
     return rows
 
 
@@ -141,9 +143,10 @@ def tables(figures: dict[str, Any]) -> list[Table]:
         rows = figures["stragglers"][kind]
         for row in rows:
             share = row["lost"] / rows[0]["lost"]
+            error = f" +- {row['error'] * 1e3:.1f}" if "error" in row else ""  # standard error of the mean
             late.add_row(
                 *(row["policy"], str(row["n"])),
-                *(f"{row['seconds'] * 1e3:.1f}", f"{row['lost'] * 1e3:.2f}", f"{share:.0%}"),
+                *(f"{row['seconds'] * 1e3:.1f}", f"{row['lost'] * 1e3:.2f}{error}", f"{share:.0%}"),
             )
         found.append(late)
     return found
@@ -159,11 +162,12 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     picture, ((speed, good), (agree, late)) = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
     for name, row in figures["speedup"].items():
         if name not in ("eager", "load-adaptive"):  # in the aggressive mode, with one run, both are the barrier
-            speed.plot(COUNTS, row, "o-", label=name)
+            shares = [value * rounds_of("aggressive", 48, n) / 48 for n, value in zip(COUNTS, row, strict=True)]
+            speed.plot(COUNTS, shares, "o-", label=name)
     speed.set(
         xlabel="devices, one draft each (simulated)",
-        ylabel="speed-up over 48 x 20 ms",
-        title="jitter 10 %",
+        ylabel="share of the speed-up that rounds allow",
+        title="48 steps, devices of 20 ms with jitter 10 %",
         xscale="log",
         xticks=COUNTS,
         xticklabels=COUNTS,
@@ -193,7 +197,9 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     late.barh(names, [row["lost"] * 1e3 for row in rows], color="lightgray", label="simulated")
     measured = figures["stragglers"]["emulated"]
     places = [f"{row['policy']}, {row['n']}" for row in measured]
-    late.plot([row["lost"] * 1e3 for row in measured], places, "o", color="tab:blue", label="emulated devices")
+    errors = [row["error"] * 1e3 for row in measured]
+    lost = [row["lost"] * 1e3 for row in measured]
+    late.errorbar(lost, places, xerr=errors, fmt="o", color="tab:blue", label="emulated devices, standard error")
     late.set(xlabel="lost on average, ms", title=f"one of 8 devices 3x as slow at 5 %, {STRAGGLER_STEPS} steps")
     late.invert_yaxis()
     late.legend()
