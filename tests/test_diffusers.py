@@ -498,6 +498,30 @@ def test_workers_follow_a_lora(workers: Workers) -> None:
     assert [call.sequential for call in parallel.report.calls] == [""] * (len(changes) + 1)
 
 
+def test_a_callback_may_change_the_denoiser(workers: Workers) -> None:
+    """Some of diffusers' own callbacks do: what was drafted before is dropped, and workers get the module as it is."""
+    pipe, steps = sdxl(), 10
+    pipe.unet.add_adapter(lora(1), "first")
+
+    def weaken(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        pipe.set_adapters("first", 1.0 if i < 4 else 0.2)
+        return {}
+
+    def call() -> torch.Tensor:
+        pipe.set_adapters("first", 1.0)
+        return run(pipe, {**CHEAP, "callback_on_step_end": weaken}, steps)
+
+    untouched = call()
+    with parallelize(pipe, workers, drafts=1) as parallel:
+        assert torch.equal(call(), untouched)
+    assert list(parallel.report.calls[0].notes) == ["a step was evaluated anew: unet itself was changed"]
+    with reference(pipe, devices=3):
+        expected = call()
+    with parallelize(pipe, workers) as parallel:
+        assert torch.equal(call(), expected)
+    assert parallel.report.calls[0].rounds < steps
+
+
 def test_weights_written_in_place_are_seen(workers: Workers) -> None:
     pipe = sdxl()
     with parallelize(pipe, workers, drafts=1):

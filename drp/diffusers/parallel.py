@@ -14,6 +14,7 @@ from drp.diffusers.call import PipelineCall, Work
 from drp.diffusers.evaluators import Evaluator, Here
 from drp.diffusers.publish import Publisher
 from drp.diffusers.report import CallReport, Report
+from drp.diffusers.structure import Described, describe
 from drp.diffusers.tree import Json
 from drp.diffusers.workers import Workers
 from drp.leader.devices import parse_devices
@@ -35,6 +36,7 @@ class Parallel:
         self._schedulers: list[Any] = []
         self._call: PipelineCall | None = None
         self._fresh = True
+        self._described: dict[str, Described] = {}
         self._publisher: Publisher | None = None
         self._evaluator: Evaluator | None = None
 
@@ -100,15 +102,37 @@ class Parallel:
         mode = self._mode
         report = CallReport(type(mode).__name__.lower(), mode.width, self._evaluator.devices)
         self.report.calls.append(report)
-        work = Work(self._pipe, mode, self._originals, self._evaluator, self._split, self._publish, self._config)
+        work = Work(
+            self._pipe,
+            mode,
+            self._originals,
+            self._evaluator,
+            self._split,
+            self._publish,
+            self._unchanged,
+            self._config,
+        )
         self._call = PipelineCall(work, scheduler, report)
 
-    def publish(self, publisher: Publisher, name: str) -> Json:
-        """Put a module where workers find it; raise ValueError if it cannot be put there."""
-        return publisher.publish(name, self._modules[name])
+    def publish(self, publisher: Publisher | None, name: str) -> Json:
+        """Describe a module, and put it where workers find it; raise ValueError if it cannot be described."""
+        module = self._modules[name]
+        described = self._described[name] = describe(module, lambda value: isinstance(value, Hook))
+        return None if publisher is None else publisher.publish(name, module, described)
 
     def _publish(self, name: str) -> Json:
-        return None if self._publisher is None else self.publish(self._publisher, name)
+        return self.publish(self._publisher, name)
+
+    def _unchanged(self, name: str) -> bool:
+        """Return whether a module is still as it was described last."""
+        described = self._described[name]
+        if described.untouched():
+            return True
+        now = describe(self._modules[name], lambda value: isinstance(value, Hook))
+        if not now.same(described):
+            return False
+        self._described[name] = now
+        return True
 
     def _config(self, name: str) -> Mapping[str, Any]:
         return getattr(self._modules[name], "config", {})
@@ -171,7 +195,7 @@ def parallelize(
     drafts = _drafts(drafts, count, split_guidance)
     parallel = Parallel(pipe, make(mode, drafts, rule, tolerance, warmup), names, split_guidance)
     with ExitStack() as stack:
-        publisher = stack.enter_context(closing(Publisher(lambda value: isinstance(value, Hook))))
+        publisher = stack.enter_context(closing(Publisher()))
         for name in names:  # Before workers start: what cannot be described is refused.
             parallel.publish(publisher, name)
         workers = own or stack.enter_context(

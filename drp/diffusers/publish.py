@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from drp.diffusers.structure import describe
+from drp.diffusers.structure import Described
 from drp.diffusers.tree import Json
 from drp.protocol.memory import NAMES, SharedMemory, aligned
 
@@ -30,21 +29,17 @@ Key = tuple[int, tuple[int, ...], torch.dtype, tuple[int, ...]]
 
 
 class Publisher:
-    """The shared memory of one pipeline's modules. `ours` says which attributes of modules are not the user's."""
+    """The shared memory of one pipeline's modules."""
 
-    def __init__(self, ours: Callable[[Any], bool]) -> None:
-        self._ours = ours
+    def __init__(self) -> None:
         self._blocks: list[SharedMemory] = []
         self._places: dict[Key, Json] = {}
         self._copies: dict[str, dict[int, tuple[Tensor, Json]]] = {}
         self._latest: dict[str, tuple[Json, Json]] = {}
 
-    def publish(self, name: str, module: nn.Module) -> Json:
-        """Return the JSON by which a worker finds a module; the same as the last time if nothing has changed since.
-
-        Raises UnknownValueError for a module that cannot be described.
-        """
-        description, tensors = describe(module, self._ours)
+    def publish(self, name: str, module: nn.Module, described: Described) -> Json:
+        """Return the JSON by which a worker finds a module; the same as the last time if nothing has changed since."""
+        description, tensors = described.json, described.tensors
         weights = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
         self._move([tensor for tensor in tensors if id(tensor) in weights])
         copies = self._copy(name, {i: tensor for i, tensor in enumerate(tensors) if id(tensor) not in weights})
@@ -56,6 +51,7 @@ class Publisher:
             memory.tensor(0, (len(text),), torch.uint8).copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
             source = {"number": next(_numbers), "length": len(text), "memory": _fields(memory)}
             self._latest[name] = ((description, places), source)
+        described.note_pointers()
         return source
 
     def _move(self, weights: Sequence[Tensor]) -> None:

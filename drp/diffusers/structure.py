@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import operator
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -28,8 +29,39 @@ FORBIDDEN = {
 TENSORS = (Tensor, nn.Parameter)
 
 
-def describe(module: nn.Module, ours: Callable[[Any], bool] = lambda value: False) -> tuple[Json, list[Tensor]]:
-    """Return a module's description and the tensors in it, each once.
+class Described:
+    """A module's description, as JSON, and the `tensors` in it, each once."""
+
+    def __init__(self, json: Json, tensors: list[Tensor], containers: Sequence[Any]) -> None:
+        self.json, self.tensors = json, tensors
+        self._containers = [(container, _items(container)) for container in containers]
+        self._pointers: list[int] = []
+        self.note_pointers()
+
+    def note_pointers(self) -> None:
+        """Take it that the tensors are where they belong."""
+        self._pointers = [tensor.data_ptr() for tensor in self.tensors]
+
+    def untouched(self) -> bool:
+        """Return whether every attribute is still the same object, and every tensor where it was: a quick look."""
+        here = all(map(operator.eq, self._pointers, (tensor.data_ptr() for tensor in self.tensors)))
+        return here and all(_identical(_items(container), items) for container, items in self._containers)
+
+    def same(self, other: Described) -> bool:
+        """Return whether two descriptions are of the same structure and the same tensors."""
+        return self.json == other.json and self._pointers == other._pointers
+
+
+def _items(container: Any) -> list[Any]:
+    return list(container.values()) if isinstance(container, dict) else list(container)
+
+
+def _identical(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def describe(module: nn.Module, ours: Callable[[Any], bool] = lambda value: False) -> Described:
+    """Describe a module.
 
     `ours` says which attributes are left out. Raises UnknownValueError, saying what and where, for a module that
     another process could not make again as it is: hooked, offloaded, compiled, quantised, or with attributes of kinds
@@ -37,13 +69,14 @@ def describe(module: nn.Module, ours: Callable[[Any], bool] = lambda value: Fals
     """
     describer = _Describer(ours)
     root = describer.value(module, type(module).__name__)
-    return {"objects": describer.objects, "root": root}, describer.tensors
+    return Described({"objects": describer.objects, "root": root}, describer.tensors, describer.containers)
 
 
 class _Describer:
     def __init__(self, ours: Callable[[Any], bool]) -> None:
         self.objects: list[Json] = []
         self.tensors: list[Tensor] = []
+        self.containers: list[Any] = []
         self._ours = ours
         self._places: dict[int, int] = {}
         self._tensor_places: dict[int, int] = {}
@@ -56,6 +89,8 @@ class _Describer:
             return value
         if isinstance(value, Tensor):
             return self._tensor(value, path)
+        if kind in (list, dict, OrderedDict):
+            self.containers.append(value)
         if kind in (list, tuple, torch.Size, set, frozenset):
             items = sorted(value, key=repr) if kind in (set, frozenset) else value
             name = "tuple" if kind is torch.Size else kind.__name__
@@ -113,6 +148,7 @@ class _Describer:
 
     def _module(self, module: nn.Module, path: str) -> Json:
         state = []
+        self.containers += [vars(module), *(getattr(module, part) for part in PARTS[:3])]
         for name, value in vars(module).items():
             if name in FORBIDDEN and value is not None:
                 raise UnknownValueError(f"{path}: {FORBIDDEN[name]}")
