@@ -38,6 +38,10 @@ class Workers:
             raise ValueError(
                 f"devices is {devices!r}: values=cheap puts a function in the place of drp's own models only"
             )
+        if any(device.gpu is not None for device in placed):
+            raise ValueError(
+                f"devices is {devices!r}: pipelines run on CPU workers so far; name cpu or emulated devices"
+            )
         self.threads = threads or max(1, torch.get_num_threads() // len(placed))
         self._leader = Leader(
             MODEL,
