@@ -4,7 +4,7 @@ DEVICES ?= 2
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test test-diffusers test-faults soak fuzz check bench study bench-pipelines quality micro clean
+.PHONY: help demo test test-diffusers test-gpu test-faults soak fuzz check bench bench-gpu study bench-pipelines quality micro clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ test: $(READY) ## Run the tests
 
 test-diffusers: $(READY) ## Run every diffusers pipeline with two, three and four workers
 	$(BIN)/python -m pytest -m diffusers
+
+test-gpu: $(READY) ## Run what needs a GPU; skipped where there is none, with the reason
+	$(BIN)/python -m pytest -m gpu -s tests/gpu
 
 test-faults: $(READY) ## Kill, stop, starve and flood everything, for ten minutes
 	$(BIN)/python -m pytest -m faults -s tests/faults
@@ -50,6 +53,9 @@ bench-pipelines: $(READY) ## Measure pipelines of diffusers: a small SDXL, and P
 
 micro: $(READY) ## Measure the parts: codec, transport, arithmetic
 	$(BIN)/python -m pytest bench/micro --benchmark-enable --benchmark-columns=min,median,mean,rounds --benchmark-sort=name
+
+bench-gpu: $(READY) ## Measure on one GPU: batched drafts, one worker against the plain loop, a round with four workers
+	$(BIN)/python -m bench.gpu
 
 study: $(READY) ## Compare policies on emulated and simulated devices, as in docs/study.md
 	$(BIN)/python -m bench.study

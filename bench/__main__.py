@@ -51,7 +51,7 @@ def main(devices: int, out: Path | None) -> None:
     figures["real_model"] = real_model.measure()
     console.print(real_model.table(figures["real_model"]))
     gpus = torch.cuda.device_count()
-    figures["real_gpus"] = f"{gpus}, not measured: drp has no workers for them yet" if gpus else "none"
+    figures["real_gpus"] = f"{gpus}, not measured here: python -m bench.gpu does" if gpus else "none"
     console.print("real GPUs:", figures["real_gpus"])
 
     figures["seconds"] = time.perf_counter() - began

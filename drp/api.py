@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from drp import models
 from drp.leader.devices import parse_devices
+from drp.leader.ground import GpuOptions
 from drp.leader.leader import Leader, check_batch, model_name
 from drp.leader.request import Options, Request, make_job
 from drp.sampling.reference import run_reference
@@ -28,12 +29,13 @@ def sample(
     start_timeout: float = 120.0,
     draft_timeout: float | None = None,
     drafts_per_device: int = 1,
+    gpu: GpuOptions | None = None,
     trace: str | os.PathLike[str] | None = None,
     **options: Unpack[Options],
 ) -> Result:
     """Start workers, sample once, end them.
 
-    The first six arguments are those of `drp.Leader`; `trace` is a file to write what happened where and when to, see
+    The first seven arguments are those of `drp.Leader`; `trace` is a file to write what happened where and when to, see
     `drp.trace`; the others are those of `drp.leader.request.Request`.
     `result.samples` is float32 [B, ...], for `digits` [B, 1, 28, 28], about [-1, 1]. To sample more than once, keep a
     `drp.Leader`.
@@ -51,6 +53,7 @@ def sample(
             start_timeout=start_timeout,
             draft_timeout=draft_timeout,
             drafts_per_device=drafts_per_device,
+            gpu=gpu,
         ) as leader,
         record(leader, trace) if trace is not None else nullcontext(),
     ):
@@ -63,30 +66,41 @@ def reference(
     devices: int | str | Sequence[str] = 1,
     threads: int = 1,
     drafts_per_device: int = 1,
+    gpu: GpuOptions | None = None,
     **options: Unpack[Options],
 ) -> Result:
     """Sample in this process; the samples equal those of `sample` with the same arguments bit for bit.
 
     `devices` only counts, for the drafts a round. torch runs on `threads` threads meanwhile, as a worker would. Drafts
-    are evaluated in the same batches of `drafts_per_device`.
+    are evaluated in the same batches of `drafts_per_device`. With GPUs for devices, all is done on the first of them.
     """
     placed = parse_devices(devices, threads)
     request = Request(**options)
     denoiser = models.load(model_name(model))
     job = make_job(request, denoiser.spec, len(placed) * check_batch(drafts_per_device))
+    device = torch.device("cpu")
+    if placed[0].gpu is not None:
+        from drp.models.gpu import on_device  # only now, like all that is for GPUs
+        from drp.protocol.cuda import index_of
+
+        device = torch.device("cuda", index_of(placed[0].gpu))
+        denoiser = on_device(denoiser, device, (gpu or GpuOptions()).on(placed[0].gpu, drafts_per_device))
+    job = job.to(device)
+    cond = {name: value.to(device) for name, value in job.cond.items()}
     with _threads(threads):
         result = run_reference(
             denoiser.predict,
             job.solver,
             job.mode,
             job.start,
-            job.cond,
+            cond,
             request.callback,
             job.fresh,
             job.watch,
             drafts_per_device,
         )
-    return result if job.out is None else replace(result, samples=job.samples(result.samples))
+    there = job.out is None and result.samples.is_cpu
+    return result if there else replace(result, samples=job.samples(result.samples))
 
 
 @contextmanager

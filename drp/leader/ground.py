@@ -43,6 +43,10 @@ class GpuOptions:
         if self.memory not in ("auto", "host"):
             raise ValueError(f"memory is {self.memory!r}; give 'auto' or 'host'")
 
+    def on(self, uuid: str, batch: int, probe: GpuHandle | None = None) -> OnGpu:
+        """Return what a worker on this GPU is told."""
+        return OnGpu(uuid, self.dtype, self.compile, self.graphs, batch, probe)
+
 
 class Ground:
     """Memory for runs, lent as often as it is asked for and freed at the end: workers keep what they have opened.
@@ -75,8 +79,7 @@ class Ground:
         """Return what a worker is told of its GPU, None without one; with a probe, if it has to reach the leader's."""
         if device.gpu is None:
             return None
-        options, probe = self._options, self._probe(number)
-        return OnGpu(device.gpu, options.dtype, options.compile, options.graphs, self._batch, probe)
+        return self._options.on(device.gpu, self._batch, self._probe(number))
 
     def judge(self, number: int, worker: str, unreached: str) -> str:
         """Look at what a worker has made of its probe; return why it cannot be used, empty if it can.

@@ -1,0 +1,30 @@
+"""What needs a GPU: skipped where there is none, with the reason; what was seen is printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from drp.leader.gpus import find_gpus
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark everything here, and skip it where it cannot run."""
+    mine = [item for item in items if HERE in item.path.parents]
+    try:
+        why = "" if not mine or find_gpus() else "there is none"
+    except ValueError as error:
+        why = str(error)
+    for item in mine:
+        item.add_marker(pytest.mark.gpu)
+        if why:
+            item.add_marker(pytest.mark.skip(reason=f"no GPU: {why}"))
+
+
+@pytest.fixture(scope="session")
+def uuid() -> str:
+    """The first GPU's."""
+    return find_gpus()[0].uuid

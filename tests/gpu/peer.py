@@ -1,0 +1,34 @@
+"""A process that opens another's memory on a GPU: `python -m tests.gpu.peer WHAT`, the handle in JSON on its input."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from drp.protocol.cuda import GpuMemory, index_of, turn_over
+from drp.protocol.messages import GpuHandle
+
+
+def main() -> int:
+    """Turn the memory over, or follow its owner and say what its first number is then."""
+    fields = json.loads(sys.stdin.readline())
+    handle = GpuHandle(
+        fields["device"], fields["nbytes"], bytes.fromhex(fields["memory"]), bytes.fromhex(fields["event"])
+    )
+    torch.cuda.set_device(index_of(handle.device))
+    memory = GpuMemory.open(handle)
+    if sys.argv[1] == "turn":
+        turn_over(memory)
+        print("turned", flush=True)
+        return 0
+    print("open", flush=True)
+    sys.stdin.readline()
+    memory.follow()
+    print(int(memory.tensor(0, (1,), torch.int64).cpu()), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
