@@ -1,4 +1,4 @@
-"""What are batched drafts worth on one GPU, and what does a worker cost there? `python -m bench.gpu`. Not yet run on one.
+"""What are batched drafts worth on one GPU, and what does a worker cost? `python -m bench.gpu`. Not yet run on one.
 
 Three questions, with denoisers of a real size in bfloat16, eager and as captured graphs:
 
@@ -128,9 +128,7 @@ def tables(title: str, figures: dict[str, Any]) -> list[Table]:
     ms = Table("n", "in turn, ms", "as one batch, ms", "gain", title=f"{title}: n evaluations")
     for n, row in figures["evaluations"].items():
         ms.add_row(n, f"{row['serial']:.2f}", f"{row['batched']:.2f}", f"{row['gain']:.2f}")
-    s = Table(
-        "drafts", "plain loop, s", "worker, s", "gain", "theory of n GPUs", title=f"{title}: runs of {STEPS} steps"
-    )
+    s = Table("drafts", "plain loop, s", "worker, s", "gain", "of n GPUs", title=f"{title}: runs of {STEPS} steps")
     for n, row in figures["runs"].items():
         s.add_row(n, f"{row['plain']:.3f}", f"{row['led']:.3f}", f"{row['gain']:.3f}", f"{row['theory']:.2f}")
     return [ms, s]
@@ -145,6 +143,7 @@ def tables(title: str, figures: dict[str, Any]) -> list[Table]:
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=RESULTS / "gpu.json", show_default=True)
 def main(device: str, models: str, turns: int, out: Path) -> None:
     """Measure on one GPU."""
+    torch.set_num_threads(1)
     place = torch.device(device)
     figures: dict[str, Any] = {
         "machine": machine(),

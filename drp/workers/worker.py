@@ -105,7 +105,8 @@ class Worker:
                     if message.emulated.cheap:
                         self._denoiser = replace(self._denoiser, predict=cheap)
                 self._weights = Weights(self._denoiser.module)
-                return Loaded(self._denoiser.spec, self._weights.nbytes, self._weights.layout, unreached)
+                nbytes = self._weights.nbytes if self._seat is None else 0  # On a GPU they are not shared.
+                return Loaded(self._denoiser.spec, nbytes, self._weights.layout, unreached)
             case Share():
                 memory = SharedMemory.open(message.memory)
                 self._weights.share(memory, message.publish)
