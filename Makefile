@@ -4,7 +4,8 @@ DEVICES ?= 2
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test test-diffusers test-gpu test-faults soak fuzz check bench bench-gpu study bench-pipelines quality micro clean
+.PHONY: help demo test test-cpp test-diffusers test-gpu test-faults soak fuzz check bench bench-gpu study bench-pipelines \
+        quality micro clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,6 +22,9 @@ demo: $(READY) ## Draw digits with two worker processes, into digits.png
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest
+
+test-cpp: $(READY) ## Build the client and the examples in C++, and run them
+	$(BIN)/python -m pytest -m cpp
 
 test-diffusers: $(READY) ## Run every diffusers pipeline with two, three and four workers
 	$(BIN)/python -m pytest -m diffusers

@@ -9,12 +9,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
 
 from drp import Leader
 
 DEADLINE = 10.0
+
+# How fast inputs are made says something about the machine, not about what is tested.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 
 def leftovers() -> dict[str, set[str]]:

@@ -32,7 +32,7 @@ EACH = 63  # of eight clients: more than 500 requests
 SHORT, LONG = 12, 600
 CANCELLED, CLOSED = 6, 10  # codes of drp/client.h
 
-pytestmark = pytest.mark.timeout(400)  # the first test builds
+pytestmark = [pytest.mark.cpp, pytest.mark.timeout(400)]  # the first test builds
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ signal handlers: as before
 logged: """
 
 
+@pytest.mark.cpp
 @pytest.mark.timeout(400)
 def test_a_leader_in_a_cpp_program(tmp_path: Path) -> None:
     program = str(build("examples/embed") / "embed")
