@@ -70,9 +70,9 @@ def to_fields(record: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if type(value) in _SCALARS:
         return value
-    if dataclasses.is_dataclass(value):
-        return to_fields(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return to_fields(value) if dataclasses.is_dataclass(value) else value
 
 
 def decode(data: bytes, kinds: Mapping[str, type[Record]]) -> Record:
@@ -169,7 +169,7 @@ def _limited(hint: Any, limit: Any) -> Checker:
         def check_tuple(value: Any) -> Any:
             if not isinstance(value, list) or len(value) > limit.most:
                 _refuse(value, f"a list of at most {limit.most} items")
-            return tuple(item(v) for v in value)
+            return tuple(item(v) for v in value) if value else ()
 
         return check_tuple
     if hint is bytes:

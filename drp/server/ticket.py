@@ -65,7 +65,7 @@ class Ticket:
         self._lively()
         self._step = step
         if self.submit.previews and step % self.submit.previews == 0:
-            self._preview = step, state.clone()
+            self._preview = step, state.to("cpu", copy=True)
         if self._wanted:
             self._report(self)
 
