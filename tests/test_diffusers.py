@@ -80,6 +80,12 @@ def workers() -> Iterator[Workers]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def one_worker() -> Iterator[Workers]:
+    with Workers(1, threads=1) as made:
+        yield made
+
+
 @pytest.fixture(scope="module", params=[2, 4])
 def other_workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
     with Workers(request.param, threads=1) as made:
@@ -121,6 +127,17 @@ def test_one_draft_a_round_is_the_untouched_pipeline(name: str, workers: Workers
     assert report.rounds == report.evaluations == report.steps > 3
     assert not report.sequential
     assert not report.notes
+
+
+@pytest.mark.diffusers
+@pytest.mark.parametrize("name", EVERY)
+def test_one_device_is_the_untouched_pipeline(name: str, one_worker: Workers) -> None:
+    make, options = EVERY[name]
+    pipe = make()
+    expected = run(pipe, options)
+    with parallelize(pipe, one_worker) as parallel:
+        assert torch.equal(run(pipe, options), expected)
+    assert not parallel.report.calls[0].sequential
 
 
 @pytest.mark.parametrize("mode", ["aggressive", "conservative"])
