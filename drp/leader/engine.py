@@ -497,14 +497,14 @@ class Engine:
 
     def _answered(self, what: What, sent: Sent, station: Station, message: Prediction | Fault) -> None:
         if isinstance(message, Prediction):
-            share, own = message.seconds / len(sent.tasks), (message.predicted - message.began) / len(sent.tasks)
-            for place, task in enumerate(sent.tasks if self.timelines else ()):  # A batch's time is shared out.
-                last = place == len(sent.tasks) - 1
-                began, predicted = message.began + place * own, message.began + (place + 1) * own
-                times = (message.received, began, predicted, message.ended if last else predicted)
+            for place, task in enumerate(sent.tasks if self.timelines else ()):
+                # A batch's time is that of its first draft; the others' predictions are there at its end.
+                seconds = message.seconds if place == 0 else 0.0
+                received, began = (message.received, message.began) if place == 0 else (message.predicted,) * 2
+                times = (received, began, message.predicted, message.ended)
                 for timeline in self.timelines:
                     now = time.perf_counter_ns()
-                    timeline.append(Mark(what, now, message.run, task.index, station.number, share, times=times))
+                    timeline.append(Mark(what, now, message.run, task.index, station.number, seconds, times=times))
 
     def _watch(self, run: Active) -> Callable[[int, int], None]:
         return lambda step, since: self._mark("callback", run, step, since=since)
