@@ -83,16 +83,22 @@ class Sequential(Mode):
 
 
 @dataclass(frozen=True)
-class Aggressive(Mode):
-    """n drafts a round, the last draft's own prediction starting the next: 1 + ceil((N - 1) / n) rounds."""
+class Wide(Mode):
+    """A mode that has n drafts out at the same time."""
 
     n: int
-    rule: DraftRule = SECANT
 
     @property
     def width(self) -> int:
-        """The drafts a round, n."""
+        """The drafts, n."""
         return self.n
+
+
+@dataclass(frozen=True)
+class Aggressive(Wide):
+    """n drafts a round, the last draft's own prediction starting the next: 1 + ceil((N - 1) / n) rounds."""
+
+    rule: DraftRule = SECANT
 
     def rounds(self, steps: int) -> Rounds:
         """Yield the first evaluation, then blocks of n steps."""
@@ -102,19 +108,13 @@ class Aggressive(Mode):
 
 
 @dataclass(frozen=True)
-class Conservative(Mode):
+class Conservative(Wide):
     """n drafts, then a lone evaluation at the refined state: n + 1 steps every two rounds.
 
     2 floor(N / (n + 1)) + min(2, N mod (n + 1)) rounds.
     """
 
-    n: int
     rule: DraftRule = SECANT
-
-    @property
-    def width(self) -> int:
-        """The drafts a round, n."""
-        return self.n
 
     def rounds(self, steps: int) -> Rounds:
         """Yield a lone evaluation and a block of drafts in turn."""
@@ -126,7 +126,7 @@ class Conservative(Mode):
 
 
 @dataclass(frozen=True)
-class Adaptive(Mode):
+class Adaptive(Wide):
     """n drafts a round, of which as many are passed as were taken close enough to the state they stand for.
 
     The run advances to the last index before the residual first exceeds `tolerance`, by one step at least. Predictions
@@ -135,14 +135,8 @@ class Adaptive(Mode):
     """
 
     feedback: ClassVar[bool] = True
-    n: int
     tolerance: float
     rule: DraftRule = SECANT
-
-    @property
-    def width(self) -> int:
-        """The drafts a round, n."""
-        return self.n
 
     def rounds(self, steps: int) -> Rounds:
         """Yield the first evaluation, then a window of n drafts that moves on by what was passed."""
@@ -155,7 +149,7 @@ class Adaptive(Mode):
 
 
 @dataclass(frozen=True)
-class Rolling(Mode):
+class Rolling(Wide):
     """A window of n drafts without a barrier: as soon as the state at k is refined, the draft n ahead of it goes out.
 
     The draft at k + n is made of the state at k and the predictions up to k. It needs no other of the n - 1 that are
@@ -169,13 +163,7 @@ class Rolling(Mode):
     """
 
     lags: ClassVar[bool] = True
-    n: int
     rule: DraftRule = SECANT
-
-    @property
-    def width(self) -> int:
-        """The drafts that are out at the same time, n."""
-        return self.n
 
     def rounds(self, steps: int) -> Rounds:
         """Yield the first evaluation, then a round for each draft."""
