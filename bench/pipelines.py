@@ -14,7 +14,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from bench import sd_digits
 from drp.diffusers import Workers, parallelize
+from drp.threads import torch_threads
 
 TINY = Path(__file__).parent.parent / "examples" / "pipelines"
 
@@ -69,22 +69,11 @@ def table(ways: list[Way]) -> Iterator[str]:
         )
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Let torch have so many."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def untouched(pipe: Any, options: dict[str, Any], cores: int) -> Way:
     """Return the pipeline as it is, with all cores."""
 
     def sample() -> tuple[Tensor, int, int]:
-        with threads(cores):
+        with torch_threads(cores):
             images = pipe(**options, generator=torch.Generator().manual_seed(0)).images
         return images, len(pipe.scheduler.timesteps), len(pipe.scheduler.timesteps)
 
@@ -95,7 +84,7 @@ def ours(pipe: Any, options: dict[str, Any], workers: Workers, mode: str, drafts
     """Return the pipeline on workers, each with a core."""
 
     def sample() -> tuple[Tensor, int, int]:
-        with threads(1), parallelize(pipe, workers, mode, drafts=drafts) as run:
+        with torch_threads(1), parallelize(pipe, workers, mode, drafts=drafts) as run:
             images = pipe(**options, generator=torch.Generator().manual_seed(0)).images
         (report,) = run.report.calls
         if report.sequential:
@@ -114,7 +103,7 @@ def paradigms(pipe: Any, options: dict[str, Any], cores: int, window: int, toler
             lambda module, args: sizes.append(len(args[0]) // (2 * len(options["latents"])))
         )
         try:
-            with threads(cores):
+            with torch_threads(cores):
                 images = pipe(
                     **options, parallel=window, tolerance=tolerance, generator=torch.Generator().manual_seed(0)
                 ).images

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from drp.leader.leader import Leader, check_batch, model_name
 from drp.leader.request import Options, Request, make_job
 from drp.sampling.reference import run_reference
 from drp.sampling.result import Result
+from drp.threads import torch_threads
 from drp.trace.record import check, record
 
 
@@ -87,7 +88,7 @@ def reference(
         denoiser = on_device(denoiser, device, (gpu or GpuOptions()).on(placed[0].gpu, drafts_per_device))
     job = job.to(device)
     cond = {name: value.to(device) for name, value in job.cond.items()}
-    with _threads(threads):
+    with torch_threads(threads):
         result = run_reference(
             denoiser.predict,
             job.solver,
@@ -101,13 +102,3 @@ def reference(
         )
     there = job.out is None and result.samples.is_cpu
     return result if there else replace(result, samples=job.samples(result.samples))
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +13,7 @@ from drp.diffusers.program import PROGRAM, Program, to_tensor
 from drp.diffusers.tree import Json
 from drp.protocol.arena import Arena
 from drp.sampling.run import Task
+from drp.threads import torch_threads
 
 
 class Session(Protocol):
@@ -90,7 +90,7 @@ class _SessionHere:
 
     def evaluate(self, tasks: Sequence[Task]) -> Mapping[int, int]:
         """Evaluate one after the other."""
-        with _threads(self._threads), torch.no_grad():
+        with torch_threads(self._threads), torch.no_grad():
             for task in tasks:
                 began = time.perf_counter()
                 inputs, outputs = self.arena.draft(task.slot), self.arena.prediction(task.slot)
@@ -101,13 +101,3 @@ class _SessionHere:
     def close(self) -> None:
         """Give the memory back."""
         self.arena.close()
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
