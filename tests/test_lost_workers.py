@@ -121,10 +121,14 @@ def test_a_worker_killed_between_runs_is_noticed() -> None:
 def program(text: str, folder: Path) -> subprocess.Popen[str]:
     path = folder / "script.py"
     path.write_text(textwrap.dedent(text))
-    root = str(Path(__file__).parent.parent)
-    env = os.environ | {"PYTHONPATH": root, "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
+    return python([str(path)], folder, PYTHONUNBUFFERED="1")
+
+
+def python(arguments: list[str], folder: Path, **more: str) -> subprocess.Popen[str]:
+    """Start an interpreter in a folder, which is also where its temporary files go."""
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "TMPDIR": str(folder)} | more
     return subprocess.Popen(
-        [sys.executable, str(path)],
+        [sys.executable, *arguments],
         env=env,
         cwd=folder,
         stdout=subprocess.PIPE,

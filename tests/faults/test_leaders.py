@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -15,10 +14,10 @@ import psutil
 import pytest
 
 from tests.conftest import leftovers, what_stays
+from tests.test_lost_workers import python, wait_for_end
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 
-ROOT = str(Path(__file__).parent.parent.parent)
 DEADLINE = 40.0
 
 SCRIPT = """
@@ -44,23 +43,11 @@ say("closed")
 
 
 def program(text: str, folder: Path, **more: str) -> subprocess.Popen[str]:
-    env = os.environ | {"PYTHONPATH": ROOT, "TMPDIR": str(folder)} | more
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(text)],
-        env=env,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    return python(["-c", textwrap.dedent(text)], folder, **more)
 
 
 def gone(pids: list[int]) -> bool:
-    deadline = time.monotonic() + DEADLINE
-    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not any(psutil.pid_exists(pid) for pid in pids)
+    return wait_for_end(pids, DEADLINE) == []
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda how: how.name)
