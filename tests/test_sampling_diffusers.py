@@ -176,7 +176,10 @@ def test_ddpm(steps: int, spacing: str, prediction: str, monkeypatch: pytest.Mon
         solver = DDPM(make_grid(steps, family="ddpm", spacing=spacing), TYPES[prediction], variance)
         check(solver, Theirs(scheduler), monkeypatch)
         with_bars(scheduler)
-        check(solver, Theirs(scheduler), monkeypatch, 1e-9)  # It never adds less noise than 1e-10.
+        # Theirs never adds less noise than 1e-10 (`variance.clamp(min=1e-20)`), also where the step leads to no noise.
+        least = 1e-10 * draw(steps - 1) if variance == "small" and scheduler.timesteps[-1] > 0 else 0.0
+        error = relative(ours(solver) + least, Theirs(scheduler).run(monkeypatch))
+        assert error <= 1e-12, error
 
 
 @pytest.mark.parametrize("steps", [10, 25, 50, 48])
@@ -310,7 +313,7 @@ def test_linear_multistep(steps: int, sigmas: str | None, prediction: str, monke
         grid = make_grid(steps, family="euler", spacing=spacing, sigmas=sigmas)
         with_sigmas(scheduler, grid)
         solver = LinearMultistep(grid, TYPES[prediction], order)
-        check(solver, Theirs(scheduler, step={"order": order}), monkeypatch, 1e-9)
+        check(solver, Theirs(scheduler, step={"order": order}), monkeypatch, 1e-10)
 
 
 @pytest.mark.parametrize("steps", [10, 25, 50])
