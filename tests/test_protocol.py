@@ -10,6 +10,7 @@ import sys
 import tempfile
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import msgpack
@@ -256,3 +257,33 @@ def test_the_messages_are_all_named() -> None:
         assert module.__doc__ is not None
         for name in kinds:
             assert f" {name} " in module.__doc__
+
+
+@given(st.one_of(records(Draft), records(Prediction)), st.data())
+def test_messages_of_numbers_go_the_quick_way_and_mean_the_same(message: object, data: st.DataObject) -> None:
+    quick = encode(message)
+    if len(quick) == codec._flat[type(message)].size:
+        assert codec._flat[type(message)].unpack(quick) == message
+    else:
+        assert isinstance(message, Draft)
+        assert message.also
+    slow = msgpack.packb({"type": type(message).__name__, **codec.to_fields(message)})
+    assert msgpack.unpackb(quick) == msgpack.unpackb(slow)
+    assert decode(quick, KINDS) == decode(slow, KINDS) == message
+    place = data.draw(st.integers(0, len(quick) - 1))
+    changed = bytearray(quick)
+    changed[place] = data.draw(st.integers(0, 255))
+    assert outcome(bytes(changed), codec.decode) == outcome(bytes(changed), slowly)
+
+
+def outcome(data: bytes, read: Callable[[bytes, typing.Mapping[str, type]], object]) -> object:
+    try:
+        return repr(read(data, KINDS))
+    except ProtocolError as error:
+        return str(error)
+
+
+def slowly(data: bytes, kinds: typing.Mapping[str, type]) -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codec, "_flat_by_size", {})
+        return decode(data, kinds)

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from drp.protocol.codec import Bounds, Length
+from drp.protocol.codec import Bounds, Length, numbers
 
 VERSION = 3
 MOST_TENSORS = 1024
@@ -201,6 +201,7 @@ class Also:
     row: Count
 
 
+@numbers
 @dataclass(frozen=True)
 class Draft:
     """Evaluate the draft in `slot` at `timestep`, and write the prediction to `row`; `index` is the grid's.
@@ -217,6 +218,7 @@ class Draft:
     also: Annotated[tuple[Also, ...], Length(MOST_BATCHED)] = ()
 
 
+@numbers
 @dataclass(frozen=True)
 class Prediction:
     """The prediction is in `row`, and those of a batch are in theirs; evaluating took `seconds` by the worker's clock.
