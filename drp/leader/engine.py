@@ -14,6 +14,7 @@ from concurrent.futures import CancelledError, Future
 import torch
 
 from drp.leader.active import Active, ActiveRun, Pending
+from drp.leader.awake import Awake
 from drp.leader.devices import Device
 from drp.leader.errors import WorkerError
 from drp.leader.ground import GpuOptions, Ground
@@ -54,10 +55,11 @@ class Engine:
         hedge: float | None,
         batch: int,
         gpu: GpuOptions,
+        awake: Awake,
     ) -> None:
         self._batch, self._ground = batch, Ground(devices, gpu, batch)
         self.timelines: tuple[Timeline, ...] = ()
-        self.overlap = True
+        self.overlap, self._awake = True, awake
         self._draft_timeout = draft_timeout
         self.follow(sharing or ByLoad(), hedge, DEPTH)
         self._devices = tuple(device.name for device in devices)
@@ -232,6 +234,7 @@ class Engine:
                 self._mark("begin", run)
                 run.watch = self._watch(run) if self.timelines else None
                 self._runs[run.number] = run
+                self._awake.hold()
                 for station in self._staff.ready:
                     self._bind(station, run)
                 self._form(run)
@@ -451,6 +454,8 @@ class Engine:
         """Hand a run's result or error to its caller; let go of its memory once no worker uses it."""
         del self._runs[run.number]
         self._leaving[run.number] = run
+        if not self._runs:
+            self._awake.release()
         run.waiting.clear()
         run.missing.clear()
         if error is not None:
@@ -484,6 +489,7 @@ class Engine:
         for station in self._staff.stations:
             station.drafts.clear()
         self._runs.clear()
+        self._awake.release()
         self._leaving.clear()
         self._inbox.clear()
 

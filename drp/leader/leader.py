@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from drp.leader.active import Pending
+from drp.leader.awake import Awake
 from drp.leader.devices import parse_devices
 from drp.leader.engine import Engine
 from drp.leader.ground import GpuOptions
@@ -80,6 +81,8 @@ class Leader:
     drafts_per_device: evaluate so many drafts of a round as one batch; see docs/gpus.md. A run then has this many times
         the devices as its `drafts`, unless told otherwise. The samples are those of `drp.reference` with the same.
     gpu: how workers use their GPUs, a `drp.GpuOptions`.
+    awake: keep all cores of the machine from sleeping while runs are under way. Rounds lose about half as much, and the
+        machine takes more power; needs root or the right to write /dev/cpu_dma_latency; see docs/round.md.
 
     Raises ValueError for arguments that cannot be, WorkerError if a worker cannot start.
     """
@@ -98,6 +101,7 @@ class Leader:
         python: str | os.PathLike[str] | None = None,
         drafts_per_device: int = 1,
         gpu: GpuOptions | None = None,
+        awake: bool = False,
     ) -> None:
         for name, value in (("start_timeout", start_timeout), ("draft_timeout", draft_timeout)):
             if value is not None and not 0 < value < math.inf:
@@ -121,6 +125,7 @@ class Leader:
             hedge,
             drafts_per_device,
             gpu or GpuOptions(),
+            Awake(awake),
         )
         self._policy: Policy | None = None
         if own is not None:

@@ -24,6 +24,7 @@ from drp.plain import plain_errors, trace_option
 @click.option("--start-timeout", default=120.0, show_default=True, help="Seconds that workers have to start.")
 @click.option("--draft-timeout", type=float, help="Seconds that a worker has for a draft; by default what is usual.")
 @click.option("--hedge", type=float, help="Give drafts that take this many times the usual to idle workers too.")
+@click.option("--awake", is_flag=True, help="Keep all cores from sleeping while there are requests; docs/round.md.")
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens.")
 @trace_option
 def serve(
@@ -38,6 +39,7 @@ def serve(
     start_timeout: float,
     draft_timeout: float | None,
     hedge: float | None,
+    awake: bool,
     verbose: bool,
     trace: Path | None,
 ) -> None:
@@ -64,6 +66,7 @@ def serve(
                 start_timeout=start_timeout,
                 draft_timeout=draft_timeout,
                 hedge=hedge,
+                awake=awake,
             ) as leader,
             record(leader, trace) if trace is not None else nullcontext(),
         ):
