@@ -94,7 +94,7 @@ def test_an_arena_names_a_gpus_memory_and_is_opened_by_its_handle() -> None:
         return made[0]
 
     arena = Arena.create(3, torch.zeros(2, 5), 4, 6, {"labels": torch.tensor([1, 2])}, make)
-    assert made[0].nbytes == (4 + 6) * 64 + 64
+    assert made[0].nbytes == (4 + 6) * 256 + 256
     assert (arena.bind.memory, arena.bind.gpu) == (None, HANDLE)
     arena.drafts[1] = torch.arange(10.0)
     peer = Arena.open(arena.bind, lambda handle: made[0].theirs)

@@ -125,7 +125,7 @@ def test_extension_types_and_long_messages_are_refused() -> None:
 
 def test_memory_is_shared_between_processes() -> None:
     memory = SharedMemory.create(4096)
-    numbers = memory.tensor(64, (2, 3), torch.float32)
+    numbers = memory.tensor(256, (2, 3), torch.float32)
     numbers.copy_(torch.arange(6.0).view(2, 3))
     handle = memory.handle
     program = f"""
@@ -133,7 +133,7 @@ import torch
 from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import Handle
 memory = SharedMemory.open(Handle({handle.pid}, {handle.fd}, {handle.nbytes}))
-memory.tensor(64, (2, 3), torch.float32).mul_(10)
+memory.tensor(256, (2, 3), torch.float32).mul_(10)
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
     assert numbers.tolist() == [[0, 10, 20], [30, 40, 50]]
@@ -148,7 +148,7 @@ def test_a_peer_cannot_shrink_memory_under_a_reader() -> None:
 
 
 @pytest.mark.parametrize(
-    ("offset", "shape"), [(0, (1025,)), (4096, (1,)), (32, (1,)), (-64, (1,)), (64, (2**40,)), (0, (2**31, 2**31))]
+    ("offset", "shape"), [(0, (1025,)), (4096, (1,)), (128, (1,)), (-256, (1,)), (256, (2**40,)), (0, (2**31, 2**31))]
 )
 def test_a_tensor_outside_of_its_memory_is_refused(offset: int, shape: tuple[int, ...]) -> None:
     memory = SharedMemory.create(4096)
@@ -176,7 +176,7 @@ def test_an_arena_is_the_same_on_both_sides() -> None:
     assert torch.equal(peer.drafts[2], torch.arange(15.0))
     assert torch.equal(mine.predictions[3], torch.full((15,), 1.5))
     assert all(torch.equal(peer.cond[name], cond[name]) for name in cond)
-    assert peer.drafts[1].data_ptr() % 64 == 0
+    assert peer.drafts[1].data_ptr() % 256 == 0
     mine.close()
 
 
@@ -215,7 +215,7 @@ def test_an_arena_that_does_not_fit_its_memory_is_refused() -> None:
         {"inputs": (TensorSpec("x", "object", (2, 2), 0),)},
         {"outputs": (TensorSpec("x", "float32", (2, 2), 4),)},
         {"outputs": (TensorSpec("x", "float32", (2, 2), 4096),)},
-        {"cond": (TensorSpec("c", "float32", (64,), 4032),)},
+        {"cond": (TensorSpec("c", "float32", (65,), 3840),)},
         {"cond": (TensorSpec("c", "float7", (1,), 0),)},
     ):
         bind = dataclasses.replace(Bind(0, memory.handle, 2, 2, x, x, ()), **change)

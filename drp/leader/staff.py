@@ -89,7 +89,7 @@ class Staff:
 
     def __init__(self, pool: Pool, model: str, devices: Sequence[Device], start_timeout: float, ground: Ground) -> None:
         self.stations = [Station(number, device) for number, device in enumerate(devices)]
-        self._pool, self._crew, self._start_timeout = pool, Crew(pool, model, ground), start_timeout
+        self._pool, self._crew, self._start_timeout = pool, Crew(pool, model, devices, ground), start_timeout
         self._next_tick = time.monotonic() + TICK
         self.ready: tuple[Station, ...] = ()
         """Stations that take drafts."""
@@ -140,9 +140,9 @@ class Staff:
         """Give a worker up, by force if it is still there; `why` is empty for one that ended. It will be replaced."""
         worker = station.worker
         assert worker is not None
-        self._crew.lose(worker)
         name, stopped = str(worker), worker.is_stopped
         how, code = self._pool.retire(worker)
+        self._crew.lose(worker)  # only now: another may be told to write where it has written
         outside = stopped or (not why and code is not None and code < 0 and -code not in CRASHES)
         why += "; it was stopped" if stopped else ""
         station.last = why or f"{name} {how}"

@@ -1,7 +1,11 @@
-"""A denoiser on a GPU: its weights there, in a dtype of choice, compiled, or as graphs. Not yet run on a GPU."""
+"""A denoiser on a GPU: its weights there, in a dtype of choice, compiled, or as graphs. Not yet run on a GPU.
+
+In two steps: between them the weights may find another place, and what is compiled and captured must find them there.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,30 +22,47 @@ WARM = 3
 
 
 def on_device(denoiser: Denoiser, device: torch.device, how: OnGpu) -> Denoiser:
-    """Return the denoiser on a device, warmed with the model's own examples if it has some.
+    """Return the denoiser on a device, ready for its first draft; raise TypeError for a model that cannot be there."""
+    return warmed(in_dtype(denoiser, how), device, how)
 
-    A model that can be warmed has a method `examples()`: arguments (x, t, cond) of calls to come, on the host.
+
+def in_dtype(denoiser: Denoiser, how: OnGpu) -> Denoiser:
+    """Return the denoiser with its weights in the dtype asked for, wherever they are.
+
     Raises TypeError for a model that is no module, or that fills slots itself.
     """
     module = denoiser.module
     if module is None or hasattr(denoiser.predict, "fill"):
         raise TypeError("on a GPU a model is a torch.nn.Module from (x, t, cond) to the prediction; this one is not")
-    dtype = DTYPES[how.dtype] if how.dtype else None
+    if how.dtype:
+        module.to(DTYPES[how.dtype])
+    return denoiser
+
+
+def warmed(denoiser: Denoiser, device: torch.device, how: OnGpu) -> Denoiser:
+    """Return a denoiser that was cast, on a device, with all done that a first evaluation would have to wait for.
+
+    Weights that are there already stay where they are. A model that can be warmed has a method `examples()`: arguments
+    (x, t, cond) of calls to come, on the host. Each is evaluated alone and in all batches that `how` allows, in the way
+    of a worker: the largest first, whose graph's memory then serves the others'.
+    """
+    module = denoiser.module
+    assert module is not None
     module.to(device)
-    if dtype is not None:
-        module.to(dtype)
-    inner: Predict = torch.compile(module, dynamic=False) if how.compile else module
-    predict: Predict = Cast(inner, dtype) if dtype is not None else inner
+    predict: Predict = Compiled(module) if how.compile else module
+    if how.dtype:
+        predict = Cast(predict, DTYPES[how.dtype])
     if how.graphs:
         predict = Captured(predict)
-    with torch.inference_mode():
-        examples: Any = getattr(module, "examples", tuple)
-        for x, t, cond in examples():
-            for times in {1, how.batch}:
-                given = {k: torch.cat([v] * times) if v.shape[:1] == x.shape[:1] else v for k, v in cond.items()}
-                given = {name: value.to(device) for name, value in given.items()}
-                predict(torch.cat([x] * times).to(device), torch.cat([t] * times).to(device), given)
-    return replace(denoiser, predict=predict)
+    ready = replace(denoiser, predict=predict)
+    examples: Any = getattr(module, "examples", tuple)
+    for x, t, cond in examples():
+        draft, given = {"x": x.to(device)}, {name: value.to(device) for name, value in cond.items()}
+        outputs = [{"x": torch.empty_like(draft["x"])} for _ in range(how.batch)]
+        for times in range(how.batch, 0, -1):
+            with torch.inference_mode():
+                ready.evaluate_batch([draft] * times, [float(t[0])] * times, given, outputs[:times])
+    return ready
 
 
 class Cast:
@@ -56,39 +77,77 @@ class Cast:
         return self._predict(x.to(self._dtype), t, given).to(x.dtype)
 
 
+class Compiled:
+    """A module through torch.compile, each shape by itself, called outside inference mode and with ordinary tensors.
+
+    To the compiler a tensor made in inference mode is of another kind: the same shape would be compiled again
+    (pytorch/pytorch#134249). And in that mode it fails for models that take views (pytorch/pytorch#180823).
+    The compiler is asked not to choose by measuring where that changes bits, unless the environment says otherwise:
+    what two workers make of a draft must not differ.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # read when the compiler is imported, at first use
+        self._compiled = torch.compile(module, dynamic=False)
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Predict."""
+        with torch.inference_mode(mode=False), torch.no_grad():
+            given = {name: _ordinary(value) for name, value in cond.items()}
+            predicted: Tensor = self._compiled(_ordinary(x), _ordinary(t), given)
+            return predicted
+
+
+def _ordinary(value: Tensor) -> Tensor:
+    return value.clone() if value.is_inference() else value
+
+
 class Captured:
     """A denoiser as CUDA graphs: captured at the first call of each shape, replayed from then on.
 
     The denoiser must not look at numbers on the host, nor keep what it is given. What it returns is valid until the
-    next call.
+    next call, of any shape: all graphs share one pool of memory, which is sound because they are replayed one after
+    the other in one stream.
     """
 
     def __init__(self, predict: Predict) -> None:
         self._predict = predict
         self._graphs: dict[object, tuple[Callable[[], object], dict[str, Tensor], Tensor]] = {}
+        self._pool: Any = None
 
     def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Replay, or capture first."""
         given = {**{f"cond {name}": value for name, value in cond.items()}, "x": x, "t": t}
         key = tuple((name, value.dtype, tuple(value.shape)) for name, value in sorted(given.items()))
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(given)
-        replay, inputs, output = self._graphs[key]
-        for name, value in given.items():
-            inputs[name].copy_(value)
+        with torch.inference_mode(mode=False), torch.no_grad():  # The inputs are written to by calls in either mode.
+            if key not in self._graphs:
+                self._graphs[key] = self._capture(given)
+            replay, inputs, output = self._graphs[key]
+            for name, value in given.items():
+                inputs[name].copy_(value)
         replay()
         return output
 
     def _capture(self, given: Mapping[str, Tensor]) -> tuple[Callable[[], object], dict[str, Tensor], Tensor]:
         inputs = {name: value.clone() for name, value in given.items()}
         cond = {name.removeprefix("cond "): value for name, value in inputs.items() if name.startswith("cond ")}
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types for it
-        side.wait_stream(torch.cuda.current_stream())
+        mine, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types for it
+        side.wait_stream(mine)
         with torch.cuda.stream(side):
             for _ in range(WARM):
                 self._predict(inputs["x"], inputs["t"], cond)
-        torch.cuda.current_stream().wait_stream(side)
+        mine.wait_stream(side)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         graph: Any = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = self._predict(inputs["x"], inputs["t"], cond)
+        try:
+            # Other threads of this program may allocate meanwhile: only what this one does is captured.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                output = self._predict(inputs["x"], inputs["t"], cond)
+        except RuntimeError as error:
+            torch.cuda.set_stream(mine)  # If the capture was broken off, torch leaves its own stream current.
+            raise RuntimeError(
+                f"the model cannot be captured as a CUDA graph: {error}; it must not look at numbers on the host, nor "
+                "make tensors there; or leave graphs out of GpuOptions"
+            ) from error
         return graph.replay, inputs, output

@@ -18,8 +18,9 @@ from torch import Tensor
 from drp.protocol.codec import ProtocolError
 from drp.protocol.messages import GpuHandle, Handle
 
-ALIGNMENT: Final = 64
-"""Bytes at which every tensor starts, like those that torch allocates itself."""
+ALIGNMENT: Final = 256
+"""Bytes at which every tensor starts. cuBLASLt chooses among its algorithms by alignment, and looks no further than
+this: a tensor here gets the one that it would get in memory of torch's own, and so the same bits."""
 
 DTYPES: Final = {
     str(dtype).removeprefix("torch."): dtype

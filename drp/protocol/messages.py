@@ -5,6 +5,8 @@ leader -> worker   Load        load this model
 worker -> leader   Loaded      what the model expects, and how its weights lie in memory
 leader -> worker   Share       put the weights into (or take them from) this memory
 worker -> leader   Shared      done
+leader -> worker   Warm        to one on a GPU: compile, capture, warm
+worker -> leader   Warmed      done
 leader -> worker   Bind        a run begins: its memory
 worker -> leader   Bound       I have the run's memory
 leader -> worker   Draft       evaluate this slot
@@ -141,7 +143,9 @@ class Load:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model is there. `layout` is a digest of the names, dtypes, shapes and offsets of its `nbytes` of weights.
+    """The model is there, in the dtype that Load asks for.
+
+    `layout` is a digest of the names, dtypes, shapes, strides and offsets of its `nbytes` of weights.
 
     `unreached` says why the probe could not be written to; empty if it was, or there was none.
     """
@@ -154,15 +158,31 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Share:
-    """Weights: copy yours in (`publish`) and use them from there, or only use them from there."""
+    """Weights: copy yours in (`publish`) and use them from there, or only use them from there.
 
-    memory: Handle
+    Of `memory` and `gpu` exactly one is not None.
+    """
+
+    memory: Handle | None
     publish: bool
+    gpu: GpuHandle | None = None
 
 
 @dataclass(frozen=True)
 class Shared:
-    """The weights in use are the shared ones."""
+    """The weights in use are the shared ones; or, if `unreached` says why, the worker's own: it has opened nothing."""
+
+    unreached: Annotated[str, Length(2000)] = ""
+
+
+@dataclass(frozen=True)
+class Warm:
+    """The weights are where they will stay: put what is left onto the GPU, compile, capture and warm, as Load said."""
+
+
+@dataclass(frozen=True)
+class Warmed:
+    """Done."""
 
 
 @dataclass(frozen=True)
@@ -269,10 +289,10 @@ class Failed:
     traceback: Text
 
 
-ToWorker = Load | Share | Bind | Draft | Unbind | Stop
-ToLeader = Hello | Loaded | Shared | Bound | Prediction | Fault | Failed
+ToWorker = Load | Share | Warm | Bind | Draft | Unbind | Stop
+ToLeader = Hello | Loaded | Shared | Warmed | Bound | Prediction | Fault | Failed
 
-TO_WORKER: dict[str, type[ToWorker]] = {kind.__name__: kind for kind in (Load, Share, Bind, Draft, Unbind, Stop)}
+TO_WORKER: dict[str, type[ToWorker]] = {kind.__name__: kind for kind in (Load, Share, Warm, Bind, Draft, Unbind, Stop)}
 TO_LEADER: dict[str, type[ToLeader]] = {
-    kind.__name__: kind for kind in (Hello, Loaded, Shared, Bound, Prediction, Fault, Failed)
+    kind.__name__: kind for kind in (Hello, Loaded, Shared, Warmed, Bound, Prediction, Fault, Failed)
 }

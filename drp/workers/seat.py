@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drp.models.gpu import on_device
+from drp.models.gpu import in_dtype, warmed
 from drp.models.registry import Denoiser
 from drp.protocol.arena import Arena
 from drp.protocol.cuda import CudaError, GpuMemory, index_of, turn_over
 from drp.protocol.messages import GpuHandle, OnGpu
+from drp.workers.weights import Weights
 
 
 class Seat:
@@ -33,9 +34,26 @@ class Seat:
         self._reached: dict[bytes, GpuMemory] = {}
         self._pinned: dict[int, int] = {}
 
-    def place(self, denoiser: Denoiser) -> Denoiser:
-        """Move a denoiser here, as it was asked for."""
-        return on_device(denoiser, self.device, self.how)
+    def in_dtype(self, denoiser: Denoiser) -> Denoiser:
+        """Return a denoiser in the dtype asked for, its weights where they were made, most likely on the host."""
+        return in_dtype(denoiser, self.how)
+
+    def share(self, weights: Weights, handle: GpuHandle, publish: bool) -> str:
+        """Have weights lie in the leader's memory here; return why they cannot, empty if they do."""
+        try:
+            memory = self.reach(handle)
+        except (CudaError, RuntimeError) as error:
+            return _told(error)
+        weights.share(memory, publish)
+        self._settle()
+        torch.cuda.empty_cache()  # A factory may have put the module's own here.
+        return ""
+
+    def warm(self, denoiser: Denoiser) -> Denoiser:
+        """Return a denoiser that is here with all its weights, ready for its first draft."""
+        ready = warmed(denoiser, self.device, self.how)
+        self._settle()
+        return ready
 
     def answer_probe(self) -> str:
         """Write to the leader's probe; return why that cannot be done, empty if it was or there is none."""
@@ -44,7 +62,7 @@ class Seat:
         try:
             turn_over(self.reach(self.how.probe))
         except (CudaError, RuntimeError) as error:
-            return f"{type(error).__name__}: {error}"[:2000]
+            return _told(error)
         return ""
 
     def reach(self, handle: GpuHandle) -> GpuMemory:
@@ -91,3 +109,7 @@ class Seat:
         """Wait for what was queued, without giving the core away: to be woken would take longer."""
         self._done.record()
         self._done.synchronize()
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:2000]

@@ -36,6 +36,8 @@ from drp.protocol.messages import (
     ToLeader,
     ToWorker,
     Unbind,
+    Warm,
+    Warmed,
 )
 from drp.protocol.transport import WorkerSocket
 from drp.workers.emulated import EmulatedDevice, cheap
@@ -94,25 +96,42 @@ class Worker:
                     self._seat.unbind(message.run)
                 self._arenas.pop(message.run, None)
             case Load():
-                self._denoiser, unreached = load(message.model), ""
-                if message.gpu is not None:
-                    from drp.workers.seat import Seat  # only now: nothing of CUDA without a GPU
-
-                    self._seat = Seat(message.gpu)
-                    unreached, self._denoiser = self._seat.answer_probe(), self._seat.place(self._denoiser)
-                if message.emulated is not None:
-                    self._timed = EmulatedDevice(message.emulated).run
-                    if message.emulated.cheap:
-                        self._denoiser = replace(self._denoiser, predict=cheap)
-                self._weights = Weights(self._denoiser.module)
-                nbytes = self._weights.nbytes if self._seat is None else 0  # On a GPU they are not shared.
-                return Loaded(self._denoiser.spec, nbytes, self._weights.layout, unreached)
+                return self._load(message)
             case Share():
-                memory = SharedMemory.open(message.memory)
-                self._weights.share(memory, message.publish)
-                memory.close()
-                return Shared()
+                return self._share(message)
+            case Warm() if self._seat is not None and self._denoiser is not None:
+                self._denoiser = self._seat.warm(self._denoiser)
+                return Warmed()
         return None
+
+    def _load(self, how: Load) -> Loaded:
+        """Load the model, in the dtype in which it will run; its weights may yet have to move."""
+        unreached = ""
+        if how.gpu is not None:
+            from drp.workers.seat import Seat  # only now: nothing of CUDA without a GPU
+
+            self._seat = Seat(how.gpu)  # before the model: to a factory that says "cuda", this GPU is meant
+            unreached = self._seat.answer_probe()
+        self._denoiser = load(how.model)
+        if self._seat is not None:
+            self._denoiser = self._seat.in_dtype(self._denoiser)
+        if how.emulated is not None:
+            self._timed = EmulatedDevice(how.emulated).run
+            if how.emulated.cheap:
+                self._denoiser = replace(self._denoiser, predict=cheap)
+        self._weights = Weights(self._denoiser.module)
+        return Loaded(self._denoiser.spec, self._weights.nbytes, self._weights.layout, unreached)
+
+    def _share(self, share: Share) -> Shared:
+        """Use the weights in the leader's memory, bringing them if this worker is to."""
+        if self._seat is not None and share.gpu is not None and share.memory is None:
+            return Shared(self._seat.share(self._weights, share.gpu, share.publish))
+        if share.memory is None or share.gpu is not None:
+            raise ProtocolError("weights lie either in shared memory or, for a worker on one, in a GPU's")
+        memory = SharedMemory.open(share.memory)
+        self._weights.share(memory, share.publish)
+        memory.close()
+        return Shared()
 
     def _bind(self, bind: Bind) -> None:
         """Open a run's memory."""

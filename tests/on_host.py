@@ -1,0 +1,203 @@
+"""The host in the place of a GPU: leader, workers and messages as they are, with a memfd where CUDA IPC would be.
+
+What is left out is what only a GPU can do: its streams, and captured graphs. `python -m tests.on_host` is the
+interpreter of such workers; every step of theirs that is worth knowing goes to the file that DRP_TEST_STEPS names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drp import ModelSpec
+from drp.leader import crew, ground, leader
+from drp.leader.devices import parse_devices
+from drp.leader.gpus import Gpu
+from drp.protocol.arena import Arena
+from drp.protocol.cuda import CudaError
+from drp.protocol.memory import Memory, SharedMemory
+from drp.protocol.messages import GpuHandle, Handle, OnGpu
+from drp.workers import seat, weights
+
+GPUS = (Gpu(0, "GPU-00000000-first"), Gpu(1, "GPU-11111111-second"))
+PLACE = struct.Struct("<QQQ")
+SIZES = range(1 << 16, ground.LEAST)
+"""Bytes of memory that must be the weights': runs' is longer, all else is shorter."""
+
+
+class Lent:
+    """What GpuMemory is, as far as leader and workers use it."""
+
+    def __init__(self, memory: SharedMemory, handle: GpuHandle, keep: Callable[[Any], None] | None = None) -> None:
+        self._memory, self._handle, self._keep = memory, handle, keep
+        self.nbytes, self.device = handle.nbytes, torch.device("cpu")
+
+    @classmethod
+    def create(cls, nbytes: int, uuid: str, keep: Callable[[Any], None]) -> Lent:
+        if nbytes in SIZES and uuid in os.environ.get("DRP_TEST_FULL", ""):
+            raise MemoryError(f"no {nbytes} bytes on {uuid}")
+        memory = SharedMemory.create(nbytes)
+        name = PLACE.pack(memory.handle.pid, memory.handle.fd, memory.nbytes).ljust(64, b"\0")
+        return cls(memory, GpuHandle(uuid, memory.nbytes, name, bytes(64)), keep)
+
+    @classmethod
+    def open(cls, handle: GpuHandle) -> Lent:
+        if handle.nbytes in SIZES and number() in json.loads(os.environ.get("DRP_TEST_UNREACHED", "[]")):
+            raise CudaError("cudaIpcOpenMemHandle failed: not here (1)")
+        return cls(SharedMemory.open(Handle(*PLACE.unpack_from(handle.memory))), handle)
+
+    @property
+    def names(self) -> tuple[Handle | None, GpuHandle | None]:
+        return None, self._handle
+
+    def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return self._memory.tensor(offset, shape, dtype)
+
+    def written(self) -> None: ...
+
+    def follow(self) -> None: ...
+
+    def close(self) -> None:
+        if self._keep is not None:
+            self._keep(self)
+
+    def free(self) -> None:
+        self._memory.close()
+
+
+class HostSeat(seat.Seat):
+    """A seat without a stream."""
+
+    def __init__(self, how: OnGpu) -> None:
+        self.how, self.device = how, torch.device("cpu")
+        self._reached = {}
+
+    def warm(self, denoiser: Any) -> Any:
+        step("warm")
+        return super().warm(denoiser)
+
+    def bind(self, run: int, arena: Arena) -> None: ...
+
+    def unbind(self, run: int) -> None: ...
+
+    def _settle(self) -> None: ...
+
+
+def turn_over(memory: Memory) -> None:
+    there = memory.tensor(0, (memory.nbytes,), torch.uint8)
+    there.copy_(255 - there)
+
+
+def number() -> int:
+    """This worker's; -1 in the leader."""
+    told = json.loads(sys.argv[1]) if sys.argv[0] == "-c" else {}
+    return int(told["identity"].split("-")[1]) if told else -1
+
+
+def step(what: str, **more: Any) -> None:
+    """Note a step of this process."""
+    line = json.dumps({"what": what, "pid": os.getpid(), "number": number(), **more}) + "\n"
+    fd = os.open(os.environ["DRP_TEST_STEPS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(fd, line.encode())
+    os.close(fd)
+
+
+def inode(address: int) -> int:
+    """The inode of the file that is mapped at an address, 0 for none."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, _, _, found, *_ = line.split()
+        start, end = (int(place, 16) for place in span.split("-"))
+        if start <= address < end:
+            return int(found)
+    return 0
+
+
+class Watched(nn.Module):
+    """A linear layer that notes where its weight is whenever it is evaluated."""
+
+    spec = ModelSpec(sample_shape=(128,))
+
+    def __init__(self, seed: int = 3) -> None:
+        super().__init__()
+        self.layer = nn.Linear(128, 128)
+        g = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=g) * 0.05
+        step("loaded")
+
+    def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        weight = self.layer.weight
+        step("evaluated", size=len(x), dtype=str(weight.dtype), inode=inode(weight.data_ptr()))
+        out: Tensor = torch.sin(self.layer(x)) * (1 - t.to(x.dtype) / 2000)[:, None]
+        return out
+
+    def examples(self) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        return [(torch.zeros(1, 128), torch.zeros(1), {})]
+
+
+def make_varying() -> Watched:
+    """Other weights in each process."""
+    return Watched(os.getpid())
+
+
+def make_other_dtype() -> Watched:
+    """The same weights in another dtype in each process."""
+    return Watched().double() if number() == 1 else Watched()
+
+
+def use(monkeypatch: Any, folder: Path) -> dict[str, Any]:
+    """Let leaders of this process find GPUS, and lend memory of the host for theirs; return what to give them."""
+    monkeypatch.setattr(leader, "parse_devices", lambda devices, threads: parse_devices(devices, threads, lambda: GPUS))
+    monkeypatch.setattr(ground, "GpuMemory", Lent)
+    monkeypatch.setattr(crew, "GpuMemory", Lent)
+    monkeypatch.setattr(ground.Ground, "enter", lambda self: None)
+    monkeypatch.setenv("DRP_TEST_STEPS", str(folder / "steps"))
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.on_host "$@"\n')
+    path.chmod(0o755)
+    return {"python": path}
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    """What was noted, in order."""
+    return [json.loads(line) for line in (folder / "steps").read_text().splitlines()]
+
+
+def _stand_in() -> None:
+    share = weights.Weights.share
+
+    def noted(self: weights.Weights, memory: Memory, publish: bool) -> None:
+        step("publish" if publish else "take")
+        if str(number()) == os.environ.get("DRP_TEST_DIES"):
+            memory.tensor(0, (64,), torch.uint8).fill_(7)  # in the middle of it
+            os.kill(os.getpid(), signal.SIGKILL)
+        share(self, memory, publish)
+
+    weights.Weights.share = noted  # type: ignore[method-assign]  # the worker's own code, in the worker's own process
+    seat.Seat = HostSeat  # type: ignore[misc]  # likewise
+    seat.GpuMemory = Lent  # type: ignore[misc, assignment]  # likewise
+    seat.turn_over = turn_over  # type: ignore[assignment]  # likewise
+
+
+def main() -> None:
+    """Run what the leader wants run, after the GPU's part has been taken."""
+    at = sys.argv.index("-c")
+    boot = sys.argv[at + 1]
+    sys.argv = ["-c", *sys.argv[at + 2 :]]
+    from tests import on_host  # under the name by which models are found too
+
+    on_host._stand_in()
+    exec(boot, {"__name__": "__main__"})  # as an interpreter would
+
+
+if __name__ == "__main__":
+    main()

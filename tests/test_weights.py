@@ -1,0 +1,242 @@
+"""Where weights lie: one copy for all who can use it, and nothing compiled or warmed before they lie there.
+
+GPUs are played by the host, see tests/on_host.py; processes, sockets and messages are the real ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import drp
+from drp import GpuOptions, Leader, WorkerError, models
+from drp.leader.ground import LEAST
+from drp.leader.request import Request, make_job
+from drp.models.gpu import Compiled, on_device
+from drp.protocol.memory import SharedMemory
+from drp.protocol.messages import OnGpu
+from drp.sampling.reference import run_reference
+from drp.workers.weights import Weights
+from tests import on_host
+from tests.on_host import steps
+
+WATCHED = "tests.on_host:Watched"
+DEADLINE = 30.0
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    return on_host.use(monkeypatch, tmp_path)
+
+
+def what(folder: Path, number: int) -> list[str]:
+    """The steps of a worker, without its evaluations after the first."""
+    found = [step["what"] for step in steps(folder) if step["number"] == number]
+    return found[: found.index("evaluated") + 1]
+
+
+def inodes(folder: Path) -> dict[int, set[int]]:
+    """Where each worker's weights were when they were evaluated: in a file of this inode, 0 for its own memory."""
+    found: dict[int, set[int]] = {}
+    for step in steps(folder):
+        if step["what"] == "evaluated" and step["number"] >= 0:
+            found.setdefault(step["number"], set()).add(step["inode"])
+    return found
+
+
+def shared_bytes() -> int:
+    """How long the longest memory is that this process shares, but for runs'."""
+    sizes = [0]
+    for path in Path("/proc/self/fd").iterdir():
+        try:
+            sizes += [path.stat().st_size] if "memfd:drp" in str(path.readlink()) else []
+        except FileNotFoundError:
+            continue  # the descriptor of the listing itself
+    return max(size for size in sizes if size < LEAST)
+
+
+def test_workers_of_one_gpu_share_a_copy_and_the_only_one_of_another_keeps_its_own(
+    host: dict[str, Any], tmp_path: Path
+) -> None:
+    with Leader(WATCHED, devices="2xcuda:0,cuda:1", **host) as leader:
+        run = leader.sample(count=2, steps=12)
+    assert torch.equal(run.samples, drp.reference(WATCHED, devices=3, count=2, steps=12).samples)
+    assert what(tmp_path, 2) == ["loaded", "warm", "evaluated"]
+    assert sorted([what(tmp_path, 0), what(tmp_path, 1)]) == [
+        ["loaded", "publish", "warm", "evaluated"],
+        ["loaded", "take", "warm", "evaluated"],
+    ]
+    places = inodes(tmp_path)
+    assert places[0] == places[1]
+    assert len(places[0]) == 1
+    assert 0 not in places[0]
+    assert places[2] == {0}
+
+
+def test_what_is_shared_is_what_is_used(host: dict[str, Any]) -> None:
+    with Leader("tests.on_host:make_varying", devices="3xcuda:1", **host) as leader:
+        one, again = (leader.sample(steps=7, mode="aggressive").samples for _ in range(2))
+    assert torch.equal(one, again)
+    with Leader("tests.on_host:make_varying", devices="3xcuda:1", **host) as leader:
+        assert not torch.equal(leader.sample(steps=7, mode="aggressive").samples, one)
+
+
+def test_a_worker_that_takes_a_lost_ones_place_takes_the_copy(host: dict[str, Any], tmp_path: Path) -> None:
+    with Leader("tests.on_host:make_varying", devices="2xcuda:0", **host) as leader:
+        before = leader.sample(steps=9).samples
+        pid = leader.workers[0].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + DEADLINE
+        while leader.workers[0].pid in (None, pid) or leader.workers[0].state != "ready":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert torch.equal(leader.sample(steps=9).samples, before)
+    assert [step["what"] for step in steps(tmp_path)].count("publish") == 1
+    assert [step["what"] for step in steps(tmp_path)].count("take") == 2
+    assert len(set().union(*inodes(tmp_path).values())) == 1
+
+
+def test_weights_are_shared_in_the_dtype_in_which_they_are_used(host: dict[str, Any], tmp_path: Path) -> None:
+    gpu = GpuOptions(dtype="bfloat16")
+    with Leader(WATCHED, devices="2xcuda:0", drafts_per_device=2, gpu=gpu, **host) as leader:
+        run = leader.sample(steps=12)
+        assert shared_bytes() == 2 * 128 * 128 + 2 * 128
+    denoiser = on_device(models.load(WATCHED), torch.device("cpu"), gpu.on("", 2))
+    job = make_job(Request(steps=12), denoiser.spec, 4)
+    ref = run_reference(denoiser.predict, job.solver, job.mode, job.start, job.cond, batch=2)
+    assert torch.equal(run.samples, ref.samples)
+    used = [step for step in steps(tmp_path) if step["what"] == "evaluated"]
+    assert {step["dtype"] for step in used} == {"torch.bfloat16"}
+    # Of the examples every batch that may come was evaluated before a worker was ready, the largest first.
+    assert [step["size"] for step in used if step["number"] == 0][:2] == [2, 1]
+
+
+def test_weights_are_compared_after_the_cast(host: dict[str, Any]) -> None:
+    model = "tests.on_host:make_other_dtype"
+    with pytest.raises(WorkerError, match=r"made other weights .* its factory must not vary"):
+        Leader(model, devices="2xcuda:0", **host)
+    with Leader(model, devices="2xcuda:0", gpu=GpuOptions(dtype="float16"), **host) as leader:
+        assert leader.sample(steps=3).steps == 3
+
+
+@pytest.mark.parametrize("unreached", ["[0, 1, 2]", "[1]"])
+def test_workers_that_cannot_use_the_copy_keep_their_own(
+    host: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    unreached: str,
+) -> None:
+    monkeypatch.setenv("DRP_TEST_UNREACHED", unreached)
+    with caplog.at_level(logging.WARNING), Leader(WATCHED, devices="3xcuda:0", **host) as leader:
+        run = leader.sample(count=2, steps=12)
+        left = shared_bytes()
+    assert torch.equal(run.samples, drp.reference(WATCHED, devices=3, count=2, steps=12).samples)
+    told = [record.message for record in caplog.records if "weights on" in record.message]
+    assert len(told) == 1
+    assert re.search(r"weights on GPU-0.* take memory once more each: worker \d .*cudaIpcOpenMemHandle failed", told[0])
+    own = {number for number, places in inodes(tmp_path).items() if places == {0}}
+    # Whoever is first is to bring the weights: if that is one who cannot, nobody shares, and the copy is given back.
+    assert own in ([{0, 1, 2}] if unreached == "[0, 1, 2]" else [{0, 1, 2}, {1}])
+    assert (left in on_host.SIZES) is (own == {1})
+
+
+def test_a_leader_without_memory_for_a_copy_says_so_and_goes_on(
+    host: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DRP_TEST_FULL", on_host.GPUS[0].uuid)
+    with caplog.at_level(logging.WARNING), Leader(WATCHED, devices="2xcuda:0,2xcuda:1", **host) as leader:
+        leader.sample(steps=6)
+    told = [record.message for record in caplog.records if "weights on" in record.message]
+    assert len(told) == 1
+    assert "the leader cannot share 66048 bytes there: no 66048 bytes on GPU-00000000-first" in told[0]
+    places = inodes(tmp_path)
+    assert (places[0], places[1]) == ({0}, {0})
+    assert places[2] == places[3] != {0}
+
+
+def test_a_worker_that_dies_while_it_copies_ends_the_start_with_its_name(
+    host: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRP_TEST_DIES", "0")
+    with pytest.raises(WorkerError, match=r"worker 0 \(cuda:0, process \d+\) was killed by SIGKILL"):
+        Leader(WATCHED, devices="2xcuda:0", **host)
+    assert shared_bytes() == 0
+
+
+class Mixed(nn.Module):
+    """Weights in another memory format, of no size, and of no dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3)
+        self.register_buffer("none", torch.empty(0, 3))
+        self.register_buffer("one", torch.tensor(2.5))
+        self.register_buffer("flipped", torch.arange(6.0).view(2, 3).t())
+        self.tied = self.conv.weight
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not known to the annotations
+
+
+def test_weights_lie_in_shared_memory_as_they_lay_before() -> None:
+    giver, taker = Mixed(), Mixed()
+    weights, others = Weights(giver), Weights(taker)
+    assert weights.layout == others.layout != Weights(Mixed().to(memory_format=torch.contiguous_format)).layout  # type: ignore[call-overload]  # likewise
+    before = {name: (value.clone(), value.stride()) for name, value in giver.state_dict().items()}
+    memory = SharedMemory.create(weights.nbytes)
+    weights.share(memory, publish=True)
+    others.share(memory, publish=False)
+    for name, value in taker.state_dict().items():
+        assert torch.equal(value, before[name][0]), name
+        assert value.stride() == before[name][1], name
+        assert value.data_ptr() == giver.state_dict()[name].data_ptr(), name
+    assert taker.tied is taker.conv.weight
+    memory.close()
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        shift = cond["shift"].view(-1, 1) if "shift" in cond else 0.0
+        return torch.sin(x.view(len(x), -1)) * t[:, None] + shift
+
+    def examples(self) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        return [(torch.zeros(2, 3), torch.zeros(2), {"shift": torch.zeros(2)})]
+
+
+def make_scaled() -> nn.Module:
+    return Scaled()
+
+
+def test_what_was_warmed_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **more: compile_(module, backend="eager", **more))
+    how = OnGpu("", compile=True, batch=3)
+    denoiser = on_device(models.load("tests.test_weights:make_scaled"), torch.device("cpu"), how)
+    assert isinstance(denoiser.predict, Compiled)
+    x, shift = torch.randn(2, 3), torch.tensor([0.5, -0.5])
+    torch.compiler.set_stance("fail_on_recompile")
+    try:
+        for times in (1, 2, 3):
+            for inside in (False, True):  # Runs on the GPU bring ordinary tensors, others what was copied in the mode.
+                with torch.inference_mode(inside):
+                    given = {"shift": shift.clone()}
+                    inputs = [{"x": x.clone()} for _ in range(times)]
+                outputs = [{"x": torch.empty(2, 3)} for _ in range(times)]
+                with torch.inference_mode():
+                    denoiser.evaluate_batch(inputs, [7.0] * times, given, outputs)
+                for output in outputs:
+                    torch.testing.assert_close(output["x"], torch.sin(x) * 7 + shift[:, None])
+        with pytest.raises(RuntimeError, match="recompile"):
+            denoiser.predict(torch.randn(9, 3), torch.zeros(9), {"shift": torch.zeros(9)})
+    finally:
+        torch.compiler.set_stance("default")
