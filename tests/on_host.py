@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.cuda import nvtx
 
 from drp import ModelSpec
 from drp.leader import crew, ground, leader
@@ -183,6 +184,8 @@ def _stand_in() -> None:
         share(self, memory, publish)
 
     weights.Weights.share = noted  # type: ignore[method-assign]  # the worker's own code, in the worker's own process
+    nvtx.range_push = lambda name: step("range", name=name)
+    nvtx.range_pop = lambda: step("end")
     seat.Seat = HostSeat  # type: ignore[misc]  # likewise
     seat.GpuMemory = Lent  # type: ignore[misc, assignment]  # likewise
     seat.turn_over = turn_over  # type: ignore[assignment]  # likewise

@@ -240,3 +240,27 @@ def test_what_was_warmed_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) 
             denoiser.predict(torch.randn(9, 3), torch.zeros(9), {"shift": torch.zeros(9)})
     finally:
         torch.compiler.set_stance("default")
+
+
+def test_what_is_done_is_named_in_ranges_if_that_is_asked_for(
+    host: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine: list[str] = []
+    monkeypatch.setattr("torch.cuda.nvtx.range_push", mine.append)
+    monkeypatch.setattr("torch.cuda.nvtx.range_pop", lambda: mine.append("end"))
+    for nvtx in (False, True):
+        with Leader(WATCHED, devices="cuda:0", gpu=GpuOptions(nvtx=nvtx), **host) as leader:
+            leader.sample(steps=3, callback=lambda k, x: mine.append(f"step {k}"))
+        ranges = [step.get("name", "end") for step in steps(tmp_path) if step["what"] in ("range", "end")]
+        if not nvtx:
+            assert [name for name in mine if not name.startswith("step")] == ranges == []
+            mine.clear()
+    assert ranges.count("end") == len(ranges) // 2
+    evaluation = ["drp evaluate", "drp copy in", "end", "drp compute", "end", "drp copy out", "end", "end"]
+    at = ranges.index("drp evaluate")
+    assert ranges[at : at + 12] == [*evaluation, "drp answer", "end", "drp receive", "end"]
+    assert ranges[at - 2] == "drp receive"
+    assert mine.count("drp draft") >= 3
+    at = mine.index("step 1")
+    assert mine[at - 1 : at + 2] == ["drp callback", "step 1", "end"]
+    assert "drp refine" in mine[:at]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from drp.leader.request import Job, Request
 from drp.protocol.arena import Arena, Make
+from drp.ranges import put_ranges, ranged
 from drp.sampling.result import Result
 from drp.sampling.run import Run, Task, batches
 
@@ -171,6 +172,12 @@ class ActiveRun(Active):
     def unwanted(self) -> bool:
         """Whether the future was cancelled."""
         return self.pending.unwanted
+
+    def name_ranges(self) -> None:
+        """Name in NVTX ranges what is done here."""
+        put_ranges(self, form="drp draft", refine="drp refine")
+        if self._callback is not None:
+            self._callback = ranged("drp callback", self._callback)
 
     def form(self) -> bool:
         """Form all drafts whose predictions are in."""

@@ -253,7 +253,10 @@ class Engine:
             return None
         try:
             number, make = next(self._numbers) % 2**31, self._ground.make
-            return ActiveRun(number, job, request, pending, self._spare, self._batch, make)
+            run = ActiveRun(number, job, request, pending, self._spare, self._batch, make)
+            if self._ground.nvtx:
+                run.name_ranges()
+            return run
         except Exception as error:  # no memory, or a mode of somebody's own: the caller's to hear
             pending.set_exception(error)
             return None

@@ -28,6 +28,7 @@ class GpuOptions:
         and predictions stay float32.
     compile: send the model through torch.compile.
     graphs: capture its evaluations as CUDA graphs, one for each shape.
+    nvtx: name what leader and workers do in ranges, for Nsight Systems.
     memory: "auto": runs lie in the memory of the first worker's GPU if all workers can reach it, else on the host.
         "host": on the host, in any case: workers copy drafts to their GPU and predictions back.
     """
@@ -36,6 +37,7 @@ class GpuOptions:
     compile: bool = False
     graphs: bool = False
     memory: str = "auto"
+    nvtx: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, "float16", "bfloat16"):
@@ -45,7 +47,7 @@ class GpuOptions:
 
     def on(self, uuid: str, batch: int, probe: GpuHandle | None = None) -> OnGpu:
         """Return what a worker on this GPU is told."""
-        return OnGpu(uuid, self.dtype, self.compile, self.graphs, batch, probe)
+        return OnGpu(uuid, self.dtype, self.compile, self.graphs, batch, probe, self.nvtx)
 
 
 class Ground:
@@ -58,6 +60,7 @@ class Ground:
     def __init__(self, devices: Sequence[Device], options: GpuOptions, batch: int) -> None:
         self._uuid = devices[0].gpu if options.memory == "auto" else None
         self._options, self._batch = options, batch
+        self.nvtx = options.nvtx and devices[0].gpu is not None
         self._all: list[GpuMemory] = []
         self._free: list[GpuMemory] = []
         self._probes: dict[int, GpuMemory] = {}

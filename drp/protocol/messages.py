@@ -121,7 +121,8 @@ class OnGpu:
     """How a model is to run on the GPU `device`, a UUID: in `dtype`, or as it is; compiled; as captured graphs.
 
     `batch` is how many drafts it will be given at once, at most. `probe` is memory of the leader's to be reached by
-    CUDA IPC: the worker turns each of its bytes into 255 minus that, if it can.
+    CUDA IPC: the worker turns each of its bytes into 255 minus that, if it can. `nvtx`: what it does is named in NVTX
+    ranges.
     """
 
     device: Name
@@ -130,6 +131,7 @@ class OnGpu:
     graphs: bool = False
     batch: Count = 1
     probe: GpuHandle | None = None
+    nvtx: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from drp.models.registry import Denoiser
 from drp.protocol.arena import Arena
 from drp.protocol.cuda import CudaError, GpuMemory, index_of, turn_over
 from drp.protocol.messages import GpuHandle, OnGpu
+from drp.ranges import put_ranges, ranged
 from drp.workers.weights import Weights
 
 
@@ -53,7 +55,10 @@ class Seat:
         """Return a denoiser that is here with all its weights, ready for its first draft."""
         ready = warmed(denoiser, self.device, self.how)
         self._settle()
-        return ready
+        if not self.how.nvtx:
+            return ready
+        put_ranges(self, _bring="drp copy in", _hand_over="drp copy out")
+        return replace(ready, predict=ranged("drp compute", ready.predict))
 
     def answer_probe(self) -> str:
         """Write to the leader's probe; return why that cannot be done, empty if it was or there is none."""
@@ -96,14 +101,21 @@ class Seat:
     ) -> float:
         """Do as `Denoiser.evaluate_batch` does, wherever the drafts lie; return when all was done."""
         arena.memory.follow()
-        here = [{name: value.to(self.device, non_blocking=True) for name, value in each.items()} for each in inputs]
         made = [{name: torch.empty_like(value, device=self.device) for name, value in each.items()} for each in outputs]
-        denoiser.evaluate_batch(here, timesteps, arena.cond, made)
+        denoiser.evaluate_batch(self._bring(inputs), timesteps, arena.cond, made)
+        self._hand_over(made, outputs)
+        self._settle()
+        return time.perf_counter()
+
+    def _bring(self, inputs: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Return drafts here, copied if they lie elsewhere."""
+        return [{name: value.to(self.device, non_blocking=True) for name, value in each.items()} for each in inputs]
+
+    def _hand_over(self, made: Sequence[Mapping[str, Tensor]], outputs: Sequence[Mapping[str, Tensor]]) -> None:
+        """Copy predictions to where they are wanted."""
         for output, mine in zip(outputs, made, strict=True):
             for name, value in output.items():
                 value.copy_(mine[name], non_blocking=True)
-        self._settle()
-        return time.perf_counter()
 
     def _settle(self) -> None:
         """Wait for what was queued, without giving the core away: to be woken would take longer."""

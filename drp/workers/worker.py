@@ -40,6 +40,7 @@ from drp.protocol.messages import (
     Warmed,
 )
 from drp.protocol.transport import WorkerSocket
+from drp.ranges import put_ranges
 from drp.workers.emulated import EmulatedDevice, cheap
 from drp.workers.entry import Config
 from drp.workers.weights import Weights
@@ -111,6 +112,9 @@ class Worker:
             from drp.workers.seat import Seat  # only now: nothing of CUDA without a GPU
 
             self._seat = Seat(how.gpu)  # before the model: to a factory that says "cuda", this GPU is meant
+            if how.gpu.nvtx:
+                put_ranges(self, _receive="drp receive", _evaluate="drp evaluate")
+                put_ranges(self._socket, send="drp answer")
             unreached = self._seat.answer_probe()
         self._denoiser = load(how.model)
         if self._seat is not None:
