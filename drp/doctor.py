@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import resource
 import shutil
@@ -19,6 +20,8 @@ import torch
 from drp.leader import awake
 from drp.leader.devices import parse_devices
 from drp.leader.gpus import ALLOCATOR, Gpu, find_gpus, parse_cores
+from drp.protocol.codec import ProtocolError
+from drp.protocol.cuda import GpuMemory, is_turned
 from drp.protocol.memory import SharedMemory
 
 State = Literal["", "good", "bad"]
@@ -29,6 +32,15 @@ FILES = 16
 """Descriptors that the leader needs for each worker, at most; more beside them are the program's own."""
 SEEN = "import os, sys; os.close(os.open(sys.argv[1], os.O_RDWR))"
 PEER_BYTES = 1 << 20
+PEER = (sys.executable, "-m", "drp.doctor_peer")
+"""What is started on each GPU, to open memory of this process."""
+PROBE = 4096
+PATIENCE = 120.0
+"""Seconds that it may take."""
+FIRST_NAMESPACE = "pid:[4026531836]"
+"""Linux's own number for the process namespace that there is without containers (PROC_PID_INIT_INO)."""
+Matrix = tuple[tuple[str, ...], ...]
+"""By GPU where something lies, then by GPU that reads it: how that went."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +55,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """All findings by section, and for each GPU how a copy from it to each other went."""
+    """All findings by section, and how GPUs reach each other: by a copy in one process, and across two by CUDA IPC."""
 
     sections: dict[str, tuple[Finding, ...]]
     gpus: tuple[Gpu, ...]
-    peers: tuple[tuple[str, ...], ...]
+    peers: Matrix
+    ipc: Matrix
 
     @property
     def bad(self) -> list[Finding]:
@@ -61,15 +74,16 @@ def examine(find: Callable[[], tuple[Gpu, ...]] = find_gpus) -> Report:
         gpus, why = find(), ""
     except ValueError as error:
         gpus, why = (), str(error)
+    reached = ipc(gpus)
     sections = {
         "software": (*_software(),),
         "GPUs": (*_gpus(gpus, why),),
         "shared memory and processes": (shared_memory(), *_kernel()),
         "cores": (*_cores(),),
         "limits": (*_limits(),),
-        "drp will use": (*_use(gpus, why),),
+        "drp will use": (*_use(gpus, why, reached),),
     }
-    return Report(sections, gpus, peers(gpus))
+    return Report(sections, gpus, peers(gpus), reached)
 
 
 def _software() -> list[Finding]:
@@ -120,7 +134,9 @@ def _gpus(gpus: Sequence[Gpu], why: str) -> list[Finding]:
         Finding(
             f"cuda:{gpu.index}",
             f"{gpu.name}, {gpu.uuid}, {gpu.nbytes / 2**30:.1f} GiB, at {gpu.bus or 'an unknown place'}, "
-            f"beside {_cores_text(gpu.cores) if gpu.cores else 'cores that the kernel does not name'}",
+            f"beside {_cores_text(gpu.cores) if gpu.cores else 'cores that the kernel does not name'}"
+            + (f", NUMA node {gpu.node}" if gpu.node is not None else "")
+            + ("; a MIG slice: CUDA has no IPC there" if " MIG " in gpu.name else ""),
             "good",
         )
         for gpu in gpus
@@ -131,7 +147,7 @@ def _gpus(gpus: Sequence[Gpu], why: str) -> list[Finding]:
     return found + [Finding(name, repr(os.environ[name])) for name in ALLOCATOR if name in os.environ]
 
 
-def peers(gpus: Sequence[Gpu]) -> tuple[tuple[str, ...], ...]:
+def peers(gpus: Sequence[Gpu]) -> Matrix:
     """Copy from each GPU to each, and look at what arrived: what the driver says of it proves nothing."""
     return tuple(tuple(_peer(source.index, target.index) for target in gpus) for source in gpus)
 
@@ -149,6 +165,49 @@ def _peer(source: int, target: int) -> str:
     return f"copied, {direct}" if whole else f"WRONG, {direct}"
 
 
+def ipc(gpus: Sequence[Gpu]) -> Matrix:
+    """Have a process on each GPU reach memory of this one on each, as workers do with a leader's."""
+    if not gpus:
+        return ()
+    memories: list[GpuMemory] = []
+    try:
+        memories += [GpuMemory.create(PROBE, gpu.uuid, GpuMemory.free) for gpu in gpus]
+        columns = [_reached(memories, target) for target in gpus]
+    except (ProtocolError, MemoryError, RuntimeError) as error:  # a CudaError is a RuntimeError
+        return tuple((f"fails: {error}",) * len(gpus) for _ in gpus)
+    finally:
+        for memory in memories:
+            memory.close()
+    return tuple(zip(*columns, strict=True))
+
+
+def _reached(memories: Sequence[GpuMemory], target: Gpu) -> list[str]:
+    """Start a process on a GPU, and look at what it has made of the memories."""
+    pattern = (torch.arange(PROBE) % 251).to(torch.uint8)
+    handles = []
+    for memory in memories:
+        memory.tensor(0, (PROBE,), torch.uint8).copy_(pattern)
+        memory.written()
+        handle = memory.names[1]
+        assert handle is not None
+        handles.append((handle.device, handle.nbytes, handle.memory.hex(), handle.event.hex()))
+    try:
+        done = subprocess.run(  # noqa: S603  # this interpreter, and a module of our own
+            [*PEER, target.uuid],
+            input=json.dumps(handles),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [f"could not be tried: {error}"] * len(memories)
+    if done.returncode:
+        return [f"fails: {_last_line(done.stderr)}"] * len(memories)
+    answers = zip(memories, json.loads(done.stdout), strict=True)
+    return [f"fails: {why}" if why else "works" if is_turned(memory, pattern) else "WRONG" for memory, why in answers]
+
+
 def shared_memory() -> Finding:
     """Have a child process open memory of this one, as a worker does."""
     about, memory = "memfd through /proc/PID/fd", SharedMemory.create(4096)
@@ -163,11 +222,14 @@ def shared_memory() -> Finding:
         memory.close()
     if done.returncode == 0:
         return Finding(about, "a child opened it for reading and writing", "good")
-    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
     remedy = (
         "the leader must be allowed to be traced by its own user: same user, dumpable, /proc mounted without subset"
     )
-    return Finding(about, f"a child could not open it: {last}", "bad", remedy)
+    return Finding(about, f"a child could not open it: {_last_line(done.stderr)}", "bad", remedy)
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["it said nothing"])[-1]
 
 
 def _kernel() -> list[Finding]:
@@ -176,7 +238,17 @@ def _kernel() -> list[Finding]:
     scope = _read(Path("/proc/sys/kernel/yama/ptrace_scope"))
     meaning = {"0": "open", "1": "children only", "2": "for root", "3": "off"}.get(scope or "", "")
     seen = f"{scope} ({meaning}); nothing of drp needs tracing" if scope else "no Yama"
-    return [Finding("/proc", hidden), Finding("ptrace_scope", seen)]
+    return [Finding("/proc", hidden), Finding("ptrace_scope", seen), Finding("process namespace", _namespace())]
+
+
+def _namespace() -> str:
+    """Say whether processes have numbers here that others outside know them by no more."""
+    try:
+        name = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return "the kernel does not say"
+    whose = "the machine's own" if name == FIRST_NAMESPACE else "a container's: memory is shared within it only"
+    return f"{name}, {whose}"
 
 
 def _cores() -> list[Finding]:
@@ -242,17 +314,27 @@ def _own_group(controller: str) -> Path:
     return root
 
 
-def _use(gpus: Sequence[Gpu], why: str) -> list[Finding]:
+def _use(gpus: Sequence[Gpu], why: str, reached: Matrix) -> list[Finding]:
     cores = parse_devices(len(os.sched_getaffinity(0)), 1)
     found = [Finding("devices=N", f"a worker a core, {cores[0].name} to {cores[-1].name}, one thread each")]
     if not gpus:
         return [*found, Finding("devices='cuda'", f"refused: {why}")]
     names = ", ".join(f"cuda:{gpu.index}" for gpu in gpus)
+    far = [f"cuda:{gpu.index}" for gpu, how in zip(gpus, reached[0], strict=True) if how != "works"]
+    alone = [f"cuda:{gpu.index}" for place, gpu in enumerate(gpus) if reached[place][place] != "works"]
     return [
         *found,
         Finding("devices='cuda'", f"{names}, in turn; the leader computes on the first named"),
         Finding(
-            "runs' memory", "on that GPU if every worker reaches it, which is tried at the start; else on the host"
+            "runs' memory",
+            f"on cuda:{gpus[0].index}, if that is the first named: all GPUs reach it"
+            if not far
+            else f"on the host, pinned, with workers on {', '.join(far)}: they do not reach cuda:{gpus[0].index}",
+        ),
+        Finding(
+            "weights",
+            "one copy for all workers of a GPU"
+            + (f"; on {', '.join(alone)} one a worker, since no other process reaches it" if alone else ""),
         ),
         Finding("one GPU alone", f"Leader(..., devices='cuda:{gpus[0].index}', drafts_per_device=4)"),
     ]

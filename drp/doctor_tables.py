@@ -13,15 +13,16 @@ MARKS = {"": "", "good": "[green]yes[/]", "bad": "[red]NO[/]"}
 
 
 def tables(report: Report) -> Iterator[Table]:
-    """Yield a table for each section, and the matrix of copies between GPUs if there are any."""
+    """Yield a table for each section, and if there are GPUs how they reach each other."""
     for title, findings in report.sections.items():
         table = Table(title=title, title_justify="left", show_header=False, expand=False)
         for finding in findings:
             remedy = f"\n{escape(finding.remedy)}" if finding.remedy else ""
             table.add_row(escape(finding.about), MARKS[finding.state], escape(finding.seen) + remedy)
         yield table
-    if report.gpus:
-        matrix = Table("from \\ to", *(f"cuda:{gpu.index}" for gpu in report.gpus), title="copies between GPUs, tried")
-        for gpu, row in zip(report.gpus, report.peers, strict=True):
+    titles = {"copies between GPUs, tried": report.peers, "CUDA IPC between two processes, tried": report.ipc}
+    for title, rows in titles.items() if report.gpus else ():
+        matrix = Table("from \\ to", *(f"cuda:{gpu.index}" for gpu in report.gpus), title=title, title_justify="left")
+        for gpu, row in zip(report.gpus, rows, strict=True):
             matrix.add_row(f"cuda:{gpu.index}", *map(escape, row))
         yield matrix

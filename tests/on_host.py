@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.cuda import nvtx
 
-from drp import ModelSpec
+from drp import ModelSpec, doctor_peer
 from drp.leader import crew, ground, leader
 from drp.leader.devices import parse_devices
 from drp.leader.gpus import Gpu
@@ -174,6 +174,7 @@ def steps(folder: Path) -> list[dict[str, Any]]:
 
 
 def _stand_in() -> None:
+    """Take the GPU's part in this process."""
     share = weights.Weights.share
 
     def noted(self: weights.Weights, memory: Memory, publish: bool) -> None:
@@ -189,6 +190,9 @@ def _stand_in() -> None:
     seat.Seat = HostSeat  # type: ignore[misc]  # likewise
     seat.GpuMemory = Lent  # type: ignore[misc, assignment]  # likewise
     seat.turn_over = turn_over  # type: ignore[assignment]  # likewise
+    doctor_peer.GpuMemory = Lent  # type: ignore[misc, assignment]  # likewise
+    doctor_peer.turn_over = turn_over  # type: ignore[assignment]  # likewise
+    doctor_peer._sit_down = lambda uuid: None
 
 
 def main() -> None:

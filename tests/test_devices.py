@@ -12,7 +12,7 @@ import torch
 
 import drp
 from drp.leader.devices import parse_devices
-from drp.leader.gpus import Gpu, near_cores, parse_cores, refuse_allocator, visible, why_none
+from drp.leader.gpus import Gpu, near_cores, near_node, parse_cores, refuse_allocator, visible, why_none
 
 FIRST, SECOND = "GPU-5a1b2c3d-0000-1111-2222-333344445555", "GPU-5a1b9999-aaaa-bbbb-cccc-ddddeeeeffff"
 TWO = (Gpu(0, FIRST, "one", cores=(0,)), Gpu(1, SECOND, "two"))
@@ -96,6 +96,10 @@ def test_cores_beside_a_gpu_are_read_from_sysfs(tmp_path: Path) -> None:
     (place / "local_cpulist").write_text("0-3,8,10-11\n")
     assert near_cores("0000:17:00.0", {1, 2, 8, 9}, tmp_path) == (1, 2, 8)
     assert near_cores("0000:99:00.0", {1}, tmp_path) == ()
+    (place / "numa_node").write_text("1\n")
+    assert (near_node("0000:17:00.0", tmp_path), near_node("0000:99:00.0", tmp_path)) == (1, None)
+    (place / "numa_node").write_text("-1\n")  # a machine with one
+    assert near_node("0000:17:00.0", tmp_path) is None
     assert parse_cores("") == set()
 
 

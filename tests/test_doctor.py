@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 
 from drp import doctor
 from drp.cli import main
+from drp.doctor_tables import tables
 from drp.leader.gpus import Gpu
+from tests import on_host
 
 
 def seen(report: doctor.Report, about: str) -> doctor.Finding:
@@ -36,7 +42,7 @@ def test_it_names_what_this_process_has(report: doctor.Report) -> None:
 def test_it_says_why_there_is_no_gpu(report: doctor.Report) -> None:
     assert "built without CUDA" in seen(report, "GPUs").seen
     assert "built without CUDA" in seen(report, "devices='cuda'").seen
-    assert (report.gpus, report.peers) == ((), ())
+    assert (report.gpus, report.peers, report.ipc) == ((), (), ())
 
 
 def test_workers_can_open_the_leaders_memory_or_it_says_that_they_cannot(
@@ -61,11 +67,42 @@ def test_too_few_files_are_in_the_way() -> None:
 
 
 def test_gpus_that_there_are_become_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "peers", lambda gpus: ())  # a copy needs one
-    gpu = Gpu(0, "GPU-1234", "A GPU", 3 * 2**30, "0000:17:00.0", (0, 1, 2, 5))
-    found = doctor.examine(lambda: (gpu,))
-    assert seen(found, "cuda:0").seen == "A GPU, GPU-1234, 3.0 GiB, at 0000:17:00.0, beside cores 0-2,5"
-    assert seen(found, "devices='cuda'").seen.startswith("cuda:0, in turn")
+    monkeypatch.setattr(doctor, "peers", lambda gpus: (("itself", "copied, direct"),) * 2)  # a copy needs two
+    gpus = (Gpu(0, "GPU-1", "A GPU", 3 * 2**30, "0000:17:00.0", (0, 1, 2, 5), 1), Gpu(1, "GPU-2", "B MIG 1g.5gb"))
+    found = doctor.examine(lambda: gpus)
+    assert seen(found, "cuda:0").seen == "A GPU, GPU-1, 3.0 GiB, at 0000:17:00.0, beside cores 0-2,5, NUMA node 1"
+    assert seen(found, "cuda:1").seen.endswith("a MIG slice: CUDA has no IPC there")
+    assert seen(found, "devices='cuda'").seen.startswith("cuda:0, cuda:1, in turn")
+    # This machine does not see these GPUs: what was tried says so, and drp would do without.
+    assert all("fails" in how and "GPU-1" in how for row in found.ipc for how in row)
+    assert seen(found, "runs' memory").seen.startswith("on the host, pinned, with workers on cuda:0, cuda:1")
+    assert "on cuda:0, cuda:1 one a worker" in seen(found, "weights").seen
+    shown = Console(width=200, record=True, file=io.StringIO())
+    shown.print(*tables(found))
+    assert "CUDA IPC between two processes, tried" in shown.export_text()
+
+
+def test_memory_of_gpus_is_tried_from_a_process_on_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "GpuMemory", on_host.Lent)
+    gpus = on_host.GPUS
+    failed = doctor.ipc(gpus)
+    assert len(failed) == len(failed[0]) == 2
+    assert all("does not see the GPU" in how for row in failed for how in row)
+    run = "from drp.doctor_peer import main; main()"
+    monkeypatch.setattr(doctor, "PEER", (sys.executable, "-m", "tests.on_host", "-c", run))
+    reached = doctor.ipc(gpus)
+    assert reached == (("works", "works"), ("works", "works"))
+    used = {finding.about: finding.seen for finding in doctor._use(gpus, "", reached)}
+    assert used["runs' memory"] == "on cuda:0, if that is the first named: all GPUs reach it"
+    assert used["weights"] == "one copy for all workers of a GPU"
+    monkeypatch.setattr(on_host.Lent, "written", lambda memory: memory.tensor(0, (1,), torch.uint8).fill_(77))
+    assert doctor.ipc(gpus) == (("WRONG", "WRONG"), ("WRONG", "WRONG"))
+
+
+def test_it_says_in_which_process_namespace_it_is(report: doctor.Report) -> None:
+    said = seen(report, "process namespace").seen
+    assert said.startswith("pid:[")
+    assert ("the machine's own" in said) is (str(Path("/proc/self/ns/pid").readlink()) == doctor.FIRST_NAMESPACE)
 
 
 def test_the_command_prints_every_line(report: doctor.Report) -> None:

@@ -30,6 +30,8 @@ class Gpu:
     """Its PCI address, such as 0000:17:00.0; empty if torch does not say."""
     cores: tuple[int, ...] = ()
     """Those of its NUMA node that this process may use; empty if the kernel does not say."""
+    node: int | None = None
+    """That NUMA node's number; None if the kernel does not say, or there is but one."""
 
 
 def find_gpus() -> tuple[Gpu, ...]:
@@ -97,6 +99,15 @@ def near_cores(bus: str, allowed: set[int], pci: Path = PCI) -> tuple[int, ...]:
     return tuple(sorted(parse_cores(text) & allowed))
 
 
+def near_node(bus: str, pci: Path = PCI) -> int | None:
+    """Return the number of a PCI device's NUMA node, None if the kernel does not say."""
+    try:
+        node = int((pci / bus.lower() / "numa_node").read_text())
+    except (OSError, ValueError):
+        return None
+    return node if node >= 0 else None
+
+
 def parse_cores(text: str) -> set[int]:
     """Return what the kernel's list `0-3,8` names."""
     cores: set[int] = set()
@@ -111,7 +122,7 @@ def _describe(index: int) -> Gpu:
     place = [int(getattr(found, f"pci_{part}_id", -1)) for part in ("domain", "bus", "device")]
     bus = "" if min(place) < 0 else "{:04x}:{:02x}:{:02x}.0".format(*place)
     cores = near_cores(bus, os.sched_getaffinity(0)) if bus else ()
-    return Gpu(index, uuid_of(index), found.name, found.total_memory, bus, cores)
+    return Gpu(index, uuid_of(index), found.name, found.total_memory, bus, cores, near_node(bus) if bus else None)
 
 
 def _has_driver() -> bool:
