@@ -115,7 +115,11 @@ def _driver() -> str:
         return f"none: {error}"
     try:
         devices = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-        names = [f"{_text(nvml.nvmlDeviceGetName(each))} {_text(nvml.nvmlDeviceGetUUID(each))}" for each in devices]
+        names = [
+            f"{_text(nvml.nvmlDeviceGetName(each))} {_text(nvml.nvmlDeviceGetUUID(each))}"
+            + (" (not for several processes: nvidia-smi -c DEFAULT)" if nvml.nvmlDeviceGetComputeMode(each) else "")
+            for each in devices
+        ]
         return f"{_text(nvml.nvmlSystemGetDriverVersion())}, with {', '.join(names) or 'no GPU'}"
     except nvml.NVMLError as error:
         return f"there, but: {error}"
@@ -136,7 +140,7 @@ def _gpus(gpus: Sequence[Gpu], why: str) -> list[Finding]:
             f"{gpu.name}, {gpu.uuid}, {gpu.nbytes / 2**30:.1f} GiB, at {gpu.bus or 'an unknown place'}, "
             f"beside {_cores_text(gpu.cores) if gpu.cores else 'cores that the kernel does not name'}"
             + (f", NUMA node {gpu.node}" if gpu.node is not None else "")
-            + ("; a MIG slice: CUDA has no IPC there" if " MIG " in gpu.name else ""),
+            + ("; a MIG slice, without IPC to others" if " MIG " in gpu.name else ""),
             "good",
         )
         for gpu in gpus

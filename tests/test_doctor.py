@@ -71,7 +71,7 @@ def test_gpus_that_there_are_become_lines(monkeypatch: pytest.MonkeyPatch) -> No
     gpus = (Gpu(0, "GPU-1", "A GPU", 3 * 2**30, "0000:17:00.0", (0, 1, 2, 5), 1), Gpu(1, "GPU-2", "B MIG 1g.5gb"))
     found = doctor.examine(lambda: gpus)
     assert seen(found, "cuda:0").seen == "A GPU, GPU-1, 3.0 GiB, at 0000:17:00.0, beside cores 0-2,5, NUMA node 1"
-    assert seen(found, "cuda:1").seen.endswith("a MIG slice: CUDA has no IPC there")
+    assert seen(found, "cuda:1").seen.endswith("a MIG slice, without IPC to others")
     assert seen(found, "devices='cuda'").seen.startswith("cuda:0, cuda:1, in turn")
     # This machine does not see these GPUs: what was tried says so, and drp would do without.
     assert all("fails" in how and "GPU-1" in how for row in found.ipc for how in row)
