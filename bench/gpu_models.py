@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from drp import ModelSpec
 
+GPU = "cuda"
+"""Where weights are drawn: the current GPU. A core takes long for so many."""
 UNET: dict[str, Any] = {
     "sample_size": 64,
     "cross_attention_dim": 768,
@@ -63,13 +65,14 @@ class UNet(_Bare):
 
     text: Tensor
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], place: str) -> None:
         from diffusers import UNet2DConditionModel
 
         super().__init__(config["sample_size"])
         torch.manual_seed(0)
-        self.net: nn.Module = UNet2DConditionModel(**config)
-        self.register_buffer("text", torch.randn(1, 77, config["cross_attention_dim"]))
+        with torch.device(place):
+            self.net: nn.Module = UNet2DConditionModel(**config)
+            self.register_buffer("text", torch.randn(1, 77, config["cross_attention_dim"]))
 
     def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Predict."""
@@ -82,12 +85,13 @@ class DiT(_Bare):
 
     label: Tensor
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], place: str) -> None:
         from diffusers import DiTTransformer2DModel
 
         super().__init__(config["sample_size"])
         torch.manual_seed(0)
-        self.net: nn.Module = DiTTransformer2DModel(**config)
+        with torch.device(place):
+            self.net: nn.Module = DiTTransformer2DModel(**config)
         self.register_buffer("label", torch.tensor([7]))
 
     def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -110,22 +114,22 @@ class Tiny(_Bare):
 
 def unet() -> UNet:
     """Return Stable Diffusion 1.5's U-Net."""
-    return UNet(UNET)
+    return UNet(UNET, GPU)
 
 
 def dit() -> DiT:
     """Return DiT-XL/2."""
-    return DiT(DIT)
+    return DiT(DIT, GPU)
 
 
 def small_unet() -> UNet:
     """Return a U-Net for a trial on any machine."""
-    return UNet(SMALL_UNET)
+    return UNet(SMALL_UNET, "cpu")
 
 
 def small_dit() -> DiT:
     """Return a transformer for a trial on any machine."""
-    return DiT(SMALL_DIT)
+    return DiT(SMALL_DIT, "cpu")
 
 
 MODELS: dict[str, Callable[[], _Bare]] = {"unet": unet, "dit": dit, "small_unet": small_unet, "small_dit": small_dit}
