@@ -43,3 +43,44 @@ class Dying(Small):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL))
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(x, t, cond)
+
+
+class Large(Small):
+    """A GiB of weights, next to none of them used."""
+
+    spec = ModelSpec(sample_shape=(4,))
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.weight = nn.Parameter(torch.full((1 << 14, 1 << 14), 0.5))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        return x * self.weight[7, 9]
+
+    def examples(self) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        return [(torch.zeros(1, 4), torch.zeros(1), {})]
+
+
+class Few(Large):
+    """The same without the weights."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.weight = nn.Parameter(torch.full((16, 16), 0.5))
+
+
+class Drawn(Small):
+    """Other weights in each process, made on the GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.seed()
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, device="cuda") * 0.05
+
+
+class Looking(Small):
+    """Looks at a number on the host, which a graph cannot."""
+
+    def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        return super().forward(x, t, cond) * float(t[0] > -1)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,11 @@ import torch
 
 import drp
 from drp import GpuOptions, Leader
+from drp.models import load
+from drp.models.gpu import on_device
+from drp.protocol.cuda import index_of
+from drp.protocol.messages import OnGpu
+from drp.sampling.run import Task
 
 SMALL = "tests.gpu.denoisers:Small"
 MODES = ("sequential", "conservative", "aggressive", "rolling", "adaptive")
@@ -41,13 +49,82 @@ def test_bits_equal_the_reference_on_the_gpu(
 
 
 @pytest.mark.parametrize(
-    "gpu", [GpuOptions(graphs=True), GpuOptions(dtype="bfloat16"), GpuOptions(dtype="float16", graphs=True)]
+    "gpu",
+    [
+        GpuOptions(graphs=True),
+        GpuOptions(dtype="bfloat16"),
+        GpuOptions(dtype="float16", graphs=True),
+        GpuOptions(nvtx=True),
+        GpuOptions(compile=True),
+        GpuOptions(compile=True, graphs=True, dtype="bfloat16"),
+    ],
 )
 def test_options_of_the_worker_keep_the_bits_of_a_reference_with_the_same(gpu: GpuOptions) -> None:
     with Leader(SMALL, devices="cuda:0", drafts_per_device=4, gpu=gpu) as leader:
         run = leader.sample(count=1, steps=20)
     ref = drp.reference(SMALL, devices="cuda:0", drafts_per_device=4, gpu=gpu, count=1, steps=20)
     assert torch.equal(run.samples, ref.samples)
+
+
+def test_compiled_code_computes_what_the_model_does() -> None:
+    with Leader(SMALL, devices="cuda:0", drafts_per_device=2, gpu=GpuOptions(compile=True)) as leader:
+        for count in (1, 2):  # what was warmed, and what was not
+            run = leader.sample(count=count, steps=10)
+            ref = drp.reference(SMALL, devices="cuda:0", drafts_per_device=2, count=count, steps=10)
+            torch.testing.assert_close(run.samples, ref.samples, rtol=1e-2, atol=1e-2)
+
+
+def test_a_model_that_looks_at_numbers_cannot_be_captured_and_is_told_so() -> None:
+    with pytest.raises(drp.WorkerError, match=r"cannot be captured as a CUDA graph(.|\n)*leave graphs out"):
+        Leader("tests.gpu.denoisers:Looking", devices="cuda:0", gpu=GpuOptions(graphs=True))
+    with Leader("tests.gpu.denoisers:Looking", devices="cuda:0") as leader:
+        assert leader.sample(steps=3).steps == 3
+
+
+def test_graphs_of_several_shapes_share_memory_without_harm(uuid: str) -> None:
+    device = torch.device("cuda", index_of(uuid))
+    captured = on_device(load(SMALL), device, OnGpu(uuid, graphs=True, batch=2)).predict
+    plain = on_device(load(SMALL), device, OnGpu(uuid)).predict
+    with torch.inference_mode():
+        for turn, size in enumerate((1, 3, 2, 1, 5, 3, 1)):
+            x, t = torch.randn(size, 4, 32, 32, device=device), torch.full((size,), 10.0 * turn, device=device)
+            assert torch.equal(captured(x, t, {}), plain(x, t, {})), (turn, size)
+    assert torch.equal(captured(x, t, {}), plain(x, t, {}))  # outside that mode too
+
+
+def used() -> int:
+    """Bytes of the GPU that are in use, by all processes."""
+    torch.cuda.synchronize()
+    left, most = torch.cuda.mem_get_info()
+    return int(most - left)
+
+
+def test_workers_of_one_gpu_have_one_copy_of_the_weights(caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {}
+    for model in ("Few", "Large"):
+        with Leader(f"tests.gpu.denoisers:{model}", devices="4xcuda:0") as leader:
+            samples = leader.sample(steps=9).samples
+            sizes[model] = used()
+            pid = leader.workers[0].pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            deadline = time.monotonic() + 120
+            while leader.workers[0].pid in (None, pid) or leader.workers[0].state != "ready":
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            assert torch.equal(leader.sample(steps=9).samples, samples)
+            sizes[f"{model} again"] = used()
+    print({name: f"{size / 2**30:.2f} GiB" for name, size in sizes.items()})
+    assert 1.0 <= (sizes["Large"] - sizes["Few"]) / 2**30 < 1.5
+    assert 1.0 <= (sizes["Large again"] - sizes["Few again"]) / 2**30 < 1.5
+    assert not [record for record in caplog.records if "weights on" in record.message]
+
+
+@pytest.mark.parametrize("gpu", [GpuOptions(graphs=True), GpuOptions(memory="host")])
+def test_shared_weights_are_those_that_are_used(gpu: GpuOptions) -> None:
+    with Leader("tests.gpu.denoisers:Drawn", devices="3xcuda:0", gpu=gpu) as leader:
+        one, again = (leader.sample(steps=9).samples for _ in range(2))
+    assert torch.equal(one, again)
 
 
 def test_the_gpu_computes_what_the_cpu_does() -> None:
@@ -69,6 +146,22 @@ def test_nothing_is_left_on_the_gpu_after_200_runs() -> None:
     print(f"before {before >> 20} MiB, in use {warm >> 20}, grown by {grown >> 20}, after {after >> 20}")
     assert grown < SLACK
     assert before - after < SLACK
+
+
+def test_nothing_is_left_on_the_gpu_after_200_sessions() -> None:
+    """Sessions lie on the host: what could be left is memory that was pinned, and copies of their conditions."""
+    x = torch.randn(1, 4, 32, 32)
+    with Leader(SMALL, devices="cuda:0") as leader:
+        made, warm = [], 0
+        for number in range(200):
+            session = leader.open({"x": x}, {"x": x}, 2, {"unused": torch.ones(1 << 20)})
+            session.arena.draft(1)["x"].copy_(x)
+            rows = session.evaluate([Task(3, 250.0, 1)])
+            made.append(session.arena.prediction(rows[3])["x"].clone())
+            session.close()
+            assert torch.equal(made[-1], made[0])
+            warm = used() if number == 10 else warm
+        assert used() - warm < SLACK
 
 
 def test_a_killed_worker_leaves_nothing_and_its_drafts_are_evaluated(
