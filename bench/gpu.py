@@ -18,7 +18,7 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +188,9 @@ def verdict(promises: list[dict[str, Any]]) -> Table:
 def main(device: str, models: str, ways: str, turns: int, out: Path) -> None:
     """Measure on one GPU."""
     torch.set_num_threads(1)
-    wanted = {"--models": (models.split(","), MODELS), "--ways": (ways.split(","), WAYS)}
-    for option, (given, known) in wanted.items():
-        for each in given:
+    wanted: tuple[tuple[str, str, Collection[str]], ...] = (("--models", models, MODELS), ("--ways", ways, WAYS))
+    for option, given, known in wanted:
+        for each in given.split(","):
             if each not in known:
                 raise click.BadParameter(f"{each!r} is none of {', '.join(known)}", param_hint=option)
     try:

@@ -187,11 +187,8 @@ def _stand_in() -> None:
     weights.Weights.share = noted  # type: ignore[method-assign]  # the worker's own code, in the worker's own process
     nvtx.range_push = lambda name: step("range", name=name)
     nvtx.range_pop = lambda: step("end")
-    seat.Seat = HostSeat  # type: ignore[misc]  # likewise
-    seat.GpuMemory = Lent  # type: ignore[misc, assignment]  # likewise
-    seat.turn_over = turn_over  # type: ignore[assignment]  # likewise
-    doctor_peer.GpuMemory = Lent  # type: ignore[misc, assignment]  # likewise
-    doctor_peer.turn_over = turn_over  # type: ignore[assignment]  # likewise
+    vars(seat).update(Seat=HostSeat, GpuMemory=Lent, turn_over=turn_over)
+    vars(doctor_peer).update(GpuMemory=Lent, turn_over=turn_over)
     doctor_peer._sit_down = lambda uuid: None
 
 

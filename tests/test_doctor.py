@@ -85,9 +85,8 @@ def test_gpus_that_there_are_become_lines(monkeypatch: pytest.MonkeyPatch) -> No
 def test_memory_of_gpus_is_tried_from_a_process_on_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "GpuMemory", on_host.Lent)
     gpus = on_host.GPUS
-    failed = doctor.ipc(gpus)
-    assert len(failed) == len(failed[0]) == 2
-    assert all("does not see the GPU" in how for row in failed for how in row)
+    failed = doctor.ipc(gpus[:1])
+    assert "does not see the GPU" in failed[0][0]
     run = "from drp.doctor_peer import main; main()"
     monkeypatch.setattr(doctor, "PEER", (sys.executable, "-m", "tests.on_host", "-c", run))
     reached = doctor.ipc(gpus)
@@ -96,7 +95,7 @@ def test_memory_of_gpus_is_tried_from_a_process_on_each(monkeypatch: pytest.Monk
     assert used["runs' memory"] == "on cuda:0, if that is the first named: all GPUs reach it"
     assert used["weights"] == "one copy for all workers of a GPU"
     monkeypatch.setattr(on_host.Lent, "written", lambda memory: memory.tensor(0, (1,), torch.uint8).fill_(77))
-    assert doctor.ipc(gpus) == (("WRONG", "WRONG"), ("WRONG", "WRONG"))
+    assert doctor.ipc(gpus[:1]) == (("WRONG",),)
 
 
 def test_it_says_in_which_process_namespace_it_is(report: doctor.Report) -> None:
