@@ -763,7 +763,7 @@ def test_what_cannot_be_handed_to_workers_is_refused() -> None:
     [
         ({"mode": "rolling"}, "goes back"),
         ({"mode": Sweeps(Aggressive(2), 1)}, "goes back"),
-        ({"devices": "2xemulated:1ms:values=cheap"}, "values=cheap"),
+        ({"devices": "2xemulated:1ms:values=cheap"}, "values other than the model's"),
         ({"mode": "agressive"}, "unknown mode"),
         ({"rule": "tangent"}, "unknown rule"),
         ({"devices": 0}, "a run needs 1"),

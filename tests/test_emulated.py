@@ -1,5 +1,8 @@
+import os
 import statistics
 import types
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from drp.protocol.codec import decode, encode
 from drp.protocol.messages import TO_WORKER, Draft, Emulated, Load
 from drp.workers import emulated
 from drp.workers.emulated import EmulatedDevice
+from drp.workers.recorded import Recorded
 
 CHEAP = "drp.workers.emulated:load"
 EVERYTHING = "emulated:20ms:jitter=10%:straggler=3x@5%:link=50us@10GB/s:values=cheap"
@@ -25,12 +29,13 @@ EVERYTHING = "emulated:20ms:jitter=10%:straggler=3x@5%:link=50us@10GB/s:values=c
         ("emulated:1.5s", Emulated(0, 1.5)),
         ("emulated:5ms:link=1ms", Emulated(0, 0.005, latency=0.001)),
         ("emulated:5ms:values=model", Emulated(0, 0.005)),
-        (EVERYTHING, Emulated(0, 0.02, 0.1, 3.0, 0.05, 5e-5, 1e10, True)),
+        ("emulated:5ms:values=recorded", Emulated(0, 0.005, values="recorded")),
+        (EVERYTHING, Emulated(0, 0.02, 0.1, 3.0, 0.05, 5e-5, 1e10, "cheap")),
     ],
 )
 def test_an_emulated_device_is_what_its_name_says(name: str, expected: Emulated) -> None:
     said = parse_emulated(name, 0)
-    assert (said.number, said.cheap) == (expected.number, expected.cheap)
+    assert (said.number, said.values) == (expected.number, expected.values)
     for field in ("seconds", "jitter", "straggler_factor", "straggler_share", "latency", "bandwidth"):
         assert getattr(said, field) == pytest.approx(getattr(expected, field)), field
 
@@ -156,6 +161,45 @@ def test_cheap_values_are_those_of_the_cheap_model() -> None:
         cheap = leader.sample(shape=(3,), steps=4).samples
     assert torch.equal(cheap, drp.reference(CHEAP, shape=(3,), steps=4).samples)
     assert not torch.equal(cheap, drp.reference(Halves, shape=(3,), steps=4).samples)
+
+
+def test_recorded_values_are_the_models_and_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRP_TEST_EVALUATIONS", str(tmp_path / "evaluations"))
+    runs = [{"shape": (3, 4), "steps": 6, "seed": seed, "mode": "conservative"} for seed in (1, 2)]
+    expected = [drp.reference(Halves, devices=2, **run).samples for run in runs]  # type: ignore[arg-type]  # options
+    with drp.Leader(Counts, devices="2xemulated:5ms:values=recorded") as leader:
+        first = [leader.sample(**run) for run in runs]  # type: ignore[arg-type]  # likewise
+        evaluated = (tmp_path / "evaluations").stat().st_size
+        for _ in range(12):  # a draft may come to the other worker, which has yet to evaluate it
+            again = [leader.sample(**run) for run in runs]  # type: ignore[arg-type]  # likewise
+    for results in (first, again):
+        assert [torch.equal(r.samples, e) for r, e in zip(results, expected, strict=True)] == [True, True]
+    assert evaluated == sum(r.evaluations for r in first)
+    assert (tmp_path / "evaluations").stat().st_size <= 2 * evaluated
+
+
+def test_a_recording_knows_everything_that_it_was_asked_and_keeps_so_much() -> None:
+    seen = []
+
+    def predict(x: torch.Tensor, t: torch.Tensor, cond: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        seen.append(1)
+        return x + t.view(-1, 1) + cond["c"]
+
+    recorded = Recorded(predict, most=3 * 16)
+    x, t, cond = torch.zeros(1, 4), torch.ones(1), {"c": torch.ones(1, dtype=torch.bfloat16)}
+    for asked in ((x, t, cond), (x + 1, t, cond), (x, t + 1, cond), (x, t, {"c": cond["c"] + 1})):
+        assert torch.equal(recorded(*asked), predict(*asked))
+        assert torch.equal(recorded(*asked), predict(*asked))
+    assert len(seen) == 4 * 3
+    recorded(x, t, cond)  # of four there is room for three, and this was the first
+    assert len(seen) == 4 * 3 + 1
+
+
+class Counts:
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, cond: object) -> torch.Tensor:
+        with Path(os.environ["DRP_TEST_EVALUATIONS"]).open("a") as file:
+            file.write("x")
+        return x / 2
 
 
 class Halves:

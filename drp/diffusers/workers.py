@@ -34,10 +34,8 @@ class Workers:
         hedge: float | None = None,
     ) -> None:
         placed = parse_devices(devices, 1)
-        if any(device.emulated is not None and device.emulated.cheap for device in placed):
-            raise ValueError(
-                f"devices is {devices!r}: values=cheap puts a function in the place of drp's own models only"
-            )
+        if any(device.emulated is not None and device.emulated.values != "model" for device in placed):
+            raise ValueError(f"devices is {devices!r}: values other than the model's are for drp's own models only")
         if any(device.gpu is not None for device in placed):
             raise ValueError(
                 f"devices is {devices!r}: pipelines run on CPU workers so far; name cpu or emulated devices"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from drp.leader.gpus import Gpu, find_gpus, visible
-from drp.protocol.messages import Emulated
+from drp.protocol.messages import Emulated, Values
 
 MOST = 256
 """Workers of one leader."""
@@ -46,8 +47,9 @@ def parse_devices(
       jitter: the standard deviation of a normal distribution, as a share of TIME.
       straggler: three times as long, for 5 % of the evaluations.
       link: a draft and a prediction each travel for 50 us and, after the @, if given, their bytes at this rate.
-      values: `model` (the default: the evaluation's own, within TIME if that is long enough), or `cheap`, a function of
-      the draft and the timestep that costs next to nothing; see `drp.workers.emulated`.
+      values: `model` (the default: the evaluation's own, within TIME if that is long enough), `recorded`: the model is
+      evaluated once for each draft, and its prediction given again when the draft comes again, or `cheap`, a function
+      of the draft and the timestep that costs next to nothing; see `drp.workers.emulated` and `drp.workers.recorded`.
     - `cuda:I`, the I-th GPU that CUDA shows, `cuda:UUID`, the one of this UUID or its beginning, or `cuda`, the next in
       turn. Its worker runs on the cores of that GPU's NUMA node. Several workers may be on one GPU; `4xcuda` with one
       GPU is four. GPUs and other devices do not mix in one leader. `find` says what GPUs there are.
@@ -123,12 +125,12 @@ def parse_emulated(name: str, number: int) -> Emulated:
             new = {"latency": _seconds(link[1], name), "bandwidth": float(link[2]) * BYTES[link[3]] if link[2] else 0.0}
             if link[2] and not new["bandwidth"]:
                 raise ValueError(f"device {name!r}: a link of {link[2]}{link[3]} passes nothing; give more than 0")
-        elif key == "values" and value in ("model", "cheap"):
-            new = {"cheap": value == "cheap"}
+        elif key == "values" and value in typing.get_args(Values):
+            new = {"values": value}
         else:
             raise ValueError(
                 f"device {name!r}: {option!r} is no option of an emulated device; "
-                "give jitter=10%, straggler=3x@5%, link=50us@10GB/s or values=cheap, with colons between"
+                "give jitter=10%, straggler=3x@5%, link=50us@10GB/s or values=cheap (recorded, model), with colons between"
             )
         if not fields.keys().isdisjoint(new):
             raise ValueError(f"device {name!r} gives {key} twice; give it once")

@@ -40,6 +40,7 @@ Name = Annotated[str, Length(200)]
 Text = Annotated[str, Length(20_000)]
 Opaque = Annotated[bytes, Length(64)]
 Half = Literal["float16", "bfloat16"]
+Values = Literal["model", "recorded", "cheap"]
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,9 @@ class Emulated:
 
     An evaluation takes `seconds`, normally distributed with a standard deviation of `jitter` times that, and
     `straggler_factor` times as long for a share `straggler_share` of them. A draft and a prediction each travel for
-    `latency` and their bytes at `bandwidth` bytes a second (0: at once). `cheap`: the model need not be evaluated.
-    `number` tells the draws of one device from another's.
+    `latency` and their bytes at `bandwidth` bytes a second (0: at once). `values` says what it answers: what the model
+    makes of the draft, evaluated each time or (`recorded`) once for each draft, or something cheap instead. `number`
+    tells the draws of one device from another's.
     """
 
     number: Count
@@ -113,7 +115,7 @@ class Emulated:
     straggler_share: Fraction = 0.0
     latency: Seconds = 0.0
     bandwidth: Annotated[float, Bounds(0, 1e18)] = 0.0
-    cheap: bool = False
+    values: Values = "model"
 
 
 @dataclass(frozen=True)

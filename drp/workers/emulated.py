@@ -16,7 +16,7 @@ from drp.protocol.messages import Draft, Emulated
 
 PR_SET_TIMERSLACK = 29
 TURNS = 0.25
-"""Share of the time over which the cheap evaluations of a round are spread."""
+"""Share of the time over which the cheap and the recorded evaluations of a round are spread."""
 
 
 class EmulatedDevice:
@@ -35,7 +35,7 @@ class EmulatedDevice:
         link = self.emulated.latency + (nbytes / self.emulated.bandwidth if self.emulated.bandwidth else 0.0)
         arrived = time.perf_counter()
         began = sleep_until(arrived + link) if link else arrived
-        if self.emulated.cheap:  # Devices compute side by side; processes that share cores do so in turn.
+        if self.emulated.values != "model":  # Devices compute side by side; processes that share cores do so in turn.
             sleep_until(began + self.emulated.seconds * TURNS * (self.emulated.number % 16) / 16)
         evaluate()
         ended = sleep_until(began + self.seconds(draft.run, draft.index))

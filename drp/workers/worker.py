@@ -43,6 +43,7 @@ from drp.protocol.transport import WorkerSocket
 from drp.ranges import put_ranges
 from drp.workers.emulated import EmulatedDevice, cheap
 from drp.workers.entry import Config
+from drp.workers.recorded import Recorded
 from drp.workers.weights import Weights
 
 if TYPE_CHECKING:
@@ -121,9 +122,11 @@ class Worker:
             self._denoiser = self._seat.in_dtype(self._denoiser)
         if how.emulated is not None:
             self._timed = EmulatedDevice(how.emulated).run
-            if how.emulated.cheap:
+            if how.emulated.values == "cheap":
                 self._denoiser = replace(self._denoiser, predict=cheap)
         self._weights = Weights(self._denoiser.module)
+        if how.emulated is not None and how.emulated.values == "recorded":
+            self._denoiser = replace(self._denoiser, predict=Recorded(self._denoiser.predict))
         return Loaded(self._denoiser.spec, self._weights.nbytes, self._weights.layout, unreached)
 
     def _share(self, share: Share) -> Shared:
