@@ -130,7 +130,7 @@ def parse_emulated(name: str, number: int) -> Emulated:
         else:
             raise ValueError(
                 f"device {name!r}: {option!r} is no option of an emulated device; "
-                "give jitter=10%, straggler=3x@5%, link=50us@10GB/s or values=cheap (recorded, model), with colons between"
+                "give jitter=10%, straggler=3x@5%, link=50us@10GB/s or values=cheap (recorded, model), colons between"
             )
         if not fields.keys().isdisjoint(new):
             raise ValueError(f"device {name!r} gives {key} twice; give it once")

@@ -42,5 +42,5 @@ def digest(tensors: Mapping[str, Tensor]) -> bytes:
     made = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         made.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        made.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        made.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return made.digest()
