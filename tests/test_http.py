@@ -12,10 +12,12 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -101,6 +103,7 @@ def test_images_are_those_of_the_reference(gateway: Gateway) -> None:
     assert len(answer["data"]) == 2
     assert base64.b64decode(answer["data"][1]["b64_json"]) == reference([3, 1, 3, 1], steps=7, seed=4, drafts=3)
     assert (answer["drp"]["steps"], answer["drp"]["drafts"], answer["drp"]["rounds"]) == (7, 3, 3)
+    assert answer["drp"]["incidents"] == []
 
 
 def test_a_stream_shows_the_picture_form(gateway: Gateway) -> None:
@@ -198,6 +201,18 @@ def test_the_page_in_a_browser(gateway: Gateway) -> None:
         page.value("run()")
         page.until("document.body.dataset.state === 'failed'")
         assert "write digits" in page.value("facts.textContent")
+
+
+def test_a_lost_worker_is_told(gateway: Gateway, served: Served) -> None:
+    with Client(served.address) as client, ThreadPoolExecutor(1) as pool:
+        drawing = pool.submit(lambda: gateway.draw(prompt="1", **SLOW))
+        until(lambda: client.status().requests == 1, "the run is under way")
+        worker = psutil.Process(served.process.pid).children()[0]
+        worker.kill()
+        status, answer = drawing.result(DEADLINE)
+    assert status == 200
+    [incident] = answer["drp"]["incidents"]
+    assert f"process {worker.pid}) was killed by SIGKILL" in incident
 
 
 def test_a_server_that_is_gone_shows_in_the_health(gateway: Gateway, served: Served) -> None:

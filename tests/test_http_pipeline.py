@@ -10,6 +10,7 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from PIL import Image, ImageChops
@@ -74,6 +75,17 @@ def test_the_images_are_the_pipelines(backend: Pipeline) -> None:
     assert (images.facts["steps"], images.facts["rounds"], images.facts["devices"]) == (6, 4, ("cpu:0", "cpu:1"))
     assert backend.health()[0]
     assert 'drp_requests_total{outcome="finished"} 1' in backend.metrics()
+
+
+def test_a_lost_worker_is_told(backend: Pipeline) -> None:
+    assert backend.begin(order()).images.result(DEADLINE).facts["notes"] == []
+    work = backend.begin(order(steps=100))
+    news = work.news()
+    next(news)
+    worker = psutil.Process().children()[0]
+    worker.kill()
+    notes = work.images.result(DEADLINE).facts["notes"]
+    assert any(f"process {worker.pid}) was killed by SIGKILL" in note for note in notes)
 
 
 def test_what_a_pipeline_does_not_take_is_refused(backend: Pipeline) -> None:

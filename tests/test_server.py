@@ -11,12 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 import torch
+import zmq
 from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -25,14 +27,17 @@ from drp import Client, Leader
 from drp.cli import main
 from drp.client import RefusedError
 from drp.leader.errors import WorkerError
-from drp.protocol.codec import ProtocolError
+from drp.protocol import door
+from drp.protocol.codec import ProtocolError, decode, encode
 from drp.protocol.door import TensorData
 from drp.protocol.messages import Handle
 from drp.protocol.tensors import open_shared
 from drp.sampling.drafts import PAPER, DraftRule
 from drp.sampling.modes import Sequential
+from drp.sampling.result import Result
 from drp.server import clients
 from drp.server.keys import Keys, make
+from drp.server.options import finished
 from drp.server.server import Server
 from tests.plain import Plain
 from tests.test_spec import facts, lines
@@ -373,6 +378,44 @@ def test_a_number_in_use_is_refused(plain: Plain) -> None:
     plain.hear("Ended")
 
 
+OPENED = {
+    "type": "Opened",
+    "version": 1,
+    "model": "m",
+    "spec": {"sample_shape": [1], "classes": None, "guidance": None},
+    "devices": ["cpu:0"],
+    "most": 1,
+}
+
+
+def another_version(address: str, *answers: dict[str, Any]) -> None:
+    """Answer so many messages of one client, as a server of a version that is not this one."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.linger = 1000
+        socket.bind(address)
+        for answer in answers:
+            assert socket.poll(round(DEADLINE * 1000))
+            client, *_ = socket.recv_multipart()
+            socket.send_multipart([client, msgpack.packb(answer)])
+
+
+@pytest.mark.parametrize("code", ["elsewhere", "cancelled"])  # a new word, and one that means an end, not a refusal
+def test_a_refusal_with_a_code_that_is_not_known(tmp_path: Path, code: str) -> None:
+    refused = {"type": "Refused", "request": None, "code": code, "reason": "ask next door"}
+    with ThreadPoolExecutor(1) as pool:
+        server = pool.submit(another_version, f"ipc://{tmp_path}/first", refused)
+        with pytest.raises(RefusedError, match=f"^{code}: ask next door$") as error:
+            Client(f"ipc://{tmp_path}/first")
+        assert error.value.code == code
+        server.result(DEADLINE)
+        server = pool.submit(another_version, f"ipc://{tmp_path}/second", OPENED, refused | {"request": 1})
+        with Client(f"ipc://{tmp_path}/second") as client:
+            with pytest.raises(RefusedError, match="ask next door") as error:
+                client.submit(steps=2).result(DEADLINE)
+            assert error.value.code == code
+        server.result(DEADLINE)
+
+
 # Clients that go, and too many of them.
 
 
@@ -480,6 +523,40 @@ def test_health_is_progress(free: Leader, tmp_path: Path) -> None:
         assert "drp_healthy 0" in client.metrics()
         run.cancel()
         until(lambda: client.status().healthy, "it is healthy again")
+
+
+def test_a_run_that_lost_a_worker_says_so(free: Leader, tmp_path: Path) -> None:
+    with serving(free, tmp_path) as server, Client(server.address) as client:
+        assert client.sample(shape=(8, 8), steps=3).incidents == ()
+        run = client.submit(shape=(8, 8), steps=900, sweeps=9, progress=True)
+        next(run.progress())
+        pid = free.workers[1].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        [incident] = run.result(DEADLINE).incidents
+        assert incident.startswith(f"worker 1 (cpu:1, process {pid}) was killed by SIGKILL")
+    until(lambda: all(worker.state == "ready" for worker in free.workers), "the worker is replaced")
+
+
+def test_the_longest_result_is_a_message() -> None:
+    high = range(2**31 - 10_000, 2**31)
+    longest = Result(
+        samples=torch.zeros(1),
+        mode="𝄞" * 200,
+        drafts=2**31 - 1,
+        steps=2**31 - 1,
+        devices=("𝄞" * 200,) * 256,
+        rounds=2**31 - 1,
+        evaluations=2**31 - 1,
+        seconds=1.0,
+        device_seconds=1.0,
+        residuals=dict.fromkeys(high, 0.1),
+        cuts=tuple(high),
+        incidents=("𝄞" * 3000,) * 100,
+    )
+    message = finished(2**31 - 1, longest, TensorData("float32", (1,), frame=1), 1.0)
+    assert message.incidents == (*["𝄞" * 2000] * 63, "and 37 more")
+    assert decode(encode(message), door.TO_CLIENT) == message
 
 
 def test_a_lost_leader_ends_the_server(tmp_path: Path) -> None:

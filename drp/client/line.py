@@ -213,10 +213,10 @@ class Line:
     def _refused(self, message: Refused) -> None:
         if message.request is not None:
             self._take(message.request).on_error(message)
-        elif message.code == "version":
-            raise RefusedError(message.code, message.reason)
-        else:
+        elif message.code == "protocol":
             raise ProtocolError(message.reason)
+        else:
+            raise RefusedError(message.code, message.reason)
 
     def _end(self, socket: zmq.Socket[bytes], error: Exception) -> None:
         with self._gate:
@@ -246,4 +246,4 @@ def _refused(monitor: zmq.Socket[bytes]) -> bool:
 
 def _again(error: Exception) -> Exception:
     """Return an error of one's own: a traceback is added to each where it is raised."""
-    return type(error)(error.code, str(error)) if isinstance(error, RefusedError) else type(error)(*error.args)
+    return type(error)(error.code, error.reason) if isinstance(error, RefusedError) else type(error)(*error.args)

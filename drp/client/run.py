@@ -93,19 +93,20 @@ class RemoteRun(Future[Result]):
                 device_seconds=message.device_seconds,
                 residuals={each.index: math.inf if each.value is None else each.value for each in message.residuals},
                 cuts=message.cuts,
+                incidents=message.incidents,
             )
         )
 
     def on_error(self, message: Refused | Ended) -> None:
         """Learn that there will be no samples."""
-        match message.code:
-            case "cancelled":
+        match message:
+            case Ended(code="cancelled"):
                 self.set_exception(CancelledError())
-            case "failed":
+            case Ended(code="failed"):
                 self.set_exception(WorkerError(message.reason))
-            case "invalid":
+            case Refused(code="invalid"):
                 self.set_exception(ValueError(message.reason))
-            case "protocol":
+            case Refused(code="protocol"):
                 self.set_exception(ProtocolError(message.reason))
             case _:
                 self.set_exception(RefusedError(message.code, message.reason))

@@ -41,7 +41,7 @@ class Predictions:
         self._rows: dict[int, list[int]] = {}
         self._drafts: dict[int, Tensor] = {}
         self._residuals: list[float] | None = None
-        self._gain = 0
+        self._gain = self._told = 0
         self._final = _final_results(learned)
         self._begin(first)
         next(self._rounds)  # That was the step that was learned from.
@@ -82,8 +82,14 @@ class Predictions:
 
     def close(self) -> None:
         """Give the memory back."""
-        self._report.notes.update(self._session.incidents)
+        self._tell()
         self._session.close()
+
+    def _tell(self) -> None:
+        """Report the workers that were lost since the last time."""
+        new = self._session.incidents[self._told :]
+        self._report.notes.update(new)
+        self._told += len(new)
 
     def _begin(self, k: int) -> None:
         """Begin rounds for the steps from k on, as in a run that starts there."""
@@ -124,6 +130,7 @@ class Predictions:
             drafts.append((state.index, float(t), drafted))
             self._drafts[state.index] = state.x
         self._rows = self._evaluate(drafts)
+        self._tell()
         self._residuals = [0.0] if self._mode.feedback else None
         self._report.rounds += 1
         self._report.evaluations += len(drafts)

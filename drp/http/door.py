@@ -116,5 +116,16 @@ class Drawing:
             return
         result = run.result()
         pngs = [self._png(samples) for samples in torch.split(result.samples, self._columns)]
-        names = ("mode", "drafts", "steps", "devices", "rounds", "evaluations", "seconds", "theory", "speedup")
+        names = (
+            "mode",
+            "drafts",
+            "steps",
+            "devices",
+            "rounds",
+            "evaluations",
+            "seconds",
+            "theory",
+            "speedup",
+            "incidents",
+        )
         self.images.set_result(Images(pngs, {name: getattr(result, name) for name in names}))

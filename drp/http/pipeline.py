@@ -177,7 +177,10 @@ class PipelineWork:
             return kwargs
 
         images = pipe(**self._arguments, callback_on_step_end=step).images
-        facts = {name: getattr(report.calls[-1], name) for name in FACTS} if report.calls else {}
+        facts: dict[str, Any] = {}
+        if report.calls:
+            facts = {name: getattr(report.calls[-1], name) for name in FACTS}
+            facts["notes"] = list(report.calls[-1].notes)  # lost workers among them
         return Images([_png(image) for image in images], facts)
 
 

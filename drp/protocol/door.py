@@ -40,6 +40,10 @@ SILENCE = 10.0
 TAKE = 30.0
 """Seconds that a client has to map the shared memory of its samples."""
 
+MOST_INCIDENTS = 64
+LONGEST_INCIDENT = 2000
+"""Characters. With 64 of these, in four bytes each, the longest Finished still is a message of a mebibyte at most."""
+
 Total = Annotated[int, Bounds(0, 2**63 - 1)]
 Whole = Annotated[int, Bounds(-(2**63), 2**63 - 1)]
 Real = Annotated[float, Bounds(-1e308, 1e308)]
@@ -48,6 +52,7 @@ Steps = Annotated[int, Bounds(0, 10_000)]
 Reals = Annotated[tuple[Real, ...], Length(10_000)]
 Counts = Annotated[tuple[Count, ...], Length(10_000)]
 Labels = Annotated[tuple[Whole, ...], Length(100_000)]
+Incidents = Annotated[tuple[Annotated[str, Length(LONGEST_INCIDENT)], ...], Length(MOST_INCIDENTS)]
 
 
 @dataclass(frozen=True)
@@ -170,13 +175,14 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Refused:
-    """What the client sent is not done. Its fields are the same in every version; codes may be added.
+    """What the client sent is not done. Its fields are the same in every version, and its codes are not.
 
-    `request` is None where the refusal is of no Submit.
+    `request` is None where the refusal is of no Submit. `code` is "version", "protocol", "invalid", "busy" or
+    "draining", and from a server of another version may be another word.
     """
 
     request: Count | None
-    code: Literal["version", "protocol", "invalid", "busy", "draining"]
+    code: Name
     reason: Text
 
 
@@ -209,6 +215,7 @@ class Finished:
     waited: Seconds
     residuals: Annotated[tuple[Residual, ...], Length(10_000)] = ()
     cuts: Counts = ()
+    incidents: Incidents = ()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from drp.leader.request import Options
-from drp.protocol.door import Finished, Option, Residual, Rule, Submit, TensorData
+from drp.protocol.door import (
+    LONGEST_INCIDENT,
+    MOST_INCIDENTS,
+    Finished,
+    Option,
+    Residual,
+    Rule,
+    Submit,
+    TensorData,
+)
 from drp.protocol.tensors import Frame, Received
 from drp.sampling.drafts import DraftRule
 from drp.sampling.result import Result
@@ -76,4 +85,14 @@ def finished(request: int, result: Result, samples: TensorData, waited: float) -
         waited=waited,
         residuals=tuple(Residual(k, r if math.isfinite(r) else None) for k, r in sorted(result.residuals.items())),
         cuts=result.cuts,
+        incidents=_told(result.incidents),
     )
+
+
+def _told(incidents: Sequence[str]) -> tuple[str, ...]:
+    """Return as many incidents, and of each as much, as a message holds; the last says how many there are beyond."""
+    first = incidents if len(incidents) <= MOST_INCIDENTS else incidents[: MOST_INCIDENTS - 1]
+    told = [incident[:LONGEST_INCIDENT] for incident in first]
+    if len(incidents) > len(first):
+        told.append(f"and {len(incidents) - len(first)} more")
+    return tuple(told)

@@ -23,6 +23,7 @@ int main(int count, char** arguments) {
     drp_result result;
     drp_code code;
     int64_t label;
+    size_t i;
 
     if (count != 4) {
         fprintf(stderr, "submit_c ADDRESS LABEL FILE\n");
@@ -39,6 +40,8 @@ int main(int count, char** arguments) {
     while (code == DRP_OK && drp_run_next(run, &progress) == DRP_OK)
         fprintf(stderr, "\rstep %lld of %lld", (long long)progress.step, (long long)progress.steps);
     if (code == DRP_OK) code = drp_run_result(run, &result);
+    for (i = 0; code == DRP_OK && i < result.incidents_count; ++i)
+        fprintf(stderr, "\nmeanwhile %s", result.incidents[i]);
     if (code != DRP_OK)
         fprintf(stderr, "\nerror %d: %s\n", (int)code, drp_last_error());
     else if (!write_samples(&result.samples, arguments[3]))

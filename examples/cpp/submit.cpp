@@ -51,6 +51,8 @@ void submit(const std::string& address, const std::string& labels, const std::st
     const drp::Run run = client.submit(request);
     while (const auto news = run.next()) std::cerr << "\rstep " << news->step << " of " << news->steps << std::flush;
     const drp::Result result = run.result();
+    for (const std::string& incident : result.incidents)
+        std::cerr << "\nmeanwhile " << incident.substr(0, incident.find('\n'));
 
     std::ofstream file(path, std::ios::binary);
     const bool numbers = path.size() > 4 && path.substr(path.size() - 4) == ".f32";

@@ -180,6 +180,8 @@ void once(const std::string& address, std::int64_t steps, const std::optional<dr
         if (run.next()) std::cout << "running" << std::endl;
         const drp::Result result = run.result();
         std::cout << "finished " << std::hex << digest(result.samples) << std::endl;
+        for (const std::string& incident : result.incidents)
+            std::cout << "meanwhile " << incident.substr(0, incident.find('\n')) << std::endl;
     } catch (const drp::Error& error) {
         std::cout << "error " << static_cast<int>(error.code) << ' ' << error.what() << std::endl;
     }

@@ -58,6 +58,7 @@ int main(int count, char** arguments) {
     CHECK(seen > 0 && drp_run_next(run, &progress) == DRP_OVER);
     CHECK(drp_run_result(run, &result) == DRP_OK && drp_run_result(run, &again) == DRP_OK);
     CHECK(result.steps == 8 && result.drafts == 2 && again.evaluations == result.evaluations);
+    CHECK(result.incidents_count == 0 && again.samples.data == result.samples.data);
     CHECK(fwrite(result.samples.data, sizeof(float), 64, stdout) == 64);
     CHECK(drp_run_cancel(run) == DRP_OK && drp_run_result(run, &result) == DRP_OK);
     drp_run_free(run);

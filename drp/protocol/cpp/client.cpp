@@ -15,6 +15,7 @@ struct drp_run {
     drp::Run run;
     std::optional<drp::Progress> news;
     std::optional<drp::Result> result;
+    std::vector<const char*> incidents;
 };
 
 namespace {
@@ -180,7 +181,7 @@ void drp_request_init(drp_request* request) {
 
 drp_code drp_client_submit(const drp_client* client, const drp_request* request, drp_run** run) {
     return guarded([&] {
-        *run = new drp_run{client->client.submit(request_of(*request)), std::nullopt, std::nullopt};
+        *run = new drp_run{client->client.submit(request_of(*request)), std::nullopt, std::nullopt, {}};
         return DRP_OK;
     });
 }
@@ -202,10 +203,14 @@ drp_code drp_run_wait(const drp_run* run, double seconds) {
 
 drp_code drp_run_result(drp_run* run, drp_result* result) {
     return guarded([&] {
-        run->result = run->run.result();
+        if (!run->result) {
+            run->result = run->run.result();
+            for (const std::string& incident : run->result->incidents) run->incidents.push_back(incident.c_str());
+        }
         const drp::Result& facts = *run->result;
-        *result = {view(facts.samples), facts.drafts,  facts.steps,          facts.rounds,
-                   facts.evaluations,   facts.seconds, facts.device_seconds, facts.waited};
+        *result = {view(facts.samples),   facts.drafts,         facts.steps,          facts.rounds,
+                   facts.evaluations,     facts.seconds,        facts.device_seconds, facts.waited,
+                   run->incidents.data(), run->incidents.size()};
         return DRP_OK;
     });
 }

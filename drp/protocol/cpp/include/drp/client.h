@@ -115,6 +115,8 @@ typedef struct drp_result {
     drp_tensor samples; /* float32 [count, ...], until drp_run_free */
     int64_t drafts, steps, rounds, evaluations;
     double seconds, device_seconds, waited;
+    const char* const* incidents; /* what happened to workers meanwhile, incidents_count texts, until drp_run_free */
+    size_t incidents_count;
 } drp_result;
 
 typedef struct drp_status {

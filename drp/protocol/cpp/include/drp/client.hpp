@@ -185,7 +185,7 @@ inline constexpr Real kReal{-1e308, 1e308}, kSeconds{0, 1e9}, kPositive{0, 1e308
 inline constexpr Text kName{200}, kText{20000};
 inline constexpr List<Int> kShape{16, kCount}, kLabels{100000, kWhole}, kCounts{10000, kCount};
 inline constexpr List<Real> kReals{10000, kReal};
-inline constexpr List<Text> kNames{256, kName};
+inline constexpr List<Text> kNames{256, kName}, kIncidents{64, Text{2000}};
 
 struct Handle {
     std::int64_t pid = 0, fd = 0, nbytes = 0;
@@ -410,6 +410,7 @@ struct Facts {
     double seconds = 0, device_seconds = 0, waited = 0;
     std::vector<Residual> residuals;
     std::vector<std::int64_t> cuts;
+    std::vector<std::string> incidents;
 };
 
 struct Finished : Facts {
@@ -431,6 +432,7 @@ struct Finished : Facts {
         visit("waited", self.waited, kSeconds);
         visit("residuals", self.residuals, List<Record>{10000, {}});
         visit("cuts", self.cuts, kCounts);
+        visit("incidents", self.incidents, kIncidents);
     }
 };
 
