@@ -52,6 +52,15 @@ def test_samples_depend_on_drafts_not_on_devices(tiny: Leader) -> None:
             assert torch.equal(*results)
 
 
+def test_the_programs_own_random_numbers_are_left_alone(tiny: Leader) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    tiny.sample(labels=[1], steps=4, solver="euler-ancestral")
+    assert torch.equal(torch.get_rng_state(), before)
+    drp.reference(TINY, labels=[1], steps=4, solver="euler-ancestral")  # its layers draw weights as they are made
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_counts_equal_the_formulas(tiny: Leader) -> None:
     for drafts, aggressive, conservative in ((2, 25, 32), (4, 13, 20), (8, 7, 12), (60, 2, 2)):
         fast = tiny.sample(labels=[0], mode="aggressive", drafts=drafts)

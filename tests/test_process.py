@@ -83,11 +83,14 @@ def test_an_interpreter_of_another_version_is_a_clear_error() -> None:
         words.close()
 
 
-def test_a_leader_leaves_multiprocessing_as_it_was(tmp_path: Path) -> None:
+def test_a_leader_leaves_multiprocessing_and_random_numbers_as_they_were(tmp_path: Path) -> None:
     text = """
-import multiprocessing, psutil
+import multiprocessing, psutil, torch
 import drp
+torch.manual_seed(3)
+before = torch.get_rng_state()
 drp.sample("tests.denoisers:make_free", shape=(4,), steps=3)
+assert torch.equal(torch.get_rng_state(), before)
 assert multiprocessing.get_start_method(allow_none=True) is None
 assert not psutil.Process().children()
 """

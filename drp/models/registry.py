@@ -106,13 +106,15 @@ def load(name: str) -> Denoiser:
     """Load a model into this process, for inference.
 
     A factory takes no arguments and returns a module or any callable `(x, t, cond) -> prediction`; its attribute
-    `spec`, a `ModelSpec`, may say what it expects.
+    `spec`, a `ModelSpec`, may say what it expects. What it draws from torch's own generator is not missing there
+    afterwards: the program that calls this goes on with the random numbers that it would have had.
     """
     describe(name)
     factory: Any = importlib.import_module(BUILT_IN.get(name, (name,))[0].partition(":")[0])
     for attribute in BUILT_IN.get(name, (name,))[0].partition(":")[2].split("."):
         factory = getattr(factory, attribute)
-    predict = factory()
+    with torch.random.fork_rng(devices=()):  # the CPU's: weights are made there
+        predict = factory()
     if not callable(predict):
         raise TypeError(f"{name} returned {type(predict).__name__}; a factory returns a module or a callable")
     spec = getattr(predict, "spec", ModelSpec())
