@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from drp.plain import plain_errors
 
 KEPT = ("rows", "shape", "steps", "devices", "mode", "drafts", "rule", "tolerance", "warmup", "threads", "guidance")
-"""Options of `drp sample` that a pipeline has too, beside --seed and --out."""
+"""Options of `drp sample` that a pipeline has too, beside --seed, --out and --trace."""
 
 
 def pipeline_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -44,7 +44,7 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
     """Draw with the pipeline at `path`; `given` are the options that the user gave."""
     from drp.cli import check_writable, parse_numbers
 
-    lost = sorted(given - {*KEPT, "seed", "out"})
+    lost = sorted(given - {*KEPT, "seed", "out", "trace"})
     if lost:
         raise ValueError(f"--{lost[0].replace('_', '-')} goes with drp's own models; a pipeline brings that along")
     if prompt is None:
@@ -78,7 +78,7 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
     if unknown:
         raise ValueError(f"{type(pipe).__name__} takes no {unknown[0]}; call it from Python, with drp.diffusers")
     chosen = {name: options[name] for name in ("devices", "mode", "drafts", "rule", "tolerance", "warmup", "threads")}
-    with parallelize(pipe, **chosen) as run:
+    with parallelize(pipe, **chosen, trace=options["trace"]) as run:
         images = pipe(**arguments).images
     save_grid(images.float() * 2 - 1, 1, out, scale=1)
     click.echo(str(run.report))

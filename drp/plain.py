@@ -1,4 +1,4 @@
-"""Plain: what several commands share. Errors that a user can mend, in a line; the option --trace."""
+"""Plain: what several commands share. Errors that a user can mend, in a line; the options of traces."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ import click
 
 trace_option = click.option(
     "--trace", type=click.Path(path_type=Path), help="File for what happened where and when, which Perfetto opens."
+)
+
+trace_most_option = click.option(
+    "--trace-most",
+    type=click.IntRange(1),
+    default=50_000,
+    show_default=True,
+    help="Marks that the trace keeps, the newest: so many are about 200 runs of 48 steps.",
 )
 
 

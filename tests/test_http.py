@@ -24,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import drp
 from drp import Client
 from drp.pictures import encode_grid
+from drp.trace import read
 from tests.browser import PROGRAM, browser
 from tests.test_server import DEADLINE, ROOT, Served, until
 
@@ -71,7 +72,9 @@ class Gateway:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    server = Served(tmp_path_factory.mktemp("http"), "-d", "2xemulated:2ms", "--most", "4")
+    folder = tmp_path_factory.mktemp("http")
+    trace = ("--trace", str(folder / "run.json"), "--trace-most", "1000")
+    server = Served(folder, "-d", "2xemulated:2ms", "--most", "4", *trace)
     try:
         yield server
     finally:
@@ -215,8 +218,13 @@ def test_a_lost_worker_is_told(gateway: Gateway, served: Served) -> None:
     assert f"process {worker.pid}) was killed by SIGKILL" in incident
 
 
-def test_a_server_that_is_gone_shows_in_the_health(gateway: Gateway, served: Served) -> None:
+def test_a_server_that_is_gone_shows_in_the_health_and_leaves_its_trace(gateway: Gateway, served: Served) -> None:
+    assert gateway.draw(prompt="1", steps=9)[0] == 200
     assert served.end()[0] == 0
+    marks, devices, dropped = read(served.folder / "run.json")  # of the newest run, not of all the long ones before
+    assert [mark.what for mark in marks].count("answer") == 9
+    assert dropped > 1000
+    assert len(devices) == 2
     until(lambda: gateway.get("/health")[0] == 503, "the gateway says that the server is gone")
     assert "no server answers" in gateway.get("/health")[1]
     status, answer = gateway.draw(prompt="1")

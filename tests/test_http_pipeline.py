@@ -17,6 +17,8 @@ from PIL import Image, ImageChops
 
 from drp.http.pipeline import Pipeline, load
 from drp.http.work import Order
+from drp.trace import read
+from tests.test_trace import check_format
 
 EXAMPLES = str(Path(__file__).parent.parent / "examples" / "pipelines")
 DEADLINE = 60.0
@@ -29,13 +31,18 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def backend() -> Iterator[Pipeline]:
+def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    trace = tmp_path_factory.mktemp("http") / "run.json"
     sys.path.append(EXAMPLES)
     try:
-        backend = load("tiny:sdxl", SPREAD)
+        backend = load("tiny:sdxl", SPREAD | {"trace": trace, "trace_most": 10_000})
         yield backend
         backend.close()
         assert not backend.health()[0]
+        marks, devices, dropped = read(trace)
+        assert (devices, dropped) == (("cpu:0", "cpu:1"), 0)
+        assert {"begin", "sent", "answer", "lost", "end"} <= {mark.what for mark in marks}
+        check_format(trace)
     finally:
         sys.path.remove(EXAMPLES)
 

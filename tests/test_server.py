@@ -58,7 +58,7 @@ class Served:
     """`drp serve` as a process, and where it listens."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
-        self.address = f"ipc://{folder}/door/socket"
+        self.folder, self.address = folder, f"ipc://{folder}/door/socket"
         command = [str(Path(sys.executable).with_name("drp")), "serve", "tests.denoisers:Tiny", "-l", self.address]
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
@@ -629,7 +629,9 @@ def test_commands_say_plainly_what_cannot_be(tmp_path: Path) -> None:
     for arguments, message in (
         (["serve", "--listen", "tcp://127.0.0.1:*"], "with keys, which `drp keys` makes"),
         (["serve", "--keys", str(tmp_path)], "`drp keys` makes them"),
+        (["serve", "-l", f"ipc://{tmp_path}/door/socket", "--trace", f"{tmp_path}/no/run.json"], "cannot be written"),
         (["keys", str(tmp_path / "keys"), "../anna"], "a name has letters"),
+        (["http", "--trace", "run.json"], "drp serve --trace FILE"),
     ):
         done = CliRunner().invoke(main, arguments)
         assert done.exit_code == 1

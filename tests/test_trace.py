@@ -15,6 +15,7 @@ import drp
 from bench.rounds import split
 from drp import Leader
 from drp.cli import main
+from drp.leader.timeline import Timeline
 from drp.trace import read, record, summarise
 from tests.test_cli import drp as command
 
@@ -91,7 +92,7 @@ def test_a_trace_is_valid_and_whole(emulated: Leader, mode: str, tmp_path: Path)
         result = emulated.sample(shape=(4, 8, 8), steps=14, mode=mode, callback=lambda k, x: None)
         emulated.sample(shape=(4, 8, 8), steps=5, mode=mode)
     events = check_format(path)
-    assert read(path) == (marks, emulated.devices)
+    assert read(path) == (marks, emulated.devices, 0)
     slices = names(events, "X")
     total = [mark.what for mark in marks].count("answer")
     for part in ("receive", "compute", "copy", "answer", "send", "take"):
@@ -141,7 +142,26 @@ def test_a_trace_is_written_though_workers_are_killed(tmp_path: Path) -> None:
     summary = summarise(*read(tmp_path / "run.json"))
     assert not summary.paths
     assert sum(lane.lost for lane in summary.lanes) >= 1
-    assert summary.words == "no run came to its end"
+    assert summary.words == "No run came to its end."
+
+
+def test_a_trace_without_end_keeps_the_newest_runs_and_counts_the_others(emulated: Leader, tmp_path: Path) -> None:
+    path, most, everything = tmp_path / "run.json", 200, Timeline()
+    emulated.listen(everything)
+    with record(emulated, path, most) as marks:
+        for _ in range(8):
+            emulated.sample(shape=(4, 8, 8), steps=14)
+            assert len(marks) < most * 1.01
+    emulated.leave(everything)
+    kept, _, dropped = read(path)
+    assert len(everything) > 2 * most
+    assert [(mark.what, *mark[2:5]) for mark in kept] == [(mark.what, *mark[2:5]) for mark in everything[dropped:]]
+    assert kept[0].what == "begin"
+    assert sum(mark.what == "end" for mark in kept) >= 2
+    check_format(path)
+    assert f" {dropped} older marks were dropped" in summarise(*read(path)).words
+    with pytest.raises(ValueError, match="most is 0"), record(emulated, path, 0):
+        pass
 
 
 def test_only_what_is_recorded_is_kept(tiny: Leader, tmp_path: Path) -> None:

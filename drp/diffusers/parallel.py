@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any, cast
@@ -20,6 +21,7 @@ from drp.diffusers.workers import Workers
 from drp.leader.devices import parse_devices
 from drp.sampling.drafts import RULES, SECANT, DraftRule
 from drp.sampling.modes import Mode, Warmup, make_mode
+from drp.trace.record import check
 
 DENOISERS = ("unet", "transformer", "transformer_2", "controlnet", "prior")
 """Components of a pipeline that its steps call."""
@@ -165,6 +167,8 @@ def parallelize(
     denoisers: Sequence[str] | None = None,
     start_timeout: float = 120.0,
     draft_timeout: float | None = 600.0,
+    trace: str | os.PathLike[str] | None = None,
+    trace_most: int | None = None,
 ) -> Iterator[Parallel]:
     """Spread the steps of a diffusers pipeline's calls over several devices, inside a `with`.
 
@@ -184,11 +188,14 @@ def parallelize(
     threads: of each worker; by default an equal share of this process's. Bits may depend on it.
     denoisers: the names of the components that the steps call, if they are called unusually.
     start_timeout, draft_timeout: as of `drp.Leader`.
+    trace: a file to write what happened where and when to, see `drp.trace`; with at most `trace_most` marks.
 
     Raises ValueError for a pipeline or arguments that cannot be, WorkerError if a worker cannot start or, from the
     pipeline's call, if one is lost. Steps of which it cannot be made sure that drafts are right are taken sequentially,
     in this process; `run.report` says which, and why.
     """
+    if trace is not None:
+        check(trace)
     names = _denoisers(pipe, denoisers)
     own = devices if isinstance(devices, Workers) else None
     count = len(own.devices if own else parse_devices(cast("int | str | Sequence[str]", devices), 1))
@@ -206,6 +213,8 @@ def parallelize(
                 draft_timeout=draft_timeout,
             )
         )
+        if trace is not None:
+            stack.enter_context(workers.record(trace, trace_most))
         parallel.enter(workers, publisher)
         stack.callback(parallel.leave)
         yield parallel

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 
 import torch
@@ -13,6 +15,8 @@ from drp.diffusers.program import PROGRAM, Program, to_tensor
 from drp.diffusers.tree import Json
 from drp.leader.devices import parse_devices
 from drp.leader.leader import Leader
+from drp.leader.timeline import Timeline
+from drp.trace.record import record
 
 MODEL = "drp.diffusers.worker:load"
 
@@ -66,6 +70,10 @@ class Workers:
     ) -> Session:
         """Return a session on the workers."""
         return self._leader.open(inputs, outputs, slots, {**cond, PROGRAM: to_tensor(program, sources)})
+
+    def record(self, path: str | os.PathLike[str], most: int | None = None) -> AbstractContextManager[Timeline]:
+        """Write a trace of what they do during a block, as `drp.trace.record` does for a leader."""
+        return record(self._leader, path, most)
 
     def close(self) -> None:
         """End the workers."""

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from drp.http.work import Backend
-from drp.plain import plain_errors
+from drp.plain import plain_errors, trace_most_option, trace_option
 
 
 @click.command()
@@ -31,6 +31,8 @@ from drp.plain import plain_errors
     "--host", default="127.0.0.1", show_default=True, help="Where it listens; whoever reaches it needs no password."
 )
 @click.option("--port", default=8000, show_default=True, help="0 for one that is free.")
+@trace_option
+@trace_most_option
 def http(
     connect: str | None,
     server_key: Path | None,
@@ -41,6 +43,8 @@ def http(
     drafts: int | None,
     host: str,
     port: int,
+    trace: Path | None,
+    trace_most: int,
 ) -> None:
     """Answer HTTP: images in OpenAI's convention, /health, /metrics, and a page. Needs drp[serve]."""
     with plain_errors():
@@ -52,8 +56,13 @@ def http(
             raise ValueError(f"{error}; pip install 'drp[serve]'") from None
         backend: Backend
         if diffusers is not None:
-            backend = _pipeline(diffusers, {"devices": devices, "mode": mode, "drafts": drafts})
+            spread: dict[str, Any] = {"devices": devices, "mode": mode, "drafts": drafts}
+            if trace is not None:
+                spread |= {"trace": trace, "trace_most": trace_most}
+            backend = _pipeline(diffusers, spread)
         else:
+            if trace is not None:
+                raise ValueError("--trace goes with --diffusers; a server has its own leader: drp serve --trace FILE")
             from drp.client import Client
             from drp.http.door import Door
             from drp.server.endpoint import default_address

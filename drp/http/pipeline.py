@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -39,7 +40,8 @@ class Pipeline:
     """A backend over the pipeline that `factory` makes, its steps spread over devices by `drp.diffusers.parallelize`.
 
     `spread` are the arguments of that. There are no previews: what a pipeline's latents look like, its decoder alone
-    can say.
+    can say. If there is a `trace` among them and all workers are lost, the trace so far is kept beside that of the
+    next ones, with `-before` in its name.
     """
 
     def __init__(self, factory: Callable[[], Any], model: str, spread: Mapping[str, Any], stall: float = 300.0) -> None:
@@ -107,6 +109,9 @@ class Pipeline:
             pipe.set_progress_bar_config(disable=True)
             while self._serve_with(pipe):
                 log.warning("the pipeline has lost a worker; its workers start anew")
+                if "trace" in self._spread:
+                    trace = Path(self._spread["trace"])
+                    trace.replace(trace.with_stem(f"{trace.stem}-before"))
         except BaseException as error:
             if self._ready.done():
                 raise

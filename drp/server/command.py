@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from drp.plain import plain_errors, trace_option
+from drp.plain import plain_errors, trace_most_option, trace_option
 
 
 @click.command()
@@ -27,6 +27,7 @@ from drp.plain import plain_errors, trace_option
 @click.option("--awake", is_flag=True, help="Keep all cores from sleeping while there are requests; docs/round.md.")
 @click.option("-v", "--verbose", is_flag=True, help="Log what happens.")
 @trace_option
+@trace_most_option
 def serve(
     model: str,
     devices: str,
@@ -42,6 +43,7 @@ def serve(
     awake: bool,
     verbose: bool,
     trace: Path | None,
+    trace_most: int,
 ) -> None:
     """Serve MODEL to clients on a socket, until SIGTERM or Ctrl-C; a second one ends it at once."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s")
@@ -52,11 +54,13 @@ def serve(
         from drp.server.endpoint import check_address, default_address
         from drp.server.keys import Keys
         from drp.server.server import Server
-        from drp.trace.record import record
+        from drp.trace.record import check, record
 
         own = Keys.read(keys) if keys is not None else None
         address = listen or default_address()
         check_address(address, own)  # before workers start
+        if trace is not None:
+            check(trace)
         torch.set_num_threads(1)  # What this process computes is small, and its workers' cores are theirs.
         with (
             Leader(
@@ -68,7 +72,7 @@ def serve(
                 hedge=hedge,
                 awake=awake,
             ) as leader,
-            record(leader, trace) if trace is not None else nullcontext(),
+            record(leader, trace, trace_most) if trace is not None else nullcontext(),
         ):
             server = Server(leader, model, address, keys=own, most=most, stall=stall)
             patience = iter([drain])

@@ -89,7 +89,7 @@ def simulate(
         if source is None:
             costs = Costs.given(*map(parse_time, (message, row, wake)))
         else:
-            marks, names = read(source)
+            marks, names, _ = read(source)
             costs = Costs.measured(marks, names)
             if not all(name.startswith("emulated:") for name in names):
                 given = measured(given, marks)

@@ -31,12 +31,12 @@ NAMES = {
 """What slices in the leader's lane are called, by mark."""
 
 
-def write(path: str | Path, timeline: Sequence[Mark], devices: Sequence[str]) -> None:
-    """Write a trace; `devices` are the workers' names by number."""
-    Path(path).write_text(json.dumps(trace(timeline, devices), separators=(",", ":")) + "\n")
+def write(path: str | Path, timeline: Sequence[Mark], devices: Sequence[str], dropped: int = 0) -> None:
+    """Write a trace; `devices` are the workers' names by number, `dropped` older marks are not there any more."""
+    Path(path).write_text(json.dumps(trace(timeline, devices, dropped), separators=(",", ":")) + "\n")
 
 
-def trace(timeline: Sequence[Mark], devices: Sequence[str]) -> Event:
+def trace(timeline: Sequence[Mark], devices: Sequence[str], dropped: int = 0) -> Event:
     """Return a trace as the object that is written."""
     zero = timeline[0].since or timeline[0].ns if timeline else 0
     found = [*_names(devices), *sorted(_events(timeline, zero), key=lambda event: event["ts"])]
@@ -44,16 +44,17 @@ def trace(timeline: Sequence[Mark], devices: Sequence[str]) -> Event:
     return {
         "traceEvents": found,
         "displayTimeUnit": "ms",
-        "otherData": {"drp": {"devices": list(devices), "marks": marks}},
+        "otherData": {"drp": {"devices": list(devices), "dropped": dropped, "marks": marks}},
     }
 
 
-def read(path: str | Path) -> tuple[Timeline, tuple[str, ...]]:
-    """Return the marks of a trace that drp wrote, and its devices; raise ValueError if it is none."""
+def read(path: str | Path) -> tuple[Timeline, tuple[str, ...], int]:
+    """Return a trace that drp wrote: marks, devices, and how many marks had been dropped; ValueError if it is none."""
     try:
         found = json.loads(Path(path).read_text())["otherData"]["drp"]
-        marks = (Mark._make(mark) for mark in found["marks"])
-        return [m._replace(times=tuple(m.times), steps=tuple(m.steps)) for m in marks], tuple(found["devices"])
+        marks = [Mark._make(mark) for mark in found["marks"]]
+        timeline = [mark._replace(times=tuple(mark.times), steps=tuple(mark.steps)) for mark in marks]
+        return timeline, tuple(found["devices"]), int(found["dropped"])
     except (KeyError, TypeError, IndexError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no trace of drp's ({error!r}); write one with --trace") from None
 
@@ -95,16 +96,16 @@ def _leader(timeline: Sequence[Mark], zero: int) -> Iterator[Event]:
 
 def _rounds(timeline: Sequence[Mark], found: Sequence[Evaluation], zero: int, last: int) -> Iterator[Event]:
     """Yield each run and each of its rounds, from its forming to its last answer; those that overlap, side by side."""
+    answered: dict[int, int] = {}  # by what formed it, when the last of a round
+    for e in found:
+        answered[id(e.formed)] = max(answered.get(id(e.formed), 0), e.answered or last)
     spans: list[tuple[str, str, int, int]] = []
-    for begin in (mark for mark in timeline if mark.what == "begin"):
+    for begin, formed, end in _runs(timeline, last):
         run = begin.run
-        end = next((m.ns for m in timeline if m.run == run and m.what in ("end", "failed") and m.ns >= begin.ns), last)
         spans.append((f"run {run}", f"run {run}", begin.ns, end))
-        formed = [m for m in timeline if m.run == run and m.what == "formed" and begin.ns <= m.ns <= end and m.steps]
         lanes: list[int] = []  # until when each is taken
         for number, mark in enumerate(formed):
-            answers = [e.answered or last for e in found if e.formed is mark]
-            since, until = mark.since or mark.ns, max(answers, default=mark.ns)
+            since, until = mark.since or mark.ns, answered.get(id(mark), mark.ns)
             lane = next((i for i, taken in enumerate(lanes) if taken <= since), len(lanes))
             lanes[lane : lane + 1] = [until]
             spans.append((f"round {number}", f"run {run} rounds {lane}", since, until))
@@ -112,6 +113,22 @@ def _rounds(timeline: Sequence[Mark], found: Sequence[Evaluation], zero: int, la
         both = {"cat": "round", "name": name, "id": place, "pid": LEADER, "tid": 1}
         yield {"ph": "b", **both, "ts": (since - zero) / 1e3}
         yield {"ph": "e", **both, "ts": (until - zero) / 1e3}
+
+
+def _runs(timeline: Sequence[Mark], last: int) -> list[tuple[Mark, list[Mark], int]]:
+    """Return where each run begins, the marks of the drafts that it formed, and when it ends."""
+    found: list[tuple[Mark, list[Mark], int]] = []
+    under_way: dict[int, int] = {}  # by run, which of them
+    for mark in timeline:
+        if mark.what == "begin":
+            under_way[mark.run] = len(found)
+            found.append((mark, [], last))
+        elif mark.run in under_way and mark.what == "formed" and mark.steps:
+            found[under_way[mark.run]][1].append(mark)
+        elif mark.run in under_way and mark.what in ("end", "failed"):
+            place = under_way.pop(mark.run)
+            found[place] = (*found[place][:2], mark.ns)
+    return found
 
 
 def _worker(found: Sequence[Evaluation], zero: int, last: int) -> Iterator[Event]:

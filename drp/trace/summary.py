@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -64,17 +65,22 @@ class Lane:
 
 @dataclass
 class Summary:
-    """The runs that came to their end, the devices, and the drafts that had no answer."""
+    """The runs that came to their end, the devices, the drafts that had no answer, and the marks no longer there."""
 
     paths: list[Path] = field(default_factory=list)
     lanes: list[Lane] = field(default_factory=list)
+    dropped: int = 0
 
     @property
     def words(self) -> str:
         """Say where the time went."""
+        return self._runs + (f" {self.dropped} older marks were dropped as it was recorded." if self.dropped else "")
+
+    @property
+    def _runs(self) -> str:
         wall = sum(path.wall for path in self.paths)
         if not wall:
-            return "no run came to its end"
+            return "No run came to its end."
 
         def share(part: str) -> str:
             return f"{sum(getattr(path, part) for path in self.paths) / wall:.1%}"
@@ -96,12 +102,12 @@ class Summary:
         )
 
 
-def summarise(timeline: Sequence[Mark], devices: Sequence[str]) -> Summary:
+def summarise(timeline: Sequence[Mark], devices: Sequence[str], dropped: int = 0) -> Summary:
     """Return where the time went; a run that failed, or has not ended, counts for the devices alone."""
     found = evaluations(timeline)
     ends = {mark.run: mark for mark in timeline if mark.what == "end"}
     begins = {mark.run: mark for mark in timeline if mark.what == "begin"}
-    summary = Summary()
+    summary = Summary(dropped=dropped)
     for run, begin in begins.items():
         if run in ends:
             own = [e for e in found if e.run == run and e.answered is not None]
@@ -179,7 +185,7 @@ def _spans(timeline: Sequence[Mark]) -> list[tuple[int, int]]:
 
 def _lane(device: str, found: list[Evaluation], timeline: Sequence[Mark], spans: list[tuple[int, int]]) -> Lane:
     lane = Lane(device, len(found))
-    formed = [(mark.since or mark.ns, mark.ns) for mark in timeline if mark.what == "formed"]
+    formed = sorted((mark.since or mark.ns, mark.ns) for mark in timeline if mark.what == "formed")
     parts: dict[str, float] = defaultdict(float)
     for since, until in spans:
         own = [e for e in found if since <= e.sent <= until]
@@ -204,7 +210,7 @@ def _gap(
     since: int, until: int, formed: Sequence[tuple[int, int]], served: bool, sent: bool, parts: dict[str, float]
 ) -> None:
     """Divide the time in which a device had no draft; `served`: it had one before, `sent`: it gets one at the end."""
-    inside = [(a, b) for a, b in formed if since <= a < until]
+    inside = formed[bisect_left(formed, (since,)) : bisect_left(formed, (until,))]
     first = inside[0][0] if inside else until
     parts["waiting" if served else "idle"] += first - since
     if not inside:
