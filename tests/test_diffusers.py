@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -35,6 +36,7 @@ from peft import LoraConfig
 import drp
 from drp.diffusers import Workers, parallelize, reference
 from drp.diffusers.digits import digits_pipeline
+from drp.diffusers.parallel import DENOISERS
 from drp.diffusers.scheduler import Levels
 from drp.diffusers.structure import describe
 from drp.models.classifier import load_classifier
@@ -281,16 +283,12 @@ def test_digits_are_as_asked(workers: Workers) -> None:
     assert float((load_classifier()(images).argmax(1) == torch.tensor(labels)).float().mean()) >= 0.9
 
 
-def test_the_pipeline_is_left_as_it_was() -> None:
-    pipe = sdxl()
-    run(pipe, CHEAP)  # A first call leaves traces of its own.
-    before, weights = attributes(pipe), [p.data_ptr() for p in pipe.vae.parameters()]
-    config = copy.deepcopy(pipe.config)
-    processes = psutil.Process().children()
-    with parallelize(pipe, 1, threads=1):
-        run(pipe, CHEAP)
-        assert "forward" in vars(pipe.unet)
-        assert len(psutil.Process().children()) == len(processes) + 1
+@contextmanager
+def left_as_it_was(pipe: Any, options: dict[str, Any]) -> Iterator[None]:
+    """See that a block changes nothing of a pipeline that a user could see; weights may move, those that are shared."""
+    run(pipe, options)  # A first call leaves traces of its own.
+    before, config, places = attributes(pipe), copy.deepcopy(pipe.config), where_the_rest_lies(pipe)
+    yield
     after = attributes(pipe)
     assert before["pipe"].keys() == after["pipe"].keys()
     assert all(before["pipe"][name] is after["pipe"][name] for name in pipe.components)
@@ -299,8 +297,33 @@ def test_the_pipeline_is_left_as_it_was() -> None:
     for name in before:
         if name != "pipe":
             assert same(before[name], after[name]), name
-    assert weights == [p.data_ptr() for p in pipe.vae.parameters()]
-    assert psutil.Process().children() == processes
+    assert places == where_the_rest_lies(pipe)
+
+
+def where_the_rest_lies(pipe: Any) -> list[int]:
+    """Return the places in memory of the weights that workers have no use for."""
+    modules = {name: each for name, each in pipe.components.items() if isinstance(each, torch.nn.Module)}
+    return [p.data_ptr() for name, each in modules.items() if name not in DENOISERS for p in each.parameters()]
+
+
+def test_the_pipeline_is_left_as_it_was() -> None:
+    pipe, processes = sdxl(), psutil.Process().children()
+    with left_as_it_was(pipe, CHEAP):
+        with parallelize(pipe, 1, threads=1):
+            run(pipe, CHEAP)
+            assert "forward" in vars(pipe.unet)
+            assert len(psutil.Process().children()) == len(processes) + 1
+        assert psutil.Process().children() == processes
+
+
+@pytest.mark.diffusers
+@pytest.mark.parametrize("name", ["SD 3", "Flux", "Wan", "ControlNet"])
+def test_pipelines_of_other_families_are_left_as_they_were(name: str, one_worker: Workers) -> None:
+    make, options = EVERY[name]
+    pipe = make()
+    with left_as_it_was(pipe, options), parallelize(pipe, one_worker, drafts=2) as parallel:
+        run(pipe, options)
+    assert parallel.report.calls[0].rounds < parallel.report.calls[0].steps
 
 
 def test_an_error_of_the_pipeline_passes_through(workers: Workers) -> None:
