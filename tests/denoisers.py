@@ -115,6 +115,24 @@ def make_nan() -> Callable[..., Tensor]:
     return lambda x, t, cond: torch.full_like(x, torch.nan) if _at(500, t) else x
 
 
+ILLS = (make_raising, make_misshapen, make_infinite, make_nan, make_dying, make_crashing, make_hanging)
+
+
+def make_ailing() -> Callable[..., Tensor]:
+    """What the condition `ill` says, a place in ILLS; without it the free one. So one start of workers does for all."""
+    ills = [make() for make in ILLS]
+
+    def predict(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return ills[int(cond["ill"])](x, t, cond) if "ill" in cond else free(x, t, cond)
+
+    return predict
+
+
+def ill(name: str) -> dict[str, Tensor]:
+    """Return the condition that has make_ailing do as another factory's denoiser."""
+    return {"ill": torch.tensor([make.__name__ for make in ILLS].index(name))}
+
+
 def make_varying() -> nn.Module:
     """Other weights in every process, since no seed is set."""
     torch.seed()

@@ -7,12 +7,14 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 import drp
 from drp import Leader
+from tests.denoisers import ill
 
 TINY = "tests.denoisers:Tiny"
 
@@ -47,11 +49,17 @@ def test_batches_are_no_more_messages_than_they_must_be() -> None:
     assert calls == [2, 8, 8]  # the first alone, then four drafts of two samples each
 
 
-def test_conditions_follow_their_samples_through_a_batch() -> None:
+@pytest.fixture(scope="module")
+def ailing() -> Iterator[Leader]:
+    """A worker that evaluates three drafts at once, and fails if a run asks for that."""
+    with Leader("tests.denoisers:make_ailing", drafts_per_device=3) as leader:
+        yield leader
+
+
+def test_conditions_follow_their_samples_through_a_batch(ailing: Leader) -> None:
     shift = torch.linspace(-1, 1, 6).view(2, 3)
-    with Leader("tests.denoisers:make_free", drafts_per_device=3) as leader:
-        options = {"count": 2, "shape": (3,), "steps": 8, "cond": {"shift": shift}, "mode": "aggressive"}
-        run = leader.sample(**options)  # type: ignore[arg-type]  # the values' types are lost in the dict
+    options = {"count": 2, "shape": (3,), "steps": 8, "cond": {"shift": shift}, "mode": "aggressive"}
+    run = ailing.sample(**options)  # type: ignore[arg-type]  # the values' types are lost in the dict
     alone = drp.reference("tests.denoisers:make_free", drafts=3, **options)  # type: ignore[arg-type]  # likewise
     torch.testing.assert_close(run.samples, alone.samples)  # Evaluated one by one; rounding may differ, no more.
 
@@ -72,11 +80,10 @@ def test_a_batch_of_a_killed_worker_is_evaluated_as_the_same_batch_elsewhere() -
     assert torch.equal(run.samples, ref.samples)
 
 
-def test_a_wrong_number_in_any_draft_of_a_batch_is_found() -> None:
-    with Leader("tests.denoisers:make_nan", drafts_per_device=4) as leader:
-        with pytest.raises(drp.WorkerError, match="returned NaN in 'x'"):
-            leader.sample(count=1, shape=(4,), steps=12)
-        assert leader.workers[0].state == "ready"
+def test_a_wrong_number_in_any_draft_of_a_batch_is_found(ailing: Leader) -> None:
+    with pytest.raises(drp.WorkerError, match="returned NaN in 'x'"):
+        ailing.sample(count=1, shape=(4,), steps=12, cond=ill("make_nan"))
+    assert ailing.workers[0].state == "ready"
 
 
 @pytest.mark.parametrize("batch", [0, -1, 256, 1.5, True])

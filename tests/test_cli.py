@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 from PIL import Image
 
-from drp.cli import parse_labels
+from drp.cli import main, parse_labels
 from tests.conftest import leftovers, what_stays
 
 
@@ -35,11 +36,15 @@ def test_sample_draws_a_picture(tmp_path: Path) -> None:
         assert image.getextrema() != (0, 0)
 
 
+def here(*arguments: str) -> Result:
+    """Do the same in this process, which has torch already; the tests above and below see that it is the same."""
+    return CliRunner().invoke(main, arguments)
+
+
 def test_a_model_of_ones_own(tmp_path: Path) -> None:
-    done = drp(
-        "sample", "tests.denoisers:make_free", "--shape", "3,8,8", "-r", "2", "-n", "4", "-o", "out.png", cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
+    out = str(tmp_path / "out.png")
+    done = here("sample", "tests.denoisers:make_free", "--shape", "3,8,8", "-r", "2", "-n", "4", "-o", out)
+    assert done.exit_code == 0, done.output
     with Image.open(tmp_path / "out.png") as image:
         assert (image.size, image.mode) == ((20, 40), "RGB")
 
@@ -63,10 +68,13 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
         (["--steps", "many"], "Invalid value"),
     ],
 )
-def test_bad_input_is_a_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_bad_input_is_a_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = leftovers()
-    done = drp("sample", *arguments, cwd=tmp_path)
-    assert done.returncode in (1, 2)
+    monkeypatch.chdir(tmp_path)
+    done = here("sample", *arguments)
+    assert done.exit_code in (1, 2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
@@ -74,9 +82,17 @@ def test_bad_input_is_a_line(arguments: list[str], message: str, tmp_path: Path)
     assert not what_stays(before)
 
 
-def test_a_worker_that_fails_is_told_with_its_traceback(tmp_path: Path) -> None:
-    done = drp("sample", "tests.denoisers:make_raising", "--shape", "1,8,8", "-n", "10", cwd=tmp_path)
-    assert done.returncode == 1
+def test_bad_input_is_a_line_of_the_program(tmp_path: Path) -> None:
+    done = drp("sample", "--mode", "fast", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "unknown mode 'fast'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_worker_that_fails_is_told_with_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = here("sample", "tests.denoisers:make_raising", "--shape", "1,8,8", "-n", "10")
+    assert done.exit_code == 1
     assert "the denoiser has had enough" in done.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 import drp
+from drp import Leader
 from drp.models.classifier import WEIGHTS, load_classifier
 
 LABELS = [digit for digit in range(10) for _ in range(3)]
@@ -17,9 +20,15 @@ def share_as_asked(samples: Tensor) -> float:
     return float((load_classifier()(samples).argmax(1) == torch.tensor(LABELS)).float().mean())
 
 
+@pytest.fixture(scope="module")
+def digits() -> Iterator[Leader]:
+    with Leader("digits", devices=2) as leader:
+        yield leader
+
+
 @pytest.mark.parametrize("mode", ["sequential", "conservative", "aggressive"])
-def test_digits_are_as_asked(mode: str) -> None:
-    result = drp.sample("digits", labels=LABELS, steps=20, mode=mode, drafts=2, devices=2)
+def test_digits_are_as_asked(digits: Leader, mode: str) -> None:
+    result = digits.sample(labels=LABELS, steps=20, mode=mode, drafts=2)
     assert result.samples.shape == (30, 1, 28, 28)
     assert result.samples.abs().max() < 1.6  # about [-1, 1]: the network is not held to it
     assert share_as_asked(result.samples) >= 0.9  # the bench draws 1,000 and asks for 0.97

@@ -23,8 +23,9 @@ signal handlers: as before
 logged: """
 
 
-@pytest.mark.cpp
-@pytest.mark.timeout(400)
+pytestmark = [pytest.mark.cpp, pytest.mark.timeout(400)]  # the first test builds
+
+
 def test_a_leader_in_a_cpp_program(tmp_path: Path) -> None:
     program = str(build("examples/embed") / "embed")
     # In the one Python knows its environment's interpreter; in the other it takes the program itself for one.

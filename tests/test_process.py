@@ -1,11 +1,10 @@
-"""Workers' processes: which interpreter they run, and that starting them changes nothing for the rest of a program."""
+"""Workers' processes: which interpreter they run, and whose signals they heed."""
 
 from __future__ import annotations
 
 import multiprocessing.spawn
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,21 +80,6 @@ def test_an_interpreter_of_another_version_is_a_clear_error() -> None:
         process.kill()
         process.close()
         words.close()
-
-
-def test_a_leader_leaves_multiprocessing_and_random_numbers_as_they_were(tmp_path: Path) -> None:
-    text = """
-import multiprocessing, psutil, torch
-import drp
-torch.manual_seed(3)
-before = torch.get_rng_state()
-drp.sample("tests.denoisers:make_free", shape=(4,), steps=3)
-assert torch.equal(torch.get_rng_state(), before)
-assert multiprocessing.get_start_method(allow_none=True) is None
-assert not psutil.Process().children()
-"""
-    env = {"PYTHONPATH": str(Path(__file__).parent.parent), "TMPDIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", text], check=True, env=env, cwd=tmp_path, timeout=60)
 
 
 def test_a_supervisors_sigterm_is_for_the_leader(tiny: Leader) -> None:

@@ -279,10 +279,9 @@ def test_status_and_metrics(served: Served, client: Client) -> None:
     assert found["drp_request_seconds_count"].value == status.finished
     assert found["drp_steps_total"].value >= 10
     assert found["drp_healthy"].value == 1
-    command = [str(Path(sys.executable).with_name("drp")), "status", served.address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
-    assert done.returncode == 0, done.stderr
-    assert "state: serving\nhealthy: True" in done.stdout
+    done = CliRunner().invoke(main, ["status", served.address])
+    assert done.exit_code == 0, done.output
+    assert "state: serving\nhealthy: True" in done.output
 
 
 # A client that knows the specification alone.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,6 @@ from drp import Leader
 from drp.cli import main
 from drp.leader.timeline import Timeline
 from drp.trace import read, record, summarise
-from tests.test_cli import drp as command
 
 Event = dict[str, Any]
 EMULATED = "emulated:5ms:jitter=20%:values=cheap:link=300us"
@@ -134,9 +135,18 @@ def test_sums_are_those_of_the_bench(emulated: Leader, mode: str, drafts: int, t
     assert "1 run(s)" in summary.words
 
 
-def test_a_trace_is_written_though_workers_are_killed(tmp_path: Path) -> None:
-    with pytest.raises(drp.WorkerError, match="SIGKILL"):
-        drp.sample("tests.denoisers:make_dying", shape=(4,), steps=12, devices=2, trace=tmp_path / "run.json")
+def test_a_trace_is_written_though_a_worker_is_killed_and_the_run_fails(emulated: Leader, tmp_path: Path) -> None:
+    worker = emulated.workers[1]
+
+    def kill_and_raise(k: int, x: Tensor) -> None:
+        if k == 3:
+            assert worker.pid is not None
+            os.kill(worker.pid, signal.SIGKILL)
+        if emulated.workers[1].lost > worker.lost:
+            raise LookupError("enough")
+
+    with pytest.raises(LookupError, match="enough"), record(emulated, tmp_path / "run.json"):
+        emulated.sample(shape=(4, 8, 8), steps=900, callback=kill_and_raise)
     events = check_format(tmp_path / "run.json")
     assert "no answer" in names(events, "X")
     summary = summarise(*read(tmp_path / "run.json"))
@@ -182,8 +192,9 @@ def test_a_place_that_cannot_be_written_is_refused_before_workers_start(tmp_path
 
 
 def test_the_command_line_writes_and_reads(tmp_path: Path) -> None:
-    made = command("sample", "-l", "7", "-n", "6", "-d", "2", "--trace", "run.json", cwd=tmp_path)
-    assert made.returncode == 0, made.stderr
+    to = ["--trace", str(tmp_path / "run.json"), "--out", str(tmp_path / "out.png")]
+    made = CliRunner().invoke(main, ["sample", "-l", "7", "-n", "6", "-d", "2", *to])
+    assert made.exit_code == 0, made.output
     check_format(tmp_path / "run.json")
     said = CliRunner().invoke(main, ["trace", "summary", str(tmp_path / "run.json")])
     assert said.exit_code == 0, said.output
