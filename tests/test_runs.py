@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from drp import Leader
-from drp.leader.engine import DEPTH
+from drp.leader.dispatch import DEPTH
 from drp.leader.sharing import ByLoad, Gather, Spread
 
 TINY = "tests.denoisers:Tiny"
@@ -68,7 +68,7 @@ def test_a_run_that_is_cancelled_ends_within_a_round() -> None:
         with pytest.raises(CancelledError):
             pending.result(DEADLINE)
         assert sum(mark.what == "sent" for mark in leader.timeline) <= sent + 2
-        until(lambda: not leader._engine._leaving)  # the workers answered, and let go of its memory
+        until(lambda: not leader._engine._carried.leaving)  # the workers answered, and let go of its memory
         assert leader.sample(shape=(4,), steps=3).evaluations == 3
         assert len(seen) < 20
 
@@ -77,7 +77,7 @@ def test_more_runs_than_there_is_room_for_wait_their_turn(tiny: Leader) -> None:
     alone = tiny.sample(labels=[1], steps=9).samples
     at_once: list[int] = []
     runs = [
-        tiny.submit(labels=[1], steps=9, callback=lambda k, x: at_once.append(len(tiny._engine._runs)))
+        tiny.submit(labels=[1], steps=9, callback=lambda k, x: at_once.append(len(tiny._engine._carried.under_way)))
         for _ in range(60)
     ]
     runs[50].cancel()
@@ -182,10 +182,10 @@ def test_ten_thousand_rounds_gain_no_memory_and_no_descriptor(tiny: Leader) -> N
             done += tiny.sample(labels=[1], steps=500, mode="sequential").rounds
 
     rounds(1000)
-    until(lambda: not tiny._engine._leaving)
+    until(lambda: not tiny._engine._carried.leaving)
     before, resident = use(), [process.memory_info().rss for process in everyone]
     rounds(10_000)
-    until(lambda: not tiny._engine._leaving)
+    until(lambda: not tiny._engine._carried.leaving)
 
     def gained() -> list[tuple[int, int]]:
         return [(fds - fds0, maps - maps0) for (fds, maps), (fds0, maps0) in zip(use(), before, strict=True)]

@@ -149,11 +149,11 @@ class Leader:
 
     def listen(self, timeline: Timeline) -> None:
         """Let runs append their marks to a list beside others, until `leave`."""
-        self._engine.timelines = (*self._engine.timelines, timeline)
+        self._engine.marks.listen(timeline)
 
     def leave(self, timeline: Timeline) -> None:
         """Append no more marks to a list."""
-        self._engine.timelines = tuple(other for other in self._engine.timelines if other is not timeline)
+        self._engine.marks.leave(timeline)
 
     @property
     def policy(self) -> Policy | None:

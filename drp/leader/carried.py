@@ -1,0 +1,105 @@
+"""Carried: the runs and sessions that the engine has, from their beginning until no worker has anything of theirs."""
+
+from __future__ import annotations
+
+from drp.leader.active import Active
+from drp.leader.awake import Awake
+from drp.leader.marks import Marks
+from drp.leader.staff import Sent, Staff, Station
+from drp.protocol.messages import Unbind
+
+
+class Carried:
+    """`under_way` are those that want predictions, by number.
+
+    `leaving` are those that are over, while a worker still has one of their drafts, or has not opened their memory.
+    """
+
+    def __init__(self, staff: Staff, marks: Marks, awake: Awake, devices: tuple[str, ...]) -> None:
+        self.under_way: dict[int, Active] = {}
+        self.leaving: dict[int, Active] = {}
+        self._staff, self._marks, self._awake, self._devices = staff, marks, awake, devices
+
+    def begin(self, run: Active) -> None:
+        """Take a run, and have all workers open its memory."""
+        self.under_way[run.number] = run
+        self._awake.hold()
+        for station in self._staff.ready:
+            self._bind(station, run)
+
+    def bind_all(self, station: Station) -> None:
+        """Have a worker that is new open the memory of all runs."""
+        for run in self.under_way.values():
+            self._bind(station, run)
+
+    def _bind(self, station: Station, run: Active) -> None:
+        run.arena.memory.written()
+        self._staff.send(station, run.arena.bind)
+        run.unbound.add(station.number)
+
+    def on_bound(self, station: Station, number: int) -> bool:
+        """Note that a worker has opened a run's memory; return False if it was not asked to."""
+        run = self.under_way.get(number) or self.leaving.get(number)
+        if run is None or station.number not in run.unbound:
+            return False
+        run.unbound.remove(station.number)
+        self.let_go(run)
+        return True
+
+    def on_loss(self, number: int, why: str) -> None:
+        """Note that a worker is gone, whatever it was asked."""
+        for run in (*self.under_way.values(), *self.leaving.values()):
+            run.unbound.discard(number)
+            run.served.discard(number)
+        for run in self.under_way.values():
+            run.incidents.append(why)
+
+    def is_missing(self, sent: Sent) -> bool:
+        """Return whether the predictions of a batch are still wanted: it may have been sent twice, or its run over."""
+        return sent.run.number in self.under_way and sent.run.missing.get(sent.tasks[0].slot) is sent.tasks[0]
+
+    def end(self, run: Active, error: BaseException | None) -> None:
+        """Hand a run's result or error to its caller; let go of its memory once no worker uses it."""
+        del self.under_way[run.number]
+        self.leaving[run.number] = run
+        if not self.under_way:
+            self._awake.release()
+        run.waiting.clear()
+        run.missing.clear()
+        if error is not None:
+            self._marks.add("failed", run)
+        run.finish(error, self._devices)
+        self.let_go(run)
+
+    def let_go(self, run: Active) -> None:
+        """Give the memory of a run that is over back, if no worker uses it any more."""
+        if run.number in self.leaving and not run.writing and not run.unbound:
+            del self.leaving[run.number]
+            for station in self._staff.ready:
+                self._staff.send(station, Unbind(run.number))
+            run.arena.close()
+
+    def let_all_go(self) -> None:
+        """Do so for all that are over."""
+        for run in list(self.leaving.values()):
+            self.let_go(run)
+
+    def close(self) -> list[Active]:
+        """Give all memory back; return those that were under way, whose callers are still to be told."""
+        rest = list(self.under_way.values())
+        for run in (*rest, *self.leaving.values()):
+            run.arena.close()
+        for station in self._staff.stations:
+            station.drafts.clear()
+        self.under_way.clear()
+        self.leaving.clear()
+        self._awake.release()
+        return rest
+
+
+def give_back(sent: Sent) -> None:
+    """Note that a worker no longer writes to the rows."""
+    for row in sent.rows:
+        sent.run.writing[row] -= 1
+        if not sent.run.writing[row]:
+            del sent.run.writing[row]

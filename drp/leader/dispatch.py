@@ -1,0 +1,88 @@
+"""Dispatch: which worker is given which drafts, how many in advance, and which of them twice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+from drp.leader.active import Active
+from drp.leader.carried import Carried
+from drp.leader.marks import Marks
+from drp.leader.sharing import Sharing
+from drp.leader.staff import Sent, Staff, Station
+from drp.protocol.messages import Also, Draft
+from drp.sampling.run import Task
+
+DEPTH = 2
+"""Drafts, or batches of them, that a worker has at most: one, and another in advance."""
+
+
+class Dispatch:
+    """Gives the drafts of the runs that are carried to the workers that are ready."""
+
+    depth: int
+
+    def __init__(self, staff: Staff, carried: Carried, marks: Marks, sharing: Sharing, hedge: float | None) -> None:
+        self._staff, self._carried, self._marks = staff, carried, marks
+        self.follow(sharing, hedge, DEPTH)
+
+    def follow(self, sharing: Sharing, hedge: float | None, depth: int) -> None:
+        """Share, hedge, and give so many drafts in advance from now on; only while no run is under way."""
+        self._sharing, self._hedge, self.depth = sharing, hedge, depth
+
+    def dispatch(self) -> None:
+        """Give waiting drafts to workers: one each, and a second in advance if there is only one run."""
+        runs = [run for run in self._carried.under_way.values() if run.missing]
+        ready = self._staff.ready
+        for depth in range(1, (self.depth if len(runs) == 1 else 1) + 1):
+            for place, station in enumerate(ready):
+                while len(station.drafts) < depth:
+                    run = self._sharing.choose(place, len(ready), runs)
+                    if run is None:
+                        return self._hedge_late(ready)
+                    self._give(station, run, run.waiting.popleft())
+        return None
+
+    def _give(self, station: Station, run: Active, tasks: tuple[Task, ...]) -> None:
+        since, rows = time.perf_counter_ns(), []
+        for task in tasks:
+            rows.append(run.free_row(task.slot))
+            run.writing[rows[-1]] += 1
+        task, row = tasks[0], rows[0]
+        run.arena.memory.written()  # on a GPU; elsewhere it is nothing
+        also = tuple(Also(t.index, t.timestep, t.slot, r) for t, r in zip(tasks[1:], rows[1:], strict=True))
+        self._staff.send(station, Draft(run.number, task.index, task.timestep, task.slot, row, also))
+        for task in tasks:
+            self._marks.add("sent", run, task.index, station.number, since=since)
+        if not station.drafts:
+            station.since = time.monotonic()
+        station.drafts.append(Sent(run, tasks, tuple(rows)))
+
+    # Late drafts.
+
+    def _hedge_late(self, ready: Sequence[Station]) -> None:
+        """Give drafts that are late to idle workers too; the first answer counts."""
+        idle = [station for station in ready if not station.drafts] if self._hedge else []
+        for station in ready if idle else ():
+            if station.drafts and time.monotonic() >= self._late(station):
+                for sent in list(station.drafts):
+                    if idle and self._carried.is_missing(sent) and len(self.copies(sent)) == 1:
+                        for task in sent.tasks:
+                            self._marks.add("hedged", sent.run, task.index, station.number)
+                        self._give(idle.pop(), sent.run, sent.tasks)
+
+    def _late(self, station: Station) -> float:
+        """Return when the first draft of a busy station is late enough to be given to another too."""
+        usual = station.drafts[0].run.usual
+        return station.since + self._hedge * usual if self._hedge and usual else float("inf")
+
+    def late_times(self, busy: Sequence[Station]) -> Iterator[float]:
+        """Yield when drafts of busy stations will be late, if there is somebody idle to give them to."""
+        if self._hedge and len(busy) < len(self._staff.ready):
+            for station in busy:
+                if any(len(self.copies(sent)) == 1 for sent in station.drafts):
+                    yield self._late(station)
+
+    def copies(self, sent: Sent) -> list[Sent]:
+        """Return a batch wherever a worker has it."""
+        return [other for station in self._staff.ready for other in station.drafts if other.tasks is sent.tasks]

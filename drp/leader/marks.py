@@ -1,0 +1,49 @@
+"""Marks: the engine's timelines, and what is put down in them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from drp.leader.active import Active
+from drp.leader.staff import Sent
+from drp.leader.timeline import Mark, Timeline, What
+from drp.protocol.messages import Fault, Prediction
+
+
+class Marks:
+    """Marks go to every timeline that somebody listens with; while nobody does, one is a look at an empty tuple."""
+
+    def __init__(self) -> None:
+        self.timelines: tuple[Timeline, ...] = ()
+
+    def listen(self, timeline: Timeline) -> None:
+        """Let marks go to a timeline too."""
+        self.timelines = (*self.timelines, timeline)
+
+    def leave(self, timeline: Timeline) -> None:
+        """Let no more go to it."""
+        self.timelines = tuple(other for other in self.timelines if other is not timeline)
+
+    def add(
+        self, what: What, run: Active, step: int = 0, worker: int = 0, since: int = 0, steps: tuple[int, ...] = ()
+    ) -> None:
+        """Put down that something happened now; `since` when it began, if it took time."""
+        for timeline in self.timelines:
+            timeline.append(Mark(what, time.perf_counter_ns(), run.number, step, worker, since=since, steps=steps))
+
+    def answered(self, what: What, sent: Sent, worker: int, message: Prediction | Fault) -> None:
+        """Put down the answer to a batch of drafts, if it is one."""
+        if isinstance(message, Prediction):
+            for place, task in enumerate(sent.tasks if self.timelines else ()):
+                # A batch's time is that of its first draft; the others' predictions are there at its end.
+                seconds = message.seconds if place == 0 else 0.0
+                received, began = (message.received, message.began) if place == 0 else (message.predicted,) * 2
+                times = (received, began, message.predicted, message.ended)
+                for timeline in self.timelines:
+                    now = time.perf_counter_ns()
+                    timeline.append(Mark(what, now, message.run, task.index, worker, seconds, times=times))
+
+    def watch(self, run: Active) -> Callable[[int, int], None] | None:
+        """Return what puts a run's callbacks down, if anybody listens."""
+        return (lambda step, since: self.add("callback", run, step, since=since)) if self.timelines else None
