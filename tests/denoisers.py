@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +90,9 @@ def make_hanging() -> Callable[..., Tensor]:
 
 
 def make_slow() -> Callable[..., Tensor]:
+    if "FAREWELL" in os.environ:
+        atexit.register(Path(os.environ["FAREWELL"], str(os.getpid())).touch)
+
     def predict(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         time.sleep(0.05)
         return x

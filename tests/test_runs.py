@@ -112,20 +112,26 @@ def test_a_callback_that_raises_ends_its_own_run_alone(tiny: Leader) -> None:
     assert torch.equal(good.result(DEADLINE).samples, alone)
 
 
-def test_closing_cancels_what_is_under_way_and_a_late_cancel_writes_to_nobody_elses_file(tmp_path: Path) -> None:
+def test_closing_cancels_what_is_under_way_and_lets_workers_take_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAREWELL", str(tmp_path))
     leader = Leader("tests.denoisers:make_slow", devices=2)
+    workers = {str(worker.pid) for worker in leader.workers}
     done = leader.submit(shape=(4,), steps=1)
     done.result(DEADLINE)
     pending = [leader.submit(shape=(4,), steps=500) for _ in range(3)]
     leader.close()
-    files = [(tmp_path / str(i)).open("wb", buffering=0) for i in range(50)]  # they take the numbers that are free now
+    assert {path.name for path in tmp_path.iterdir()} == workers
+    # These take the numbers that are free now; a late cancel writes to nobody else's file.
+    files = [(tmp_path / f"file {i}").open("wb", buffering=0) for i in range(50)]
     for each in pending:
         with pytest.raises(CancelledError):
             each.result(DEADLINE)
     assert not any(each.cancel() for each in (done, *pending))
     for file in files:
         file.close()
-    assert all((tmp_path / str(i)).stat().st_size == 0 for i in range(50))
+    assert all((tmp_path / f"file {i}").stat().st_size == 0 for i in range(50))
 
 
 def test_a_pending_run_can_be_awaited(tiny: Leader) -> None:
