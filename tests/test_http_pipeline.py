@@ -86,7 +86,7 @@ def test_the_images_are_the_pipelines(backend: Pipeline) -> None:
 
 def test_a_lost_worker_is_told(backend: Pipeline) -> None:
     assert backend.begin(order()).images.result(DEADLINE).facts["notes"] == []
-    work = backend.begin(order(steps=100))
+    work = backend.begin(order(steps=30))
     news = work.news()
     next(news)
     worker = psutil.Process().children()[0]
