@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import gc
+import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from drp import ModelSpec
+from drp.protocol.messages import VERSION, Hello
+from drp.protocol.transport import WorkerSocket
 
 Cond = Mapping[str, Tensor]
 
@@ -103,6 +108,19 @@ def make_slow() -> Callable[..., Tensor]:
 def make_slow_sine() -> Callable[..., Tensor]:
     def predict(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         time.sleep(0.02)
+        return free(x, t, cond)
+
+    return predict
+
+
+def make_chatty() -> Callable[..., Tensor]:
+    """The first worker introduces itself again in the middle of a run."""
+    first = json.loads(sys.argv[1])["identity"] == "worker-0-0"
+
+    def predict(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        if first and _at(500, t):
+            socket = next(each for each in gc.get_objects() if type(each) is WorkerSocket)
+            socket.send(Hello(VERSION, os.getpid()))
         return free(x, t, cond)
 
     return predict

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+import drp
 from drp import Leader, WorkerError, models
 from tests.conftest import leftovers, what_stays
 
@@ -62,6 +64,14 @@ def test_a_worker_that_does_not_start_in_time_is_a_clear_error() -> None:
     with pytest.raises(WorkerError, match=r"worker 0 .* did not load .* within 6 s \(start_timeout\)"):
         Leader("tests.denoisers:hang_while_loading", start_timeout=6)
     assert not what_stays(before)
+
+
+def test_a_worker_that_says_what_it_does_not_owe_is_lost_and_no_more_than_that() -> None:
+    with Leader("tests.denoisers:make_chatty", devices=2) as leader:
+        run = leader.sample(shape=SHAPE, steps=20)
+    assert re.search(r"worker 0 .* sent Hello, which it does not owe", "\n".join(run.incidents))
+    ref = drp.reference("tests.denoisers:make_free", devices=2, shape=SHAPE, steps=20)
+    assert torch.equal(run.samples, ref.samples)
 
 
 def test_a_worker_killed_between_runs_is_noticed() -> None:

@@ -113,6 +113,7 @@ class Captured:
     def __init__(self, predict: Predict) -> None:
         self._predict = predict
         self._graphs: dict[object, tuple[Callable[[], object], dict[str, Tensor], Tensor]] = {}
+        self._stream: Any = None
         self._pool: Any = None
 
     def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -131,23 +132,26 @@ class Captured:
     def _capture(self, given: Mapping[str, Tensor]) -> tuple[Callable[[], object], dict[str, Tensor], Tensor]:
         inputs = {name: value.clone() for name, value in given.items()}
         cond = {name.removeprefix("cond "): value for name, value in inputs.items() if name.startswith("cond ")}
-        mine, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types for it
-        side.wait_stream(mine)
-        with torch.cuda.stream(side):
-            for _ in range(WARM):
-                self._predict(inputs["x"], inputs["t"], cond)
-        mine.wait_stream(side)
-        if self._pool is None:
+        device = inputs["x"].device
+        if self._stream is None:  # its own: that of torch for captures is on the GPU where it was used first
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
             self._pool = torch.cuda.graph_pool_handle()
-        graph: Any = torch.cuda.CUDAGraph()
-        try:
-            # Other threads of this program may allocate meanwhile: only what this one does is captured.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                output = self._predict(inputs["x"], inputs["t"], cond)
-        except RuntimeError as error:
-            torch.cuda.set_stream(mine)  # If the capture was broken off, torch leaves its own stream current.
-            raise RuntimeError(
-                f"the model cannot be captured as a CUDA graph: {error}; it must not look at numbers on the host, nor "
-                "make tensors there; or leave graphs out of GpuOptions"
-            ) from error
+        with torch.cuda.device(device):
+            mine = torch.cuda.current_stream()
+            self._stream.wait_stream(mine)
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM):
+                    self._predict(inputs["x"], inputs["t"], cond)
+            mine.wait_stream(self._stream)
+            graph: Any = torch.cuda.CUDAGraph()
+            try:
+                # Other threads of this program may allocate meanwhile: only what this one does is captured.
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                    output = self._predict(inputs["x"], inputs["t"], cond)
+            except RuntimeError as error:
+                torch.cuda.set_stream(mine)  # If the capture was broken off, torch leaves its own stream current.
+                raise RuntimeError(
+                    f"the model cannot be captured as a CUDA graph: {error}; it must not look at numbers on the host, "
+                    "nor make tensors there; or leave graphs out of GpuOptions"
+                ) from error
         return graph.replay, inputs, output

@@ -20,6 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         why = str(error)
     for item in mine:
         item.add_marker(pytest.mark.gpu)
+        item.add_marker(pytest.mark.timeout(600))  # to compile takes minutes
+        item.add_marker(pytest.mark.filterwarnings("default"))  # torch advises, by warnings, on what GPUs could do
         if why:
             item.add_marker(pytest.mark.skip(reason=f"no GPU: {why}"))
 
