@@ -138,7 +138,7 @@ class Watched(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         weight = self.layer.weight
         step("evaluated", size=len(x), dtype=str(weight.dtype), inode=inode(weight.data_ptr()))
-        out: Tensor = torch.sin(self.layer(x)) * (1 - t.to(x.dtype) / 2000)[:, None]
+        out: Tensor = torch.sin(self.layer(x.to(weight.dtype))).to(x.dtype) * (1 - t.to(x.dtype) / 2000)[:, None]
         return out
 
     def examples(self) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:

@@ -83,14 +83,6 @@ def test_workers_of_one_gpu_share_a_copy_and_the_only_one_of_another_keeps_its_o
     assert places[2] == {0}
 
 
-def test_what_is_shared_is_what_is_used(host: dict[str, Any]) -> None:
-    with Leader("tests.on_host:make_varying", devices="3xcuda:1", **host) as leader:
-        one, again = (leader.sample(steps=7, mode="aggressive").samples for _ in range(2))
-    assert torch.equal(one, again)
-    with Leader("tests.on_host:make_varying", devices="3xcuda:1", **host) as leader:
-        assert not torch.equal(leader.sample(steps=7, mode="aggressive").samples, one)
-
-
 def test_a_worker_that_takes_a_lost_ones_place_takes_the_copy(host: dict[str, Any], tmp_path: Path) -> None:
     with Leader("tests.on_host:make_varying", devices="2xcuda:0", **host) as leader:
         before = leader.sample(steps=9).samples
