@@ -81,6 +81,7 @@ def test_workers_of_one_gpu_share_a_copy_and_the_only_one_of_another_keeps_its_o
     assert len(places[0]) == 1
     assert 0 not in places[0]
     assert places[2] == {0}
+    assert not [step for step in steps(tmp_path) if step["what"] in ("range", "end")]  # Nobody has asked for them.
 
 
 def test_a_worker_that_takes_a_lost_ones_place_takes_the_copy(host: dict[str, Any], tmp_path: Path) -> None:
@@ -101,7 +102,8 @@ def test_a_worker_that_takes_a_lost_ones_place_takes_the_copy(host: dict[str, An
 
 def test_weights_are_shared_in_the_dtype_in_which_they_are_used(host: dict[str, Any], tmp_path: Path) -> None:
     gpu = GpuOptions(dtype="bfloat16")
-    with Leader(WATCHED, devices="2xcuda:0", drafts_per_device=2, gpu=gpu, **host) as leader:
+    model = "tests.on_host:make_other_dtype"  # before it is cast
+    with Leader(model, devices="2xcuda:0", drafts_per_device=2, gpu=gpu, **host) as leader:
         run = leader.sample(steps=12)
         assert shared_bytes() == 2 * 128 * 128 + 2 * 128
     denoiser = on_device(models.load(WATCHED), torch.device("cpu"), gpu.on("", 2))
@@ -114,15 +116,12 @@ def test_weights_are_shared_in_the_dtype_in_which_they_are_used(host: dict[str, 
     assert [step["size"] for step in used if step["number"] == 0][:2] == [2, 1]
 
 
-def test_weights_are_compared_after_the_cast(host: dict[str, Any]) -> None:
-    model = "tests.on_host:make_other_dtype"
+def test_weights_of_another_dtype_are_others(host: dict[str, Any]) -> None:
     with pytest.raises(WorkerError, match=r"made other weights .* its factory must not vary"):
-        Leader(model, devices="2xcuda:0", **host)
-    with Leader(model, devices="2xcuda:0", gpu=GpuOptions(dtype="float16"), **host) as leader:
-        assert leader.sample(steps=3).steps == 3
+        Leader("tests.on_host:make_other_dtype", devices="2xcuda:0", **host)
 
 
-@pytest.mark.parametrize("unreached", ["[0, 1, 2]", "[1]"])
+@pytest.mark.parametrize("unreached", ["[0, 1]", "[1]"])
 def test_workers_that_cannot_use_the_copy_keep_their_own(
     host: dict[str, Any],
     tmp_path: Path,
@@ -131,16 +130,16 @@ def test_workers_that_cannot_use_the_copy_keep_their_own(
     unreached: str,
 ) -> None:
     monkeypatch.setenv("DRP_TEST_UNREACHED", unreached)
-    with caplog.at_level(logging.WARNING), Leader(WATCHED, devices="3xcuda:0", **host) as leader:
+    with caplog.at_level(logging.WARNING), Leader(WATCHED, devices="2xcuda:0", **host) as leader:
         run = leader.sample(count=2, steps=12)
         left = shared_bytes()
-    assert torch.equal(run.samples, drp.reference(WATCHED, devices=3, count=2, steps=12).samples)
+    assert torch.equal(run.samples, drp.reference(WATCHED, devices=2, count=2, steps=12).samples)
     told = [record.message for record in caplog.records if "weights on" in record.message]
     assert len(told) == 1
     assert re.search(r"weights on GPU-0.* take memory once more each: worker \d .*cudaIpcOpenMemHandle failed", told[0])
     own = {number for number, places in inodes(tmp_path).items() if places == {0}}
     # Whoever is first is to bring the weights: if that is one who cannot, nobody shares, and the copy is given back.
-    assert own in ([{0, 1, 2}] if unreached == "[0, 1, 2]" else [{0, 1, 2}, {1}])
+    assert own in ([{0, 1}] if unreached == "[0, 1]" else [{0, 1}, {1}])
     assert (left in on_host.SIZES) is (own == {1})
 
 
@@ -148,14 +147,13 @@ def test_a_leader_without_memory_for_a_copy_says_so_and_goes_on(
     host: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("DRP_TEST_FULL", on_host.GPUS[0].uuid)
-    with caplog.at_level(logging.WARNING), Leader(WATCHED, devices="2xcuda:0,2xcuda:1", **host) as leader:
+    with caplog.at_level(logging.WARNING), Leader(WATCHED, devices="2xcuda:0", **host) as leader:
         leader.sample(steps=6)
     told = [record.message for record in caplog.records if "weights on" in record.message]
     assert len(told) == 1
     assert "the leader cannot share 66048 bytes there: no 66048 bytes on GPU-00000000-first" in told[0]
     places = inodes(tmp_path)
     assert (places[0], places[1]) == ({0}, {0})
-    assert places[2] == places[3] != {0}
 
 
 def test_a_worker_that_dies_while_it_copies_ends_the_start_with_its_name(
@@ -240,13 +238,9 @@ def test_what_is_done_is_named_in_ranges_if_that_is_asked_for(
     mine: list[str] = []
     monkeypatch.setattr("torch.cuda.nvtx.range_push", mine.append)
     monkeypatch.setattr("torch.cuda.nvtx.range_pop", lambda: mine.append("end"))
-    for nvtx in (False, True):
-        with Leader(WATCHED, devices="cuda:0", gpu=GpuOptions(nvtx=nvtx), **host) as leader:
-            leader.sample(steps=3, callback=lambda k, x: mine.append(f"step {k}"))
-        ranges = [step.get("name", "end") for step in steps(tmp_path) if step["what"] in ("range", "end")]
-        if not nvtx:
-            assert [name for name in mine if not name.startswith("step")] == ranges == []
-            mine.clear()
+    with Leader(WATCHED, devices="cuda:0", gpu=GpuOptions(nvtx=True), **host) as leader:
+        leader.sample(steps=3, callback=lambda k, x: mine.append(f"step {k}"))
+    ranges = [step.get("name", "end") for step in steps(tmp_path) if step["what"] in ("range", "end")]
     assert ranges.count("end") == len(ranges) // 2
     evaluation = ["drp evaluate", "drp copy in", "end", "drp compute", "end", "drp copy out", "end", "end"]
     at = ranges.index("drp evaluate")
