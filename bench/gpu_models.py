@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -130,6 +130,3 @@ def small_unet() -> UNet:
 def small_dit() -> DiT:
     """Return a transformer for a trial on any machine."""
     return DiT(SMALL_DIT, "cpu")
-
-
-MODELS: dict[str, Callable[[], _Bare]] = {"unet": unet, "dit": dit, "small_unet": small_unet, "small_dit": small_dit}

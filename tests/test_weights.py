@@ -209,7 +209,9 @@ def make_scaled() -> nn.Module:
 
 def test_what_was_warmed_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module, **more: compile_(module, backend="eager", **more))
+    monkeypatch.setattr(
+        torch, "compile", lambda module, dynamic, options: compile_(module, backend="eager", dynamic=dynamic)
+    )
     how = OnGpu("", compile=True, batch=3)
     denoiser = on_device(models.load("tests.test_weights:make_scaled"), torch.device("cpu"), how)
     assert isinstance(denoiser.predict, Compiled)

@@ -87,8 +87,10 @@ class Compiled:
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # read when the compiler is imported, at first use
-        self._compiled = torch.compile(module, dynamic=False)
+        options: dict[str, Any] = {}
+        if "deterministic" in torch._inductor.list_options():  # not in older versions of torch
+            options["deterministic"] = os.environ.get("TORCHINDUCTOR_DETERMINISTIC", "1") == "1"
+        self._compiled = torch.compile(module, dynamic=False, options=options)
 
     def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Predict."""
