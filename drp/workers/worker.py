@@ -208,6 +208,8 @@ def _doing(message: ToWorker | None) -> str:
             return f"evaluating step {message.index} of run {message.run}"
         case Load():
             return f"loading model {message.model!r}"[:200]
+        case Warm():
+            return "compiling, capturing or warming its model"
         case None:
             return "waiting"
         case _:

@@ -14,7 +14,7 @@ import torch
 import drp
 from drp import GpuOptions, Leader
 from drp.models import load
-from drp.models.gpu import on_device
+from drp.models.gpu import Captured, on_device
 from drp.protocol.cuda import index_of
 from drp.protocol.messages import OnGpu
 from drp.sampling.run import Task
@@ -51,12 +51,12 @@ def test_bits_equal_the_reference_on_the_gpu(
 @pytest.mark.parametrize(
     "gpu",
     [
-        GpuOptions(graphs=True),
-        GpuOptions(dtype="bfloat16"),
-        GpuOptions(dtype="float16", graphs=True),
-        GpuOptions(nvtx=True),
-        GpuOptions(compile=True),
-        GpuOptions(compile=True, graphs=True, dtype="bfloat16"),
+        pytest.param(GpuOptions(graphs=True), id="graphs"),
+        pytest.param(GpuOptions(dtype="bfloat16"), id="bfloat16"),
+        pytest.param(GpuOptions(dtype="float16", graphs=True), id="float16 graphs"),
+        pytest.param(GpuOptions(nvtx=True), id="nvtx"),
+        pytest.param(GpuOptions(compile=True), id="compile"),
+        pytest.param(GpuOptions(compile=True, graphs=True, dtype="bfloat16"), id="compile graphs bfloat16"),
     ],
 )
 def test_options_of_the_worker_keep_the_bits_of_a_reference_with_the_same(gpu: GpuOptions) -> None:
@@ -84,11 +84,14 @@ def test_a_model_that_looks_at_numbers_cannot_be_captured_and_is_told_so() -> No
 def test_graphs_of_several_shapes_share_memory_without_harm(uuid: str) -> None:
     device = torch.device("cuda", index_of(uuid))
     captured = on_device(load(SMALL), device, OnGpu(uuid, graphs=True, batch=2)).predict
+    assert isinstance(captured, Captured)
+    assert len(captured._graphs) == 2  # alone and as a batch, from the model's examples
     plain = on_device(load(SMALL), device, OnGpu(uuid)).predict
     with torch.inference_mode():
         for turn, size in enumerate((1, 3, 2, 1, 5, 3, 1)):
             x, t = torch.randn(size, 4, 32, 32, device=device), torch.full((size,), 10.0 * turn, device=device)
             assert torch.equal(captured(x, t, {}), plain(x, t, {})), (turn, size)
+            assert len(captured._graphs) == (2 if turn == 0 else 4 if turn > 3 else 3), (turn, size)
     assert torch.equal(captured(x, t, {}), plain(x, t, {}))  # outside that mode too
 
 
@@ -117,6 +120,8 @@ def test_workers_of_one_gpu_have_one_copy_of_the_weights(caplog: pytest.LogCaptu
     print({name: f"{size / 2**30:.2f} GiB" for name, size in sizes.items()})
     assert 1.0 <= (sizes["Large"] - sizes["Few"]) / 2**30 < 1.5
     assert 1.0 <= (sizes["Large again"] - sizes["Few again"]) / 2**30 < 1.5
+    for model in ("Few", "Large"):
+        assert abs(sizes[f"{model} again"] - sizes[model]) < SLACK
     assert not [record for record in caplog.records if "weights on" in record.message]
 
 
