@@ -8,14 +8,19 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from drp.leader.request import Job, Request
 from drp.protocol.arena import Arena, Make
+from drp.protocol.messages import Bind
 from drp.ranges import put_ranges, ranged
 from drp.sampling.result import Result
 from drp.sampling.run import Run, Task, batches
+
+if TYPE_CHECKING:
+    from drp.leader.staff import Sent
 
 REMEMBERED = 32
 """Evaluations whose times are kept."""
@@ -116,6 +121,28 @@ class Active(ABC):
     def finish(self, error: BaseException | None, devices: tuple[str, ...]) -> None:
         """Tell the caller that it is over."""
 
+    def bind(self, worker: int) -> Bind:
+        """Return what a worker is told of the memory."""
+        self.arena.memory.written()
+        return self.arena.bind
+
+    def dispatch(self, worker: int) -> int:
+        """Let a worker that is given a draft now see what was written; return the draft's sequence number, if any."""
+        self.arena.memory.written()  # on a GPU; elsewhere it is nothing
+        return 0
+
+    def due(self, sequence: int, since: float) -> float:
+        """Return since when a worker owes a draft that it has had first since then."""
+        return since
+
+    def withdraw(self, sent: Sent) -> bool:
+        """Forget a draft that cannot be evaluated; return whether its prediction was taken already."""
+        return False
+
+    def release(self) -> None:
+        """Let go of the memory: no worker uses it any more."""
+        self.arena.close()
+
     def free_row(self, slot: int) -> int:
         """Return a row for a draft's prediction: one that nobody reads, and that no late worker may write to.
 
@@ -156,17 +183,31 @@ class ActiveRun(Active):
     """One run's arithmetic with it, and the future that its caller holds."""
 
     def __init__(
-        self, number: int, job: Job, request: Request, pending: Pending, spare: int, batch: int, make: Make
+        self,
+        number: int,
+        job: Job,
+        request: Request,
+        pending: Pending,
+        spare: int,
+        batch: int,
+        make: Make,
+        more: int = 0,
     ) -> None:
         self._began = time.perf_counter()
-        super().__init__(number, Arena.create(number, job.start, job.slots, job.slots + spare, job.cond, make), batch)
-        job = job.to(self.arena.memory.device)
-        self.job, self.pending = job, pending
+        arena = Arena.create(number, job.start, job.slots, job.slots + spare, job.cond, make, more)
+        super().__init__(number, arena, batch)
+        self.job, self.pending = job.to(arena.memory.device), pending
         pending.number, pending.steps = number, job.solver.grid.steps
-        self.run: Run = job.run(self.arena.drafts, self.arena.predictions)
-        self.cuts = self.run.cuts
         self._callback = request.callback
+        self._begin()
+
+    def _begin(self) -> None:
+        self.run = self._make_run()
+        self.cuts = self.run.cuts
         self._rounds = self.run.rounds()
+
+    def _make_run(self) -> Run:
+        return self.job.run(self.arena.drafts, self.arena.predictions)
 
     @property
     def unwanted(self) -> bool:
@@ -179,7 +220,7 @@ class ActiveRun(Active):
         if self._callback is not None:
             self._callback = ranged("drp callback", self._callback)
 
-    def form(self) -> bool:
+    def form(self) -> bool | None:
         """Form all drafts whose predictions are in."""
         self.behind = True
         while self.run.ready:

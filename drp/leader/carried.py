@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from drp.leader.active import Active
+from drp.leader.ahead import AheadRun
 from drp.leader.awake import Awake
 from drp.leader.marks import Marks
-from drp.leader.staff import Sent, Staff, Station
+from drp.leader.staff import Loss, Sent, Staff, Station
 from drp.protocol.messages import Unbind
 
 
@@ -33,8 +34,7 @@ class Carried:
             self._bind(station, run)
 
     def _bind(self, station: Station, run: Active) -> None:
-        run.arena.memory.written()
-        self._staff.send(station, run.arena.bind)
+        self._staff.send(station, run.bind(station.number))
         run.unbound.add(station.number)
 
     def on_bound(self, station: Station, number: int) -> bool:
@@ -46,13 +46,20 @@ class Carried:
         self.let_go(run)
         return True
 
-    def on_loss(self, number: int, why: str) -> None:
-        """Note that a worker is gone, whatever it was asked."""
+    @property
+    def ahead(self) -> list[AheadRun]:
+        """Those whose drafts are answered ahead of the devices."""
+        return [run for run in (*self.under_way.values(), *self.leaving.values()) if isinstance(run, AheadRun)]
+
+    def on_loss(self, loss: Loss) -> list[AheadRun]:
+        """Note that a worker is gone, whatever it was asked; return runs that were built upon what it had not done."""
+        again = [run for run in self.ahead if run.lose_answers(loss.station.number, loss.drafts)]
         for run in (*self.under_way.values(), *self.leaving.values()):
-            run.unbound.discard(number)
-            run.served.discard(number)
+            run.unbound.discard(loss.station.number)
+            run.served.discard(loss.station.number)
         for run in self.under_way.values():
-            run.incidents.append(why)
+            run.incidents.append(loss.why)
+        return again
 
     def is_missing(self, sent: Sent) -> bool:
         """Return whether the predictions of a batch are still wanted: it may have been sent twice, or its run over."""
@@ -77,7 +84,7 @@ class Carried:
             del self.leaving[run.number]
             for station in self._staff.ready:
                 self._staff.send(station, Unbind(run.number))
-            run.arena.close()
+            run.release()
 
     def let_all_go(self) -> None:
         """Do so for all that are over."""
@@ -88,7 +95,7 @@ class Carried:
         """Give all memory back; return those that were under way, whose callers are still to be told."""
         rest = list(self.under_way.values())
         for run in (*rest, *self.leaving.values()):
-            run.arena.close()
+            run.release()
         for station in self._staff.stations:
             station.drafts.clear()
         self.under_way.clear()

@@ -49,14 +49,14 @@ class Dispatch:
             rows.append(run.free_row(task.slot))
             run.writing[rows[-1]] += 1
         task, row = tasks[0], rows[0]
-        run.arena.memory.written()  # on a GPU; elsewhere it is nothing
+        sequence = run.dispatch(station.number)
         also = tuple(Also(t.index, t.timestep, t.slot, r) for t, r in zip(tasks[1:], rows[1:], strict=True))
-        self._staff.send(station, Draft(run.number, task.index, task.timestep, task.slot, row, also))
+        self._staff.send(station, Draft(run.number, task.index, task.timestep, task.slot, row, sequence, also))
         for task in tasks:
             self._marks.add("sent", run, task.index, station.number, since=since)
         if not station.drafts:
             station.since = time.monotonic()
-        station.drafts.append(Sent(run, tasks, tuple(rows)))
+        station.drafts.append(Sent(run, tasks, tuple(rows), sequence))
 
     # Late drafts.
 

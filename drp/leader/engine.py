@@ -17,6 +17,7 @@ from concurrent.futures import CancelledError, Future
 import torch
 
 from drp.leader.active import Active, ActiveRun, Pending
+from drp.leader.ahead import AheadRun, Answer
 from drp.leader.awake import Awake
 from drp.leader.carried import Carried, give_back
 from drp.leader.devices import Device
@@ -32,12 +33,16 @@ from drp.leader.sharing import ByLoad, Sharing
 from drp.leader.staff import MOST_DRAFT, Loss, Sent, Staff, Station
 from drp.protocol.arena import Arena
 from drp.protocol.messages import Bound, Fault, ModelSpec, Prediction, ToLeader
+from drp.protocol.order import FINE
 
 HEAD_START = 0.0005
 """Seconds that workers have to pick up their drafts before the leader refines: it may be using one of their cores."""
 
 ROOM = 4
 """Runs at once, for each worker: enough to keep it busy. Others wait, and take no memory meanwhile."""
+
+LOOK = 0.001
+"""Seconds between two looks at stamps."""
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +162,7 @@ class Engine:
                 self._dispatch.dispatch()  # before anything else: the workers are waiting
                 self._refine()  # the states behind, while they compute
                 self._take()
+                self._look()
         except WorkerError as lost:
             error = WorkerError(*lost.args)  # without its traceback, whose frames hold the runs' memory
         except Exception as bug:
@@ -218,9 +224,14 @@ class Engine:
         if pending.done():  # cancelled while it waited
             return None
         try:
-            number, make = next(self._numbers) % 2**31, self._ground.make
-            run = ActiveRun(number, job, request, pending, self._spare, self._batch, make)
-            if self._ground.nvtx:
+            number, ground = next(self._numbers) % 2**31, self._ground
+            run: ActiveRun
+            if ground.ahead:
+                places = len(self._devices)
+                run = AheadRun(number, job, request, pending, self._spare, self._batch, ground, places)
+            else:
+                run = ActiveRun(number, job, request, pending, self._spare, self._batch, ground.make)
+            if ground.nvtx:
                 run.name_ranges()
             return run
         except Exception as error:  # no memory, or a mode of somebody's own: the caller's to hear
@@ -275,11 +286,17 @@ class Engine:
         """Return when something is due."""
         busy = [station for station in self._staff.ready if station.drafts]
         times = [self._deadline(station) for station in busy]
+        if any(run.looking for run in self._carried.ahead):
+            times.append(time.monotonic() + LOOK)
         return min([*times, *self._dispatch.late_times(busy), self._staff.next_time])
 
     def _deadline(self, station: Station) -> float:
         """Return when a busy station's first draft is given up, and the worker with it."""
-        return station.since + (self._draft_timeout or station.drafts[0].run.patience(station.number))
+        first = station.drafts[0]
+        return first.run.due(first.sequence, station.since) + self._patience(station)
+
+    def _patience(self, station: Station) -> float:
+        return self._draft_timeout or station.drafts[0].run.patience(station.number)
 
     def _on_time(self) -> None:
         for loss in self._staff.tend():
@@ -288,23 +305,22 @@ class Engine:
         for station in self._staff.ready:
             if station.drafts and self._deadline(station) <= now:
                 run, task = station.drafts[0].run, station.drafts[0].tasks[0]
-                seconds = self._deadline(station) - station.since
                 self._on_loss(
                     self._staff.lose(
                         station,
                         f"{station.worker} has not evaluated step {task.index} of run {run.number} within "
-                        f"{seconds:g} s (draft_timeout)",
+                        f"{self._patience(station):g} s (draft_timeout)",
                     )
                 )
 
     def _on(self, station: Station, message: ToLeader | None) -> None:
         """Take a message, or the end of a worker."""
-        first = station.drafts[0] if station.drafts else None
         match message:
-            case Prediction() | Fault() if first and _what(message) == _owed(first):
-                station.drafts.popleft()
-                station.since, station.used_up = time.monotonic(), 0.0
-                self._on_answer(station, first, message)
+            case Prediction() if (sent := _owed(station, message)) and isinstance(sent.run, AheadRun):
+                self._on_ahead(station, sent.run, sent, message)
+            case Prediction() | Fault() if sent := _owed(station, message):
+                _done(station, sent)
+                self._on_answer(station, sent, message)
             case Bound(number) if self._carried.on_bound(station, number):
                 return
             case Prediction() | Fault() | Bound():
@@ -318,8 +334,8 @@ class Engine:
 
     def _on_answer(self, station: Station, sent: Sent, message: Prediction | Fault) -> None:
         run, index, since = sent.run, sent.tasks[0].index, time.perf_counter_ns()
-        counts = self._carried.is_missing(sent)  # It may be the second of two copies, or its run over.
-        give_back(sent)
+        # It may be the second of two copies, or its run over.
+        counts = self._carried.is_missing(sent) or (run.withdraw(sent) and run.number in self._carried.under_way)
         self.marks.answered("answer" if counts else "late", sent, station.number, message)
         if counts and isinstance(message, Fault):
             words = f"{station.worker} failed evaluating step {index} of run {run.number}: {message.error}"
@@ -332,23 +348,63 @@ class Engine:
                 self._form(run)
         self._carried.let_go(run)
 
+    def _on_ahead(self, station: Station, run: AheadRun, sent: Sent, message: Prediction) -> None:
+        """Take an answer whose prediction is to come; the draft stays the worker's until it is stamped."""
+        since, counts = time.perf_counter_ns(), self._carried.is_missing(sent)
+        sent.answered = True
+        self.marks.answered("answer" if counts else "late", sent, station.number, message)
+        run.answered(station.number, sent, counts)
+        if counts:
+            for task in sent.tasks:
+                self.marks.add("folded", run, task.index, station.number, since=since)
+            if run.ready:
+                self._form(run)
+
+    def _look(self) -> None:
+        """Look at the stamps that were read meanwhile."""
+        for run in self._carried.ahead if self._ground.ahead else ():
+            for answer, verdict in run.looked():
+                self._on_stamp(run, answer, verdict)
+            if run.number in self._carried.under_way and run.ready:
+                self._form(run)
+
+    def _on_stamp(self, run: AheadRun, answer: Answer, verdict: int | None) -> None:
+        station, sent = self._staff.stations[answer.worker], answer.sent
+        if verdict is None:
+            words = f"{station.worker} answered step {sent.tasks[0].index} of run {run.number}"
+            self._on_loss(self._staff.lose(station, f"{words} and did not stamp it"))
+            return
+        _done(station, sent)
+        if verdict != FINE and answer.counts and run.number in self._carried.under_way:
+            step = f"step {answer.named(verdict)} of run {run.number}"
+            words = f"{station.worker} failed evaluating {step}: the denoiser returned NaN or infinity"
+            self._carried.end(run, WorkerError(words))
+        self._carried.let_go(run)
+
     def _on_loss(self, loss: Loss) -> None:
         """Have a lost worker's drafts evaluated by others: they are what they were, and so will the predictions be."""
         number = loss.station.number
-        self._carried.on_loss(number, loss.why)
+        again = self._carried.on_loss(loss)
         for place, sent in reversed([*enumerate(loss.drafts)]):
             run, task = sent.run, sent.tasks[0]
             give_back(sent)
             for each in sent.tasks:
                 self.marks.add("lost", run, each.index, number)
-            if self._carried.is_missing(sent) and not self._dispatch.copies(sent):
+            missing = self._carried.is_missing(sent) and not self._dispatch.copies(sent)
+            if missing:
                 run.waiting.appendleft(sent.tasks)
+            if missing or (sent.answered and run in again):
                 run.used_up[task.index] += MOST_DRAFT[loss.fault] if place == 0 else 0.0
                 if run.used_up[task.index] > 1 - 1e-9:
                     several = (
                         f"step {task.index} of run {run.number} was given up, after every worker that evaluated it"
                     )
                     self._carried.end(run, WorkerError(f"{several} was lost; the last: {loss.why}"))
+        for behind in again:
+            if behind.number in self._carried.under_way:
+                behind.incidents.append(f"run {behind.number} began again: answers that it was built upon were lost")
+                behind.replay()
+                self._form(behind)
         self._carried.let_all_go()
 
     def _end_all(self, error: WorkerError | None) -> None:
@@ -372,5 +428,18 @@ def _what(message: Prediction | Fault) -> tuple[int, int, int]:
     return message.run, message.index, message.row
 
 
-def _owed(sent: Sent) -> tuple[int, int, int]:
-    return sent.run.number, sent.tasks[0].index, sent.rows[0]
+def _owed(station: Station, message: Prediction | Fault) -> Sent | None:
+    """Return what an answer is to: the first draft that has none, or, if it is a fault, one that is not stamped."""
+    for sent in station.drafts:
+        if _what(message) == (sent.run.number, sent.tasks[0].index, sent.rows[0]):
+            return None if sent.answered and isinstance(message, Prediction) else sent
+        if not sent.answered:
+            return None
+    return None
+
+
+def _done(station: Station, sent: Sent) -> None:
+    """Note that a worker has done with a draft."""
+    station.drafts.remove(sent)
+    station.since, station.used_up = time.monotonic(), 0.0
+    give_back(sent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from drp.leader.devices import Device
-from drp.protocol.cuda import CudaError, GpuMemory, is_turned
+from drp.protocol.cuda import CudaError, GpuEvent, GpuMemory, GpuStream, LeaderLink, is_turned
 from drp.protocol.memory import Memory, SharedMemory
 from drp.protocol.messages import GpuHandle, Half, OnGpu
+from drp.protocol.order import LINE, HostLink, HostStream, Link, Stream
 
 PROBE = 4096
 LEAST = 1 << 21
@@ -31,12 +33,16 @@ class GpuOptions:
     nvtx: name what leader and workers do in ranges, for Nsight Systems.
     memory: "auto": runs lie in the memory of the first worker's GPU if all workers can reach it, else on the host.
         "host": on the host, in any case: workers copy drafts to their GPU and predictions back.
+    ordering: "host": a worker waits for its GPU before it answers. "device": it answers at once, and waits are queued
+        on the GPUs; stamps prove what was read, see docs/gpus.md. Workers on cores do the same with threads, which is
+        for tests. Not with `hedge`.
     """
 
     dtype: Half | None = None
     compile: bool = False
     graphs: bool = False
     memory: str = "auto"
+    ordering: str = "host"
     nvtx: bool = False
 
     def __post_init__(self) -> None:
@@ -44,6 +50,8 @@ class GpuOptions:
             raise ValueError(f"dtype is {self.dtype!r}; give 'bfloat16', 'float16', or None for the model's own")
         if self.memory not in ("auto", "host"):
             raise ValueError(f"memory is {self.memory!r}; give 'auto' or 'host'")
+        if self.ordering not in ("host", "device"):
+            raise ValueError(f"ordering is {self.ordering!r}; give 'host' or 'device'")
 
     def on(self, uuid: str, batch: int, probe: GpuHandle | None = None) -> OnGpu:
         """Return what a worker on this GPU is told."""
@@ -64,6 +72,11 @@ class Ground:
         self._all: list[GpuMemory] = []
         self._free: list[GpuMemory] = []
         self._probes: dict[int, GpuMemory] = {}
+        self.ahead = options.ordering == "device"
+        """Whether answers run ahead of the devices."""
+        self._sequences = itertools.count()
+        self._events: dict[int, GpuEvent] = {}
+        self._all_events: list[GpuEvent] = []
         self._pattern = (torch.arange(PROBE) % 251).to(torch.uint8)
 
     def enter(self) -> None:
@@ -82,6 +95,9 @@ class Ground:
         """Return what a worker is told of its GPU, None without one; with a probe, if it has to reach the leader's."""
         if device.gpu is None:
             return None
+        if self.ahead and self._uuid is not None:  # another for each worker: the last one may have left it recorded
+            self._events[number] = GpuEvent.create()
+            self._all_events.append(self._events[number])
         return self._options.on(device.gpu, self._batch, self._probe(number))
 
     def judge(self, number: int, worker: str, unreached: str) -> str:
@@ -110,8 +126,35 @@ class Ground:
         self._free.remove(memory)
         return memory
 
+    def number(self) -> int:
+        """Return a sequence number for a draft, which none of the last four billion has."""
+        return 1 + next(self._sequences) % (2**32 - 1)
+
+    def take(self, nbytes: int) -> Memory:
+        """Do as `make` does, for a run with a stream of its own: it comes after the run that had the memory before."""
+        memory = self.make(nbytes)
+        memory.follow()
+        return memory
+
+    def stream(self) -> Stream:
+        """Return a stream for one run, to be closed with it."""
+        if self._uuid is None:
+            return HostStream("drp-run")
+        return GpuStream(torch.device("cuda", torch.cuda.current_device()))
+
+    def link(self, number: int, memory: Memory, place: int, stream: Stream) -> tuple[Link, bytes | None]:
+        """Return a run's link to a worker, its numbers at this place of the run's memory; and the event's handle."""
+        if isinstance(stream, HostStream):
+            return HostLink(memory.tensor(place, (LINE // 8,), torch.int64)[:4], leads=True, stream=stream), None
+        assert isinstance(stream, GpuStream)
+        event = self._events[number]
+        return LeaderLink(memory, event, stream), event.handle
+
     def close(self) -> None:
         """Free everything; the workers must have ended."""
+        for event in self._all_events:
+            event.free()
+        self._all_events.clear()
         for memory in self._all:
             memory.free()
         self._all.clear()

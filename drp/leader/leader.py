@@ -109,9 +109,10 @@ class Leader:
         if policy is not None and (hedge is not None or sharing is not None):
             raise ValueError(f"policy is {policy!r}, which says hedge and sharing itself; leave those out")
         own = find_policy(policy) if policy is not None else None
+        refuse_hedging(gpu, own.hedge if own is not None else hedge)
         if hedge is not None and not 1 < hedge < math.inf:
             raise ValueError(f"hedge is {hedge}; give a factor above 1, such as 1.5, or None")
-        self._devices = parse_devices(devices, threads)
+        self._devices, self._gpu = parse_devices(devices, threads), gpu
         name = model_name(model)
         self._drafts = len(self._devices) * check_batch(drafts_per_device)
         self._engine = Engine(
@@ -165,7 +166,9 @@ class Leader:
 
     @policy.setter
     def policy(self, policy: str | Policy) -> None:
-        self._policy = find_policy(policy)
+        found = find_policy(policy)
+        refuse_hedging(self._gpu, found.hedge)
+        self._policy = found
         self._engine.follow(self._policy, self._policy.hedge, self._policy.depth)
 
     @property
@@ -260,6 +263,12 @@ class Leader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def refuse_hedging(gpu: GpuOptions | None, hedge: float | None) -> None:
+    """Raise ValueError for drafts given twice where the leader's GPU would wait for the later of the two."""
+    if gpu is not None and gpu.ordering == "device" and hedge is not None:
+        raise ValueError(f'hedge is {hedge}, but with ordering="device" no draft is given twice; leave one of them out')
 
 
 def check_batch(drafts_per_device: int) -> int:

@@ -39,7 +39,7 @@ class Marks:
                 # A batch's time is that of its first draft; the others' predictions are there at its end.
                 seconds = message.seconds if place == 0 else 0.0
                 received, began = (message.received, message.began) if place == 0 else (message.predicted,) * 2
-                times = (received, began, message.predicted, message.ended)
+                times = (received, began, message.predicted, message.ended) if message.ended else ()
                 for timeline in self.timelines:
                     now = time.perf_counter_ns()
                     timeline.append(Mark(what, now, message.run, task.index, worker, seconds, times=times))

@@ -16,7 +16,7 @@ from drp.sampling.choice import choose
 from drp.sampling.drafts import RULES, SECANT, DraftRule
 from drp.sampling.modes import Mode, Sweeps, Warmup, make_mode
 from drp.sampling.named import make_solver
-from drp.sampling.run import Callback, Noise, Run, slots
+from drp.sampling.run import Callback, Noise, Queue, Run, slots
 from drp.sampling.solvers import Solver
 
 MOST_DRAFTS = 1024
@@ -129,16 +129,21 @@ class Job:
         """The slots that the run needs for drafts, and as many for predictions."""
         return slots(self.solver, self.mode)
 
-    def run(self, drafts: Tensor, predictions: Tensor) -> Run:
-        """Return the run, its drafts and predictions in these matrices [slots, D]."""
-        return Run(self.solver, self.mode, self.start, drafts, predictions, self.fresh, self.watch)
+    def run(self, drafts: Tensor, predictions: Tensor, queue: Queue | None = None) -> Run:
+        """Return the run, its drafts and predictions in these matrices [slots, D], its arithmetic given to a queue."""
+        return Run(self.solver, self.mode, self.start, drafts, predictions, self.fresh, self.watch, queue)
 
     def to(self, device: torch.device) -> Job:
         """Return the job with its states on a device."""
         if device == self.start.device:
             return self
         fresh = self.fresh
-        return replace(self, start=self.start.to(device), fresh=lambda k: fresh(k).to(device))
+
+        def there(k: int) -> Tensor:
+            noise = fresh(k)  # pinned on its way to a GPU, so that the host does not wait for what is queued there
+            return (noise.pin_memory() if device.type == "cuda" else noise).to(device, non_blocking=True)
+
+        return replace(self, start=self.start.to(device), fresh=there)
 
     def samples(self, state: Tensor) -> Tensor:
         """Return a finished run's state in host memory that is the caller's."""

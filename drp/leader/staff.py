@@ -37,13 +37,18 @@ State = Literal["starting", "ready", "away", "lost"]
 Fault = Literal["outside", "own"]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Sent:
-    """Drafts that a worker has as one batch: of a run, each to be answered in a row of its predictions."""
+    """Drafts that a worker has as one batch: of a run, each to be answered in a row of its predictions.
+
+    With a sequence number they may be `answered`, and are the worker's until they are stamped.
+    """
 
     run: Active
     tasks: tuple[Task, ...]
     rows: tuple[int, ...]
+    sequence: int = 0
+    answered: bool = False
 
 
 @dataclass

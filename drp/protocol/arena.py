@@ -20,7 +20,7 @@ class Arena:
 
     First all drafts, then all predictions, each padded to the alignment; then the conditions. `drafts` [slots, D] and
     `predictions` [rows, D] are the first tensor of each, D the numbers in it; a run whose denoiser takes a state and
-    returns its like has no others.
+    returns its like has no others. Behind it all there may be more, from `end` on.
     """
 
     def __init__(self, memory: Memory, bind: Bind) -> None:
@@ -32,6 +32,7 @@ class Arena:
         self.drafts = self._inputs[bind.inputs[0].name]
         self.predictions = self._outputs[bind.outputs[0].name]
         self.cond = {spec.name: _view(memory, spec) for spec in bind.cond}
+        self.end = _end(bind.cond, start + bind.rows * _stride(bind.outputs))
 
     def draft(self, slot: int) -> dict[str, Tensor]:
         """Return the tensors of the draft in a slot, by name."""
@@ -50,10 +51,11 @@ class Arena:
         rows: int,
         cond: Mapping[str, Tensor],
         make: Make = SharedMemory.create,
+        more: int = 0,
     ) -> Arena:
         """Make the arena of a run whose states, and predictions, are like `state`, with `cond` copied in."""
         like = {"x": state}
-        return cls.lay_out(run, like, like, slots, rows, cond, make)
+        return cls.lay_out(run, like, like, slots, rows, cond, make, more)
 
     @classmethod
     def lay_out(
@@ -65,15 +67,16 @@ class Arena:
         rows: int,
         cond: Mapping[str, Tensor],
         make: Make = SharedMemory.create,
+        more: int = 0,
     ) -> Arena:
         """Make the arena of a run: `slots` for tensors like `inputs`, `rows` like `outputs`, and `cond` copied in.
 
-        `make` is given the bytes it takes, and returns memory that is at least so long.
+        `make` is given the bytes it takes, `more` among them, and returns memory that is at least so long.
         """
         drafts, predictions = _specs("input", inputs), _specs("output", outputs)
         start = slots * _stride(drafts) + rows * _stride(predictions)
         specs = _specs("cond", cond, start)
-        memory = make(_end(specs, start))
+        memory = make(_end(specs, start) + more)
         handle, gpu = memory.names
         arena = cls(memory, Bind(run, handle, slots, rows, drafts, predictions, specs, gpu))
         for name, tensor in cond.items():

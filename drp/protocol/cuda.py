@@ -12,6 +12,7 @@ import ctypes
 import functools
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from drp.protocol.codec import ProtocolError
-from drp.protocol.memory import check_fit
+from drp.protocol.memory import Memory, check_fit
 from drp.protocol.messages import GpuHandle, Handle
 
 HANDLE = 64
@@ -74,7 +75,7 @@ class GpuMemory:
                 raise MemoryError(f"no {nbytes} bytes on {uuid}: {error}") from error
             try:
                 _call("cudaMemset", address, 0, ctypes.c_size_t(nbytes))
-                _call("cudaDeviceSynchronize")
+                _call("cudaStreamSynchronize", None)  # not the device: other streams may wait for workers
                 _call("cudaEventCreateWithFlags", ctypes.byref(event), NO_TIMES_BUT_SHARED)
                 memory, shared = _Opaque(), _Opaque()
                 _call("cudaIpcGetMemHandle", ctypes.byref(memory), address)
@@ -136,6 +137,127 @@ class GpuMemory:
             _call("cudaFree", ctypes.c_void_p(self._address))
 
 
+class GpuEvent:
+    """An interprocess event of the leader's, which a worker opens and records, as CUDA's sample simpleIPC does.
+
+    The leader makes and keeps it, so that a worker's end cannot take it away.
+    """
+
+    def __init__(self, event: int, handle: bytes) -> None:
+        self._event, self.handle = event, handle
+
+    @classmethod
+    def create(cls) -> GpuEvent:
+        """Make one on the current device."""
+        torch.cuda.current_stream()  # The runtime's calls below need torch's context on this device.
+        event, shared = ctypes.c_void_p(), _Opaque()
+        _call("cudaEventCreateWithFlags", ctypes.byref(event), NO_TIMES_BUT_SHARED)
+        try:
+            _call("cudaIpcGetEventHandle", ctypes.byref(shared), event)
+        except CudaError:
+            _call("cudaEventDestroy", event)
+            raise
+        return cls(int(event.value or 0), bytes(shared))
+
+    @classmethod
+    def open(cls, handle: bytes) -> GpuEvent:
+        """Open the leader's, on the current device: it can be recorded on streams of that device."""
+        if len(handle) != HANDLE:
+            raise ProtocolError(f"an event's handle of {len(handle)} bytes; it has {HANDLE}")
+        torch.cuda.current_stream()
+        event = ctypes.c_void_p()
+        _call("cudaIpcOpenEventHandle", ctypes.byref(event), _Opaque.from_buffer_copy(handle))
+        return cls(int(event.value or 0), handle)
+
+    def record(self) -> None:
+        """Record it on the current stream."""
+        stream = torch.cuda.current_stream().cuda_stream
+        _call("cudaEventRecord", ctypes.c_void_p(self._event), ctypes.c_void_p(stream))
+
+    def wait(self) -> None:
+        """Have the current stream wait for it as it was last recorded."""
+        stream = torch.cuda.current_stream().cuda_stream
+        _call("cudaStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(self._event), 0)
+
+    def free(self) -> None:
+        """Destroy it; those who opened it must have ended."""
+        _call("cudaEventDestroy", ctypes.c_void_p(self._event))
+
+
+class GpuStream:
+    """A stream of torch's, and another aside: `drp.protocol.order.Stream` on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream, self._aside = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types for it
+
+    def put(self, do: Callable[[], object]) -> None:
+        """Queue what `do` queues; this is the current stream."""
+        do()
+
+    def current(self) -> AbstractContextManager[object]:
+        """Make it the current stream for a while."""
+        return torch.cuda.stream(self._stream)
+
+    def aside(self) -> AbstractContextManager[object]:
+        """Make the other the current stream for a while."""
+        return torch.cuda.stream(self._aside)
+
+    def mark(self) -> Any:
+        """Return an event behind what was queued so far."""
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types for it
+        event.record(self._stream)
+        return event
+
+    def passed(self, mark: Any) -> bool:
+        """Whether the GPU has come to the mark."""
+        return bool(mark.query())
+
+    def settle(self) -> None:
+        """Wait for the GPU."""
+        self._stream.synchronize()
+
+    def close(self) -> None:
+        """Do nothing: what was queued runs to its end, in memory that stays."""
+
+
+class LeaderLink:
+    """The leader's side of a link between GPUs: its run's own event, and the worker's."""
+
+    def __init__(self, memory: Memory, worker: GpuEvent, stream: GpuStream) -> None:
+        self._memory, self._worker, self._stream = memory, worker, stream
+
+    def record(self) -> None:
+        """Record the run's event."""
+        self._memory.written()
+
+    def wait(self) -> None:
+        """Have the current stream wait for the worker's event."""
+        self._worker.wait()
+
+    def release(self) -> None:
+        """Record the worker's event in its place, aside, so that a wait for it can end."""
+        with self._stream.aside():
+            self._worker.record()
+
+
+class WorkerLink:
+    """A worker's side of it."""
+
+    def __init__(self, memory: Memory, own: GpuEvent) -> None:
+        self._memory, self._own = memory, own
+
+    def record(self) -> None:
+        """Record the worker's event on the current stream."""
+        self._own.record()
+
+    def wait(self) -> None:
+        """Have the current stream wait for the run's event."""
+        self._memory.follow()
+
+    def release(self) -> None:
+        """Do nothing: a worker ends with its leader."""
+
+
 class _Span:
     """Bytes at an address, as torch.as_tensor takes them."""
 
@@ -174,6 +296,7 @@ def _runtime() -> Any:
     library.cudaGetErrorString.restype = ctypes.c_char_p
     library.cudaIpcOpenMemHandle.argtypes = (ctypes.c_void_p, _Opaque, ctypes.c_uint)
     library.cudaIpcOpenEventHandle.argtypes = (ctypes.c_void_p, _Opaque)
+    library.cudaStreamSynchronize.argtypes = (ctypes.c_void_p,)
     return library
 
 

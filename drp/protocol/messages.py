@@ -39,6 +39,7 @@ Shape = Annotated[tuple[Count, ...], Length(16)]
 Name = Annotated[str, Length(200)]
 Text = Annotated[str, Length(20_000)]
 Opaque = Annotated[bytes, Length(64)]
+Sequence = Annotated[int, Bounds(0, 2**32 - 1)]
 Half = Literal["float16", "bfloat16"]
 Values = Literal["model", "recorded", "cheap"]
 
@@ -190,12 +191,27 @@ class Warmed:
 
 
 @dataclass(frozen=True)
+class Order:
+    """How a worker answers drafts of a run before its device has evaluated them; see `drp.protocol.order`.
+
+    From `stamps` on the arena has two int64 for each row. The link's numbers are at `link`, for an arena on the host;
+    for one on a GPU its own event is the leader's side, and the worker's is `event`: what cudaIpcGetEventHandle gives
+    for an event of the leader's that the worker records.
+    """
+
+    stamps: Bytes
+    link: Bytes
+    event: Opaque | None = None
+
+
+@dataclass(frozen=True)
 class Bind:
     """A run begins.
 
     Each of the `slots` holds a draft, the tensors `inputs`, and each of the `rows` a prediction, the tensors `outputs`,
     their offsets counted from where the draft or prediction begins (see `arena.Arena`). `cond` are what the denoiser is
-    given with every draft, at offsets of the memory as a whole. Of `memory` and `gpu` exactly one is not None.
+    given with every draft, at offsets of the memory as a whole. Of `memory` and `gpu` exactly one is not None. `order`:
+    its drafts are answered ahead of the device.
     """
 
     run: Count
@@ -206,6 +222,7 @@ class Bind:
     outputs: Annotated[tuple[TensorSpec, ...], Length(MOST_TENSORS)]
     cond: Annotated[tuple[TensorSpec, ...], Length(MOST_TENSORS)]
     gpu: GpuHandle | None = None
+    order: Order | None = None
 
 
 @dataclass(frozen=True)
@@ -232,6 +249,8 @@ class Draft:
 
     Those in `also` are to be evaluated with it, as one batch in this order; one answer, for this draft, is for all.
     No two drafts that are under way have the same row: whoever is late writes where nobody reads.
+    A draft with a `sequence`, which no other of the leader's has, is answered as soon as its evaluation is queued, and
+    stamped with that number.
     """
 
     run: Count
@@ -239,6 +258,7 @@ class Draft:
     timestep: Timestep
     slot: Count
     row: Count
+    sequence: Sequence = 0
     also: Annotated[tuple[Also, ...], Length(MOST_BATCHED)] = ()
 
 
@@ -249,6 +269,7 @@ class Prediction:
 
     The other times are when, in seconds of CLOCK_MONOTONIC, which all processes of a machine share: the draft was
     `received`, its evaluation `began`, the prediction was there (`predicted`), and it was in the row (`ended`).
+    Of a draft with a sequence number the prediction will be there, its stamp behind it; only the first time is told.
     """
 
     run: Count
@@ -263,7 +284,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Fault:
-    """The draft cannot be evaluated: the denoiser raised, or its prediction is none; the worker goes on."""
+    """The draft cannot be evaluated: the denoiser raised, or its prediction is none; the worker goes on.
+
+    For a draft with a sequence number it may follow a Prediction.
+    """
 
     run: Count
     index: Count

@@ -7,7 +7,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -25,6 +27,29 @@ Callback = Callable[[int, Tensor], None]
 
 Noise = Callable[[int], Tensor]
 """Called with a step's index; returns standard normal numbers like the state, the same ones whenever it is asked."""
+
+
+class Queue(Protocol):
+    """What a run's arithmetic is given to, in the order in which it is to be done."""
+
+    def put(self, do: Callable[[], object]) -> None:
+        """Have this done, now or after what was given before."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until all was done."""
+        ...
+
+
+class AtOnce:
+    """Arithmetic that is done when it is given."""
+
+    def put(self, do: Callable[[], object]) -> None:
+        """Do it."""
+        do()
+
+    def settle(self) -> None:
+        """Do nothing: all was done."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +99,8 @@ class Run:
     `start` [B, ...] is the state at index 0. `drafts` is a matrix [slots(solver, mode), D] of its dtype, a slot a row,
     D the numbers in one state; `predictions` is one with at least as many rows. Whoever evaluates reads a task's slot
     and writes the prediction to the row of the same number, or to any that is not in `rows`, and says to `fold` which.
-    `noise` is for a solver that adds some.
+    `noise` is for a solver that adds some. `queue` is given the arithmetic on drafts, predictions and states; with one
+    that does it later, states and drafts are read by what is put there too, and `watch` is left to the caller.
 
     `rounds_done` and `steps_done` count; where rounds need not wait for those before, `rounds_done` is the longest
     sequence of rounds that waited for each other. `residuals` say, by index, how far from the refined state the last
@@ -92,7 +118,9 @@ class Run:
         predictions: Tensor,
         noise: Noise | None = None,
         watch: bool = False,
+        queue: Queue | None = None,
     ) -> None:
+        self._queue = queue or AtOnce()
         self._timesteps = [float(t) for t in solver.grid.timesteps]
         self._shape, self._start = start.shape, start.reshape(-1)
         self._drafts, self._predictions, self._noise = drafts, predictions, noise
@@ -144,7 +172,7 @@ class Run:
             first = self._slot_banks.take(len(event.indices), taken)
             slots = range(first, first + len(event.indices))
             self._answers.update(zip(slots, slots, strict=True))
-            event.drafts.write(self._vector, self._drafts[slots.start : slots.stop])
+            event.drafts.write(self._vector, self._drafts[slots.start : slots.stop], self._queue)
             self._out.append(_Out(dict(zip(event.indices, slots, strict=True)), self.rounds_done + 1))
             yield [Task(k, self._timesteps[k], slot) for k, slot in zip(event.indices, slots, strict=True)]
 
@@ -193,11 +221,11 @@ class Run:
         """Compute the states that finished rounds have passed; call `callback` for each, in order."""
         while self._to_refine:
             event, first = self._to_refine.popleft()
-            event.between.write(self._vector, self._states[first : first + len(event) - event.eager])
+            event.between.write(self._vector, self._states[first : first + len(event) - event.eager], self._queue)
             for k, x in enumerate(self._states[first : first + len(event)], start=event.base + 1):
                 self.steps_done = k
-                if self._watch and k in self._slots:
-                    self.residuals[k] = self._residual(x, k)
+                if self._watch and (given := self.given(k)) is not None:
+                    self.residuals[k] = residual(x, given, self._shape[0])
                 if callback is not None:
                     callback(k, x.view(self._shape))
             self._rows.update({event.base + 1 + i: first + i for i in range(len(event))})
@@ -218,7 +246,7 @@ class Run:
             self.residuals.update(enumerate(residuals[: len(event)], start=event.base + 1))
             if len(event) < len(residuals):
                 self.cuts.append(end)
-            fold = None if len(event) <= len(residuals) else _Fold(event.last, self._eager(event, first))
+            fold = None if len(event) <= len(residuals) else _Fold(event.last, self._eager(event, first), self._queue)
         else:
             fold = self._folding or self._begin(event)
             first = self._first
@@ -231,7 +259,7 @@ class Run:
     def _begin(self, event: _Advance) -> _Fold:
         """Find room for the states of a way forward, and begin to compute the last ones."""
         self._first = self._take_states(len(event))
-        return _Fold(event.last, self._eager(event, self._first))
+        return _Fold(event.last, self._eager(event, self._first), self._queue)
 
     def _take_states(self, count: int) -> int:
         behind = (first + i for event, first in self._to_refine for i in range(len(event)))
@@ -244,20 +272,17 @@ class Run:
         """Compute the states from base + 1 to the last predicted index; return their residuals."""
         first = self._take_states(len(rows))
         states = self._states[first : first + len(rows)]
-        _Rows(rows, states).write(self._vector, states)
-        residuals = [self._residual(x, k) for k, x in enumerate(states, start=base + 1)]
+        _Rows(rows, states).write(self._vector, states, self._queue)
+        self._queue.settle()
+        residuals = [
+            residual(x, self._drafts[self._slots[k]], self._shape[0]) for k, x in enumerate(states, start=base + 1)
+        ]
         self._ahead = (first, residuals)
         return residuals
 
-    def _residual(self, x: Tensor, k: int) -> float:
-        """Compare the state at k with the input of the prediction there.
-
-        numpy adds in one order whatever the threads: what a mode decides by this number is the same everywhere.
-        """
-        x = x.double()
-        apart = (x - self._drafts[self._slots[k]].double()).view(self._shape[0], -1).cpu().numpy()
-        norms = np.sqrt(np.square(apart).sum(axis=1) / np.square(x.view(self._shape[0], -1).cpu().numpy()).sum(axis=1))
-        return float(norms.max())
+    def given(self, k: int) -> Tensor | None:
+        """Return the draft [D] of which the prediction at k was made, if it is still there."""
+        return self._drafts[self._slots[k]] if k in self._slots else None
 
     def _vector(self, term: Term, newest: Mapping[int, int] = MappingProxyType({})) -> Tensor:
         """Return what a term stands for; `newest` are slots that are not taken as there yet."""
@@ -276,6 +301,17 @@ class Run:
         return self._fresh[k]
 
 
+def residual(x: Tensor, given: Tensor, samples: int) -> float:
+    """Compare a state [B * D] with the input of the prediction there, like it: the largest among so many samples.
+
+    numpy adds in one order whatever the threads: what a mode decides by this number is the same everywhere.
+    """
+    x = x.double()
+    apart = (x - given.double()).view(samples, -1).cpu().numpy()
+    norms = np.sqrt(np.square(apart).sum(axis=1) / np.square(x.view(samples, -1).cpu().numpy()).sum(axis=1))
+    return float(norms.max())
+
+
 class _Plan:
     """What a run does, in order, worked out as far as anyone has asked; in threads at the same time, if need be."""
 
@@ -292,7 +328,7 @@ class _Plan:
         return self._known[position] if position < len(self._known) else None
 
 
-_plans: WeakKeyDictionary[Solver, dict[tuple[Mode, torch.dtype, torch.device], _Plan]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[Solver, dict[tuple[Mode, torch.dtype, torch.device, int], _Plan]] = WeakKeyDictionary()
 """Rows are the same for every run with the same solver and a mode without feedback: the next run finds them here."""
 
 
@@ -302,7 +338,8 @@ def _plan(solver: Solver, mode: Mode, like: Tensor, measure: Measure) -> _Plan:
     like = like.new_empty(0)  # A plan outlives the run.
     fresh = _Plan((_cast(event, like) for event in make_plan(solver, mode)), longest_way(mode, solver.grid.steps))
     try:
-        return _plans.setdefault(solver, {}).setdefault((mode, like.dtype, like.device), fresh)
+        stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0  # which copies the weights
+        return _plans.setdefault(solver, {}).setdefault((mode, like.dtype, like.device, stream), fresh)
     except TypeError:  # a mode of somebody's own that has no hash
         return fresh
 
@@ -346,18 +383,21 @@ class _Rows:
         # States before predictions, each in index order: an order that no arrival can change.
         self.terms = sorted({t for row in rows for t in row}, key=lambda t: (_ORDER[t.kind], t.k))
         weights = torch.tensor([[row.get(t, 0.0) for row in rows] for t in self.terms], dtype=torch.float64)
-        self.weights = weights.to(like).reshape(len(self.terms), len(rows), 1)
+        weights = weights.to(like.dtype)
+        if like.is_cuda:
+            weights = weights.pin_memory()  # else the host would wait for all that the stream has to do
+        self.weights = weights.to(like.device, non_blocking=True).reshape(len(self.terms), len(rows), 1)
 
-    def write(self, vector: Callable[[Term], Tensor], out: Tensor) -> None:
+    def write(self, vector: Callable[[Term], Tensor], out: Tensor, queue: Queue) -> None:
         """Write row i into `out[i]`; `out` is [rows, D]."""
-        _Fold(self, out).go(vector)
+        _Fold(self, out, queue).go(vector)
 
 
 class _Fold:
     """Rows' sum under way: terms are added in their order, as far as they are ready."""
 
-    def __init__(self, rows: _Rows, out: Tensor) -> None:
-        self._rows, self._out, self._done = rows, out, 0
+    def __init__(self, rows: _Rows, out: Tensor, queue: Queue) -> None:
+        self._rows, self._out, self._put, self._done = rows, out, queue.put, 0
 
     def go(self, vector: Callable[[Term], Tensor], ready: Callable[[Term], bool] = lambda term: True) -> None:
         """Add the terms up to the first that is not ready."""
@@ -365,7 +405,7 @@ class _Fold:
         while self._done < len(terms) and ready(terms[self._done]):
             term = vector(terms[self._done])
             if self._done == 0:
-                torch.mul(weights[0], term, out=self._out)
+                self._put(partial(torch.mul, weights[0], term, out=self._out))
             else:
-                self._out.addcmul_(weights[self._done], term)
+                self._put(partial(self._out.addcmul_, weights[self._done], term))
             self._done += 1

@@ -1,7 +1,7 @@
 """Seat: a worker's place on its GPU: one stream, memory that it reaches, and the copies of what it cannot.
 
-Not yet run on a GPU. Everything goes to one stream: a draft, its evaluation and its prediction must follow one another,
-and the copies take microseconds.
+Not yet run on a GPU. Everything goes to one stream: a draft, its evaluation and its prediction must follow one another.
+The next draft's copy could only overlap if that were queued already, as it is by `drp.workers.seat_ahead`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from drp.protocol.arena import Arena
 from drp.protocol.cuda import CudaError, GpuMemory, index_of, turn_over
 from drp.protocol.messages import GpuHandle, OnGpu
 from drp.ranges import put_ranges, ranged
+from drp.workers.lasting import is_lasting
 from drp.workers.weights import Weights
 
 
@@ -57,8 +58,17 @@ class Seat:
         self._settle()
         if not self.how.nvtx:
             return ready
-        put_ranges(self, _bring="drp copy in", _hand_over="drp copy out")
+        put_ranges(self, bring="drp copy in", hand_over="drp copy out")
         return replace(ready, predict=ranged("drp compute", ready.predict))
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the GPU can no longer be used by this process: libraries name such an error by one of their own."""
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            return is_lasting(error)
+        return False
 
     def answer_probe(self) -> str:
         """Write to the leader's probe; return why that cannot be done, empty if it was or there is none."""
@@ -102,16 +112,16 @@ class Seat:
         """Do as `Denoiser.evaluate_batch` does, wherever the drafts lie; return when all was done."""
         arena.memory.follow()
         made = [{name: torch.empty_like(value, device=self.device) for name, value in each.items()} for each in outputs]
-        denoiser.evaluate_batch(self._bring(inputs), timesteps, arena.cond, made)
-        self._hand_over(made, outputs)
+        denoiser.evaluate_batch(self.bring(inputs), timesteps, arena.cond, made)
+        self.hand_over(made, outputs)
         self._settle()
         return time.perf_counter()
 
-    def _bring(self, inputs: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    def bring(self, inputs: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Return drafts here, copied if they lie elsewhere."""
         return [{name: value.to(self.device, non_blocking=True) for name, value in each.items()} for each in inputs]
 
-    def _hand_over(self, made: Sequence[Mapping[str, Tensor]], outputs: Sequence[Mapping[str, Tensor]]) -> None:
+    def hand_over(self, made: Sequence[Mapping[str, Tensor]], outputs: Sequence[Mapping[str, Tensor]]) -> None:
         """Copy predictions to where they are wanted."""
         for output, mine in zip(outputs, made, strict=True):
             for name, value in output.items():

@@ -41,8 +41,10 @@ from drp.protocol.messages import (
 )
 from drp.protocol.transport import WorkerSocket
 from drp.ranges import put_ranges
+from drp.workers.ahead import Ahead, HostAhead, Work
 from drp.workers.emulated import EmulatedDevice, cheap
 from drp.workers.entry import Config
+from drp.workers.lasting import is_lasting
 from drp.workers.recorded import Recorded
 from drp.workers.weights import Weights
 
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 1.0
 """Seconds of one wait for a message."""
+BUSY = 0.005
+"""Likewise, while something that was answered is still being evaluated."""
 
 
 class Worker:
@@ -65,6 +69,7 @@ class Worker:
         self._arenas: dict[int, Arena] = {}
         self._timed = _timed
         self._seat: Seat | None = None
+        self._ahead: Ahead | None = None
 
     def run(self) -> None:
         """Answer messages until Stop; an error is told to the leader, and ends the worker."""
@@ -75,16 +80,20 @@ class Worker:
                 answer = self._answer(message) if message is not None else None
                 if answer is not None:
                     self._socket.send(answer)
+                for draft, error in self._ahead.failed() if self._ahead is not None else ():
+                    self._socket.send(self._fault(draft, error))
         except Exception as error:
             self._socket.send(Failed(_doing(message), *_told(error)))
         finally:
+            if self._ahead is not None:
+                self._ahead.close()
             self._socket.close()
 
     def _receive(self) -> ToWorker | None:
         """Return the next message, or None after a while; let the leader see that this thread comes round."""
         self._beats += 1
         struct.pack_into("Q", self._words, self._place, self._beats)
-        return self._socket.receive(PATIENCE)
+        return self._socket.receive(BUSY if self._ahead is not None and self._ahead.busy else PATIENCE)
 
     def _answer(self, message: ToWorker) -> ToLeader | None:
         match message:
@@ -96,6 +105,8 @@ class Worker:
             case Unbind():
                 if self._seat is not None:
                     self._seat.unbind(message.run)
+                if self._ahead is not None:
+                    self._ahead.unbind(message.run)
                 self._arenas.pop(message.run, None)
             case Load():
                 return self._load(message)
@@ -142,16 +153,44 @@ class Worker:
 
     def _bind(self, bind: Bind) -> None:
         """Open a run's memory."""
-        if self._seat is None:
-            self._arenas[bind.run] = Arena.open(bind)
-            return
-        arena = Arena.open(bind, self._seat.reach)
-        self._seat.bind(bind.run, arena)
+        arena = Arena.open(bind, self._seat.reach if self._seat is not None else None)
+        if self._seat is not None:
+            self._seat.bind(bind.run, arena)
+        if bind.order is not None:
+            if self._ahead is None:
+                self._ahead = self._make_ahead()
+            self._ahead.bind(bind.run, arena)
         self._arenas[bind.run] = arena
+
+    def _make_ahead(self) -> Ahead:
+        if self._seat is None:
+            return HostAhead(lambda work: _seconds(self._compute(work)))
+        from drp.workers.seat_ahead import GpuAhead  # only now: nothing of CUDA without a GPU
+
+        assert self._denoiser is not None
+        return GpuAhead(self._seat, self._denoiser)
 
     @torch.inference_mode()
     def _evaluate(self, draft: Draft) -> Prediction | Fault:
         received = time.perf_counter()
+        work = self._work(draft)
+        try:
+            if draft.sequence:
+                if self._ahead is None or work.arena.bind.order is None:
+                    raise ProtocolError(f"draft {draft.sequence} of run {draft.run}, which was bound without an order")
+                self._ahead.put(work)
+                return Prediction(draft.run, draft.index, draft.row, 0.0, received)
+            if self._ahead is not None:
+                self._ahead.settle()
+            began, predicted, ended = self._compute(work)
+        except ProtocolError:
+            raise
+        except Exception as error:
+            return self._fault(draft, error)
+        return Prediction(draft.run, draft.index, draft.row, ended - began, received, began, predicted, ended)
+
+    def _work(self, draft: Draft) -> Work:
+        """Find a draft's tensors."""
         arena = self._arenas.get(draft.run)
         if arena is None:
             raise ProtocolError(f"a draft of run {draft.run}, which is not bound")
@@ -162,25 +201,34 @@ class Worker:
                     f"slot {each.slot} and row {each.row}; the run has {arena.bind.slots} and {arena.bind.rows}"
                 )
         inputs = [arena.draft(each.slot) for each in drafts]
-        outputs = [arena.prediction(each.row) for each in drafts]
+        return Work(draft, arena, inputs, [arena.prediction(each.row) for each in drafts])
+
+    def _compute(self, work: Work) -> tuple[float, float, float]:
+        """Evaluate a draft; return when that began, had the prediction, and had it in its row."""
 
         def evaluate() -> float:
             assert self._denoiser is not None
-            timesteps = [each.timestep for each in drafts]
             if self._seat is None:
-                predicted = self._denoiser.evaluate_batch(inputs, timesteps, arena.cond, outputs)
+                predicted = self._denoiser.evaluate_batch(work.inputs, work.timesteps, work.arena.cond, work.outputs)
             else:
-                predicted = self._seat.evaluate(self._denoiser, arena, inputs, timesteps, outputs)
-            for given, made in zip(inputs, outputs, strict=True):
-                _check(made, given)
+                predicted = self._seat.evaluate(self._denoiser, work.arena, work.inputs, work.timesteps, work.outputs)
+            for given, made in zip(work.inputs, work.outputs, strict=True) if not work.draft.sequence else ():
+                _check(made, given)  # else the stamp says so
             return predicted
 
-        nbytes = sum(tensor.nbytes for each in inputs for tensor in each.values())
-        try:
-            began, predicted, ended = self._timed(draft, nbytes, evaluate)
-        except Exception as error:
-            return Fault(draft.run, draft.index, draft.row, *_told(error))
-        return Prediction(draft.run, draft.index, draft.row, ended - began, received, began, predicted, ended)
+        nbytes = sum(tensor.nbytes for each in work.inputs for tensor in each.values())
+        return self._timed(work.draft, nbytes, evaluate)
+
+    def _fault(self, draft: Draft, error: Exception) -> Fault:
+        """Say that a draft cannot be evaluated; raise the error, and so end the worker, if no other could be either."""
+        if is_lasting(error) or (self._seat is not None and self._seat.is_lost):
+            raise error
+        return Fault(draft.run, draft.index, draft.row, *_told(error))
+
+
+def _seconds(times: tuple[float, float, float]) -> float:
+    began, _, ended = times
+    return ended - began
 
 
 def _timed(draft: Draft, nbytes: int, evaluate: Callable[[], float]) -> tuple[float, float, float]:
@@ -199,7 +247,7 @@ def _check(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
 
 def _told(error: Exception) -> tuple[str, str]:
     """Return an error in a line, and its traceback."""
-    return f"{type(error).__name__}: {error}"[:2000], traceback.format_exc()[-20_000:]
+    return f"{type(error).__name__}: {error}"[:2000], "".join(traceback.format_exception(error))[-20_000:]
 
 
 def _doing(message: ToWorker | None) -> str:

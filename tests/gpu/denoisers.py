@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from drp import ModelSpec
+from drp.protocol import order
 
 
 class Small(nn.Module):
@@ -34,13 +35,20 @@ class Small(nn.Module):
         return [(torch.zeros(1, 4, 32, 32), torch.zeros(1), {})]
 
 
+def once(t: Tensor) -> bool:
+    """Whether it is the middle of a run, and nobody has asked before: the file says that somebody has."""
+    path = os.environ["DRP_TEST_DIED"]
+    if not float(t[0]) or float(t[0]) >= 500 or os.path.exists(path):  # noqa: PTH110  # a name from the environment
+        return False
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    return True
+
+
 class Dying(Small):
-    """Ends its process by force in the middle of a run, once: the file says that it did."""
+    """Ends its process by force, once."""
 
     def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        path = os.environ["DRP_TEST_DIED"]
-        if float(t[0]) and float(t[0]) < 500 and not os.path.exists(path):  # noqa: PTH110  # a name from the environment
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        if once(t):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(x, t, cond)
 
@@ -84,3 +92,29 @@ class Looking(Small):
 
     def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         return super().forward(x, t, cond) * float(t[0] > -1)
+
+
+class Asserting(Small):
+    """Reads beyond the end of a tensor, once: the GPU asserts, some time after this has returned."""
+
+    def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        if once(t):
+            x = x + torch.zeros(4, device=x.device)[torch.full((1,), 9, device=x.device)]
+        return super().forward(x, t, cond)
+
+
+class Stale(Small):
+    """Has its worker write another draft's stamp, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from drp.workers import seat_ahead
+
+        seat_ahead.stamp = self._stamp  # type: ignore[assignment, attr-defined]  # the worker's own name for it
+
+    def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        self.due = once(t)
+        return super().forward(x, t, cond)
+
+    def _stamp(self, place: Tensor, sequence: int, prediction: Iterable[Tensor], took: int = 0) -> None:
+        order.stamp(place, sequence - 1 if self.due else sequence, prediction, took)

@@ -1,4 +1,4 @@
-"""A process that opens another's memory on a GPU: `python -m tests.gpu.peer WHAT`, the handle in JSON on its input."""
+"""A process that opens another's memory on a GPU: `python -m tests.gpu.peer WHAT`, the handles in JSON on its input."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import sys
 
 import torch
 
-from drp.protocol.cuda import GpuMemory, index_of, turn_over
+from drp.protocol.cuda import GpuEvent, GpuMemory, index_of, turn_over
 from drp.protocol.messages import GpuHandle
+
+SLEEP = 2_000_000_000
+"""Cycles for which a stream is kept busy: about a second."""
 
 
 def main() -> int:
-    """Turn the memory over, or follow its owner and say what its first number is then."""
+    """Turn the memory over; follow its owner and say what its first number is then; or write one, much later."""
     fields = json.loads(sys.stdin.readline())
     handle = GpuHandle(
         fields["device"], fields["nbytes"], bytes.fromhex(fields["memory"]), bytes.fromhex(fields["event"])
@@ -22,6 +25,15 @@ def main() -> int:
     if sys.argv[1] == "turn":
         turn_over(memory)
         print("turned", flush=True)
+        return 0
+    if sys.argv[1] == "write":
+        event = GpuEvent.open(bytes.fromhex(fields["worker"]))
+        for _ in range(int(fields["seconds"])):
+            torch.cuda._sleep(SLEEP)  # type: ignore[no-untyped-call]  # torch has no types for it
+        memory.tensor(0, (1,), torch.int64).fill_(42)
+        event.record()
+        print("recorded", flush=True)
+        sys.stdin.readline()
         return 0
     print("open", flush=True)
     sys.stdin.readline()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from drp.protocol.cuda import GpuMemory, is_turned
+from drp.protocol.cuda import GpuEvent, GpuMemory, GpuStream, LeaderLink, is_turned
 
 SLEEP = 2_000_000_000
 """Cycles for which a stream is kept busy: about a second."""
@@ -25,7 +25,7 @@ def memory(uuid: str) -> Iterator[GpuMemory]:
     made.free()
 
 
-def peer(what: str, memory: GpuMemory, *before: str) -> subprocess.Popen[str]:
+def peer(what: str, memory: GpuMemory, *before: str, **more: object) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [*before, sys.executable, "-m", "tests.gpu.peer", what],
         stdin=subprocess.PIPE,
@@ -37,7 +37,7 @@ def peer(what: str, memory: GpuMemory, *before: str) -> subprocess.Popen[str]:
     assert handle is not None
     assert process.stdin is not None
     fields = {"device": handle.device, "nbytes": handle.nbytes, "memory": handle.memory.hex()}
-    process.stdin.write(json.dumps({**fields, "event": handle.event.hex()}) + "\n")
+    process.stdin.write(json.dumps({**fields, "event": handle.event.hex(), **more}) + "\n")
     process.stdin.flush()
     return process
 
@@ -71,6 +71,37 @@ def test_a_peer_that_follows_sees_what_was_queued_before_the_record(memory: GpuM
     out, error = process.communicate(timeout=120)
     print(f"queued in {queued * 1e6:.0f} us, answered after {time.perf_counter() - began:.2f} s")
     assert out == "42\n", error
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_the_owner_waits_for_an_event_that_a_peer_recorded(memory: GpuMemory, dies: bool) -> None:
+    """On a stream, not on the host; and a peer that is killed is not waited for, once that is known."""
+    number, event = memory.tensor(0, (1,), torch.int64), GpuEvent.create()
+    stream = GpuStream(memory.device)
+    link = LeaderLink(memory, event, stream)
+    process = peer("write", memory, worker=event.handle.hex(), seconds=20 if dies else 2)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == "recorded\n"
+    began = time.perf_counter()
+    seen = torch.full((1,), -1, dtype=torch.int64, pin_memory=True)
+    with stream.current():
+        link.wait()
+        seen.copy_(number, non_blocking=True)
+    mark, queued = stream.mark(), time.perf_counter() - began
+    assert not stream.passed(mark)
+    if dies:
+        process.kill()
+        process.wait(60)
+        link.release()
+    while not stream.passed(mark):
+        assert time.perf_counter() - began < 60, "the stream still waits"
+        time.sleep(0.01)
+    print(f"queued in {queued * 1e6:.0f} us, passed after {time.perf_counter() - began:.2f} s, read {int(seen)}")
+    assert int(seen) == (0 if dies else 42)
+    if not dies:
+        process.communicate("end\n", timeout=60)
+    event.free()
 
 
 def test_memory_is_freed(uuid: str) -> None:

@@ -1,0 +1,279 @@
+"""Ahead: runs whose drafts are answered before a device has evaluated them: `GpuOptions(ordering="device")`.
+
+A prediction is folded in as soon as the worker has queued it: the run's stream waits for the worker's, reads the stamp
+behind the prediction, and only then the prediction itself. The leader looks at what was read when it comes to it. Until
+then the draft is still the worker's, with its row and its deadline, and nothing that was made of it leaves the leader,
+neither a callback's state nor samples. If a worker is lost with answers that were not stamped, the run begins again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from drp.leader.active import ActiveRun, Pending
+from drp.leader.ground import Ground
+from drp.leader.request import Job, Request
+from drp.leader.staff import Sent
+from drp.protocol.memory import aligned
+from drp.protocol.messages import Bind, Order
+from drp.protocol.order import LINE, RAISED, STAMP, UNREAD, Link, verdict_of
+from drp.sampling.run import Run, residual
+
+
+@dataclass(eq=False)
+class Answer:
+    """An answer whose stamps are being read into `seen`, int64 [rows, 2]; it `counts` if it was folded in."""
+
+    sent: Sent
+    worker: int
+    seen: npt.NDArray[np.int64]
+    counts: bool
+    since: float
+
+    @property
+    def verdict(self) -> int | None:
+        """What the stamps say, the worst of a batch; None if one is not the draft's, UNREAD if one was not read yet."""
+        if UNREAD in self.seen:
+            return UNREAD
+        found = [verdict for verdict in self._verdicts() if verdict is not None]
+        return max(found) if len(found) == len(self.seen) else None
+
+    def named(self, verdict: int) -> int:
+        """Return the index of the first draft of the batch whose stamp says so."""
+        return self.sent.tasks[self._verdicts().index(verdict)].index
+
+    def _verdicts(self) -> list[int | None]:
+        return [verdict_of(int(word), self.sent.sequence) for word in self.seen[:, 0]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A state [B * D] kept for the caller, the draft at its index, both if asked for; behind so many answers."""
+
+    k: int
+    state: Tensor | None
+    given: Tensor | None
+    needs: int
+    mark: Any
+
+
+class AheadRun(ActiveRun):
+    """A run on a stream of its own, so that no run waits for another's workers."""
+
+    def __init__(
+        self,
+        number: int,
+        job: Job,
+        request: Request,
+        pending: Pending,
+        spare: int,
+        batch: int,
+        ground: Ground,
+        places: int,
+    ) -> None:
+        self._ground, self._stream = ground, ground.stream()
+        self._links: dict[int, Link] = {}
+        self._out: dict[int, None] = {}
+        """Sequence numbers of the drafts that workers have, in order."""
+        self._answers: deque[Answer] = deque()
+        """In the order in which they were folded in, which is that in which their stamps are read."""
+        self._steps: deque[Step] = deque()
+        self._residuals: dict[int, float] = {}
+        self._folded = self._verified = 0
+        self._exhausted = False
+        self._progress = time.monotonic()
+        rows = job.slots + spare
+        lines = aligned(rows * STAMP * 8)
+        try:
+            with self._stream.current():
+                super().__init__(number, job, request, pending, spare, batch, ground.take, lines + places * LINE)
+        except BaseException:
+            self._stream.close()
+            raise
+        self._stamps = self.arena.memory.tensor(self.arena.end, (rows, STAMP), torch.int64)
+        self._lines = self.arena.end + lines
+
+    def _make_run(self) -> Run:
+        job = replace(self.job, watch=False)  # Residuals are computed when the states are looked at.
+        return job.run(self.arena.drafts, self.arena.predictions, self._stream)
+
+    # What the engine calls, in the order of a draft's life.
+
+    def bind(self, worker: int) -> Bind:
+        """Link this run to a worker; return what it is told."""
+        with self._stream.current():
+            place = self._lines + worker * LINE
+            self._links[worker], event = self._ground.link(worker, self.arena.memory, place, self._stream)
+            self._links[worker].record()
+        return replace(self.arena.bind, order=Order(self.arena.end, place, event))
+
+    def dispatch(self, worker: int) -> int:
+        """Let a worker's stream wait for what was queued so far; return the number of the draft that says so."""
+        sequence = self._ground.number()
+        self._out[sequence] = None
+        with self._stream.current():
+            self._links[worker].record()
+        return sequence
+
+    def answered(self, worker: int, sent: Sent, counts: bool) -> None:
+        """Queue the wait for a worker's stream, the reading of the stamps, and, if it counts, the arithmetic."""
+        seen = torch.full(
+            (len(sent.rows), STAMP), UNREAD, dtype=torch.int64, pin_memory=self.arena.memory.device.type == "cuda"
+        )
+        with self._stream.current():
+            self._links[worker].wait()
+            for place, row in enumerate(sent.rows):
+                self._stream.put(partial(seen[place].copy_, self._stamps[row], non_blocking=True))
+            self._answers.append(Answer(sent, worker, seen.numpy(), counts, time.monotonic()))
+            for task, row in zip(sent.tasks, sent.rows, strict=True) if counts else ():
+                del self.missing[task.slot]
+                self.run.fold(task.slot, row)
+        self._folded += counts
+
+    def form(self) -> bool | None:
+        """Form all drafts whose predictions are queued; at the end wait, with None, until all stamps were seen."""
+        with self._stream.current():
+            if super().form():
+                return True
+        self._exhausted = True
+        return None if self._answers else False
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are drafts to form, or nothing is left. Feedback is made of numbers, which must be there."""
+        return self.run.ready and not (self._answers and (self._exhausted or self.job.mode.feedback))
+
+    @property
+    def looking(self) -> bool:
+        """Whether there are stamps to be seen, or states to be handed out."""
+        return bool(self._answers) or self.behind
+
+    def looked(self) -> Iterator[tuple[Answer, int | None]]:
+        """Yield answers whose stamps were read, in their order, with the verdict; None is for one that is not proven.
+
+        One whose evaluation raised is left: a Fault follows. So is one that is not proven, to be lost with its worker.
+        """
+        while self._answers:
+            answer = self._answers[0]
+            verdict = answer.verdict
+            if verdict in (UNREAD, RAISED):
+                return
+            if verdict is not None:
+                self._verify(self._answers.popleft())
+            yield answer, verdict
+            if verdict is None:
+                return
+
+    def _verify(self, answer: Answer) -> None:
+        now, seconds = time.monotonic(), float(answer.seen[:, 1].sum()) / 1e9
+        self._slowest = max(self._slowest, seconds or now - max(answer.since, self._progress))
+        self._progress = now
+        self.served.add(answer.worker)
+        del self._out[answer.sent.sequence]
+        if answer.counts:
+            self._verified += 1
+            self.device_seconds += seconds
+            self.evaluations += len(answer.sent.tasks)
+            for task in answer.sent.tasks:
+                self.used_up.pop(task.index, None)
+            self.behind = self.behind or bool(self._steps)
+
+    def withdraw(self, sent: Sent) -> bool:
+        """Forget a draft that cannot be evaluated; return whether its prediction was folded in."""
+        self._out.pop(sent.sequence, None)
+        found = [answer for answer in self._answers if answer.sent is sent]
+        for answer in found:
+            self._answers.remove(answer)
+        return any(answer.counts for answer in found)
+
+    def lose_answers(self, worker: int, drafts: tuple[Sent, ...]) -> bool:
+        """Go on without a worker and the drafts that it had; return whether one was folded in that was not proven."""
+        link = self._links.pop(worker, None)
+        if link is not None:
+            link.release()
+        folded = [self.withdraw(sent) for sent in drafts if sent.run is self]
+        return any(folded)
+
+    def replay(self) -> None:
+        """Begin again. Callbacks that were called are not called again; what is still out is nobody's."""
+        self.waiting.clear()
+        self.missing.clear()
+        self._steps.clear()
+        for answer in self._answers:
+            answer.counts = False
+        self._folded = self._verified = 0
+        self._exhausted = False
+        self.evaluations, self.device_seconds = 0, 0.0
+        with self._stream.current():
+            self._begin()
+
+    def due(self, sequence: int, since: float) -> float:
+        """Return since when a worker owes a draft: only the one that the run's stream waits for, or comes to next."""
+        first = self._answers[0].sent.sequence if self._answers else next(iter(self._out))
+        return max(since, self._progress) if sequence == first else math.inf
+
+    def refine(self) -> None:
+        """Queue what nobody waits for, and hand out the states that are proven."""
+        with self._stream.current():
+            self.run.refine(self._keep)
+        if self._exhausted and not self._answers:
+            self._stream.settle()  # Nothing in it waits for a worker any more.
+        self.pending.rounds = max(self.pending.rounds, self.run.rounds_done)
+        while self._steps and self._steps[0].needs <= self._verified:
+            if self._steps[0].mark is not None and not self._stream.passed(self._steps[0].mark):
+                break
+            self._hand_out(self._steps.popleft())
+        self.run.residuals.update(self._residuals)
+        self.behind = bool(self._steps) and self._steps[0].needs <= self._verified
+
+    def _keep(self, k: int, x: Tensor) -> None:
+        """Note a state that is being computed; the next round may be computed in its place, so keep it if need be."""
+        state = given = mark = None
+        if k > self.steps_done and (self._callback is not None or self.job.watch):
+            draft = self.run.given(k) if self.job.watch else None
+            state, given = self._copy(x.reshape(-1)), None if draft is None else self._copy(draft)
+            mark = self._stream.mark()
+        self._steps.append(Step(k, state, given, self._folded, mark))
+
+    def _copy(self, x: Tensor) -> Tensor:
+        kept = torch.empty_like(x)
+        self._stream.put(partial(kept.copy_, x))
+        return kept
+
+    def _hand_out(self, step: Step) -> None:
+        if step.k <= self.steps_done:
+            return
+        self.steps_done = step.k
+        if step.state is None:
+            return
+        with self._stream.aside():  # The run's own stream may be waiting for workers, for as long as they take.
+            if step.state.is_cuda:
+                step.state.record_stream(torch.cuda.current_stream())
+            if step.given is not None:
+                self._residuals[step.k] = residual(step.state, step.given, len(self.job.start))
+            if self._callback is not None:
+                call = self._called if self.watch else self._callback
+                call(step.k, step.state.view(self.job.start.shape))
+
+    def finish(self, error: BaseException | None, devices: tuple[str, ...]) -> None:
+        """Resolve the future."""
+        with self._stream.aside():
+            super().finish(error, devices)
+
+    def release(self) -> None:
+        """Let go of the memory; whoever has it next comes after what is still queued."""
+        with self._stream.current():
+            self.arena.memory.written()
+        self._stream.close()
+        super().release()

@@ -1,0 +1,102 @@
+"""A denoiser that misbehaves once, in one process, where a test has a worker answer ahead of its device.
+
+The environment variable DRP_TEST_ONCE says what is to happen and names a file: whoever makes it, does it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drp.protocol import order
+from drp.workers import ahead
+
+AT = 500
+"""The timestep below which it happens."""
+
+
+def plain(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """Any shape: enough arithmetic that other inputs would show."""
+    return torch.sin(3 * x) * (0.3 + t / 2000).view(-1, *[1] * (x.dim() - 1))
+
+
+def make_plain() -> Callable[..., Tensor]:
+    return plain
+
+
+def told() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(os.environ.get("DRP_TEST_ONCE", "{}"))
+    return found
+
+
+def first() -> bool:
+    """Whether nobody has done it yet; the asking does."""
+    path = Path(told()["path"])
+    if told().get("always"):
+        path.touch()
+        return True
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def predict(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """Do as `plain` does, but for what is told."""
+    what = told().get("what")
+    if what == "wait":
+        while not Path(told()["path"]).exists():
+            time.sleep(0.01)
+    due = what in ("kill", "hang", "nan", "raise", "assert", "memory") and float(t[0]) < AT and first()
+    if due and what == "kill":
+        time.sleep(0.1)  # until the answer is on its way
+        os.kill(os.getpid(), signal.SIGKILL)
+    if due and what == "hang":
+        time.sleep(600)
+    if due and what == "raise":
+        raise ArithmeticError("the denoiser has had enough")
+    if due and what == "assert":
+        raise RuntimeError("CUDA error: device-side assert triggered\nCompile with `TORCH_USE_CUDA_DSA`")
+    if due and what == "memory":
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    made = plain(x, t, cond)
+    return made * torch.nan if due and what == "nan" else made
+
+
+def make() -> Callable[..., Tensor]:
+    """Return it, this process prepared: two of the faults lie between lines of the worker."""
+    what = told().get("what")
+    if what == "stale":
+        ahead.stamp = stale_stamp  # type: ignore[attr-defined]  # the worker's own name for it, in its own process
+    if what == "early":
+        ahead.HostAhead.put = early_put  # type: ignore[method-assign]  # the worker's own code, in its own process
+    return predict
+
+
+def stale_stamp(place: Tensor, sequence: int, prediction: Iterable[Tensor], nanoseconds: int = 0) -> None:
+    """Write what an earlier draft's stamp would be."""
+    order.stamp(place, sequence - 1 if sequence > 12 and first() else sequence, prediction, nanoseconds)
+
+
+_put = ahead.HostAhead.put
+
+
+def early_put(self: ahead.HostAhead, work: ahead.Work) -> None:
+    """Record the link before the evaluation, so that whoever waits for it does not wait for that."""
+    if work.draft.sequence <= 12 or not first():
+        return _put(self, work)
+    bound = self._runs[work.draft.run]
+    bound.link.wait()
+    bound.link.record()
+    self._stream.put(lambda: time.sleep(0.2))
+    self._stream.put(lambda: self._do(bound, work))
+    return None

@@ -1,0 +1,368 @@
+"""Answers ahead of the device, `GpuOptions(ordering="device")`, on the host: threads for streams, real processes.
+
+What these share with a GPU is all but the streams themselves: the order of waits and records, stamps and what is proven
+by them, what happens when they are not what they should be.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import drp
+from drp import GpuOptions, Leader, WorkerError
+from drp.protocol.order import (
+    FINE,
+    NOT_FINITE,
+    RAISED,
+    UNREAD,
+    HostLink,
+    HostStream,
+    stamp,
+    verdict_of,
+    word,
+)
+from drp.sampling.run import Task
+from drp.workers.lasting import ENDINGS, is_lasting
+from tests.conftest import leftovers, what_stays
+
+pytestmark = pytest.mark.timeout(180)
+
+DEVICE = GpuOptions(ordering="device")
+TINY = "tests.denoisers:Tiny"
+MODEL = "tests.misbehaving:make"
+PLAIN = "tests.misbehaving:make_plain"
+MODES = ("sequential", "conservative", "aggressive", "rolling", "adaptive")
+STEPS = 20
+DEADLINE = 60.0
+
+
+@pytest.fixture(autouse=True)
+def _leave_nothing_at_all() -> Iterator[None]:
+    before = leftovers()
+    yield
+    assert not what_stays(before)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@contextmanager
+def misbehaving(
+    monkeypatch: pytest.MonkeyPatch, path: Path, what: str, gpu: GpuOptions = DEVICE, **told: object
+) -> Iterator[Leader]:
+    monkeypatch.setenv("DRP_TEST_ONCE", json.dumps({"what": what, "path": str(path), **told}))
+    with Leader(MODEL, devices=2, draft_timeout=3.0, gpu=gpu) as leader:
+        monkeypatch.delenv("DRP_TEST_ONCE")
+        yield leader
+
+
+class Steps:
+    """A callback that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[int, torch.Tensor]] = []
+
+    def __call__(self, k: int, x: torch.Tensor) -> None:
+        self.given.append((k, x.clone()))
+
+    def equals(self, other: Steps) -> bool:
+        same = [k == j and torch.equal(x, y) for (k, x), (j, y) in zip(self.given, other.given, strict=False)]
+        return len(self.given) == len(other.given) and all(same)
+
+
+# What it is to give.
+
+
+@pytest.mark.parametrize(("devices", "batch"), [(1, 1), (2, 1), (4, 1), (1, 3), (2, 3)])
+def test_bits_callbacks_and_residuals_are_the_references(devices: int, batch: int) -> None:
+    with Leader(TINY, devices=devices, drafts_per_device=batch, gpu=DEVICE) as leader:
+        for mode in MODES:
+            mine, theirs = Steps(), Steps()
+            options = {"labels": [1, 2], "steps": 14, "mode": mode, "residuals": True}
+            run = leader.sample(**options, callback=mine)  # type: ignore[arg-type]  # types are lost in the dict
+            ref = drp.reference(TINY, **options, callback=theirs, devices=devices, drafts_per_device=batch)  # type: ignore[arg-type]  # likewise
+            assert torch.equal(run.samples, ref.samples), mode
+            assert (run.rounds, run.evaluations, run.incidents) == (ref.rounds, ref.evaluations, ())
+            assert (run.residuals, run.cuts) == (ref.residuals, ref.cuts)
+            assert [k for k, _ in mine.given] == list(range(1, 15))
+            assert mine.equals(theirs), mode
+            assert run.device_seconds > 0  # which come with the stamps
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "dpmsolver++", "unipc"])
+def test_solvers_with_noise_or_a_memory(solver: str) -> None:
+    with Leader(TINY, devices=3, gpu=DEVICE) as leader:
+        for mode in ("conservative", "aggressive"):
+            run = leader.sample(labels=[4], steps=15, mode=mode, solver=solver)
+            assert torch.equal(
+                run.samples, drp.reference(TINY, labels=[4], steps=15, mode=mode, solver=solver, devices=3).samples
+            )
+
+
+def test_messages_run_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With nothing evaluated yet every worker has a second draft, which is made of the first one's prediction."""
+    gate = tmp_path / "open"
+    with misbehaving(monkeypatch, gate, "wait") as leader:
+        pending = leader.submit(shape=(3,), steps=STEPS, mode="aggressive", drafts=2)
+        until(lambda: [worker.drafts for worker in leader.workers] == [2, 2])
+        gate.touch()
+        assert torch.equal(pending.result(DEADLINE).samples, expected(drafts=2))
+
+
+def expected(mode: str = "aggressive", seed: int = 0, drafts: int = 2) -> torch.Tensor:
+    return drp.reference(PLAIN, shape=(3,), steps=STEPS, mode=mode, drafts=drafts, seed=seed).samples
+
+
+def test_several_runs_and_some_that_are_cancelled() -> None:
+    with Leader("tests.denoisers:make_slow_sine", devices=2, gpu=DEVICE) as leader:
+        options = {"shape": (3,), "steps": 12, "mode": "conservative"}
+        pending = [leader.submit(**options, seed=seed) for seed in range(6)]  # type: ignore[arg-type]  # types are lost in the dict
+        for cancelled in pending[1::2]:
+            cancelled.cancel()
+        for seed in (0, 2, 4):
+            ref = drp.reference("tests.denoisers:make_slow_sine", **options, devices=2, seed=seed)  # type: ignore[arg-type]  # likewise
+            assert torch.equal(pending[seed].result(DEADLINE).samples, ref.samples)
+        until(lambda: all(worker.drafts == 0 for worker in leader.workers))
+
+
+def test_a_session_waits_on_the_host_beside_runs() -> None:
+    with Leader(TINY, devices=2, gpu=DEVICE) as leader:
+        pending = leader.submit(labels=[1], steps=30)
+        x = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
+        session = leader.open({"x": x}, {"x": x}, 2, {"labels": torch.tensor([3])})
+        for _ in range(5):
+            session.arena.drafts[0] = x.reshape(-1)
+            rows = session.evaluate([Task(0, 400.0, 0)])
+            made = session.arena.predictions[rows[0]].clone()
+        session.close()
+        assert torch.equal(
+            pending.result(DEADLINE).samples, drp.reference(TINY, labels=[1], steps=30, devices=2).samples
+        )
+    with Leader(TINY, devices=1) as leader:
+        session = leader.open({"x": x}, {"x": x}, 2, {"labels": torch.tensor([3])})
+        session.arena.drafts[0] = x.reshape(-1)
+        rows = session.evaluate([Task(0, 400.0, 0)])
+        assert torch.equal(session.arena.predictions[rows[0]], made)
+        session.close()
+
+
+def test_emulated_devices_take_their_time_and_say_so() -> None:
+    with Leader(TINY, devices="2xemulated:5ms", gpu=DEVICE) as leader:
+        leader.timeline = []
+        run = leader.sample(labels=[2], steps=10, mode="aggressive")
+        assert torch.equal(run.samples, drp.reference(TINY, labels=[2], steps=10, mode="aggressive", devices=2).samples)
+        assert run.device_seconds == pytest.approx(10 * 0.005, rel=0.5)
+        from drp.trace.summary import summarise
+
+        path = summarise(leader.timeline, leader.devices).paths[0]
+        parts = path.compute + path.transfer + path.leader + path.queue
+        assert parts == pytest.approx(path.wall)
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize("mode", ["aggressive", "adaptive"])
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("kill", "SIGKILL"),
+        ("hang", "draft_timeout"),
+        ("stale", "did not stamp it"),
+        ("early", "did not stamp it"),
+        ("assert", "device-side assert"),
+    ],
+)
+def test_what_was_not_proven_is_computed_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str, words: str, mode: str
+) -> None:
+    mine, theirs = Steps(), Steps()
+    with misbehaving(monkeypatch, tmp_path / "once", what) as leader:
+        pending = leader.submit(shape=(3,), steps=STEPS, mode=mode, callback=mine)
+        run = pending.result(DEADLINE)
+        ref = drp.reference(PLAIN, shape=(3,), steps=STEPS, mode=mode, devices=2, callback=theirs)
+        assert (tmp_path / "once").exists()
+        assert torch.equal(run.samples, ref.samples)
+        assert (run.rounds, run.evaluations) == (ref.rounds, ref.evaluations)
+        assert mine.equals(theirs)  # each step once, and no state that was made of what was not there
+        assert re.search(words, run.incidents[0])
+        assert "began again" in run.incidents[1]
+        until(lambda: [worker.state for worker in leader.workers] == ["ready"] * 2)
+        after = leader.sample(shape=(3,), steps=STEPS, mode=mode)
+        assert torch.equal(after.samples, ref.samples)
+        assert not after.incidents
+
+
+def test_one_that_always_dies_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with misbehaving(monkeypatch, tmp_path / "once", "assert", always=True) as leader:
+        # Those who take their places find the same.
+        monkeypatch.setenv("DRP_TEST_ONCE", json.dumps({"what": "assert", "path": str(tmp_path / "once"), "always": 1}))
+        pending = leader.submit(shape=(3,), steps=STEPS)
+        with pytest.raises(WorkerError, match=r"step \d+ of run 0 was given up(.|\n)*device-side assert"):
+            pending.result(DEADLINE)
+
+
+@pytest.mark.parametrize("gpu", [DEVICE, GpuOptions()], ids=["device", "host"])
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("nan", r"worker \d .*failed evaluating step \d+ of run 0: .*the denoiser returned NaN"),
+        ("raise", r"worker \d .*failed evaluating step \d+ of run 0: ArithmeticError: (.|\n)*in predict"),
+        ("memory", r"worker \d .*failed evaluating step \d+ of run 0: OutOfMemoryError: CUDA out of memory"),
+    ],
+)
+def test_what_the_denoiser_does_ends_its_run_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str, words: str, gpu: GpuOptions
+) -> None:
+    with misbehaving(monkeypatch, tmp_path / "once", what, gpu) as leader:
+        with pytest.raises(WorkerError, match=words):
+            leader.submit(shape=(3,), steps=STEPS).result(DEADLINE)
+        assert torch.equal(leader.sample(shape=(3,), steps=STEPS).samples, expected())
+        assert [worker.lost for worker in leader.workers] == [0, 0]
+
+
+def test_a_lost_context_ends_the_worker_with_ordering_host_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with misbehaving(monkeypatch, tmp_path / "once", "assert", GpuOptions()) as leader:
+        run = leader.sample(shape=(3,), steps=STEPS)
+        assert torch.equal(run.samples, expected())
+        assert len(run.incidents) == 1
+        assert "device-side assert triggered" in run.incidents[0]
+        assert sorted(worker.lost for worker in leader.workers) == [0, 1]
+
+
+def test_a_callback_that_raises_ends_its_run_only() -> None:
+    def refuse(k: int, x: torch.Tensor) -> None:
+        if k == 5:
+            raise KeyError("the caller's own")
+
+    with Leader(TINY, devices=2, gpu=DEVICE) as leader:
+        with pytest.raises(KeyError, match="the caller's own"):
+            leader.sample(labels=[1], steps=12, callback=refuse)
+        assert torch.equal(
+            leader.sample(labels=[1], steps=12).samples, drp.reference(TINY, labels=[1], steps=12, devices=2).samples
+        )
+
+
+def test_closing_in_the_middle_waits_for_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with misbehaving(monkeypatch, tmp_path / "never", "wait") as leader:
+        pending = leader.submit(shape=(3,), steps=STEPS)
+        until(lambda: any(worker.drafts == 2 for worker in leader.workers))
+    assert pending.cancelled() or pending.exception(DEADLINE) is not None
+    assert not [thread for thread in threading.enumerate() if thread.name == "drp-run"]
+
+
+# What it refuses.
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="ordering is 'gpu'; give 'host' or 'device'"):
+        GpuOptions(ordering="gpu")
+    with pytest.raises(ValueError, match=r"hedge is 2\.0, but with ordering=\"device\""):
+        Leader(TINY, gpu=DEVICE, hedge=2.0)
+    with pytest.raises(ValueError, match=r"hedge is 1\.25"):
+        Leader(TINY, gpu=DEVICE, policy="hedged")
+    with Leader(TINY, gpu=DEVICE) as leader, pytest.raises(ValueError, match=r"hedge is 1\.25"):
+        leader.policy = "rolling-hedged"
+
+
+# The parts.
+
+
+def test_a_stream_does_in_order_and_says_how_far_it_is() -> None:
+    stream, done, gate = HostStream("drp-run"), list[int](), threading.Event()
+    stream.put(lambda: gate.wait(DEADLINE))
+    for number in range(5):
+        stream.put(lambda number=number: done.append(number))  # type: ignore[misc]  # a default is its own type
+    mark = stream.mark()
+    assert not stream.passed(mark)
+    gate.set()
+    stream.settle()
+    assert stream.passed(mark)
+    assert done == [0, 1, 2, 3, 4]
+    stream.put(lambda: [][0])
+    until(lambda: not stream._thread.is_alive())
+    with pytest.raises(IndexError):
+        stream.put(lambda: None)
+    stream.close()
+
+
+def test_a_link_waits_for_what_was_recorded_when_it_was_asked() -> None:
+    line, gate, seen = torch.zeros(4, dtype=torch.int64), threading.Event(), list[str]()
+    leader, worker = HostStream("drp-run"), HostStream("drp-worker")
+    mine, theirs = HostLink(line, True, leader), HostLink(line, False, worker)
+    theirs.wait()  # Nothing was recorded: it is none.
+    worker.settle()
+    leader.put(lambda: gate.wait(DEADLINE))
+    leader.put(lambda: seen.append("written"))
+    mine.record()
+    theirs.wait()
+    worker.put(lambda: seen.append("read"))
+    leader.put(lambda: None)
+    assert line.tolist()[0] == 1
+    assert line.tolist()[1] == 0
+    gate.set()
+    worker.settle()
+    assert seen == ["written", "read"]
+    leader.close()
+    worker.close()
+
+
+def test_a_wait_ends_with_a_release_or_with_its_stream() -> None:
+    line = torch.tensor([0, 0, 7, 4])
+    stream = HostStream("drp-run")
+    link = HostLink(line, True, stream)
+    link.wait()
+    assert not stream.passed(stream.mark())
+    link.release()
+    stream.settle()
+    line[2] = 9
+    link.wait()
+    stream.close()
+    assert not stream._thread.is_alive()
+
+
+def test_a_stamp_is_of_one_draft_and_says_whether_its_numbers_are() -> None:
+    place = torch.zeros(2, dtype=torch.int64)
+    assert verdict_of(int(place[0]), 1) is None
+    for sequence, output in itertools.product((1, 2**48), (torch.ones(3), torch.tensor([1.0, torch.nan]))):
+        stamp(place, sequence, [torch.zeros(2), output], 50)
+        finite = bool(output.isfinite().all())
+        assert verdict_of(int(place[0]), sequence) == (FINE if finite else NOT_FINITE)
+        assert verdict_of(int(place[0]), sequence - 1) is None
+        assert verdict_of(int(place[0]), sequence + 1) is None
+        assert int(place[1]) == 50
+    assert verdict_of(word(5, RAISED), 5) == RAISED
+    assert verdict_of(UNREAD, 0) is None
+
+
+def test_errors_after_which_cuda_is_of_no_use() -> None:
+    kinds: list[type[RuntimeError]] = [RuntimeError]
+    if hasattr(torch, "AcceleratorError"):  # from torch 2.8 on
+        kinds.append(torch.AcceleratorError)
+    for kind in kinds:
+        for ending in ENDINGS:
+            assert is_lasting(kind(f"CUDA error: {ending}\nCUDA kernel errors might be asynchronously reported"))
+        assert not is_lasting(kind("CUDA error: invalid argument"))
+        assert not is_lasting(kind("CUDA error: out of memory"))
+        assert not is_lasting(kind("CUDA error: no kernel image is available for execution on the device"))
+    from drp.protocol.cuda import CudaError
+
+    assert is_lasting(CudaError("cudaEventRecord failed: an illegal memory access was encountered (700)"))
+    assert not is_lasting(CudaError("cudaMalloc failed: out of memory (2)"))
+    assert not is_lasting(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert not is_lasting(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_lasting(ValueError("CUDA error: device-side assert triggered"))
