@@ -286,7 +286,7 @@ class Engine:
         """Return when something is due."""
         busy = [station for station in self._staff.ready if station.drafts]
         times = [self._deadline(station) for station in busy]
-        if any(run.looking for run in self._carried.ahead):
+        if self._ground.ahead and any(run.looking for run in self._carried.ahead):
             times.append(time.monotonic() + LOOK)
         return min([*times, *self._dispatch.late_times(busy), self._staff.next_time])
 

@@ -28,28 +28,19 @@ Callback = Callable[[int, Tensor], None]
 Noise = Callable[[int], Tensor]
 """Called with a step's index; returns standard normal numbers like the state, the same ones whenever it is asked."""
 
+Add = Callable[[Tensor, Tensor, Tensor, bool], None]
+
 
 class Queue(Protocol):
-    """What a run's arithmetic is given to, in the order in which it is to be done."""
+    """What does a run's arithmetic later than it is given, in that order."""
 
     def put(self, do: Callable[[], object]) -> None:
-        """Have this done, now or after what was given before."""
+        """Have this done after what was given before."""
         ...
 
     def settle(self) -> None:
         """Wait until all was done."""
         ...
-
-
-class AtOnce:
-    """Arithmetic that is done when it is given."""
-
-    def put(self, do: Callable[[], object]) -> None:
-        """Do it."""
-        do()
-
-    def settle(self) -> None:
-        """Do nothing: all was done."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +90,8 @@ class Run:
     `start` [B, ...] is the state at index 0. `drafts` is a matrix [slots(solver, mode), D] of its dtype, a slot a row,
     D the numbers in one state; `predictions` is one with at least as many rows. Whoever evaluates reads a task's slot
     and writes the prediction to the row of the same number, or to any that is not in `rows`, and says to `fold` which.
-    `noise` is for a solver that adds some. `queue` is given the arithmetic on drafts, predictions and states; with one
-    that does it later, states and drafts are read by what is put there too, and `watch` is left to the caller.
+    `noise` is for a solver that adds some. A `queue` is given the arithmetic on drafts, predictions and states: whoever
+    reads these puts that there too, and `watch` is left to him.
 
     `rounds_done` and `steps_done` count; where rounds need not wait for those before, `rounds_done` is the longest
     sequence of rounds that waited for each other. `residuals` say, by index, how far from the refined state the last
@@ -120,7 +111,8 @@ class Run:
         watch: bool = False,
         queue: Queue | None = None,
     ) -> None:
-        self._queue = queue or AtOnce()
+        self._queue = queue
+        self._add: Add = _add if queue is None else lambda *terms: queue.put(partial(_add, *terms))
         self._timesteps = [float(t) for t in solver.grid.timesteps]
         self._shape, self._start = start.shape, start.reshape(-1)
         self._drafts, self._predictions, self._noise = drafts, predictions, noise
@@ -172,7 +164,7 @@ class Run:
             first = self._slot_banks.take(len(event.indices), taken)
             slots = range(first, first + len(event.indices))
             self._answers.update(zip(slots, slots, strict=True))
-            event.drafts.write(self._vector, self._drafts[slots.start : slots.stop], self._queue)
+            event.drafts.write(self._vector, self._drafts[slots.start : slots.stop], self._add)
             self._out.append(_Out(dict(zip(event.indices, slots, strict=True)), self.rounds_done + 1))
             yield [Task(k, self._timesteps[k], slot) for k, slot in zip(event.indices, slots, strict=True)]
 
@@ -221,7 +213,7 @@ class Run:
         """Compute the states that finished rounds have passed; call `callback` for each, in order."""
         while self._to_refine:
             event, first = self._to_refine.popleft()
-            event.between.write(self._vector, self._states[first : first + len(event) - event.eager], self._queue)
+            event.between.write(self._vector, self._states[first : first + len(event) - event.eager], self._add)
             for k, x in enumerate(self._states[first : first + len(event)], start=event.base + 1):
                 self.steps_done = k
                 if self._watch and (given := self.given(k)) is not None:
@@ -246,7 +238,7 @@ class Run:
             self.residuals.update(enumerate(residuals[: len(event)], start=event.base + 1))
             if len(event) < len(residuals):
                 self.cuts.append(end)
-            fold = None if len(event) <= len(residuals) else _Fold(event.last, self._eager(event, first), self._queue)
+            fold = None if len(event) <= len(residuals) else _Fold(event.last, self._eager(event, first), self._add)
         else:
             fold = self._folding or self._begin(event)
             first = self._first
@@ -259,7 +251,7 @@ class Run:
     def _begin(self, event: _Advance) -> _Fold:
         """Find room for the states of a way forward, and begin to compute the last ones."""
         self._first = self._take_states(len(event))
-        return _Fold(event.last, self._eager(event, self._first), self._queue)
+        return _Fold(event.last, self._eager(event, self._first), self._add)
 
     def _take_states(self, count: int) -> int:
         behind = (first + i for event, first in self._to_refine for i in range(len(event)))
@@ -272,8 +264,9 @@ class Run:
         """Compute the states from base + 1 to the last predicted index; return their residuals."""
         first = self._take_states(len(rows))
         states = self._states[first : first + len(rows)]
-        _Rows(rows, states).write(self._vector, states, self._queue)
-        self._queue.settle()
+        _Rows(rows, states).write(self._vector, states, self._add)
+        if self._queue is not None:
+            self._queue.settle()
         residuals = [
             residual(x, self._drafts[self._slots[k]], self._shape[0]) for k, x in enumerate(states, start=base + 1)
         ]
@@ -388,24 +381,28 @@ class _Rows:
             weights = weights.pin_memory()  # else the host would wait for all that the stream has to do
         self.weights = weights.to(like.device, non_blocking=True).reshape(len(self.terms), len(rows), 1)
 
-    def write(self, vector: Callable[[Term], Tensor], out: Tensor, queue: Queue) -> None:
+    def write(self, vector: Callable[[Term], Tensor], out: Tensor, add: Add) -> None:
         """Write row i into `out[i]`; `out` is [rows, D]."""
-        _Fold(self, out, queue).go(vector)
+        _Fold(self, out, add).go(vector)
+
+
+def _add(out: Tensor, weight: Tensor, term: Tensor, first: bool) -> None:
+    """Add a term to rows' sums, or begin them with it."""
+    if first:
+        torch.mul(weight, term, out=out)
+    else:
+        out.addcmul_(weight, term)
 
 
 class _Fold:
     """Rows' sum under way: terms are added in their order, as far as they are ready."""
 
-    def __init__(self, rows: _Rows, out: Tensor, queue: Queue) -> None:
-        self._rows, self._out, self._put, self._done = rows, out, queue.put, 0
+    def __init__(self, rows: _Rows, out: Tensor, add: Add) -> None:
+        self._rows, self._out, self._add, self._done = rows, out, add, 0
 
     def go(self, vector: Callable[[Term], Tensor], ready: Callable[[Term], bool] = lambda term: True) -> None:
         """Add the terms up to the first that is not ready."""
         terms, weights = self._rows.terms, self._rows.weights
         while self._done < len(terms) and ready(terms[self._done]):
-            term = vector(terms[self._done])
-            if self._done == 0:
-                self._put(partial(torch.mul, weights[0], term, out=self._out))
-            else:
-                self._put(partial(self._out.addcmul_, weights[self._done], term))
+            self._add(self._out, weights[self._done], vector(terms[self._done]), self._done == 0)
             self._done += 1

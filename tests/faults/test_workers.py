@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import drp
-from drp import Leader, WorkerError
+from drp import GpuOptions, Leader, WorkerError
 from tests.conftest import leftovers, what_stays
 from tests.faults.injected import WHERE
 
@@ -79,6 +79,19 @@ def test_one_worker(monkeypatch: pytest.MonkeyPatch, where: str, how: str) -> No
             until(lambda: leader.workers[1].lost == 1)  # One that stopped with nothing to do is noticed a bit later.
             assert re.search(r"SIGKILL|draft_timeout|come round", leader.workers[1].last)
             until(lambda: [worker.state for worker in leader.workers] == ["ready"] * 3)
+        assert torch.equal(sample(leader, mode, 5).samples, expected(mode, 5))
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("where", [where for where in WHERE if where not in (*STARTING, *QUIET)])
+def test_one_worker_of_those_that_answer_ahead(monkeypatch: pytest.MonkeyPatch, where: str, how: str) -> None:
+    mode = ["aggressive", "conservative", "adaptive", "rolling"][WHERE.index(where) % 4]
+    with faulty(monkeypatch, where, how, [1], gpu=GpuOptions(ordering="device")) as leader:
+        for seed in range(2):
+            result = sample(leader, mode, seed)
+            assert torch.equal(result.samples, expected(mode, seed)), f"run {seed} has other bits"
+        until(lambda: leader.workers[1].lost == 1)
+        until(lambda: [worker.state for worker in leader.workers] == ["ready"] * 3)
         assert torch.equal(sample(leader, mode, 5).samples, expected(mode, 5))
 
 
