@@ -300,9 +300,12 @@ def test_unipc(steps: int, order: int, variant: str, monkeypatch: pytest.MonkeyP
         check(solver, Theirs(scheduler), monkeypatch, 1e-10)
 
 
-@pytest.mark.parametrize("steps", [10, 25, 50])
+# What the network predicts is turned into a slope step by step, whatever their number is.
+STEPS_OR_TYPES = [(10, "epsilon"), (25, "epsilon"), (50, "epsilon"), (10, "v_prediction"), (10, "sample")]
+
+
+@pytest.mark.parametrize(("steps", "prediction"), STEPS_OR_TYPES)
 @pytest.mark.parametrize("sigmas", [None, "karras", "exponential", "beta"])
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_linear_multistep(steps: int, sigmas: str | None, prediction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for spacing, order in itertools.product(SPACINGS, (1, 2, 4) if steps == 10 else (4,)):
         named = {} if sigmas is None else {f"use_{sigmas}_sigmas": True}
@@ -316,9 +319,8 @@ def test_linear_multistep(steps: int, sigmas: str | None, prediction: str, monke
         check(solver, Theirs(scheduler, step={"order": order}), monkeypatch, 1e-10)
 
 
-@pytest.mark.parametrize("steps", [10, 25, 50])
+@pytest.mark.parametrize(("steps", "prediction"), STEPS_OR_TYPES)
 @pytest.mark.parametrize("sigmas", [None, "karras", "exponential", "beta"])
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_heun(steps: int, sigmas: str | None, prediction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for spacing in SPACINGS:
         named = {} if sigmas is None else {f"use_{sigmas}_sigmas": True}
