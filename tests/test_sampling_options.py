@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +44,13 @@ def test_solvers_by_option() -> None:
     assert isinstance(job(solver="euler", prediction_type="flow", grid={"shift": 3.0}).solver, DDIM)
 
 
+def test_karras_sigmas_are_even_in_their_rho_th_root() -> None:
+    for rho in (3.0, 5.0, 7.0):
+        grid = job(solver="unipc", steps=9, grid={"sigmas": "karras", "rho": rho}).solver.grid
+        roots = (grid.sigmas[:-1] / grid.alphas[:-1]) ** (1 / rho)
+        np.testing.assert_allclose(np.diff(roots), (roots[-1] - roots[0]) / 8)
+
+
 @pytest.mark.parametrize("speedup", [1.2, 1.9, 2.5, 3.6])
 def test_the_fewest_drafts_that_reach_a_speedup(speedup: float) -> None:
     mode, n = choose(speedup, 48, 8)
@@ -60,6 +68,8 @@ def test_the_fewest_drafts_that_reach_a_speedup(speedup: float) -> None:
         ({"grid": {"sigmas": "karras"}}, "does not take; choose a solver in sigmas"),
         ({"solver": "euler", "grid": {"sigmas": "odd"}}, "unknown sigmas 'odd'"),
         ({"solver": "euler", "grid": {"sigmas": [3.0, 4.0]}, "steps": 2}, "falling numbers"),
+        ({"solver": "unipc", "grid": {"rho": 5.0}}, "rho is 5.0; give a number above 0, and sigmas='karras' with it"),
+        ({"solver": "unipc", "grid": {"sigmas": "karras", "rho": -1.0}}, "rho is -1.0"),
         ({"grid": {"timesteps": [10, 2000]}, "steps": 2}, "falling numbers"),
         ({"grid": {"timesteps": [2000, 10]}, "steps": 2}, "within 0 and 999"),
         ({"grid": {"timesteps": [20.5, 10]}, "steps": 2}, "whole training timesteps"),

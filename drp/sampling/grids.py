@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from drp.sampling.schedules import (
+    KARRAS_RHO,
     TRAINING_STEPS,
     Float64s,
     alpha_bars,
@@ -96,6 +97,7 @@ def make_grid(
     offset: int = 0,
     timesteps: Sequence[float] | None = None,
     sigmas: str | Sequence[float] | None = None,
+    rho: float = KARRAS_RHO,
     end: str = "zero",
 ) -> Grid:
     """Return a grid on a schedule of training timesteps.
@@ -108,6 +110,7 @@ def make_grid(
     timesteps: instead, `steps` falling numbers below T.
     sigmas: noise levels sqrt((1 - alpha-bar) / alpha-bar), as "karras", "exponential", "beta", or `steps` falling
         numbers; the timesteps are then those of the schedule at these levels.
+    rho: of "karras", evenly in sigma^(1/rho); a lower one spends more steps at much noise.
     end: "zero", free of noise, or "sigma_min", the noise of the first training timestep.
     """
     bars = alpha_bars(schedule, zero_snr)
@@ -120,6 +123,8 @@ def make_grid(
     by_index = family in ("ddim", "ddpm", "pndm")
     if by_index and sigmas is not None:
         raise ValueError(f"sigmas is {sigmas!r:.80}, which family {family!r} does not take; choose a solver in sigmas")
+    if rho != KARRAS_RHO and not (isinstance(sigmas, str) and sigmas == "karras" and 0 < rho < math.inf):
+        raise ValueError(f"rho is {rho}; give a number above 0, and sigmas='karras' with it")
     last_bar = 1.0 if end == "zero" else float(bars[0])
     t = _falling("timesteps", timesteps, steps) if timesteps is not None else _spaced(steps, len(bars), spacing, family)
     t = t + offset if spacing == "leading" and timesteps is None else t.copy()
@@ -127,7 +132,7 @@ def make_grid(
         raise ValueError(f"timesteps run from {t[0]:g} to {t[-1]:g}; they must lie within 0 and {len(bars) - 1}")
     if by_index:
         return _by_index(t, bars, last_bar, family, len(bars) // steps)
-    noise, t = _noise_levels(t, np.maximum(bars, LEAST_ALPHA_BAR) if zero_snr else bars, sigmas, family, schedule)
+    noise, t = _noise_levels(t, np.maximum(bars, LEAST_ALPHA_BAR) if zero_snr else bars, sigmas, rho, family, schedule)
     ended = np.append(noise, math.sqrt((1 - last_bar) / last_bar))
     alphas = 1 / np.sqrt(ended**2 + 1)
     grid = Grid(t, alphas, ended * alphas)
@@ -176,7 +181,12 @@ def _by_index(t: Float64s, bars: Float64s, last_bar: float, family: str, stride:
 
 
 def _noise_levels(
-    t: Float64s, bars: Float64s, sigmas: str | Sequence[float] | None, family: str, schedule: str | Float64s
+    t: Float64s,
+    bars: Float64s,
+    sigmas: str | Sequence[float] | None,
+    rho: float,
+    family: str,
+    schedule: str | Float64s,
 ) -> tuple[Float64s, Float64s]:
     """Return noise levels and their timesteps."""
     training = np.sqrt((1 - bars) / bars)
@@ -185,7 +195,7 @@ def _noise_levels(
         return between, t
     if isinstance(sigmas, str):
         ends = training[[0, -1]] if family == "dpm" else between[[-1, 0]]
-        levels = spread(sigmas, float(ends[0]), float(ends[1]), len(t))
+        levels = spread(sigmas, float(ends[0]), float(ends[1]), len(t), rho)
     else:
         levels = _falling("sigmas", sigmas, len(t))
         if levels[-1] <= 0:

@@ -11,6 +11,9 @@ Float64s = NDArray[np.float64]
 
 TRAINING_STEPS = 1000
 
+KARRAS_RHO = 7.0
+"""What Karras et al. 2022 and diffusers' schedulers use."""
+
 SCHEDULE_NAMES = ("linear", "scaled_linear", "cosine")
 
 
@@ -65,7 +68,7 @@ def alpha_bars(schedule: str | Float64s, zero_snr: bool = False) -> Float64s:
     return zero_terminal_snr(values) if zero_snr else values
 
 
-def karras(low: float, high: float, steps: int, rho: float = 7.0) -> Float64s:
+def karras(low: float, high: float, steps: int, rho: float = KARRAS_RHO) -> Float64s:
     """Spread noise levels evenly in sigma^(1/rho) (Karras et al. 2022, equation 5): float64 [steps], falling."""
     ramp = np.linspace(0, 1, steps)
     return np.asarray((high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho, dtype=np.float64)
@@ -92,8 +95,8 @@ def beta(low: float, high: float, steps: int, a: float = 0.6, b: float = 0.6) ->
 SIGMAS = {"karras": karras, "exponential": exponential, "beta": beta}
 
 
-def spread(name: str, low: float, high: float, steps: int) -> Float64s:
-    """Return noise levels by the name of their spacing; ValueError for an unknown one."""
+def spread(name: str, low: float, high: float, steps: int, rho: float = KARRAS_RHO) -> Float64s:
+    """Return noise levels by the name of their spacing, `rho` being Karras'; ValueError for an unknown one."""
     if name not in SIGMAS:
         raise ValueError(f"unknown sigmas {name!r}; choose one of {', '.join(SIGMAS)}, or give numbers")
-    return SIGMAS[name](low, high, steps)
+    return karras(low, high, steps, rho) if name == "karras" else SIGMAS[name](low, high, steps)
