@@ -3,6 +3,8 @@
 Every way of sampling `digits` in 48 steps, for n = 2, 4, 8 drafts a round, against (a) the sequential run of the same
 steps and seed, and (b) what a user would do instead: fewer sequential steps, of the best solver, as many as there are
 rounds. Distances are relative L2 norms, sample by sample; adaptive decides for each sample alone.
+
+`--spreads` compares the two on several spreads of noise levels, by the distance to the solution of 1,000 steps.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,11 @@ RESULTS = Path(__file__).with_name("results")
 STEPS = 48
 SOLUTION = 240
 """Steps of the solution, of second order: nearer to the true one than 1,000 steps of DDIM."""
+SPREADS: dict[str, dict[str, Any]] = {
+    "trailing": {},
+    "Karras": {"sigmas": "karras"},
+    "Karras, rho 5": {"sigmas": "karras", "rho": 5.0},
+}
 CHUNK = 10
 
 
@@ -46,7 +53,7 @@ class Way:
     steps: int
     mode: Mode
     alone: bool = False  # each sample a run of its own
-    sigmas: str | None = None
+    grid: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -76,18 +83,19 @@ def ways(solution_steps: int) -> list[Way]:
     return found
 
 
-def ways_in_sigmas(solution_steps: int, sigmas: str) -> list[Way]:
-    """List what is measured of second-order solvers whose noise levels are spread in another way."""
-    names = ("dpmsolver++", "unipc")
+def ways_on_spreads(solution_steps: int) -> list[Way]:
+    """List what is measured of UniPC, drafted and not, on several spreads of noise levels."""
     found = [
-        Way("sequential", "dpmsolver++", STEPS, Sequential(), sigmas=sigmas),
+        Way("sequential, trailing", "unipc", STEPS, Sequential()),
         Way("solution", "dpmsolver++", solution_steps, Sequential()),
     ]
-    found += [Way(f"aggressive n={n}", "dpmsolver++", STEPS, Aggressive(n), sigmas=sigmas) for n in (2, 4, 8)]
-    adaptive = Way("adaptive n=8, tolerance 0.005", "dpmsolver++", STEPS, Adaptive(8, 0.005), True, sigmas)
-    return [*found, adaptive] + [
-        Way("fewer steps", s, k, Sequential(), False, sigmas) for s in names for k in (25, 13, 7)
-    ]
+    for name, grid in SPREADS.items():
+        if grid:
+            found.append(Way(f"sequential, {name}", "unipc", STEPS, Sequential(), False, grid))
+        found += [Way(f"aggressive n={n}, {name}", "unipc", STEPS, Aggressive(n), False, grid) for n in (2, 4, 8)]
+        found.append(Way(f"adaptive n=8, {name}", "unipc", STEPS, Adaptive(8, 0.005), True, grid))
+        found += [Way(f"fewer steps, {name}", "unipc", k, Sequential(), False, grid) for k in (25, 13, 7)]
+    return found
 
 
 def draw(index: int) -> Tensor:
@@ -99,7 +107,7 @@ def run(way: Way, samples: Sequence[int], guidance: float) -> tuple[Tensor, list
     """Sample in this process; return samples [len, 1, 28, 28], and the rounds and evaluations of each."""
     torch.set_num_threads(1)
     denoiser = models.load("digits").predict
-    solver = make_solver(way.solver, way.steps, grid={"sigmas": way.sigmas} if way.sigmas else {})
+    solver = make_solver(way.solver, way.steps, grid=way.grid)
     parts, rounds, evaluations = [], [], []
     for group in [[i] for i in samples] if way.alone else [list(samples)]:
         cond = {"labels": torch.tensor(group) % 10, "guidance": torch.tensor(guidance)}
@@ -247,7 +255,7 @@ def draw_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 @click.option("--full", is_flag=True, help="200 samples, instead of 40.")
 @click.option("--samples", type=int, help="How many samples.")
 @click.option("--solution-steps", type=int, help="Steps of the solution, DPM-Solver++ 2M.")
-@click.option("--sigmas", help="Second-order solvers alone, their noise levels spread so: karras, exponential or beta.")
+@click.option("--spreads", is_flag=True, help="UniPC alone, on several spreads of noise levels.")
 @click.option("--guidance", default=2.0, show_default=True, help="Scale of classifier-free guidance.")
 @click.option("--processes", default=2, show_default=True, help="Processes that share the samples.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="JSON; table and picture are written beside it.")
@@ -255,27 +263,27 @@ def main(
     full: bool,
     samples: int | None,
     solution_steps: int | None,
-    sigmas: str | None,
+    spreads: bool,
     guidance: float,
     processes: int,
     out: Path | None,
 ) -> None:
     """Measure the quality of drafted samples."""
     console, began = Console(width=170), time.perf_counter()
-    count, solution = samples or (200 if full else 40), solution_steps or SOLUTION
-    todo = ways_in_sigmas(solution, sigmas) if sigmas else ways(solution)
+    count, solution = samples or (200 if full else 40), solution_steps or (1000 if spreads else SOLUTION)
+    todo = ways_on_spreads(solution) if spreads else ways(solution)
     rows = measure(todo, count, guidance, processes, console)
     console.print(table(rows, count))
-    name = f"quality-{sigmas}" if sigmas else "quality" if full else "quality-short"
+    name = "quality-spreads" if spreads else "quality" if full else "quality-short"
     out = out or RESULTS / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     seconds = time.perf_counter() - began
-    facts = {"samples": count, "solution_steps": solution, "guidance": guidance, "sigmas": sigmas}
+    facts = {"samples": count, "solution_steps": solution, "guidance": guidance}
     facts["seconds"] = round(seconds)
     out.write_text(json.dumps({"machine": machine(), **facts, "rows": rows}, indent=1) + "\n")
     out.with_suffix(".md").write_text(markdown(rows))
     try:
-        if not sigmas:
+        if not spreads:
             draw_plot(rows, out.with_suffix(".png"))
     except ImportError:
         console.print("no picture: matplotlib is missing; pip install 'drp\\[plots]'")

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bench.quality import distances, frechet, summary, ways
+from bench.quality import SPREADS, distances, frechet, summary, ways, ways_on_spreads
+from drp.sampling.modes import Aggressive, rounds_of
 
 
 def test_frechet_distance_of_gaussians() -> None:
@@ -26,3 +27,12 @@ def test_every_way_is_measured_against_as_many_sequential_steps() -> None:
     assert [(way.name, way.steps) for way in listed[:2]] == [("sequential", 48), ("solution", 240)]
     assert {way.steps for way in listed if way.name == "fewer steps"} == {25, 13, 7}
     assert len({way.label for way in listed}) == len(listed)
+
+
+def test_on_every_spread_drafts_meet_as_many_sequential_steps_as_they_take_rounds() -> None:
+    listed = ways_on_spreads(1000)
+    assert len({way.label for way in listed}) == len(listed)
+    for grid in SPREADS.values():
+        here = [way for way in listed if way.grid == grid and way.name != "solution"]
+        drafted = {rounds_of("aggressive", way.steps, way.mode.n) for way in here if isinstance(way.mode, Aggressive)}
+        assert drafted == {way.steps for way in here if way.name.startswith("fewer steps")} == {25, 13, 7}
