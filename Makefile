@@ -64,8 +64,8 @@ bench-gpu: $(READY) ## Measure on one GPU: batched drafts, one worker against th
 study: $(READY) ## Compare policies on emulated and simulated devices, as in docs/study.md
 	$(BIN)/python -m bench.study
 
-quality: $(READY) ## Measure the quality of drafted samples; FULL=1 for 200 samples, as in bench/results
-	$(BIN)/python -m bench.quality $(if $(FULL),--full)
+quality: $(READY) ## Measure the quality of drafted samples; FULL=1: 200 of them, SPREADS=1: several spreads of noise levels
+	$(BIN)/python -m bench.quality $(if $(FULL),--full) $(if $(SPREADS),--spreads)
 
 clean: ## Remove .venv, caches and what was built
 	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info
