@@ -135,6 +135,25 @@ def test_sums_are_those_of_the_bench(emulated: Leader, mode: str, drafts: int, t
     assert "1 run(s)" in summary.words
 
 
+def test_a_trace_without_end_keeps_the_newest_runs_and_counts_the_others(emulated: Leader, tmp_path: Path) -> None:
+    path, most, everything = tmp_path / "run.json", 200, Timeline()
+    emulated.listen(everything)
+    with record(emulated, path, most) as marks:
+        for _ in range(8):
+            emulated.sample(shape=(4, 8, 8), steps=14)
+            assert len(marks) < most * 1.01
+    emulated.leave(everything)
+    kept, _, dropped = read(path)
+    assert len(everything) > 2 * most
+    assert [(mark.what, *mark[2:5]) for mark in kept] == [(mark.what, *mark[2:5]) for mark in everything[dropped:]]
+    assert kept[0].what == "begin"
+    assert sum(mark.what == "end" for mark in kept) >= 2
+    check_format(path)
+    assert f" {dropped} older marks were dropped" in summarise(*read(path)).words
+    with pytest.raises(ValueError, match="most is 0"), record(emulated, path, 0):
+        pass
+
+
 def test_a_trace_is_written_though_a_worker_is_killed_and_the_run_fails(emulated: Leader, tmp_path: Path) -> None:
     worker = emulated.workers[1]
 
@@ -153,25 +172,6 @@ def test_a_trace_is_written_though_a_worker_is_killed_and_the_run_fails(emulated
     assert not summary.paths
     assert sum(lane.lost for lane in summary.lanes) >= 1
     assert summary.words == "No run came to its end."
-
-
-def test_a_trace_without_end_keeps_the_newest_runs_and_counts_the_others(emulated: Leader, tmp_path: Path) -> None:
-    path, most, everything = tmp_path / "run.json", 200, Timeline()
-    emulated.listen(everything)
-    with record(emulated, path, most) as marks:
-        for _ in range(8):
-            emulated.sample(shape=(4, 8, 8), steps=14)
-            assert len(marks) < most * 1.01
-    emulated.leave(everything)
-    kept, _, dropped = read(path)
-    assert len(everything) > 2 * most
-    assert [(mark.what, *mark[2:5]) for mark in kept] == [(mark.what, *mark[2:5]) for mark in everything[dropped:]]
-    assert kept[0].what == "begin"
-    assert sum(mark.what == "end" for mark in kept) >= 2
-    check_format(path)
-    assert f" {dropped} older marks were dropped" in summarise(*read(path)).words
-    with pytest.raises(ValueError, match="most is 0"), record(emulated, path, 0):
-        pass
 
 
 def test_only_what_is_recorded_is_kept(tiny: Leader, tmp_path: Path) -> None:
