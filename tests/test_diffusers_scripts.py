@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from drp.cli import main
+from drp.trace import read
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "examples" / "pipelines"
@@ -49,11 +50,15 @@ def test_sample_draws_with_a_pipeline(tmp_path: Path) -> None:
         *("-c", "from drp.cli import main; main()"),
         *("sample", "--diffusers", "sdxl", "--prompt", "a cat", "--negative-prompt", "a dog", "--guidance", "4"),
         *("--steps", "6", "--shape", "32,48", "--rows", "2", "--devices", "2", "--out", "out.png"),
+        *("--trace", "run.json"),
         cwd=tmp_path,
     )
     assert "6 steps in 4 rounds, 6 evaluations" in said
     with Image.open(tmp_path / "out.png") as image:
         assert image.size == (48 + 4, 2 * (32 + 4))
+    marks, devices, _ = read(tmp_path / "run.json")
+    assert {mark.what for mark in marks} >= {"begin", "sent", "answer", "end"}
+    assert len(devices) == 2
 
 
 @pytest.mark.diffusers
