@@ -20,6 +20,7 @@ import torch
 
 import drp
 from drp import GpuOptions, Leader, WorkerError
+from drp.leader.ahead import Answer
 from drp.protocol.order import (
     FINE,
     NOT_FINITE,
@@ -200,10 +201,28 @@ def test_what_was_not_proven_is_computed_again(
         assert mine.equals(theirs)  # each step once, and no state that was made of what was not there
         assert re.search(words, run.incidents[0])
         assert "began again" in run.incidents[1]
+        assert len(run.incidents) == 2  # Who only waited for it is not blamed.
         until(lambda: [worker.state for worker in leader.workers] == ["ready"] * 2)
         after = leader.sample(shape=(3,), steps=STEPS, mode=mode)
         assert torch.equal(after.samples, ref.samples)
         assert not after.incidents
+
+
+def test_no_state_is_handed_out_before_it_is_proven(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The leader sees stamps late here: when the states that are made of what was not there are long computed."""
+    verdict = Answer.verdict.fget  # type: ignore[attr-defined]  # of a property
+
+    def late(answer: Answer) -> int | None:
+        seen: int | None = verdict(answer) if time.monotonic() > answer.since + 0.05 else UNREAD
+        return seen
+
+    monkeypatch.setattr(Answer, "verdict", property(late))
+    mine, theirs = Steps(), Steps()
+    with misbehaving(monkeypatch, tmp_path / "once", "early") as leader:
+        run = leader.submit(shape=(3,), steps=STEPS, callback=mine).result(DEADLINE)
+        drp.reference(PLAIN, shape=(3,), steps=STEPS, devices=2, callback=theirs)
+        assert "did not stamp it" in run.incidents[0]
+        assert mine.equals(theirs)
 
 
 def test_one_that_always_dies_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -199,6 +199,7 @@ class AheadRun(ActiveRun):
 
     def lose_answers(self, worker: int, drafts: tuple[Sent, ...]) -> bool:
         """Go on without a worker and the drafts that it had; return whether one was folded in that was not proven."""
+        self._progress = time.monotonic()  # Others may have waited for it, and have their time from now on.
         link = self._links.pop(worker, None)
         if link is not None:
             link.release()
