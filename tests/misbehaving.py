@@ -21,6 +21,8 @@ from drp.workers import ahead
 
 AT = 500
 """The timestep below which it happens."""
+AFTER = 11
+"""Or the sequence number after which it does: the next is the first of two drafts of a round."""
 
 
 def plain(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -84,7 +86,7 @@ def make() -> Callable[..., Tensor]:
 
 def stale_stamp(place: Tensor, sequence: int, prediction: Iterable[Tensor], nanoseconds: int = 0) -> None:
     """Write what an earlier draft's stamp would be."""
-    order.stamp(place, sequence - 1 if sequence > 12 and first() else sequence, prediction, nanoseconds)
+    order.stamp(place, sequence - 1 if sequence > AFTER and first() else sequence, prediction, nanoseconds)
 
 
 _put = ahead.HostAhead.put
@@ -92,7 +94,7 @@ _put = ahead.HostAhead.put
 
 def early_put(self: ahead.HostAhead, work: ahead.Work) -> None:
     """Record the link before the evaluation, so that whoever waits for it does not wait for that."""
-    if work.draft.sequence <= 12 or not first():
+    if work.draft.sequence <= AFTER or not first():
         return _put(self, work)
     bound = self._runs[work.draft.run]
     bound.link.wait()
