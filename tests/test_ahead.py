@@ -21,6 +21,8 @@ import torch
 import drp
 from drp import GpuOptions, Leader, WorkerError
 from drp.leader.ahead import Answer
+from drp.leader.request import Request, make_job
+from drp.protocol.messages import ModelSpec
 from drp.protocol.order import (
     FINE,
     NOT_FINITE,
@@ -120,6 +122,22 @@ def test_messages_run_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch, tmp_p
         until(lambda: [worker.drafts for worker in leader.workers] == [2, 2])
         gate.touch()
         assert torch.equal(pending.result(DEADLINE).samples, expected(drafts=2))
+
+
+def test_drafts_of_a_round_do_not_wait_for_one_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The second of two is sent long after the first was answered, and its stream does not wait for the first one's."""
+    job = make_job(Request(shape=(3,), steps=STEPS, drafts=2), ModelSpec(), 2)
+    t = [float(t) for t in job.solver.grid.timesteps]
+    with misbehaving(monkeypatch, tmp_path, "gates", closed=[str(t[0]), str(t[3])]) as leader:
+        pending = leader.submit(shape=(3,), steps=STEPS, mode="aggressive", drafts=2)
+        until(lambda: [worker.drafts for worker in leader.workers] == [2, 2])  # 0 and 2, 1 and 3: no room for 4
+        (tmp_path / f"open {t[0]}").touch()
+        until(lambda: (tmp_path / f"at {t[4]}").exists())
+        assert not pending.done()
+        (tmp_path / f"open {t[3]}").touch()
+        run = pending.result(DEADLINE)
+        assert not run.incidents  # and the first was not given up meanwhile
+        assert torch.equal(run.samples, expected())
 
 
 def expected(mode: str = "aggressive", seed: int = 0, drafts: int = 2) -> torch.Tensor:

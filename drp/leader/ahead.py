@@ -49,6 +49,11 @@ class Answer:
         found = [verdict for verdict in self._verdicts() if verdict is not None]
         return max(found) if len(found) == len(self.seen) else None
 
+    @property
+    def seconds(self) -> float:
+        """How long the evaluation took, 0 if the device does not tell."""
+        return float(self.seen[:, 1].sum()) / 1e9
+
     def named(self, verdict: int) -> int:
         """Return the index of the first draft of the batch whose stamp says so."""
         return self.sent.tasks[self._verdicts().index(verdict)].index
@@ -119,12 +124,23 @@ class AheadRun(ActiveRun):
         return replace(self.arena.bind, order=Order(self.arena.end, place, event))
 
     def dispatch(self, worker: int) -> int:
-        """Let a worker's stream wait for what was queued so far; return the number of the draft that says so."""
+        """Return the number of the next draft that a worker is given."""
         sequence = self._ground.number()
         self._out[sequence] = None
-        with self._stream.current():
-            self._links[worker].record()
         return sequence
+
+    def free_row(self, slot: int) -> int:
+        """Return a row for a draft's prediction, which nobody reads once what was recorded is done."""
+        row = super().free_row(slot)
+        if row != slot:  # Its last prediction may have been read since the draft was formed.
+            self._record()
+        return row
+
+    def _record(self) -> None:
+        """Have all workers' streams wait, before what they are sent from now on, for what was queued so far."""
+        with self._stream.current():
+            for link in self._links.values():
+                link.record()
 
     def answered(self, worker: int, sent: Sent, counts: bool) -> None:
         """Queue the wait for a worker's stream, the reading of the stamps, and, if it counts, the arithmetic."""
@@ -145,6 +161,8 @@ class AheadRun(ActiveRun):
         """Form all drafts whose predictions are queued; at the end wait, with None, until all stamps were seen."""
         with self._stream.current():
             if super().form():
+                # Not when they are sent: by then there may be waits in between, for others that were formed with them.
+                self._record()
                 return True
         self._exhausted = True
         return None if self._answers else False
@@ -176,7 +194,7 @@ class AheadRun(ActiveRun):
                 return
 
     def _verify(self, answer: Answer) -> None:
-        now, seconds = time.monotonic(), float(answer.seen[:, 1].sum()) / 1e9
+        now, seconds = time.monotonic(), answer.seconds
         self._slowest = max(self._slowest, seconds or now - max(answer.since, self._progress))
         self._progress = now
         self.served.add(answer.worker)

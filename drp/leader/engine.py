@@ -317,7 +317,7 @@ class Engine:
         """Take a message, or the end of a worker."""
         match message:
             case Prediction() if (sent := _owed(station, message)) and isinstance(sent.run, AheadRun):
-                self._on_ahead(station, sent.run, sent, message)
+                self._on_ahead(station, sent.run, sent)
             case Prediction() | Fault() if sent := _owed(station, message):
                 _done(station, sent)
                 self._on_answer(station, sent, message)
@@ -348,17 +348,12 @@ class Engine:
                 self._form(run)
         self._carried.let_go(run)
 
-    def _on_ahead(self, station: Station, run: AheadRun, sent: Sent, message: Prediction) -> None:
+    def _on_ahead(self, station: Station, run: AheadRun, sent: Sent) -> None:
         """Take an answer whose prediction is to come; the draft stays the worker's until it is stamped."""
-        since, counts = time.perf_counter_ns(), self._carried.is_missing(sent)
-        sent.answered = True
-        self.marks.answered("answer" if counts else "late", sent, station.number, message)
+        sent.answered, counts = True, self._carried.is_missing(sent)
         run.answered(station.number, sent, counts)
-        if counts:
-            for task in sent.tasks:
-                self.marks.add("folded", run, task.index, station.number, since=since)
-            if run.ready:
-                self._form(run)
+        if counts and run.ready:
+            self._form(run)
 
     def _look(self) -> None:
         """Look at the stamps that were read meanwhile."""
@@ -375,6 +370,7 @@ class Engine:
             self._on_loss(self._staff.lose(station, f"{words} and did not stamp it"))
             return
         _done(station, sent)
+        self.marks.stamped("answer" if answer.counts else "late", sent, station.number, answer.seconds)
         if verdict != FINE and answer.counts and run.number in self._carried.under_way:
             step = f"step {answer.named(verdict)} of run {run.number}"
             words = f"{station.worker} failed evaluating {step}: the denoiser returned NaN or infinity"

@@ -39,10 +39,19 @@ class Marks:
                 # A batch's time is that of its first draft; the others' predictions are there at its end.
                 seconds = message.seconds if place == 0 else 0.0
                 received, began = (message.received, message.began) if place == 0 else (message.predicted,) * 2
-                times = (received, began, message.predicted, message.ended) if message.ended else ()
+                times = (received, began, message.predicted, message.ended)
                 for timeline in self.timelines:
                     now = time.perf_counter_ns()
                     timeline.append(Mark(what, now, message.run, task.index, worker, seconds, times=times))
+
+    def stamped(self, what: What, sent: Sent, worker: int, seconds: float) -> None:
+        """Put down that the stamps of a batch were seen, which was answered before it was evaluated."""
+        if self.timelines:
+            now = time.perf_counter()
+            times = (now - seconds, now - seconds, now, now)
+            self.answered(what, sent, worker, Prediction(sent.run.number, 0, 0, seconds, *times))
+            for task in sent.tasks:
+                self.add("folded", sent.run, task.index, worker)
 
     def watch(self, run: Active) -> Callable[[int, int], None] | None:
         """Return what puts a run's callbacks down, if anybody listens."""

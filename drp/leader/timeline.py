@@ -26,12 +26,12 @@ class Mark(NamedTuple):
 
     begin: the run's clock starts. formed: the drafts of `steps` are written. sent: the draft of `step` went to
     `worker`. hedged: the draft of `step` is late at `worker`, and is sent to another too. answer: the prediction of
-    `step` came from `worker`, whose own clock says `seconds`, and that it was received, began, had its prediction and
-    ended at `times`, seconds of time.perf_counter. late: one that nobody needs any more. folded: the answer is added to
-    what the next drafts are made of. refined: the states up to `step` are done, callbacks called. callback: the
-    caller's, of the state at `step`. cut: a mode with feedback went on from `step` though it had predictions beyond.
-    lost: `worker` is gone, and with it what it had been given; `step` is to be evaluated by another. end: the run's
-    clock stops. failed: instead of end.
+    `step` came from `worker`, whose own clock says `seconds`, and that it was received, began, had its prediction
+    and ended at `times`, seconds of time.perf_counter. With ordering="device" it is when its stamp was seen. late:
+    one that nobody needs any more. folded: the answer is added to what the next drafts are made of. refined: the
+    states up to `step` are done, callbacks called. callback: the caller's, of the state at `step`. cut: a mode with
+    feedback went on from `step` though it had predictions beyond. lost: `worker` is gone, and with it what it had
+    been given; `step` is to be evaluated by another. end: the run's clock stops. failed: instead of end.
     """
 
     what: What
