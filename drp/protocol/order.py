@@ -78,7 +78,7 @@ class Link(Protocol):
     """Joins a stream of this process to another process's."""
 
     def record(self) -> None:
-        """Let the other side's next `wait` be for all that was queued here so far. Call it before a message."""
+        """Let the other side's next `wait` be for all that was queued here so far. Call it before the message."""
         ...
 
     def wait(self) -> None:
