@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
@@ -12,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from drp import __version__
 from drp.cli_pipeline import pipeline_options
 from drp.http.command import http
-from drp.plain import plain_errors, trace_option
+from drp.plain import check_writable, parse_numbers, plain_errors, trace_option
 from drp.sampling.drafts import RULES
 from drp.sampling.modes import MODE_NAMES
 from drp.sampling.named import SOLVER_NAMES, make_solver
@@ -28,14 +27,6 @@ def main() -> None:
 
 for command in (serve, keys, status, http, simulate):
     main.add_command(command)
-
-
-def parse_numbers(what: str, text: str) -> list[int]:
-    """Return the whole numbers that text such as `1,28,28` lists; raise ValueError if it is anything else."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"{what} is {text!r}; write whole numbers with commas between")
-    return [int(part) for part in parts]
 
 
 def parse_labels(text: str) -> list[int]:
@@ -206,15 +197,3 @@ def summary(path: Path) -> None:
 def _given(**options: float | str | None) -> dict[str, float | str]:
     """Leave out what was not given."""
     return {name: value for name, value in options.items() if value is not None}
-
-
-def check_writable(path: Path) -> None:
-    """Raise ValueError if no picture can be written to `path`."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{path} does not end in .png; pictures are written as PNG")
-    if path.is_dir():
-        raise ValueError(f"{path} cannot be written: it is a folder")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{path} cannot be written: permission denied")

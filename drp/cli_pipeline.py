@@ -11,7 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from drp.plain import plain_errors
+from drp.plain import check_writable, parse_numbers, plain_errors
 
 KEPT = ("rows", "shape", "steps", "devices", "mode", "drafts", "rule", "tolerance", "warmup", "threads", "guidance")
 """Options of `drp sample` that a pipeline has too, beside --seed, --out and --trace."""
@@ -42,8 +42,6 @@ def pipeline_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str, Any], given: set[str]) -> None:
     """Draw with the pipeline at `path`; `given` are the options that the user gave."""
-    from drp.cli import check_writable, parse_numbers
-
     lost = sorted(given - {*KEPT, "seed", "out", "trace"})
     if lost:
         raise ValueError(f"--{lost[0].replace('_', '-')} goes with drp's own models; a pipeline brings that along")

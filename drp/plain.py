@@ -1,7 +1,8 @@
-"""Plain: what several commands share. Errors that a user can mend, in a line; the options of traces."""
+"""Plain: what several commands share. Errors that a user can mend, in a line; options of traces; numbers and files."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,3 +29,23 @@ def plain_errors() -> Iterator[None]:
         yield
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def parse_numbers(what: str, text: str) -> list[int]:
+    """Return the whole numbers that text such as `1,28,28` lists; raise ValueError if it is anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"{what} is {text!r}; write whole numbers with commas between")
+    return [int(part) for part in parts]
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError if no picture can be written to `path`."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path} does not end in .png; pictures are written as PNG")
+    if path.is_dir():
+        raise ValueError(f"{path} cannot be written: it is a folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written: permission denied")

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -18,9 +18,6 @@ from drp.protocol.messages import Bind
 from drp.ranges import put_ranges, ranged
 from drp.sampling.result import Result
 from drp.sampling.run import Run, Task, batches
-
-if TYPE_CHECKING:
-    from drp.leader.staff import Sent
 
 REMEMBERED = 32
 """Evaluations whose times are kept."""
@@ -55,6 +52,20 @@ class Pending(Future[Result]):
         if not over:
             self._wake()
         return not over
+
+
+@dataclass(eq=False)
+class Sent:
+    """Drafts that a worker has as one batch: of a run, each to be answered in a row of its predictions.
+
+    With a sequence number they may be `answered`, and are the worker's until they are stamped.
+    """
+
+    run: Active
+    tasks: tuple[Task, ...]
+    rows: tuple[int, ...]
+    sequence: int = 0
+    answered: bool = False
 
 
 class Active(ABC):

@@ -21,10 +21,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from drp.leader.active import ActiveRun, Pending
+from drp.leader.active import ActiveRun, Pending, Sent
 from drp.leader.ground import Ground
 from drp.leader.request import Job, Request
-from drp.leader.staff import Sent
 from drp.protocol.memory import aligned
 from drp.protocol.messages import Bind, Order
 from drp.protocol.order import LINE, RAISED, STAMP, UNREAD, Link, verdict_of

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from drp.leader.active import Active
+from drp.leader.active import Active, Sent
 from drp.leader.ahead import AheadRun
 from drp.leader.awake import Awake
 from drp.leader.marks import Marks
-from drp.leader.staff import Loss, Sent, Staff, Station
+from drp.leader.staff import Loss, Staff, Station
 from drp.protocol.messages import Unbind
 
 

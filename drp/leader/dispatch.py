@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from drp.leader.active import Active
+from drp.leader.active import Active, Sent
 from drp.leader.carried import Carried
 from drp.leader.marks import Marks
 from drp.leader.sharing import Sharing
-from drp.leader.staff import Sent, Staff, Station
+from drp.leader.staff import Staff, Station
 from drp.protocol.messages import Also, Draft
 from drp.sampling.run import Task
 

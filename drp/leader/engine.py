@@ -16,7 +16,7 @@ from concurrent.futures import CancelledError, Future
 
 import torch
 
-from drp.leader.active import Active, ActiveRun, Pending
+from drp.leader.active import Active, ActiveRun, Pending, Sent
 from drp.leader.ahead import AheadRun, Answer
 from drp.leader.awake import Awake
 from drp.leader.carried import Carried, give_back
@@ -30,7 +30,7 @@ from drp.leader.pool import GRACE, Pool
 from drp.leader.request import Job, Request
 from drp.leader.session import Session
 from drp.leader.sharing import ByLoad, Sharing
-from drp.leader.staff import MOST_DRAFT, Loss, Sent, Staff, Station
+from drp.leader.staff import MOST_DRAFT, Loss, Staff, Station
 from drp.protocol.arena import Arena
 from drp.protocol.messages import Bound, Fault, ModelSpec, Prediction, ToLeader
 from drp.protocol.order import FINE

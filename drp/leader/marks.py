@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from drp.leader.active import Active
-from drp.leader.staff import Sent
+from drp.leader.active import Active, Sent
 from drp.leader.timeline import Mark, Timeline, What
 from drp.protocol.messages import Fault, Prediction
 

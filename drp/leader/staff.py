@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from drp.leader.active import Active
+from drp.leader.active import Sent
 from drp.leader.crew import Crew
 from drp.leader.devices import Device
 from drp.leader.errors import WorkerError
 from drp.leader.ground import Ground
 from drp.leader.pool import GRACE, Pool, WorkerProcess, failure
 from drp.protocol.messages import Failed, ToLeader, ToWorker
-from drp.sampling.run import Task
 
 TICK = 1.0
 """Seconds between two looks at whether idle workers come round."""
@@ -35,20 +34,6 @@ CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.S
 log = logging.getLogger(__name__)
 State = Literal["starting", "ready", "away", "lost"]
 Fault = Literal["outside", "own"]
-
-
-@dataclass(eq=False)
-class Sent:
-    """Drafts that a worker has as one batch: of a run, each to be answered in a row of its predictions.
-
-    With a sequence number they may be `answered`, and are the worker's until they are stamped.
-    """
-
-    run: Active
-    tasks: tuple[Task, ...]
-    rows: tuple[int, ...]
-    sequence: int = 0
-    answered: bool = False
 
 
 @dataclass
