@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 
 import drp
 from drp import Leader, WorkerError, models
+from drp.leader.process import Process
 from tests.conftest import leftovers, what_stays
 
 SHAPE = (1, 4, 4)
@@ -72,6 +74,24 @@ def test_a_worker_that_says_what_it_does_not_owe_is_lost_and_no_more_than_that()
     assert re.search(r"worker 0 .* sent Hello, which it does not owe", "\n".join(run.incidents))
     ref = drp.reference("tests.denoisers:make_free", devices=2, shape=SHAPE, steps=20)
     assert torch.equal(run.samples, ref.samples)
+
+
+def test_a_killed_worker_that_takes_its_time_to_end_is_given_back_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, kill = leftovers(), Process.kill
+    late: list[threading.Timer] = []
+
+    def kill_late(process: Process) -> None:
+        late.append(threading.Timer(3.0, kill, [process]))
+        late[-1].start()
+
+    with Leader("tests.denoisers:make_chatty", devices=2) as leader, monkeypatch.context() as patch:
+        patch.setattr(Process, "kill", kill_late)
+        run = leader.sample(shape=SHAPE, steps=20)
+        assert "sent Hello" in run.incidents[0]
+        assert leader._engine._pool._dying
+    for timer in late:
+        timer.join(DEADLINE)
+    assert not what_stays(before)
 
 
 def test_a_worker_killed_between_runs_is_noticed() -> None:

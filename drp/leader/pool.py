@@ -75,10 +75,11 @@ class WorkerProcess:
             time.sleep(0.01)  # Another thread has just asked for the code, and is about to write it down.
         return code
 
-    def end(self) -> str:
-        """Say how a dead worker ended: exit code or signal, and its last words."""
-        code = self.code
+    def end(self, code: int | None) -> str:
+        """Say how a dead worker ended, with this code: exit code or signal, and its last words."""
         how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
+        if code is None:
+            how = "was killed, and has not ended yet"
         words = self.words.read()[:LAST_WORDS].rstrip(b"\0").decode(errors="replace").strip()
         return f"{how}; " + (f"its last words:\n{words}" if words else "it left no last words")
 
@@ -96,6 +97,8 @@ class Pool:
         """Messages that were none, or from nobody."""
         self._threads = threads
         self._ended: set[int] = set()
+        self._dying: list[WorkerProcess] = []
+        """Killed, but not gone: on a machine that is short of memory or time the kernel may take seconds."""
         self._socket = LeaderSocket()
 
     def spawn(self, number: int, generation: int, device: Device) -> WorkerProcess:
@@ -189,15 +192,16 @@ class Pool:
         self._ended.discard(worker.number)
         self._socket.forget(worker.process.sentinel)
         worker.process.kill()
-        how, code = worker.end(), worker.code
-        _release(worker)
+        code = worker.code
+        how = worker.end(code)
+        self._dying = [other for other in (*self._dying, worker) if not _released(other)]
         return how, code
 
     def close(self, grace: float = GRACE) -> None:
         """End all workers, by Stop and then, after `grace` seconds, by SIGKILL; give back all memory and sockets."""
         if os.getpid() != self.owner:
             return  # A forked child holds copies of what is its parent's to end.
-        workers, self.workers = self.workers, []
+        workers, self.workers = [*self.workers, *self._dying], []
         deadline = time.monotonic() + grace
         for worker in workers if grace > 0 else ():
             self.send(worker, Stop())
@@ -208,14 +212,19 @@ class Pool:
                 worker.process.kill()
         for worker in workers:
             worker.process.join(5.0)
-            _release(worker)
+            if not _released(worker):
+                log.warning("%s does not end, though it was killed", worker)
+                worker.words.close()
         self._socket.close()
 
 
-def _release(worker: WorkerProcess) -> None:
-    if not worker.process.is_alive():
-        worker.process.close()
+def _released(worker: WorkerProcess) -> bool:
+    """Give back what a worker held if it is gone; return whether it is."""
+    if worker.process.is_alive():
+        return False
+    worker.process.close()
     worker.words.close()
+    return True
 
 
 def failure(worker: WorkerProcess, failed: Failed) -> str:
