@@ -103,6 +103,6 @@ def early_put(self: ahead.HostAhead, work: ahead.Work) -> None:
     bound = self._runs[work.draft.run]
     bound.link.wait()
     bound.link.record()
-    self._stream.put(lambda: time.sleep(0.2))
+    self._stream.put(lambda: time.sleep(2))  # longer than it takes any leader to look, and to end this
     self._stream.put(lambda: self._do(bound, work))
     return None

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +26,7 @@ from drp.sampling.modes import (
     Warmup,
     make_mode,
 )
-from drp.sampling.run import Run, Task, slots
+from drp.sampling.run import Run, Task, _Plan, slots
 from drp.sampling.solvers import DDIM, DPMSolver, Solver
 
 
@@ -136,3 +141,23 @@ def test_a_window_is_between_the_sequential_run_and_drafts_that_are_all_far_ahea
 def test_a_window_has_no_blocks_to_sweep() -> None:
     with pytest.raises(ValueError, match="no blocks to sweep"):
         sample_in_turn(SOLVERS[0], Sweeps(Rolling(4), 1))
+
+
+def test_a_plan_is_worked_out_once_by_whichever_thread_comes_first() -> None:
+    asked, go = threading.Event(), threading.Event()
+
+    def events() -> Iterator[Any]:
+        asked.set()
+        assert go.wait(20)
+        yield from range(5)
+
+    plan = _Plan(events(), 1)
+    with ThreadPoolExecutor(2) as threads:
+        far = threads.submit(plan.get, 4)
+        assert asked.wait(20)
+        near = threads.submit(plan.get, 0)
+        time.sleep(0.1)  # so that it waits for the other, having found nothing there
+        go.set()
+        found: list[Any] = [far.result(20), near.result(20)]
+    assert found == [4, 0]
+    assert plan.get(5) is None

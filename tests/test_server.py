@@ -26,6 +26,7 @@ import drp
 from drp import Client, Leader
 from drp.cli import main
 from drp.client import RefusedError
+from drp.leader.active import Pending
 from drp.leader.errors import WorkerError
 from drp.protocol import door
 from drp.protocol.codec import ProtocolError, decode, encode
@@ -39,6 +40,7 @@ from drp.server import clients
 from drp.server.keys import Keys, make
 from drp.server.options import finished
 from drp.server.server import Server
+from drp.server.ticket import Ticket
 from tests.plain import Plain
 from tests.test_spec import facts, lines
 
@@ -198,6 +200,24 @@ def test_memory_that_cannot_be_mapped_fails_its_run_alone(
             client.sample(labels=[1] * 2000, steps=2)
     until(lambda: served.memory() == served.idle, "the server has closed the memory of the result")
     assert client.sample(labels=[1] * 2000, steps=2).rounds == 2
+
+
+def test_no_preview_is_lost_to_news_that_are_told_while_it_is_made() -> None:
+    """The leader's thread is at any of its lines when the server's asks."""
+    ticket = Ticket(b"", door.Submit(1, previews=4), lambda ticket: None, lambda: None)
+    ticket.pending = Pending(lambda: None)
+    told: list[door.Progress] = []
+
+    class Slow(torch.Tensor):
+        def to(self, *_: object, **__: object) -> torch.Tensor:
+            told.extend(progress for progress, _ in ticket.news(lambda ticket, most: ()))
+            return torch.ones(2)
+
+    for step in range(1, 13):
+        ticket.on_step(step, torch.zeros(2).as_subclass(Slow))
+    told.extend(progress for progress, _ in ticket.news(lambda ticket, most: ()))
+    assert [progress.step for progress in told if progress.preview is not None] == [4, 8, 12]
+    assert [progress.step for progress in told] == sorted(progress.step for progress in told)
 
 
 def test_updates_with_previews_and_evaluations(client: Client) -> None:

@@ -317,7 +317,8 @@ class _Plan:
         """Return what is at a position, None past the end."""
         if position >= len(self._known):
             with self._lock:
-                self._known += itertools.islice(self._events, position + 1 - len(self._known))
+                # Another thread may have been here meanwhile.
+                self._known += itertools.islice(self._events, max(0, position + 1 - len(self._known)))
         return self._known[position] if position < len(self._known) else None
 
 

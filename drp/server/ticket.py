@@ -63,9 +63,9 @@ class Ticket:
     def on_step(self, step: int, state: Tensor) -> None:
         """Note a step, and its state if it is to be shown. The state is only valid now."""
         self._lively()
-        self._step = step
         if self.submit.previews and step % self.submit.previews == 0:
             self._preview = step, state.to("cpu", copy=True)
+        self._step = step  # after the preview, and read before it: whoever sees the step sees its preview
         if self._wanted:
             self._report(self)
 
@@ -75,12 +75,12 @@ class Ticket:
 
     def news(self, take: Callable[[Ticket, int], Evaluations]) -> Iterator[tuple[Progress, list[Frame]]]:
         """Yield what is new since it was asked last; `take` returns so many evaluations, at most."""
-        (shown, state), step = self._preview, self._step
+        step = self._step
+        shown, state = self._preview
         if state is not None and shown > self._told:
             frames = Frames()
             preview = frames.add(state)
             yield self._progress(shown, take(self, MOST_EVALUATIONS), preview), frames.frames
-            self._preview = self._preview if self._preview[0] > shown else (shown, None)
         while (evaluations := take(self, MOST_EVALUATIONS)) or (self._wanted and step > self._told):
             yield self._progress(max(step, self._told), evaluations), []
 
