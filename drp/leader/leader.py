@@ -81,8 +81,8 @@ class Leader:
     drafts_per_device: evaluate so many drafts of a round as one batch; see docs/gpus.md. A run then has this many times
         the devices as its `drafts`, unless told otherwise. The samples are those of `drp.reference` with the same.
     gpu: how workers use their GPUs, a `drp.GpuOptions`.
-    awake: keep all cores of the machine from sleeping while runs are under way. Rounds lose about half as much, and the
-        machine takes more power; needs root or the right to write /dev/cpu_dma_latency; see docs/round.md.
+    awake: keep all cores of the machine from sleeping while runs are under way. A round loses up to a third less, and
+        the machine takes more power; needs root or the right to write /dev/cpu_dma_latency; see docs/round.md.
 
     Raises ValueError for arguments that cannot be, WorkerError if a worker cannot start.
     """
