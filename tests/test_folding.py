@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from drp.sampling import run as module
 from drp.sampling.drafts import PAPER, RULES
 from drp.sampling.grids import scaled_linear
 from drp.sampling.modes import (
@@ -161,3 +162,29 @@ def test_a_plan_is_worked_out_once_by_whichever_thread_comes_first() -> None:
         found: list[Any] = [far.result(20), near.result(20)]
     assert found == [4, 0]
     assert plan.get(5) is None
+
+
+@pytest.mark.parametrize("mode", [Aggressive(4), Conservative(3)])
+def test_states_between_are_computed_for_who_wants_them_only(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is made of them: without a callback or residuals they are left out, and the samples are the same."""
+    counts, samples = list[int](), list[Tensor]()
+    add = module._add
+    for between in (None, False, True):
+        added = list[None]()
+
+        def counted(*terms: Any, added: list[None] = added) -> None:
+            added.append(None)
+            add(*terms)
+
+        monkeypatch.setattr(module, "_add", counted)
+        run, drafts, predictions = start(DDIM(scaled_linear(23)), mode)
+        for tasks in run.rounds():
+            run.refine(between=between)
+            for task in tasks:
+                predictions[task.slot] = denoise(drafts[task.slot], task)
+        run.refine(between=between)
+        counts.append(len(added))
+        samples.append(run.state.clone())
+    assert counts[0] == counts[1] < counts[2]
+    assert torch.equal(samples[0], samples[1])
+    assert torch.equal(samples[0], samples[2])

@@ -197,6 +197,10 @@ class Run:
         self._answers[slot] = slot if row is None else row
         for out in self._out:
             out.missing.discard(slot)
+        self._fold_known()
+
+    def _fold_known(self) -> None:
+        """Add what is known to the states that the next drafts start from, up to the first prediction missing."""
         event = None if self._feedback else self._plan.get(self._position)
         if isinstance(event, _Advance):
             if self._folding is None:
@@ -209,18 +213,22 @@ class Run:
                 lambda term: term.kind != "prediction" or newest.get(term.k) not in missing,
             )
 
-    def refine(self, callback: Callback | None = None) -> None:
-        """Compute the states that finished rounds have passed; call `callback` for each, in order."""
+    def refine(self, callback: Callback | None = None, between: bool | None = None) -> None:
+        """Compute the states that finished rounds have passed; call `callback` for each, in order.
+
+        Those between that nothing is made of are computed if `between` says so, by default for a callback or residuals.
+        """
+        wanted = between if between is not None else callback is not None or self._watch
         while self._to_refine:
             event, first = self._to_refine.popleft()
-            event.between.write(self._vector, self._states[first : first + len(event) - event.eager], self._add)
+            if wanted:
+                event.between.write(self._vector, self._states[first : first + len(event) - event.eager], self._add)
             for k, x in enumerate(self._states[first : first + len(event)], start=event.base + 1):
                 self.steps_done = k
                 if self._watch and (given := self.given(k)) is not None:
                     self.residuals[k] = residual(x, given, self._shape[0])
                 if callback is not None:
                     callback(k, x.view(self._shape))
-            self._rows.update({event.base + 1 + i: first + i for i in range(len(event))})
             for known in (self._slots, self._rows, self._fresh):
                 for k in [k for k in known if k < event.oldest and k != event.anchor]:
                     del known[k]
@@ -229,6 +237,7 @@ class Run:
                 self._plan.get(self._position + ahead)
         for k in range(self.steps_done, min(self.steps_done + self._noise_ahead, len(self._timesteps))):
             self._draw(k)
+        self._fold_known()
 
     def _advance(self, event: _Advance) -> None:
         """Compute the state that the next round starts from; leave the others to `refine`, where nobody waits."""
