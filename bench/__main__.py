@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from bench import door, interleaved, overlap, plot, real_model, side_by_side, speedup
 from bench import figures as facts
 from bench.carriers.base import Work
-from drp.leader.awake import Awake, why_not
+from drp.leader.awake import Awake
 
 RESULTS = Path(__file__).with_name("results")
 DEVICES = ("emulated:20ms", "emulated:5ms")
@@ -22,9 +23,9 @@ DEVICES = ("emulated:20ms", "emulated:5ms")
 
 @click.command()
 @click.option("-d", "--devices", default=8, show_default=True, help="Emulated devices.")
-@click.option("--awake/--asleep", default=None, help="Keep the cores from sleeping; by default if that is allowed.")
+@click.option("--awake", is_flag=True, help="Keep the cores from sleeping; the host may throttle a virtual machine.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="JSON; a picture is written beside it.")
-def main(devices: int, awake: bool | None, out: Path | None) -> None:
+def main(devices: int, awake: bool, out: Path | None) -> None:
     """Measure drp on this machine."""
     torch.set_num_threads(1)
     console, began = facts.console(), time.perf_counter()
@@ -32,14 +33,15 @@ def main(devices: int, awake: bool | None, out: Path | None) -> None:
         "machine": facts.machine(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(),
     }
-    wish = Awake(awake if awake is not None else not why_not())
+    wish = Awake(awake)
     wish.hold()  # for all that is measured, the other carriers too
     figures["machine"]["awake"] = wish.held
     console.print_json(data=figures["machine"])
 
     figures["speedup"] = {}
-    for device in DEVICES:
-        figures["speedup"][device] = found = speedup.measure(device, devices)
+    for device, ordering in itertools.product(DEVICES, speedup.ORDERINGS):
+        found = speedup.measure(device, devices, ordering)
+        figures["speedup"][f"{device}, ordered by the {ordering}"] = found
         console.print(*speedup.tables(found))
 
     work = Work(DEVICES[0], devices)

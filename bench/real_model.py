@@ -11,8 +11,7 @@ from rich.table import Table
 
 from bench.figures import console, percentile
 from bench.speedup import pinned
-from drp import models
-from drp.leader import Leader
+from drp import GpuOptions, Leader, models
 from drp.leader.request import Request, make_job
 from drp.sampling.modes import Sequential
 from drp.sampling.reference import run_reference
@@ -40,16 +39,19 @@ def measure(turns: int = TURNS) -> dict[str, Any]:
         with pinned():
             return plain(1)
 
-    with Leader("digits", devices=DEVICES) as leader:
+    ahead = GpuOptions(ordering="device")
+    with Leader("digits", devices=DEVICES) as first, Leader("digits", devices=DEVICES, gpu=ahead) as second:
 
-        def led(mode: str, drafts: int) -> float:
+        def led(leader: Leader, mode: str, drafts: int) -> float:
             return leader.sample(labels=[3], steps=48, mode=mode, drafts=drafts).seconds
 
         ways: dict[str, Callable[[], float]] = {
             "plain loop, 1 thread": plain_pinned,
             "plain loop, 2 threads": lambda: plain(2),
-            "1 worker": lambda: led("sequential", 1),
-            "2 workers, aggressive": lambda: led("aggressive", 2),
+            "1 worker": lambda: led(first, "sequential", 1),
+            "2 workers, aggressive": lambda: led(first, "aggressive", 2),
+            "1 worker, ahead": lambda: led(second, "sequential", 1),
+            "2 workers, aggressive, ahead": lambda: led(second, "aggressive", 2),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         began = time.perf_counter()
@@ -65,15 +67,21 @@ def measure(turns: int = TURNS) -> dict[str, Any]:
     def ratio(slow: str, fast: str) -> float:
         return percentile([a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)], 50)
 
+    def ratios(more: str) -> dict[str, float]:
+        one, two = f"1 worker{more}", f"2 workers, aggressive{more}"
+        return {
+            "two_over_one_worker": ratio(one, two),
+            "two_over_one_worker_of_theory": ratio(one, two) / theory,
+            "two_over_plain_2_threads": ratio("plain loop, 2 threads", two),
+            "one_worker_over_plain_1_thread": ratio(one, "plain loop, 1 thread"),
+        }
+
     theory = 48 / 25
     return {
         "turns": len(seconds["1 worker"]),
         "ways": {name: {"p50": percentile(v, 50), "p95": percentile(v, 95)} for name, v in seconds.items()},
         "theory": theory,
-        "two_over_one_worker": ratio("1 worker", "2 workers, aggressive"),
-        "two_over_one_worker_of_theory": ratio("1 worker", "2 workers, aggressive") / theory,
-        "two_over_plain_2_threads": ratio("plain loop, 2 threads", "2 workers, aggressive"),
-        "one_worker_over_plain_1_thread": ratio("1 worker", "plain loop, 1 thread"),
+        "orderings": {ordering: ratios(more) for ordering, more in (("host", ""), ("device", ", ahead"))},
     }
 
 
@@ -82,10 +90,13 @@ def table(figures: dict[str, Any]) -> Table:
     shown = Table(
         *("", "ms: p50", "p95"),
         title="digits, one image, 48 steps, real cores",
-        caption=f"2 workers against 1: {figures['two_over_one_worker']:.2f} times as fast, "
-        f"{figures['two_over_one_worker_of_theory']:.3f} of theory ({figures['theory']:.2f}); against the plain loop "
-        f"with 2 threads: {figures['two_over_plain_2_threads']:.2f}. 1 worker takes "
-        f"{figures['one_worker_over_plain_1_thread']:.3f} of the plain loop's time with 1 thread on the same core.",
+        caption=" ".join(
+            f"Ordered by the {ordering}: 2 workers against 1 {found['two_over_one_worker']:.2f} times as fast, "
+            f"{found['two_over_one_worker_of_theory']:.3f} of theory ({figures['theory']:.2f}); against the plain loop "
+            f"with 2 threads {found['two_over_plain_2_threads']:.2f}; 1 worker takes "
+            f"{found['one_worker_over_plain_1_thread']:.3f} of the plain loop's time with 1 thread on the same core."
+            for ordering, found in figures["orderings"].items()
+        ),
     )
     for name, row in figures["ways"].items():
         shown.add_row(name, f"{row['p50'] * 1e3:.1f}", f"{row['p95'] * 1e3:.1f}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ PARTS = ("arithmetic", "sending", "wire")
 @dataclass(frozen=True)
 class RoundTime:
     """One round, in seconds: it begins when the one before has its last prediction, and ends with its own last.
+
+    The leader says when that is, or, where messages run ahead of the devices, these do: then `arithmetic` goes on until
+    the first of them begins, waking up included, `sending` is nothing, and `wire` is how much later the others begin.
 
     The path to the last prediction has four parts: `arithmetic` until the drafts are formed; `sending` until the draft
     of the worker that answers last has gone; that worker's device time; and `wire`, all else: both messages' ways, and
@@ -64,7 +68,40 @@ def split(timeline: Sequence[Mark]) -> RunTime:
     began, ended = timeline[0], timeline[-1]
     assert began.what == "begin"
     assert ended.what == "end"
-    rounds, before = [], began.ns
+    rounds = _by_devices(timeline) if _is_ahead(timeline) else _by_leader(timeline)
+    return RunTime(tuple(rounds), (ended.ns - began.ns) / 1e9)
+
+
+def _is_ahead(timeline: Sequence[Mark]) -> bool:
+    """Whether a second round was formed before anything was evaluated."""
+    begun = list(itertools.takewhile(lambda mark: mark.what != "answer", timeline))
+    return sum(mark.what == "formed" for mark in begun) > 1
+
+
+def _by_devices(timeline: Sequence[Mark]) -> Iterator[RoundTime]:
+    answers = {mark.step: mark for mark in timeline if mark.what == "answer"}
+    before = timeline[0].ns / 1e9
+    for formed in (mark for mark in timeline if mark.what == "formed"):
+        marks = [answers[step] for step in formed.steps]
+        seconds: dict[int, float] = defaultdict(float)
+        for mark in marks:
+            seconds[mark.worker] += mark.seconds
+        began, ended = min(mark.times[1] for mark in marks), max(mark.times[3] for mark in marks)
+        slowest = max(seconds.values())
+        yield RoundTime(
+            drafts=len(marks),
+            wall=ended - before,
+            slowest=slowest,
+            mean=sum(seconds.values()) / len(seconds),
+            arithmetic=began - before,
+            sending=0.0,
+            wire=ended - began - slowest,
+        )
+        before = ended
+
+
+def _by_leader(timeline: Sequence[Mark]) -> Iterator[RoundTime]:
+    before = timeline[0].ns
     for marks in _by_round(timeline):
         sent: dict[int, int] = {}
         seconds: dict[int, float] = defaultdict(float)
@@ -74,19 +111,16 @@ def split(timeline: Sequence[Mark]) -> RunTime:
             elif mark.what == "answer":
                 seconds[mark.worker] += mark.seconds
                 last = mark
-        rounds.append(
-            RoundTime(
-                drafts=sum(mark.what == "answer" for mark in marks),
-                wall=(last.ns - before) / 1e9,
-                slowest=max(seconds.values()),
-                mean=sum(seconds.values()) / len(seconds),
-                arithmetic=(marks[0].ns - before) / 1e9,
-                sending=(sent[last.worker] - marks[0].ns) / 1e9,
-                wire=(last.ns - sent[last.worker]) / 1e9 - seconds[last.worker],
-            )
+        yield RoundTime(
+            drafts=sum(mark.what == "answer" for mark in marks),
+            wall=(last.ns - before) / 1e9,
+            slowest=max(seconds.values()),
+            mean=sum(seconds.values()) / len(seconds),
+            arithmetic=(marks[0].ns - before) / 1e9,
+            sending=(sent[last.worker] - marks[0].ns) / 1e9,
+            wire=(last.ns - sent[last.worker]) / 1e9 - seconds[last.worker],
         )
         before = last.ns
-    return RunTime(tuple(rounds), (ended.ns - began.ns) / 1e9)
 
 
 def _by_round(timeline: Sequence[Mark]) -> Iterator[Sequence[Mark]]:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from bench.carriers.base import Carrier, Work
 from bench.carriers.gloo import Gloo
-from bench.carriers.ours import Ours
+from bench.carriers.ours import Ahead, Ours
 from bench.carriers.pipes import Pipes
 from bench.carriers.queues import Queues
 from bench.figures import console
@@ -26,14 +26,14 @@ def measure(work: Work, turns: int = TURNS) -> dict[str, Any]:
     All run in turn, so that what else the machine does falls on each alike. Ray keeps processes of its own busy, so it
     has its turns after the others, against drp once more.
     """
-    figures = _in_turn([Ours, Pipes, Queues, Gloo], work, turns)
+    figures = _in_turn([Ours, Ahead, Pipes, Queues, Gloo], work, turns)
     if importlib.util.find_spec("ray") is None:
         figures["ray"] = None
     else:
         from bench.carriers.actors import Actors
 
-        beside_ray = _in_turn([Ours, Actors], work, turns)
-        figures["drp beside ray"] = beside_ray["drp"]
+        beside_ray = _in_turn([Ours, Ahead, Actors], work, turns)
+        figures["drp beside ray"], figures["drp, ahead, beside ray"] = beside_ray["drp"], beside_ray["drp, ahead"]
         figures["ray"] = beside_ray["ray"]
     return figures
 

@@ -8,6 +8,7 @@ took.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from torch import Tensor
 from bench.carriers.base import Work
 from bench.figures import console, percentile
 from bench.rounds import RunTime, split, summary
-from drp.leader import Leader
+from drp import GpuOptions, Leader
 from drp.leader.devices import parse_emulated
 from drp.leader.timeline import Timeline
 from drp.protocol.messages import Draft
@@ -31,6 +32,8 @@ from drp.workers.emulated import EmulatedDevice, cheap
 
 CHEAP = "drp.workers.emulated:load"
 TURNS = 5
+ORDERINGS = ("host", "device")
+"""Of `GpuOptions`: whether the leader hears of a prediction before it sends what is made of it."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,13 @@ def settings(devices: int) -> list[Setting]:
     return [Setting("sequential", 1), *(Setting(mode, n) for mode in ("aggressive", "conservative") for n in counts)]
 
 
-def measure(device: str, devices: int, turns: int = TURNS) -> dict[str, Any]:
+def measure(device: str, devices: int, ordering: str = "host", turns: int = TURNS) -> dict[str, Any]:
     """Return the figures of the plain loop and of every setting, all run in turn on the same workers."""
     work = Work(device, devices)
     began = time.perf_counter()
     runs: dict[Setting, list[RunTime]] = {setting: [] for setting in settings(devices)}
     plain, around, rounds = [], [], {}
-    with Leader(CHEAP, devices=[device] * devices) as leader:
+    with Leader(CHEAP, devices=[device] * devices, gpu=GpuOptions(ordering=ordering)) as leader:
         started = time.perf_counter() - began
         for turn in range(turns + 1):
             plain.append(run_plain(work))
@@ -86,6 +89,7 @@ def measure(device: str, devices: int, turns: int = TURNS) -> dict[str, Any]:
         )
     return {
         "device": device,
+        "ordering": ordering,
         "steps": work.steps,
         "shape": work.shape,
         "plain": base,
@@ -108,7 +112,7 @@ def run_plain(work: Work) -> tuple[float, float]:
     def denoiser(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         predictions = []
         draft = Draft(0, 0, 0.0, 0, 0)
-        began, _, ended = emulated.run(draft, x.nbytes, lambda: predictions.append(cheap(x, t, cond)))
+        began, _, ended, _ = emulated.run(draft, x.nbytes, lambda: predictions.append(cheap(x, t, cond)))
         device.append(ended - began)
         return predictions[0]
 
@@ -130,16 +134,16 @@ def pinned() -> Iterator[None]:
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
     """Return the speed-ups, and where the time goes."""
-    device, plain = figures["device"], figures["plain"]
+    device, plain = f"{figures['device']} devices, ordered by the {figures['ordering']}", figures["plain"]
     title = (
-        f"{figures['steps']} steps on {device} devices; the plain loop takes {plain['wall_p50'] * 1e3:.1f} ms, "
+        f"{figures['steps']} steps on {device}; the plain loop takes {plain['wall_p50'] * 1e3:.1f} ms, "
         f"one worker {figures['one_worker_over_plain']:.4f} of that"
     )
     names = ("", "n", "rounds", "ms: p50", "p95", "nominal theory", "theory", "speed-up", "efficiency")
     speed = Table(*names, title=title)
     parts = Table(
         *("", "n", "lost: p50", "p95", "arithmetic", "sending", "wire, wake-up", "waiting for the slowest"),
-        title=f"Lost in a round of n drafts, us, {device} devices",
+        title=f"Lost in a round of n drafts, us, {device}",
         caption="lost: beyond the slowest worker's device time. Waiting: how much longer than the mean that was; "
         f"theory counts it as device time. Apart: starting {figures['rows'][-1]['n']} workers "
         f"{figures['start_workers']:.1f} s, starting and ending a run {figures['start_run_p50'] * 1e3:.1f} ms",
@@ -157,10 +161,10 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
 
 
 def main() -> None:
-    """Measure eight emulated devices of 20 ms, then of 5 ms."""
+    """Measure eight emulated devices of 20 ms, then of 5 ms, the rounds ordered by the host, then by the device."""
     torch.set_num_threads(1)
-    for device in ("emulated:20ms", "emulated:5ms"):
-        console().print(*tables(measure(device, 8)))
+    for device, ordering in itertools.product(("emulated:20ms", "emulated:5ms"), ORDERINGS):
+        console().print(*tables(measure(device, 8, ordering)))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,35 @@ def test_a_timeline_is_divided_into_rounds_and_their_parts() -> None:
     for r in run.rounds:
         assert r.lost == pytest.approx(r.arithmetic + r.sending + r.wire)
     assert run.efficiency == pytest.approx(0.060 / 0.070)
+
+
+def ahead(began: float, ended: float) -> dict[str, Any]:
+    return {"seconds": ended - began, "times": (began, began, ended, ended)}
+
+
+AHEAD = [
+    Mark("begin", 0, 7),
+    Mark("formed", 1 * MS, 7, steps=(0,)),
+    Mark("sent", 2 * MS, 7, 0, 0),
+    Mark("formed", 3 * MS, 7, steps=(1, 2)),
+    Mark("sent", 4 * MS, 7, 1, 0),
+    Mark("sent", 5 * MS, 7, 2, 1),
+    Mark("answer", 29 * MS, 7, 0, 0, **ahead(0.003, 0.023)),
+    Mark("answer", 52 * MS, 7, 2, 1, **ahead(0.025, 0.049)),
+    Mark("answer", 53 * MS, 7, 1, 0, **ahead(0.024, 0.044)),
+    Mark("end", 54 * MS, 7),
+]
+
+
+def test_rounds_ahead_of_the_devices_are_divided_by_the_devices_clocks() -> None:
+    run = split(AHEAD)
+    first, second = run.rounds
+    assert (first.drafts, second.drafts) == (1, 2)
+    assert (first.wall, first.slowest, first.lost) == pytest.approx((0.023, 0.020, 0.003))
+    assert (second.wall, second.slowest, second.mean) == pytest.approx((0.026, 0.024, 0.022))
+    assert (second.arithmetic, second.sending, second.wire) == pytest.approx((0.001, 0.0, 0.001))
+    assert run.wall == pytest.approx(0.054)
+    assert run.efficiency == pytest.approx(0.044 / 0.054)
 
 
 def test_a_summary_takes_only_rounds_of_so_many_drafts() -> None:

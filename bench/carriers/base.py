@@ -128,5 +128,5 @@ class Evaluator:
             prediction.copy_(cheap(draft.view(self.shape), t, NO_COND).reshape(-1))
 
         draft_message, nbytes = Draft(0, index, timestep, 0, 0), draft.numel() * draft.element_size()
-        began, _, ended = self.device.run(draft_message, nbytes, values)
+        began, _, ended, _ = self.device.run(draft_message, nbytes, values)
         return ended - began

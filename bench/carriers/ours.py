@@ -1,11 +1,11 @@
-"""drp itself."""
+"""drp itself, its rounds ordered by the host, and by the devices."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from bench.carriers.base import Carrier, Work
-from drp.leader import Leader
+from drp import GpuOptions, Leader
 
 CHEAP = "drp.workers.emulated:load"
 
@@ -14,10 +14,12 @@ class Ours(Carrier):
     """ZeroMQ messages in MessagePack, latents in shared memory."""
 
     name = "drp"
+    ordering = "host"
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)
-        self.leader = Leader(CHEAP, devices=[work.device] * work.count)
+        gpu = GpuOptions(ordering=self.ordering)
+        self.leader = Leader(CHEAP, devices=[work.device] * work.count, gpu=gpu)
 
     def sample(self) -> Tensor:
         """Run once."""
@@ -28,3 +30,10 @@ class Ours(Carrier):
     def close(self) -> None:
         """End the workers."""
         self.leader.close()
+
+
+class Ahead(Ours):
+    """Likewise, and messages run ahead of the devices, which the memory orders."""
+
+    name = "drp, ahead"
+    ordering = "device"
