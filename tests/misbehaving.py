@@ -82,27 +82,27 @@ def make() -> Callable[..., Tensor]:
     """Return it, this process prepared: two of the faults lie between lines of the worker."""
     what = told().get("what")
     if what == "stale":
-        ahead.stamp = stale_stamp  # type: ignore[attr-defined]  # the worker's own name for it, in its own process
+        ahead.stamp = stale_stamp  # type: ignore[attr-defined, assignment]  # the worker's own name for it, in its own process
     if what == "early":
         ahead.HostAhead.put = early_put  # type: ignore[method-assign]  # the worker's own code, in its own process
     return predict
 
 
-def stale_stamp(place: Tensor, sequence: int, prediction: Iterable[Tensor], nanoseconds: int = 0) -> None:
+def stale_stamp(place: Tensor, sequence: int, prediction: Iterable[Tensor], *times: int) -> None:
     """Write what an earlier draft's stamp would be."""
-    order.stamp(place, sequence - 1 if sequence > AFTER and first() else sequence, prediction, nanoseconds)
+    order.stamp(place, sequence - 1 if sequence > AFTER and first() else sequence, prediction, *times)
 
 
 _put = ahead.HostAhead.put
 
 
 def early_put(self: ahead.HostAhead, work: ahead.Work) -> None:
-    """Record the link before the evaluation, so that whoever waits for it does not wait for that."""
+    """Record before the evaluation, so that whoever waits for it does not wait for that."""
     if work.draft.sequence <= AFTER or not first():
         return _put(self, work)
     bound = self._runs[work.draft.run]
-    bound.link.wait()
-    bound.link.record()
+    bound.leaders.wait()
+    bound.own.record()
     self._stream.put(lambda: time.sleep(2))  # longer than it takes any leader to look, and to end this
-    self._stream.put(lambda: self._do(bound, work))
+    self._stream.put(lambda: self._do(bound, work, 0))
     return None

@@ -67,8 +67,8 @@ class Lent:
 
     def follow(self) -> None: ...
 
-    def close(self) -> None:
-        if self._keep is not None:
+    def close(self, reuse: bool = True) -> None:
+        if self._keep is not None and reuse:
             self._keep(self)
 
     def free(self) -> None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import select
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,20 +24,30 @@ import torch
 import drp
 from drp import GpuOptions, Leader, WorkerError
 from drp.leader.ahead import Answer
+from drp.leader.lane import Lane, LaneRecord
 from drp.leader.request import Request, make_job
-from drp.protocol.messages import ModelSpec
+from drp.leader.staff import Station
+from drp.leader.timeline import Mark
+from drp.protocol.bell import Bell, OwnBell
+from drp.protocol.codec import ProtocolError
+from drp.protocol.messages import ModelSpec, ToWorker
 from drp.protocol.order import (
     FINE,
+    LINE,
     NOT_FINITE,
     RAISED,
+    REACHED,
+    RECORDED,
+    RING,
+    STAMP,
     UNREAD,
-    HostLink,
-    HostStream,
+    Line,
     stamp,
     verdict_of,
     word,
 )
 from drp.sampling.run import Task
+from drp.workers.ahead import HostRecord, HostStream
 from drp.workers.lasting import ENDINGS, is_lasting
 from tests.conftest import leftovers, what_stays
 
@@ -115,11 +128,11 @@ def test_solvers_with_noise_or_a_memory() -> None:
 
 
 def test_messages_run_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With nothing evaluated yet every worker has a second draft, which is made of the first one's prediction."""
+    """With nothing evaluated yet workers have drafts of two more rounds, made of what the first one predicts."""
     gate = tmp_path / "open"
     with misbehaving(monkeypatch, gate, "wait") as leader:
         pending = leader.submit(shape=(3,), steps=STEPS, mode="aggressive", drafts=2)
-        until(lambda: [worker.drafts for worker in leader.workers] == [2, 2])
+        until(lambda: [worker.drafts for worker in leader.workers] == [3, 1])  # 0, 1 and 3, 2: no room for 4
         gate.touch()
         assert torch.equal(pending.result(DEADLINE).samples, expected(drafts=2))
 
@@ -130,7 +143,7 @@ def test_drafts_of_a_round_do_not_wait_for_one_another(monkeypatch: pytest.Monke
     t = [float(t) for t in job.solver.grid.timesteps]
     with misbehaving(monkeypatch, tmp_path, "gates", closed=[str(t[0]), str(t[3])]) as leader:
         pending = leader.submit(shape=(3,), steps=STEPS, mode="aggressive", drafts=2)
-        until(lambda: [worker.drafts for worker in leader.workers] == [2, 2])  # 0 and 2, 1 and 3: no room for 4
+        until(lambda: [worker.drafts for worker in leader.workers] == [3, 1])  # 0, 1 and 3, 2: no room for 4
         (tmp_path / f"open {t[0]}").touch()
         until(lambda: (tmp_path / f"at {t[4]}").exists())
         assert not pending.done()
@@ -295,9 +308,8 @@ def test_a_callback_that_raises_ends_its_run_only() -> None:
 def test_closing_in_the_middle_waits_for_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with misbehaving(monkeypatch, tmp_path / "never", "wait") as leader:
         pending = leader.submit(shape=(3,), steps=STEPS)
-        until(lambda: any(worker.drafts == 2 for worker in leader.workers))
+        until(lambda: any(worker.drafts > 1 for worker in leader.workers))
     assert pending.cancelled() or pending.exception(DEADLINE) is not None
-    assert not [thread for thread in threading.enumerate() if thread.name == "drp-run"]
 
 
 # What it refuses.
@@ -317,16 +329,15 @@ def test_what_cannot_be_is_refused() -> None:
 # The parts.
 
 
-def test_a_stream_does_in_order_and_says_how_far_it_is() -> None:
-    stream, done, gate = HostStream("drp-run"), list[int](), threading.Event()
+def test_a_workers_stream_does_in_order_and_says_whether_it_is_done() -> None:
+    stream, done, gate = HostStream(), list[int](), threading.Event()
     stream.put(lambda: gate.wait(DEADLINE))
     for number in range(5):
         stream.put(lambda number=number: done.append(number))  # type: ignore[misc]  # a default is its own type
-    mark = stream.mark()
-    assert not stream.passed(mark)
+    assert stream.busy
     gate.set()
     stream.settle()
-    assert stream.passed(mark)
+    assert not stream.busy
     assert done == [0, 1, 2, 3, 4]
     stream.put(lambda: [][0])
     until(lambda: not stream._thread.is_alive())
@@ -335,51 +346,178 @@ def test_a_stream_does_in_order_and_says_how_far_it_is() -> None:
     stream.close()
 
 
-def test_a_link_waits_for_what_was_recorded_when_it_was_asked() -> None:
-    line, gate, seen = torch.zeros(4, dtype=torch.int64), threading.Event(), list[str]()
-    leader, worker = HostStream("drp-run"), HostStream("drp-worker")
-    mine, theirs = HostLink(line, True, leader), HostLink(line, False, worker)
-    theirs.wait()  # Nothing was recorded: it is none.
-    worker.settle()
-    leader.put(lambda: gate.wait(DEADLINE))
-    leader.put(lambda: seen.append("written"))
+def test_a_lane_goes_as_far_as_it_can_and_says_when_to_go_on() -> None:
+    lane, line, done = Lane(), Line(zeros()), list[str]()
+    lane.put(lambda: done.append("first"))
+    lane.wait(line, 1, told=True)
+    lane.put(lambda: done.append("second"))
+    mark = lane.mark()
+    began = time.perf_counter()
+    due = lane.go()
+    assert done == ["first"]
+    assert due is not None
+    assert began < due  # somebody rings before; if not, it is looked at again
+    assert not lane.passed(mark)
+    assert line.reach(1, time.perf_counter_ns() + 10**10)  # and that was wanted
+    assert lane.go() == pytest.approx(began + 10, abs=DEADLINE / 10)
+    line.reach(1, time.perf_counter_ns())
+    assert lane.go() is None
+    assert done == ["first", "second"]
+    assert lane.passed(mark)
+    lane.settle()
+    lane.wait(line, 2, told=True)
+    with pytest.raises(RuntimeError, match="waits for another process"):
+        lane.settle()
+    lane.put(lambda: [][0])
+    line.release()
+    line.reach(2, 0)
+    with pytest.raises(IndexError):
+        lane.go()
+    assert lane.go() is None  # What raised is not done again.
+
+
+def zeros() -> torch.Tensor:
+    return torch.zeros(LINE // 8, dtype=torch.int64)
+
+
+def test_a_record_waits_for_what_was_recorded_when_it_was_asked() -> None:
+    """The leader's lane and a worker's thread, on the same lines; the worker rings when it is wanted."""
+    leaders, workers, rung = zeros(), zeros(), threading.Event()
+    lane, stream, seen = Lane(), HostStream(), list[str]()
+    mine, theirs = LaneRecord(leaders, lane), LaneRecord(workers, lane, told=True)
+    its_leaders, its_own = HostRecord(leaders, stream), HostRecord(workers, stream, rung.set)
+    its_leaders.wait()  # Nothing was recorded: it is none.
+    stream.settle()
+    lane.put(lambda: seen.append("written"))
     mine.record()
+    its_leaders.wait()
+    stream.put(lambda: seen.append("read"))
+    its_own.record()
     theirs.wait()
-    worker.put(lambda: seen.append("read"))
-    leader.put(lambda: None)
-    assert line.tolist()[0] == 1
-    assert line.tolist()[1] == 0
-    gate.set()
-    worker.settle()
-    assert seen == ["written", "read"]
-    leader.close()
-    worker.close()
+    lane.put(lambda: seen.append("back"))
+    time.sleep(0.02)
+    assert seen == []
+    assert leaders[RECORDED] == 1
+    assert leaders[REACHED] == 0
+    assert lane.go() is not None
+    assert rung.wait(DEADLINE)
+    stream.settle()
+    assert lane.go() is None
+    assert seen == ["written", "read", "back"]
+    stream.close()
+
+
+def test_what_a_device_does_later_is_waited_for_and_taken_over() -> None:
+    """A worker's thread goes on with the device's time, and the leader's waits for it: even if it was seen late."""
+    leaders, workers = zeros(), zeros()
+    stream, lane = HostStream(), Lane()
+    HostRecord(leaders, stream).wait()
+    own, theirs = HostRecord(workers, stream), LaneRecord(workers, lane, told=True)
+    began = time.perf_counter_ns()
+    for turn in range(3):
+        stream.put(lambda turn=turn: setattr(stream, "time", began + (turn + 1) * 10**8))  # type: ignore[misc]  # a default is its own type
+        own.record()
+        theirs.wait()
+        lane.put(lambda: ends.append(time.perf_counter_ns()))
+    ends: list[int] = []
+    while (due := lane.go()) is not None:
+        time.sleep(max(0.0, min(due - time.perf_counter(), 0.01)))
+    assert all(end >= began + (turn + 1) * 10**8 for turn, end in enumerate(ends))
+    assert len(ends) == 3
+    stream.settle()
+    assert time.perf_counter_ns() >= began + 3 * 10**8
+    stream.close()
+
+
+def test_more_records_than_there_are_times_for_wait_for_the_oldest() -> None:
+    line, stream = zeros(), HostStream()
+    own, began = HostRecord(line, stream), time.perf_counter_ns()
+    stream.put(lambda: setattr(stream, "time", began + 3 * 10**8))
+    for _ in range(RING + 1):
+        own.record()
+    until(lambda: int(line[REACHED]) == RING)
+    assert time.perf_counter_ns() < began + 3 * 10**8
+    stream.settle()
+    assert time.perf_counter_ns() >= began + 3 * 10**8
+    assert int(line[REACHED]) == RING + 1
+    stream.close()
 
 
 def test_a_wait_ends_with_a_release_or_with_its_stream() -> None:
-    line = torch.tensor([0, 0, 7, 4])
-    stream = HostStream("drp-run")
-    link = HostLink(line, True, stream)
-    link.wait()
-    assert not stream.passed(stream.mark())
-    link.release()
-    stream.settle()
-    line[2] = 9
-    link.wait()
+    workers, lane = zeros(), Lane()
+    workers[RECORDED], workers[REACHED] = 7, 4
+    record = LaneRecord(workers, lane, told=True)
+    record.wait()
+    assert lane.go() is not None
+    record.release()
+    assert lane.go() is None
+    stream, leaders = HostStream(), zeros()
+    leaders[RECORDED] = 9
+    HostRecord(leaders, stream).wait()
+    time.sleep(0.05)
+    assert stream.busy
     stream.close()
     assert not stream._thread.is_alive()
 
 
+def test_a_bell_rings_in_another_process_and_never_blocks() -> None:
+    mine = OwnBell()
+    code = "import sys; from drp.protocol.bell import Bell; from drp.protocol.messages import End\n"
+    code += "bell = Bell(End(int(sys.argv[1]), int(sys.argv[2])))\nfor _ in range(100_000): bell.ring()\n"
+    ends = [str(number) for number in (mine.end.pid, mine.end.fd)]
+    subprocess.run([sys.executable, "-c", code, *ends], timeout=DEADLINE, check=True)
+    assert select.select([mine.fd], [], [], 0)[0]
+    while select.select([mine.fd], [], [], 0)[0]:
+        mine.quiet()
+    mine.quiet()  # Nobody rang.
+    end = mine.end
+    mine.close()
+    with pytest.raises(ProtocolError, match="bell"):
+        Bell(end)
+
+
+def test_drafts_of_a_round_go_to_different_workers_and_the_first_is_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever they have of other rounds; so one worker is as good as another only if they are needed."""
+    given: dict[int, int] = {}
+    with Leader(TINY, devices=3, gpu=DEVICE) as leader:
+        for mode, drafts in (("conservative", 3), ("aggressive", 2), ("sequential", 1)):
+            timeline = list[Mark]()
+            leader.timeline = timeline
+            leader.sample(labels=[1], steps=30, mode=mode, drafts=drafts)
+            rounds = [mark.steps for mark in timeline if mark.what == "formed"]
+            given = {mark.step: mark.worker for mark in timeline if mark.what == "sent"}
+            assert all(len({given[step] for step in steps}) == len(steps) for steps in rounds), mode
+    assert set(given.values()) == {0}
+
+
+def test_workers_are_bound_when_they_are_needed() -> None:
+    with Leader(TINY, devices=2, gpu=DEVICE) as leader:
+        sent = list[tuple[str, int]]()
+        send = leader._engine._staff.send
+
+        def watched(station: Station, message: ToWorker) -> None:
+            sent.append((type(message).__name__, station.number))
+            send(station, message)
+
+        leader._engine._staff.send = watched  # type: ignore[method-assign]  # a spy
+        leader.sample(labels=[1], steps=4, mode="sequential")
+        until(lambda: ("Unbind", 0) in sent)
+    assert [what for what in sent if what[0] == "Bind"] == [("Bind", 0)]
+    assert ("Draft", 1) not in sent
+
+
 def test_a_stamp_is_of_one_draft_and_says_whether_its_numbers_are() -> None:
-    place = torch.zeros(2, dtype=torch.int64)
+    place = torch.zeros(STAMP, dtype=torch.int64)
     assert verdict_of(int(place[0]), 1) is None
     for sequence, output in itertools.product((1, 2**48), (torch.ones(3), torch.tensor([1.0, torch.nan]))):
-        stamp(place, sequence, [torch.zeros(2), output], 50)
+        stamp(place, sequence, [torch.zeros(2), output], 50, 2**60)
         finite = bool(output.isfinite().all())
         assert verdict_of(int(place[0]), sequence) == (FINE if finite else NOT_FINITE)
         assert verdict_of(int(place[0]), sequence - 1) is None
         assert verdict_of(int(place[0]), sequence + 1) is None
-        assert int(place[1]) == 50
+        assert place[1:].tolist() == [50, 2**60]
     assert verdict_of(word(5, RAISED), 5) == RAISED
     assert verdict_of(UNREAD, 0) is None
 

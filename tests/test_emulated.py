@@ -112,18 +112,39 @@ def test_an_evaluation_takes_the_stated_time_and_the_link_is_apart(clock: Clock)
         evaluated_at.append(clock.now)
         clock.now += 0.015
 
-    began, _, ended = device.run(Draft(0, 0, 999.0, 0, 0), 4000, evaluate)
+    began, _, ended, there = device.run(Draft(0, 0, 999.0, 0, 0), 4000, evaluate)
     assert evaluated_at == [pytest.approx(100.005)]
     assert began == pytest.approx(100.005)
     assert ended == pytest.approx(100.025)
-    assert clock.now == pytest.approx(100.03)
+    assert clock.now == there == pytest.approx(100.03)
+
+
+@pytest.mark.parametrize(("takes", "ends"), [(0.001, 99.925), (0.015, 99.925), (0.5, 100.5)])
+def test_one_that_is_queued_takes_its_time_from_when_it_might_begin(clock: Clock, takes: float, ends: float) -> None:
+    """It began 0.1 s ago, and is over by now or in time, unless this process is too slow for it."""
+
+    def evaluate() -> None:
+        clock.now += takes
+
+    device = EmulatedDevice(Emulated(0, 0.02, latency=0.005))
+    began, _, ended, there = device.run(Draft(0, 0, 999.0, 0, 0), 4000, evaluate, since=99.9)
+    assert began == pytest.approx(99.905)
+    assert ended == pytest.approx(max(ends, 100.0 + takes))
+    assert there == pytest.approx(ended + 0.005)
+    assert clock.now == pytest.approx(100.0 + takes)  # It does not sleep: whoever waits for the prediction does.
+
+
+def test_one_that_is_queued_is_over_when_its_time_is(clock: Clock) -> None:
+    times = EmulatedDevice(Emulated(0, 0.02)).run(Draft(0, 0, 999.0, 0, 0), 4000, lambda: None, since=99.99)
+    assert times.ended == pytest.approx(100.01)
+    assert clock.now == 100.0
 
 
 def test_an_evaluation_that_takes_longer_is_reported_as_it_was(clock: Clock) -> None:
     def evaluate() -> None:
         clock.now += 0.5
 
-    began, _, ended = EmulatedDevice(Emulated(0, 0.02)).run(Draft(0, 0, 999.0, 0, 0), 4000, evaluate)
+    began, _, ended, _ = EmulatedDevice(Emulated(0, 0.02)).run(Draft(0, 0, 999.0, 0, 0), 4000, evaluate)
     assert ended - began == pytest.approx(0.5)
 
 

@@ -52,7 +52,7 @@ class Late:
     def follow(self) -> None:
         raise AssertionError("the owner does not follow itself")
 
-    def close(self) -> None:
+    def close(self, reuse: bool = True) -> None:
         self.mine.close()
         self.theirs.close()
 

@@ -71,12 +71,12 @@ class Served:
         self.idle = self.memory()
 
     def memory(self) -> int:
-        """Count its descriptors of shared memory: the leader's, of runs and of results."""
+        """Count its descriptors of shared memory: of workers and results, not of runs, whose memory is used again."""
         found = []
         for path in Path(f"/proc/{self.process.pid}/fd").iterdir():
             with contextlib.suppress(OSError):
                 found.append(str(path.readlink()))
-        return sum("memfd:drp" in target for target in found)
+        return sum("memfd:drp " in target for target in found)
 
     def end(self) -> tuple[int, str]:
         """Ask it to end; return how it did, and what it wrote to stderr."""

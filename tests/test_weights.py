@@ -59,7 +59,7 @@ def shared_bytes() -> int:
     sizes = [0]
     for path in Path("/proc/self/fd").iterdir():
         try:
-            sizes += [path.stat().st_size] if "memfd:drp" in str(path.readlink()) else []
+            sizes += [path.stat().st_size] if "memfd:drp " in str(path.readlink()) else []
         except FileNotFoundError:
             continue  # the descriptor of the listing itself
     return max(size for size in sizes if size < LEAST)

@@ -89,14 +89,18 @@ class Active(ABC):
         """By slot, the drafts formed whose predictions are not in."""
         self.writing: Counter[int] = Counter()
         """Rows that workers may write to: of drafts that they have, late ones too."""
+        self.bound: set[int] = set()
+        """Numbers of the workers that were sent Bind."""
         self.unbound: set[int] = set()
-        """Numbers of the workers that have not answered Bind: until then the memory's descriptor stays open."""
+        """Those of them that have not answered: until then the memory's descriptor stays open."""
         self.used_up: defaultdict[int, float] = defaultdict(float)
         """By index, how much of the losses allowed it has had."""
         self.served: set[int] = set()
         """Numbers of the workers that have answered."""
         self.incidents: list[str] = []
         """What happened to workers meanwhile."""
+        self.hurt = False
+        """Whether a worker was lost that may have used the memory: a killed process may yet be at its last write."""
         self.evaluations = 0
         self.device_seconds = 0.0
         self._slowest = 0.0
@@ -152,7 +156,7 @@ class Active(ABC):
 
     def release(self) -> None:
         """Let go of the memory: no worker uses it any more."""
-        self.arena.close()
+        self.arena.close(reuse=not self.hurt)
 
     def free_row(self, slot: int) -> int:
         """Return a row for a draft's prediction: one that nobody reads, and that no late worker may write to.

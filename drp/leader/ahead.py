@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,13 +26,13 @@ from drp.leader.ground import Ground
 from drp.leader.request import Job, Request
 from drp.protocol.memory import aligned
 from drp.protocol.messages import Bind, Order
-from drp.protocol.order import LINE, RAISED, STAMP, UNREAD, Link, verdict_of
-from drp.sampling.run import Run, residual
+from drp.protocol.order import LINE, RAISED, STAMP, UNREAD, Record, verdict_of
+from drp.sampling.run import Run, Task, residual
 
 
 @dataclass(eq=False)
 class Answer:
-    """An answer whose stamps are being read into `seen`, int64 [rows, 2]; it `counts` if it was folded in."""
+    """An answer whose stamps are being read into `seen`, int64 [rows, STAMP]; it `counts` if it was folded in."""
 
     sent: Sent
     worker: int
@@ -52,6 +52,11 @@ class Answer:
     def seconds(self) -> float:
         """How long the evaluation took, 0 if the device does not tell."""
         return float(self.seen[:, 1].sum()) / 1e9
+
+    @property
+    def ended(self) -> float:
+        """When the evaluation ended, in seconds of perf_counter, 0 if the device does not tell."""
+        return float(self.seen[:, 2].max()) / 1e9
 
     def named(self, verdict: int) -> int:
         """Return the index of the first draft of the batch whose stamp says so."""
@@ -87,26 +92,34 @@ class AheadRun(ActiveRun):
         places: int,
     ) -> None:
         self._ground, self._stream = ground, ground.stream()
-        self._links: dict[int, Link] = {}
+        self._workers: dict[int, Record] = {}
+        """What each records."""
         self._out: dict[int, None] = {}
         """Sequence numbers of the drafts that workers have, in order."""
         self._answers: deque[Answer] = deque()
         """In the order in which they were folded in, which is that in which their stamps are read."""
         self._steps: deque[Step] = deque()
         self._residuals: dict[int, float] = {}
-        self._folded = self._verified = 0
+        self._rounds_of: dict[int, int] = {}
+        """By index, which round the draft there was formed with."""
+        self._reserved: dict[int, int] = {}
+        """By slot, the row that the draft in it will be given."""
+        self._formed = self._folded = self._verified = 0
         self._exhausted = False
         self._progress = time.monotonic()
         rows = job.slots + spare
         lines = aligned(rows * STAMP * 8)
         try:
             with self._stream.current():
-                super().__init__(number, job, request, pending, spare, batch, ground.take, lines + places * LINE)
+                super().__init__(number, job, request, pending, spare, batch, ground.take, lines + (1 + places) * LINE)
         except BaseException:
             self._stream.close()
             raise
-        self._stamps = self.arena.memory.tensor(self.arena.end, (rows, STAMP), torch.int64)
+        stamps = self.arena.memory.tensor(self.arena.end, (rows, STAMP), torch.int64)
+        self._stamps = stamps if stamps.is_cuda else stamps.numpy()
         self._lines = self.arena.end + lines
+        self.arena.memory.tensor(self._lines, (1 + places, LINE), torch.uint8).zero_()
+        self._own = ground.own(self.arena.memory, self._lines, self._stream)
 
     def _make_run(self) -> Run:
         job = replace(self.job, watch=False)  # Residuals are computed when the states are looked at.
@@ -115,12 +128,11 @@ class AheadRun(ActiveRun):
     # What the engine calls, in the order of a draft's life.
 
     def bind(self, worker: int) -> Bind:
-        """Link this run to a worker; return what it is told."""
-        with self._stream.current():
-            place = self._lines + worker * LINE
-            self._links[worker], event = self._ground.link(worker, self.arena.memory, place, self._stream)
-            self._links[worker].record()
-        return replace(self.arena.bind, order=Order(self.arena.end, place, event))
+        """Join this run's stream to a worker's; return what it is told."""
+        place = self._lines + (1 + worker) * LINE
+        self._workers[worker], event = self._ground.workers(worker, self.arena.memory, place, self._stream)
+        bell = self._ground.bell.end if self._ground.bell is not None else None
+        return replace(self.arena.bind, order=Order(self.arena.end, self._lines, place, event, bell))
 
     def dispatch(self, worker: int) -> int:
         """Return the number of the next draft that a worker is given."""
@@ -128,18 +140,43 @@ class AheadRun(ActiveRun):
         self._out[sequence] = None
         return sequence
 
+    def _add(self, tasks: Sequence[Task]) -> None:
+        super()._add(tasks)
+        self._formed += 1
+        for task in tasks:
+            self._rounds_of[task.index] = self._formed
+            # Now, and not when it is sent: by then there may be waits in between, for others that were formed with it.
+            self._reserved[task.slot] = super().free_row(task.slot)
+
+    @property
+    def most(self) -> int:
+        """How many drafts, or batches of them, workers have at most: those of two rounds."""
+        return 2 * -(-self.job.mode.width // self._batch)
+
+    def beside(self, tasks: Sequence[Task], drafts: Sequence[Sent]) -> int:
+        """Count the drafts that a device would evaluate first: formed with these, if rounds wait for each other."""
+        mine = self._rounds_of[tasks[0].index]
+        return sum(
+            self.job.mode.lags or sent.run is not self or self._rounds_of.get(sent.tasks[0].index) == mine
+            for sent in drafts
+        )
+
     def free_row(self, slot: int) -> int:
         """Return a row for a draft's prediction, which nobody reads once what was recorded is done."""
-        row = super().free_row(slot)
-        if row != slot:  # Its last prediction may have been read since the draft was formed.
+        row = self._reserved.pop(slot, None)
+        if row is None:  # It is given again, after a loss.
+            row = super().free_row(slot)
             self._record()
         return row
+
+    def rows_in_use(self) -> set[int]:
+        """Return the rows that the arithmetic may still read, and those that were promised."""
+        return super().rows_in_use() | set(self._reserved.values())
 
     def _record(self) -> None:
         """Have all workers' streams wait, before what they are sent from now on, for what was queued so far."""
         with self._stream.current():
-            for link in self._links.values():
-                link.record()
+            self._own.record()
 
     def answered(self, worker: int, sent: Sent, counts: bool) -> None:
         """Queue the wait for a worker's stream, the reading of the stamps, and, if it counts, the arithmetic."""
@@ -147,20 +184,25 @@ class AheadRun(ActiveRun):
             (len(sent.rows), STAMP), UNREAD, dtype=torch.int64, pin_memory=self.arena.memory.device.type == "cuda"
         )
         with self._stream.current():
-            self._links[worker].wait()
+            self._workers[worker].wait()
             for place, row in enumerate(sent.rows):
-                self._stream.put(partial(seen[place].copy_, self._stamps[row], non_blocking=True))
+                self._stream.put(self._read(row, seen[place]))
             self._answers.append(Answer(sent, worker, seen.numpy(), counts, time.monotonic()))
             for task, row in zip(sent.tasks, sent.rows, strict=True) if counts else ():
                 del self.missing[task.slot]
                 self.run.fold(task.slot, row)
         self._folded += counts
 
+    def _read(self, row: int, seen: Tensor) -> Callable[[], object]:
+        """Return what copies a stamp; on the host by numpy, which takes a quarter of the time."""
+        if isinstance(self._stamps, Tensor):
+            return partial(seen.copy_, self._stamps[row], non_blocking=True)
+        return partial(np.copyto, seen.numpy(), self._stamps[row])
+
     def form(self) -> bool | None:
         """Form all drafts whose predictions are queued; at the end wait, with None, until all stamps were seen."""
         with self._stream.current():
             if super().form():
-                # Not when they are sent: by then there may be waits in between, for others that were formed with them.
                 self._record()
                 return True
         self._exhausted = True
@@ -170,6 +212,11 @@ class AheadRun(ActiveRun):
     def ready(self) -> bool:
         """Whether there are drafts to form, or nothing is left. Feedback is made of numbers, which must be there."""
         return self.run.ready and not (self._answers and (self._exhausted or self.job.mode.feedback))
+
+    def go(self) -> float | None:
+        """Do what can be done of what was queued, if that takes this thread; return when to go on."""
+        with self._stream.current():
+            return self._stream.go()
 
     @property
     def looking(self) -> bool:
@@ -217,9 +264,9 @@ class AheadRun(ActiveRun):
     def lose_answers(self, worker: int, drafts: tuple[Sent, ...]) -> bool:
         """Go on without a worker and the drafts that it had; return whether one was folded in that was not proven."""
         self._progress = time.monotonic()  # Others may have waited for it, and have their time from now on.
-        link = self._links.pop(worker, None)
-        if link is not None:
-            link.release()
+        record = self._workers.pop(worker, None)
+        if record is not None:
+            record.release()
         folded = [self.withdraw(sent) for sent in drafts if sent.run is self]
         return any(folded)
 
@@ -227,6 +274,7 @@ class AheadRun(ActiveRun):
         """Begin again. Callbacks that were called are not called again; what is still out is nobody's."""
         self.waiting.clear()
         self.missing.clear()
+        self._reserved.clear()
         self._steps.clear()
         for answer in self._answers:
             answer.counts = False
@@ -244,7 +292,7 @@ class AheadRun(ActiveRun):
     def refine(self) -> None:
         """Queue what nobody waits for, and hand out the states that are proven."""
         with self._stream.current():
-            self.run.refine(self._keep)
+            self.run.refine(self._keep, between=self._wants_states)
         if self._exhausted and not self._answers:
             self._stream.settle()  # Nothing in it waits for a worker any more.
         self.pending.rounds = max(self.pending.rounds, self.run.rounds_done)
@@ -255,10 +303,14 @@ class AheadRun(ActiveRun):
         self.run.residuals.update(self._residuals)
         self.behind = bool(self._steps) and self._steps[0].needs <= self._verified
 
+    @property
+    def _wants_states(self) -> bool:
+        return self._callback is not None or self.job.watch
+
     def _keep(self, k: int, x: Tensor) -> None:
         """Note a state that is being computed; the next round may be computed in its place, so keep it if need be."""
         state = given = mark = None
-        if k > self.steps_done and (self._callback is not None or self.job.watch):
+        if k > self.steps_done and self._wants_states:
             draft = self.run.given(k) if self.job.watch else None
             state, given = self._copy(x.reshape(-1)), None if draft is None else self._copy(draft)
             mark = self._stream.mark()

@@ -19,23 +19,32 @@ class Carried:
     def __init__(self, staff: Staff, marks: Marks, awake: Awake, devices: tuple[str, ...]) -> None:
         self.under_way: dict[int, Active] = {}
         self.leaving: dict[int, Active] = {}
+        self._begun: list[Active] = []
         self._staff, self._marks, self._awake, self._devices = staff, marks, awake, devices
 
     def begin(self, run: Active) -> None:
-        """Take a run, and have all workers open its memory."""
+        """Take a run. Workers open its memory when they are given its first draft, or with `bind_others`.
+
+        Drafts that run ahead of their devices are given while there is time for that.
+        """
         self.under_way[run.number] = run
+        if not isinstance(run, AheadRun):
+            self._begun.append(run)
         self._awake.hold()
-        for station in self._staff.ready:
-            self._bind(station, run)
 
-    def bind_all(self, station: Station) -> None:
-        """Have a worker that is new open the memory of all runs."""
-        for run in self.under_way.values():
-            self._bind(station, run)
+    def bind(self, station: Station, run: Active) -> None:
+        """Have a worker open a run's memory, if it was not asked to."""
+        if station.number not in run.bound:
+            self._staff.send(station, run.bind(station.number))
+            run.bound.add(station.number)
+            run.unbound.add(station.number)
 
-    def _bind(self, station: Station, run: Active) -> None:
-        self._staff.send(station, run.bind(station.number))
-        run.unbound.add(station.number)
+    def bind_others(self) -> None:
+        """Have all workers open the memory of the runs that have begun."""
+        while self._begun:
+            run = self._begun.pop()
+            for station in self._staff.ready if run.number in self.under_way else ():
+                self.bind(station, run)
 
     def on_bound(self, station: Station, number: int) -> bool:
         """Note that a worker has opened a run's memory; return False if it was not asked to."""
@@ -55,6 +64,8 @@ class Carried:
         """Note that a worker is gone, whatever it was asked; return runs that were built upon what it had not done."""
         again = [run for run in self.ahead if run.lose_answers(loss.station.number, loss.drafts)]
         for run in (*self.under_way.values(), *self.leaving.values()):
+            run.hurt = run.hurt or loss.station.number in run.bound
+            run.bound.discard(loss.station.number)
             run.unbound.discard(loss.station.number)
             run.served.discard(loss.station.number)
         for run in self.under_way.values():

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from drp.leader.active import Active, Sent
+from drp.leader.ahead import AheadRun
 from drp.leader.carried import Carried
 from drp.leader.marks import Marks
 from drp.leader.sharing import Sharing
@@ -34,6 +35,8 @@ class Dispatch:
         """Give waiting drafts to workers: one each, and a second in advance if there is only one run."""
         runs = [run for run in self._carried.under_way.values() if run.missing]
         ready = self._staff.ready
+        if len(runs) == 1 and isinstance(runs[0], AheadRun):
+            return self._dispatch_ahead(runs[0], ready)
         for depth in range(1, (self.depth if len(runs) == 1 else 1) + 1):
             for place, station in enumerate(ready):
                 while len(station.drafts) < depth:
@@ -43,12 +46,20 @@ class Dispatch:
                     self._give(station, run, run.waiting.popleft())
         return None
 
+    def _dispatch_ahead(self, run: AheadRun, ready: Sequence[Station]) -> None:
+        """Give drafts of two rounds, each to the first worker that has the fewest drafts to be evaluated beside it."""
+        room = min(self.depth * len(ready), run.most) - sum(len(station.drafts) for station in ready)
+        for _ in range(min(room, len(run.waiting))):
+            tasks = run.waiting.popleft()
+            self._give(min(ready, key=lambda station: run.beside(tasks, station.drafts)), run, tasks)
+
     def _give(self, station: Station, run: Active, tasks: tuple[Task, ...]) -> None:
         since, rows = time.perf_counter_ns(), []
         for task in tasks:
             rows.append(run.free_row(task.slot))
             run.writing[rows[-1]] += 1
         task, row = tasks[0], rows[0]
+        self._carried.bind(station, run)
         sequence = run.dispatch(station.number)
         also = tuple(Also(t.index, t.timestep, t.slot, r) for t, r in zip(tasks[1:], rows[1:], strict=True))
         self._staff.send(station, Draft(run.number, task.index, task.timestep, task.slot, row, sequence, also))

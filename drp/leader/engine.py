@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import threading
 import time
@@ -34,6 +35,7 @@ from drp.leader.staff import MOST_DRAFT, Loss, Staff, Station
 from drp.protocol.arena import Arena
 from drp.protocol.messages import Bound, Fault, ModelSpec, Prediction, ToLeader
 from drp.protocol.order import FINE
+from drp.protocol.waiting import be_punctual
 
 HEAD_START = 0.0005
 """Seconds that workers have to pick up their drafts before the leader refines: it may be using one of their cores."""
@@ -64,17 +66,20 @@ class Engine:
         gpu: GpuOptions,
         awake: Awake,
     ) -> None:
+        self.marks, self._inbox = Marks(), Inbox()
         self._batch, self._ground = batch, Ground(devices, gpu, batch)
         self.overlap = True
         self._draft_timeout = draft_timeout
         self._devices = tuple(device.name for device in devices)
         self._pool = Pool(model, threads, python)
         self._staff = Staff(self._pool, model, devices, start_timeout, self._ground)
-        self.marks, self._inbox = Marks(), Inbox()
         self._carried = Carried(self._staff, self.marks, awake, self._devices)
         self._dispatch = Dispatch(self._staff, self._carried, self.marks, sharing or ByLoad(), hedge)
         self._numbers = itertools.count()
         self._pool.watch(self._inbox.wakeup)
+        if self._ground.bell is not None:
+            self._pool.watch(self._ground.bell.fd)
+        self._due = math.inf  # when lanes go on
         self._started: Future[ModelSpec] = Future()
         self._alone = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="drp-leader", daemon=True)
@@ -155,14 +160,18 @@ class Engine:
         torch.get_num_threads()  # At its first call a thread takes the common number: not after the next line.
         torch.set_num_threads(1)
         self._alone.set()
+        be_punctual()
         try:
             self._start()
             while self._inbox.closing is None:
                 self._admit()
+                self._go()
+                self._look()
                 self._dispatch.dispatch()  # before anything else: the workers are waiting
                 self._refine()  # the states behind, while they compute
+                self._carried.bind_others()
+                self._go()
                 self._take()
-                self._look()
         except WorkerError as lost:
             error = WorkerError(*lost.args)  # without its traceback, whose frames hold the runs' memory
         except Exception as bug:
@@ -260,7 +269,7 @@ class Engine:
 
     def _refine(self) -> None:
         behind = [run for run in self._carried.under_way.values() if run.behind]
-        if behind and self.overlap:
+        if self.overlap and not all(isinstance(run, AheadRun) for run in behind):
             self._pool.wait(HEAD_START)
         for run in behind:
             since = time.perf_counter_ns()
@@ -273,10 +282,10 @@ class Engine:
     def _take(self) -> None:
         """Wait for an answer, and take what has come until a worker can be given more."""
         timer = self._next_time()
-        got = self._pool.poll(timer, self._inbox.wakeup)
+        got = self._pool.poll(min(timer, self._due), self._inbox.wakeup)
         while got is not None:
             self._on(self._staff.station_of(got[0]), got[1])
-            if any(run.waiting for run in self._carried.under_way.values()):
+            if self._due <= time.monotonic() or any(run.waiting for run in self._carried.under_way.values()):
                 break
             got = self._pool.receive_now()
         if time.monotonic() >= timer:
@@ -286,7 +295,7 @@ class Engine:
         """Return when something is due."""
         busy = [station for station in self._staff.ready if station.drafts]
         times = [self._deadline(station) for station in busy]
-        if self._ground.ahead and any(run.looking for run in self._carried.ahead):
+        if self._ground.ahead and self._ground.on_gpu and any(run.looking for run in self._carried.ahead):
             times.append(time.monotonic() + LOOK)
         return min([*times, *self._dispatch.late_times(busy), self._staff.next_time])
 
@@ -326,11 +335,8 @@ class Engine:
             case Prediction() | Fault() | Bound():
                 self._on_loss(self._staff.lose(station, f"{station.worker} sent {message}, which it does not owe"))
             case _:
-                starting = station.state == "starting"
                 if loss := self._staff.take(station, message):
                     self._on_loss(loss)
-                elif starting and station.state == "ready":
-                    self._carried.bind_all(station)
 
     def _on_answer(self, station: Station, sent: Sent, message: Prediction | Fault) -> None:
         run, index, since = sent.run, sent.tasks[0].index, time.perf_counter_ns()
@@ -355,6 +361,18 @@ class Engine:
         if counts and run.ready:
             self._form(run)
 
+    def _go(self) -> None:
+        """Work off what is due of the arithmetic of runs ahead of their devices, where this thread computes."""
+        self._due = math.inf
+        if self._ground.bell is not None:
+            self._ground.bell.quiet()
+            for run in self._carried.ahead:
+                try:
+                    self._due = min(self._due, run.go() or math.inf)
+                except Exception as error:  # of the arithmetic, such as no memory
+                    if run.number in self._carried.under_way:
+                        self._carried.end(run, error)
+
     def _look(self) -> None:
         """Look at the stamps that were read meanwhile."""
         for run in self._carried.ahead if self._ground.ahead else ():
@@ -370,7 +388,7 @@ class Engine:
             self._on_loss(self._staff.lose(station, f"{words} and did not stamp it"))
             return
         _done(station, sent)
-        self.marks.stamped("answer" if answer.counts else "late", sent, station.number, answer.seconds)
+        self.marks.stamped("answer" if answer.counts else "late", sent, station.number, answer.seconds, answer.ended)
         if verdict != FINE and answer.counts and run.number in self._carried.under_way:
             step = f"step {answer.named(verdict)} of run {run.number}"
             words = f"{station.worker} failed evaluating {step}: the denoiser returned NaN or infinity"

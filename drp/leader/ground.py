@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from drp.leader.devices import Device
-from drp.protocol.cuda import CudaError, GpuEvent, GpuMemory, GpuStream, LeaderLink, is_turned
-from drp.protocol.memory import Memory, SharedMemory
+from drp.leader.lane import Lane, LaneRecord
+from drp.leader.spare import Spare
+from drp.protocol.bell import OwnBell
+from drp.protocol.cuda import CudaError, EventRecord, GpuEvent, GpuMemory, GpuStream, RunRecord, is_turned
+from drp.protocol.memory import Memory
 from drp.protocol.messages import GpuHandle, Half, OnGpu
-from drp.protocol.order import LINE, HostLink, HostStream, Link, Stream
+from drp.protocol.order import LINE, Record, Stream
 
 PROBE = 4096
 LEAST = 1 << 21
@@ -68,12 +71,16 @@ class Ground:
     def __init__(self, devices: Sequence[Device], options: GpuOptions, batch: int) -> None:
         self._uuid = devices[0].gpu if options.memory == "auto" else None
         self._options, self._batch = options, batch
+        self._on_cores = {number for number, device in enumerate(devices) if device.gpu is None}
         self.nvtx = options.nvtx and devices[0].gpu is not None
+        self._spare = Spare()
         self._all: list[GpuMemory] = []
         self._free: list[GpuMemory] = []
         self._probes: dict[int, GpuMemory] = {}
         self.ahead = options.ordering == "device"
         """Whether answers run ahead of the devices."""
+        self.bell = OwnBell() if self.ahead else None
+        """With which workers wake the leader."""
         self._sequences = itertools.count()
         self._events: dict[int, GpuEvent] = {}
         self._all_events: list[GpuEvent] = []
@@ -118,13 +125,18 @@ class Ground:
     def make(self, nbytes: int) -> Memory:
         """Return memory for a run, at least so long; closing it gives it back."""
         if self._uuid is None:
-            return SharedMemory.create(nbytes)
+            return self._spare.take(nbytes)
         size = max(LEAST, 1 << (nbytes - 1).bit_length())
         memory = next((each for each in self._free if each.nbytes == size), None)
         if memory is None:
             return self._create(size)
         self._free.remove(memory)
         return memory
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether runs lie on a GPU: its streams go on by themselves, and have to be looked at."""
+        return self._uuid is not None
 
     def number(self) -> int:
         """Return a sequence number for a draft, which none of the last four billion has."""
@@ -139,19 +151,29 @@ class Ground:
     def stream(self) -> Stream:
         """Return a stream for one run, to be closed with it."""
         if self._uuid is None:
-            return HostStream("drp-run")
+            return Lane()
         return GpuStream(torch.device("cuda", torch.cuda.current_device()))
 
-    def link(self, number: int, memory: Memory, place: int, stream: Stream) -> tuple[Link, bytes | None]:
-        """Return a run's link to a worker, its numbers at this place of the run's memory; and the event's handle."""
-        if isinstance(stream, HostStream):
-            return HostLink(memory.tensor(place, (LINE // 8,), torch.int64)[:4], leads=True, stream=stream), None
+    def own(self, memory: Memory, place: int, stream: Stream) -> Record:
+        """Return what the leader records of a run; on the host its numbers are at this place of the run's memory."""
+        if isinstance(stream, Lane):
+            return LaneRecord(memory.tensor(place, (LINE // 8,), torch.int64), stream)
+        return RunRecord(memory)
+
+    def workers(self, number: int, memory: Memory, place: int, stream: Stream) -> tuple[Record, bytes | None]:
+        """Return what a worker records of a run, and the handle of its event; on the host as above."""
+        if isinstance(stream, Lane):
+            line = memory.tensor(place, (LINE // 8,), torch.int64)
+            return LaneRecord(line, stream, told=number in self._on_cores), None
         assert isinstance(stream, GpuStream)
         event = self._events[number]
-        return LeaderLink(memory, event, stream), event.handle
+        return EventRecord(event, stream), event.handle
 
     def close(self) -> None:
         """Free everything; the workers must have ended."""
+        self._spare.close()
+        if self.bell is not None:
+            self.bell.close()
         for event in self._all_events:
             event.free()
         self._all_events.clear()

@@ -43,11 +43,11 @@ class Marks:
                     now = time.perf_counter_ns()
                     timeline.append(Mark(what, now, message.run, task.index, worker, seconds, times=times))
 
-    def stamped(self, what: What, sent: Sent, worker: int, seconds: float) -> None:
+    def stamped(self, what: What, sent: Sent, worker: int, seconds: float, ended: float) -> None:
         """Put down that the stamps of a batch were seen, which was answered before it was evaluated."""
         if self.timelines:
-            now = time.perf_counter()
-            times = (now - seconds, now - seconds, now, now)
+            ended = ended or time.perf_counter()
+            times = (ended - seconds, ended - seconds, ended, ended)
             self.answered(what, sent, worker, Prediction(sent.run.number, 0, 0, seconds, *times))
             for task in sent.tasks:
                 self.add("folded", sent.run, task.index, worker)

@@ -96,9 +96,9 @@ class Arena:
         finally:
             memory.close()  # The mapping stays, for the tensors.
 
-    def close(self) -> None:
-        """Let go of it; the tensors must not be used any more."""
-        self.memory.close()
+    def close(self, reuse: bool = True) -> None:
+        """Let go of it; the tensors must not be used any more. `reuse` says that no worker writes to it any more."""
+        self.memory.close(reuse)
 
 
 def _specs(what: str, tensors: Mapping[str, Tensor], start: int = 0) -> tuple[TensorSpec, ...]:

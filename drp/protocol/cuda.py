@@ -124,9 +124,12 @@ class GpuMemory:
         stream = torch.cuda.current_stream().cuda_stream
         _call("cudaStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(self._event), 0)
 
-    def close(self) -> None:
-        """Hand it to whoever keeps it: it is freed when those who opened it have ended. A peer's stays open."""
-        if self._keep is not None:
+    def close(self, reuse: bool = True) -> None:
+        """Hand it to whoever keeps it: it is freed when those who opened it have ended. A peer's stays open.
+
+        If somebody may still write to it, nobody has it again until then.
+        """
+        if self._keep is not None and reuse:
             self._keep(self)
 
     def free(self) -> None:
@@ -194,6 +197,9 @@ class GpuStream:
         """Queue what `do` queues; this is the current stream."""
         do()
 
+    def go(self) -> None:
+        """Do nothing: the GPU does."""
+
     def current(self) -> AbstractContextManager[object]:
         """Make it the current stream for a while."""
         return torch.cuda.stream(self._stream)
@@ -220,42 +226,43 @@ class GpuStream:
         """Do nothing: what was queued runs to its end, in memory that stays."""
 
 
-class LeaderLink:
-    """The leader's side of a link between GPUs: its run's own event, and the worker's."""
+class RunRecord:
+    """What the leader records of a run whose memory lies on its GPU: that memory's own event."""
 
-    def __init__(self, memory: Memory, worker: GpuEvent, stream: GpuStream) -> None:
-        self._memory, self._worker, self._stream = memory, worker, stream
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
 
     def record(self) -> None:
-        """Record the run's event."""
+        """Record the event on the current stream."""
         self._memory.written()
 
     def wait(self) -> None:
-        """Have the current stream wait for the worker's event."""
-        self._worker.wait()
-
-    def release(self) -> None:
-        """Record the worker's event in its place, aside, so that a wait for it can end."""
-        with self._stream.aside():
-            self._worker.record()
-
-
-class WorkerLink:
-    """A worker's side of it."""
-
-    def __init__(self, memory: Memory, own: GpuEvent) -> None:
-        self._memory, self._own = memory, own
-
-    def record(self) -> None:
-        """Record the worker's event on the current stream."""
-        self._own.record()
-
-    def wait(self) -> None:
-        """Have the current stream wait for the run's event."""
+        """Have the current stream wait for it."""
         self._memory.follow()
 
     def release(self) -> None:
         """Do nothing: a worker ends with its leader."""
+
+
+class EventRecord:
+    """What a worker records: an event of its own, which the leader made."""
+
+    def __init__(self, event: GpuEvent, stream: GpuStream | None = None) -> None:
+        self._event, self._stream = event, stream
+
+    def record(self) -> None:
+        """Record the event on the current stream."""
+        self._event.record()
+
+    def wait(self) -> None:
+        """Have the current stream wait for it."""
+        self._event.wait()
+
+    def release(self) -> None:
+        """Record it in the worker's place, aside of the leader's stream, so that a wait for it can end."""
+        assert self._stream is not None
+        with self._stream.aside():
+            self._event.record()
 
 
 class _Span:

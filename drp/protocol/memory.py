@@ -9,7 +9,7 @@ import fcntl
 import math
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 import torch
@@ -89,9 +89,12 @@ class Memory(Protocol):
         """Let what this process queues from now on come after what the owner had queued when it last said so."""
         ...
 
-    def close(self) -> None:
-        """Let go of it."""
+    def close(self, reuse: bool = True) -> None:
+        """Let go of it; `reuse` says that nobody writes to it any more."""
         ...
+
+
+Keep = Callable[["SharedMemory"], bool]
 
 
 class SharedMemory:
@@ -99,22 +102,26 @@ class SharedMemory:
 
     device: Final = torch.device("cpu")
 
-    def __init__(self, fd: int, nbytes: int) -> None:
-        self._fd = fd
+    def __init__(self, fd: int, nbytes: int, keep: Keep | None = None) -> None:
+        self._fd, self._keep = fd, keep
         self._map = mmap.mmap(fd, nbytes)
         self._lent = False
         self.nbytes = nbytes
 
     @classmethod
-    def create(cls, nbytes: int) -> SharedMemory:
-        """Make at least one page, zeroed. Its size is sealed, so that no peer can shrink it under a reader."""
+    def create(cls, nbytes: int, keep: Keep | None = None) -> SharedMemory:
+        """Make at least one page, zeroed. Its size is sealed, so that no peer can shrink it under a reader.
+
+        `keep` is asked when it is closed, and may say that it keeps it, for another to use. /proc/PID/fd calls such
+        memory drp-run, all other drp.
+        """
         nbytes = max(nbytes, mmap.PAGESIZE)
-        fd = os.memfd_create("drp", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = os.memfd_create("drp" if keep is None else "drp-run", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             # Reserve now: a machine that is out of memory says so here, not by a signal at the first write.
             os.posix_fallocate(fd, 0, nbytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            return cls(fd, nbytes)
+            return cls(fd, nbytes, keep)
         except OSError as error:
             os.close(fd)
             raise MemoryError(f"no {nbytes} bytes of shared memory: {error}") from error
@@ -168,9 +175,12 @@ class SharedMemory:
         """Return a copy of everything."""
         return self._map[:]
 
-    def close(self) -> None:
-        """Give the descriptor back: nobody can open it any more. The pages go now or with the last tensor."""
-        if self._fd >= 0:
+    def close(self, reuse: bool = True) -> None:
+        """Give the descriptor back: nobody can open it any more. The pages go now or with the last tensor.
+
+        Unless somebody keeps it, which takes that nobody writes to it any more: `reuse`.
+        """
+        if self._fd >= 0 and not (reuse and self._keep is not None and self._keep(self)):
             os.close(self._fd)
             self._fd = -1
             if not self._lent:  # Else the mapping goes with the last tensor, which does not stop mmap from closing.

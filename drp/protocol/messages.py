@@ -24,7 +24,7 @@ from typing import Annotated, Literal
 
 from drp.protocol.codec import Bounds, Length, numbers
 
-VERSION = 3
+VERSION = 4
 MOST_TENSORS = 1024
 """In a slot, or as conditions."""
 MOST_BATCHED = 255
@@ -64,6 +64,14 @@ class Handle:
     pid: Count
     fd: Count
     nbytes: Bytes
+
+
+@dataclass(frozen=True)
+class End:
+    """The writing end of a pipe: descriptor `fd` of the process `pid`."""
+
+    pid: Count
+    fd: Count
 
 
 @dataclass(frozen=True)
@@ -194,14 +202,17 @@ class Warmed:
 class Order:
     """How a worker answers drafts of a run before its device has evaluated them; see `drp.protocol.order`.
 
-    From `stamps` on the arena has two int64 for each row. The link's numbers are at `link`, for an arena on the host;
-    for one on a GPU its own event is the leader's side, and the worker's is `event`: what cudaIpcGetEventHandle gives
-    for an event of the leader's that the worker records.
+    From `stamps` on the arena has three int64 for each row. What the leader records is at `leaders`, what this worker
+    records at `own`, for an arena on the host, and a worker on cores rings the `bell` when that is wanted; for one on a
+    GPU its own event is the leader's, and the worker's is `event`: what cudaIpcGetEventHandle gives for an event of the
+    leader's that the worker records.
     """
 
     stamps: Bytes
-    link: Bytes
+    leaders: Bytes
+    own: Bytes
     event: Opaque | None = None
+    bell: End | None = None
 
 
 @dataclass(frozen=True)

@@ -1,37 +1,40 @@
 """Order: answers that run ahead of the device. Work is queued on streams, and so is waiting for another process's.
 
-A *stream* does what it is given in order, after the caller has gone on: on a GPU it is CUDA's, on the host a thread. A
-*link* joins two streams: `record` says that what was queued so far is to count as done once it is, and `wait` has the
-stream wait for what the other side recorded last. A *stamp* is written behind a prediction, and read before it is used:
-it proves that what was read was finished, whatever became of the links.
+A *stream* does what it is given in order, after the caller has gone on: on a GPU it is CUDA's; on the host a worker's
+is a thread, and the leader's a list that its one thread works off: a second would wait for the interpreter's lock. A
+*record* joins streams: one side's `record` says that what was queued so far is to count as done once it is, and `wait`
+has another's stream wait for what that side recorded last. A *stamp* is written behind a prediction, and read before it
+is used: it proves that what was read was finished, whatever became of the records.
 
-Here is the host's side of it; `drp.protocol.cuda` has the GPU's.
+What is recorded counts as done from a *time* on. That is now, for a thread that works; for one that stands for an
+emulated device, which knows how long it takes, it may be later: whoever waits for it waits until then, and no thread
+has to wake up on the device's side to say so, as none does on a GPU's.
+
+Here are the numbers that both sides have on the host; `drp.protocol.cuda` has what a GPU has instead.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import threading
-import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from drp.protocol.memory import ALIGNMENT
+from drp.protocol.waiting import Number
 
 PAUSE = 50e-6
-"""Seconds between two looks at a number that another process writes."""
+"""Seconds between two looks at a number that a device writes."""
 
-CLOSING = 1.0
-"""Seconds that what a closed stream is doing may still take: it cannot be broken off."""
+PATIENCE = 0.05
+"""Seconds after which a number of another process is looked at again, though nobody said that it has changed."""
 
-STAMP = 2
-"""int64 numbers of a stamp: its word, and the nanoseconds that the evaluation took, 0 if they are not known."""
+STAMP = 3
+"""int64 numbers of a stamp: its word; the nanoseconds that the evaluation took, 0 if they are not known; and when it
+ended, in nanoseconds of CLOCK_MONOTONIC, 0 likewise."""
 UNREAD = -1
 """In place of a word: no stamp was read yet."""
 FINE, NOT_FINITE, RAISED = 0, 1, 2
@@ -39,7 +42,10 @@ FINE, NOT_FINITE, RAISED = 0, 1, 2
 VERDICTS = 4
 
 LINE = ALIGNMENT
-"""Bytes of a link on the host: how often the leader has recorded, how much of that is done, and so for the worker."""
+"""Bytes of one side's records on the host."""
+RECORDED, REACHED, WANTED, TIMES, RING = 0, 1, 2, 8, 8
+"""The int64 there: how often it has recorded; how much of that is done; whether somebody wants to be told of more; and
+since when the last RING of those are."""
 
 
 class Stream(Protocol):
@@ -47,6 +53,13 @@ class Stream(Protocol):
 
     def put(self, do: Callable[[], object]) -> None:
         """Have this done after what was given before; on a GPU, what `do` queues on the current stream."""
+        ...
+
+    def go(self) -> float | None:
+        """Do what can be done now, if that takes this thread; return when there is more, in seconds of perf_counter.
+
+        None if there is not, or not for this thread. Raises what something given raised.
+        """
         ...
 
     def current(self) -> AbstractContextManager[object]:
@@ -74,11 +87,11 @@ class Stream(Protocol):
         ...
 
 
-class Link(Protocol):
-    """Joins a stream of this process to another process's."""
+class Record(Protocol):
+    """Joins the stream of one side to those of others."""
 
     def record(self) -> None:
-        """Let the other side's next `wait` be for all that was queued here so far. Call it before the message."""
+        """Let the others' next `wait` be for all that was queued here so far. Call it before the message."""
         ...
 
     def wait(self) -> None:
@@ -90,97 +103,54 @@ class Link(Protocol):
         ...
 
 
-class HostStream:
-    """A thread that does what it is given in order: on the host what a stream is on a GPU."""
-
-    def __init__(self, name: str) -> None:
-        self._todo: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        self._given = self._done = 0
-        self._error: BaseException | None = None
-        self.closed = False
-        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
-        self._thread.start()
-
-    def put(self, do: Callable[[], object]) -> None:
-        """Have this done after what was given before; raise what something given before has raised."""
-        if self._error is not None:
-            raise self._error
-        self._given += 1
-        self._todo.put(do)
-
-    def mark(self) -> int:
-        """Return how much was given."""
-        return self._given
-
-    def passed(self, mark: int) -> bool:
-        """Whether so much was done."""
-        if self._error is not None:
-            raise self._error
-        return self._done >= mark
-
-    def settle(self) -> None:
-        """Wait until all was done."""
-        while not self.passed(self._given):
-            time.sleep(PAUSE)
-
-    def current(self) -> AbstractContextManager[object]:
-        """Do nothing: it is used by `put`."""
-        return contextlib.nullcontext()
-
-    def aside(self) -> AbstractContextManager[object]:
-        """Do nothing: this thread may read what was done."""
-        return contextlib.nullcontext()
-
-    def close(self) -> None:
-        """Drop what was not done; a wait is given up."""
-        self.closed = True
-        self._todo.put(None)
-        self._thread.join(CLOSING)
-
-    def _serve(self) -> None:
-        torch.get_num_threads()  # At its first call a thread takes the process's number, which its sums then have.
-        with torch.inference_mode():
-            while (do := self._todo.get()) is not None and not self.closed:
-                try:
-                    do()
-                except BaseException as error:  # told to the thread that gives
-                    self._error = error
-                    return
-                self._done += 1
-                del do  # It holds tensors, and the next may be long in coming.
+_FENCE = threading.Lock()
 
 
-class HostLink:
-    """Counts in shared memory: how often each side has recorded, and how much of that is done.
+class Line:
+    """One side's records on the host: int64 [LINE / 8] in memory that both sides have mapped; it alone counts."""
 
-    `line` are the four numbers, int64 on the host; `leads` says whether this is the leader's side. A wait that nobody
-    ends is given up when the stream is closed; a leader ends those for a worker that is gone with `release`, and a
-    worker's end with its leader.
-    """
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers = numbers.numpy()
+        self._reached = Number(self._numbers, REACHED)
 
-    def __init__(self, line: Tensor, leads: bool, stream: HostStream) -> None:
-        self._line, self._stream = line.numpy(), stream
-        self._mine, self._other = (0, 2) if leads else (2, 0)
+    @property
+    def recorded(self) -> int:
+        """How often it has recorded."""
+        return int(self._numbers[RECORDED])
 
-    def record(self) -> None:
-        """Count, and have the stream say when it is there."""
-        self._line[self._mine] += 1
-        self._stream.put(functools.partial(self._reach, int(self._line[self._mine])))
+    def count(self) -> int:
+        """Record once more; return how often that was."""
+        self._numbers[RECORDED] += 1
+        return self.recorded
 
-    def wait(self) -> None:
-        """Have the stream wait until the other's is where it was last recorded."""
-        self._stream.put(functools.partial(self._wait_for, int(self._line[self._other])))
+    def reach(self, count: int, ns: int) -> bool:
+        """Say that so much of it is done, or will be at a time; return whether somebody wants to be told."""
+        self._numbers[TIMES + count % RING] = ns
+        self._reached.write(count)
+        wanted = bool(self._numbers[WANTED])
+        self._numbers[WANTED] = 0
+        return wanted
+
+    def since(self, count: int) -> int | None:
+        """Return since when so much of it is done, in nanoseconds of CLOCK_MONOTONIC; None if it is not."""
+        return int(self._numbers[TIMES + count % RING]) if self._reached.value >= count else None
+
+    def want(self) -> None:
+        """Want to be told of what is done next. Look again after this: it may be done already."""
+        self._numbers[WANTED] = 1
+        with _FENCE:  # What is written must be there before it is looked at: a lock sees to that.
+            pass
+
+    def wait(self, count: int, seconds: float) -> None:
+        """Sleep until so much of it is done, at most; it may also end before."""
+        reached = self._reached.value
+        if reached < count:
+            self._reached.wait(reached, seconds)
 
     def release(self) -> None:
-        """Count what the other has recorded as done."""
-        self._line[self._other + 1] = self._line[self._other]
-
-    def _reach(self, count: int) -> None:
-        self._line[self._mine + 1] = count
-
-    def _wait_for(self, count: int) -> None:
-        while self._line[self._other + 1] < count and not self._stream.closed:
-            time.sleep(PAUSE)
+        """Count all of it as done: who recorded it is gone."""
+        self._numbers[TIMES : TIMES + RING] = 0
+        self._reached.write(self.recorded)
 
 
 def word(sequence: int, verdict: int) -> int:
@@ -194,8 +164,8 @@ def verdict_of(said: int, sequence: int) -> int | None:
     return verdict if verdict in (FINE, NOT_FINITE, RAISED) else None
 
 
-def stamp(place: Tensor, sequence: int, prediction: Iterable[Tensor], nanoseconds: int = 0) -> None:
-    """Write the stamp of a prediction, on its device and by its current stream, to `place`, int64 [2]."""
+def stamp(place: Tensor, sequence: int, prediction: Iterable[Tensor], nanoseconds: int = 0, ended: int = 0) -> None:
+    """Write the stamp of a prediction, on its device and by its current stream, to `place`, int64 [STAMP]."""
     finite = torch.stack([tensor.isfinite().all() for tensor in prediction]).all()
     said = word(sequence, NOT_FINITE) - finite.long()
-    place.copy_(torch.stack([said, torch.full_like(said, nanoseconds)]), non_blocking=True)
+    place.copy_(torch.stack([said, *(torch.full_like(said, n) for n in (nanoseconds, ended))]), non_blocking=True)

@@ -16,9 +16,13 @@ import zmq
 
 from drp.protocol.codec import MAX_MESSAGE, ProtocolError, decode, encode
 from drp.protocol.messages import TO_LEADER, TO_WORKER, ToLeader, ToWorker
+from drp.protocol.waiting import wait_readable
 
 MAX_PATH = 107
 """Characters of the longest path of a Unix socket."""
+
+LONGEST = 3600.0
+"""Seconds of one wait of the leader's, which may have no deadline."""
 
 BACKLOG = 64
 """Messages from one worker that wait to be taken; a worker that sends more waits itself."""
@@ -80,8 +84,10 @@ class LeaderSocket:
         deadline, own = time.monotonic() + seconds, self._socket.fileno()
         while True:
             message = self._has_message()
-            ready = {fd for fd, _ in self._epoll.poll(0.0 if message else max(0.0, deadline - time.monotonic()))}
-            if message or ready - {own} or not ready:
+            if not message and (left := deadline - time.monotonic()) > 0:
+                wait_readable(self._epoll.fileno(), min(left, LONGEST))
+            ready = {fd for fd, _ in self._epoll.poll(0.0)}
+            if message or ready - {own} or (not ready and time.monotonic() >= deadline):
                 return message or self._has_message(), ready - {own}
 
     def _has_message(self) -> bool:

@@ -6,17 +6,26 @@ It stands in for a stream of a GPU, in order and asynchronous like one, so that 
 from __future__ import annotations
 
 import functools
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from drp.protocol.arena import Arena
-from drp.protocol.messages import Draft
-from drp.protocol.order import LINE, RAISED, STAMP, HostLink, HostStream, Link, stamp, word
+from drp.protocol.bell import Bell
+from drp.protocol.messages import Draft, End
+from drp.protocol.order import LINE, PATIENCE, PAUSE, RAISED, RING, STAMP, Line, Record, stamp, word
+from drp.protocol.waiting import be_punctual, sleep_until
+from drp.workers.emulated import Times
+
+CLOSING = 1.0
+"""Seconds that what a closed stream is doing may still take: it cannot be broken off."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Ahead(Protocol):
         ...
 
     def bind(self, run: int, arena: Arena) -> None:
-        """Take up a run's link and stamps."""
+        """Take up a run's records and stamps."""
         ...
 
     def put(self, work: Work) -> None:
@@ -73,37 +82,139 @@ class Ahead(Protocol):
 
 
 class Bound:
-    """A run's link and stamps, as its Bind says."""
+    """What the leader records of a run, what this worker does, and its stamps, as the run's Bind says."""
 
-    def __init__(self, arena: Arena, link: Link) -> None:
+    def __init__(self, arena: Arena, leaders: Record, own: Record) -> None:
         assert arena.bind.order is not None
-        self.link = link
+        self.leaders, self.own = leaders, own
         self.stamps = arena.memory.tensor(arena.bind.order.stamps, (arena.bind.rows, STAMP), torch.int64)
 
 
-def host_line(arena: Arena) -> Tensor:
-    """Return the four numbers of a link on the host."""
-    assert arena.bind.order is not None
-    return arena.memory.tensor(arena.bind.order.link, (LINE // 8,), torch.int64)[:4]
+def host_lines(arena: Arena) -> tuple[Tensor, Tensor]:
+    """Return the leader's numbers, and this worker's, for an arena on the host."""
+    order = arena.bind.order
+    assert order is not None
+    leaders, own = (arena.memory.tensor(place, (LINE // 8,), torch.int64) for place in (order.leaders, order.own))
+    return leaders, own
+
+
+class HostStream:
+    """A thread that does what it is given in order: on the host what a stream is on a GPU.
+
+    `time`, in nanoseconds of CLOCK_MONOTONIC, is when what was done counts as done, if that is not at once: what it
+    waits for, and what it says of itself, is as of then.
+    """
+
+    def __init__(self) -> None:
+        self._todo: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._given = self._done = 0
+        self._error: BaseException | None = None
+        self.time = 0
+        self.closed = False
+        self._thread = threading.Thread(target=self._serve, name="drp-worker", daemon=True)
+        self._thread.start()
+
+    def put(self, do: Callable[[], object]) -> None:
+        """Have this done after what was given before; raise what something given before has raised."""
+        if self._error is not None:
+            raise self._error
+        self._given += 1
+        self._todo.put(do)
+
+    @property
+    def busy(self) -> bool:
+        """Whether not all of it was done; raises what something given has raised."""
+        if self._error is not None:
+            raise self._error
+        return self._done < self._given
+
+    def settle(self) -> None:
+        """Wait until all was done, and counts as done."""
+        while self.busy:
+            time.sleep(PAUSE)
+        sleep_until(self.time)
+
+    def close(self) -> None:
+        """Drop what was not done; a wait is given up."""
+        self.closed = True
+        self._todo.put(None)
+        self._thread.join(CLOSING)
+
+    def _serve(self) -> None:
+        torch.get_num_threads()  # At its first call a thread takes the process's number, which its sums then have.
+        be_punctual()
+        with torch.inference_mode():
+            while (do := self._todo.get()) is not None and not self.closed:
+                try:
+                    do()
+                except BaseException as error:  # told to the thread that gives
+                    self._error = error
+                    return
+                self._done += 1
+                del do  # It holds tensors, and the next may be long in coming.
+
+
+class HostRecord:
+    """A side's records as a worker's thread sees them: its own, which may ring the leader's bell, or the leader's."""
+
+    def __init__(self, line: Tensor, stream: HostStream, ring: Callable[[], object] = lambda: None) -> None:
+        self._line, self._stream, self._ring = Line(line), stream, ring
+
+    def record(self) -> None:
+        """Count, and have the thread say when it is there."""
+        count = self._line.count()
+        self._stream.put(functools.partial(self._reach, count))
+
+    def wait(self) -> None:
+        """Have the thread wait until the other's is where it was last recorded."""
+        self._stream.put(functools.partial(self._wait_for, self._line.recorded))
+
+    def release(self) -> None:
+        """Do nothing: a worker ends with its leader."""
+
+    def _reach(self, count: int) -> None:
+        while (last := self._line.since(count - RING) or 0) > time.perf_counter_ns() and not self._stream.closed:
+            sleep_until(last)  # Whoever waits for the record that had this place must have seen it.
+        if self._line.reach(count, max(self._stream.time, time.perf_counter_ns())):
+            self._ring()
+
+    def _wait_for(self, count: int) -> None:
+        while (since := self._line.since(count)) is None:
+            if self._stream.closed:
+                return
+            self._line.wait(count, PATIENCE)
+        self._stream.time = max(self._stream.time, since)
 
 
 class HostAhead:
-    """A thread that evaluates what was answered, in order. `evaluate` does so, and returns the seconds that it took."""
+    """A thread that evaluates what was answered, in order.
 
-    def __init__(self, evaluate: Callable[[Work], float]) -> None:
+    `evaluate` is given since when it might have, in seconds of perf_counter, and says when it had begun, had the
+    prediction, had it in its row, and when it was there for whoever waits. An emulated device is at work until then,
+    while this thread goes on: it starts the next evaluation when it is done with the last, not when the thread is.
+    """
+
+    def __init__(self, evaluate: Callable[[Work, float], Times]) -> None:
         self._evaluate = evaluate
-        self._stream = HostStream("drp-worker")
+        self._stream = HostStream()
         self._runs: dict[int, Bound] = {}
+        self._bells: dict[End, Bell] = {}
         self._failed: deque[tuple[Draft, Exception]] = deque()
 
     @property
     def busy(self) -> bool:
         """Whether something was given that is not done."""
-        return not self._stream.passed(self._stream.mark()) or bool(self._failed)
+        return self._stream.busy or bool(self._failed)
 
     def bind(self, run: int, arena: Arena) -> None:
-        """Take up a run's link and stamps."""
-        self._runs[run] = Bound(arena, HostLink(host_line(arena), leads=False, stream=self._stream))
+        """Take up a run's records and stamps."""
+        order = arena.bind.order
+        assert order is not None
+        if order.bell is not None and order.bell not in self._bells:
+            self._bells[order.bell] = Bell(order.bell)
+        leaders, own = host_lines(arena)
+        ring = self._bells[order.bell].ring if order.bell is not None else lambda: None
+        self._runs[run] = Bound(arena, HostRecord(leaders, self._stream), HostRecord(own, self._stream, ring))
 
     def unbind(self, run: int) -> None:
         """Let go of them."""
@@ -114,29 +225,32 @@ class HostAhead:
         return [self._failed.popleft() for _ in range(len(self._failed))]
 
     def settle(self) -> None:
-        """Wait for the thread."""
+        """Wait for the thread, and for the device that it stands for."""
         self._stream.settle()
 
     def close(self) -> None:
         """End the thread."""
         self._stream.close()
+        for bell in self._bells.values():
+            bell.close()
 
     def put(self, work: Work) -> None:
         """Have the thread evaluate a draft and stamp it, once the leader has written it."""
         bound = self._runs[work.draft.run]
-        bound.link.wait()
-        self._stream.put(functools.partial(self._do, bound, work))
-        bound.link.record()
+        bound.leaders.wait()
+        self._stream.put(functools.partial(self._do, bound, work, time.perf_counter_ns()))
+        bound.own.record()
 
-    def _do(self, bound: Bound, work: Work) -> None:
+    def _do(self, bound: Bound, work: Work, given: int) -> None:
         draft = work.draft
         try:
-            seconds = self._evaluate(work)
+            times = self._evaluate(work, max(self._stream.time, given) / 1e9)
         except Exception as error:  # the denoiser's: the stamp says that there is none, and a Fault says why
             self._failed.append((draft, error))
             for row in work.rows:
                 bound.stamps[row, 0] = word(draft.sequence, RAISED)
             return
+        self._stream.time = round(times.there * 1e9)
         for place, (row, output) in enumerate(zip(work.rows, work.outputs, strict=True)):
-            took = round(seconds * 1e9) if place == 0 else 0  # a batch's, once
-            stamp(bound.stamps[row], draft.sequence, output.values(), took)
+            took = round((times.ended - times.began) * 1e9) if place == 0 else 0  # a batch's, once
+            stamp(bound.stamps[row], draft.sequence, output.values(), took, round(times.ended * 1e9))

@@ -5,18 +5,27 @@ Everything else is real: the process, the protocol, the memory. What it measures
 
 from __future__ import annotations
 
-import ctypes
 import random
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
 from drp.protocol.messages import Draft, Emulated
+from drp.protocol.waiting import be_punctual
 
-PR_SET_TIMERSLACK = 29
 TURNS = 0.25
 """Share of the time over which the cheap and the recorded evaluations of a round are spread."""
+
+
+class Times(NamedTuple):
+    """Of an evaluation, in seconds of perf_counter: it began, had its prediction, had it in its row, had sent it."""
+
+    began: float
+    predicted: float
+    ended: float
+    there: float
 
 
 class EmulatedDevice:
@@ -24,24 +33,27 @@ class EmulatedDevice:
 
     def __init__(self, emulated: Emulated) -> None:
         self.emulated = emulated
-        # The kernel may end a sleep 50 us late to save power, unless it is asked not to.
-        ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1)
+        be_punctual()
 
-    def run(self, draft: Draft, nbytes: int, evaluate: Callable[[], object]) -> tuple[float, float, float]:
-        """Evaluate a draft of `nbytes`; return when that began, had its prediction and ended, by `perf_counter`.
+    def run(self, draft: Draft, nbytes: int, evaluate: Callable[[], object], since: float | None = None) -> Times:
+        """Evaluate a draft of `nbytes`, and take the time for it; the prediction is there at the end of that.
 
-        Transfers over the link are apart; the prediction is there, and copied, at the end of the stated time.
+        With `since` it is queued: it begins then, and the caller waits, not this. It then ends later than its time is
+        over only if this process was too slow for it. Transfers over the link are apart.
         """
         link = self.emulated.latency + (nbytes / self.emulated.bandwidth if self.emulated.bandwidth else 0.0)
+        if since is not None:
+            evaluate()
+            began = since + link
+            ended = max(began + self.seconds(draft.run, draft.index), time.perf_counter())
+            return Times(began, ended, ended, ended + link)
         arrived = time.perf_counter()
         began = sleep_until(arrived + link) if link else arrived
         if self.emulated.values != "model":  # Devices compute side by side; processes that share cores do so in turn.
             sleep_until(began + self.emulated.seconds * TURNS * (self.emulated.number % 16) / 16)
         evaluate()
         ended = sleep_until(began + self.seconds(draft.run, draft.index))
-        if link:
-            sleep_until(ended + link)
-        return began, ended, ended
+        return Times(began, ended, ended, sleep_until(ended + link) if link else ended)
 
     def seconds(self, run: int, index: int) -> float:
         """Return the time of one evaluation: the same whenever this device evaluates this index of this run."""

@@ -6,7 +6,6 @@ copy streams beside it: the next draft comes in, and the last prediction goes ou
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -14,10 +13,10 @@ from torch import Tensor
 
 from drp.models.registry import Denoiser
 from drp.protocol.arena import Arena
-from drp.protocol.cuda import GpuEvent, WorkerLink
+from drp.protocol.cuda import EventRecord, GpuEvent, RunRecord
 from drp.protocol.messages import Draft
-from drp.protocol.order import PAUSE, Link, stamp
-from drp.workers.ahead import Bound, Work, host_line
+from drp.protocol.order import PATIENCE, REACHED, Line, Record, stamp
+from drp.workers.ahead import Bound, Work, host_lines
 from drp.workers.seat import Seat
 
 
@@ -38,17 +37,18 @@ class GpuAhead:
         return not self._last.query()
 
     def bind(self, run: int, arena: Arena) -> None:
-        """Take up a run's link and stamps; the worker's event is opened once, and comes again with later runs."""
+        """Take up a run's records and stamps; the worker's event is opened once, and comes again with later runs."""
         assert arena.bind.order is not None
         event = arena.bind.order.event
-        link: Link
+        leaders: Record
+        own: Record
         if event is None:
-            link = PinnedLink(host_line(arena), self._device)
+            leaders, own = (PinnedRecord(line, self._device) for line in host_lines(arena))
         else:
             if event not in self._events:
                 self._events[event] = GpuEvent.open(event)
-            link = WorkerLink(arena.memory, self._events[event])
-        self._runs[run] = Bound(arena, link)
+            leaders, own = RunRecord(arena.memory), EventRecord(self._events[event])
+        self._runs[run] = Bound(arena, leaders, own)
 
     def unbind(self, run: int) -> None:
         """Let go of them."""
@@ -59,7 +59,7 @@ class GpuAhead:
         bound, apart = self._runs[work.draft.run], work.arena.memory.device.type == "cpu"
         into, out = (self._in, self._out) if apart else (self._compute, self._compute)
         with torch.cuda.stream(into):
-            bound.link.wait()
+            bound.leaders.wait()
             here = self._seat.bring(work.inputs)
         self._compute.wait_stream(into)
         made = [{k: torch.empty_like(v, device=self._device) for k, v in each.items()} for each in work.outputs]
@@ -69,7 +69,7 @@ class GpuAhead:
             self._seat.hand_over(made, work.outputs)
             for row, mine in zip(work.rows, made, strict=True):
                 stamp(bound.stamps[row], work.draft.sequence, mine.values())
-            bound.link.record()
+            bound.own.record()
             self._last.record(out)
         if apart:  # Each was allocated for one stream and is used by another: not to be used again before that is done.
             for used, stream in ((here, self._compute), (made, out)):
@@ -88,26 +88,25 @@ class GpuAhead:
         """Do nothing: the process ends."""
 
 
-class PinnedLink:
-    """A worker's side of a link whose numbers lie on the host, pinned, beside a run that the leader's cores compute.
+class PinnedRecord:
+    """Numbers that lie on the host, pinned, beside a run that the leader's cores compute: the leader's, or its own.
 
     The GPU cannot wait for the leader's cores, so the worker's thread does, before it queues; the GPU counts itself.
     """
 
     def __init__(self, line: Tensor, device: torch.device) -> None:
-        self._line, self._numbers, self._device = line, line.numpy(), device
+        self._numbers, self._line, self._device = line, Line(line), device
 
     def record(self) -> None:
         """Count, and have the current stream say when it is there."""
-        self._numbers[2] += 1
-        there = torch.full((1,), int(self._numbers[2]), dtype=torch.int64, device=self._device)
-        self._line[3:4].copy_(there, non_blocking=True)
+        there = torch.full((1,), self._line.count(), dtype=torch.int64, device=self._device)
+        self._numbers[REACHED : REACHED + 1].copy_(there, non_blocking=True)
 
     def wait(self) -> None:
         """Wait until the leader has done what it recorded; it ends a worker for which that takes too long."""
-        due = self._numbers[0].item()
-        while self._numbers[1] < due:
-            time.sleep(PAUSE)
+        due = self._line.recorded
+        while self._line.since(due) is None:
+            self._line.wait(due, PATIENCE)
 
     def release(self) -> None:
         """Do nothing: a worker ends with its leader."""

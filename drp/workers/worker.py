@@ -42,7 +42,7 @@ from drp.protocol.messages import (
 from drp.protocol.transport import WorkerSocket
 from drp.ranges import put_ranges
 from drp.workers.ahead import Ahead, HostAhead, Work
-from drp.workers.emulated import EmulatedDevice, cheap
+from drp.workers.emulated import EmulatedDevice, Times, cheap
 from drp.workers.entry import Config
 from drp.workers.lasting import is_lasting
 from drp.workers.recorded import Recorded
@@ -164,7 +164,7 @@ class Worker:
 
     def _make_ahead(self) -> Ahead:
         if self._seat is None:
-            return HostAhead(lambda work: _seconds(self._compute(work)))
+            return HostAhead(self._compute)
         from drp.workers.seat_ahead import GpuAhead  # only now: nothing of CUDA without a GPU
 
         assert self._denoiser is not None
@@ -182,7 +182,7 @@ class Worker:
                 return Prediction(draft.run, draft.index, draft.row, 0.0, received)
             if self._ahead is not None:
                 self._ahead.settle()
-            began, predicted, ended = self._compute(work)
+            began, predicted, ended, _ = self._compute(work)
         except ProtocolError:
             raise
         except Exception as error:
@@ -203,8 +203,8 @@ class Worker:
         inputs = [arena.draft(each.slot) for each in drafts]
         return Work(draft, arena, inputs, [arena.prediction(each.row) for each in drafts])
 
-    def _compute(self, work: Work) -> tuple[float, float, float]:
-        """Evaluate a draft; return when that began, had the prediction, and had it in its row."""
+    def _compute(self, work: Work, since: float | None = None) -> Times:
+        """Evaluate a draft; `since` says that it is queued, and since when it might have been evaluated."""
 
         def evaluate() -> float:
             assert self._denoiser is not None
@@ -217,7 +217,7 @@ class Worker:
             return predicted
 
         nbytes = sum(tensor.nbytes for each in work.inputs for tensor in each.values())
-        return self._timed(work.draft, nbytes, evaluate)
+        return self._timed(work.draft, nbytes, evaluate, since)
 
     def _fault(self, draft: Draft, error: Exception) -> Fault:
         """Say that a draft cannot be evaluated; raise the error, and so end the worker, if no other could be either."""
@@ -226,14 +226,10 @@ class Worker:
         return Fault(draft.run, draft.index, draft.row, *_told(error))
 
 
-def _seconds(times: tuple[float, float, float]) -> float:
-    began, _, ended = times
-    return ended - began
-
-
-def _timed(draft: Draft, nbytes: int, evaluate: Callable[[], float]) -> tuple[float, float, float]:
+def _timed(draft: Draft, nbytes: int, evaluate: Callable[[], float], since: float | None) -> Times:
     began = time.perf_counter()
-    return began, evaluate(), time.perf_counter()
+    predicted, ended = evaluate(), time.perf_counter()
+    return Times(began, predicted, ended, ended)
 
 
 def _check(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from drp.protocol.cuda import GpuEvent, GpuMemory, GpuStream, LeaderLink, is_turned
+from drp.protocol.cuda import EventRecord, GpuEvent, GpuMemory, GpuStream, is_turned
 
 SLEEP = 2_000_000_000
 """Cycles for which a stream is kept busy: about a second."""
@@ -78,7 +78,7 @@ def test_the_owner_waits_for_an_event_that_a_peer_recorded(memory: GpuMemory, di
     """On a stream, not on the host; and a peer that is killed is not waited for, once that is known."""
     number, event = memory.tensor(0, (1,), torch.int64), GpuEvent.create()
     stream = GpuStream(memory.device)
-    link = LeaderLink(memory, event, stream)
+    record = EventRecord(event, stream)
     process = peer("write", memory, worker=event.handle.hex(), seconds=20 if dies else 2)
     assert process.stdin is not None
     assert process.stdout is not None
@@ -86,14 +86,14 @@ def test_the_owner_waits_for_an_event_that_a_peer_recorded(memory: GpuMemory, di
     began = time.perf_counter()
     seen = torch.full((1,), -1, dtype=torch.int64, pin_memory=True)
     with stream.current():
-        link.wait()
+        record.wait()
         seen.copy_(number, non_blocking=True)
     mark, queued = stream.mark(), time.perf_counter() - began
     assert not stream.passed(mark)
     if dies:
         process.kill()
         process.wait(60)
-        link.release()
+        record.release()
     while not stream.passed(mark):
         assert time.perf_counter() - began < 60, "the stream still waits"
         time.sleep(0.01)

@@ -1,0 +1,45 @@
+"""Spare: shared memory of runs that are over, for those to come: its pages are there, and mapped in this process."""
+
+from __future__ import annotations
+
+from drp.protocol.memory import SharedMemory
+
+MOST = 1 << 28
+"""Bytes that are kept at most; what was given back first goes first."""
+
+
+class Spare:
+    """For one thread. Memory comes back when it is closed, unless somebody may still write to it."""
+
+    def __init__(self, most: int = MOST) -> None:
+        self._most = most
+        self._free: list[SharedMemory] = []
+        self._closed = False
+
+    @property
+    def nbytes(self) -> int:
+        """How much is kept now."""
+        return sum(memory.nbytes for memory in self._free)
+
+    def take(self, nbytes: int) -> SharedMemory:
+        """Return memory at least so long, and less than four times that or a page; what is in it is anybody's guess."""
+        fits = [memory for memory in self._free if nbytes <= memory.nbytes < 4 * max(nbytes, 4096)]
+        if not fits:
+            return SharedMemory.create(nbytes, self._keep)
+        best = min(fits, key=lambda memory: memory.nbytes)
+        self._free.remove(best)
+        return best
+
+    def close(self) -> None:
+        """Let go of all of it, and of what comes back from now on."""
+        self._closed = True
+        while self._free:
+            self._free.pop().close()
+
+    def _keep(self, memory: SharedMemory) -> bool:
+        if self._closed or memory.nbytes > self._most:
+            return False
+        self._free.append(memory)
+        while self.nbytes > self._most:
+            self._free.pop(0).close(reuse=False)
+        return True
