@@ -280,7 +280,7 @@ def test_five_hundred_requests_of_eight_clients(programs: Path, served: Served) 
         def settled() -> tuple[int, int]:
             until(lambda: (watcher.status().requests, watcher.status().clients) == (0, 1), "nothing is left running")
             until(lambda: served.memory() == baseline, "all shared memory is given back")
-            return process.memory_info().rss, process.num_fds()
+            return process.memory_info().rss, served.descriptors()
 
         baseline = served.memory()
         all_clients(100, 10)  # what grows at first, has grown

@@ -72,11 +72,18 @@ class Served:
 
     def memory(self) -> int:
         """Count its descriptors of shared memory: of workers and results, not of runs, whose memory is used again."""
+        return sum("memfd:drp " in target for target in self._descriptors())
+
+    def descriptors(self) -> int:
+        """Count all others too, but those of runs: as many are kept as there were at once."""
+        return sum("memfd:drp-run" not in target for target in self._descriptors())
+
+    def _descriptors(self) -> list[str]:
         found = []
         for path in Path(f"/proc/{self.process.pid}/fd").iterdir():
             with contextlib.suppress(OSError):
                 found.append(str(path.readlink()))
-        return sum("memfd:drp " in target for target in found)
+        return found
 
     def end(self) -> tuple[int, str]:
         """Ask it to end; return how it did, and what it wrote to stderr."""
