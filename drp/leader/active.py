@@ -89,6 +89,8 @@ class Active(ABC):
         """By slot, the drafts formed whose predictions are not in."""
         self.writing: Counter[int] = Counter()
         """Rows that workers may write to: of drafts that they have, late ones too."""
+        self._lent: set[int] = set()
+        """Rows that another slot than that of their number was given at some time."""
         self.bound: set[int] = set()
         """Numbers of the workers that were sent Bind."""
         self.unbound: set[int] = set()
@@ -161,12 +163,17 @@ class Active(ABC):
     def free_row(self, slot: int) -> int:
         """Return a row for a draft's prediction: one that nobody reads, and that no late worker may write to.
 
-        It is the one of the slot's number, which only this slot's predictions are ever read from, or else a spare one.
+        It is the one of the slot's number, or else a spare one, or else another slot's. There always is one: a slot has
+        one row that is promised, written or read, and beside those there are as many as workers can write to at once.
         """
-        if slot not in self.writing:
+        if slot not in self.writing and slot not in self._lent:
             return slot
+        slots, rows = self.arena.bind.slots, self.arena.bind.rows
         used = self.rows_in_use() | self.writing.keys()
-        return next(row for row in range(self.arena.bind.slots, self.arena.bind.rows) if row not in used)
+        row = next(row for row in (slot, *range(slots, rows), *range(slots)) if row not in used)
+        if row < slots and row != slot:
+            self._lent.add(row)
+        return row
 
     def answer(self, worker: int, tasks: Sequence[Task], rows: Sequence[int], seconds: float) -> None:
         """Account for the predictions of a batch and take them."""
