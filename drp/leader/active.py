@@ -170,7 +170,7 @@ class Active(ABC):
             return slot
         slots, rows = self.arena.bind.slots, self.arena.bind.rows
         used = self.rows_in_use() | self.writing.keys()
-        row = next(row for row in (slot, *range(slots, rows), *range(slots)) if row not in used)
+        row: int = next(row for row in (slot, *range(slots, rows), *range(slots)) if row not in used)
         if row < slots and row != slot:
             self._lent.add(row)
         return row

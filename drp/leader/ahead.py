@@ -26,7 +26,7 @@ from drp.leader.ground import Ground
 from drp.leader.request import Job, Request
 from drp.protocol.memory import aligned
 from drp.protocol.messages import Bind, Order
-from drp.protocol.order import LINE, RAISED, STAMP, UNREAD, Record, verdict_of
+from drp.protocol.order import LINE, RAISED, STAMP, UNREAD, WorkersRecord, verdict_of
 from drp.sampling.run import Run, Task, residual
 
 
@@ -92,7 +92,7 @@ class AheadRun(ActiveRun):
         places: int,
     ) -> None:
         self._ground, self._stream = ground, ground.stream()
-        self._workers: dict[int, Record] = {}
+        self._workers: dict[int, WorkersRecord] = {}
         """What each records."""
         self._out: dict[int, None] = {}
         """Sequence numbers of the drafts that workers have, in order."""
@@ -166,17 +166,13 @@ class AheadRun(ActiveRun):
         row = self._reserved.pop(slot, None)
         if row is None:  # It is given again, after a loss.
             row = super().free_row(slot)
-            self._record()
+            with self._stream.current():
+                self._own.record()
         return row
 
     def rows_in_use(self) -> set[int]:
         """Return the rows that the arithmetic may still read, and those that were promised."""
         return super().rows_in_use() | set(self._reserved.values())
-
-    def _record(self) -> None:
-        """Have all workers' streams wait, before what they are sent from now on, for what was queued so far."""
-        with self._stream.current():
-            self._own.record()
 
     def answered(self, worker: int, sent: Sent, counts: bool) -> None:
         """Queue the wait for a worker's stream, the reading of the stamps, and, if it counts, the arithmetic."""
@@ -203,7 +199,7 @@ class AheadRun(ActiveRun):
         """Form all drafts whose predictions are queued; at the end wait, with None, until all stamps were seen."""
         with self._stream.current():
             if super().form():
-                self._record()
+                self._own.record()  # What workers are sent from now on waits for what was queued so far.
                 return True
         self._exhausted = True
         return None if self._answers else False

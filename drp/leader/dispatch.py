@@ -15,7 +15,7 @@ from drp.protocol.messages import Also, Draft
 from drp.sampling.run import Task
 
 DEPTH = 2
-"""Drafts, or batches of them, that a worker has at most: one, and another in advance."""
+"""Drafts, or batches of them, for each worker at most: one, and another in advance."""
 
 
 class Dispatch:

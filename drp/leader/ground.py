@@ -16,7 +16,7 @@ from drp.protocol.bell import OwnBell
 from drp.protocol.cuda import CudaError, EventRecord, GpuEvent, GpuMemory, GpuStream, RunRecord, is_turned
 from drp.protocol.memory import Memory
 from drp.protocol.messages import GpuHandle, Half, OnGpu
-from drp.protocol.order import LINE, Record, Stream
+from drp.protocol.order import LINE, Record, Stream, WorkersRecord
 
 PROBE = 4096
 LEAST = 1 << 21
@@ -160,7 +160,7 @@ class Ground:
             return LaneRecord(memory.tensor(place, (LINE // 8,), torch.int64), stream)
         return RunRecord(memory)
 
-    def workers(self, number: int, memory: Memory, place: int, stream: Stream) -> tuple[Record, bytes | None]:
+    def workers(self, number: int, memory: Memory, place: int, stream: Stream) -> tuple[WorkersRecord, bytes | None]:
         """Return what a worker records of a run, and the handle of its event; on the host as above."""
         if isinstance(stream, Lane):
             line = memory.tensor(place, (LINE // 8,), torch.int64)

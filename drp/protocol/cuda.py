@@ -240,9 +240,6 @@ class RunRecord:
         """Have the current stream wait for it."""
         self._memory.follow()
 
-    def release(self) -> None:
-        """Do nothing: a worker ends with its leader."""
-
 
 class EventRecord:
     """What a worker records: an event of its own, which the leader made."""

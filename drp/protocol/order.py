@@ -98,6 +98,10 @@ class Record(Protocol):
         """Have the stream wait for what the other side recorded last. Call it after a message."""
         ...
 
+
+class WorkersRecord(Record, Protocol):
+    """A worker's, as the leader has it: it outlives the worker."""
+
     def release(self) -> None:
         """Let the stream go on: the other side is gone, and what it recorded will not be done."""
         ...

@@ -66,10 +66,11 @@ def wait_readable(fd: int, seconds: float) -> None:
     _libc.ppoll(ctypes.byref(what), 1, ctypes.byref(most), None)
 
 
-def sleep_until(ns: int) -> None:
-    """Sleep until `time.perf_counter_ns()` is `ns`."""
-    while (left := ns - time.perf_counter_ns()) > 0:
-        time.sleep(left / 1e9)
+def sleep_until(deadline: float) -> float:
+    """Sleep until `time.perf_counter()` reaches `deadline`; return what it then is."""
+    while (left := deadline - time.perf_counter()) > 0:
+        time.sleep(left)
+    return time.perf_counter()
 
 
 def be_punctual() -> None:

@@ -132,7 +132,7 @@ class HostStream:
         """Wait until all was done, and counts as done."""
         while self.busy:
             time.sleep(PAUSE)
-        sleep_until(self.time)
+        sleep_until(self.time / 1e9)
 
     def close(self) -> None:
         """Drop what was not done; a wait is given up."""
@@ -169,12 +169,10 @@ class HostRecord:
         """Have the thread wait until the other's is where it was last recorded."""
         self._stream.put(functools.partial(self._wait_for, self._line.recorded))
 
-    def release(self) -> None:
-        """Do nothing: a worker ends with its leader."""
-
     def _reach(self, count: int) -> None:
-        while (last := self._line.since(count - RING) or 0) > time.perf_counter_ns() and not self._stream.closed:
-            sleep_until(last)  # Whoever waits for the record that had this place must have seen it.
+        last = self._line.since(count - RING)
+        if last is not None and not self._stream.closed:
+            sleep_until(last / 1e9)  # Whoever waits for the record that had this place must have seen it.
         if self._line.reach(count, max(self._stream.time, time.perf_counter_ns())):
             self._ring()
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from drp.protocol.messages import Draft, Emulated
-from drp.protocol.waiting import be_punctual
+from drp.protocol.waiting import be_punctual, sleep_until
 
 TURNS = 0.25
 """Share of the time over which the cheap and the recorded evaluations of a round are spread."""
@@ -67,13 +67,6 @@ def seconds_of(e: Emulated, run: int, index: int) -> float:
     draws = random.Random(f"{e.number} {run} {index}")  # noqa: S311  # times, not secrets
     straggles = draws.random() < e.straggler_share
     return e.seconds * max(0.0, draws.gauss(1.0, e.jitter)) * (e.straggler_factor if straggles else 1.0)
-
-
-def sleep_until(deadline: float) -> float:
-    """Sleep until `time.perf_counter()` reaches `deadline`; return what it then is."""
-    while (left := deadline - time.perf_counter()) > 0:
-        time.sleep(left)
-    return time.perf_counter()
 
 
 def cheap(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:

@@ -107,6 +107,3 @@ class PinnedRecord:
         due = self._line.recorded
         while self._line.since(due) is None:
             self._line.wait(due, PATIENCE)
-
-    def release(self) -> None:
-        """Do nothing: a worker ends with its leader."""
