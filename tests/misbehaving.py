@@ -101,7 +101,7 @@ def early_put(self: ahead.HostAhead, work: ahead.Work) -> None:
     if work.draft.sequence <= AFTER or not first():
         return _put(self, work)
     bound = self._runs[work.draft.run]
-    bound.leaders.wait()
+    bound.leaders.wait(work.draft.after)
     bound.own.record()
     self._stream.put(lambda: time.sleep(2))  # longer than it takes any leader to look, and to end this
     self._stream.put(lambda: self._do(bound, work, 0))

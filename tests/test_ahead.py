@@ -24,6 +24,7 @@ import torch
 import drp
 from drp import GpuOptions, Leader, WorkerError
 from drp.leader.ahead import Answer
+from drp.leader.ground import Ground
 from drp.leader.lane import Lane, LaneRecord
 from drp.leader.request import Request, make_job
 from drp.leader.staff import Station
@@ -37,7 +38,6 @@ from drp.protocol.order import (
     NOT_FINITE,
     RAISED,
     REACHED,
-    RECORDED,
     RING,
     STAMP,
     UNREAD,
@@ -103,7 +103,15 @@ class Steps:
 # What it is to give.
 
 
+@pytest.fixture(params=[False, True], ids=["silent", "heard"])
+def heard(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Workers say that a draft is queued, as those have to whose records have no numbers, or they do not."""
+    monkeypatch.setattr(Ground, "hears", request.param)
+    return bool(request.param)
+
+
 @pytest.mark.parametrize(("devices", "batch"), [(1, 1), (2, 3), (4, 1)])
+@pytest.mark.usefixtures("heard")
 def test_bits_callbacks_and_residuals_are_the_references(devices: int, batch: int) -> None:
     with Leader(TINY, devices=devices, drafts_per_device=batch, gpu=DEVICE) as leader:
         for mode in MODES:
@@ -127,6 +135,7 @@ def test_solvers_with_noise_or_a_memory() -> None:
             assert torch.equal(run.samples, ref.samples), (solver, mode)
 
 
+@pytest.mark.usefixtures("heard")
 def test_messages_run_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With nothing evaluated yet workers have drafts of two more rounds, made of what the first one predicts."""
     gate = tmp_path / "open"
@@ -135,6 +144,35 @@ def test_messages_run_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch, tmp_p
         until(lambda: [worker.drafts for worker in leader.workers] == [3, 1])  # 0, 1 and 3, 2: no room for 4
         gate.touch()
         assert torch.equal(pending.result(DEADLINE).samples, expected(drafts=2))
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(0.0, 4), (1000.0, 16)])
+def test_workers_are_given_more_at_once_where_that_is_soon_done(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seconds: float, most: int
+) -> None:
+    """Of two rounds, or of several times as many; a run that is cancelled then lets go of its memory all the same."""
+    monkeypatch.setattr("drp.leader.ahead.LONG", seconds)
+    job = make_job(Request(shape=(3,), steps=STEPS, drafts=2), ModelSpec(), 2)
+    t = [float(t) for t in job.solver.grid.timesteps]
+    with misbehaving(monkeypatch, tmp_path, "gates", closed=[str(t[1]), str(t[2])]) as leader:
+        given = list[int]()
+        leader.timeline = []
+        pending = leader.submit(shape=(3,), steps=STEPS, mode="aggressive", drafts=2)
+
+        def full() -> bool:
+            given.append(sum(worker.drafts for worker in leader.workers))
+            return any(mark.what == "answer" for mark in leader.timeline or []) and given[-1] == most
+
+        until(full)
+        time.sleep(0.2)
+        assert max(given) == most
+        assert sum(worker.drafts for worker in leader.workers) == most
+        pending.cancel()
+        for place in (1, 2):
+            (tmp_path / f"open {t[place]}").touch()
+        carried = leader._engine._carried
+        until(lambda: pending.done() and not carried.under_way and not carried.leaving)
+        assert torch.equal(leader.sample(shape=(3,), steps=STEPS, drafts=2).samples, expected(drafts=2))
 
 
 def test_drafts_of_a_round_do_not_wait_for_one_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -207,20 +245,22 @@ def test_emulated_devices_take_their_time_and_say_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "words", "mode"),
+    ("what", "words", "mode", "hears"),
     [
-        ("kill", "SIGKILL", "aggressive"),
-        ("kill", "SIGKILL", "adaptive"),
-        ("hang", "draft_timeout", "conservative"),
-        ("stale", "did not stamp it", "rolling"),
-        ("early", "did not stamp it", "aggressive"),
-        ("early", "did not stamp it", "adaptive"),
-        ("assert", "device-side assert", "conservative"),
+        ("kill", "SIGKILL", "aggressive", False),
+        ("kill", "SIGKILL", "conservative", True),
+        ("kill", "SIGKILL", "adaptive", False),
+        ("hang", "draft_timeout", "conservative", False),
+        ("stale", "did not stamp it", "rolling", False),
+        ("early", "did not stamp it", "aggressive", False),
+        ("early", "did not stamp it", "adaptive", True),
+        ("assert", "device-side assert", "conservative", False),
     ],
 )
 def test_what_was_not_proven_is_computed_again(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str, words: str, mode: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str, words: str, mode: str, hears: bool
 ) -> None:
+    monkeypatch.setattr(Ground, "hears", hears)
     mine, theirs = Steps(), Steps()
     with misbehaving(monkeypatch, tmp_path / "once", what) as leader:
         pending = leader.submit(shape=(3,), steps=STEPS, mode=mode, callback=mine)
@@ -386,18 +426,16 @@ def test_a_record_waits_for_what_was_recorded_when_it_was_asked() -> None:
     lane, stream, seen = Lane(), HostStream(), list[str]()
     mine, theirs = LaneRecord(leaders, lane), LaneRecord(workers, lane, told=True)
     its_leaders, its_own = HostRecord(leaders, stream), HostRecord(workers, stream, rung.set)
-    its_leaders.wait()  # Nothing was recorded: it is none.
+    its_leaders.wait(0)  # Nothing was recorded: it is none.
     stream.settle()
     lane.put(lambda: seen.append("written"))
-    mine.record()
-    its_leaders.wait()
+    its_leaders.wait(mine.record())
     stream.put(lambda: seen.append("read"))
     its_own.record()
     theirs.wait()
     lane.put(lambda: seen.append("back"))
     time.sleep(0.02)
     assert seen == []
-    assert leaders[RECORDED] == 1
     assert leaders[REACHED] == 0
     assert lane.go() is not None
     assert rung.wait(DEADLINE)
@@ -411,7 +449,7 @@ def test_what_a_device_does_later_is_waited_for_and_taken_over() -> None:
     """A worker's thread goes on with the device's time, and the leader's waits for it: even if it was seen late."""
     leaders, workers = zeros(), zeros()
     stream, lane = HostStream(), Lane()
-    HostRecord(leaders, stream).wait()
+    HostRecord(leaders, stream).wait(0)
     own, theirs = HostRecord(workers, stream), LaneRecord(workers, lane, told=True)
     began = time.perf_counter_ns()
     for turn in range(3):
@@ -445,15 +483,15 @@ def test_more_records_than_there_are_times_for_wait_for_the_oldest() -> None:
 
 def test_a_wait_ends_with_a_release_or_with_its_stream() -> None:
     workers, lane = zeros(), Lane()
-    workers[RECORDED], workers[REACHED] = 7, 4
+    workers[REACHED] = 4
     record = LaneRecord(workers, lane, told=True)
     record.wait()
     assert lane.go() is not None
     record.release()
     assert lane.go() is None
+    assert workers[REACHED] == 5  # from where another goes on
     stream, leaders = HostStream(), zeros()
-    leaders[RECORDED] = 9
-    HostRecord(leaders, stream).wait()
+    HostRecord(leaders, stream).wait(9)
     time.sleep(0.05)
     assert stream.busy
     stream.close()

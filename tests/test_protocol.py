@@ -98,7 +98,8 @@ def test_a_damaged_message_is_refused_or_another_message(data: st.DataObject) ->
     ],
 )
 def test_a_field_out_of_bounds_is_named(change: dict[str, object], message: str) -> None:
-    fields = {"type": "Draft", "run": 1, "index": 2, "timestep": 3.0, "slot": 4, "row": 5, "sequence": 0, "also": []}
+    fields = {"type": "Draft", "run": 1, "index": 2, "timestep": 3.0, "slot": 4, "row": 5, "sequence": 0, "after": 0}
+    fields |= {"also": []}
     with pytest.raises(ProtocolError, match=message):
         decode(msgpack.packb(fields | change), KINDS)
 

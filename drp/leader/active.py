@@ -118,6 +118,11 @@ class Active(ABC):
         """Form the next drafts; return False if there is none and it is over but for `refine`, None if not yet."""
 
     @property
+    def at_work(self) -> bool:
+        """Whether workers have all that they need for now, so that this thread would only take their cores."""
+        return False
+
+    @property
     @abstractmethod
     def ready(self) -> bool:
         """Whether `form` has something to do."""
@@ -143,10 +148,16 @@ class Active(ABC):
         self.arena.memory.written()
         return self.arena.bind
 
-    def dispatch(self, worker: int) -> int:
-        """Let a worker that is given a draft now see what was written; return the draft's sequence number, if any."""
+    def dispatch(self, worker: int) -> tuple[int, int]:
+        """Let a worker that is given a draft now see what was written.
+
+        Return the draft's sequence number, and that of the record that it is to wait for, 0 if it has none.
+        """
         self.arena.memory.written()  # on a GPU; elsewhere it is nothing
-        return 0
+        return 0, 0
+
+    def given(self, worker: int, sent: Sent) -> None:  # noqa: B027  # most have nothing to do
+        """Take note of what a worker was given."""
 
     def due(self, sequence: int, since: float) -> float:
         """Return since when a worker owes a draft that it has had first since then."""

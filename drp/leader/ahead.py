@@ -26,8 +26,11 @@ from drp.leader.ground import Ground
 from drp.leader.request import Job, Request
 from drp.protocol.memory import aligned
 from drp.protocol.messages import Bind, Order
-from drp.protocol.order import LINE, RAISED, STAMP, UNREAD, WorkersRecord, verdict_of
+from drp.protocol.order import LINE, RAISED, STAMP, UNREAD, WorkersRecord, verdict_of, word
 from drp.sampling.run import Run, Task, residual
+
+LONG, MANY, LARGE = 0.04, 16, 1 << 24
+"""Seconds, drafts and bytes that workers have at most beyond two rounds: what another run has for them comes behind."""
 
 
 @dataclass(eq=False)
@@ -43,10 +46,12 @@ class Answer:
     @property
     def verdict(self) -> int | None:
         """What the stamps say, the worst of a batch; None if one is not the draft's, UNREAD if one was not read yet."""
-        if UNREAD in self.seen:
+        stamps: list[list[int]] = self.seen.tolist()
+        if any(UNREAD in stamp for stamp in stamps):
             return UNREAD
-        found = [verdict for verdict in self._verdicts() if verdict is not None]
-        return max(found) if len(found) == len(self.seen) else None
+        found = [verdict_of(stamp[0], self.sent.sequence) for stamp in stamps]
+        known = [verdict for verdict in found if verdict is not None]
+        return max(known) if len(known) == len(found) else None
 
     @property
     def seconds(self) -> float:
@@ -60,10 +65,8 @@ class Answer:
 
     def named(self, verdict: int) -> int:
         """Return the index of the first draft of the batch whose stamp says so."""
-        return self.sent.tasks[self._verdicts().index(verdict)].index
-
-    def _verdicts(self) -> list[int | None]:
-        return [verdict_of(int(word), self.sent.sequence) for word in self.seen[:, 0]]
+        words: list[int] = self.seen[:, 0].tolist()
+        return self.sent.tasks[words.index(word(self.sent.sequence, verdict))].index
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,14 @@ class AheadRun(ActiveRun):
         """By index, which round the draft there was formed with."""
         self._reserved: dict[int, int] = {}
         """By slot, the row that the draft in it will be given."""
-        self._formed = self._folded = self._verified = 0
+        self._formed = self._folded = self._verified = self._recorded = 0
         self._exhausted = False
         self._progress = time.monotonic()
+        self._few, self._filling, self._begun = MANY, False, False
+        few = min(spare, 2 * -(-job.mode.width // batch) * batch)
+        self._bursts = max(1, min(MANY // few, LARGE // (few * job.start.nbytes)))
+        """How many times the drafts of two rounds workers may have, where evaluations are short."""
+        spare = max(spare, self._bursts * few)
         rows = job.slots + spare
         lines = aligned(rows * STAMP * 8)
         try:
@@ -132,13 +140,19 @@ class AheadRun(ActiveRun):
         place = self._lines + (1 + worker) * LINE
         self._workers[worker], event = self._ground.workers(worker, self.arena.memory, place, self._stream)
         bell = self._ground.bell.end if self._ground.bell is not None else None
-        return replace(self.arena.bind, order=Order(self.arena.end, self._lines, place, event, bell))
+        order = Order(self.arena.end, self._lines, place, self._ground.hears, event, bell)
+        return replace(self.arena.bind, order=order)
 
-    def dispatch(self, worker: int) -> int:
-        """Return the number of the next draft that a worker is given."""
+    def dispatch(self, worker: int) -> tuple[int, int]:
+        """Return the numbers of the next draft that a worker is given, and of the last record."""
         sequence = self._ground.number()
         self._out[sequence] = None
-        return sequence
+        return sequence, self._recorded
+
+    def given(self, worker: int, sent: Sent) -> None:
+        """Take it as answered, if nothing will be heard of it."""
+        if not self._ground.hears:
+            self.answered(worker, sent, counts=True)
 
     def _add(self, tasks: Sequence[Task]) -> None:
         super()._add(tasks)
@@ -148,10 +162,17 @@ class AheadRun(ActiveRun):
             # Now, and not when it is sent: by then there may be waits in between, for others that were formed with it.
             self._reserved[task.slot] = super().free_row(task.slot)
 
-    @property
-    def most(self) -> int:
-        """How many drafts, or batches of them, workers have at most: those of two rounds."""
-        return 2 * -(-self.job.mode.width // self._batch)
+    def room(self, out: int, few: int) -> int:
+        """Return how many drafts, or batches of them, to give to workers that have `out` of them.
+
+        They have `few`, and not more than two rounds'. Where evaluations are short they are given several times that,
+        in one go when no more than that is left: code that has just run takes a fraction of the time.
+        """
+        self._few = min(few, 2 * -(-self.job.mode.width // self._batch))
+        usual = self.usual if not self._ground.hears else None
+        most = self._few * int(max(1, min(self._bursts, LONG / (2 * usual)))) if usual else self._few
+        self._filling = out <= self._few or (self._filling and out < most)
+        return most - out if self._filling else 0
 
     def beside(self, tasks: Sequence[Task], drafts: Sequence[Sent]) -> int:
         """Count the drafts that a device would evaluate first: formed with these, if rounds wait for each other."""
@@ -167,7 +188,7 @@ class AheadRun(ActiveRun):
         if row is None:  # It is given again, after a loss.
             row = super().free_row(slot)
             with self._stream.current():
-                self._own.record()
+                self._recorded = self._own.record()
         return row
 
     def rows_in_use(self) -> set[int]:
@@ -176,6 +197,7 @@ class AheadRun(ActiveRun):
 
     def answered(self, worker: int, sent: Sent, counts: bool) -> None:
         """Queue the wait for a worker's stream, the reading of the stamps, and, if it counts, the arithmetic."""
+        sent.answered = True
         seen = torch.full(
             (len(sent.rows), STAMP), UNREAD, dtype=torch.int64, pin_memory=self.arena.memory.device.type == "cuda"
         )
@@ -199,20 +221,35 @@ class AheadRun(ActiveRun):
         """Form all drafts whose predictions are queued; at the end wait, with None, until all stamps were seen."""
         with self._stream.current():
             if super().form():
-                self._own.record()  # What workers are sent from now on waits for what was queued so far.
+                self._recorded = self._own.record()  # What is sent from now on waits for what was queued so far.
+                self._stream.put(self._note_begin)
                 return True
         self._exhausted = True
         return None if self._answers else False
 
     @property
     def ready(self) -> bool:
-        """Whether there are drafts to form, or nothing is left. Feedback is made of numbers, which must be there."""
-        return self.run.ready and not (self._answers and (self._exhausted or self.job.mode.feedback))
+        """Whether there are drafts to form, or nothing is left. Feedback is made of numbers, which must be there.
+
+        As long as workers open the memory they are left alone: the first one's device is waiting for that.
+        """
+        waits = self._answers and (self._exhausted or self.job.mode.feedback)
+        return self.run.ready and not (self.unbound or waits)
 
     def go(self) -> float | None:
         """Do what can be done of what was queued, if that takes this thread; return when to go on."""
+        self._begun = False
         with self._stream.current():
             return self._stream.go()
+
+    @property
+    def at_work(self) -> bool:
+        """Whether workers have the next round too. If none has just begun, one is about to end: that comes first."""
+        least = self._few if self._begun else self._few // 2 + 1
+        return not self.ready and self._stream.waits >= max(1, least)
+
+    def _note_begin(self) -> None:
+        self._begun = True
 
     @property
     def looking(self) -> bool:
@@ -238,6 +275,8 @@ class AheadRun(ActiveRun):
     def _verify(self, answer: Answer) -> None:
         now, seconds = time.monotonic(), answer.seconds
         self._slowest = max(self._slowest, seconds or now - max(answer.since, self._progress))
+        if seconds:
+            self._recent.append(seconds)
         self._progress = now
         self.served.add(answer.worker)
         del self._out[answer.sent.sequence]

@@ -60,6 +60,17 @@ class Carried:
         """Those whose drafts are answered ahead of the devices."""
         return [run for run in (*self.under_way.values(), *self.leaving.values()) if isinstance(run, AheadRun)]
 
+    @property
+    def at_work(self) -> bool:
+        """Whether workers have all that they need for now, of all runs."""
+        runs = [*self.under_way.values(), *self.leaving.values()]
+        return bool(runs) and all(run.at_work for run in runs)
+
+    @property
+    def ready(self) -> list[AheadRun]:
+        """Those that are under way, and have drafts to form."""
+        return [run for run in self.under_way.values() if isinstance(run, AheadRun) and run.ready]
+
     def on_loss(self, loss: Loss) -> list[AheadRun]:
         """Note that a worker is gone, whatever it was asked; return runs that were built upon what it had not done."""
         again = [run for run in self.ahead if run.lose_answers(loss.station.number, loss.drafts)]

@@ -47,8 +47,8 @@ class Dispatch:
         return None
 
     def _dispatch_ahead(self, run: AheadRun, ready: Sequence[Station]) -> None:
-        """Give drafts of two rounds, each to the first worker that has the fewest drafts to be evaluated beside it."""
-        room = min(self.depth * len(ready), run.most) - sum(len(station.drafts) for station in ready)
+        """Give drafts of some rounds, each to the first worker that has the fewest drafts to be evaluated beside it."""
+        room = run.room(sum(len(station.drafts) for station in ready), self.depth * len(ready))
         for _ in range(min(room, len(run.waiting))):
             tasks = run.waiting.popleft()
             self._give(min(ready, key=lambda station: run.beside(tasks, station.drafts)), run, tasks)
@@ -60,14 +60,15 @@ class Dispatch:
             run.writing[rows[-1]] += 1
         task, row = tasks[0], rows[0]
         self._carried.bind(station, run)
-        sequence = run.dispatch(station.number)
+        sequence, after = run.dispatch(station.number)
         also = tuple(Also(t.index, t.timestep, t.slot, r) for t, r in zip(tasks[1:], rows[1:], strict=True))
-        self._staff.send(station, Draft(run.number, task.index, task.timestep, task.slot, row, sequence, also))
+        self._staff.send(station, Draft(run.number, task.index, task.timestep, task.slot, row, sequence, after, also))
         for task in tasks:
             self._marks.add("sent", run, task.index, station.number, since=since)
         if not station.drafts:
             station.since = time.monotonic()
         station.drafts.append(Sent(run, tasks, tuple(rows), sequence))
+        run.given(station.number, station.drafts[-1])
 
     # Late drafts.
 

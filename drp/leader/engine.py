@@ -166,11 +166,12 @@ class Engine:
             while self._inbox.closing is None:
                 self._admit()
                 self._go()
-                self._look()
-                self._dispatch.dispatch()  # before anything else: the workers are waiting
-                self._refine()  # the states behind, while they compute
-                self._carried.bind_others()
-                self._go()
+                if not self._carried.at_work:
+                    self._look()
+                    self._give()  # before anything else: the workers are waiting
+                    self._refine()  # the states behind, while they compute
+                    self._carried.bind_others()
+                    self._go()
                 self._take()
         except WorkerError as lost:
             error = WorkerError(*lost.args)  # without its traceback, whose frames hold the runs' memory
@@ -267,6 +268,16 @@ class Engine:
         if more is False:
             self._carried.end(run, None)
 
+    def _give(self) -> None:
+        """Give drafts to workers, and form those that can be formed without hearing of them."""
+        self._dispatch.dispatch()
+        while self._carried.ready:
+            self._refine()  # A round's states are seen to before the next is formed.
+            for run in self._carried.ready:
+                self._form(run)
+            self._refine()  # What is known is added before anything that waits for what these drafts predict.
+            self._dispatch.dispatch()
+
     def _refine(self) -> None:
         behind = [run for run in self._carried.under_way.values() if run.behind]
         if self.overlap and not all(isinstance(run, AheadRun) for run in behind):
@@ -285,7 +296,8 @@ class Engine:
         got = self._pool.poll(min(timer, self._due), self._inbox.wakeup)
         while got is not None:
             self._on(self._staff.station_of(got[0]), got[1])
-            if self._due <= time.monotonic() or any(run.waiting for run in self._carried.under_way.values()):
+            waiting = self._carried.ready or any(run.waiting for run in self._carried.under_way.values())
+            if waiting or self._due <= time.monotonic():
                 break
             got = self._pool.receive_now()
         if time.monotonic() >= timer:
@@ -308,6 +320,7 @@ class Engine:
         return self._draft_timeout or station.drafts[0].run.patience(station.number)
 
     def _on_time(self) -> None:
+        self._look()  # It may be a while since.
         for loss in self._staff.tend():
             self._on_loss(loss)
         now = time.monotonic()
@@ -356,10 +369,7 @@ class Engine:
 
     def _on_ahead(self, station: Station, run: AheadRun, sent: Sent) -> None:
         """Take an answer whose prediction is to come; the draft stays the worker's until it is stamped."""
-        sent.answered, counts = True, self._carried.is_missing(sent)
-        run.answered(station.number, sent, counts)
-        if counts and run.ready:
-            self._form(run)
+        run.answered(station.number, sent, self._carried.is_missing(sent))
 
     def _go(self) -> None:
         """Work off what is due of the arithmetic of runs ahead of their devices, where this thread computes."""
@@ -378,8 +388,6 @@ class Engine:
         for run in self._carried.ahead if self._ground.ahead else ():
             for answer, verdict in run.looked():
                 self._on_stamp(run, answer, verdict)
-            if run.number in self._carried.under_way and run.ready:
-                self._form(run)
 
     def _on_stamp(self, run: AheadRun, answer: Answer, verdict: int | None) -> None:
         station, sent = self._staff.stations[answer.worker], answer.sent

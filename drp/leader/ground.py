@@ -16,7 +16,7 @@ from drp.protocol.bell import OwnBell
 from drp.protocol.cuda import CudaError, EventRecord, GpuEvent, GpuMemory, GpuStream, RunRecord, is_turned
 from drp.protocol.memory import Memory
 from drp.protocol.messages import GpuHandle, Half, OnGpu
-from drp.protocol.order import LINE, Record, Stream, WorkersRecord
+from drp.protocol.order import LINE, OwnRecord, Stream, WorkersRecord
 
 PROBE = 4096
 LEAST = 1 << 21
@@ -138,6 +138,11 @@ class Ground:
         """Whether runs lie on a GPU: its streams go on by themselves, and have to be looked at."""
         return self._uuid is not None
 
+    @property
+    def hears(self) -> bool:
+        """Whether workers have to say when a draft is queued: records have no numbers there."""
+        return self.on_gpu
+
     def number(self) -> int:
         """Return a sequence number for a draft, which none of the last four billion has."""
         return 1 + next(self._sequences) % (2**32 - 1)
@@ -154,7 +159,7 @@ class Ground:
             return Lane()
         return GpuStream(torch.device("cuda", torch.cuda.current_device()))
 
-    def own(self, memory: Memory, place: int, stream: Stream) -> Record:
+    def own(self, memory: Memory, place: int, stream: Stream) -> OwnRecord:
         """Return what the leader records of a run; on the host its numbers are at this place of the run's memory."""
         if isinstance(stream, Lane):
             return LaneRecord(memory.tensor(place, (LINE // 8,), torch.int64), stream)

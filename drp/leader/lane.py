@@ -29,7 +29,7 @@ class Lane:
 
     def __init__(self) -> None:
         self._todo: deque[Callable[[], object] | _Wait] = deque()
-        self._given = self._done = 0
+        self._given = self._done = self.waits = 0
         self._sum, self._weights, self._term = torch.zeros(8, 256), torch.zeros(8, 1), torch.zeros(256)
 
     def put(self, do: Callable[[], object]) -> None:
@@ -40,6 +40,7 @@ class Lane:
     def wait(self, line: Line, count: int, told: bool) -> None:
         """Have what is given from now on wait for a record; `told`: its process will say so if that is wanted."""
         self._given += 1
+        self.waits += 1
         self._todo.append(_Wait(line, count, told))
 
     def go(self) -> float | None:
@@ -51,6 +52,7 @@ class Lane:
                     return due - EARLY
                 while time.perf_counter() < due:
                     self._rehearse()
+                self.waits -= 1
             self._todo.popleft()
             self._done += 1
             if not isinstance(first, _Wait):
@@ -93,14 +95,15 @@ class LaneRecord:
     def __init__(self, line: Tensor, lane: Lane, told: bool = False) -> None:
         self._line, self._lane, self._told = Line(line), lane, told
 
-    def record(self) -> None:
+    def record(self) -> int:
         """Count, and have the lane say when it is there."""
         count = self._line.count()
         self._lane.put(partial(self._reach, count))
+        return count
 
     def wait(self) -> None:
-        """Have the lane wait for what was recorded last."""
-        self._lane.wait(self._line, self._line.recorded, self._told)
+        """Have the lane wait for the next."""
+        self._lane.wait(self._line, self._line.count(), self._told)
 
     def release(self) -> None:
         """Count what was recorded as done."""

@@ -190,6 +190,8 @@ class GpuEvent:
 class GpuStream:
     """A stream of torch's, and another aside: `drp.protocol.order.Stream` on a GPU."""
 
+    waits = 0
+
     def __init__(self, device: torch.device) -> None:
         self._stream, self._aside = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types for it
 
@@ -232,12 +234,13 @@ class RunRecord:
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
 
-    def record(self) -> None:
+    def record(self) -> int:
         """Record the event on the current stream."""
         self._memory.written()
+        return 0
 
-    def wait(self) -> None:
-        """Have the current stream wait for it."""
+    def wait(self, number: int) -> None:
+        """Have the current stream wait for it, as it was last recorded."""
         self._memory.follow()
 
 
@@ -247,9 +250,10 @@ class EventRecord:
     def __init__(self, event: GpuEvent, stream: GpuStream | None = None) -> None:
         self._event, self._stream = event, stream
 
-    def record(self) -> None:
+    def record(self) -> int:
         """Record the event on the current stream."""
         self._event.record()
+        return 0
 
     def wait(self) -> None:
         """Have the current stream wait for it."""

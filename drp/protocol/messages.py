@@ -24,7 +24,7 @@ from typing import Annotated, Literal
 
 from drp.protocol.codec import Bounds, Length, numbers
 
-VERSION = 4
+VERSION = 5
 MOST_TENSORS = 1024
 """In a slot, or as conditions."""
 MOST_BATCHED = 255
@@ -205,12 +205,13 @@ class Order:
     From `stamps` on the arena has three int64 for each row. What the leader records is at `leaders`, what this worker
     records at `own`, for an arena on the host, and a worker on cores rings the `bell` when that is wanted; for one on a
     GPU its own event is the leader's, and the worker's is `event`: what cudaIpcGetEventHandle gives for an event of the
-    leader's that the worker records.
+    leader's that the worker records. `heard`: the worker says so when a draft is queued; else it says nothing of it.
     """
 
     stamps: Bytes
     leaders: Bytes
     own: Bytes
+    heard: bool
     event: Opaque | None = None
     bell: End | None = None
 
@@ -260,8 +261,9 @@ class Draft:
 
     Those in `also` are to be evaluated with it, as one batch in this order; one answer, for this draft, is for all.
     No two drafts that are under way have the same row: whoever is late writes where nobody reads.
-    A draft with a `sequence`, which no other of the leader's has, is answered as soon as its evaluation is queued, and
-    stamped with that number.
+    A draft with a `sequence`, which no other of the leader's has, is stamped with that number, and answered as soon as
+    its evaluation is queued, or not at all, as the run's Order says. `after` is the number of the leader's record that
+    it is to wait for, where records have numbers.
     """
 
     run: Count
@@ -270,6 +272,7 @@ class Draft:
     slot: Count
     row: Count
     sequence: Sequence = 0
+    after: Count = 0
     also: Annotated[tuple[Also, ...], Length(MOST_BATCHED)] = ()
 
 

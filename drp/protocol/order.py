@@ -3,8 +3,10 @@
 A *stream* does what it is given in order, after the caller has gone on: on a GPU it is CUDA's; on the host a worker's
 is a thread, and the leader's a list that its one thread works off: a second would wait for the interpreter's lock. A
 *record* joins streams: one side's `record` says that what was queued so far is to count as done once it is, and `wait`
-has another's stream wait for what that side recorded last. A *stamp* is written behind a prediction, and read before it
-is used: it proves that what was read was finished, whatever became of the records.
+has another's stream wait for that. On the host records have numbers, known beforehand, so that either side can wait for
+what the other was not yet asked to do; a GPU's event has none, and is waited for as it was last recorded. A *stamp* is
+written behind a prediction, and read before it is used: it proves that what was read was finished, whatever became of
+the records.
 
 What is recorded counts as done from a *time* on. That is now, for a thread that works; for one that stands for an
 emulated device, which knows how long it takes, it may be later: whoever waits for it waits until then, and no thread
@@ -43,13 +45,18 @@ VERDICTS = 4
 
 LINE = ALIGNMENT
 """Bytes of one side's records on the host."""
-RECORDED, REACHED, WANTED, TIMES, RING = 0, 1, 2, 8, 8
-"""The int64 there: how often it has recorded; how much of that is done; whether somebody wants to be told of more; and
-since when the last RING of those are."""
+REACHED, WANTED, TIMES, RING = 0, 1, 8, 8
+"""The int64 there: how many of its records are done; whether somebody wants to be told of more; and since when the last
+RING of those are."""
 
 
 class Stream(Protocol):
-    """Does what it is given in order. One thread gives."""
+    """Does what it is given in order. One thread gives.
+
+    `waits`: how many waits are still to come for this thread, if they are its; 0 if they are not.
+    """
+
+    waits: int
 
     def put(self, do: Callable[[], object]) -> None:
         """Have this done after what was given before; on a GPU, what `do` queues on the current stream."""
@@ -87,23 +94,31 @@ class Stream(Protocol):
         ...
 
 
-class Record(Protocol):
-    """Joins the stream of one side to those of others."""
+class OwnRecord(Protocol):
+    """A side's own records."""
 
-    def record(self) -> None:
-        """Let the others' next `wait` be for all that was queued here so far. Call it before the message."""
+    def record(self) -> int:
+        """Let the others wait for all that was queued here so far; return the record's number, 0 if it has none."""
         ...
+
+
+class LeadersRecord(Protocol):
+    """The leader's, as a worker has them."""
+
+    def wait(self, number: int) -> None:
+        """Have the stream wait for the record of this number, or, where they have none, for the last one."""
+        ...
+
+
+class WorkersRecord(Protocol):
+    """A worker's, as the leader has them: they outlive the worker."""
 
     def wait(self) -> None:
-        """Have the stream wait for what the other side recorded last. Call it after a message."""
+        """Have the stream wait for the next one; where they have no numbers, for the last, after a message."""
         ...
 
-
-class WorkersRecord(Record, Protocol):
-    """A worker's, as the leader has it: it outlives the worker."""
-
     def release(self) -> None:
-        """Let the stream go on: the other side is gone, and what it recorded will not be done."""
+        """Let the stream go on: the worker is gone, and what it was to record will not be done."""
         ...
 
 
@@ -111,21 +126,20 @@ _FENCE = threading.Lock()
 
 
 class Line:
-    """One side's records on the host: int64 [LINE / 8] in memory that both sides have mapped; it alone counts."""
+    """One side's records on the host: int64 [LINE / 8] in memory that both sides have mapped.
+
+    Each counts for itself how many there are to be, from what there is when it begins.
+    """
 
     def __init__(self, numbers: Tensor) -> None:
         self._numbers = numbers.numpy()
         self._reached = Number(self._numbers, REACHED)
-
-    @property
-    def recorded(self) -> int:
-        """How often it has recorded."""
-        return int(self._numbers[RECORDED])
+        self._counted = self._reached.value
 
     def count(self) -> int:
-        """Record once more; return how often that was."""
-        self._numbers[RECORDED] += 1
-        return self.recorded
+        """Count one more; return its number."""
+        self._counted += 1
+        return self._counted
 
     def reach(self, count: int, ns: int) -> bool:
         """Say that so much of it is done, or will be at a time; return whether somebody wants to be told."""
@@ -152,9 +166,9 @@ class Line:
             self._reached.wait(reached, seconds)
 
     def release(self) -> None:
-        """Count all of it as done: who recorded it is gone."""
+        """Count all of it as done: who was to record it is gone."""
         self._numbers[TIMES : TIMES + RING] = 0
-        self._reached.write(self.recorded)
+        self._reached.write(self._counted)
 
 
 def word(sequence: int, verdict: int) -> int:

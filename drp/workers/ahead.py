@@ -20,7 +20,7 @@ from torch import Tensor
 from drp.protocol.arena import Arena
 from drp.protocol.bell import Bell
 from drp.protocol.messages import Draft, End
-from drp.protocol.order import LINE, PATIENCE, PAUSE, RAISED, RING, STAMP, Line, Record, stamp, word
+from drp.protocol.order import LINE, PATIENCE, PAUSE, RAISED, RING, STAMP, LeadersRecord, Line, OwnRecord, stamp, word
 from drp.protocol.waiting import be_punctual, sleep_until
 from drp.workers.emulated import Times
 
@@ -84,7 +84,7 @@ class Ahead(Protocol):
 class Bound:
     """What the leader records of a run, what this worker does, and its stamps, as the run's Bind says."""
 
-    def __init__(self, arena: Arena, leaders: Record, own: Record) -> None:
+    def __init__(self, arena: Arena, leaders: LeadersRecord, own: OwnRecord) -> None:
         assert arena.bind.order is not None
         self.leaders, self.own = leaders, own
         self.stamps = arena.memory.tensor(arena.bind.order.stamps, (arena.bind.rows, STAMP), torch.int64)
@@ -160,14 +160,15 @@ class HostRecord:
     def __init__(self, line: Tensor, stream: HostStream, ring: Callable[[], object] = lambda: None) -> None:
         self._line, self._stream, self._ring = Line(line), stream, ring
 
-    def record(self) -> None:
+    def record(self) -> int:
         """Count, and have the thread say when it is there."""
         count = self._line.count()
         self._stream.put(functools.partial(self._reach, count))
+        return count
 
-    def wait(self) -> None:
-        """Have the thread wait until the other's is where it was last recorded."""
-        self._stream.put(functools.partial(self._wait_for, self._line.recorded))
+    def wait(self, number: int) -> None:
+        """Have the thread wait until the other's has come so far."""
+        self._stream.put(functools.partial(self._wait_for, number))
 
     def _reach(self, count: int) -> None:
         last = self._line.since(count - RING)
@@ -235,7 +236,7 @@ class HostAhead:
     def put(self, work: Work) -> None:
         """Have the thread evaluate a draft and stamp it, once the leader has written it."""
         bound = self._runs[work.draft.run]
-        bound.leaders.wait()
+        bound.leaders.wait(work.draft.after)
         self._stream.put(functools.partial(self._do, bound, work, time.perf_counter_ns()))
         bound.own.record()
 

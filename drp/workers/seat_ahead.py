@@ -15,7 +15,7 @@ from drp.models.registry import Denoiser
 from drp.protocol.arena import Arena
 from drp.protocol.cuda import EventRecord, GpuEvent, RunRecord
 from drp.protocol.messages import Draft
-from drp.protocol.order import PATIENCE, REACHED, Line, Record, stamp
+from drp.protocol.order import PATIENCE, REACHED, LeadersRecord, Line, OwnRecord, stamp
 from drp.workers.ahead import Bound, Work, host_lines
 from drp.workers.seat import Seat
 
@@ -40,8 +40,8 @@ class GpuAhead:
         """Take up a run's records and stamps; the worker's event is opened once, and comes again with later runs."""
         assert arena.bind.order is not None
         event = arena.bind.order.event
-        leaders: Record
-        own: Record
+        leaders: LeadersRecord
+        own: OwnRecord
         if event is None:
             leaders, own = (PinnedRecord(line, self._device) for line in host_lines(arena))
         else:
@@ -59,7 +59,7 @@ class GpuAhead:
         bound, apart = self._runs[work.draft.run], work.arena.memory.device.type == "cpu"
         into, out = (self._in, self._out) if apart else (self._compute, self._compute)
         with torch.cuda.stream(into):
-            bound.leaders.wait()
+            bound.leaders.wait(work.draft.after)
             here = self._seat.bring(work.inputs)
         self._compute.wait_stream(into)
         made = [{k: torch.empty_like(v, device=self._device) for k, v in each.items()} for each in work.outputs]
@@ -97,13 +97,14 @@ class PinnedRecord:
     def __init__(self, line: Tensor, device: torch.device) -> None:
         self._numbers, self._line, self._device = line, Line(line), device
 
-    def record(self) -> None:
+    def record(self) -> int:
         """Count, and have the current stream say when it is there."""
-        there = torch.full((1,), self._line.count(), dtype=torch.int64, device=self._device)
+        count = self._line.count()
+        there = torch.full((1,), count, dtype=torch.int64, device=self._device)
         self._numbers[REACHED : REACHED + 1].copy_(there, non_blocking=True)
+        return count
 
-    def wait(self) -> None:
-        """Wait until the leader has done what it recorded; it ends a worker for which that takes too long."""
-        due = self._line.recorded
-        while self._line.since(due) is None:
-            self._line.wait(due, PATIENCE)
+    def wait(self, number: int) -> None:
+        """Wait until the leader has come so far; it ends a worker for which that takes too long."""
+        while self._line.since(number) is None:
+            self._line.wait(number, PATIENCE)

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 1.0
 """Seconds of one wait for a message."""
-BUSY = 0.005
+BUSY = 0.05
 """Likewise, while something that was answered is still being evaluated."""
 
 
@@ -171,7 +171,7 @@ class Worker:
         return GpuAhead(self._seat, self._denoiser)
 
     @torch.inference_mode()
-    def _evaluate(self, draft: Draft) -> Prediction | Fault:
+    def _evaluate(self, draft: Draft) -> Prediction | Fault | None:
         received = time.perf_counter()
         work = self._work(draft)
         try:
@@ -179,7 +179,8 @@ class Worker:
                 if self._ahead is None or work.arena.bind.order is None:
                     raise ProtocolError(f"draft {draft.sequence} of run {draft.run}, which was bound without an order")
                 self._ahead.put(work)
-                return Prediction(draft.run, draft.index, draft.row, 0.0, received)
+                heard = work.arena.bind.order.heard
+                return Prediction(draft.run, draft.index, draft.row, 0.0, received) if heard else None
             if self._ahead is not None:
                 self._ahead.settle()
             began, predicted, ended, _ = self._compute(work)
