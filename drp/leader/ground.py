@@ -37,8 +37,8 @@ class GpuOptions:
     memory: "auto": runs lie in the memory of the first worker's GPU if all workers can reach it, else on the host.
         "host": on the host, in any case: workers copy drafts to their GPU and predictions back.
     ordering: "host": a worker waits for its GPU before it answers. "device": it answers at once, and waits are queued
-        on the GPUs; stamps prove what was read, see docs/gpus.md. Workers on cores do the same with threads, which is
-        for tests. Not with `hedge`.
+        on the GPUs; stamps prove what was read, see docs/gpus.md. Workers on cores do the same with threads, and do not
+        even answer. Not with `hedge`.
     """
 
     dtype: Half | None = None

@@ -1,4 +1,4 @@
-"""Ahead: a worker answers a draft as soon as its evaluation is queued. Here the queue is a thread, on the host.
+"""Ahead: a worker has done with a draft as soon as its evaluation is queued. Here the queue is a thread, on the host.
 
 It stands in for a stream of a GPU, in order and asynchronous like one, so that everything around it runs anywhere.
 """

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drp.protocol.messages import Bind, Draft, Prediction, Stop, Unbind
+from drp.protocol.messages import Bind, Draft, Fault, Prediction, Stop, Unbind
 from drp.protocol.transport import WorkerSocket
 from drp.workers import weights
 from drp.workers.worker import Worker
@@ -66,7 +66,8 @@ def make() -> Callable[..., Tensor]:
 
 def _prepare(where: str) -> None:
     """Let the fault strike between two lines of the worker, where no signal from outside could be aimed."""
-    receive, send, share = Worker._receive, WorkerSocket.send, weights.Weights.share
+    receive, evaluate = Worker._receive, Worker._evaluate
+    send, share = WorkerSocket.send, weights.Weights.share
 
     @functools.wraps(receive)
     def on_receive(self: Worker) -> Any:
@@ -75,6 +76,14 @@ def _prepare(where: str) -> None:
         if at is not None and isinstance(message, at) and getattr(message, "index", AT_STEP) >= AT_STEP:
             strike()
         return message
+
+    @functools.wraps(evaluate)
+    def on_evaluate(self: Worker, draft: Draft) -> Prediction | Fault | None:
+        answer = evaluate(self, draft)
+        if answer is None and draft.index >= AT_STEP and where in ("after", "answered"):  # It is queued.
+            time.sleep(0.0 if where == "after" else 0.01)
+            strike()
+        return answer
 
     @functools.wraps(send)
     def on_send(self: WorkerSocket, message: Any) -> None:
@@ -93,5 +102,6 @@ def _prepare(where: str) -> None:
         share(self, *arguments)
 
     Worker._receive = on_receive  # type: ignore[method-assign]  # the worker's own code, in the worker's own process
+    Worker._evaluate = on_evaluate  # type: ignore[method-assign]  # likewise
     WorkerSocket.send = on_send  # type: ignore[method-assign]  # likewise
     weights.Weights.share = on_share  # type: ignore[assignment, method-assign]  # likewise
