@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import drp
 from drp.leader.devices import MOST, parse_devices, parse_emulated
+from drp.protocol import waiting
 from drp.protocol.codec import decode, encode
 from drp.protocol.messages import TO_WORKER, Draft, Emulated, Load
 from drp.workers import emulated
@@ -100,7 +101,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(emulated, "time", types.SimpleNamespace(perf_counter=clock.perf_counter, sleep=clock.sleep))
+    for module in (emulated, waiting):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=clock.perf_counter, sleep=clock.sleep))
     return clock
 
 
