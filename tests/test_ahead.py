@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ import torch
 import drp
 from drp import GpuOptions, Leader, WorkerError
 from drp.leader.ahead import Answer
+from drp.leader.devices import parse_devices
 from drp.leader.ground import Ground
 from drp.leader.lane import Lane, LaneRecord
 from drp.leader.request import Request, make_job
@@ -144,6 +146,14 @@ def test_messages_run_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch, tmp_p
         until(lambda: [worker.drafts for worker in leader.workers] == [3, 1])  # 0, 1 and 3, 2: no room for 4
         gate.touch()
         assert torch.equal(pending.result(DEADLINE).samples, expected(drafts=2))
+
+
+def test_only_workers_on_cores_are_silent() -> None:
+    cores = parse_devices(2, 1)
+    for devices, hears in ((cores, False), ([replace(device, gpu="GPU-0") for device in cores], True)):
+        ground = Ground(devices, GpuOptions(ordering="device", memory="host"), 1)
+        assert ground.hears == hears
+        ground.close()
 
 
 @pytest.mark.parametrize(("seconds", "most"), [(0.0, 4), (1000.0, 16)])

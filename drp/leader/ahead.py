@@ -1,8 +1,8 @@
 """Ahead: runs whose drafts are answered before a device has evaluated them: `GpuOptions(ordering="device")`.
 
-A prediction is folded in as soon as the worker has queued it, or, where its record has a number, as soon as it is asked
-for: the run's stream waits for the worker's, reads the stamp behind the prediction, and only then the prediction.
-The leader looks at what was read when it comes to it. Until then the draft is still the worker's, with its row and its
+A prediction is folded in as soon as the worker has queued it, or, if it is on cores, as soon as it is asked for: the
+run's stream waits for the worker's, reads the stamp behind the prediction, and only then the prediction itself. The
+leader looks at what was read when it comes to it. Until then the draft is still the worker's, with its row and its
 deadline, and nothing that was made of it leaves the leader, neither a callback's state nor samples. If a worker is lost
 with answers that were not stamped, the run begins again.
 """

@@ -71,8 +71,8 @@ class Ground:
     def __init__(self, devices: Sequence[Device], options: GpuOptions, batch: int) -> None:
         self._uuid = devices[0].gpu if options.memory == "auto" else None
         self._options, self._batch = options, batch
-        self._on_cores = {number for number, device in enumerate(devices) if device.gpu is None}
-        self.nvtx = options.nvtx and devices[0].gpu is not None
+        self._has_gpus = devices[0].gpu is not None
+        self.nvtx = options.nvtx and self._has_gpus
         self._spare = Spare()
         self._all: list[GpuMemory] = []
         self._free: list[GpuMemory] = []
@@ -140,8 +140,8 @@ class Ground:
 
     @property
     def hears(self) -> bool:
-        """Whether workers have to say when a draft is queued: records have no numbers there."""
-        return self.on_gpu
+        """Whether workers say that a draft is queued: GPUs may fail at that, and their events have no numbers."""
+        return self._has_gpus
 
     def number(self) -> int:
         """Return a sequence number for a draft, which none of the last four billion has."""
@@ -169,7 +169,7 @@ class Ground:
         """Return what a worker records of a run, and the handle of its event; on the host as above."""
         if isinstance(stream, Lane):
             line = memory.tensor(place, (LINE // 8,), torch.int64)
-            return LaneRecord(line, stream, told=number in self._on_cores), None
+            return LaneRecord(line, stream, told=not self._has_gpus), None
         assert isinstance(stream, GpuStream)
         event = self._events[number]
         return EventRecord(event, stream), event.handle
