@@ -188,3 +188,29 @@ def test_states_between_are_computed_for_who_wants_them_only(mode: Mode, monkeyp
     assert counts[0] == counts[1] < counts[2]
     assert torch.equal(samples[0], samples[1])
     assert torch.equal(samples[0], samples[2])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_what_is_known_is_added_while_predictions_are_missing(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the last of eight is there, drafts are made of it and the new state, and all else was added before."""
+    add, added = module._add, list[Tensor]()
+
+    def counted(*terms: Any) -> None:
+        added.append(terms[2].clone())
+        add(*terms)
+
+    monkeypatch.setattr(module, "_add", counted)
+    run, drafts, predictions = start(solver, Aggressive(8))
+    rounds = run.rounds()
+    for number in range(3):
+        tasks = next(rounds)
+        run.refine()
+        for task in tasks:
+            predictions[task.slot] = denoise(drafts[task.slot], task)
+            if task is tasks[-1] and number:
+                added.clear()
+            run.fold(task.slot)
+    newest = predictions[tasks[-1].slot]
+    next(rounds)
+    assert len(added) == 2 + 2 * solver.history  # With a history the state and prediction before it, too.
+    assert torch.equal(added[-1], newest)

@@ -21,17 +21,23 @@ class Banks:
 
         Raises ValueError if there is none: a mode of somebody's own keeps predictions for longer than was foreseen.
         """
+        used = list(used)
+        first = self.find(rows, used)
+        if first is None:
+            busy = len({row // self.width for row in used})
+            raise ValueError(
+                f"the mode needs {rows} rows beside those of {busy} rounds, and there are {self.count} groups of "
+                f"{self.width}; its rounds must advance sooner, or its width be larger"
+            )
+        return first
+
+    def find(self, rows: int, used: Iterable[int]) -> int | None:
+        """Return the same, or None."""
         busy = {row // self.width for row in used}
         wanted = 1 if self.width > 1 else rows  # groups of a single row are taken several in a row
-        free, run = None, 0
+        run = 0
         for bank in range(self.count):
             run = 0 if bank in busy else run + 1
             if run == wanted:
-                free = bank + 1 - wanted
-                break
-        if free is None or rows > self.width * wanted:
-            raise ValueError(
-                f"the mode needs {rows} rows beside those of {len(busy)} rounds, and there are {self.count} groups of "
-                f"{self.width}; its rounds must advance sooner, or its width be larger"
-            )
-        return free * self.width
+                return (bank + 1 - wanted) * self.width if rows <= self.width * wanted else None
+        return None

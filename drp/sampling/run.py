@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -135,6 +135,8 @@ class Run:
         self._plan_ahead = 2 * mode.width if mode.lags else 2
         self._folding: _Fold | None = None
         self._first = 0  # where the states being folded lie
+        self._drafting: _Fold | None = None
+        self._first_slot = 0  # where the drafts being formed lie
         self.rounds_done = 0
         self.steps_done = 0
         self.residuals: dict[int, float] = {}
@@ -160,11 +162,11 @@ class Run:
             if isinstance(event, _Advance):
                 self._advance(event)
                 continue
-            taken = itertools.chain(self._slots.values(), *(out.slots.values() for out in self._out))
-            first = self._slot_banks.take(len(event.indices), taken)
-            slots = range(first, first + len(event.indices))
+            fold = self._drafting or self._draft(event)
+            self._drafting = None
+            fold.go(self._vector)
+            slots = range(self._first_slot, self._first_slot + len(event.indices))
             self._answers.update(zip(slots, slots, strict=True))
-            event.drafts.write(self._vector, self._drafts[slots.start : slots.stop], self._add)
             self._out.append(_Out(dict(zip(event.indices, slots, strict=True)), self.rounds_done + 1))
             yield [Task(k, self._timesteps[k], slot) for k, slot in zip(event.indices, slots, strict=True)]
 
@@ -205,13 +207,30 @@ class Run:
         if isinstance(event, _Advance):
             if self._folding is None:
                 self._folding = self._begin(event)
-            used = self._used()
-            missing = set().union(*(out.missing for out in used))
-            newest = {k: slot for out in used for k, slot in out.slots.items()}
-            self._folding.go(
-                lambda term: self._vector(term, newest),
-                lambda term: term.kind != "prediction" or newest.get(term.k) not in missing,
-            )
+            self._add_known(self._folding, self._used())
+
+    def _draft_known(self) -> None:
+        """Add what is known to the next drafts, where each round waits for all before it, if there is room for them."""
+        event = self._plan.get(self._position)
+        if isinstance(event, _Advance):
+            event = self._plan.get(self._position + 1)
+        if isinstance(event, _Predict) and not event.behind:
+            if self._drafting is None and self._slot_banks.find(len(event.indices), self._slots_in_use) is not None:
+                self._drafting = self._draft(event)
+            if self._drafting is not None:
+                self._add_known(self._drafting, self._out)
+
+    def _add_known(self, fold: _Fold, used: Collection[_Out]) -> None:
+        """Add the terms up to the first that is not there: a prediction that misses, or a state to be computed."""
+        missing = set().union(*(out.missing for out in used))
+        newest = {k: slot for out in used for k, slot in out.slots.items()}
+
+        def there(term: Term) -> bool:
+            if term.kind == "state":
+                return term.k == 0 or term.k in self._rows
+            return term.kind != "prediction" or newest.get(term.k) not in missing
+
+        fold.go(lambda term: self._vector(term, newest), there)
 
     def refine(self, callback: Callback | None = None, between: bool | None = None) -> None:
         """Compute the states that finished rounds have passed; call `callback` for each, in order.
@@ -238,6 +257,18 @@ class Run:
         for k in range(self.steps_done, min(self.steps_done + self._noise_ahead, len(self._timesteps))):
             self._draw(k)
         self._fold_known()
+        if not self._feedback:
+            self._draft_known()
+
+    @property
+    def _slots_in_use(self) -> Iterator[int]:
+        return itertools.chain(self._slots.values(), *(out.slots.values() for out in self._out))
+
+    def _draft(self, event: _Predict) -> _Fold:
+        """Find slots for drafts, and begin to form them."""
+        self._first_slot = self._slot_banks.take(len(event.indices), self._slots_in_use)
+        slots = self._drafts[self._first_slot : self._first_slot + len(event.indices)]
+        return _Fold(event.drafts, slots, self._add)
 
     def _advance(self, event: _Advance) -> None:
         """Compute the state that the next round starts from; leave the others to `refine`, where nobody waits."""
@@ -273,7 +304,7 @@ class Run:
         """Compute the states from base + 1 to the last predicted index; return their residuals."""
         first = self._take_states(len(rows))
         states = self._states[first : first + len(rows)]
-        _Rows(rows, states).write(self._vector, states, self._add)
+        _Rows(rows, states, _on_the_way).write(self._vector, states, self._add)
         if self._queue is not None:
             self._queue.settle()
         residuals = [
@@ -352,7 +383,7 @@ class _Predict:
 
     def __init__(self, event: Predict, like: Tensor) -> None:
         self.indices, self.behind = event.indices, event.behind
-        self.drafts = _Rows(event.drafts, like)
+        self.drafts = _Rows(event.drafts, like, _ahead)
 
 
 class _Advance:
@@ -366,7 +397,8 @@ class _Advance:
         self._length = len(event.states)
         self.eager = min(self._length, event.base + self._length - event.oldest + 1)
         split = self._length - self.eager
-        self.between, self.last = _Rows(event.states[:split], like), _Rows(event.states[split:], like)
+        self.between = _Rows(event.states[:split], like, _on_the_way)
+        self.last = _Rows(event.states[split:], like, _on_the_way)
 
     def __len__(self) -> int:
         return self._length
@@ -376,15 +408,26 @@ def _cast(event: Predict | Advance, like: Tensor) -> _Predict | _Advance:
     return _Predict(event, like) if isinstance(event, Predict) else _Advance(event, like)
 
 
-_ORDER = {"state": 0, "input": 1, "prediction": 2, "noise": 3}
+_ORDER = {"state": 0, "input": 1, "noise": 2, "prediction": 3}
+Order = Callable[[Term], tuple[int, ...]]
+"""In which terms are added: as they will be there, whatever order predictions arrive in, and whatever other terms."""
+
+
+def _on_the_way(t: Term) -> tuple[int, ...]:
+    """Of states: all but predictions are known before, and those come by their indices."""
+    return _ORDER[t.kind], t.k
+
+
+def _ahead(t: Term) -> tuple[int, ...]:
+    """Of drafts: states, too, come by their indices, each with the prediction there."""
+    return t.kind in ("state", "prediction"), t.k, _ORDER[t.kind]
 
 
 class _Rows:
     """Several rows over the same terms, as one small matrix product."""
 
-    def __init__(self, rows: Sequence[Row], like: Tensor) -> None:
-        # States before predictions, each in index order: an order that no arrival can change.
-        self.terms = sorted({t for row in rows for t in row}, key=lambda t: (_ORDER[t.kind], t.k))
+    def __init__(self, rows: Sequence[Row], like: Tensor, order: Order) -> None:
+        self.terms = sorted({t for row in rows for t in row}, key=order)
         weights = torch.tensor([[row.get(t, 0.0) for row in rows] for t in self.terms], dtype=torch.float64)
         weights = weights.to(like.dtype)
         if like.is_cuda:
