@@ -268,7 +268,9 @@ def test_deis(steps: int, order: int, prediction: str, monkeypatch: pytest.Monke
         scheduler.set_timesteps(steps)
         grid = make_grid(steps, family="dpm", spacing=spacing, end="sigma_min")
         solver = DEIS(grid, TYPES[prediction], order)
-        check(solver, Theirs(scheduler), monkeypatch, 5e-4 if order == 3 else 1e-5)  # Its coefficients are float32.
+        # Its coefficients are float32, and so are its tables: a product of 1,000 factors, which processors round
+        # differently. 1.02e-5 was seen.
+        check(solver, Theirs(scheduler), monkeypatch, 5e-4 if order == 3 else 2e-5)
         scheduler.set_timesteps(steps)
         with_sigmas(scheduler, grid)
         check(solver, Theirs(scheduler), monkeypatch, 1e-10)
