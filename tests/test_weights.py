@@ -234,6 +234,24 @@ def test_what_was_warmed_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) 
         torch.compiler.set_stance("default")
 
 
+def test_all_shapes_are_compiled_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would be up to the order in which a worker meets them which ones are not, and have other bits."""
+    compile_, compiled = torch.compile, list[Any]()
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append(inputs)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda module, dynamic, options: compile_(module, backend=count, dynamic=dynamic)
+    )
+    predict = Compiled(make_scaled())
+    for turn in range(2):
+        for size in range(1, 21):
+            predict(torch.randn(size, 3), torch.zeros(size), {"shift": torch.zeros(size)})
+        assert len(compiled) == 20, turn
+
+
 def test_what_is_done_is_named_in_ranges_if_that_is_asked_for(
     host: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

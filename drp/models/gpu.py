@@ -1,4 +1,4 @@
-"""A denoiser on a GPU: its weights there, in a dtype of choice, compiled, or as graphs. Not yet run on a GPU.
+"""A denoiser on a GPU: its weights there, in a dtype of choice, compiled, or as graphs.
 
 In two steps: between them the weights may find another place, and what is compiled and captured must find them there.
 """
@@ -6,6 +6,7 @@ In two steps: between them the weights may find another place, and what is compi
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,8 @@ from drp.protocol.messages import OnGpu
 
 WARM = 3
 """Evaluations before a capture: libraries choose their algorithms and allocate in the first ones."""
+LIMITS = ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit")
+"""What torch calls the most shapes that it compiles, in one version or another."""
 
 
 def on_device(denoiser: Denoiser, device: torch.device, how: OnGpu) -> Denoiser:
@@ -82,6 +85,8 @@ class Compiled:
 
     To the compiler a tensor made in inference mode is of another kind: the same shape would be compiled again
     (pytorch/pytorch#134249). And in that mode it fails for models that take views (pytorch/pytorch#180823).
+    However many shapes there are, all are compiled: beyond a limit torch leaves others as they are, with other bits,
+    and which ones these are would be up to the order in which a worker has met them.
     The compiler is asked not to choose by measuring where that changes bits, unless the environment says otherwise:
     what two workers make of a draft must not differ.
     """
@@ -91,13 +96,26 @@ class Compiled:
         if "deterministic" in torch._inductor.list_options():  # not in older versions of torch
             options["deterministic"] = os.environ.get("TORCHINDUCTOR_DETERMINISTIC", "1") == "1"
         self._compiled = torch.compile(module, dynamic=False, options=options)
+        known = [name for name in LIMITS if hasattr(torch._dynamo.config, name)]
+        self._unlimited = dict.fromkeys(known, sys.maxsize)
+        self._seen: set[object] = set()
 
     def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Predict."""
         with torch.inference_mode(mode=False), torch.no_grad():
-            given = {name: _ordinary(value) for name, value in cond.items()}
-            predicted: Tensor = self._compiled(_ordinary(x), _ordinary(t), given)
+            arguments = _ordinary(x), _ordinary(t), {name: _ordinary(value) for name, value in cond.items()}
+            key = _shapes({"x": x, "t": t, **{f"cond {name}": value for name, value in cond.items()}})
+            if key not in self._seen:
+                with torch._dynamo.config.patch(self._unlimited):
+                    predicted: Tensor = self._compiled(*arguments)
+                self._seen.add(key)
+            else:
+                predicted = self._compiled(*arguments)
             return predicted
+
+
+def _shapes(given: Mapping[str, Tensor]) -> object:
+    return tuple((name, value.dtype, tuple(value.shape)) for name, value in sorted(given.items()))
 
 
 def _ordinary(value: Tensor) -> Tensor:
@@ -121,7 +139,7 @@ class Captured:
     def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Replay, or capture first."""
         given = {**{f"cond {name}": value for name, value in cond.items()}, "x": x, "t": t}
-        key = tuple((name, value.dtype, tuple(value.shape)) for name, value in sorted(given.items()))
+        key = _shapes(given)
         with torch.inference_mode(mode=False), torch.no_grad():  # The inputs are written to by calls in either mode.
             if key not in self._graphs:
                 self._graphs[key] = self._capture(given)
