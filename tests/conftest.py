@@ -6,7 +6,7 @@ import gc
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -24,11 +24,19 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("any machine")
 
 
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for it; fail if it takes longer."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def leftovers() -> dict[str, set[str]]:
     """Return what a leader could leave: worker processes, shared memory, socket directories."""
     children = psutil.Process().children(recursive=True)
     workers = {str(child.pid) for child in children if "resource_tracker" not in " ".join(_command(child))}
-    memory = {path.name for path in Path("/dev/shm").iterdir()}
+    memory = {path.name for path in Path("/dev/shm").iterdir() if not path.name.startswith("cuda.shm.")}  # a driver's
     sockets = {path.name for path in Path(tempfile.gettempdir()).glob("drp-*")}
     descriptors = {str(target) for target in _descriptors() if "memfd:drp" in target}
     return {"processes": workers, "/dev/shm": memory, "sockets": sockets, "memory": descriptors}

@@ -82,15 +82,15 @@ def make() -> Callable[..., Tensor]:
     """Return it, this process prepared: two of the faults lie between lines of the worker."""
     what = told().get("what")
     if what == "stale":
-        ahead.stamp = stale_stamp  # type: ignore[attr-defined, assignment]  # the worker's own name for it, in its own process
+        ahead.stamp_now = stale_stamp  # type: ignore[attr-defined, assignment]  # the worker's own name for it, in its own process
     if what == "early":
         ahead.HostAhead.put = early_put  # type: ignore[method-assign]  # the worker's own code, in its own process
     return predict
 
 
-def stale_stamp(place: Tensor, sequence: int, prediction: Iterable[Tensor], *times: int) -> None:
+def stale_stamp(places: memoryview, row: int, sequence: int, prediction: Iterable[Tensor], *times: int) -> None:
     """Write what an earlier draft's stamp would be."""
-    order.stamp(place, sequence - 1 if sequence > AFTER and first() else sequence, prediction, *times)
+    order.stamp_now(places, row, sequence - 1 if sequence > AFTER and first() else sequence, prediction, *times)
 
 
 _put = ahead.HostAhead.put

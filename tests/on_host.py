@@ -38,6 +38,8 @@ SIZES = range(1 << 16, ground.LEAST)
 class Lent:
     """What GpuMemory is, as far as leader and workers use it."""
 
+    number = 0
+
     def __init__(self, memory: SharedMemory, handle: GpuHandle, keep: Callable[[Any], None] | None = None) -> None:
         self._memory, self._handle, self._keep = memory, handle, keep
         self.nbytes, self.device = handle.nbytes, torch.device("cpu")

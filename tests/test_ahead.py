@@ -9,15 +9,12 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import select
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,31 +24,18 @@ from drp import GpuOptions, Leader, WorkerError
 from drp.leader.ahead import Answer
 from drp.leader.devices import parse_devices
 from drp.leader.ground import Ground
-from drp.leader.lane import Lane, LaneRecord
+from drp.leader.lane import Room
+from drp.leader.pool import WorkerProcess
 from drp.leader.request import Request, make_job
 from drp.leader.staff import Station
 from drp.leader.timeline import Mark
-from drp.protocol.bell import Bell, OwnBell
-from drp.protocol.codec import ProtocolError
 from drp.protocol.messages import ModelSpec, ToWorker
 from drp.protocol.order import (
-    FINE,
-    LINE,
-    NOT_FINITE,
-    RAISED,
-    REACHED,
-    RING,
-    STAMP,
     UNREAD,
-    Line,
-    stamp,
-    verdict_of,
-    word,
 )
 from drp.sampling.run import Task
-from drp.workers.ahead import HostRecord, HostStream
 from drp.workers.lasting import ENDINGS, is_lasting
-from tests.conftest import leftovers, what_stays
+from tests.conftest import leftovers, until, what_stays
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -71,20 +55,20 @@ def _leave_nothing_at_all() -> Iterator[None]:
     assert not what_stays(before)
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @contextmanager
 def misbehaving(
-    monkeypatch: pytest.MonkeyPatch, path: Path, what: str, gpu: GpuOptions = DEVICE, **told: object
+    monkeypatch: pytest.MonkeyPatch,
+    path: Path,
+    what: str,
+    gpu: GpuOptions = DEVICE,
+    room: Room | None = None,
+    **told: object,
 ) -> Iterator[Leader]:
     monkeypatch.setenv("DRP_TEST_ONCE", json.dumps({"what": what, "path": str(path), **told}))
     with Leader(MODEL, devices=2, draft_timeout=3.0, gpu=gpu) as leader:
         monkeypatch.delenv("DRP_TEST_ONCE")
+        if room is not None:
+            monkeypatch.setattr(leader._engine._ground, "_room", room)
         yield leader
 
 
@@ -139,12 +123,14 @@ def test_solvers_with_noise_or_a_memory() -> None:
 
 @pytest.mark.usefixtures("heard")
 def test_messages_run_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With nothing evaluated yet workers have drafts of two more rounds, made of what the first one predicts."""
-    gate = tmp_path / "open"
-    with misbehaving(monkeypatch, gate, "wait") as leader:
+    """With a round under evaluation workers have the drafts of the next, made of what the first one predicts."""
+    job = make_job(Request(shape=(3,), steps=STEPS, drafts=2), ModelSpec(), 2)
+    t = [float(t) for t in job.solver.grid.timesteps]
+    with misbehaving(monkeypatch, tmp_path, "gates", room="shared", closed=[str(t[1]), str(t[2])]) as leader:
         pending = leader.submit(shape=(3,), steps=STEPS, mode="aggressive", drafts=2)
-        until(lambda: [worker.drafts for worker in leader.workers] == [3, 1])  # 0, 1 and 3, 2: no room for 4
-        gate.touch()
+        until(lambda: all(worker.drafts >= 2 for worker in leader.workers))  # 1 and 3, 2 and 4
+        for place in (1, 2):
+            (tmp_path / f"open {t[place]}").touch()
         assert torch.equal(pending.result(DEADLINE).samples, expected(drafts=2))
 
 
@@ -160,14 +146,14 @@ def test_only_workers_on_cores_are_silent() -> None:
 def test_workers_are_given_more_at_once_where_that_is_soon_done(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seconds: float, most: int
 ) -> None:
-    """Of two rounds, or of several times as many; a run that is cancelled then lets go of its memory all the same."""
+    """Of two rounds, or of several times as many; once the run is cancelled, none is begun any more."""
     monkeypatch.setattr("drp.leader.ahead.LONG", seconds)
-    job = make_job(Request(shape=(3,), steps=STEPS, drafts=2), ModelSpec(), 2)
+    job = make_job(Request(shape=(3,), steps=2 * STEPS, drafts=2), ModelSpec(), 2)
     t = [float(t) for t in job.solver.grid.timesteps]
-    with misbehaving(monkeypatch, tmp_path, "gates", closed=[str(t[1]), str(t[2])]) as leader:
+    with misbehaving(monkeypatch, tmp_path, "gates", room="shared", closed=[str(t[1]), str(t[2])]) as leader:
         given = list[int]()
         leader.timeline = []
-        pending = leader.submit(shape=(3,), steps=STEPS, mode="aggressive", drafts=2)
+        pending = leader.submit(shape=(3,), steps=2 * STEPS, mode="aggressive", drafts=2)
 
         def full() -> bool:
             given.append(sum(worker.drafts for worker in leader.workers))
@@ -182,23 +168,37 @@ def test_workers_are_given_more_at_once_where_that_is_soon_done(
             (tmp_path / f"open {t[place]}").touch()
         carried = leader._engine._carried
         until(lambda: pending.done() and not carried.under_way and not carried.leaving)
+        assert {path.name for path in tmp_path.glob("at *")} == {f"at {t[k]}" for k in (0, 1, 2)}
         assert torch.equal(leader.sample(shape=(3,), steps=STEPS, drafts=2).samples, expected(drafts=2))
 
 
 def test_drafts_of_a_round_do_not_wait_for_one_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The second of two is sent long after the first was answered, and its stream does not wait for the first one's."""
-    job = make_job(Request(shape=(3,), steps=STEPS, drafts=2), ModelSpec(), 2)
+    """The second of three goes out long after the first was answered, and does not wait for that one's worker."""
+    job = make_job(Request(shape=(3,), steps=STEPS, drafts=3), ModelSpec(), 2)
     t = [float(t) for t in job.solver.grid.timesteps]
-    with misbehaving(monkeypatch, tmp_path, "gates", closed=[str(t[0]), str(t[3])]) as leader:
-        pending = leader.submit(shape=(3,), steps=STEPS, mode="aggressive", drafts=2)
-        until(lambda: [worker.drafts for worker in leader.workers] == [3, 1])  # 0, 1 and 3, 2: no room for 4
+    with misbehaving(monkeypatch, tmp_path, "gates", room="shared", closed=[str(t[0]), str(t[4])]) as leader:
+        pending = leader.submit(shape=(3,), steps=STEPS, mode="aggressive", drafts=3)
+        until(lambda: [worker.drafts for worker in leader.workers] == [3, 1])  # 0, 1 and 3; 2: no room for 4
         (tmp_path / f"open {t[0]}").touch()
-        until(lambda: (tmp_path / f"at {t[4]}").exists())
+        until(lambda: (tmp_path / f"at {t[5]}").exists())
         assert not pending.done()
-        (tmp_path / f"open {t[3]}").touch()
+        (tmp_path / f"open {t[4]}").touch()
         run = pending.result(DEADLINE)
         assert not run.incidents  # and the first was not given up meanwhile
-        assert torch.equal(run.samples, expected())
+        assert torch.equal(run.samples, expected(drafts=3))
+
+
+def test_a_round_is_not_divided_where_each_worker_has_one_of_it() -> None:
+    """However little room there is: its last draft would come late, and all wait for that."""
+    with Leader(TINY, devices=3, gpu=DEVICE) as leader:
+        for drafts, mode in itertools.product((2, 3), ("aggressive", "conservative")):
+            timeline = list[Mark]()
+            leader.timeline = timeline
+            leader.sample(labels=[1], steps=30, mode=mode, drafts=drafts)
+            went = [(mark.what, mark.step) for mark in timeline if mark.what in ("sent", "answer")]
+            for steps in (mark.steps for mark in timeline if mark.what == "formed"):
+                first = went.index(("sent", steps[0]))
+                assert went[first : first + len(steps)] == [("sent", step) for step in steps], (mode, drafts)
 
 
 def expected(mode: str = "aggressive", seed: int = 0, drafts: int = 2) -> torch.Tensor:
@@ -376,152 +376,7 @@ def test_what_cannot_be_is_refused() -> None:
         leader.policy = "rolling-hedged"
 
 
-# The parts.
-
-
-def test_a_workers_stream_does_in_order_and_says_whether_it_is_done() -> None:
-    stream, done, gate = HostStream(), list[int](), threading.Event()
-    stream.put(lambda: gate.wait(DEADLINE))
-    for number in range(5):
-        stream.put(lambda number=number: done.append(number))  # type: ignore[misc]  # a default is its own type
-    assert stream.busy
-    gate.set()
-    stream.settle()
-    assert not stream.busy
-    assert done == [0, 1, 2, 3, 4]
-    stream.put(lambda: [][0])
-    until(lambda: not stream._thread.is_alive())
-    with pytest.raises(IndexError):
-        stream.put(lambda: None)
-    stream.close()
-
-
-def test_a_lane_goes_as_far_as_it_can_and_says_when_to_go_on() -> None:
-    lane, line, done = Lane(), Line(zeros()), list[str]()
-    lane.put(lambda: done.append("first"))
-    lane.wait(line, 1, told=True)
-    lane.put(lambda: done.append("second"))
-    mark = lane.mark()
-    began = time.perf_counter()
-    due = lane.go()
-    assert done == ["first"]
-    assert due is not None
-    assert began < due  # somebody rings before; if not, it is looked at again
-    assert not lane.passed(mark)
-    assert line.reach(1, time.perf_counter_ns() + 10**10)  # and that was wanted
-    assert lane.go() == pytest.approx(began + 10, abs=DEADLINE / 10)
-    line.reach(1, time.perf_counter_ns())
-    assert lane.go() is None
-    assert done == ["first", "second"]
-    assert lane.passed(mark)
-    lane.settle()
-    lane.wait(line, 2, told=True)
-    with pytest.raises(RuntimeError, match="waits for another process"):
-        lane.settle()
-    lane.put(lambda: [][0])
-    line.release()
-    line.reach(2, 0)
-    with pytest.raises(IndexError):
-        lane.go()
-    assert lane.go() is None  # What raised is not done again.
-
-
-def zeros() -> torch.Tensor:
-    return torch.zeros(LINE // 8, dtype=torch.int64)
-
-
-def test_a_record_waits_for_what_was_recorded_when_it_was_asked() -> None:
-    """The leader's lane and a worker's thread, on the same lines; the worker rings when it is wanted."""
-    leaders, workers, rung = zeros(), zeros(), threading.Event()
-    lane, stream, seen = Lane(), HostStream(), list[str]()
-    mine, theirs = LaneRecord(leaders, lane), LaneRecord(workers, lane, told=True)
-    its_leaders, its_own = HostRecord(leaders, stream), HostRecord(workers, stream, rung.set)
-    its_leaders.wait(0)  # Nothing was recorded: it is none.
-    stream.settle()
-    lane.put(lambda: seen.append("written"))
-    its_leaders.wait(mine.record())
-    stream.put(lambda: seen.append("read"))
-    its_own.record()
-    theirs.wait()
-    lane.put(lambda: seen.append("back"))
-    time.sleep(0.02)
-    assert seen == []
-    assert leaders[REACHED] == 0
-    assert lane.go() is not None
-    assert rung.wait(DEADLINE)
-    stream.settle()
-    assert lane.go() is None
-    assert seen == ["written", "read", "back"]
-    stream.close()
-
-
-def test_what_a_device_does_later_is_waited_for_and_taken_over() -> None:
-    """A worker's thread goes on with the device's time, and the leader's waits for it: even if it was seen late."""
-    leaders, workers = zeros(), zeros()
-    stream, lane = HostStream(), Lane()
-    HostRecord(leaders, stream).wait(0)
-    own, theirs = HostRecord(workers, stream), LaneRecord(workers, lane, told=True)
-    began = time.perf_counter_ns()
-    for turn in range(3):
-        stream.put(lambda turn=turn: setattr(stream, "time", began + (turn + 1) * 10**8))  # type: ignore[misc]  # a default is its own type
-        own.record()
-        theirs.wait()
-        lane.put(lambda: ends.append(time.perf_counter_ns()))
-    ends: list[int] = []
-    while (due := lane.go()) is not None:
-        time.sleep(max(0.0, min(due - time.perf_counter(), 0.01)))
-    assert all(end >= began + (turn + 1) * 10**8 for turn, end in enumerate(ends))
-    assert len(ends) == 3
-    stream.settle()
-    assert time.perf_counter_ns() >= began + 3 * 10**8
-    stream.close()
-
-
-def test_more_records_than_there_are_times_for_wait_for_the_oldest() -> None:
-    line, stream = zeros(), HostStream()
-    own, began = HostRecord(line, stream), time.perf_counter_ns()
-    stream.put(lambda: setattr(stream, "time", began + 3 * 10**8))
-    for _ in range(RING + 1):
-        own.record()
-    until(lambda: int(line[REACHED]) == RING)
-    assert time.perf_counter_ns() < began + 3 * 10**8
-    stream.settle()
-    assert time.perf_counter_ns() >= began + 3 * 10**8
-    assert int(line[REACHED]) == RING + 1
-    stream.close()
-
-
-def test_a_wait_ends_with_a_release_or_with_its_stream() -> None:
-    workers, lane = zeros(), Lane()
-    workers[REACHED] = 4
-    record = LaneRecord(workers, lane, told=True)
-    record.wait()
-    assert lane.go() is not None
-    record.release()
-    assert lane.go() is None
-    assert workers[REACHED] == 5  # from where another goes on
-    stream, leaders = HostStream(), zeros()
-    HostRecord(leaders, stream).wait(9)
-    time.sleep(0.05)
-    assert stream.busy
-    stream.close()
-    assert not stream._thread.is_alive()
-
-
-def test_a_bell_rings_in_another_process_and_never_blocks() -> None:
-    mine = OwnBell()
-    code = "import sys; from drp.protocol.bell import Bell; from drp.protocol.messages import End\n"
-    code += "bell = Bell(End(int(sys.argv[1]), int(sys.argv[2])))\nfor _ in range(100_000): bell.ring()\n"
-    ends = [str(number) for number in (mine.end.pid, mine.end.fd)]
-    subprocess.run([sys.executable, "-c", code, *ends], timeout=DEADLINE, check=True)
-    assert select.select([mine.fd], [], [], 0)[0]
-    while select.select([mine.fd], [], [], 0)[0]:
-        mine.quiet()
-    mine.quiet()  # Nobody rang.
-    end = mine.end
-    mine.close()
-    with pytest.raises(ProtocolError, match="bell"):
-        Bell(end)
+# To whom, and who is told.
 
 
 def test_drafts_of_a_round_go_to_different_workers_and_the_first_is_first(
@@ -543,31 +398,91 @@ def test_drafts_of_a_round_go_to_different_workers_and_the_first_is_first(
 def test_workers_are_bound_when_they_are_needed() -> None:
     with Leader(TINY, devices=2, gpu=DEVICE) as leader:
         sent = list[tuple[str, int]]()
-        send = leader._engine._staff.send
+        post = leader._engine._staff.post
 
         def watched(station: Station, message: ToWorker) -> None:
             sent.append((type(message).__name__, station.number))
-            send(station, message)
+            post(station, message)
 
-        leader._engine._staff.send = watched  # type: ignore[method-assign]  # a spy
+        leader._engine._staff.post = watched  # type: ignore[method-assign]  # a spy
         leader.sample(labels=[1], steps=4, mode="sequential")
         until(lambda: ("Unbind", 0) in sent)
     assert [what for what in sent if what[0] == "Bind"] == [("Bind", 0)]
     assert ("Draft", 1) not in sent
 
 
-def test_a_stamp_is_of_one_draft_and_says_whether_its_numbers_are() -> None:
-    place = torch.zeros(STAMP, dtype=torch.int64)
-    assert verdict_of(int(place[0]), 1) is None
-    for sequence, output in itertools.product((1, 2**48), (torch.ones(3), torch.tensor([1.0, torch.nan]))):
-        stamp(place, sequence, [torch.zeros(2), output], 50, 2**60)
-        finite = bool(output.isfinite().all())
-        assert verdict_of(int(place[0]), sequence) == (FINE if finite else NOT_FINITE)
-        assert verdict_of(int(place[0]), sequence - 1) is None
-        assert verdict_of(int(place[0]), sequence + 1) is None
-        assert place[1:].tolist() == [50, 2**60]
-    assert verdict_of(word(5, RAISED), 5) == RAISED
-    assert verdict_of(UNREAD, 0) is None
+def test_others_are_left_alone_until_the_first_worker_has_its_draft() -> None:
+    """What they are told disturbs it, and they have time until its evaluation has ended."""
+    events = list[object]()
+    with Leader(TINY, devices=2, gpu=DEVICE) as leader:
+        send, on_bound = leader._engine._pool.send, leader._engine._carried.on_bound
+
+        def sent(worker: WorkerProcess, *messages: ToWorker | bytes) -> None:
+            if not any(isinstance(message, bytes) and b"Unbind" in message for message in messages):
+                events.append(worker.number)
+            send(worker, *messages)
+
+        def bound(station: Station, number: int) -> bool:
+            events.append("bound")
+            return on_bound(station, number)
+
+        leader._engine._pool.send = sent  # type: ignore[method-assign]  # spies
+        leader._engine._carried.on_bound = bound  # type: ignore[method-assign]  # likewise
+        for _ in range(3):
+            events.clear()
+            leader.sample(labels=[1], steps=12)
+            until(lambda: not leader._engine._carried.leaving)
+            assert events.count("bound") == 1
+            assert events[:3] == [0, 0, "bound"]
+
+
+def test_the_leader_does_not_sleep_when_a_round_has_begun_that_it_has_given_nothing_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not even if it was late: other rounds' drafts would be, too."""
+    looks = list[bool]()
+    with Leader(TINY, devices="2xemulated:2ms", gpu=DEVICE) as leader:
+        engine = leader._engine
+        take, refine = engine._take, engine._refine
+
+        def look() -> None:
+            looks.append(engine._carried.begins != engine._begins and not engine._carried.at_work)
+            take()
+
+        def dawdle() -> None:
+            refine()
+            time.sleep(0.003)
+
+        monkeypatch.setattr(engine, "_take", look)
+        monkeypatch.setattr(engine, "_refine", dawdle)
+        leader.sample(labels=[1], steps=40)
+    assert looks
+    assert not any(looks)
+
+
+@pytest.mark.parametrize(
+    ("devices", "rooms"), [("2xcpu", ("own", "lent", "shared")), ("4xemulated:2ms", ("own", "shared"))]
+)
+def test_no_record_goes_untold(monkeypatch: pytest.MonkeyPatch, devices: str, rooms: tuple[Room, ...]) -> None:
+    """Else the leader would look by itself, which takes longer here than the test may."""
+    options: dict[str, Any] = {"labels": [2], "steps": 40, "drafts": 2}
+    several: dict[str, Any] = {"steps": 20, "mode": "conservative", "drafts": 2}
+    refs = {mode: drp.reference(TINY, **options, mode=mode).samples for mode in MODES}
+    together = [drp.reference(TINY, labels=[label], **several).samples for label in range(4)]
+    with Leader(TINY, devices=devices, gpu=DEVICE, draft_timeout=2 * DEADLINE) as leader:
+        monkeypatch.setattr("drp.leader.lane.PATIENCE", 2 * DEADLINE)
+        monkeypatch.setattr("drp.leader.staff.TICK", 2 * DEADLINE)
+        for room in rooms:
+            monkeypatch.setattr(leader._engine._ground, "_room", room)
+            for mode in MODES:
+                run = leader.submit(**options, mode=mode).result(DEADLINE)
+                assert torch.equal(run.samples, refs[mode]), (room, mode)
+            pending = [leader.submit(labels=[label], **several) for label in range(4)]
+            for run, ref in zip([each.result(DEADLINE) for each in pending], together, strict=True):
+                assert torch.equal(run.samples, ref), room
+
+
+# Errors.
 
 
 def test_errors_after_which_cuda_is_of_no_use() -> None:

@@ -26,7 +26,7 @@ TINY = "tests.denoisers:Tiny"
 class Late:
     """The workers have `theirs`, where predictions lie; drafts and conditions get there with `written`."""
 
-    device = torch.device("cpu")
+    device, number = torch.device("cpu"), 0
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes

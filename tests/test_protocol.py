@@ -23,7 +23,7 @@ from drp.protocol import codec, door, messages
 from drp.protocol.arena import Arena
 from drp.protocol.codec import ProtocolError, decode, encode
 from drp.protocol.memory import SharedMemory
-from drp.protocol.messages import TO_LEADER, TO_WORKER, Bind, Draft, Handle, Load, Prediction, TensorSpec
+from drp.protocol.messages import TO_LEADER, TO_WORKER, Bind, Draft, Handle, Load, Prediction, TensorSpec, Unbind
 from drp.protocol.transport import LeaderSocket, WorkerSocket
 
 KINDS: dict[str, type] = {**TO_WORKER, **TO_LEADER, **door.TO_SERVER, **door.TO_CLIENT}
@@ -238,6 +238,9 @@ def test_sockets_have_no_name_and_go_away() -> None:
     assert leader.receive() == (b"someone", Prediction(1, 2, 3, 0.5))
     leader.send(b"someone", Draft(1, 2, 3.0, 4, 5))
     assert worker.receive(5.0) == Draft(1, 2, 3.0, 4, 5)
+    together = (Draft(1, 3, 3.0, 4, 5), Unbind(1), Draft(2, 0, 1.0, 0, 0))
+    leader.send(b"someone", *together)
+    assert [worker.receive(5.0 if place == 0 else 0.0) for place in range(3)] == list(together)
     assert worker.receive(0.01) is None
     worker.close()
     leader.close()

@@ -6,9 +6,7 @@ import asyncio
 import gc
 import itertools
 import threading
-import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from drp import Leader
+from drp import GpuOptions, Leader
 from drp.leader.dispatch import DEPTH
 from drp.leader.sharing import ByLoad, Gather, Spread
+from tests.conftest import until
 
 TINY = "tests.denoisers:Tiny"
 DEADLINE = 30.0
@@ -42,13 +41,6 @@ def test_runs_at_the_same_time_have_the_bits_they_have_alone(tiny: Leader) -> No
             together = [leader.submit(**asked) for asked in ASKED]
             for pending, samples in zip(together, alone, strict=True):
                 assert torch.equal(pending.result(DEADLINE).samples, samples), sharing
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_a_run_that_is_cancelled_ends_within_a_round() -> None:
@@ -173,29 +165,32 @@ def test_sharing_by_load() -> None:
     assert policy.choose(0, 2, [idle, idle]) is None
 
 
-def test_ten_thousand_rounds_gain_no_memory_and_no_descriptor(tiny: Leader) -> None:
-    everyone = [psutil.Process(), *(psutil.Process(worker.pid) for worker in tiny.workers)]
+@pytest.mark.parametrize("ordering", ["host", "device"])
+def test_ten_thousand_rounds_gain_no_memory_and_no_descriptor(ordering: str) -> None:
+    with Leader(TINY, devices=2, gpu=GpuOptions(ordering=ordering)) as leader:
+        everyone = [psutil.Process(), *(psutil.Process(worker.pid) for worker in leader.workers)]
 
-    def use() -> list[tuple[int, int]]:
-        gc.collect()  # what other tests left, errors with their tracebacks above all
-        return [
-            (process.num_fds(), len(Path(f"/proc/{process.pid}/maps").read_text().splitlines())) for process in everyone
-        ]
+        def use() -> list[tuple[int, int]]:
+            gc.collect()  # what other tests left, errors with their tracebacks above all
+            return [
+                (process.num_fds(), len(Path(f"/proc/{process.pid}/maps").read_text().splitlines()))
+                for process in everyone
+            ]
 
-    def rounds(count: int) -> None:
-        done = 0
-        while done < count:
-            done += tiny.sample(labels=[1], steps=500, mode="sequential").rounds
+        def rounds(count: int) -> None:
+            done = 0
+            while done < count:
+                done += leader.sample(labels=[1], steps=500, mode="sequential").rounds
 
-    rounds(1000)
-    until(lambda: not tiny._engine._carried.leaving)
-    before, resident = use(), [process.memory_info().rss for process in everyone]
-    rounds(10_000)
-    until(lambda: not tiny._engine._carried.leaving)
+        rounds(1000)
+        until(lambda: not leader._engine._carried.leaving)
+        before, resident = use(), [process.memory_info().rss for process in everyone]
+        rounds(10_000)
+        until(lambda: not leader._engine._carried.leaving)
 
-    def gained() -> list[tuple[int, int]]:
-        return [(fds - fds0, maps - maps0) for (fds, maps), (fds0, maps0) in zip(use(), before, strict=True)]
+        def gained() -> list[tuple[int, int]]:
+            return [(fds - fds0, maps - maps0) for (fds, maps), (fds0, maps0) in zip(use(), before, strict=True)]
 
-    until(lambda: all(fds <= 0 and maps <= 5 for fds, maps in gained()))  # workers let go of the last run a bit later
-    for process, rss in zip(everyone, resident, strict=True):
-        assert process.memory_info().rss < rss + 8_000_000
+        until(lambda: all(fds <= 0 and maps <= 5 for fds, maps in gained()))  # workers let go of the last run later
+        for process, rss in zip(everyone, resident, strict=True):
+            assert process.memory_info().rss < rss + 8_000_000

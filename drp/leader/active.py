@@ -167,6 +167,9 @@ class Active(ABC):
         """Forget a draft that cannot be evaluated; return whether its prediction was taken already."""
         return False
 
+    def drop(self) -> None:  # noqa: B027  # most have nothing to do
+        """Have workers not begin what they were given, where they can be told."""
+
     def release(self) -> None:
         """Let go of the memory: no worker uses it any more."""
         self.arena.close(reuse=not self.hurt)

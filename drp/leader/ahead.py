@@ -17,56 +17,55 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from drp.leader.active import ActiveRun, Pending, Sent
 from drp.leader.ground import Ground
 from drp.leader.request import Job, Request
+from drp.protocol.cuda import LINES, WorkersNumber
 from drp.protocol.memory import aligned
 from drp.protocol.messages import Bind, Order
-from drp.protocol.order import LINE, RAISED, STAMP, UNREAD, WorkersRecord, verdict_of, word
+from drp.protocol.order import ALL, LINE, RAISED, STAMP, UNREAD, UNWANTED, WorkersRecord, verdict_of, word
 from drp.sampling.run import Run, Task, residual
 
-LONG, MANY, LARGE = 0.04, 16, 1 << 24
+LONG, MANY, LARGE = 0.08, 16, 1 << 24
 """Seconds, drafts and bytes that workers have at most beyond two rounds: what another run has for them comes behind."""
 
 
 @dataclass(eq=False)
 class Answer:
-    """An answer whose stamps are being read into `seen`, int64 [rows, STAMP]; it `counts` if it was folded in."""
+    """An answer whose stamps are being read, a list of STAMP numbers each; it `counts` if it was folded in."""
 
     sent: Sent
     worker: int
-    seen: npt.NDArray[np.int64]
+    read: Callable[[], list[list[int]]]
     counts: bool
     since: float
 
     @property
     def verdict(self) -> int | None:
         """What the stamps say, the worst of a batch; None if one is not the draft's, UNREAD if one was not read yet."""
-        stamps: list[list[int]] = self.seen.tolist()
-        if any(UNREAD in stamp for stamp in stamps):
+        words = [stamp[0] for stamp in self.read()]
+        if UNREAD in words:
             return UNREAD
-        found = [verdict_of(stamp[0], self.sent.sequence) for stamp in stamps]
+        found = [verdict_of(each, self.sent.sequence) for each in words]
         known = [verdict for verdict in found if verdict is not None]
         return max(known) if len(known) == len(found) else None
 
     @property
     def seconds(self) -> float:
         """How long the evaluation took, 0 if the device does not tell."""
-        return float(self.seen[:, 1].sum()) / 1e9
+        return sum(stamp[1] for stamp in self.read()) / 1e9
 
     @property
     def ended(self) -> float:
         """When the evaluation ended, in seconds of perf_counter, 0 if the device does not tell."""
-        return float(self.seen[:, 2].max()) / 1e9
+        return max(stamp[2] for stamp in self.read()) / 1e9
 
     def named(self, verdict: int) -> int:
         """Return the index of the first draft of the batch whose stamp says so."""
-        words: list[int] = self.seen[:, 0].tolist()
+        words = [stamp[0] for stamp in self.read()]
         return self.sent.tasks[words.index(word(self.sent.sequence, verdict))].index
 
 
@@ -95,7 +94,7 @@ class AheadRun(ActiveRun):
         ground: Ground,
         places: int,
     ) -> None:
-        self._ground, self._stream = ground, ground.stream()
+        self._ground, self.stream, self._places = ground, ground.stream(), places
         self._workers: dict[int, WorkersRecord] = {}
         """What each records."""
         self._out: dict[int, None] = {}
@@ -112,36 +111,49 @@ class AheadRun(ActiveRun):
         self._exhausted = False
         self._progress = time.monotonic()
         self._few, self._filling, self._begun = MANY, False, False
+        self.begins = 0
+        """How many rounds have begun: their drafts are written."""
         few = min(spare, 2 * -(-job.mode.width // batch) * batch)
         self._bursts = max(1, min(MANY // few, LARGE // (few * job.start.nbytes)))
         """How many times the drafts of two rounds workers may have, where evaluations are short."""
-        spare = max(spare, self._bursts * few)
+        spare = max(spare, self._bursts * few) + job.mode.width  # A round is not divided.
         rows = job.slots + spare
         lines = aligned(rows * STAMP * 8)
         try:
-            with self._stream.current():
+            with self.stream.current():
                 super().__init__(number, job, request, pending, spare, batch, ground.take, lines + (1 + places) * LINE)
         except BaseException:
-            self._stream.close()
+            self.stream.close()
             raise
         stamps = self.arena.memory.tensor(self.arena.end, (rows, STAMP), torch.int64)
-        self._stamps = stamps if stamps.is_cuda else stamps.numpy()
+        self._stamps: Tensor | memoryview = stamps if stamps.is_cuda else stamps.numpy().data
         self._lines = self.arena.end + lines
         self.arena.memory.tensor(self._lines, (1 + places, LINE), torch.uint8).zero_()
-        self._own = ground.own(self.arena.memory, self._lines, self._stream)
+        self._own = ground.own(self.arena.memory, self._lines, self.stream)
 
     def _make_run(self) -> Run:
         job = replace(self.job, watch=False)  # Residuals are computed when the states are looked at.
-        return job.run(self.arena.drafts, self.arena.predictions, self._stream)
+        return job.run(self.arena.drafts, self.arena.predictions, self.stream)
 
     # What the engine calls, in the order of a draft's life.
 
     def bind(self, worker: int) -> Bind:
         """Join this run's stream to a worker's; return what it is told."""
-        place = self._lines + (1 + worker) * LINE
-        self._workers[worker], event = self._ground.workers(worker, self.arena.memory, place, self._stream)
-        bell = self._ground.bell.end if self._ground.bell is not None else None
-        order = Order(self.arena.end, self._lines, place, self._ground.hears, event, bell)
+        ground, place = self._ground, self._lines + (1 + worker) * LINE
+        record = self._workers[worker] = ground.workers(worker, self.arena.memory, place, self.stream)
+        bell = ground.bell.end if ground.bell is not None else None
+        order = Order(
+            stamps=self.arena.end,
+            lines=self._lines,
+            workers=self._places,
+            own=worker,
+            heard=ground.hears,
+            awake=ground.awake,
+            thread=ground.thread,
+            bell=bell,
+        )
+        if isinstance(record, WorkersNumber):
+            order = replace(order, numbers=record.numbers.handle, lines=0, workers=LINES, own=record.line)
         return replace(self.arena.bind, order=order)
 
     def dispatch(self, worker: int) -> tuple[int, int]:
@@ -167,13 +179,21 @@ class AheadRun(ActiveRun):
         """Return how many drafts, or batches of them, to give to workers that have `out` of them.
 
         They have `few`, and not more than two rounds'. Where evaluations are short they are given several times that,
-        in one go when no more than that is left: code that has just run takes a fraction of the time.
+        in one go when no more than that is left, or half of it while this thread has a core: code that has just run
+        takes a fraction of the time, and so do messages that are sent together.
         """
+        self._begun = False
         self._few = min(few, 2 * -(-self.job.mode.width // self._batch))
         usual = self.usual if not self._ground.hears else None
         most = self._few * int(max(1, min(self._bursts, LONG / (2 * usual)))) if usual else self._few
-        self._filling = out <= self._few or (self._filling and out < most)
+        least = max(self._few, most // 2) if self.stream.has_core else self._few
+        self._filling = out <= least or (self._filling and out < most)
         return most - out if self._filling else 0
+
+    def belongs(self, tasks: Sequence[Task], last: Sequence[Task], workers: int) -> bool:
+        """Whether drafts go out with the last ones: of the same round, if that has no more than one for each worker."""
+        mine = self._rounds_of[tasks[0].index]
+        return self._rounds_of[last[0].index] == mine and self.job.mode.width <= workers * self._batch
 
     def beside(self, tasks: Sequence[Task], drafts: Sequence[Sent]) -> int:
         """Count the drafts that a device would evaluate first: formed with these, if rounds wait for each other."""
@@ -188,7 +208,7 @@ class AheadRun(ActiveRun):
         row = self._reserved.pop(slot, None)
         if row is None:  # It is given again, after a loss.
             row = super().free_row(slot)
-            with self._stream.current():
+            with self.stream.current():
                 self._recorded = self._own.record()
         return row
 
@@ -199,31 +219,31 @@ class AheadRun(ActiveRun):
     def answered(self, worker: int, sent: Sent, counts: bool) -> None:
         """Queue the wait for a worker's stream, the reading of the stamps, and, if it counts, the arithmetic."""
         sent.answered = True
-        seen = torch.full(
-            (len(sent.rows), STAMP), UNREAD, dtype=torch.int64, pin_memory=self.arena.memory.device.type == "cuda"
-        )
-        with self._stream.current():
+        with self.stream.current():
             self._workers[worker].wait()
-            for place, row in enumerate(sent.rows):
-                self._stream.put(self._read(row, seen[place]))
-            self._answers.append(Answer(sent, worker, seen.numpy(), counts, time.monotonic()))
+            self._answers.append(Answer(sent, worker, self._read(sent.rows), counts, time.monotonic()))
             for task, row in zip(sent.tasks, sent.rows, strict=True) if counts else ():
                 del self.missing[task.slot]
                 self.run.fold(task.slot, row)
         self._folded += counts
 
-    def _read(self, row: int, seen: Tensor) -> Callable[[], object]:
-        """Return what copies a stamp; on the host by numpy, which takes a quarter of the time."""
+    def _read(self, rows: Sequence[int]) -> Callable[[], list[list[int]]]:
+        """Queue the reading of stamps; return what tells them."""
         if isinstance(self._stamps, Tensor):
-            return partial(seen.copy_, self._stamps[row], non_blocking=True)
-        return partial(np.copyto, seen.numpy(), self._stamps[row])
+            pinned = torch.full((len(rows), STAMP), UNREAD, dtype=torch.int64, pin_memory=True)
+            for place, row in zip(pinned, rows, strict=True):
+                self.stream.put(partial(place.copy_, self._stamps[row], non_blocking=True))
+            return pinned.tolist
+        seen = [[UNREAD] * STAMP for _ in rows]
+        self.stream.put(partial(_copy_stamps, self._stamps, rows, seen))
+        return lambda: seen
 
     def form(self) -> bool | None:
         """Form all drafts whose predictions are queued; at the end wait, with None, until all stamps were seen."""
-        with self._stream.current():
+        with self.stream.current():
             if super().form():
                 self._recorded = self._own.record()  # What is sent from now on waits for what was queued so far.
-                self._stream.put(self._note_begin)
+                self.stream.put(self._note_begin)
                 return True
         self._exhausted = True
         return None if self._answers else False
@@ -232,30 +252,54 @@ class AheadRun(ActiveRun):
     def ready(self) -> bool:
         """Whether there are drafts to form, or nothing is left. Feedback is made of numbers, which must be there.
 
-        As long as workers open the memory they are left alone: the first one's device is waiting for that.
+        Until the first device is done there are only drafts of three rounds: workers open the memory meanwhile.
         """
         waits = self._answers and (self._exhausted or self.job.mode.feedback)
-        return self.run.ready and not (self.unbound or waits)
+        opening = self._formed > 2 and self.begins == 1
+        return self.run.ready and not (opening or waits)
 
-    def go(self) -> float | None:
-        """Do what can be done of what was queued, if that takes this thread; return when to go on."""
-        self._begun = False
-        with self._stream.current():
-            return self._stream.go()
+    def go(self, alone: bool) -> float | None:
+        """Do what can be done of what was queued, if that takes this thread; return when to go on.
+
+        `alone` says that workers have no other run.
+        """
+        with self.stream.current():
+            return self.stream.go(alone)
+
+    @property
+    def holds(self) -> bool:
+        """Whether others are to be left alone: a worker opens the memory, and its device waits for that."""
+        return bool(self.unbound)
+
+    @property
+    def is_low(self) -> bool:
+        """Whether workers have no more than a round and a half beyond the one at which they are."""
+        return self.stream.waits <= self._few + self._few // 4
 
     @property
     def at_work(self) -> bool:
-        """Whether workers have the next round too. If none has just begun, one is about to end: that comes first."""
-        least = self._few if self._begun else self._few // 2 + 1
-        return not self.ready and self._stream.waits >= max(1, least)
+        """Whether workers have the next round too. If none has just begun, one is about to end: that comes first.
+
+        Where they lend their cores, there is time for anything else when they do.
+        """
+        least = self._few // 2 + 1 if self.stream.lent or not self._begun else self._few
+        wanted = self._begun and self.wants_states
+        ready = self.ready and not self.stream.lent  # Then there will be a core for that.
+        return not (ready or wanted) and self.stream.waits >= max(1, least)
 
     def _note_begin(self) -> None:
         self._begun = True
+        self.begins += 1
 
     @property
     def looking(self) -> bool:
         """Whether there are stamps to be seen, or states to be handed out."""
         return bool(self._answers) or self.behind
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there are stamps to be seen that were read, so that there is more to be done than to wait."""
+        return bool(self._answers) and self._answers[0].verdict not in (UNREAD, RAISED)
 
     def looked(self) -> Iterator[tuple[Answer, int | None]]:
         """Yield answers whose stamps were read, in their order, with the verdict; None is for one that is not proven.
@@ -267,6 +311,8 @@ class AheadRun(ActiveRun):
             verdict = answer.verdict
             if verdict in (UNREAD, RAISED):
                 return
+            if verdict == UNWANTED and answer.counts:
+                verdict = None  # It is.
             if verdict is not None:
                 self._verify(self._answers.popleft())
             yield answer, verdict
@@ -306,18 +352,25 @@ class AheadRun(ActiveRun):
         folded = [self.withdraw(sent) for sent in drafts if sent.run is self]
         return any(folded)
 
+    def drop(self) -> None:
+        """Have workers not begin what they were given."""
+        self._own.drop(ALL)
+        for answer in self._answers:
+            answer.counts = False
+
     def replay(self) -> None:
         """Begin again. Callbacks that were called are not called again; what is still out is nobody's."""
         self.waiting.clear()
         self.missing.clear()
         self._reserved.clear()
         self._steps.clear()
+        self._own.drop(self._recorded + 1)
         for answer in self._answers:
             answer.counts = False
         self._folded = self._verified = 0
         self._exhausted = False
         self.evaluations, self.device_seconds = 0, 0.0
-        with self._stream.current():
+        with self.stream.current():
             self._begin()
 
     def due(self, sequence: int, since: float) -> float:
@@ -327,34 +380,35 @@ class AheadRun(ActiveRun):
 
     def refine(self) -> None:
         """Queue what nobody waits for, and hand out the states that are proven."""
-        with self._stream.current():
-            self.run.refine(self._keep, between=self._wants_states)
+        with self.stream.current():
+            self.run.refine(self._keep, between=self.wants_states)
         if self._exhausted and not self._answers:
-            self._stream.settle()  # Nothing in it waits for a worker any more.
+            self.stream.settle()  # Nothing in it waits for a worker any more.
         self.pending.rounds = max(self.pending.rounds, self.run.rounds_done)
         while self._steps and self._steps[0].needs <= self._verified:
-            if self._steps[0].mark is not None and not self._stream.passed(self._steps[0].mark):
+            if self._steps[0].mark is not None and not self.stream.passed(self._steps[0].mark):
                 break
             self._hand_out(self._steps.popleft())
         self.run.residuals.update(self._residuals)
         self.behind = bool(self._steps) and self._steps[0].needs <= self._verified
 
     @property
-    def _wants_states(self) -> bool:
+    def wants_states(self) -> bool:
+        """Whether somebody is given the states between."""
         return self._callback is not None or self.job.watch
 
     def _keep(self, k: int, x: Tensor) -> None:
         """Note a state that is being computed; the next round may be computed in its place, so keep it if need be."""
         state = given = mark = None
-        if k > self.steps_done and self._wants_states:
+        if k > self.steps_done and self.wants_states:
             draft = self.run.given(k) if self.job.watch else None
             state, given = self._copy(x.reshape(-1)), None if draft is None else self._copy(draft)
-            mark = self._stream.mark()
+            mark = self.stream.mark()
         self._steps.append(Step(k, state, given, self._folded, mark))
 
     def _copy(self, x: Tensor) -> Tensor:
         kept = torch.empty_like(x)
-        self._stream.put(partial(kept.copy_, x))
+        self.stream.put(partial(kept.copy_, x))
         return kept
 
     def _hand_out(self, step: Step) -> None:
@@ -363,7 +417,7 @@ class AheadRun(ActiveRun):
         self.steps_done = step.k
         if step.state is None:
             return
-        with self._stream.aside():  # The run's own stream may be waiting for workers, for as long as they take.
+        with self.stream.aside():  # The run's own stream may be waiting for workers, for as long as they take.
             if step.state.is_cuda:
                 step.state.record_stream(torch.cuda.current_stream())
             if step.given is not None:
@@ -374,12 +428,18 @@ class AheadRun(ActiveRun):
 
     def finish(self, error: BaseException | None, devices: tuple[str, ...]) -> None:
         """Resolve the future."""
-        with self._stream.aside():
+        with self.stream.aside():
             super().finish(error, devices)
 
     def release(self) -> None:
         """Let go of the memory; whoever has it next comes after what is still queued."""
-        with self._stream.current():
+        with self.stream.current():
             self.arena.memory.written()
-        self._stream.close()
+        self.stream.close()
         super().release()
+
+
+def _copy_stamps(stamps: memoryview, rows: Sequence[int], seen: list[list[int]]) -> None:
+    """Read stamps where they lie, int64 [rows, STAMP], one for one."""
+    for place, row in enumerate(rows):
+        seen[place] = [stamps[row, number] for number in range(STAMP)]

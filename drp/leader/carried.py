@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from drp.leader.active import Active, Sent
 from drp.leader.ahead import AheadRun
 from drp.leader.awake import Awake
 from drp.leader.marks import Marks
 from drp.leader.staff import Loss, Staff, Station
-from drp.protocol.messages import Unbind
+from drp.protocol.messages import Again, Unbind
+
+KEEP = 64 << 20
+"""Bytes of memory that workers may keep open when a run is over, in case that the next one lies there."""
 
 
 class Carried:
@@ -25,19 +30,35 @@ class Carried:
     def begin(self, run: Active) -> None:
         """Take a run. Workers open its memory when they are given its first draft, or with `bind_others`.
 
-        Drafts that run ahead of their devices are given while there is time for that.
+        Drafts that run ahead of their devices are given while there is time for that, except the first one: its worker
+        opens the memory while it is formed.
         """
         self.under_way[run.number] = run
-        if not isinstance(run, AheadRun):
+        if isinstance(run, AheadRun):
+            for station in self._staff.ready[:1]:
+                self.bind(station, run)
+                self._staff.deliver([station])
+        else:
             self._begun.append(run)
         self._awake.hold()
 
-    def bind(self, station: Station, run: Active) -> None:
-        """Have a worker open a run's memory, if it was not asked to."""
+    def bind(self, station: Station, run: Active, drafts: bool = False) -> None:
+        """Post to a worker that it open a run's memory, if it was not asked to; `drafts`: some are posted with this.
+
+        Where those are the worker's until they are stamped, it need not say that it has opened the memory.
+        """
         if station.number not in run.bound:
-            self._staff.send(station, run.bind(station.number))
+            answer = not (drafts and isinstance(run, AheadRun))
+            bind, kept = replace(run.bind(station.number), answer=answer), station.kept
+            if kept is not None and replace(kept, run=run.number, answer=answer) == bind:
+                self._staff.post(station, Again(run.number, answer))
+                station.kept = None
+            else:
+                self._staff.post(station, bind)
+            station.binds[run.number] = bind
             run.bound.add(station.number)
-            run.unbound.add(station.number)
+            if answer:
+                run.unbound.add(station.number)
 
     def bind_others(self) -> None:
         """Have all workers open the memory of the runs that have begun."""
@@ -45,6 +66,7 @@ class Carried:
             run = self._begun.pop()
             for station in self._staff.ready if run.number in self.under_way else ():
                 self.bind(station, run)
+            self._staff.deliver(self._staff.ready)
 
     def on_bound(self, station: Station, number: int) -> bool:
         """Note that a worker has opened a run's memory; return False if it was not asked to."""
@@ -52,6 +74,7 @@ class Carried:
         if run is None or station.number not in run.unbound:
             return False
         run.unbound.remove(station.number)
+        self._staff.deliver(self._staff.ready)  # What was held back meanwhile.
         self.let_go(run)
         return True
 
@@ -61,10 +84,28 @@ class Carried:
         return [run for run in (*self.under_way.values(), *self.leaving.values()) if isinstance(run, AheadRun)]
 
     @property
+    def only(self) -> AheadRun | None:
+        """The only run that workers have, if its drafts are answered ahead of the devices."""
+        if len(self.under_way) + len(self.leaving) != 1:
+            return None
+        run = next(iter((self.under_way or self.leaving).values()))
+        return run if isinstance(run, AheadRun) else None
+
+    @property
+    def lent(self) -> bool:
+        """Whether there is one run, and this thread has no core but those that its workers lend it."""
+        return (only := self.only) is not None and only.stream.lent
+
+    @property
     def at_work(self) -> bool:
         """Whether workers have all that they need for now, of all runs."""
         runs = [*self.under_way.values(), *self.leaving.values()]
         return bool(runs) and all(run.at_work for run in runs)
+
+    @property
+    def begins(self) -> int:
+        """How many rounds have begun, of the runs under way."""
+        return sum(run.begins for run in self.under_way.values() if isinstance(run, AheadRun))
 
     @property
     def ready(self) -> list[AheadRun]:
@@ -95,6 +136,7 @@ class Carried:
             self._awake.release()
         run.waiting.clear()
         run.missing.clear()
+        run.drop()
         if error is not None:
             self._marks.add("failed", run)
         run.finish(error, self._devices)
@@ -105,7 +147,11 @@ class Carried:
         if run.number in self.leaving and not run.writing and not run.unbound:
             del self.leaving[run.number]
             for station in self._staff.ready:
-                self._staff.send(station, Unbind(run.number))
+                if (bind := station.binds.pop(run.number, None)) is not None:
+                    keep = bool(bind.number) and run.arena.memory.nbytes <= KEEP and station.device.gpu is None
+                    station.kept = bind if keep else station.kept
+                    self._staff.post(station, Unbind(run.number, keep))
+            self._staff.deliver(self._staff.ready)
             run.release()
 
     def let_all_go(self) -> None:

@@ -12,6 +12,7 @@ from drp.leader.marks import Marks
 from drp.leader.sharing import Sharing
 from drp.leader.staff import Staff, Station
 from drp.protocol.messages import Also, Draft
+from drp.protocol.waiting import give_way
 from drp.sampling.run import Task
 
 DEPTH = 2
@@ -32,7 +33,10 @@ class Dispatch:
         self._sharing, self._hedge, self.depth = sharing, hedge, depth
 
     def dispatch(self) -> None:
-        """Give waiting drafts to workers: one each, and a second in advance if there is only one run."""
+        """Give waiting drafts to workers: one each, and a second in advance if there is only one run.
+
+        Those of a run ahead of its devices are only posted if their workers have others: more may go with them.
+        """
         runs = [run for run in self._carried.under_way.values() if run.missing]
         ready = self._staff.ready
         if len(runs) == 1 and isinstance(runs[0], AheadRun):
@@ -44,25 +48,40 @@ class Dispatch:
                     if run is None:
                         return self._hedge_late(ready)
                     self._give(station, run, run.waiting.popleft())
+                    self._staff.deliver([station])
         return None
+
+    def deliver(self) -> None:
+        """Send what was posted, but for what has to wait."""
+        only = self._carried.only
+        if only is None or not only.holds:
+            self._staff.deliver(self._staff.ready)
 
     def _dispatch_ahead(self, run: AheadRun, ready: Sequence[Station]) -> None:
         """Give drafts of some rounds, each to the first worker that has the fewest drafts to be evaluated beside it."""
         room = run.room(sum(len(station.drafts) for station in ready), self.depth * len(ready))
-        for _ in range(min(room, len(run.waiting))):
-            tasks = run.waiting.popleft()
-            self._give(min(ready, key=lambda station: run.beside(tasks, station.drafts)), run, tasks)
+        last: tuple[Task, ...] | None = None
+        idle = [station for station in ready if not station.drafts]
+        while run.waiting and (room > 0 or (last is not None and run.belongs(run.waiting[0], last, len(ready)))):
+            last = run.waiting.popleft()
+            self._give(min(ready, key=lambda station: run.beside(last, station.drafts)), run, last)
+            room -= 1
+        if len(idle) == len(ready) or not run.holds:
+            self._staff.deliver(idle)
+        if run.holds:
+            give_way()  # The thread that carries the message to the first worker may want the core that this one is on.
 
     def _give(self, station: Station, run: Active, tasks: tuple[Task, ...]) -> None:
+        """Post drafts to a worker, to be delivered, and take note of it."""
         since, rows = time.perf_counter_ns(), []
         for task in tasks:
             rows.append(run.free_row(task.slot))
             run.writing[rows[-1]] += 1
         task, row = tasks[0], rows[0]
-        self._carried.bind(station, run)
+        self._carried.bind(station, run, drafts=True)
         sequence, after = run.dispatch(station.number)
         also = tuple(Also(t.index, t.timestep, t.slot, r) for t, r in zip(tasks[1:], rows[1:], strict=True))
-        self._staff.send(station, Draft(run.number, task.index, task.timestep, task.slot, row, sequence, after, also))
+        self._staff.post(station, Draft(run.number, task.index, task.timestep, task.slot, row, sequence, after, also))
         for task in tasks:
             self._marks.add("sent", run, task.index, station.number, since=since)
         if not station.drafts:
@@ -81,7 +100,8 @@ class Dispatch:
                     if idle and self._carried.is_missing(sent) and len(self.copies(sent)) == 1:
                         for task in sent.tasks:
                             self._marks.add("hedged", sent.run, task.index, station.number)
-                        self._give(idle.pop(), sent.run, sent.tasks)
+                        self._give(idle[-1], sent.run, sent.tasks)
+                        self._staff.deliver([idle.pop()])
 
     def _late(self, station: Station) -> float:
         """Return when the first draft of a busy station is late enough to be given to another too."""

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 
 import torch
@@ -39,6 +39,10 @@ from drp.protocol.waiting import be_punctual
 
 HEAD_START = 0.0005
 """Seconds that workers have to pick up their drafts before the leader refines: it may be using one of their cores."""
+
+SOON, SPIN = 100e-6, 2e-3
+"""Seconds that the thread stays awake on the core of a worker that is done: before it does anything else there, since
+others may be done soon, and at most."""
 
 ROOM = 4
 """Runs at once, for each worker: enough to keep it busy. Others wait, and take no memory meanwhile."""
@@ -80,6 +84,7 @@ class Engine:
         if self._ground.bell is not None:
             self._pool.watch(self._ground.bell.fd)
         self._due = math.inf  # when lanes go on
+        self._begins = 0  # of rounds, when drafts were given last
         self._started: Future[ModelSpec] = Future()
         self._alone = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="drp-leader", daemon=True)
@@ -168,10 +173,16 @@ class Engine:
                 self._go()
                 if not self._carried.at_work:
                     self._look()
-                    self._give()  # before anything else: the workers are waiting
+                    lent = self._carried.lent
+                    for _ in self._give():  # before anything else: the workers are waiting
+                        self._go()
+                        if lent and self._carried.at_work:
+                            break  # It may be a worker's core that this thread is on, and there will be time.
                     self._refine()  # the states behind, while they compute
                     self._carried.bind_others()
                     self._go()
+                    if self._carried.begins != self._begins and not (lent or self._carried.at_work):
+                        continue  # A round has begun meanwhile, so that more can be given.
                 self._take()
         except WorkerError as lost:
             error = WorkerError(*lost.args)  # without its traceback, whose frames hold the runs' memory
@@ -228,6 +239,7 @@ class Engine:
                 self._carried.end(run, CancelledError())
 
     def _begin(self, what: Asked) -> Active | None:
+        self._ground.make_room(alone=not (self._carried.under_way or self._carried.leaving))
         if isinstance(what, Session):
             return what
         job, request, pending = what
@@ -268,15 +280,23 @@ class Engine:
         if more is False:
             self._carried.end(run, None)
 
-    def _give(self) -> None:
-        """Give drafts to workers, and form those that can be formed without hearing of them."""
-        self._dispatch.dispatch()
-        while self._carried.ready:
-            self._refine()  # A round's states are seen to before the next is formed.
-            for run in self._carried.ready:
-                self._form(run)
-            self._refine()  # What is known is added before anything that waits for what these drafts predict.
+    def _give(self) -> Iterator[None]:
+        """Give drafts to workers, and form those that can be formed without hearing of them; in small steps."""
+        try:
+            self._begins = self._carried.begins
             self._dispatch.dispatch()
+            while self._carried.ready:
+                yield
+                self._refine()  # A round's states are seen to before the next is formed.
+                for run in self._carried.ready:
+                    self._form(run)
+                yield
+                self._refine()  # What is known is added before anything that waits for what these drafts predict.
+                yield
+                self._begins = self._carried.begins
+                self._dispatch.dispatch()
+        finally:
+            self._dispatch.deliver()
 
     def _refine(self) -> None:
         behind = [run for run in self._carried.under_way.values() if run.behind]
@@ -293,7 +313,8 @@ class Engine:
     def _take(self) -> None:
         """Wait for an answer, and take what has come until a worker can be given more."""
         timer = self._next_time()
-        got = self._pool.poll(min(timer, self._due), self._inbox.wakeup)
+        ahead, others = self._follow(timer)
+        got = self._pool.poll(0.0 if ahead else timer, self._inbox.wakeup) if others else None
         while got is not None:
             self._on(self._staff.station_of(got[0]), got[1])
             waiting = self._carried.ready or any(run.waiting for run in self._carried.under_way.values())
@@ -302,6 +323,38 @@ class Engine:
             got = self._pool.receive_now()
         if time.monotonic() >= timer:
             self._on_time()
+
+    def _follow(self, timer: float) -> tuple[bool, bool]:
+        """Sleep and work for runs ahead of their devices, and look at nothing else while there is nothing else to do.
+
+        Return whether there was such a run, and whether there may be anything else to be taken. In between, workers may
+        want the core that this thread is on.
+        """
+        bell = self._ground.bell
+        if bell is None or self._due == math.inf:
+            return False, True
+        ready: set[int] = set()
+        while ready <= {bell.fd} and self._due < math.inf and time.monotonic() < timer:
+            if (run := self._carried.only) is not None and run.stream.has_core:
+                self._use_core(run)
+            else:
+                ready = self._pool.sleep(min(timer, self._due))
+                self._go()
+            if not self._carried.at_work:
+                break
+        return True, not ready <= {bell.fd}
+
+    def _use_core(self, run: AheadRun) -> None:
+        """Do what there is to be done on the core of a worker that is done, as long as others are not."""
+        if run.is_low or not run.stream.spin(SOON):
+            self._look()
+            for _ in self._give() if not run.wants_states else ():
+                self._go()
+                if not run.stream.has_core:
+                    return
+            if not run.stream.spin(SPIN):
+                run.stream.leave_core()
+        self._go()
 
     def _next_time(self) -> float:
         """Return when something is due."""
@@ -321,6 +374,7 @@ class Engine:
 
     def _on_time(self) -> None:
         self._look()  # It may be a while since.
+        self._ground.release_gone()
         for loss in self._staff.tend():
             self._on_loss(loss)
         now = time.monotonic()
@@ -376,9 +430,13 @@ class Engine:
         self._due = math.inf
         if self._ground.bell is not None:
             self._ground.bell.quiet()
+            alone = self._carried.only is not None
             for run in self._carried.ahead:
                 try:
-                    self._due = min(self._due, run.go() or math.inf)
+                    due = run.go(alone)
+                    if due is None:  # Nothing is waited for.
+                        due = 0.0 if run.has_news else math.inf
+                    self._due = min(self._due, due)
                 except Exception as error:  # of the arithmetic, such as no memory
                     if run.number in self._carried.under_way:
                         self._carried.end(run, error)
@@ -417,7 +475,7 @@ class Engine:
                 run.waiting.appendleft(sent.tasks)
             if missing or (sent.answered and run in again):
                 run.used_up[task.index] += MOST_DRAFT[loss.fault] if place == 0 else 0.0
-                if run.used_up[task.index] > 1 - 1e-9:
+                if run.used_up[task.index] > 1 - 1e-9 and run.number in self._carried.under_way:
                     several = (
                         f"step {task.index} of run {run.number} was given up, after every worker that evaluated it"
                     )

@@ -4,30 +4,45 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from drp.leader.devices import Device
-from drp.leader.lane import Lane, LaneRecord
+from drp.leader.lane import Lane, LaneRecord, Room
 from drp.leader.spare import Spare
 from drp.protocol.bell import OwnBell
-from drp.protocol.cuda import CudaError, EventRecord, GpuEvent, GpuMemory, GpuStream, RunRecord, is_turned
+from drp.protocol.cuda import (
+    LINES,
+    CudaError,
+    GpuMemory,
+    GpuNumbers,
+    GpuStream,
+    RunRecord,
+    WorkersNumber,
+    is_turned,
+)
 from drp.protocol.memory import Memory
 from drp.protocol.messages import GpuHandle, Half, OnGpu
-from drp.protocol.order import LINE, OwnRecord, Stream, WorkersRecord
+from drp.protocol.order import LINE, LeadersOwn, Stream, WorkersRecord
+from drp.protocol.waiting import current_core
 
 PROBE = 4096
 LEAST = 1 << 21
 """Bytes of the smallest block; cudaMalloc gives no less."""
+
+AWAKE = 1e-3
+"""Seconds: as long as another worker and the leader take if all goes well."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class GpuOptions:
-    """How workers use their GPUs. Not yet run on a GPU: see docs/gpus.md.
+    """How workers use their GPUs: see docs/gpus.md.
 
     dtype: of the weights and of what they are applied to, "float16" or "bfloat16"; by default the model's own. States
         and predictions stay float32.
@@ -81,13 +96,27 @@ class Ground:
         """Whether answers run ahead of the devices."""
         self.bell = OwnBell() if self.ahead else None
         """With which workers wake the leader."""
+        cores = [core for device in devices for core in device.cores]
+        apart = len(set(cores)) == len(cores) and not any(device.emulated or device.gpu for device in devices)
+        self.awake = AWAKE if apart else 0.0
+        """Seconds that workers look for a record without sleeping: not on cores that others could use."""
+        self._cores = os.sched_getaffinity(0)
+        own = bool(self._cores - set(cores))
+        self._room: Room = "own" if own else "lent" if apart and len(devices) > 1 else "shared"
+        self._first, self._last = devices[0].cores, devices[-1].cores
+        self.thread: int | None = None
+        """Of the leader's, if workers lend it their cores."""
         self._sequences = itertools.count()
-        self._events: dict[int, GpuEvent] = {}
-        self._all_events: list[GpuEvent] = []
+        self._numbers: list[GpuNumbers] = []
+        self._workers: dict[int, WorkersNumber] = {}
+        self._lines = itertools.count()
+        self._gone: list[WorkersNumber] = []
         self._pattern = (torch.arange(PROBE) % 251).to(torch.uint8)
 
     def enter(self) -> None:
         """Compute on the GPU, in a stream of its own, from here on in this thread; or on the host, if that fails."""
+        if self._room == "lent" and self.ahead:
+            self.thread = threading.get_native_id()
         if self._uuid is None:
             return
         try:
@@ -95,16 +124,33 @@ class Ground:
             torch.cuda.set_device(memory.device)
             torch.cuda.set_stream(torch.cuda.Stream(memory.device))  # type: ignore[no-untyped-call]  # torch has no types for it
             self._free.append(memory)
+            if self.ahead:
+                self._numbers.append(GpuNumbers.create())
         except (CudaError, MemoryError, RuntimeError) as error:
             self._leave(f"the leader cannot share memory of {self._uuid}: {error}")
+
+    def make_room(self, alone: bool) -> None:
+        """Leave the first worker's cores, which has something to do first, if this thread has none of its own.
+
+        Where workers lend it theirs it begins with the last one's, if there is no other run, and else is anywhere.
+        """
+        if self.thread is not None:
+            os.sched_setaffinity(0, self._last if alone else self._cores)
+        elif self._room == "shared" and (others := self._cores - set(self._first)) and current_core() not in others:
+            os.sched_setaffinity(0, others)
+            os.sched_setaffinity(0, self._cores)
 
     def how(self, number: int, device: Device) -> OnGpu | None:
         """Return what a worker is told of its GPU, None without one; with a probe, if it has to reach the leader's."""
         if device.gpu is None:
             return None
-        if self.ahead and self._uuid is not None:  # another for each worker: the last one may have left it recorded
-            self._events[number] = GpuEvent.create()
-            self._all_events.append(self._events[number])
+        if self.ahead and self._uuid is not None:  # another for each worker: there may yet be waits for the last one's
+            if number in self._workers:
+                self._gone.append(self._workers[number])
+            batch, line = divmod(next(self._lines), LINES)
+            if batch == len(self._numbers):
+                self._numbers.append(GpuNumbers.create())
+            self._workers[number] = WorkersNumber(self._numbers[batch], line)
         return self._options.on(device.gpu, self._batch, self._probe(number))
 
     def judge(self, number: int, worker: str, unreached: str) -> str:
@@ -156,36 +202,40 @@ class Ground:
     def stream(self) -> Stream:
         """Return a stream for one run, to be closed with it."""
         if self._uuid is None:
-            return Lane()
+            return Lane(self._room)
         return GpuStream(torch.device("cuda", torch.cuda.current_device()))
 
-    def own(self, memory: Memory, place: int, stream: Stream) -> OwnRecord:
+    def own(self, memory: Memory, place: int, stream: Stream) -> LeadersOwn:
         """Return what the leader records of a run; on the host its numbers are at this place of the run's memory."""
         if isinstance(stream, Lane):
             return LaneRecord(memory.tensor(place, (LINE // 8,), torch.int64), stream)
         return RunRecord(memory)
 
-    def workers(self, number: int, memory: Memory, place: int, stream: Stream) -> tuple[WorkersRecord, bytes | None]:
-        """Return what a worker records of a run, and the handle of its event; on the host as above."""
+    def workers(self, number: int, memory: Memory, place: int, stream: Stream) -> WorkersRecord:
+        """Return what a worker records of a run: on a GPU of all, and on the host as above."""
         if isinstance(stream, Lane):
-            line = memory.tensor(place, (LINE // 8,), torch.int64)
-            return LaneRecord(line, stream, told=not self._has_gpus), None
-        assert isinstance(stream, GpuStream)
-        event = self._events[number]
-        return EventRecord(event, stream), event.handle
+            return LaneRecord(memory.tensor(place, (LINE // 8,), torch.int64), stream, told=not self._has_gpus)
+        return self._workers[number]
+
+    def release_gone(self) -> None:
+        """Release what those who are gone have recorded, once more: one that took its time may have written since."""
+        for record in self._gone:
+            record.release()
 
     def close(self) -> None:
         """Free everything; the workers must have ended."""
+        for record in (*self._workers.values(), *self._gone):
+            record.release()  # There may be waits for what they had queued, and to free memory waits for those.
         self._spare.close()
         if self.bell is not None:
             self.bell.close()
-        for event in self._all_events:
-            event.free()
-        self._all_events.clear()
         for memory in self._all:
             memory.free()
         self._all.clear()
         self._free.clear()
+        for numbers in self._numbers:
+            numbers.free()
+        self._numbers.clear()
 
     def _create(self, nbytes: int) -> GpuMemory:
         assert self._uuid is not None

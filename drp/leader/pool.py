@@ -127,10 +127,10 @@ class Pool:
         self._socket.watch(process.sentinel)  # before its first word: a worker that dies unheard is noticed
         return worker
 
-    def send(self, worker: WorkerProcess, message: ToWorker) -> None:
-        """Send a message. A worker that does not take its messages is killed; `poll` tells of any that is gone."""
+    def send(self, worker: WorkerProcess, *messages: ToWorker | bytes) -> None:
+        """Send messages together. A worker that does not take them is killed; `poll` tells of any that is gone."""
         try:
-            self._socket.send(worker.identity, message)
+            self._socket.send(worker.identity, *messages)
         except zmq.Again:
             log.warning("%s does not take its messages and is ended", worker)
             worker.process.kill()
@@ -140,6 +140,10 @@ class Pool:
     def watch(self, fd: int) -> None:
         """Let `poll` also return when a descriptor of the caller's is ready."""
         self._socket.watch(fd)
+
+    def sleep(self, deadline: float) -> set[int]:
+        """Sleep until `poll` has something to look at, at most; it may also end before. Return what that is."""
+        return self._socket.sleep(deadline - time.monotonic())
 
     def poll(self, deadline: float, wakeup: int) -> tuple[WorkerProcess, ToLeader | None] | None:
         """Return the next message, or, with None in its place, a worker that has ended: what it sent comes first.

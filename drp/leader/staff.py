@@ -6,7 +6,7 @@ import logging
 import signal
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,7 +16,8 @@ from drp.leader.devices import Device
 from drp.leader.errors import WorkerError
 from drp.leader.ground import Ground
 from drp.leader.pool import GRACE, Pool, WorkerProcess, failure
-from drp.protocol.messages import Failed, ToLeader, ToWorker
+from drp.protocol.codec import encode
+from drp.protocol.messages import Bind, Failed, ToLeader, ToWorker
 
 TICK = 1.0
 """Seconds between two looks at whether idle workers come round."""
@@ -46,6 +47,12 @@ class Station:
     state: State = "away"
     generation: int = 0
     drafts: deque[Sent] = field(default_factory=deque)
+    post: list[bytes] = field(default_factory=list)
+    """What it is to be sent."""
+    binds: dict[int, Bind] = field(default_factory=dict)
+    """What its worker was told of the memory of runs, by number."""
+    kept: Bind | None = None
+    """Likewise, of the one that it keeps."""
     since: float = 0.0
     """Of state starting or away too: until when."""
     used_up: float = 0.0
@@ -93,10 +100,17 @@ class Staff:
         """Those who bring workers up, and know what the model is."""
         return self._crew
 
-    def send(self, station: Station, message: ToWorker) -> None:
-        """Send to a station's worker; one that is gone shows at the next `poll`."""
+    def post(self, station: Station, message: ToWorker) -> None:
+        """Have something sent to a station's worker with the next `deliver`, if it is still there then."""
         if station.worker is not None:
-            self._pool.send(station.worker, message)
+            station.post.append(encode(message))
+
+    def deliver(self, stations: Iterable[Station]) -> None:
+        """Send what was posted, to each worker together; one that is gone shows at the next `poll`."""
+        for station in stations:
+            if station.worker is not None and station.post:
+                self._pool.send(station.worker, *station.post)
+                station.post.clear()
 
     def start(self, station: Station) -> None:
         """Put a new worker into a place; OSError if the machine has no process to give."""
@@ -138,6 +152,9 @@ class Staff:
         station.last = why or f"{name} {how}"
         drafts = tuple(station.drafts)
         station.drafts.clear()
+        station.post.clear()
+        station.binds.clear()
+        station.kept = None
         station.worker = None
         fault: Fault = "outside" if outside else "own"
         self._wait(station, fault)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from drp.protocol.codec import ProtocolError
 from drp.protocol.memory import ALIGNMENT, DTYPES, NAMES, Memory, SharedMemory, aligned
-from drp.protocol.messages import Bind, GpuHandle, TensorSpec
+from drp.protocol.messages import Bind, GpuHandle, Handle, TensorSpec
 
 Make = Callable[[int], Memory]
 
@@ -78,19 +78,27 @@ class Arena:
         specs = _specs("cond", cond, start)
         memory = make(_end(specs, start) + more)
         handle, gpu = memory.names
-        arena = cls(memory, Bind(run, handle, slots, rows, drafts, predictions, specs, gpu))
+        arena = cls(memory, Bind(run, handle, slots, rows, drafts, predictions, specs, gpu, memory.number))
         for name, tensor in cond.items():
             arena.cond[name].copy_(tensor)
         return arena
 
     @classmethod
-    def open(cls, bind: Bind, reach: Callable[[GpuHandle], Memory] | None = None) -> Arena:
-        """Map the arena that a leader's Bind describes; `reach` opens a GPU's memory, and keeps it."""
+    def open(
+        cls,
+        bind: Bind,
+        reach: Callable[[GpuHandle], Memory] | None = None,
+        find: Callable[[Handle, int], SharedMemory] = lambda handle, number: SharedMemory.open(handle),
+    ) -> Arena:
+        """Map the arena that a leader's Bind describes.
+
+        `reach` opens a GPU's memory, and keeps it; `find` the host's, by its handle and number, and may do so too.
+        """
         if bind.gpu is not None and bind.memory is None and reach is not None:
             return cls(reach(bind.gpu), bind)
         if bind.memory is None or bind.gpu is not None:
             raise ProtocolError("an arena lies either in shared memory or, for a worker on one, in a GPU's")
-        memory = SharedMemory.open(bind.memory)
+        memory = find(bind.memory, bind.number)
         try:
             return cls(memory, bind)
         finally:

@@ -1,4 +1,4 @@
-"""Memory of a GPU that processes share, by CUDA IPC: what `drp.protocol.memory` is on the host. Not yet run on a GPU.
+"""Memory of a GPU that processes share, by CUDA IPC: what `drp.protocol.memory` is on the host.
 
 The runtime is called through ctypes: torch's own sharing hands out pieces of its caching allocator, counts references
 in a file, and synchronises the stream beyond 1000 shares. An allocation here is one of its own, so a handle exposes
@@ -20,14 +20,18 @@ import torch
 from torch import Tensor
 
 from drp.protocol.codec import ProtocolError
-from drp.protocol.memory import Memory, check_fit
+from drp.protocol.memory import Memory, SharedMemory, check_fit
 from drp.protocol.messages import GpuHandle, Handle
+from drp.protocol.order import ALL, LINE
 
 HANDLE = 64
 """Bytes of a handle."""
 NO_TIMES_BUT_SHARED = 2 | 4
 """cudaEventDisableTiming and cudaEventInterprocess."""
 LAZY_PEER_ACCESS = 1
+PORTABLE_AND_MAPPED = 1 | 2
+LINES = 1024
+"""How many numbers there are in one memory: one for each worker that is started."""
 
 
 class CudaError(RuntimeError):
@@ -53,6 +57,8 @@ def index_of(uuid: str) -> int:
 
 class GpuMemory:
     """Memory of one GPU, and its owner's event. The current stream of the calling thread is the one that counts."""
+
+    number = 0  # Its handle is no other memory's.
 
     def __init__(
         self, address: int, event: int, handle: GpuHandle, index: int, keep: Callable[[GpuMemory], None] | None = None
@@ -140,57 +146,73 @@ class GpuMemory:
             _call("cudaFree", ctypes.c_void_p(self._address))
 
 
-class GpuEvent:
-    """An interprocess event of the leader's, which a worker opens and records, as CUDA's sample simpleIPC does.
+class GpuNumbers:
+    """int64 numbers on the host, of the leader's, LINE bytes apart: GPUs write them, and wait for them, on streams.
 
-    The leader makes and keeps it, so that a worker's end cannot take it away.
+    Where an interprocess event would do as well, as long as all goes well: a stream that waits for one which a process
+    has recorded whose context is then lost waits for good, whoever records it anew (seen with CUDA 13 on an H200). A
+    number can be written in the place of a worker that is gone.
     """
 
-    def __init__(self, event: int, handle: bytes) -> None:
-        self._event, self.handle = event, handle
+    def __init__(self, memory: SharedMemory) -> None:
+        self._memory, self.lines = memory, memory.nbytes // LINE
+        self._numbers = memory.tensor(0, (self.lines, LINE // 8), torch.int64)
+        self._start, address = self._numbers.data_ptr(), ctypes.c_void_p()
+        _call("cudaHostRegister", ctypes.c_void_p(self._start), ctypes.c_size_t(memory.nbytes), PORTABLE_AND_MAPPED)
+        _call("cudaHostGetDevicePointer", ctypes.byref(address), ctypes.c_void_p(self._start), 0)
+        self._address = address.value or 0
 
     @classmethod
-    def create(cls) -> GpuEvent:
-        """Make one on the current device."""
-        torch.cuda.current_stream()  # The runtime's calls below need torch's context on this device.
-        event, shared = ctypes.c_void_p(), _Opaque()
-        _call("cudaEventCreateWithFlags", ctypes.byref(event), NO_TIMES_BUT_SHARED)
+    def create(cls) -> GpuNumbers:
+        """Make some, all 0, with a context on the current device; CudaError if its streams cannot write them."""
+        torch.cuda.current_stream()  # The runtime's calls need torch's context on this device.
+        memory = SharedMemory.create(LINES * LINE)
         try:
-            _call("cudaIpcGetEventHandle", ctypes.byref(shared), event)
+            numbers = cls(memory)
+            numbers.write(LINES - 1, 1)
+            numbers.wait(LINES - 1, 1)
+            torch.cuda.current_stream().synchronize()
+            numbers.set(LINES - 1, 0)
         except CudaError:
-            _call("cudaEventDestroy", event)
+            memory.close()
             raise
-        return cls(int(event.value or 0), bytes(shared))
+        return numbers
 
     @classmethod
-    def open(cls, handle: bytes) -> GpuEvent:
-        """Open the leader's, on the current device: it can be recorded on streams of that device."""
-        if len(handle) != HANDLE:
-            raise ProtocolError(f"an event's handle of {len(handle)} bytes; it has {HANDLE}")
+    def open(cls, handle: Handle) -> GpuNumbers:
+        """Open the leader's; they stay open."""
         torch.cuda.current_stream()
-        event = ctypes.c_void_p()
-        _call("cudaIpcOpenEventHandle", ctypes.byref(event), _Opaque.from_buffer_copy(handle))
-        return cls(int(event.value or 0), handle)
+        return cls(SharedMemory.open(handle))
 
-    def record(self) -> None:
-        """Record it on the current stream."""
-        stream = torch.cuda.current_stream().cuda_stream
-        _call("cudaEventRecord", ctypes.c_void_p(self._event), ctypes.c_void_p(stream))
+    @property
+    def handle(self) -> Handle:
+        """What a worker needs to open them."""
+        return self._memory.handle
 
-    def wait(self) -> None:
-        """Have the current stream wait for it as it was last recorded."""
-        stream = torch.cuda.current_stream().cuda_stream
-        _call("cudaStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(self._event), 0)
+    def write(self, line: int, number: int) -> None:
+        """Have the current stream write a number, after all that was queued on it before."""
+        _drive("cuStreamWriteValue64_v2", self._address + line * LINE, number)
+
+    def wait(self, line: int, number: int) -> None:
+        """Have the current stream wait until the number there is so high."""
+        _drive("cuStreamWaitValue64_v2", self._address + line * LINE, number)
+
+    def set(self, line: int, number: int) -> None:
+        """Write a number, now."""
+        self._numbers[line, 0] = number
 
     def free(self) -> None:
-        """Destroy it; those who opened it must have ended."""
-        _call("cudaEventDestroy", ctypes.c_void_p(self._event))
+        """Let go of them; nothing that waits for them may be queued any more."""
+        _call("cudaHostUnregister", ctypes.c_void_p(self._start))
+        self._memory.close()
+        self._numbers = torch.empty(0)  # The mapping goes with the last tensor of it.
 
 
 class GpuStream:
     """A stream of torch's, and another aside: `drp.protocol.order.Stream` on a GPU."""
 
     waits = 0
+    lent = has_core = False
 
     def __init__(self, device: torch.device) -> None:
         self._stream, self._aside = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -199,8 +221,15 @@ class GpuStream:
         """Queue what `do` queues; this is the current stream."""
         do()
 
-    def go(self) -> None:
+    def go(self, alone: bool = False) -> None:
         """Do nothing: the GPU does."""
+
+    def spin(self, seconds: float) -> bool:
+        """Do nothing."""
+        return True
+
+    def leave_core(self) -> None:
+        """Do nothing."""
 
     def current(self) -> AbstractContextManager[object]:
         """Make it the current stream for a while."""
@@ -239,31 +268,43 @@ class RunRecord:
         self._memory.written()
         return 0
 
+    def drop(self, least: int) -> None:
+        """Do nothing: what is queued on a GPU is done."""
+
     def wait(self, number: int) -> None:
         """Have the current stream wait for it, as it was last recorded."""
         self._memory.follow()
 
 
-class EventRecord:
-    """What a worker records: an event of its own, which the leader made."""
+class OwnNumber:
+    """What a worker records: how many drafts it has done, all runs together, in a line of the leader's."""
 
-    def __init__(self, event: GpuEvent, stream: GpuStream | None = None) -> None:
-        self._event, self._stream = event, stream
+    def __init__(self, numbers: GpuNumbers, line: int) -> None:
+        if line >= numbers.lines:
+            raise ProtocolError(f"the line {line} of {numbers.lines}")
+        self._numbers, self._line, self._count = numbers, line, 0
 
     def record(self) -> int:
-        """Record the event on the current stream."""
-        self._event.record()
-        return 0
+        """Have the current stream write it."""
+        self._count += 1
+        self._numbers.write(self._line, self._count)
+        return self._count
+
+
+class WorkersNumber:
+    """What one worker, and none that takes its place, records, as the leader has it."""
+
+    def __init__(self, numbers: GpuNumbers, line: int) -> None:
+        self.numbers, self.line, self._count = numbers, line, 0
 
     def wait(self) -> None:
-        """Have the current stream wait for it."""
-        self._event.wait()
+        """Have the current stream wait for the next, once the worker has said that it is queued."""
+        self._count += 1
+        self.numbers.wait(self.line, self._count)
 
     def release(self) -> None:
-        """Record it in the worker's place, aside of the leader's stream, so that a wait for it can end."""
-        assert self._stream is not None
-        with self._stream.aside():
-            self._event.record()
+        """Let all streams go on: the worker is gone."""
+        self.numbers.set(self.line, ALL)
 
 
 class _Span:
@@ -306,6 +347,21 @@ def _runtime() -> Any:
     library.cudaIpcOpenEventHandle.argtypes = (ctypes.c_void_p, _Opaque)
     library.cudaStreamSynchronize.argtypes = (ctypes.c_void_p,)
     return library
+
+
+@functools.cache
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _drive(name: str, address: int, number: int) -> None:
+    """Queue a number's writing, or the wait until it is reached, which is what flags of 0 say."""
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    if not hasattr(_driver(), name):
+        raise CudaError(f"the driver has no {name}; CUDA 11.7's and newer ones have")
+    code = getattr(_driver(), name)(stream, ctypes.c_uint64(address), ctypes.c_uint64(number), 0)
+    if code:
+        raise CudaError(f"{name} failed: the driver says {code}")
 
 
 def _call(name: str, *arguments: Any) -> None:

@@ -6,6 +6,7 @@ A memfd has no name in any file system: when its owner and all who opened it are
 from __future__ import annotations
 
 import fcntl
+import itertools
 import math
 import mmap
 import os
@@ -77,6 +78,11 @@ class Memory(Protocol):
         """What a peer needs to open it: one of the two."""
         ...
 
+    @property
+    def number(self) -> int:
+        """No other memory's of its owner, if a handle does not tell whether it is the same again; else 0."""
+        ...
+
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return a view; raise ProtocolError if it does not fit."""
         ...
@@ -95,6 +101,7 @@ class Memory(Protocol):
 
 
 Keep = Callable[["SharedMemory"], bool]
+_numbers = itertools.count()
 
 
 class SharedMemory:
@@ -107,6 +114,8 @@ class SharedMemory:
         self._map = mmap.mmap(fd, nbytes)
         self._lent = False
         self.nbytes = nbytes
+        self.number = 1 + next(_numbers) % (2**31 - 1) if keep is not None else 0
+        """It is used again if it is kept; a descriptor's number may come to be another memory's."""
 
     @classmethod
     def create(cls, nbytes: int, keep: Keep | None = None) -> SharedMemory:

@@ -8,6 +8,7 @@ worker -> leader   Shared      done
 leader -> worker   Warm        to one on a GPU: compile, capture, warm
 worker -> leader   Warmed      done
 leader -> worker   Bind        a run begins: its memory
+leader -> worker   Again       a run begins: its memory is the last one's
 worker -> leader   Bound       I have the run's memory
 leader -> worker   Draft       evaluate this slot
 worker -> leader   Prediction  the answer is in the row
@@ -24,7 +25,7 @@ from typing import Annotated, Literal
 
 from drp.protocol.codec import Bounds, Length, numbers
 
-VERSION = 5
+VERSION = 6
 MOST_TENSORS = 1024
 """In a slot, or as conditions."""
 MOST_BATCHED = 255
@@ -202,17 +203,22 @@ class Warmed:
 class Order:
     """How a worker answers drafts of a run before its device has evaluated them; see `drp.protocol.order`.
 
-    From `stamps` on the arena has three int64 for each row. What the leader records is at `leaders`, what this worker
-    records at `own`, for an arena on the host, and a worker on cores rings the `bell` when that is wanted; for one on a
-    GPU its own event is the leader's, and the worker's is `event`: what cudaIpcGetEventHandle gives for an event of the
-    leader's that the worker records. `heard`: the worker says so when a draft is queued; else it says nothing of it.
+    From `stamps` on the arena has three int64 for each row. For an arena on the host the leader's line of records is
+    at `lines`, and after it those of its `workers`, of which this one has the line number `own`, from 0 on. It looks at
+    the leader's for `awake` seconds before it sleeps, and rings the `bell` when that is wanted; if it then is the first
+    to be done, it moves the `thread` of the leader's, if there is one, to its own cores, and sleeps. For an arena on a
+    GPU the leader records the event of that, and the lines are in the memory `numbers`, on the host: there `own` is the
+    worker's for good. `heard`: the worker says so when a draft is queued; else it says nothing of it.
     """
 
     stamps: Bytes
-    leaders: Bytes
-    own: Bytes
+    lines: Bytes
+    workers: Count
+    own: Count
     heard: bool
-    event: Opaque | None = None
+    awake: Seconds = 0.0
+    thread: Count | None = None
+    numbers: Handle | None = None
     bell: End | None = None
 
 
@@ -222,8 +228,9 @@ class Bind:
 
     Each of the `slots` holds a draft, the tensors `inputs`, and each of the `rows` a prediction, the tensors `outputs`,
     their offsets counted from where the draft or prediction begins (see `arena.Arena`). `cond` are what the denoiser is
-    given with every draft, at offsets of the memory as a whole. Of `memory` and `gpu` exactly one is not None. `order`:
-    its drafts are answered ahead of the device.
+    given with every draft, at offsets of the memory as a whole. Of `memory` and `gpu` exactly one is not None. Memory
+    on the host that has the same `number` again is the same, and need not be opened again; 0 is none. `answer`: Bound
+    is sent, for no draft comes with this that would show it. `order`: its drafts are answered ahead of the device.
     """
 
     run: Count
@@ -234,6 +241,8 @@ class Bind:
     outputs: Annotated[tuple[TensorSpec, ...], Length(MOST_TENSORS)]
     cond: Annotated[tuple[TensorSpec, ...], Length(MOST_TENSORS)]
     gpu: GpuHandle | None = None
+    number: Count = 0
+    answer: bool = True
     order: Order | None = None
 
 
@@ -312,9 +321,18 @@ class Fault:
 
 @dataclass(frozen=True)
 class Unbind:
-    """The run is over; its memory will not be read again."""
+    """The run is over; its memory will not be read again. `keep`: Again may follow, until another's is kept."""
 
     run: Count
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class Again:
+    """A run begins whose Bind would be, but for `run` and `answer`, that of the run that was kept, which it ends."""
+
+    run: Count
+    answer: bool = True
 
 
 @dataclass(frozen=True)
@@ -331,10 +349,12 @@ class Failed:
     traceback: Text
 
 
-ToWorker = Load | Share | Warm | Bind | Draft | Unbind | Stop
+ToWorker = Load | Share | Warm | Bind | Again | Draft | Unbind | Stop
 ToLeader = Hello | Loaded | Shared | Warmed | Bound | Prediction | Fault | Failed
 
-TO_WORKER: dict[str, type[ToWorker]] = {kind.__name__: kind for kind in (Load, Share, Warm, Bind, Draft, Unbind, Stop)}
+TO_WORKER: dict[str, type[ToWorker]] = {
+    kind.__name__: kind for kind in (Load, Share, Warm, Bind, Again, Draft, Unbind, Stop)
+}
 TO_LEADER: dict[str, type[ToLeader]] = {
     kind.__name__: kind for kind in (Hello, Loaded, Shared, Warmed, Bound, Prediction, Fault, Failed)
 }

@@ -5,18 +5,20 @@ A socket belongs to one thread at a time. Every receive has a deadline.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 
 import zmq
 
 from drp.protocol.codec import MAX_MESSAGE, ProtocolError, decode, encode
 from drp.protocol.messages import TO_LEADER, TO_WORKER, ToLeader, ToWorker
-from drp.protocol.waiting import wait_readable
+from drp.protocol.waiting import give_way, wait_readable
 
 MAX_PATH = 107
 """Characters of the longest path of a Unix socket."""
@@ -64,11 +66,13 @@ class LeaderSocket:
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
-    def send(self, identity: bytes, message: ToWorker) -> None:
-        """Send at once; raise zmq.ZMQError if the worker is gone or does not take its messages."""
-        data = encode(message)
-        self._socket.send(identity, zmq.NOBLOCK | zmq.SNDMORE)
-        self._socket.send(data, zmq.NOBLOCK)
+    def send(self, identity: bytes, *messages: ToWorker | bytes) -> None:
+        """Send at once, several together: the worker wakes up once. Some may be encoded already.
+
+        Raises zmq.ZMQError if the worker is gone or does not take its messages.
+        """
+        frames = [message if isinstance(message, bytes) else encode(message) for message in messages]
+        self._socket.send_multipart([identity, *frames], zmq.NOBLOCK)
 
     def watch(self, fd: int) -> None:
         """Let `poll` also look at a file descriptor."""
@@ -78,6 +82,20 @@ class LeaderSocket:
         """Look at a file descriptor no longer."""
         self._epoll.unregister(fd)
 
+    def sleep(self, seconds: float) -> set[int]:
+        """Sleep until there is a message or a watched descriptor is ready, at most; it may also end before.
+
+        Return which are, the socket's own too.
+        """
+        if self._has_message():
+            return {self._socket.fileno()}
+        if seconds > 0:
+            wait_readable(self._epoll.fileno(), min(seconds, LONGEST))
+        return self._ready()
+
+    def _ready(self) -> set[int]:
+        return {fd for fd, _ in self._epoll.poll(0.0)}
+
     def poll(self, seconds: float) -> tuple[bool, set[int]]:
         """Wait for a message or a watched descriptor; return whether there is a message, and which are ready."""
         # One epoll for all: zmq's own poll makes its list anew at each call, and counts whole milliseconds.
@@ -86,7 +104,7 @@ class LeaderSocket:
             message = self._has_message()
             if not message and (left := deadline - time.monotonic()) > 0:
                 wait_readable(self._epoll.fileno(), min(left, LONGEST))
-            ready = {fd for fd, _ in self._epoll.poll(0.0)}
+            ready = self._ready()
             if message or ready - {own} or (not ready and time.monotonic() >= deadline):
                 return message or self._has_message(), ready - {own}
 
@@ -125,21 +143,29 @@ class WorkerSocket:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
         self._socket.connect(endpoint)
         self._patience = -1.0
+        self._came: deque[bytes] = deque()
 
     def send(self, message: ToLeader) -> None:
         """Send at once."""
         self._socket.send(encode(message), zmq.NOBLOCK)
 
-    def receive(self, seconds: float) -> ToWorker | None:
-        """Return the next message, or None if none came in time."""
-        if seconds != self._patience:
+    def receive(self, seconds: float, awake: float = 0.0) -> ToWorker | None:
+        """Return the next message, or None if none came in time; for some of the seconds this thread stays awake."""
+        until = time.perf_counter() + awake
+        while not self._came and time.perf_counter() < until:
+            self._take(0.0)
+            give_way()
+        if not self._came:
+            self._take(seconds)
+        return decode(self._came.popleft(), TO_WORKER) if self._came else None
+
+    def _take(self, seconds: float) -> None:
+        """Take what came together, if something comes in time."""
+        if seconds and seconds != self._patience:
             self._patience = seconds
             self._socket.setsockopt(zmq.RCVTIMEO, round(seconds * 1000))
-        try:
-            data = self._socket.recv()
-        except zmq.Again:
-            return None
-        return decode(data, TO_WORKER)
+        with contextlib.suppress(zmq.Again):
+            self._came.extend(self._socket.recv_multipart(0 if seconds else zmq.NOBLOCK))
 
     def close(self) -> None:
         """Close; what was sent last has a moment to leave."""

@@ -1,12 +1,14 @@
 """Waiting: of a thread, for a number that another process writes, and for a time.
 
 A number in shared memory can be slept on with Linux's futex, in any process that maps it: nothing is sent, no socket is
-read, and whoever has written it wakes all who wait with one call.
+read, and whoever has written it wakes all who sleep with one call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import platform
 import select
 import time
@@ -28,29 +30,18 @@ class _Timespec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
-class Number:
-    """One of the int64 in `line`, which several processes map; its lower half is what is slept on."""
+class Sleepers:
+    """Those that sleep on one of the int64 in `line`, which several processes map: on its lower half."""
 
     def __init__(self, line: npt.NDArray[np.int64], place: int) -> None:
-        self._line, self._place = line, place
         half = 0 if line.dtype.byteorder in "=<" and np.little_endian else 4
-        self._address = line.ctypes.data + 8 * place + half
-
-    @property
-    def value(self) -> int:
-        """What it is now."""
-        return int(self._line[self._place])
-
-    def write(self, value: int) -> None:
-        """Write it, and wake those that wait for it."""
-        self._line[self._place] = value
-        self.wake()
+        self._line, self._address = line, line.ctypes.data + 8 * place + half
 
     def wake(self) -> None:
-        """Have those that wait for it look at whatever else they look at."""
+        """Have all of them look at it, and at whatever else they look at."""
         _libc.syscall(FUTEX, self._address, WAKE, ALL, None)
 
-    def wait(self, value: int, seconds: float) -> None:
+    def sleep(self, value: int, seconds: float) -> None:
         """Sleep while it is `value`, at most; it may also end before."""
         least = ctypes.byref(_Timespec(int(seconds), int(seconds % 1 * 1e9)))
         _libc.syscall(FUTEX, self._address, WAIT, value & 0xFFFFFFFF, least)
@@ -64,6 +55,22 @@ def wait_readable(fd: int, seconds: float) -> None:
     """Sleep until something is to be read, at most; poll and epoll count whole milliseconds. It may also end before."""
     what, most = _Pollfd(fd, select.POLLIN), _Timespec(int(seconds), int(seconds % 1 * 1e9))
     _libc.ppoll(ctypes.byref(what), 1, ctypes.byref(most), None)
+
+
+def give_way() -> None:
+    """Let others have the core that want it; the interpreter's lock is given up meanwhile."""
+    _libc.sched_yield()
+
+
+def current_core() -> int:
+    """Return the core that this thread is on now."""
+    return int(_libc.sched_getcpu())
+
+
+def lend_cores(thread: int) -> None:
+    """Have a thread, of another process too, run on the cores of this one; if it may not be moved, let it be."""
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(thread, os.sched_getaffinity(0))
 
 
 def sleep_until(deadline: float) -> float:

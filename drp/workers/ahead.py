@@ -12,16 +12,31 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from drp.protocol.arena import Arena
 from drp.protocol.bell import Bell
-from drp.protocol.messages import Draft, End
-from drp.protocol.order import LINE, PATIENCE, PAUSE, RAISED, RING, STAMP, LeadersRecord, Line, OwnRecord, stamp, word
-from drp.protocol.waiting import be_punctual, sleep_until
+from drp.protocol.codec import ProtocolError
+from drp.protocol.messages import Draft, End, Order
+from drp.protocol.order import (
+    LINE,
+    PATIENCE,
+    PAUSE,
+    RAISED,
+    RING,
+    STAMP,
+    UNWANTED,
+    LeadersRecord,
+    Line,
+    Lines,
+    OwnRecord,
+    stamp_now,
+    word,
+)
+from drp.protocol.waiting import be_punctual, lend_cores, sleep_until
 from drp.workers.emulated import Times
 
 CLOSING = 1.0
@@ -64,8 +79,12 @@ class Ahead(Protocol):
         """Queue an evaluation, and the stamp behind it; what is raised here is raised before anything was answered."""
         ...
 
-    def unbind(self, run: int) -> None:
-        """Let go of them."""
+    def unbind(self, run: int) -> Any:
+        """Let go of them; return what `bind_again` takes, None if there are none."""
+        ...
+
+    def bind_again(self, run: int, bound: Any) -> None:
+        """Take up those of another run for this one, whose memory is the same, and was cleared."""
         ...
 
     def failed(self) -> list[tuple[Draft, Exception]]:
@@ -90,12 +109,25 @@ class Bound:
         self.stamps = arena.memory.tensor(arena.bind.order.stamps, (arena.bind.rows, STAMP), torch.int64)
 
 
+class HostBound(Bound):
+    """Likewise, on the host; `places` are the stamps."""
+
+    leaders: HostLeaders
+    own: HostOwn
+
+    def __init__(self, arena: Arena, leaders: HostLeaders, own: HostOwn) -> None:
+        super().__init__(arena, leaders, own)
+        self.places = self.stamps.numpy().data
+
+
 def host_lines(arena: Arena) -> tuple[Tensor, Tensor]:
-    """Return the leader's numbers, and this worker's, for an arena on the host."""
+    """Return the leader's numbers [LINE / 8], and the workers' [workers, LINE / 8], for an arena on the host."""
     order = arena.bind.order
     assert order is not None
-    leaders, own = (arena.memory.tensor(place, (LINE // 8,), torch.int64) for place in (order.leaders, order.own))
-    return leaders, own
+    if order.own >= order.workers:
+        raise ProtocolError(f"the line {order.own} of {order.workers}")
+    lines = arena.memory.tensor(order.lines, (1 + order.workers, LINE // 8), torch.int64)
+    return lines[0], lines[1:]
 
 
 class HostStream:
@@ -110,6 +142,8 @@ class HostStream:
         self._given = self._done = 0
         self._error: BaseException | None = None
         self.time = 0
+        self.lends = False
+        """Whether somebody else has the thread's cores until it has what it waits for."""
         self.closed = False
         self._thread = threading.Thread(target=self._serve, name="drp-worker", daemon=True)
         self._thread.start()
@@ -154,11 +188,19 @@ class HostStream:
                 del do  # It holds tensors, and the next may be long in coming.
 
 
-class HostRecord:
-    """A side's records as a worker's thread sees them: its own, which may ring the leader's bell, or the leader's."""
+class HostOwn:
+    """A worker's own records, as its thread makes them: among the `lines` of all, as the `order` says.
 
-    def __init__(self, line: Tensor, stream: HostStream, ring: Callable[[], object] = lambda: None) -> None:
-        self._line, self._stream, self._ring = Line(line), stream, ring
+    It rings the leader's bell where that is wanted, and may lend the leader its cores.
+    """
+
+    def __init__(self, lines: Tensor, order: Order, stream: HostStream, bell: Bell | None) -> None:
+        self._line, self._lines = Line(lines[order.own]), Lines(lines)
+        self._own, self._thread, self._stream, self._bell = order.own, order.thread, stream, bell
+
+    def restart(self) -> None:
+        """Count from what the memory says."""
+        self._line.restart()
 
     def record(self) -> int:
         """Count, and have the thread say when it is there."""
@@ -166,22 +208,39 @@ class HostRecord:
         self._stream.put(functools.partial(self._reach, count))
         return count
 
-    def wait(self, number: int) -> None:
-        """Have the thread wait until the other's has come so far."""
-        self._stream.put(functools.partial(self._wait_for, number))
-
     def _reach(self, count: int) -> None:
         last = self._line.since(count - RING)
         if last is not None and not self._stream.closed:
             sleep_until(last / 1e9)  # Whoever waits for the record that had this place must have seen it.
-        if self._line.reach(count, max(self._stream.time, time.perf_counter_ns())):
-            self._ring()
+        self._line.reach(count, max(self._stream.time, time.perf_counter_ns()))
+        told = self._lines.told(self._own, count)
+        if told and self._bell is not None:
+            if told == "alone" and self._thread is not None:
+                lend_cores(self._thread)
+                self._stream.lends = True
+            self._bell.ring()
+
+
+class HostLeaders:
+    """The leader's records, for which a worker's thread waits: at first awake, for some seconds."""
+
+    def __init__(self, line: Tensor, stream: HostStream, awake: float) -> None:
+        self._line, self._stream, self._awake = Line(line), stream, awake
+
+    def wait(self, number: int) -> None:
+        """Have the thread wait until the leader has come so far."""
+        self._stream.put(functools.partial(self._wait_for, number))
+
+    def is_dropped(self, number: int) -> bool:
+        """Whether nobody wants what waits for this record any more."""
+        return self._line.is_dropped(number)
 
     def _wait_for(self, count: int) -> None:
         while (since := self._line.since(count)) is None:
             if self._stream.closed:
                 return
-            self._line.wait(count, PATIENCE)
+            self._line.wait(count, PATIENCE, 0.0 if self._stream.lends else self._awake)
+        self._stream.lends = False
         self._stream.time = max(self._stream.time, since)
 
 
@@ -196,7 +255,7 @@ class HostAhead:
     def __init__(self, evaluate: Callable[[Work, float], Times]) -> None:
         self._evaluate = evaluate
         self._stream = HostStream()
-        self._runs: dict[int, Bound] = {}
+        self._runs: dict[int, HostBound] = {}
         self._bells: dict[End, Bell] = {}
         self._failed: deque[tuple[Draft, Exception]] = deque()
 
@@ -211,13 +270,19 @@ class HostAhead:
         assert order is not None
         if order.bell is not None and order.bell not in self._bells:
             self._bells[order.bell] = Bell(order.bell)
-        leaders, own = host_lines(arena)
-        ring = self._bells[order.bell].ring if order.bell is not None else lambda: None
-        self._runs[run] = Bound(arena, HostRecord(leaders, self._stream), HostRecord(own, self._stream, ring))
+        leaders, workers = host_lines(arena)
+        bell = self._bells[order.bell] if order.bell is not None else None
+        own = HostOwn(workers, order, self._stream, bell)
+        self._runs[run] = HostBound(arena, HostLeaders(leaders, self._stream, order.awake), own)
 
-    def unbind(self, run: int) -> None:
+    def unbind(self, run: int) -> HostBound | None:
         """Let go of them."""
-        self._runs.pop(run, None)
+        return self._runs.pop(run, None)
+
+    def bind_again(self, run: int, bound: HostBound) -> None:
+        """Take up those of another run."""
+        bound.own.restart()
+        self._runs[run] = bound
 
     def failed(self) -> list[tuple[Draft, Exception]]:
         """Return what could not be evaluated, each draft once."""
@@ -240,16 +305,20 @@ class HostAhead:
         self._stream.put(functools.partial(self._do, bound, work, time.perf_counter_ns()))
         bound.own.record()
 
-    def _do(self, bound: Bound, work: Work, given: int) -> None:
+    def _do(self, bound: HostBound, work: Work, given: int) -> None:
         draft = work.draft
+        if bound.leaders.is_dropped(draft.after):
+            for row in work.rows:
+                bound.places[row, 0] = word(draft.sequence, UNWANTED)
+            return
         try:
             times = self._evaluate(work, max(self._stream.time, given) / 1e9)
         except Exception as error:  # the denoiser's: the stamp says that there is none, and a Fault says why
             self._failed.append((draft, error))
             for row in work.rows:
-                bound.stamps[row, 0] = word(draft.sequence, RAISED)
+                bound.places[row, 0] = word(draft.sequence, RAISED)
             return
         self._stream.time = round(times.there * 1e9)
         for place, (row, output) in enumerate(zip(work.rows, work.outputs, strict=True)):
             took = round((times.ended - times.began) * 1e9) if place == 0 else 0  # a batch's, once
-            stamp(bound.stamps[row], draft.sequence, output.values(), took, round(times.ended * 1e9))
+            stamp_now(bound.places, row, draft.sequence, output.values(), took, round(times.ended * 1e9))

@@ -1,6 +1,6 @@
 """Seat: a worker's place on its GPU: one stream, memory that it reaches, and the copies of what it cannot.
 
-Not yet run on a GPU. Everything goes to one stream: a draft, its evaluation and its prediction must follow one another.
+Everything goes to one stream: a draft, its evaluation and its prediction must follow one another.
 The next draft's copy could only overlap if that were queued already, as it is by `drp.workers.seat_ahead`.
 """
 

@@ -1,6 +1,6 @@
 """Seat ahead: what `drp.workers.ahead` is on a GPU: a draft is answered once its evaluation is queued on streams.
 
-Not yet run on a GPU. A run on a GPU is read and written by the compute stream itself. For one on the host there are
+A run on a GPU is read and written by the compute stream itself. For one on the host there are
 copy streams beside it: the next draft comes in, and the last prediction goes out, while the GPU computes.
 """
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from drp.models.registry import Denoiser
 from drp.protocol.arena import Arena
-from drp.protocol.cuda import EventRecord, GpuEvent, RunRecord
-from drp.protocol.messages import Draft
+from drp.protocol.cuda import GpuNumbers, OwnNumber, RunRecord
+from drp.protocol.messages import Draft, Handle
 from drp.protocol.order import PATIENCE, REACHED, LeadersRecord, Line, OwnRecord, stamp
 from drp.workers.ahead import Bound, Work, host_lines
 from drp.workers.seat import Seat
@@ -24,11 +24,11 @@ class GpuAhead:
     """The streams of one GPU. The compute stream is the seat's, the current one of the thread that makes this."""
 
     def __init__(self, seat: Seat, denoiser: Denoiser) -> None:
-        self._seat, self._denoiser, self._device = seat, denoiser, seat.device
+        self._seat, self._denoiser, self.device = seat, denoiser, seat.device
         self._compute = torch.cuda.current_stream(seat.device)
         self._in, self._out = (torch.cuda.Stream(seat.device) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types for it
         self._last: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types for it
-        self._events: dict[bytes, GpuEvent] = {}
+        self._own: dict[Handle, OwnNumber] = {}
         self._runs: dict[int, Bound] = {}
 
     @property
@@ -37,22 +37,27 @@ class GpuAhead:
         return not self._last.query()
 
     def bind(self, run: int, arena: Arena) -> None:
-        """Take up a run's records and stamps; the worker's event is opened once, and comes again with later runs."""
-        assert arena.bind.order is not None
-        event = arena.bind.order.event
+        """Take up a run's records and stamps; the worker's number is opened once, and counts all runs."""
+        order = arena.bind.order
+        assert order is not None
         leaders: LeadersRecord
         own: OwnRecord
-        if event is None:
-            leaders, own = (PinnedRecord(line, self._device) for line in host_lines(arena))
+        if order.numbers is None:
+            lines, workers = host_lines(arena)
+            leaders, own = (PinnedRecord(each, self) for each in (lines, workers[order.own]))
         else:
-            if event not in self._events:
-                self._events[event] = GpuEvent.open(event)
-            leaders, own = RunRecord(arena.memory), EventRecord(self._events[event])
+            if order.numbers not in self._own:
+                self._own[order.numbers] = OwnNumber(GpuNumbers.open(order.numbers), order.own)
+            leaders, own = RunRecord(arena.memory), self._own[order.numbers]
         self._runs[run] = Bound(arena, leaders, own)
 
-    def unbind(self, run: int) -> None:
+    def unbind(self, run: int) -> Bound | None:
         """Let go of them."""
-        self._runs.pop(run, None)
+        return self._runs.pop(run, None)
+
+    def bind_again(self, run: int, bound: Bound) -> None:
+        """Never do so: conditions are brought here anew for each run."""
+        raise NotImplementedError(f"run {run} on a GPU is bound again")
 
     def put(self, work: Work) -> None:
         """Queue the copies in, the evaluation, the copies out and the stamps."""
@@ -62,7 +67,7 @@ class GpuAhead:
             bound.leaders.wait(work.draft.after)
             here = self._seat.bring(work.inputs)
         self._compute.wait_stream(into)
-        made = [{k: torch.empty_like(v, device=self._device) for k, v in each.items()} for each in work.outputs]
+        made = [{k: torch.empty_like(v, device=self.device) for k, v in each.items()} for each in work.outputs]
         self._denoiser.evaluate_batch(here, work.timesteps, work.arena.cond, made)
         out.wait_stream(self._compute)
         with torch.cuda.stream(out):
@@ -94,17 +99,21 @@ class PinnedRecord:
     The GPU cannot wait for the leader's cores, so the worker's thread does, before it queues; the GPU counts itself.
     """
 
-    def __init__(self, line: Tensor, device: torch.device) -> None:
-        self._numbers, self._line, self._device = line, Line(line), device
+    def __init__(self, line: Tensor, ahead: GpuAhead) -> None:
+        self._numbers, self._line, self._ahead = line, Line(line), ahead
 
     def record(self) -> int:
         """Count, and have the current stream say when it is there."""
         count = self._line.count()
-        there = torch.full((1,), count, dtype=torch.int64, device=self._device)
+        there = torch.full((1,), count, dtype=torch.int64, device=self._ahead.device)
         self._numbers[REACHED : REACHED + 1].copy_(there, non_blocking=True)
         return count
 
     def wait(self, number: int) -> None:
-        """Wait until the leader has come so far; it ends a worker for which that takes too long."""
+        """Wait until the leader has come so far; it ends a worker for which that takes too long.
+
+        It may be waiting for this GPU, and in vain: what a kernel did wrong is raised here.
+        """
         while self._line.since(number) is None:
             self._line.wait(number, PATIENCE)
+            _ = self._ahead.busy

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from drp.protocol.codec import ProtocolError
 from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import (
     VERSION,
+    Again,
     Also,
     Bind,
     Bound,
@@ -39,12 +40,14 @@ from drp.protocol.messages import (
     Warm,
     Warmed,
 )
+from drp.protocol.order import is_finite
 from drp.protocol.transport import WorkerSocket
 from drp.ranges import put_ranges
 from drp.workers.ahead import Ahead, HostAhead, Work
 from drp.workers.emulated import EmulatedDevice, Times, cheap
 from drp.workers.entry import Config
 from drp.workers.lasting import is_lasting
+from drp.workers.mapped import Mapped
 from drp.workers.recorded import Recorded
 from drp.workers.weights import Weights
 
@@ -55,6 +58,9 @@ PATIENCE = 1.0
 """Seconds of one wait for a message."""
 BUSY = 0.05
 """Likewise, while something that was answered is still being evaluated."""
+HELD, AWAKE = 0.01, 0.001
+"""Seconds for which an answer is held, and for which this thread then stays awake: a run's first draft is about to
+come, and when the answer is there, the leader has other workers woken."""
 
 
 class Worker:
@@ -67,6 +73,8 @@ class Worker:
         self._denoiser: Denoiser | None = None
         self._weights = Weights(None)
         self._arenas: dict[int, Arena] = {}
+        self._mapped = Mapped()
+        self._kept: tuple[Arena, Any] | None = None
         self._timed = _timed
         self._seat: Seat | None = None
         self._ahead: Ahead | None = None
@@ -75,11 +83,17 @@ class Worker:
         """Answer messages until Stop; an error is told to the leader, and ends the worker."""
         self._socket.send(Hello(VERSION, os.getpid()))
         message: ToWorker | None = None
+        answers: list[ToLeader] = []
         try:
-            while not isinstance(message := self._receive(), Stop):
+            while not isinstance(message := self._receive(HELD if answers else None), Stop):
                 answer = self._answer(message) if message is not None else None
                 if answer is not None:
+                    answers.append(answer)
+                if isinstance(message, Bind | Again) and self._arenas[message.run].bind.order is not None:
+                    continue  # A draft to be queued may be there, or about to come: that goes first.
+                for answer in answers:
                     self._socket.send(answer)
+                answers.clear()
                 for draft, error in self._ahead.failed() if self._ahead is not None else ():
                     self._socket.send(self._fault(draft, error))
         except Exception as error:
@@ -89,11 +103,13 @@ class Worker:
                 self._ahead.close()
             self._socket.close()
 
-    def _receive(self) -> ToWorker | None:
+    def _receive(self, patience: float | None) -> ToWorker | None:
         """Return the next message, or None after a while; let the leader see that this thread comes round."""
         self._beats += 1
         struct.pack_into("Q", self._words, self._place, self._beats)
-        return self._socket.receive(BUSY if self._ahead is not None and self._ahead.busy else PATIENCE)
+        if patience is None:
+            patience = BUSY if self._ahead is not None and self._ahead.busy else PATIENCE
+        return self._socket.receive(patience, AWAKE if patience == HELD else 0.0)
 
     def _answer(self, message: ToWorker) -> ToLeader | None:
         match message:
@@ -101,13 +117,12 @@ class Worker:
                 return self._evaluate(message)
             case Bind():
                 self._bind(message)
-                return Bound(message.run)
+                return Bound(message.run) if message.answer else None
+            case Again():
+                self._bind_again(message.run)
+                return Bound(message.run) if message.answer else None
             case Unbind():
-                if self._seat is not None:
-                    self._seat.unbind(message.run)
-                if self._ahead is not None:
-                    self._ahead.unbind(message.run)
-                self._arenas.pop(message.run, None)
+                self._unbind(message)
             case Load():
                 return self._load(message)
             case Share():
@@ -153,7 +168,7 @@ class Worker:
 
     def _bind(self, bind: Bind) -> None:
         """Open a run's memory."""
-        arena = Arena.open(bind, self._seat.reach if self._seat is not None else None)
+        arena = Arena.open(bind, self._seat.reach if self._seat is not None else None, self._mapped.open)
         if self._seat is not None:
             self._seat.bind(bind.run, arena)
         if bind.order is not None:
@@ -161,6 +176,25 @@ class Worker:
                 self._ahead = self._make_ahead()
             self._ahead.bind(bind.run, arena)
         self._arenas[bind.run] = arena
+
+    def _bind_again(self, run: int) -> None:
+        """Go on with the memory that was kept, which is on the host."""
+        if self._kept is None or self._seat is not None:
+            raise ProtocolError(f"run {run} is to begin again with what was kept, and there is nothing")
+        arena, bound = self._kept
+        if self._ahead is not None and bound is not None:
+            self._ahead.bind_again(run, bound)
+        self._arenas[run] = arena
+        self._kept = None
+
+    def _unbind(self, unbind: Unbind) -> None:
+        """Let go of a run's memory, or keep it."""
+        if self._seat is not None:
+            self._seat.unbind(unbind.run)
+        bound = self._ahead.unbind(unbind.run) if self._ahead is not None else None
+        arena = self._arenas.pop(unbind.run, None)
+        if unbind.keep and arena is not None:
+            self._kept = arena, bound
 
     def _make_ahead(self) -> Ahead:
         if self._seat is None:
@@ -236,7 +270,7 @@ def _timed(draft: Draft, nbytes: int, evaluate: Callable[[], float], since: floa
 def _check(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
     """Refuse what is no number; the shapes are those of the memory it lies in."""
     for name, output in outputs.items():
-        if not output.isfinite().all():
+        if not is_finite(output):
             wrong = "NaN" if output.isnan().any() else "infinity"
             given = "" if all(tensor.isfinite().all() for tensor in inputs.values()) else ", as it was given"
             raise FloatingPointError(f"the denoiser returned {wrong} in {name!r}{given}")

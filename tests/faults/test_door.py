@@ -93,7 +93,7 @@ def test_every_answer_is_right_and_nothing_is_left(tmp_path: Path) -> None:
         with Client(served.address) as client:
             first = round_of(served.address, requests // 4, expected, turn=0)
             until(lambda: client.status().requests == 0, "no run of the first round is left")
-            before, descriptors = size(process), process.num_fds()
+            before, descriptors = size(process), served.descriptors()
             second = round_of(served.address, requests - requests // 4, expected, turn=1)
             until(lambda: client.status().requests == 0, "no run is left")
             until(lambda: client.status().clients == 1, "no client is left")
@@ -107,7 +107,7 @@ def test_every_answer_is_right_and_nothing_is_left(tmp_path: Path) -> None:
         assert status.finished == told["finished"]
         assert status.cancelled == told["cancelled"] + told["left"]
         assert (status.failed, status.refused) == (0, 0)
-        assert process.num_fds() <= descriptors
+        assert served.descriptors() <= descriptors
         assert grown < ROOM
     finally:
         ended = served.end()

@@ -8,8 +8,7 @@ import os
 import re
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -18,7 +17,7 @@ import torch
 
 import drp
 from drp import GpuOptions, Leader, WorkerError
-from tests.conftest import leftovers, what_stays
+from tests.conftest import leftovers, until, what_stays
 from tests.faults.injected import WHERE
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
@@ -198,10 +197,3 @@ def test_memory_that_a_worker_does_not_get(monkeypatch: pytest.MonkeyPatch) -> N
 
 def _has_lost(leader: Leader, count: int) -> bool:
     return leader.workers[1].lost == count
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

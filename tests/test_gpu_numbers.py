@@ -1,0 +1,121 @@
+"""What workers on GPUs record: numbers in the leader's memory. Who writes which, and that the lost are not waited for.
+
+Streams that write and wait are the GPU's to show (tests/gpu); here each call is noted instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from drp import GpuOptions
+from drp.leader import ground
+from drp.leader.devices import parse_devices
+from drp.leader.ground import Ground
+from drp.protocol.codec import ProtocolError
+from drp.protocol.cuda import LINES, OwnNumber, WorkersNumber
+from drp.protocol.order import ALL
+from tests.on_host import GPUS, Lent
+
+
+class Noted:
+    """Numbers whose calls are noted."""
+
+    lines = LINES
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int, int]] = []
+        self.freed = False
+
+    def write(self, line: int, number: int) -> None:
+        self.calls.append(("write", line, number))
+
+    def wait(self, line: int, number: int) -> None:
+        self.calls.append(("wait", line, number))
+
+    def set(self, line: int, number: int) -> None:
+        self.calls.append(("set", line, number))
+
+    def free(self) -> None:
+        self.freed = True
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Noted]:
+    """All that a leader makes."""
+    made: list[Noted] = []
+
+    def create() -> Noted:
+        made.append(Noted())
+        return made[-1]
+
+    monkeypatch.setattr("drp.leader.ground.GpuNumbers.create", create)
+    monkeypatch.setattr(ground, "GpuMemory", Lent)
+    return made
+
+
+@pytest.fixture
+def grounds(made: list[Noted]) -> Iterator[Ground]:
+    of_two = Ground(parse_devices("2xcuda:0", 1, lambda: GPUS), GpuOptions(ordering="device"), 1)
+    yield of_two
+    of_two.close()
+    assert all(numbers.freed for numbers in made)
+
+
+def devices() -> Any:
+    return parse_devices("2xcuda:0", 1, lambda: GPUS)
+
+
+def record_of(grounds: Ground, worker: int) -> WorkersNumber:
+    record = grounds.workers(worker, Any, 0, Any)  # type: ignore[arg-type]  # what is asked of memory and stream on the host
+    assert isinstance(record, WorkersNumber)
+    return record
+
+
+def test_a_worker_counts_its_drafts_and_the_leader_its_answers() -> None:
+    numbers: Any = Noted()
+    own, leaders = OwnNumber(numbers, 5), WorkersNumber(numbers, 5)
+    assert [own.record() for _ in range(3)] == [1, 2, 3]
+    for _ in range(3):
+        leaders.wait()
+    assert numbers.calls == [(what, 5, count) for what in ("write", "wait") for count in (1, 2, 3)]
+    leaders.release()
+    assert numbers.calls[-1] == ("set", 5, ALL)
+    with pytest.raises(ProtocolError, match=f"the line {LINES} of {LINES}"):
+        OwnNumber(numbers, LINES)
+
+
+def test_who_takes_a_lost_workers_place_has_another_line(grounds: Ground, made: list[Noted]) -> None:
+    """There may yet be waits for the last one's, which must not begin anew."""
+    first, second = devices()
+    for number, device in enumerate((first, second)):
+        assert grounds.how(number, device) is not None
+    before = record_of(grounds, 0)
+    grounds.how(0, first)
+    after = record_of(grounds, 0)
+    assert len({before.line, after.line, record_of(grounds, 1).line}) == 3
+    before.release()
+    made[0].calls.clear()
+    grounds.release_gone()  # for one that has written since
+    assert made[0].calls == [("set", before.line, ALL)]
+
+
+def test_there_are_lines_for_as_many_workers_as_are_ever_started(grounds: Ground, made: list[Noted]) -> None:
+    places = set()
+    for _ in range(LINES + 2):
+        grounds.how(0, devices()[0])
+        record = record_of(grounds, 0)
+        places.add((id(record.numbers), record.line))
+    assert len(places) == LINES + 2
+    assert len(made) == 2
+
+
+def test_nothing_is_waited_for_when_all_is_freed(made: list[Noted]) -> None:
+    grounds = Ground(devices(), GpuOptions(ordering="device"), 1)
+    for number in (0, 1, 0):
+        grounds.how(number, devices()[number])
+    grounds.close()
+    assert sorted(made[0].calls) == [("set", line, ALL) for line in range(3)]
+    assert made[0].freed
