@@ -1,12 +1,14 @@
-"""What are batched drafts worth on one GPU, and what does a worker cost? `python -m bench.gpu`. Not yet run on one.
+"""What are batched drafts worth on one GPU, and what does a worker cost? `python -m bench.gpu`.
 
 Three questions, with denoisers of a real size in bfloat16, eager and as captured graphs:
 
 - evaluations: n drafts one after the other against the same n as one batch. A round takes one batch, so with equal
   numbers of evaluations this is the bound of what batching gains.
-- runs: the plain loop, one worker in sequential mode, and one worker with n drafts as one batch; all in turn, so that
-  a GPU that gets warm is warm for all.
-- rounds: the time of a round with four workers on one GPU and next to nothing to evaluate.
+- runs: the plain loop, one worker in sequential mode, and one worker with n drafts as one batch, ordered by the host
+  and by the device; all in turn, so that a GPU that gets warm is warm for all.
+- rounds: the time of a round with one and four workers on one GPU and next to nothing to evaluate.
+
+What was measured is written after each part, so that a run that is broken off has something to show.
 
 It needs no network: weights are at random, the configurations are here. It is laid out for about five minutes on an
 H200; `--models unet` and then `--models dit`, or `--ways graphs`, divide it. `--device cpu` is a trial of the bench
@@ -15,10 +17,14 @@ itself, with small models: its figures mean nothing.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import functools
+import itertools
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +34,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.figures import console, machine, percentile
-from drp import GpuOptions, Leader
+from drp import GpuOptions, Leader, Result
 from drp.leader.devices import parse_devices
 from drp.leader.request import Request, make_job
 from drp.models import load
@@ -42,6 +48,7 @@ RESULTS = Path(__file__).with_name("results")
 DRAFTS = (2, 4, 8)
 STEPS = 48
 MOST_COST, GAIN = 0.01, 1.5
+ORDERINGS = ("host", "device")
 WAYS = {
     "eager": GpuOptions(dtype="bfloat16"),
     "graphs": GpuOptions(dtype="bfloat16", graphs=True),
@@ -72,7 +79,9 @@ def evaluations(denoiser: Denoiser, device: torch.device, turns: int) -> dict[st
     return found
 
 
-def runs(name: str, denoiser: Denoiser, device: torch.device, gpu: GpuOptions, turns: int) -> dict[str, Any]:
+def runs(
+    name: str, denoiser: Denoiser, device: torch.device, gpu: GpuOptions, turns: int, awake: bool
+) -> dict[str, Any]:
     """Return the seconds of whole runs by each way, and what each is worth against the plain loop.
 
     `cost_us` is what an evaluation takes longer by way of a worker than in the plain loop, in microseconds.
@@ -85,40 +94,57 @@ def runs(name: str, denoiser: Denoiser, device: torch.device, gpu: GpuOptions, t
         run_reference(denoiser.predict, job.solver, Sequential(), job.start, {})
 
     found: dict[str, Any] = {}
-    with Leader(
-        model, devices=where, drafts_per_device=max(DRAFTS), gpu=gpu, start_timeout=900, draft_timeout=600
-    ) as leader:
+    with contextlib.ExitStack() as stack:
+        leaders = {
+            ordering: stack.enter_context(
+                Leader(
+                    model,
+                    devices=where,
+                    drafts_per_device=max(DRAFTS),
+                    gpu=replace(gpu, ordering=ordering),
+                    awake=awake,
+                    start_timeout=900,
+                    draft_timeout=600,
+                )
+            )
+            for ordering in ORDERINGS
+        }
         for n in (1, *DRAFTS):
-            mode = "sequential" if n == 1 else "aggressive"
+            asked: dict[str, Any] = {"seed": 1, "mode": "sequential" if n == 1 else "aggressive", "drafts": n}
 
-            def led(mode: str = mode, n: int = n) -> None:
-                leader.sample(steps=STEPS, seed=1, mode=mode, drafts=n)
+            def led(ordering: str, asked: dict[str, Any] = asked) -> Result:
+                return leaders[ordering].sample(steps=STEPS, **asked)
 
-            times = in_turn({"plain": plain, "led": led}, device, turns)
-            theory = leader.sample(steps=STEPS, seed=1, mode=mode, drafts=n).theory
-            gain = percentile([a / b for a, b in zip(times["plain"], times["led"], strict=True)], 50)
-            found[str(n)] = {name: percentile(each, 50) for name, each in times.items()}
-            found[str(n)] |= {"gain": gain, "cost": 1 / gain - 1, "theory": theory}
+            ways = {ordering: functools.partial(led, ordering) for ordering in ORDERINGS}
+            times = in_turn({"plain": plain, **ways}, device, turns)
+            found[str(n)] = {way: percentile(each, 50) for way, each in times.items()}
+            found[str(n)]["theory"] = led("host").theory
+            for ordering in ORDERINGS:
+                gains = [a / b for a, b in zip(times["plain"], times[ordering], strict=True)]
+                found[str(n)][f"gain_{ordering}"] = percentile(gains, 50)
     alone = found["1"]
-    alone["cost_us"] = (alone["led"] - alone["plain"]) / STEPS * 1e6
+    for ordering in ORDERINGS:
+        alone[f"cost_{ordering}"] = 1 / alone[f"gain_{ordering}"] - 1
+        alone[f"cost_us_{ordering}"] = (alone[ordering] - alone["plain"]) / STEPS * 1e6
     return found
 
 
-def rounds(device: torch.device, turns: int) -> dict[str, float]:
+def rounds(device: torch.device, turns: int, memory: str, awake: bool) -> dict[str, dict[str, float]]:
     """Return the microseconds of a round with one worker and with four, on this device, that have nothing to do."""
     where = f"cuda:{device.index}" if device.type == "cuda" else "cpu:0"
-    found = {}
-    for workers in (1, 4):
-        with Leader("bench.gpu_models:Tiny", devices=f"{workers}x{where}") as leader:
+    found: dict[str, dict[str, float]] = {ordering: {} for ordering in ORDERINGS}
+    for workers, ordering in itertools.product((1, 4), ORDERINGS):
+        gpu = GpuOptions(ordering=ordering, memory=memory)
+        with Leader("bench.gpu_models:Tiny", devices=f"{workers}x{where}", gpu=gpu, awake=awake) as leader:
             times = []
             for turn in range(turns + 1):
                 run = leader.sample(steps=201, seed=turn, mode="aggressive" if workers > 1 else "sequential")
                 times += [run.seconds / run.rounds * 1e6] if turn else []
-        found[str(workers)] = percentile(times, 50)
+        found[ordering][str(workers)] = percentile(times, 50)
     return found
 
 
-def in_turn(ways: dict[str, Callable[[], None]], device: torch.device, turns: int) -> dict[str, list[float]]:
+def in_turn(ways: dict[str, Callable[[], object]], device: torch.device, turns: int) -> dict[str, list[float]]:
     """Return the seconds of each way, one after the other in each turn; the first turn warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(turns + 1):
@@ -144,11 +170,16 @@ def judge(figures: dict[str, Any], models: list[str]) -> list[dict[str, Any]]:
     for model in models:
         if "graphs" in figures[model]:
             of = figures[model]["graphs"]["runs"]
-            promises = (
-                ("one worker costs at most 1 % over the plain loop", of["1"]["cost"], of["1"]["cost"] <= MOST_COST),
-                ("4 drafts as one batch gain 1.5 over the plain loop", of["4"]["gain"], of["4"]["gain"] >= GAIN),
-            )
-            found += [{"model": model, "promise": p, "figure": f, "holds": holds} for p, f, holds in promises]
+            for ordering in ORDERINGS:
+                cost, gain = of["1"][f"cost_{ordering}"], of["4"][f"gain_{ordering}"]
+                promises = (
+                    ("one worker costs at most 1 % over the plain loop", cost, cost <= MOST_COST),
+                    ("4 drafts as one batch gain 1.5 over the plain loop", gain, gain >= GAIN),
+                )
+                found += [
+                    {"model": model, "ordering": ordering, "promise": p, "figure": f, "holds": holds}
+                    for p, f, holds in promises
+                ]
     return found
 
 
@@ -157,18 +188,32 @@ def tables(title: str, figures: dict[str, Any]) -> list[Table]:
     ms = Table("n", "in turn, ms", "as one batch, ms", "gain", title=f"{title}: n evaluations")
     for n, row in figures["evaluations"].items():
         ms.add_row(n, f"{row['serial']:.2f}", f"{row['batched']:.2f}", f"{row['gain']:.2f}")
-    s = Table("drafts", "plain loop, s", "worker, s", "gain", "of n GPUs", title=f"{title}: runs of {STEPS} steps")
+    titles = [text for ordering in ORDERINGS for text in (f"worker, by the {ordering}, s", "gain")]
+    s = Table("drafts", "plain loop, s", *titles, "of n GPUs", title=f"{title}: runs of {STEPS} steps")
     for n, row in figures["runs"].items():
-        s.add_row(n, f"{row['plain']:.3f}", f"{row['led']:.3f}", f"{row['gain']:.3f}", f"{row['theory']:.2f}")
+        cells = [text for each in ORDERINGS for text in (f"{row[each]:.3f}", f"{row[f'gain_{each}']:.3f}")]
+        s.add_row(n, f"{row['plain']:.3f}", *cells, f"{row['theory']:.2f}")
     return [ms, s]
 
 
 def verdict(promises: list[dict[str, Any]]) -> Table:
     """Return the table of what was promised."""
-    table = Table("model", "promise", "figure", "holds", title="promises, as graphs in bfloat16")
+    table = Table("model", "ordered by", "promise", "figure", "holds", title="promises, as graphs in bfloat16")
     for row in promises:
-        table.add_row(row["model"], row["promise"], f"{row['figure']:.3f}", "yes" if row["holds"] else "NO")
+        table.add_row(
+            row["model"],
+            f"the {row['ordering']}",
+            row["promise"],
+            f"{row['figure']:.3f}",
+            "yes" if row["holds"] else "NO",
+        )
     return table
+
+
+def write(out: Path, figures: dict[str, Any]) -> None:
+    """Write what there is so far."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 @click.command()
@@ -182,9 +227,17 @@ def verdict(promises: list[dict[str, Any]]) -> Table:
     show_default=True,
     help="Which: eager, graphs, compiled, with commas between; compiling takes minutes a model.",
 )
+@click.option(
+    "--memory",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "host"]),
+    help="Where runs lie: on the host, the leader takes no time of the GPU.",
+)
+@click.option("--awake", is_flag=True, help="Keep the cores from sleeping.")
 @click.option("--turns", default=5, show_default=True)
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=RESULTS / "gpu.json", show_default=True)
-def main(device: str, models: str, ways: str, turns: int, out: Path) -> None:
+def main(device: str, models: str, ways: str, memory: str, awake: bool, turns: int, out: Path) -> None:
     """Measure on one GPU."""
     torch.set_num_threads(1)
     for option, given, known in (("--models", models, ("unet", "dit")), ("--ways", ways, tuple(WAYS))):
@@ -205,7 +258,13 @@ def main(device: str, models: str, ways: str, turns: int, out: Path) -> None:
         what = f"{torch.cuda.get_device_name(place)}, torch {torch.__version__}, CUDA {torch.version.cuda}"
         names, options = models.split(","), {way: WAYS[way] for way in ways.split(",")}
     now = datetime.datetime.now(datetime.timezone.utc)
-    figures: dict[str, Any] = {"machine": machine(), "date": now.isoformat(), "device": what}
+    figures: dict[str, Any] = {
+        "machine": machine(),
+        "date": now.isoformat(),
+        "device": what,
+        "memory": memory,
+        "awake": awake,
+    }
     for name in names:
         figures[name] = {}
         for way, how in options.items():
@@ -214,16 +273,16 @@ def main(device: str, models: str, ways: str, turns: int, out: Path) -> None:
                 denoiser = on_device(denoiser, place, how.on(placed.gpu, max(DRAFTS)))
             figures[name][way] = {
                 "evaluations": evaluations(denoiser, place, turns),
-                "runs": runs(name, denoiser, place, how, turns),
+                "runs": runs(name, denoiser, place, replace(how, memory=memory), turns, awake),
             }
             console().print(*tables(f"{name}, {way}", figures[name][way]))
-    figures["round_us"] = rounds(place, turns)
+            write(out, figures)
+    figures["round_us"] = rounds(place, turns, memory, awake)
     console().print(f"a round with nothing to evaluate, us, by workers on the one device: {figures['round_us']}")
     figures["promises"] = judge(figures, names)
     if figures["promises"]:
         console().print(verdict(figures["promises"]))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(figures, indent=1) + "\n")
+    write(out, figures)
     console().print(f"wrote {out}")
 
 

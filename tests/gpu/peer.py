@@ -7,8 +7,9 @@ import sys
 
 import torch
 
-from drp.protocol.cuda import GpuEvent, GpuMemory, index_of, turn_over
-from drp.protocol.messages import GpuHandle
+from drp.protocol.cuda import GpuMemory, GpuNumbers, OwnNumber, index_of, turn_over
+from drp.protocol.memory import ALIGNMENT
+from drp.protocol.messages import GpuHandle, Handle
 
 SLEEP = 2_000_000_000
 """Cycles for which a stream is kept busy: about a second."""
@@ -27,11 +28,17 @@ def main() -> int:
         print("turned", flush=True)
         return 0
     if sys.argv[1] == "write":
-        event = GpuEvent.open(bytes.fromhex(fields["worker"]))
+        own = OwnNumber(GpuNumbers.open(Handle(*fields["numbers"])), 3)
+        zero, nine = (torch.full((1,), number, device="cuda") for number in (0, 9))
+        # To load code waits for the GPU: that is done before there is something to wait for.
+        memory.tensor(ALIGNMENT, (1,), torch.int64).fill_(int(zero[zero]))
+        torch.cuda.synchronize()
         for _ in range(int(fields["seconds"])):
             torch.cuda._sleep(SLEEP)  # type: ignore[no-untyped-call]  # torch has no types for it
+        if fields["asserts"]:
+            zero[nine]
         memory.tensor(0, (1,), torch.int64).fill_(42)
-        event.record()
+        own.record()
         print("recorded", flush=True)
         sys.stdin.readline()
         return 0

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from drp.protocol.cuda import EventRecord, GpuEvent, GpuMemory, GpuStream, is_turned
+from drp.protocol.cuda import GpuMemory, GpuNumbers, GpuStream, WorkersNumber, is_turned
 
 SLEEP = 2_000_000_000
 """Cycles for which a stream is kept busy: about a second."""
@@ -62,10 +62,13 @@ def test_a_peer_that_follows_sees_what_was_queued_before_the_record(memory: GpuM
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stdout.readline() == "open\n"
+    number.fill_(1)  # To load code waits for the GPU.
+    torch.cuda.synchronize()
     began = time.perf_counter()
     torch.cuda._sleep(SLEEP)  # type: ignore[no-untyped-call]  # torch has no types for it
     number.fill_(42)
     memory.written()
+    assert not torch.cuda.current_stream().query()  # else there is nothing to wait for
     queued = time.perf_counter() - began
     process.stdin.write("go\n")
     out, error = process.communicate(timeout=120)
@@ -73,13 +76,20 @@ def test_a_peer_that_follows_sees_what_was_queued_before_the_record(memory: GpuM
     assert out == "42\n", error
 
 
-@pytest.mark.parametrize("dies", [False, True])
-def test_the_owner_waits_for_an_event_that_a_peer_recorded(memory: GpuMemory, dies: bool) -> None:
-    """On a stream, not on the host; and a peer that is killed is not waited for, once that is known."""
-    number, event = memory.tensor(0, (1,), torch.int64), GpuEvent.create()
-    stream = GpuStream(memory.device)
-    record = EventRecord(event, stream)
-    process = peer("write", memory, worker=event.handle.hex(), seconds=20 if dies else 2)
+@pytest.fixture
+def numbers() -> Iterator[GpuNumbers]:
+    made = GpuNumbers.create()
+    yield made
+    made.free()
+
+
+@pytest.mark.parametrize("fate", ["lives", "is killed", "loses its context"])
+def test_the_owner_waits_for_a_number_that_a_peer_writes(memory: GpuMemory, numbers: GpuNumbers, fate: str) -> None:
+    """On a stream, not on the host; and a peer that is gone is not waited for, once that is known."""
+    number, record, stream = memory.tensor(0, (1,), torch.int64), WorkersNumber(numbers, 3), GpuStream(memory.device)
+    handle, seconds = numbers.handle, 20 if fate == "is killed" else 2
+    more = {"numbers": [handle.pid, handle.fd, handle.nbytes], "asserts": fate == "loses its context"}
+    process = peer("write", memory, seconds=seconds, **more)
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stdout.readline() == "recorded\n"
@@ -90,18 +100,19 @@ def test_the_owner_waits_for_an_event_that_a_peer_recorded(memory: GpuMemory, di
         seen.copy_(number, non_blocking=True)
     mark, queued = stream.mark(), time.perf_counter() - began
     assert not stream.passed(mark)
-    if dies:
+    if fate != "lives":
+        time.sleep(3.0)
         process.kill()
-        process.wait(60)
+        process.communicate(timeout=60)
+        assert not stream.passed(mark)
         record.release()
     while not stream.passed(mark):
         assert time.perf_counter() - began < 60, "the stream still waits"
         time.sleep(0.01)
     print(f"queued in {queued * 1e6:.0f} us, passed after {time.perf_counter() - began:.2f} s, read {int(seen)}")
-    assert int(seen) == (0 if dies else 42)
-    if not dies:
+    assert int(seen) == (42 if fate == "lives" else 0)
+    if fate == "lives":
         process.communicate("end\n", timeout=60)
-    event.free()
 
 
 def test_memory_is_freed(uuid: str) -> None:

@@ -25,6 +25,12 @@ SLACK = 64 << 20
 """Bytes by which a GPU's free memory may differ without a leak: contexts come and go with worker processes."""
 
 
+@pytest.fixture
+def _one_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile in this process: others that helped it would stay."""
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
+
+
 def free() -> int:
     torch.cuda.synchronize()
     nbytes, _ = torch.cuda.mem_get_info()
@@ -59,6 +65,7 @@ def test_bits_equal_the_reference_on_the_gpu(
         pytest.param(GpuOptions(compile=True, graphs=True, dtype="bfloat16"), id="compile graphs bfloat16"),
     ],
 )
+@pytest.mark.usefixtures("_one_compiler")
 def test_options_of_the_worker_keep_the_bits_of_a_reference_with_the_same(gpu: GpuOptions) -> None:
     with Leader(SMALL, devices="cuda:0", drafts_per_device=4, gpu=gpu) as leader:
         run = leader.sample(count=1, steps=20)
@@ -66,6 +73,7 @@ def test_options_of_the_worker_keep_the_bits_of_a_reference_with_the_same(gpu: G
     assert torch.equal(run.samples, ref.samples)
 
 
+@pytest.mark.usefixtures("_one_compiler")
 def test_compiled_code_computes_what_the_model_does() -> None:
     with Leader(SMALL, devices="cuda:0", drafts_per_device=2, gpu=GpuOptions(compile=True)) as leader:
         for count in (1, 2):  # what was warmed, and what was not
