@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -73,9 +72,15 @@ def split(timeline: Sequence[Mark]) -> RunTime:
 
 
 def _is_ahead(timeline: Sequence[Mark]) -> bool:
-    """Whether a second round was formed before anything was evaluated."""
-    begun = list(itertools.takewhile(lambda mark: mark.what != "answer", timeline))
-    return sum(mark.what == "formed" for mark in begun) > 1
+    """Whether a round was formed before all of those before it were seen to be evaluated."""
+    out: set[int] = set()
+    for mark in timeline:
+        if mark.what == "formed" and out:
+            return True
+        out.update(mark.steps)
+        if mark.what == "answer":
+            out.discard(mark.step)
+    return False
 
 
 def _by_devices(timeline: Sequence[Mark]) -> Iterator[RoundTime]:
