@@ -34,6 +34,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.figures import console, machine, percentile
+from bench.speedup import ORDERINGS
 from drp import GpuOptions, Leader, Result
 from drp.leader.devices import parse_devices
 from drp.leader.request import Request, make_job
@@ -48,7 +49,6 @@ RESULTS = Path(__file__).with_name("results")
 DRAFTS = (2, 4, 8)
 STEPS = 48
 MOST_COST, GAIN = 0.01, 1.5
-ORDERINGS = ("host", "device")
 WAYS = {
     "eager": GpuOptions(dtype="bfloat16"),
     "graphs": GpuOptions(dtype="bfloat16", graphs=True),

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -434,6 +436,17 @@ def test_others_are_left_alone_until_the_first_worker_has_its_draft() -> None:
             until(lambda: not leader._engine._carried.leaving)
             assert events.count("bound") == 1
             assert events[:3] == [0, 0, "bound"]
+
+
+def test_what_was_held_back_for_a_worker_that_is_lost_is_sent() -> None:
+    """The first worker never has its draft; the others have theirs all the same, and are not taken for dead."""
+    with Leader(TINY, devices=3, gpu=DEVICE, draft_timeout=4.0) as leader:
+        pid = leader.workers[0].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        run = leader.submit(labels=[1], steps=20).result(DEADLINE)
+        assert torch.equal(run.samples, drp.reference(TINY, labels=[1], steps=20, devices=3).samples)
+        assert [worker.lost for worker in leader.workers] == [1, 0, 0]
 
 
 def test_the_leader_does_not_sleep_when_a_round_has_begun_that_it_has_given_nothing_for(

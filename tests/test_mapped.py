@@ -173,7 +173,7 @@ def test_nothing_is_left_to_a_lost_workers_successor(ordering: str) -> None:
 
 
 def test_memory_that_is_too_large_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("drp.leader.carried.KEEP", PAGE)
+    monkeypatch.setattr("drp.leader.carried.KEPT", PAGE)
     with watched("device", devices=1) as (leader, told):
         for _ in range(2):
             leader.sample(labels=[1] * 8, steps=9)

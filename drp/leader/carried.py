@@ -9,10 +9,8 @@ from drp.leader.ahead import AheadRun
 from drp.leader.awake import Awake
 from drp.leader.marks import Marks
 from drp.leader.staff import Loss, Staff, Station
+from drp.protocol.memory import KEPT
 from drp.protocol.messages import Again, Unbind
-
-KEEP = 64 << 20
-"""Bytes of memory that workers may keep open when a run is over, in case that the next one lies there."""
 
 
 class Carried:
@@ -148,7 +146,7 @@ class Carried:
             del self.leaving[run.number]
             for station in self._staff.ready:
                 if (bind := station.binds.pop(run.number, None)) is not None:
-                    keep = bool(bind.number) and run.arena.memory.nbytes <= KEEP and station.device.gpu is None
+                    keep = bool(bind.number) and run.arena.memory.nbytes <= KEPT and station.device.gpu is None
                     station.kept = bind if keep else station.kept
                     self._staff.post(station, Unbind(run.number, keep))
             self._staff.deliver(self._staff.ready)

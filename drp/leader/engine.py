@@ -283,9 +283,11 @@ class Engine:
     def _give(self) -> Iterator[None]:
         """Give drafts to workers, and form those that can be formed without hearing of them; in small steps."""
         try:
-            self._begins = self._carried.begins
-            self._dispatch.dispatch()
-            while self._carried.ready:
+            while True:
+                self._begins = self._carried.begins
+                self._dispatch.dispatch()
+                if not self._carried.ready:
+                    return
                 yield
                 self._refine()  # A round's states are seen to before the next is formed.
                 for run in self._carried.ready:
@@ -293,8 +295,6 @@ class Engine:
                 yield
                 self._refine()  # What is known is added before anything that waits for what these drafts predict.
                 yield
-                self._begins = self._carried.begins
-                self._dispatch.dispatch()
         finally:
             self._dispatch.deliver()
 
@@ -374,7 +374,6 @@ class Engine:
 
     def _on_time(self) -> None:
         self._look()  # It may be a while since.
-        self._ground.release_gone()
         for loss in self._staff.tend():
             self._on_loss(loss)
         now = time.monotonic()
@@ -486,6 +485,7 @@ class Engine:
                 behind.replay()
                 self._form(behind)
         self._carried.let_all_go()
+        self._dispatch.deliver()  # What was held back for the one that is gone.
 
     def _end_all(self, error: WorkerError | None) -> None:
         """Tell every caller; each gets an error of its own, since a traceback is added where it is raised."""

@@ -109,8 +109,8 @@ class Ground:
         self._sequences = itertools.count()
         self._numbers: list[GpuNumbers] = []
         self._workers: dict[int, WorkersNumber] = {}
-        self._lines = itertools.count()
-        self._gone: list[WorkersNumber] = []
+        self._records: list[WorkersNumber] = []
+        """Of all workers that were ever started, in order."""
         self._pattern = (torch.arange(PROBE) % 251).to(torch.uint8)
 
     def enter(self) -> None:
@@ -146,11 +146,12 @@ class Ground:
             return None
         if self.ahead and self._uuid is not None:  # another for each worker: there may yet be waits for the last one's
             if number in self._workers:
-                self._gone.append(self._workers[number])
-            batch, line = divmod(next(self._lines), LINES)
+                self._workers[number].release()  # Once more: one that took its time may have written since it was lost.
+            batch, line = divmod(len(self._records), LINES)
             if batch == len(self._numbers):
                 self._numbers.append(GpuNumbers.create())
             self._workers[number] = WorkersNumber(self._numbers[batch], line)
+            self._records.append(self._workers[number])
         return self._options.on(device.gpu, self._batch, self._probe(number))
 
     def judge(self, number: int, worker: str, unreached: str) -> str:
@@ -217,14 +218,9 @@ class Ground:
             return LaneRecord(memory.tensor(place, (LINE // 8,), torch.int64), stream, told=not self._has_gpus)
         return self._workers[number]
 
-    def release_gone(self) -> None:
-        """Release what those who are gone have recorded, once more: one that took its time may have written since."""
-        for record in self._gone:
-            record.release()
-
     def close(self) -> None:
         """Free everything; the workers must have ended."""
-        for record in (*self._workers.values(), *self._gone):
+        for record in self._records:
             record.release()  # There may be waits for what they had queued, and to free memory waits for those.
         self._spare.close()
         if self.bell is not None:

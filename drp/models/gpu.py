@@ -5,6 +5,7 @@ In two steps: between them the weights may find another place, and what is compi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -104,14 +105,16 @@ class Compiled:
         """Predict."""
         with torch.inference_mode(mode=False), torch.no_grad():
             arguments = _ordinary(x), _ordinary(t), {name: _ordinary(value) for name, value in cond.items()}
-            key = _shapes({"x": x, "t": t, **{f"cond {name}": value for name, value in cond.items()}})
-            if key not in self._seen:
-                with torch._dynamo.config.patch(self._unlimited):
-                    predicted: Tensor = self._compiled(*arguments)
-                self._seen.add(key)
-            else:
-                predicted = self._compiled(*arguments)
+            key = _shapes(_named(x, t, cond))
+            limits = contextlib.nullcontext() if key in self._seen else torch._dynamo.config.patch(self._unlimited)
+            with limits:
+                predicted: Tensor = self._compiled(*arguments)
+            self._seen.add(key)
             return predicted
+
+
+def _named(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {**{f"cond {name}": value for name, value in cond.items()}, "x": x, "t": t}
 
 
 def _shapes(given: Mapping[str, Tensor]) -> object:
@@ -138,7 +141,7 @@ class Captured:
 
     def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Replay, or capture first."""
-        given = {**{f"cond {name}": value for name, value in cond.items()}, "x": x, "t": t}
+        given = _named(x, t, cond)
         key = _shapes(given)
         with torch.inference_mode(mode=False), torch.no_grad():  # The inputs are written to by calls in either mode.
             if key not in self._graphs:

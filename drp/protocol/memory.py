@@ -43,6 +43,10 @@ DTYPES: Final = {
 NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 
+KEPT: Final = 64 << 20
+"""Bytes of the leader's memory that a worker may keep mapped for a run to come: the machine does not have them then."""
+
+
 def aligned(nbytes: int) -> int:
     """Round up to the alignment."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from drp.protocol.memory import SharedMemory
+from drp.protocol.memory import KEPT, SharedMemory
 from drp.protocol.messages import Handle
 
-MOST, MANY = 64 << 20, 4
-"""Bytes, and pieces of memory, that stay mapped: the leader cannot give them back to the machine meanwhile."""
+MANY = 4
+"""Pieces of memory that stay mapped."""
 
 
 class Mapped:
     """Opens memory; what was asked for least lately goes first."""
 
-    def __init__(self, most: int = MOST) -> None:
+    def __init__(self, most: int = KEPT) -> None:
         self._most = most
         self._kept: OrderedDict[int, SharedMemory] = OrderedDict()
 

@@ -85,7 +85,7 @@ class Worker:
         message: ToWorker | None = None
         answers: list[ToLeader] = []
         try:
-            while not isinstance(message := self._receive(HELD if answers else None), Stop):
+            while not isinstance(message := self._receive(bool(answers)), Stop):
                 answer = self._answer(message) if message is not None else None
                 if answer is not None:
                     answers.append(answer)
@@ -103,13 +103,13 @@ class Worker:
                 self._ahead.close()
             self._socket.close()
 
-    def _receive(self, patience: float | None) -> ToWorker | None:
+    def _receive(self, holds: bool) -> ToWorker | None:
         """Return the next message, or None after a while; let the leader see that this thread comes round."""
         self._beats += 1
         struct.pack_into("Q", self._words, self._place, self._beats)
-        if patience is None:
-            patience = BUSY if self._ahead is not None and self._ahead.busy else PATIENCE
-        return self._socket.receive(patience, AWAKE if patience == HELD else 0.0)
+        if holds:
+            return self._socket.receive(HELD, AWAKE)
+        return self._socket.receive(BUSY if self._ahead is not None and self._ahead.busy else PATIENCE)
 
     def _answer(self, message: ToWorker) -> ToLeader | None:
         match message:

@@ -70,8 +70,8 @@ def _prepare(where: str) -> None:
     send, share = WorkerSocket.send, weights.Weights.share
 
     @functools.wraps(receive)
-    def on_receive(self: Worker, patience: float | None) -> Any:
-        message = receive(self, patience)
+    def on_receive(self: Worker, holds: bool) -> Any:
+        message = receive(self, holds)
         at = {"binding": Bind, "before": Draft, "unbinding": Unbind, "closing": Stop}.get(where)
         if at is not None and isinstance(message, at) and getattr(message, "index", AT_STEP) >= AT_STEP:
             strike()
