@@ -1,10 +1,12 @@
 # Every target makes .venv first, if it is missing or older than what it is made from.
 PYTHON ?= python3
 DEVICES ?= 2
+# What uses the dependencies most: noise, arithmetic, codec, sockets, command line.
+OLDEST := tests/test_sampling_options.py tests/test_sampling_exact.py tests/test_protocol.py tests/test_cli.py
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test test-cpp test-diffusers test-gpu test-faults soak fuzz check bench bench-gpu study bench-pipelines \
+.PHONY: help demo test test-cpp test-diffusers test-gpu test-faults test-oldest package soak fuzz check bench bench-gpu study bench-pipelines \
         quality micro clean
 
 help: ## Show this list
@@ -34,6 +36,13 @@ test-gpu: $(READY) ## Run what needs a GPU; skipped where there is none, with th
 
 test-faults: $(READY) ## Kill, stop, starve and flood everything, for ten minutes
 	$(BIN)/python -m pytest -m faults -s tests/faults
+
+test-oldest: $(READY) ## Run tests with the oldest versions of the dependencies, tests/oldest.txt; torch is the pinned one
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/oldest -r tests/oldest.txt
+	PYTHONPATH=build/oldest $(BIN)/python -m pytest $(OLDEST)
+
+package: $(READY) ## Build the wheel, check it, install it in a fresh environment and use it there
+	$(BIN)/python -m pytest -m package tests/package
 
 soak: $(READY) ## Kill a worker every second for ten minutes
 	DRP_SOAK_SECONDS=600 $(BIN)/python -m pytest -m faults -s tests/faults/test_soak.py --timeout 900

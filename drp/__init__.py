@@ -6,6 +6,7 @@ result = drp.sample("digits", labels=[3, 1, 4], steps=48, devices=2, mode="aggre
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from drp.models import ModelSpec
     from drp.sampling.result import Result
 
-__version__ = "0.1.0"
+    __version__: str
+
 __all__ = ["Client", "GpuOptions", "Leader", "ModelSpec", "Result", "WorkerError", "reference", "sample"]
 
 # Loaded at first use: a worker must be pinned before torch is imported, and it imports this package first.
@@ -32,6 +34,16 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module 'drp' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def _version() -> str:
+    """Return the version of the installed distribution, whose name is not the package's."""
+    try:
+        return importlib.metadata.version("draft-refine")
+    except importlib.metadata.PackageNotFoundError:  # sources on the path that were never installed
+        return "0+unknown"

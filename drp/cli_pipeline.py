@@ -56,7 +56,7 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
         from drp.diffusers import parallelize
         from drp.pictures import save_grid
     except ImportError as error:
-        raise ValueError(f"{error}; pip install 'drp[diffusers]'") from None
+        raise ValueError(f"{error}; pip install 'draft-refine[diffusers]'") from None
 
     pipe = DiffusionPipeline.from_pretrained(path)
     arguments: dict[str, Any] = {"prompt": prompt, "output_type": "pt", "num_inference_steps": options["steps"]}

@@ -108,7 +108,7 @@ def _driver() -> str:
     try:
         nvml: Any = importlib.import_module("pynvml")
     except ModuleNotFoundError:
-        return "not asked: pip install 'drp[gpu]'"
+        return "not asked: pip install 'draft-refine[gpu]'"
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:

@@ -46,14 +46,14 @@ def http(
     trace: Path | None,
     trace_most: int,
 ) -> None:
-    """Answer HTTP: images in OpenAI's convention, /health, /metrics, and a page. Needs drp[serve]."""
+    """Answer HTTP: images in OpenAI's convention, /health, /metrics, and a page. Needs draft-refine[serve]."""
     with plain_errors():
         try:
             import uvicorn
 
             from drp.http.app import make_app
         except ImportError as error:
-            raise ValueError(f"{error}; pip install 'drp[serve]'") from None
+            raise ValueError(f"{error}; pip install 'draft-refine[serve]'") from None
         backend: Backend
         if diffusers is not None:
             spread: dict[str, Any] = {"devices": devices, "mode": mode, "drafts": drafts}
@@ -85,5 +85,5 @@ def _pipeline(name: str, spread: dict[str, Any]) -> Backend:
     try:
         from drp.http.pipeline import load
     except ImportError as error:
-        raise ValueError(f"{error}; pip install 'drp[diffusers,serve]'") from None
+        raise ValueError(f"{error}; pip install 'draft-refine[diffusers,serve]'") from None
     return load(name, spread)

@@ -217,7 +217,7 @@ def _given(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor |
 
 def _seed_of(seed: int, k: int) -> int:
     """Return the seed of the noise that step k adds: by index alone, so neither mode nor arrival change it."""
-    return int(np.random.SeedSequence([seed, k]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([seed, k]).generate_state(1, np.uint64)[0]) >> 1
 
 
 def _whole(name: str, value: Any) -> int:
