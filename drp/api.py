@@ -19,6 +19,7 @@ from drp.leader.request import Options, Request, make_job
 from drp.sampling.reference import run_reference
 from drp.sampling.result import Result
 from drp.threads import torch_threads
+from drp.torch_defaults import torch_defaults
 from drp.trace.record import check, record
 
 
@@ -74,31 +75,33 @@ def reference(
 
     `devices` only counts, for the drafts a round. torch runs on `threads` threads meanwhile, as a worker would. Drafts
     are evaluated in the same batches of `drafts_per_device`. With GPUs for devices, all is done on the first of them.
+    torch has its default settings meanwhile, as in a worker; a denoiser that needs others sets them itself.
     """
     placed = parse_devices(devices, threads)
     request = Request(**options)
-    denoiser = models.load(model_name(model))
-    job = make_job(request, denoiser.spec, len(placed) * check_batch(drafts_per_device))
-    device = torch.device("cpu")
-    if placed[0].gpu is not None:
-        from drp.models.gpu import on_device  # only now, like all that is for GPUs
-        from drp.protocol.cuda import index_of
+    with torch_defaults():
+        denoiser = models.load(model_name(model))
+        job = make_job(request, denoiser.spec, len(placed) * check_batch(drafts_per_device))
+        device = torch.device("cpu")
+        if placed[0].gpu is not None:
+            from drp.models.gpu import on_device  # only now, like all that is for GPUs
+            from drp.protocol.cuda import index_of
 
-        device = torch.device("cuda", index_of(placed[0].gpu))
-        denoiser = on_device(denoiser, device, (gpu or GpuOptions()).on(placed[0].gpu, drafts_per_device))
-    job = job.to(device)
-    cond = {name: value.to(device) for name, value in job.cond.items()}
-    with torch_threads(threads):
-        result = run_reference(
-            denoiser.predict,
-            job.solver,
-            job.mode,
-            job.start,
-            cond,
-            request.callback,
-            job.fresh,
-            job.watch,
-            drafts_per_device,
-        )
+            device = torch.device("cuda", index_of(placed[0].gpu))
+            denoiser = on_device(denoiser, device, (gpu or GpuOptions()).on(placed[0].gpu, drafts_per_device))
+        job = job.to(device)
+        cond = {name: value.to(device).contiguous() for name, value in job.cond.items()}
+        with torch_threads(threads):
+            result = run_reference(
+                denoiser,
+                job.solver,
+                job.mode,
+                job.start,
+                cond,
+                request.callback,
+                job.fresh,
+                job.watch,
+                drafts_per_device,
+            )
     there = job.out is None and result.samples.is_cpu
     return result if there else replace(result, samples=job.samples(result.samples))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import platform
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from drp.protocol.order import LINE, LeadersOwn, Stream, WorkersRecord
 from drp.protocol.waiting import current_core
 
 PROBE = 4096
+ORDERED = ("x86_64", "AMD64")
+"""Processors whose stores are seen in the order in which they were made, as `drp.protocol.order` needs it."""
 LEAST = 1 << 21
 """Bytes of the smallest block; cudaMalloc gives no less."""
 
@@ -70,6 +73,11 @@ class GpuOptions:
             raise ValueError(f"memory is {self.memory!r}; give 'auto' or 'host'")
         if self.ordering not in ("host", "device"):
             raise ValueError(f"ordering is {self.ordering!r}; give 'host' or 'device'")
+        if self.ordering == "device" and (machine := platform.machine()) not in ORDERED:
+            raise ValueError(
+                f"ordering is 'device', but the processor is {machine}: processes then tell each other by plain stores "
+                "to shared memory, which other processors than x86-64 may reorder; give 'host'"
+            )
 
     def on(self, uuid: str, batch: int, probe: GpuHandle | None = None) -> OnGpu:
         """Return what a worker on this GPU is told."""
@@ -111,7 +119,7 @@ class Ground:
         self._workers: dict[int, WorkersNumber] = {}
         self._records: list[WorkersNumber] = []
         """Of all workers that were ever started, in order."""
-        self._pattern = (torch.arange(PROBE) % 251).to(torch.uint8)
+        self._pattern = (torch.arange(PROBE, device="cpu") % 251).to(torch.uint8)
 
     def enter(self) -> None:
         """Compute on the GPU, in a stream of its own, from here on in this thread; or on the host, if that fails."""

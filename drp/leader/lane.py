@@ -44,7 +44,8 @@ class Lane:
         """Those of which this thread wanted to be told last."""
         self._alone = self._spun = False
         self._given = self._done = self.waits = 0
-        self._sum, self._weights, self._term = torch.zeros(8, 256), torch.zeros(8, 1), torch.zeros(256)
+        like = torch.zeros((), dtype=torch.float32, device="cpu")  # whatever the program's defaults are
+        self._sum, self._weights, self._term = like.new_zeros(8, 256), like.new_zeros(8, 1), like.new_zeros(256)
 
     def put(self, do: Callable[[], object]) -> None:
         """Have this done after what was given before."""

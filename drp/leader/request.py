@@ -156,6 +156,7 @@ class Job:
 
 def make_job(request: Request, spec: ModelSpec, devices: int) -> Job:
     """Return the job for a model and a number of devices; raise ValueError, naming value and remedy, if it can't be."""
+    _refuse_autocast()
     solver = _solver(request)
     mode = _mode(request, devices, solver.grid.steps)
     labels = _labels(request.labels, spec)
@@ -172,6 +173,16 @@ def make_job(request: Request, spec: ModelSpec, devices: int) -> Job:
     start = _start(request, solver, _noise(seed, count, shape) if noise is None else noise.detach())
     out = _given("out", request.out, (count, *shape))
     return Job(solver, mode, start, cond, lambda k: _noise(_seed_of(seed, k), count, shape), request.residuals, out)
+
+
+def _refuse_autocast() -> None:
+    """Raise ValueError if this thread is under torch.autocast, which does not reach the workers."""
+    for kind in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(kind):
+            raise ValueError(
+                f"torch.autocast({kind!r}) is on in this thread, and does not reach the denoiser in its worker "
+                "processes; put it into the denoiser's own code, and leave it here"
+            )
 
 
 def _solver(request: Request) -> Solver:
@@ -265,7 +276,7 @@ def _labels(labels: Sequence[int] | Tensor | None, spec: ModelSpec) -> Tensor | 
             raise ValueError(f"labels are missing; this model needs one a sample, from 0 to {spec.classes - 1}")
         return None
     try:
-        given = torch.as_tensor(labels)
+        given = torch.as_tensor(labels, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"labels {labels!r:.80} are not whole numbers: {error}") from None
     if given.dim() != 1 or len(given) == 0 or given.is_floating_point() or given.dtype == torch.bool:
@@ -314,11 +325,12 @@ def _cond(request: Request, spec: ModelSpec) -> dict[str, Tensor]:
     if guidance is not None:
         if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
             raise ValueError(f"guidance is {guidance!r}; give a finite number")
-        cond["guidance"] = torch.tensor(float(guidance))
+        cond["guidance"] = torch.tensor(float(guidance), dtype=torch.float32, device="cpu")
     return cond
 
 
 def _noise(seed: int, count: int, shape: tuple[int, ...]) -> Tensor:
     """Draw one sample after the other, so that a sample's noise does not depend on how many are asked for."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randn(shape, generator=generator) for _ in range(count)])
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = [torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for _ in range(count)]
+    return torch.stack(drawn)

@@ -53,6 +53,7 @@ def warmed(denoiser: Denoiser, device: torch.device, how: OnGpu) -> Denoiser:
     module = denoiser.module
     assert module is not None
     module.to(device)
+    denoiser.state.capture()
     predict: Predict = Compiled(module) if how.compile else module
     if how.dtype:
         predict = Cast(predict, DTYPES[how.dtype])
@@ -64,8 +65,7 @@ def warmed(denoiser: Denoiser, device: torch.device, how: OnGpu) -> Denoiser:
         draft, given = {"x": x.to(device)}, {name: value.to(device) for name, value in cond.items()}
         outputs = [{"x": torch.empty_like(draft["x"])} for _ in range(how.batch)]
         for times in range(how.batch, 0, -1):
-            with torch.inference_mode():
-                ready.evaluate_batch([draft] * times, [float(t[0])] * times, given, outputs[:times])
+            ready.evaluate_batch([draft] * times, [float(t[0])] * times, given, outputs[:times])
     return ready
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from drp.models.state import ModuleState
 from drp.protocol.messages import ModelSpec
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 Predict = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 
 BUILT_IN = {
@@ -20,12 +25,28 @@ BUILT_IN = {
 }
 
 
+NEEDS_AUTOGRAD = ("nference tensor", "does not require grad")
+"""What torch says in a RuntimeError when a denoiser takes gradients in inference mode."""
+
+
 @dataclass(frozen=True)
 class Denoiser:
-    """A loaded model. `predict(x, t, cond)` takes x [B, ...], t float32 [B] and tensors by name; returns like x."""
+    """A loaded model. `predict(x, t, cond)` takes x [B, ...], t float32 [B] and tensors by name; returns like x.
+
+    To call it instead of `predict` makes it a function of its arguments: the model gets copies of them, to which it may
+    write, and what it writes to the buffers of its module is undone by `state` afterwards.
+    """
 
     predict: Predict
     spec: ModelSpec
+    state: ModuleState = field(default_factory=ModuleState)
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Return the prediction, in the dtype of x; raise TypeError if the model returns something unlike x.
+
+        It runs in inference mode, or, for a model that takes gradients inside, under torch.no_grad().
+        """
+        return self._run(lambda: self._predict(x, t, cond))
 
     def evaluate(
         self, inputs: Mapping[str, Tensor], timestep: float, cond: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
@@ -34,15 +55,15 @@ class Denoiser:
 
         Return when it had been made, by `perf_counter`: what follows is the copy.
 
-        A model with a method `fill(inputs, timestep, cond, outputs)` does that itself, whatever tensors a slot holds.
-        For others it is the state `x`, in and out.
+        A model with a method `fill(inputs, timestep, cond, outputs)` does that itself, whatever tensors a slot holds,
+        and must not write to what it is given. For others it is the state `x`, in and out.
         """
         fill = getattr(self.predict, "fill", None)
         if fill is not None:
-            fill(inputs, timestep, cond, outputs)
+            self._run(lambda: fill(inputs, timestep, cond, outputs))
             return time.perf_counter()
         x = inputs["x"]
-        predicted = self._predict(x, torch.full(x.shape[:1], timestep, dtype=torch.float32, device=x.device), cond)
+        predicted = self(x, torch.full(x.shape[:1], timestep, dtype=torch.float32, device=x.device), cond)
         made = time.perf_counter()
         outputs["x"].copy_(predicted)
         return made
@@ -71,19 +92,42 @@ class Denoiser:
         given = {
             name: torch.cat([value] * len(xs)) if value.shape[:1] == samples else value for name, value in cond.items()
         }
-        predicted = self._predict(torch.cat(xs), torch.cat(ts), given)
+        predicted = self(torch.cat(xs), torch.cat(ts), given)
         made = time.perf_counter()
         for output, one in zip(outputs, predicted.chunk(len(xs)), strict=True):
             output["x"].copy_(one)
         return made
 
     def _predict(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        predicted = self.predict(x, t, cond)
-        if not isinstance(predicted, Tensor) or predicted.shape != x.shape or predicted.dtype != x.dtype:
-            is_tensor = isinstance(predicted, Tensor)
-            got = f"{predicted.dtype} {list(predicted.shape)}" if is_tensor else type(predicted).__name__
-            raise TypeError(f"the denoiser returned {got}; it must return {x.dtype} {list(x.shape)}, like its input")
-        return predicted
+        own = {name: value.clone(memory_format=torch.contiguous_format) for name, value in cond.items()}
+        try:
+            predicted = self.predict(x.clone(), t.clone(), own)
+            if (
+                not isinstance(predicted, Tensor)
+                or predicted.shape != x.shape
+                or not predicted.is_floating_point()
+                or predicted.layout != x.layout
+            ):
+                raise TypeError(
+                    f"the denoiser returned {_described(predicted)}; it must return {_described(x)}, like its input"
+                )
+            # What is returned may lie in a buffer that is about to be restored.
+            return predicted.to(x.dtype, copy=self.state.is_written)
+        finally:
+            self.state.restore()
+
+    def _run(self, evaluate: Callable[[], T]) -> T:
+        if not self.state.needs_autograd:
+            try:
+                with torch.inference_mode():
+                    return evaluate()
+            except RuntimeError as error:
+                if not any(sign in str(error) for sign in NEEDS_AUTOGRAD):
+                    raise
+                log.debug("the denoiser takes gradients, and is evaluated without inference mode: %s", error)
+            self.state.needs_autograd = True
+        with torch.inference_mode(mode=False), torch.no_grad():
+            return evaluate()
 
     @property
     def module(self) -> nn.Module | None:
@@ -120,6 +164,15 @@ def load(name: str) -> Denoiser:
     spec = getattr(predict, "spec", ModelSpec())
     if not isinstance(spec, ModelSpec):
         raise TypeError(f"{name}: its spec is a {type(spec).__name__}, not a drp.models.ModelSpec")
-    if isinstance(predict, nn.Module):
-        predict.eval().requires_grad_(False)
-    return Denoiser(predict, spec)
+    if not isinstance(predict, nn.Module):
+        return Denoiser(predict, spec)
+    predict.eval().requires_grad_(False)
+    return Denoiser(predict, spec, ModuleState(predict))
+
+
+def _described(value: object) -> str:
+    """Say what a denoiser takes or returns."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    dense = "" if value.layout == torch.strided else f" {value.layout}"
+    return f"{value.dtype}{dense} {list(value.shape)}"

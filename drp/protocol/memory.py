@@ -113,9 +113,9 @@ class SharedMemory:
 
     device: Final = torch.device("cpu")
 
-    def __init__(self, fd: int, nbytes: int, keep: Keep | None = None) -> None:
+    def __init__(self, fd: int, nbytes: int, keep: Keep | None = None, private: bool = False) -> None:
         self._fd, self._keep = fd, keep
-        self._map = mmap.mmap(fd, nbytes)
+        self._map = mmap.mmap(fd, nbytes, access=mmap.ACCESS_COPY if private else mmap.ACCESS_WRITE)
         self._lent = False
         self.nbytes = nbytes
         self.number = 1 + next(_numbers) % (2**31 - 1) if keep is not None else 0
@@ -140,8 +140,11 @@ class SharedMemory:
             raise MemoryError(f"no {nbytes} bytes of shared memory: {error}") from error
 
     @classmethod
-    def open(cls, handle: Handle) -> SharedMemory:
-        """Map a peer's memory; raise ProtocolError if it is not as its handle says."""
+    def open(cls, handle: Handle, private: bool = False) -> SharedMemory:
+        """Map a peer's memory; raise ProtocolError if it is not as its handle says.
+
+        With `private`, pages are copied on write: what this process writes is its own, and no one else sees it.
+        """
         path = f"/proc/{handle.pid}/fd/{handle.fd}"
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -151,7 +154,7 @@ class SharedMemory:
             size = os.fstat(fd).st_size
             if handle.nbytes == 0 or size != handle.nbytes:
                 raise ProtocolError(f"shared memory is {size} bytes long, not {handle.nbytes}")
-            return cls(fd, handle.nbytes)
+            return cls(fd, handle.nbytes, private=private)
         except (ProtocolError, OSError):
             os.close(fd)
             raise
@@ -176,7 +179,7 @@ class SharedMemory:
         """Return a view; raise ProtocolError if it does not fit."""
         count = check_fit(offset, shape, dtype, self.nbytes)
         if count == 0:
-            return torch.empty(tuple(shape), dtype=dtype)
+            return torch.empty(tuple(shape), dtype=dtype, device="cpu")
         self._lent = True
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(tuple(shape))
 

@@ -60,7 +60,7 @@ class Received:
                 f"{count * dtype.itemsize}"
             )
         self._frames[data.frame - 1] = None
-        flat = torch.empty(count, dtype=dtype)
+        flat = torch.empty(count, dtype=dtype, device="cpu")
         if count:
             flat.view(torch.uint8).numpy().data[:] = frame
         try:

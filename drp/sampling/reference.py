@@ -32,7 +32,7 @@ def run_reference(
 
     `fresh` draws noise for solvers that add some; `watch` asks for residuals in every mode. So many drafts of a round
     as `batch` says go through the denoiser together, one behind the other, with every condition that has an item for
-    each sample repeated.
+    each sample repeated. The denoiser is given copies, and may write to them.
     """
     drafts, predictions = (start.new_empty((slots(solver, mode), start.numel())) for _ in range(2))
     run = Run(solver, mode, start, drafts, predictions, fresh, watch)
@@ -48,7 +48,8 @@ def run_reference(
                 ]
                 if len(some) == 1:
                     slot = some[0].slot
-                    predictions[slot] = denoiser(drafts[slot].view(start.shape), ts[0], cond).reshape(-1)
+                    own = {name: value.clone() for name, value in cond.items()}
+                    predictions[slot] = denoiser(drafts[slot].view(start.shape).clone(), ts[0], own).reshape(-1)
                 else:
                     x = torch.cat([drafts[task.slot].view(start.shape) for task in some])
                     given = {name: repeat(value, len(start), len(some)) for name, value in cond.items()}
@@ -73,5 +74,5 @@ def run_reference(
 
 
 def repeat(value: Tensor, samples: int, times: int) -> Tensor:
-    """Return a condition for `times` batches of `samples` in one: repeated, if it has an item for each sample."""
-    return torch.cat([value] * times) if value.dim() and len(value) == samples else value
+    """Return a condition for `times` batches of `samples` in one: repeated if it has an item for each, else copied."""
+    return torch.cat([value] * times) if value.dim() and len(value) == samples else value.clone()

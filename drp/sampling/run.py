@@ -428,7 +428,9 @@ class _Rows:
 
     def __init__(self, rows: Sequence[Row], like: Tensor, order: Order) -> None:
         self.terms = sorted({t for row in rows for t in row}, key=order)
-        weights = torch.tensor([[row.get(t, 0.0) for row in rows] for t in self.terms], dtype=torch.float64)
+        weights = torch.tensor(
+            [[row.get(t, 0.0) for row in rows] for t in self.terms], dtype=torch.float64, device="cpu"
+        )
         weights = weights.to(like.dtype)
         if like.is_cuda:
             weights = weights.pin_memory()  # else the host would wait for all that the stream has to do

@@ -1,4 +1,4 @@
-"""Weights: a module's parameters and buffers, moved into shared memory: one copy for all that can use it there."""
+"""Weights: a module's parameters, moved into shared memory, one copy for all that can use it there, and its buffers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ class Weights:
     """How a module's weights lie, one after the other, each aligned; nothing at all for a plain callable.
 
     Each lies as a dense copy of it would: one in another memory format keeps that, and so the bits of what is computed.
+    Parameters are used where they lie. Buffers are copied out of there: a module may write to them in an evaluation.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
         self._places: list[tuple[Tensor, tuple[int, ...], int]] = []
+        self._buffers = {id(buffer) for buffer in module.buffers()} if module else set()
         self.nbytes = 0
         digest = hashlib.sha256()
         for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()) if module else ():
@@ -34,4 +36,4 @@ class Weights:
             shared = memory.tensor(offset, (tensor.numel(),), tensor.dtype).as_strided(tensor.shape, stride)
             if publish:
                 shared.copy_(tensor.detach())
-            tensor.data = shared
+            tensor.data = shared.clone() if id(tensor) in self._buffers else shared

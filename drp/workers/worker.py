@@ -161,9 +161,15 @@ class Worker:
             return Shared(self._seat.share(self._weights, share.gpu, share.publish))
         if share.memory is None or share.gpu is not None:
             raise ProtocolError("weights lie either in shared memory or, for a worker on one, in a GPU's")
-        memory = SharedMemory.open(share.memory)
-        self._weights.share(memory, share.publish)
+        if share.publish:
+            memory = SharedMemory.open(share.memory)
+            self._weights.share(memory, publish=True)
+            memory.close()
+        memory = SharedMemory.open(share.memory, private=True)  # What an evaluation writes there is this worker's own.
+        self._weights.share(memory, publish=False)
         memory.close()
+        assert self._denoiser is not None
+        self._denoiser.state.capture()
         return Shared()
 
     def _bind(self, bind: Bind) -> None:

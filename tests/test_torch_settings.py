@@ -1,0 +1,98 @@
+"""The torch settings of the calling program do not reach a run; the reference computes with those of a worker."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+import drp
+from drp import GpuOptions, Leader
+from drp.torch_defaults import SETTINGS
+
+RUN: dict[str, Any] = {"labels": [3], "steps": 4, "mode": "aggressive"}
+
+
+@pytest.fixture(scope="module")
+def leader() -> Iterator[Leader]:
+    with Leader("digits", devices=2) as leader:
+        yield leader
+
+
+@contextmanager
+def changed(read: Callable[[], Any], write: Callable[[Any], object], value: Any) -> Iterator[None]:
+    before = read()
+    write(value)
+    try:
+        yield
+    finally:
+        write(before)
+
+
+def mkldnn_enabled() -> bool:
+    return bool(torch.backends.mkldnn.enabled)
+
+
+def set_mkldnn(enabled: bool) -> None:
+    torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]  # a property of the module
+
+
+CHANGES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "float64": lambda: changed(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+    "bfloat16": lambda: changed(torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16),
+    "device": lambda: torch.device("meta"),
+    "inference mode": torch.inference_mode,
+    "no mkldnn": lambda: changed(mkldnn_enabled, set_mkldnn, False),
+    "medium precision": lambda: changed(
+        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"
+    ),
+    "deterministic": lambda: changed(
+        torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def expected() -> torch.Tensor:
+    return drp.reference("digits", devices=2, **RUN).samples
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_setting_of_the_program_changes_no_bit(change: str, leader: Leader, expected: torch.Tensor) -> None:
+    with CHANGES[change]():
+        before = [read() for read, _, _ in SETTINGS]
+        samples = [leader.sample(**RUN).samples, drp.reference("digits", devices=2, **RUN).samples]
+        assert [read() for read, _, _ in SETTINGS] == before
+    for each in samples:
+        assert each.dtype == torch.float32
+        assert torch.equal(each, expected)
+
+
+@pytest.mark.parametrize("ordering", ["host", "device"])
+def test_a_leader_that_starts_under_other_defaults_computes_the_same(ordering: str, expected: torch.Tensor) -> None:
+    with (
+        CHANGES["float64"](),
+        CHANGES["device"](),
+        Leader("digits", devices=2, gpu=GpuOptions(ordering=ordering)) as own,
+    ):
+        samples = own.sample(**RUN).samples
+    assert torch.equal(samples, expected)
+
+
+def test_autocast_is_refused_with_the_remedy(leader: Leader) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match=r"torch.autocast\('cpu'\) is on .* put it into the denoiser's own code"):
+            leader.submit(**RUN)
+        with pytest.raises(ValueError, match=r"torch.autocast\('cpu'\) is on"):
+            drp.reference("digits", **RUN)
+
+
+def test_asynchronous_ordering_is_refused_where_stores_may_be_reordered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    with pytest.raises(ValueError, match=r"ordering is 'device', but the processor is aarch64.*give 'host'"):
+        GpuOptions(ordering="device")
+    assert GpuOptions().ordering == "host"

@@ -1,0 +1,90 @@
+"""Whatever a denoiser writes to, a prediction depends on its arguments only, and nothing of the caller's changes.
+
+Workers and the reference give the samples of the same denoiser written without in-place operations, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import drp
+from drp import GpuOptions, Leader
+from drp.models import load
+from tests.writing import KINDS, cond, make_once
+
+MODEL = "tests.writing:make_once"
+SHAPE = (2, 3)
+WAYS: dict[str, dict[str, Any]] = {
+    "host": {"devices": 2},
+    "device": {"devices": 2, "gpu": GpuOptions(ordering="device")},
+    "hedged": {"devices": 3, "hedge": 1.1},
+    "batched": {"devices": 2, "drafts_per_device": 2},
+    "batched, device": {"devices": 2, "drafts_per_device": 2, "gpu": GpuOptions(ordering="device")},
+}
+RUNS = st.fixed_dictionaries(
+    {
+        "drafts": st.integers(1, 4),
+        "mode": st.sampled_from(["sequential", "aggressive", "conservative", "adaptive", "rolling"]),
+        "steps": st.integers(1, 9),
+        "seed": st.integers(0, 99),
+    }
+)
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def way(request: pytest.FixtureRequest) -> Iterator[tuple[Leader, int]]:
+    """A leader, and how many drafts it evaluates as a batch."""
+    options = WAYS[request.param]
+    with Leader(MODEL, **options) as leader:
+        yield leader, options.get("drafts_per_device", 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=6)
+@given(run=RUNS)
+def test_a_denoiser_that_writes_has_the_samples_of_one_that_does_not(
+    way: tuple[Leader, int], kind: str, run: dict[str, Any]
+) -> None:
+    leader, batch = way
+    run |= {"shape": SHAPE}
+    given = cond(kind)
+    samples = leader.sample(cond=given, **run).samples
+    assert torch.equal(samples, drp.reference(MODEL, drafts_per_device=batch, cond=given, **run).samples)
+    pure = drp.reference(MODEL, drafts_per_device=batch, cond=cond(kind, pure=True), **run).samples
+    if kind in ("parameter", "timestep", "gradient"):  # The order of these products is another.
+        torch.testing.assert_close(samples, pure)
+    else:
+        assert torch.equal(samples, pure)
+    assert all(torch.equal(value, cond(kind)[name]) for name, value in given.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_callers_noise_and_module_stay_as_they_are(kind: str) -> None:
+    before = {name: value.clone() for name, value in make_once().state_dict().items()}
+    noise = torch.randn(2, *SHAPE)
+    kept = noise.clone()
+    for _ in range(2):
+        drp.reference(MODEL, shape=SHAPE, count=2, noise=noise, cond=cond(kind), steps=3, drafts=2)
+    assert torch.equal(noise, kept)
+    for name, value in make_once().state_dict().items():
+        assert torch.equal(value, before[name]) or name == "weight", name
+
+
+def test_a_result_of_another_kind_is_refused_by_the_reference_as_by_workers() -> None:
+    with pytest.raises(TypeError, match=r"returned torch.float32 \[1, 1, 3, 4\]; it must return torch.float32"):
+        drp.reference("tests.denoisers:make_misshapen", shape=(1, 4, 4), steps=3)
+
+
+def test_a_denoiser_is_evaluated_in_inference_mode_unless_it_takes_gradients() -> None:
+    denoiser = load(MODEL)
+    x, t = torch.ones(1, *SHAPE), torch.full((1,), 500.0)
+    assert denoiser(x, t, cond("view")).is_inference()
+    taken = denoiser(x, t, cond("gradient"))
+    assert not taken.is_inference()
+    assert not taken.requires_grad
