@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import resource
 import shutil
@@ -11,18 +10,22 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 import torch
 
+from drp import doctor_peer
 from drp.leader import awake
 from drp.leader.devices import parse_devices
 from drp.leader.gpus import ALLOCATOR, Gpu, find_gpus, parse_cores
+from drp.leader.process import Process, find_interpreter
 from drp.protocol.codec import ProtocolError
 from drp.protocol.cuda import GpuMemory, is_turned
 from drp.protocol.memory import SharedMemory
+from drp.protocol.messages import GpuHandle
 
 State = Literal["", "good", "bad"]
 CORES = Path("/sys/devices/system/node")
@@ -32,8 +35,6 @@ FILES = 16
 """Descriptors that the leader needs for each worker, at most; more beside them are the program's own."""
 SEEN = "import os, sys; os.close(os.open(sys.argv[1], os.O_RDWR))"
 PEER_BYTES = 1 << 20
-PEER = (sys.executable, "-m", "drp.doctor_peer")
-"""What is started on each GPU, to open memory of this process."""
 PROBE = 4096
 PATIENCE = 120.0
 """Seconds that it may take."""
@@ -192,24 +193,38 @@ def _reached(memories: Sequence[GpuMemory], target: Gpu) -> list[str]:
     for memory in memories:
         memory.tensor(0, (PROBE,), torch.uint8).copy_(pattern)
         memory.written()
-        handle = memory.names[1]
-        assert handle is not None
-        handles.append((handle.device, handle.nbytes, handle.memory.hex(), handle.event.hex()))
+        handles.append(memory.names[1])
+    answers = _ask_peer(target, handles)
+    if isinstance(answers, str):
+        return [answers] * len(memories)
+    judged = zip(memories, answers, strict=True)
+    return [f"fails: {why}" if why else "works" if is_turned(memory, pattern) else "WRONG" for memory, why in judged]
+
+
+def _ask_peer(target: Gpu, handles: Sequence[GpuHandle | None]) -> list[str] | str:
+    """Start a process on a GPU, as workers are started; return what it says of each handle, or of all."""
+    results, theirs = Pipe(duplex=False)
+    process: Process | None = None
     try:
-        done = subprocess.run(  # noqa: S603  # this interpreter, and a module of our own
-            [*PEER, target.uuid],
-            input=json.dumps(handles),
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return [f"could not be tried: {error}"] * len(memories)
-    if done.returncode:
-        return [f"fails: {_last_line(done.stderr)}"] * len(memories)
-    answers = zip(memories, json.loads(done.stdout), strict=True)
-    return [f"fails: {why}" if why else "works" if is_turned(memory, pattern) else "WRONG" for memory, why in answers]
+        with theirs:
+            process = Process(find_interpreter(), "doctor-peer", doctor_peer.main, (target.uuid, handles, theirs))
+            process.start()
+        if not results.poll(PATIENCE):
+            return f"could not be tried: no answer within {PATIENCE:g} s"
+        answers: list[str] | str = results.recv()
+        return f"fails: {answers}" if isinstance(answers, str) else answers
+    except (OSError, ValueError) as error:
+        return f"could not be tried: {error}"
+    except EOFError:
+        assert process is not None
+        process.join(PATIENCE)
+        return f"fails: the process there ended with exit code {process.exitcode}"
+    finally:
+        results.close()
+        if process is not None and process.pid is not None:
+            process.kill()
+            process.join(PATIENCE)
+            process.close()
 
 
 def shared_memory() -> Finding:

@@ -1,13 +1,9 @@
-"""The doctor's peer: `python -m drp.doctor_peer UUID`, a process on that GPU, turns over memory of its parent's.
-
-It is given the memory's handles in JSON on its input, where no one else can read them, and answers with a list: for
-each why it could not be reached, empty if it was.
-"""
+"""The doctor's peer: a process on a GPU that turns over memory of the doctor's, as a worker would reach it."""
 
 from __future__ import annotations
 
-import json
-import sys
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
 
 import torch
 
@@ -16,22 +12,22 @@ from drp.protocol.cuda import GpuMemory, index_of, turn_over
 from drp.protocol.messages import GpuHandle
 
 
-def main() -> None:
-    """Try one after the other."""
-    _sit_down(sys.argv[1])
-    answers = []
-    for device, nbytes, memory, event in json.load(sys.stdin):
-        try:
-            turn_over(GpuMemory.open(GpuHandle(device, nbytes, bytes.fromhex(memory), bytes.fromhex(event))))
-            answers.append("")
-        except (ProtocolError, RuntimeError) as error:  # a CudaError is a RuntimeError
-            answers.append(str(error))
-    sys.stdout.write(json.dumps(answers) + "\n")
+def main(uuid: str, handles: Sequence[GpuHandle], results: Connection) -> None:
+    """Try one after the other; send for each why it could not be reached, empty if it was, or one text for all."""
+    try:
+        _sit_down(uuid)
+        results.send([_try(handle) for handle in handles])
+    except Exception as error:
+        results.send(f"{type(error).__name__}: {error}")
+
+
+def _try(handle: GpuHandle) -> str:
+    try:
+        turn_over(GpuMemory.open(handle))
+    except (ProtocolError, RuntimeError) as error:  # a CudaError is a RuntimeError
+        return str(error)
+    return ""
 
 
 def _sit_down(uuid: str) -> None:
     torch.cuda.set_device(index_of(uuid))
-
-
-if __name__ == "__main__":
-    main()

@@ -7,6 +7,7 @@ interpreter of such workers; every step of theirs that is worth knowing goes to 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import struct
@@ -102,8 +103,8 @@ def turn_over(memory: Memory) -> None:
 
 def number() -> int:
     """This worker's; -1 in the leader."""
-    told = json.loads(sys.argv[1]) if sys.argv[0] == "-c" else {}
-    return int(told["identity"].split("-")[1]) if told else -1
+    name = multiprocessing.current_process().name
+    return int(name.split("-")[1]) if name.startswith("worker-") else -1
 
 
 def step(what: str, **more: Any) -> None:
@@ -164,10 +165,15 @@ def use(monkeypatch: Any, folder: Path) -> dict[str, Any]:
     monkeypatch.setattr(crew, "GpuMemory", Lent)
     monkeypatch.setattr(ground.Ground, "enter", lambda self: None)
     monkeypatch.setenv("DRP_TEST_STEPS", str(folder / "steps"))
+    return {"python": interpreter(folder)}
+
+
+def interpreter(folder: Path) -> Path:
+    """An interpreter whose processes take the GPU's part."""
     path = folder / "python"
     path.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.on_host "$@"\n')
     path.chmod(0o755)
-    return {"python": path}
+    return path
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import resource
-import sys
 from pathlib import Path
 
 import pytest
@@ -82,13 +81,13 @@ def test_gpus_that_there_are_become_lines(monkeypatch: pytest.MonkeyPatch) -> No
     assert "CUDA IPC between two processes, tried" in shown.export_text()
 
 
-def test_memory_of_gpus_is_tried_from_a_process_on_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_gpus_is_tried_from_a_process_on_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "GpuMemory", on_host.Lent)
     gpus = on_host.GPUS
     failed = doctor.ipc(gpus[:1])
     assert "does not see the GPU" in failed[0][0]
-    run = "from drp.doctor_peer import main; main()"
-    monkeypatch.setattr(doctor, "PEER", (sys.executable, "-m", "tests.on_host", "-c", run))
+    python = str(on_host.interpreter(tmp_path))
+    monkeypatch.setattr(doctor, "find_interpreter", lambda: python)
     reached = doctor.ipc(gpus)
     assert reached == (("works", "works"), ("works", "works"))
     used = {finding.about: finding.seen for finding in doctor._use(gpus, "", reached)}
@@ -96,6 +95,8 @@ def test_memory_of_gpus_is_tried_from_a_process_on_each(monkeypatch: pytest.Monk
     assert used["weights"] == "one copy for all workers of a GPU"
     monkeypatch.setattr(on_host.Lent, "written", lambda memory: memory.tensor(0, (1,), torch.uint8).fill_(77))
     assert doctor.ipc(gpus[:1]) == (("WRONG",),)
+    python = "/bin/false"
+    assert doctor.ipc(gpus[:1]) == (("fails: the process there ended with exit code 1",),)
 
 
 def test_it_says_in_which_process_namespace_it_is(report: doctor.Report) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -81,7 +82,11 @@ def test_a_killed_worker_that_takes_its_time_to_end_is_given_back_in_the_end(mon
     late: list[threading.Timer] = []
 
     def kill_late(process: Process) -> None:
-        late.append(threading.Timer(3.0, kill, [process]))
+        def kill_now() -> None:
+            with contextlib.suppress(ValueError):  # It has ended, and was closed.
+                kill(process)
+
+        late.append(threading.Timer(3.0, kill_now))
         late[-1].start()
 
     with Leader("tests.denoisers:make_chatty", devices=2) as leader, monkeypatch.context() as patch:
@@ -105,10 +110,10 @@ def test_a_worker_killed_between_runs_is_noticed() -> None:
         assert re.search(r"worker 1 .* was killed by SIGKILL", leader.workers[1].last)
 
 
-def program(text: str, folder: Path) -> subprocess.Popen[str]:
+def program(text: str, folder: Path, *options: str) -> subprocess.Popen[str]:
     path = folder / "script.py"
     path.write_text(textwrap.dedent(text))
-    return python([str(path)], folder, PYTHONUNBUFFERED="1")
+    return python([str(path), *options], folder, PYTHONUNBUFFERED="1")
 
 
 def python(arguments: list[str], folder: Path, **more: str) -> subprocess.Popen[str]:
@@ -210,6 +215,9 @@ def test_a_script_needs_no_main_guard_and_finds_its_process_as_it_was(tmp_path: 
         before = torch.get_rng_state()
         print(drp.sample("tests.denoisers:make_free", shape=(4,), steps=3).steps)
         assert multiprocessing.get_start_method(allow_none=True) is None
+        with drp.Leader("tests.denoisers:make_free", devices=1):
+            running = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+            assert len(running) == 1 and "spawn_main" in running[0], running
         assert not psutil.Process().children()
         assert torch.equal(torch.get_rng_state(), before)
     """
@@ -221,6 +229,23 @@ def test_a_model_made_in_the_script(tmp_path: Path) -> None:
     guarded = 'if __name__ == "__main__":\n        print(drp.sample(make, shape=(4,), steps=3).steps)'
     process = program(f"{OWN_MODEL}\n    {guarded}", tmp_path)
     assert (*process.communicate(timeout=60), process.returncode) == ("3\n", "", 0)
+
+
+def test_a_script_that_reads_its_options_at_the_top(tmp_path: Path) -> None:
+    text = """
+        import argparse
+        import drp
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--scale", type=float, required=True)
+        scale = parser.parse_args().scale
+        def make():
+            return lambda x, t, cond: x * scale
+        if __name__ == "__main__":
+            options = dict(devices=1, shape=(4,), steps=3)
+            assert (drp.sample(make, **options).samples == drp.reference(make, **options).samples).all()
+    """
+    process = program(text, tmp_path, "--scale", "0.1")
+    assert (*process.communicate(timeout=60), process.returncode) == ("", "", 0)
 
 
 def test_a_model_made_in_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:

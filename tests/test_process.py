@@ -6,15 +6,21 @@ import multiprocessing.spawn
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+import torch.multiprocessing
+from torch import Tensor
 
 from drp import Leader
 from drp.leader.process import Process, find_interpreter
 from drp.protocol.memory import SharedMemory
+from drp.workers import entry
 
 
 @pytest.fixture
@@ -59,27 +65,105 @@ def test_no_interpreter_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_an_interpreter_of_another_version_is_a_clear_error() -> None:
     words = SharedMemory.create(4096)
-    config = {
-        "identity": "worker-0",
-        "endpoint": "",
-        "leader": words.handle.pid,
-        "words": f"/proc/{words.handle.pid}/fd/{words.handle.fd}",
-        "beats": 4088,
-        "cores": [0],
-        "threads": 1,
-        "version": [2, 7],
-        "main": None,
-    }
-
-    process = Process(sys.executable, "drp.workers.entry", config)
+    config = entry.Config(
+        identity="worker-0",
+        endpoint="",
+        leader=words.handle.pid,
+        words=f"/proc/{words.handle.pid}/fd/{words.handle.fd}",
+        beats=4088,
+        cores=(0,),
+        threads=1,
+        version=(2, 7),
+        main=None,
+    )
+    process = Process(sys.executable, "worker-0", entry.main, (config,))
+    process.start()
     try:
         process.join(30)
         assert process.exitcode == 1
         assert b"is not the Python 2.7 that the leader runs; give its path as python=" in words.read()
     finally:
-        process.kill()
-        process.close()
+        end(process)
         words.close()
+
+
+def end(process: Process) -> None:
+    process.kill()
+    process.join(30)
+    process.close()
+
+
+def work(results: Connection, tensor: Tensor, wait: bool) -> None:
+    """What a process is asked to do: say how it finds itself, write to a tensor, and wait for its end."""
+    results.send((sys.argv, sys.path, multiprocessing.get_start_method(allow_none=True), str(Path.cwd())))
+    tensor.fill_(3)
+    results.send("written")
+    time.sleep(60 if wait else 0)
+
+
+def test_a_process_is_torchs_and_changes_nothing_of_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", "--scale", "0.1"])
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+    before = multiprocessing.get_start_method(allow_none=True), multiprocessing.active_children()
+    descriptors = psutil.Process().num_fds()
+    tensor = torch.zeros(5)
+    results, theirs = Pipe(duplex=False)
+    process = Process(find_interpreter(), "some-name", work, (theirs, tensor, True))
+    assert isinstance(process, torch.multiprocessing.get_context("spawn").Process)
+    process.start()
+    theirs.close()
+    try:
+        assert results.poll(60)
+        path = [str(Path(folder).absolute()) for folder in sys.path]
+        assert results.recv() == (sys.argv, path, None, str(Path.cwd()))
+        assert results.poll(60)
+        assert results.recv() == "written"
+        assert tensor.tolist() == [3.0] * 5
+        assert process.is_alive()
+        assert process.exitcode is None
+        assert (multiprocessing.get_start_method(allow_none=True), multiprocessing.active_children()) == before
+        started = [child.cmdline() for child in psutil.Process().children(recursive=True)]
+        assert not any("resource_tracker" in part for command in started for part in command)
+    finally:
+        end(process)
+        results.close()
+    del tensor
+    assert psutil.Process().num_fds() == descriptors
+
+
+def test_a_process_that_cannot_run_ends_and_is_noticed() -> None:
+    process = Process("/bin/false", "some-name", work, ())
+    process.start()
+    assert wait([process.sentinel], 30)
+    process.join(30)
+    assert process.exitcode == 1
+    process.close()
+
+
+def test_the_end_of_a_process_that_the_program_itself_reaped_is_noticed() -> None:
+    process = Process("/bin/true", "some-name", work, ())
+    process.start()
+    assert process.pid is not None
+    os.waitpid(process.pid, 0)
+    process.join(30)
+    assert (process.is_alive(), process.exitcode) == (False, 0)
+    process.close()
+
+
+def closes_all() -> None:
+    os.closerange(0, 256)
+    time.sleep(60)
+
+
+def test_a_process_that_closes_the_sentinel_is_not_waited_for_without_end() -> None:
+    process = Process(find_interpreter(), "some-name", closes_all, ())
+    process.start()
+    try:
+        assert wait([process.sentinel], 60)
+        process.join(0.1)
+        assert process.is_alive()
+    finally:
+        end(process)
 
 
 def test_a_supervisors_sigterm_is_for_the_leader(tiny: Leader) -> None:

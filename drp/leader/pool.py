@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import logging
 import multiprocessing
@@ -69,11 +68,8 @@ class WorkerProcess:
     @property
     def code(self) -> int | None:
         """How it ended: 0 or above, or a signal's number below 0; None if it has not."""
-        deadline = time.monotonic() + 1.0
         self.process.join(1.0)
-        while (code := self.process.exitcode) is None and time.monotonic() < deadline:
-            time.sleep(0.01)  # Another thread has just asked for the code, and is about to write it down.
-        return code
+        return self.process.exitcode
 
     def end(self, code: int | None) -> str:
         """Say how a dead worker ended, with this code: exit code or signal, and its last words."""
@@ -118,7 +114,8 @@ class Pool:
                 version=sys.version_info[:2],
                 main=self._main,
             )
-            process = Process(self._python, ENTRY, dataclasses.asdict(config))
+            process = Process(self._python, identity, entry.main, (config,))
+            process.start()
         except BaseException:
             words.close()
             raise

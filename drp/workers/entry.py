@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
-import json
-import multiprocessing
+import multiprocessing.spawn
 import os
-import runpy
 import signal
 import sys
 import traceback
-import types
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -35,13 +32,6 @@ class Config:
     version: tuple[int, ...]
     main: str | None
     """The main script, if the model is made there."""
-
-
-def start(told: str) -> None:
-    """Run one worker by its Config in JSON, and the descriptor that shows its leader that it is there."""
-    config = json.loads(told)
-    os.set_inheritable(config.pop("lifeline"), False)
-    main(Config(**config))
 
 
 def main(config: Config) -> None:
@@ -85,7 +75,5 @@ def _import_main(path: str) -> None:
     """Run the main script under the name that multiprocessing gives it in children, and let it be `__main__` here."""
     process = multiprocessing.current_process()
     process._inheriting = True  # type: ignore[attr-defined]  # so that what it must not start refuses, as in any child
-    module = types.ModuleType("__mp_main__")
-    module.__dict__.update(runpy.run_path(path, run_name="__mp_main__"))
-    sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+    multiprocessing.spawn.import_main_path(path)
     del process._inheriting  # type: ignore[attr-defined]

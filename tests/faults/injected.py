@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,7 +30,7 @@ AT_STEP = 5
 def fault() -> dict[str, Any]:
     """Return what is to happen to this worker, nothing if nothing is."""
     told: dict[str, Any] = json.loads(os.environ.get("DRP_TEST_FAULT", "{}"))
-    _, number, generation = json.loads(sys.argv[1])["identity"].split("-")
+    _, number, generation = multiprocessing.current_process().name.split("-")
     return told if told and int(generation) == 0 and int(number) in told["who"] else {}
 
 
