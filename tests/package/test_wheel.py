@@ -105,6 +105,15 @@ def test_it_works_where_it_is_installed(installed: Path, wheel: Path, tmp_path: 
 
 def test_a_message_that_names_an_extra_names_this_distribution(installed: Path, tmp_path: Path) -> None:
     """What the messages say, `pip install 'draft-refine[gpu]'`, asks for this distribution's extra and no other's."""
-    command = [sys.executable, "-m", "pip", "--python", installed / "python", "install", "--dry-run", "--no-index"]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        installed / "python",
+        "install",
+        "--dry-run",
+        "--no-index",
+    ]
     said = run(*command, "--no-deps", "draft-refine[serve]", cwd=tmp_path)
     assert "Requirement already satisfied: draft-refine" in said
