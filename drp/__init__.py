@@ -6,8 +6,9 @@ result = drp.sample("digits", labels=[3, 1, 4], steps=48, devices=2, mode="aggre
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
+
+from drp.platforms import require_linux
 
 if TYPE_CHECKING:
     from drp.api import reference, sample
@@ -38,12 +39,19 @@ def __getattr__(name: str) -> Any:
         return _version()
     if name not in _HOMES:
         raise AttributeError(f"module 'drp' has no attribute {name!r}")
+    require_linux()
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
 
 
 def _version() -> str:
     """Return the version of the installed distribution, whose name is not the package's."""
+    from importlib.metadata import PackageNotFoundError, version  # only now: workers have no need of it
+
     try:
-        return importlib.metadata.version("draft-refine")
-    except importlib.metadata.PackageNotFoundError:  # sources on the path that were never installed
+        return version("draft-refine")
+    except PackageNotFoundError:  # sources on the path that were never installed
         return "0+unknown"

@@ -16,6 +16,7 @@ from drp.leader.devices import parse_devices
 from drp.leader.ground import GpuOptions
 from drp.leader.leader import Leader, check_batch, model_name
 from drp.leader.request import Options, Request, make_job
+from drp.protocol.messages import ModelSpec
 from drp.sampling.reference import run_reference
 from drp.sampling.result import Result
 from drp.threads import torch_threads
@@ -44,9 +45,7 @@ def sample(
     """
     if trace is not None:
         check(trace)
-    spec = models.describe(model_name(model))
-    if spec is not None:  # Known without loading: bad options are refused before workers start.
-        make_job(Request(**options), spec, len(parse_devices(devices, threads)) * check_batch(drafts_per_device))
+    check_options(model, len(parse_devices(devices, threads)) * check_batch(drafts_per_device), options)
     with (
         Leader(
             model,
@@ -60,6 +59,23 @@ def sample(
         record(leader, trace) if trace is not None else nullcontext(),
     ):
         return leader.sample(**options)
+
+
+def check_options(model: str | Callable[[], Any], drafts: int, options: Options) -> None:
+    """Raise ValueError for options that no run can have, before workers start; `drafts` is how many a round has.
+
+    A model of the user's own is not loaded for this, so the shape and the classes that it expects are not known yet:
+    labels and shape are checked against them when it is there.
+    """
+    request = Request(**options)
+    spec = models.describe(model_name(model))
+    if spec is None:
+        spec = ModelSpec()
+        if request.shape is None:
+            tensors = (request.noise, request.image, request.out)
+            shapes = [tensor.shape[1:] for tensor in tensors if isinstance(tensor, torch.Tensor)]
+            request = replace(request, shape=[*shapes[0]] if shapes else [1])
+    make_job(request, spec, drafts)
 
 
 def reference(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,6 +27,7 @@ def encode_grid(samples: Tensor, columns: int, scale: int, border: int) -> bytes
     b, c, h, w = tiles.shape
     grid = tiles.view(b // columns, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(b // columns * h, columns * w, c)
     pixels = grid.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels.squeeze(2).numpy() if c == 1 else pixels.numpy()).save(file, "PNG")
+    file, info = io.BytesIO(), PngInfo()
+    info.add_text("Software", "draft-refine")
+    Image.fromarray(pixels.squeeze(2).numpy() if c == 1 else pixels.numpy()).save(file, "PNG", pnginfo=info)
     return file.getvalue()

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+from safetensors.torch import load_file
 
-from drp.cli import main, parse_labels
+from drp.cli import main
+from drp.cli.options import default_devices
+from drp.cli.output import check_output, check_trace, write_samples
+from drp.cli.sample import parse_labels
+from drp.leader.gpus import Gpu
+from drp.trace import write as write_trace
 from tests.conftest import leftovers, what_stays
+
+ROOT = Path(__file__).parent.parent
 
 
 def drp(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -49,23 +62,39 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
         assert (image.size, image.mode) == ((20, 40), "RGB")
 
 
+def never(*_: object, **__: object) -> None:
+    raise AssertionError("workers were started")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mode", "fast"], "unknown mode 'fast'"),
-        (["--steps", "0"], "steps is 0"),
+        (["--mode", "agressive"], "'agressive' is not one of 'sequential'"),
+        (["--steps", "0"], "0 is not in the range x>=1"),
         (["--labels", "11"], "label 11 is out of range; this model has the classes 0 to 9"),
         (["--labels", "3-1"], "write the smaller number first"),
         (["--labels", "three"], "'three' is no label"),
         (["--devices", "0"], "devices is 0"),
         (["--devices", "tpu:0"], "device 'tpu:0' does not exist"),
-        (["--rows", "0"], "rows is 0"),
+        (["--rows", "0"], "0 is not in the range x>=1"),
         (["--shape", "1,x"], "shape is '1,x'"),
         (["--out", "nowhere/out.png"], "nowhere/out.png cannot be written"),
-        (["--out", "."], "does not end in .png"),
-        (["--out", "out.jpg"], "out.jpg does not end in .png"),
+        (["--out", "."], "ends in .png, .npy or .safetensors"),
+        (["--out", "out.jpg"], "ends in .png, .npy or .safetensors"),
+        (["--trace", "nowhere/run.json"], "nowhere/run.json cannot be written"),
         (["digitz"], "unknown model 'digitz'; built in: digits"),
+        (["no_such_module:make"], "there is no module 'no_such_module'"),
         (["--steps", "many"], "Invalid value"),
+        (["--tolerance", "nan"], "'nan' is not a number"),
+        (["--guidance", "nan"], "guidance is nan; give a finite number"),
+        (["--solver", "dim"], "'dim' is not one of 'ddim'"),
+        (["--order", "2"], "solver_options holds 'order'"),
+        (["--target-speedup", "100"], "target_speedup is 100"),
+        (["--config", "nowhere.toml"], "nowhere.toml cannot be read"),
+        (["--app-dir", "nowhere"], "there is no folder nowhere"),
+        (["tests.denoisers:make_free", "--mode", "agressive"], "'agressive' is not one of"),
+        (["tests.denoisers:make_free", "--shape", "3,8,8", "--eta", "1", "--solver", "unipc"], "holds 'eta'"),
+        (["tests.denoisers:make_free", "--shape", "4,8,8", "--out", "out.png"], "a picture has 1 or 3 channels"),
     ],
 )
 def test_bad_input_is_a_line(
@@ -73,6 +102,7 @@ def test_bad_input_is_a_line(
 ) -> None:
     before = leftovers()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("drp.leader.leader.Leader.__init__", never)  # refused before a worker starts
     done = here("sample", *arguments)
     assert done.exit_code in (1, 2)
     assert message in done.stderr
@@ -83,9 +113,9 @@ def test_bad_input_is_a_line(
 
 
 def test_bad_input_is_a_line_of_the_program(tmp_path: Path) -> None:
-    done = drp("sample", "--mode", "fast", cwd=tmp_path)
+    done = drp("sample", "--labels", "11", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "unknown mode 'fast'" in done.stderr
+    assert "label 11 is out of range" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -109,6 +139,163 @@ def test_help_and_version(tmp_path: Path) -> None:
     assert "sample" in drp("--help", cwd=tmp_path).stdout
     assert "--devices" in drp("sample", "-h", cwd=tmp_path).stdout
     assert drp("--version", cwd=tmp_path).stdout.startswith("drp, version ")
+
+
+def here_json(*arguments: str) -> Any:
+    """Return what a command prints as JSON on standard output, where nothing else may be."""
+    done = here(*arguments, "--json")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_samples_that_are_no_pictures_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model in the working directory, of four channels, with two workers; each format holds what `sample` returns."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("slow.py").write_text("from tests.denoisers import make_free as make\n")
+    shown = here_json("sample", "slow:make", "--shape", "4,16,16", "-r", "2", "-n", "4", "-d", "2")
+    assert shown["out"] == "samples.safetensors"
+    assert (shown["steps"], shown["rounds"], len(shown["devices"])) == (4, 3, 2)
+    made = load_file("samples.safetensors")["samples"]
+    assert made.shape == (2, 4, 16, 16)
+    import drp as package
+
+    expected = package.reference("tests.denoisers:make_free", shape=(4, 16, 16), count=2, steps=4, devices=2)
+    assert torch.equal(made, expected.samples)
+
+
+def test_output_is_written_by_its_ending(tmp_path: Path) -> None:
+    samples = torch.linspace(-1, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
+    for name in ("a.png", "a.npy", "a.safetensors"):
+        check_output(tmp_path / name, force=False)
+        write_samples(samples, 2, tmp_path / name)
+    assert np.array_equal(np.load(tmp_path / "a.npy"), samples.numpy())
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["samples"], samples)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (2 * (4 * 2 + 4), 4 * 2 + 4)
+
+
+def test_a_file_that_drp_has_not_written_is_not_overwritten(tmp_path: Path) -> None:
+    samples = torch.zeros(1, 1, 4, 4)
+    for ending in (".png", ".safetensors"):
+        path = tmp_path / f"out{ending}"
+        write_samples(samples, 1, path)
+        check_output(path, force=False)  # written by drp: it may be written again
+    (tmp_path / "out.npy").write_bytes(b"anything")
+    Image.new("L", (4, 4)).save(tmp_path / "photo.png")
+    trace = tmp_path / "run.json"
+    write_trace(trace, [], ["cpu:0"])
+    check_trace(trace, force=False)
+    trace.write_text('{"name": "package"}')
+    for path in (tmp_path / "out.npy", tmp_path / "photo.png"):
+        with pytest.raises(ValueError, match=r"is there already.* give --force"):
+            check_output(path, force=False)
+        check_output(path, force=True)
+    with pytest.raises(ValueError, match=r"is there already.* give --force"):
+        check_trace(trace, force=False)
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return the options with which `drp sample` would start; it then goes no further."""
+    seen: dict[str, Any] = {}
+
+    def keep(model: str, options: dict[str, Any]) -> None:
+        seen.update(options, model=model)
+
+    monkeypatch.setattr(importlib.import_module("drp.cli.sample"), "_sample", keep)  # the name is the command's
+    return seen
+
+
+def test_a_configuration_file_says_the_defaults(tmp_path: Path, given: dict[str, Any]) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(
+        'model = "digits"\nsteps = 24\nlabels = [3, 1]\ndrafts-per-device = 2\njson = true\nmode = "adaptive"\n'
+    )
+    assert here("sample", "--config", str(config), "--steps", "12").exit_code == 0
+    chosen = ("model", "steps", "labels", "drafts_per_device", "as_json", "mode", "seed")
+    assert [given[name] for name in chosen] == ["digits", 12, "3,1", 2, True, "adaptive", 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("step = 24", "has 'step', which is no option of `main sample`; did you mean 'steps'?"),
+        ('mode = "fast"', "'fast' is not one of"),
+        ("steps = 0", "0 is not in the range"),
+        ("steps", "cannot be read"),
+        ("[steps]\nn = 1", "steps is a table"),
+    ],
+)
+def test_a_configuration_file_is_checked(text: str, message: str, tmp_path: Path, given: dict[str, Any]) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(text)
+    done = here("sample", "--config", str(config))
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert not given
+
+
+def test_models_are_found_in_the_working_directory_or_app_dir(
+    tmp_path: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert here("sample").exit_code == 0
+    assert sys.path[0] == str(Path.cwd())
+    assert here("sample", "--app-dir", str(tmp_path)).exit_code == 0
+    assert sys.path[0] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"), [(0, ("2", 3, 1)), (1, ("cuda", 1, 4)), (2, ("2xcuda", 1, 1)), (8, ("4xcuda", 1, 1))]
+)
+def test_without_devices_what_there_is_is_used(
+    gpus: int, expected: tuple[str, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find() -> tuple[Gpu, ...]:
+        if not gpus:
+            raise ValueError("there are none")
+        return tuple(Gpu(index, f"GPU-{index}") for index in range(gpus))
+
+    monkeypatch.setattr("drp.leader.gpus.find_gpus", find)
+    monkeypatch.setattr("drp.cli.options.MOST_WORKERS", 4 if gpus else 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    assert default_devices() == expected
+
+
+@pytest.mark.parametrize(
+    ("first_use", "platform", "words"),
+    [
+        ("import drp; drp.sample('digits')", "darwin", "this is macOS; run it in a Linux container"),
+        ("import drp; drp.sample('digits')", "win32", "this is Windows; run it in WSL 2"),
+        ("import drp.diffusers", "darwin", "this is macOS"),
+        ("from drp.cli import main; main(['sample'])", "darwin", "this is macOS"),  # as Windows click looks for more
+    ],
+)
+def test_other_systems_are_told_in_a_sentence(first_use: str, platform: str, words: str) -> None:
+    """What other systems lack is taken away first, so that nothing is imported that needs it."""
+    there = f"import os, sys; sys.platform = {platform!r}; del os.memfd_create, os.sched_getaffinity, os.eventfd; "
+    done = subprocess.run(
+        [sys.executable, "-c", there + first_use], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(("RuntimeError: drp runs on Linux only", "Error: drp runs on Linux only"))
+    assert words in last
+
+
+def test_completion_offers_options() -> None:
+    env = os.environ | {"_DRP_COMPLETE": "bash_complete", "COMP_WORDS": "drp sample --mo", "COMP_CWORD": "2"}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("drp")],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "plain,--mode" in done.stdout
 
 
 def test_labels() -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from drp import doctor
 from drp.cli import main
-from drp.doctor_tables import tables
+from drp.cli.doctor_tables import tables
 from drp.leader.gpus import Gpu
 from tests import on_host
 

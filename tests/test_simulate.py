@@ -185,17 +185,17 @@ def test_the_same_seed_gives_the_same_and_every_trace_is_valid(tmp_path: Path) -
     [
         (["-d", "cpu:0"], "device 'cpu:0' cannot be simulated"),
         (["-d", "2000xemulated:20ms"], "more than 1024 devices"),
-        (["--distribution", "flat"], "distribution 'flat' does not exist"),
+        (["--distribution", "flat"], "'flat' is not one of 'normal'"),
         (["--policy", "fast"], "unknown policy 'fast'"),
-        (["--mode", "fast"], "unknown mode 'fast'"),
-        (["--runs", "0"], "runs is 0"),
+        (["--mode", "fast"], "'fast' is not one of"),
+        (["--runs", "0"], "0 is not in the range"),
         (["--message", "fast"], "'fast' is no time"),
-        (["--mtbf=-1"], "mtbf is -1.0"),
+        (["--mtbf=-1"], "-1.0 is not in the range"),
     ],
 )
 def test_bad_input_is_a_line(arguments: list[str], message: str) -> None:
     done = CliRunner().invoke(main, ["simulate", *arguments])
-    assert done.exit_code == 1
+    assert done.exit_code in (1, 2)
     assert message in done.output
 
 

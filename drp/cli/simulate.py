@@ -8,7 +8,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from drp.plain import plain_errors, trace_option
+from drp.cli.helpers import plain_errors, print_json
+from drp.cli.options import Number, common_options, force_option, json_option, trace_option
+from drp.cli.output import check_trace
+from drp.sampling.modes import MODE_NAMES
+
+ABOVE_ZERO = click.IntRange(1)
+NOT_NEGATIVE = Number(0)
 
 
 @click.command()
@@ -16,7 +22,11 @@ from drp.plain import plain_errors, trace_option
     "-d", "--devices", default="8xemulated:20ms", show_default=True, help="As `drp sample --devices` has them."
 )
 @click.option(
-    "--distribution", default="normal", show_default=True, help="Of jitter: normal, lognormal or exponential."
+    "--distribution",
+    type=click.Choice(["normal", "lognormal", "exponential"]),
+    default="normal",
+    show_default=True,
+    help="Of jitter.",
 )
 @click.option(
     "--from", "source", type=click.Path(path_type=Path, exists=True), help="Trace: costs, and devices' times."
@@ -24,23 +34,37 @@ from drp.plain import plain_errors, trace_option
 @click.option("--message", default="50us", show_default=True, help="Without a trace: the leader's time a message,")
 @click.option("--row", default="10us", show_default=True, help="a row of its arithmetic,")
 @click.option("--wake", default="100us", show_default=True, help="and for a process to wake up.")
-@click.option("-m", "--mode", default="aggressive", show_default=True, help="As `drp sample --mode`.")
-@click.option("--drafts", type=int, help="Drafts a round; by default one a device.")
+@click.option("-m", "--mode", type=click.Choice(MODE_NAMES), default="aggressive", show_default=True)
+@click.option("--drafts", type=ABOVE_ZERO, help="Drafts a round; by default one a device.")
 @click.option("-p", "--policy", default="barrier", show_default=True, help="Names, or all; see drp.leader.policies.")
-@click.option("-n", "--steps", default=48, show_default=True, help="Steps of each run.")
-@click.option("-r", "--runs", default=200, show_default=True, help="Runs.")
-@click.option("--rate", default=0.0, help="Runs that arrive a second; by default each when the one before has ended.")
-@click.option("--users", default=1, show_default=True, help="Runs at the same time, without --rate.")
-@click.option("--mtbf", default=0.0, help="Mean seconds between a device's failures; 0 for none.")
-@click.option("--restart", default=10.0, show_default=True, help="Seconds until a failed device is back.")
-@click.option("--price", default=0.0, help="Of a device for an hour.")
-@click.option("--tolerance", default=0.0025, show_default=True, help="Of mode adaptive.")
+@click.option("-n", "--steps", type=ABOVE_ZERO, default=48, show_default=True, help="Steps of each run.")
+@click.option("-r", "--runs", type=ABOVE_ZERO, default=200, show_default=True, help="Runs.")
 @click.option(
-    "--staleness", default=5e-5, show_default=True, help="For mode adaptive: residual of a draft one step ahead."
+    "--rate",
+    type=NOT_NEGATIVE,
+    default=0.0,
+    help="Runs that arrive a second; by default each when the one before has ended.",
+)
+@click.option("--users", type=ABOVE_ZERO, default=1, show_default=True, help="Runs at the same time, without --rate.")
+@click.option("--mtbf", type=NOT_NEGATIVE, default=0.0, help="Mean seconds between a device's failures; 0 for none.")
+@click.option(
+    "--restart", type=NOT_NEGATIVE, default=10.0, show_default=True, help="Seconds until a failed device is back."
+)
+@click.option("--price", type=NOT_NEGATIVE, default=0.0, help="Of a device for an hour.")
+@click.option("--tolerance", type=NOT_NEGATIVE, default=0.0025, show_default=True, help="Of mode adaptive.")
+@click.option(
+    "--staleness",
+    type=NOT_NEGATIVE,
+    default=5e-5,
+    show_default=True,
+    help="For mode adaptive: residual of a draft one step ahead.",
 )
 @click.option("--best", is_flag=True, help="Try 1, 2, 4, ... devices, and say which number has the least latency.")
-@click.option("--seed", default=0, show_default=True, help="Of all draws.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all draws.")
 @trace_option
+@force_option
+@json_option
+@common_options
 def simulate(
     devices: str,
     distribution: str,
@@ -63,6 +87,8 @@ def simulate(
     best: bool,
     seed: int,
     trace: Path | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Say what runs would take on up to 1,024 devices: latency, throughput, utilisation, cost; by policy."""
     with plain_errors():
@@ -77,14 +103,9 @@ def simulate(
         from drp.simulate import simulate as run
         from drp.simulate.devices import measured, repeated
         from drp.trace.events import read, write
-        from drp.trace.record import check
 
-        for name, value in (("rate", rate), ("mtbf", mtbf), ("restart", restart), ("price", price)):
-            if value < 0:
-                raise ValueError(f"{name} is {value}; give 0 or more")
-        for name, count in (("steps", steps), ("runs", runs), ("users", users)):
-            if count < 1:
-                raise ValueError(f"{name} is {count}; give 1 or more")
+        if trace is not None:
+            check_trace(trace, force)
         given = make_devices(devices, distribution)
         if source is None:
             costs = Costs.given(*map(parse_time, (message, row, wake)))
@@ -102,6 +123,7 @@ def simulate(
             title=f"{runs} simulated runs of {steps} steps, {mode}",
         )
         found: dict[tuple[str, int], float] = {}
+        rows: list[dict[str, object]] = []
         for name in chosen:
             for count in counts:
                 made = make_mode(mode, drafts or count, tolerance, SECANT)
@@ -109,6 +131,19 @@ def simulate(
                 timeline = Timeline()
                 outcome = run(repeated(given, count), find_policy(name), load, costs, seed, staleness, timeline)
                 found[name, count] = outcome.latency(50)
+                rows.append(
+                    {
+                        "policy": name,
+                        "devices": count,
+                        "median_seconds": outcome.median,
+                        "mean_seconds": outcome.mean,
+                        "latency_p50_seconds": outcome.latency(50),
+                        "latency_p95_seconds": outcome.latency(95),
+                        "runs_per_second": outcome.throughput,
+                        "utilisation": outcome.utilisation,
+                        **({"cost_per_run": outcome.cost(price)} if price else {}),
+                    }
+                )
                 table.add_row(
                     *(name, str(count), f"{outcome.median * 1e3:.1f}", f"{outcome.mean * 1e3:.1f}"),
                     *(f"{outcome.latency(q) * 1e3:.1f}" for q in (50, 95)),
@@ -116,8 +151,11 @@ def simulate(
                     *((f"{outcome.cost(price):.3g}",) if price else ()),
                 )
         if trace is not None:  # of what was simulated last
-            write(check(trace), timeline, [f"simulated {number}" for number in range(counts[-1])])
+            write(trace, timeline, [f"simulated {number}" for number in range(counts[-1])])
+        (name, count), least = min(found.items(), key=lambda item: item[1])
+        if as_json:
+            print_json({"rows": rows} | ({"best": {"policy": name, "devices": count}} if best else {}))
+            return
         Console(width=max(Console().width, 110)).print(table)
         if best:
-            (name, count), least = min(found.items(), key=lambda item: item[1])
             click.echo(f"least latency: {count} device(s), {name}, {least * 1e3:.1f} ms in the median")

@@ -2,36 +2,65 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 from contextlib import nullcontext
 from pathlib import Path
 
 import click
 
-from drp.plain import plain_errors, trace_most_option, trace_option
+from drp.cli.helpers import plain_errors, print_json
+from drp.cli.options import (
+    DeviceDefaults,
+    Number,
+    common_options,
+    default_devices,
+    force_option,
+    json_option,
+    trace_most_option,
+    trace_option,
+)
+from drp.cli.output import check_trace
+
+SECONDS = Number(0, min_open=True)
 
 
 @click.command()
 @click.argument("model", default="digits")
-@click.option("-d", "--devices", default="1", show_default=True, help="As those of `drp sample`.")
-@click.option("--threads", default=1, show_default=True, help="Threads of each worker.")
+@click.option("-d", "--devices", help="As those of `drp sample`.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of each worker, as those of `drp sample`.")
 @click.option("-l", "--listen", help="ipc://PATH, or tcp://HOST:PORT with --keys; by default a path of the user's own.")
 @click.option("--keys", type=click.Path(path_type=Path), help="Directory that `drp keys` has made.")
-@click.option("--most", default=64, show_default=True, help="Requests at once, waiting ones included.")
-@click.option("--stall", default=30.0, show_default=True, help="Seconds without progress that are not healthy.")
-@click.option("--drain", default=30.0, show_default=True, help="Seconds that requests have to finish after SIGTERM.")
-@click.option("--start-timeout", default=120.0, show_default=True, help="Seconds that workers have to start.")
-@click.option("--draft-timeout", type=float, help="Seconds that a worker has for a draft; by default what is usual.")
-@click.option("--hedge", type=float, help="Give drafts that take this many times the usual to idle workers too.")
+@click.option(
+    "--most", type=click.IntRange(1), default=64, show_default=True, help="Requests at once, waiting ones included."
+)
+@click.option(
+    "--stall", type=SECONDS, default=30.0, show_default=True, help="Seconds without progress that are not healthy."
+)
+@click.option(
+    "--drain",
+    type=Number(0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that requests have to finish after SIGTERM.",
+)
+@click.option(
+    "--start-timeout", type=SECONDS, default=120.0, show_default=True, help="Seconds that workers have to start."
+)
+@click.option("--draft-timeout", type=SECONDS, help="Seconds that a worker has for a draft; by default what is usual.")
+@click.option(
+    "--hedge",
+    type=Number(1, min_open=True),
+    help="Give drafts that take this many times the usual to idle workers too.",
+)
 @click.option("--awake", is_flag=True, help="Keep all cores from sleeping while there are requests; docs/round.md.")
-@click.option("-v", "--verbose", is_flag=True, help="Log what happens.")
 @trace_option
 @trace_most_option
+@force_option
+@common_options
 def serve(
     model: str,
-    devices: str,
-    threads: int,
+    devices: str | None,
+    threads: int | None,
     listen: str | None,
     keys: Path | None,
     most: int,
@@ -41,12 +70,11 @@ def serve(
     draft_timeout: float | None,
     hedge: float | None,
     awake: bool,
-    verbose: bool,
     trace: Path | None,
     trace_most: int,
+    force: bool,
 ) -> None:
     """Serve MODEL to clients on a socket, until SIGTERM or Ctrl-C; a second one ends it at once."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s")
     with plain_errors():
         import torch  # only now: --help need not wait for it
 
@@ -54,19 +82,21 @@ def serve(
         from drp.server.endpoint import check_address, default_address
         from drp.server.keys import Keys
         from drp.server.server import Server
-        from drp.trace.record import check, record
+        from drp.trace.record import record
 
         own = Keys.read(keys) if keys is not None else None
         address = listen or default_address()
         check_address(address, own)  # before workers start
         if trace is not None:
-            check(trace)
+            check_trace(trace, force)
+        places = default_devices() if devices is None else DeviceDefaults(devices, 1, 1)
         torch.set_num_threads(1)  # What this process computes is small, and its workers' cores are theirs.
         with (
             Leader(
                 model,
-                devices=devices,
-                threads=threads,
+                devices=places.devices,
+                threads=threads or places.threads,
+                drafts_per_device=places.drafts_per_device,
                 start_timeout=start_timeout,
                 draft_timeout=draft_timeout,
                 hedge=hedge,
@@ -105,9 +135,12 @@ def keys(directory: Path, clients: tuple[str, ...]) -> None:
 @click.option("--server-key", type=click.Path(path_type=Path), help="File with the server's public key, for tcp://.")
 @click.option("--key", type=click.Path(path_type=Path), help="File with the client's secret key, for tcp://.")
 @click.option("--metrics", is_flag=True, help="Print the metrics instead, for Prometheus.")
-def status(address: str | None, server_key: Path | None, key: Path | None, metrics: bool) -> None:
+@json_option
+def status(address: str | None, server_key: Path | None, key: Path | None, metrics: bool, as_json: bool) -> None:
     """Print how the server at ADDRESS is; exit with status 1 if it is not healthy."""
     with plain_errors():
+        if metrics and as_json:
+            raise ValueError("--metrics prints Prometheus' text format; leave out --json")
         from drp.client import Client
         from drp.server.endpoint import default_address
 
@@ -116,7 +149,10 @@ def status(address: str | None, server_key: Path | None, key: Path | None, metri
                 click.echo(client.metrics(), nl=False)
                 return
             now = client.status()
-        for name, value in vars(now).items():
-            click.echo(f"{name}: {value}")
+        if as_json:
+            print_json(now)
+        else:
+            for name, value in vars(now).items():
+                click.echo(f"{name}: {value}")
         if not now.healthy:
             raise click.ClickException("not healthy")

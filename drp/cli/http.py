@@ -11,8 +11,11 @@ from typing import Any
 
 import click
 
+from drp.cli.helpers import plain_errors
+from drp.cli.options import common_options, default_devices, force_option, trace_most_option, trace_option
+from drp.cli.output import check_trace
 from drp.http.work import Backend
-from drp.plain import plain_errors, trace_most_option, trace_option
+from drp.sampling.modes import MODE_NAMES
 
 
 @click.command()
@@ -24,27 +27,32 @@ from drp.plain import plain_errors, trace_most_option, trace_option
     metavar="PATH",
     help="Instead: a diffusers pipeline, a folder, a hub's name or package.module:factory.",
 )
-@click.option("-d", "--devices", default="1", show_default=True, help="Of the pipeline, as those of `drp sample`.")
-@click.option("-m", "--mode", default="aggressive", show_default=True, help="Of the pipeline.")
-@click.option("--drafts", type=int, help="Of the pipeline: drafts a round; by default one a device.")
+@click.option("-d", "--devices", help="Of the pipeline, as those of `drp sample`.")
+@click.option(
+    "-m", "--mode", type=click.Choice(MODE_NAMES), default="aggressive", show_default=True, help="Of the pipeline."
+)
+@click.option("--drafts", type=click.IntRange(1), help="Of the pipeline: drafts a round; by default one a device.")
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Where it listens; whoever reaches it needs no password."
 )
-@click.option("--port", default=8000, show_default=True, help="0 for one that is free.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 for one that is free.")
 @trace_option
 @trace_most_option
+@force_option
+@common_options
 def http(
     connect: str | None,
     server_key: Path | None,
     key: Path | None,
     diffusers: str | None,
-    devices: str,
+    devices: str | None,
     mode: str,
     drafts: int | None,
     host: str,
     port: int,
     trace: Path | None,
     trace_most: int,
+    force: bool,
 ) -> None:
     """Answer HTTP: images in OpenAI's convention, /health, /metrics, and a page. Needs draft-refine[serve]."""
     with plain_errors():
@@ -56,7 +64,9 @@ def http(
             raise ValueError(f"{error}; pip install 'draft-refine[serve]'") from None
         backend: Backend
         if diffusers is not None:
-            spread: dict[str, Any] = {"devices": devices, "mode": mode, "drafts": drafts}
+            if trace is not None:
+                check_trace(trace, force)
+            spread: dict[str, Any] = {"devices": devices or default_devices().devices, "mode": mode, "drafts": drafts}
             if trace is not None:
                 spread |= {"trace": trace, "trace_most": trace_most}
             backend = _pipeline(diffusers, spread)

@@ -11,10 +11,13 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from drp.plain import check_writable, parse_numbers, plain_errors
+from drp.cli.helpers import parse_numbers, plain_errors, print_json
+from drp.cli.options import default_devices
+from drp.cli.output import check_output, check_trace, write_samples
 
 KEPT = ("rows", "shape", "steps", "devices", "mode", "drafts", "rule", "tolerance", "warmup", "threads", "guidance")
-"""Options of `drp sample` that a pipeline has too, beside --seed, --out and --trace."""
+"""Options of `drp sample` that a pipeline has too, beside those of ALWAYS."""
+ALWAYS = ("seed", "out", "trace", "force", "as_json")
 
 
 def pipeline_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -26,38 +29,51 @@ def pipeline_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("-p", "--prompt", help="What the pipeline is to draw.")
     @click.option("--negative-prompt", help="What it is not to draw.")
     @functools.wraps(command)
-    def sample(diffusers: str | None, prompt: str | None, negative_prompt: str | None, **options: Any) -> None:
+    def sample(
+        model: str, diffusers: str | None, prompt: str | None, negative_prompt: str | None, **options: Any
+    ) -> None:
         with plain_errors():
             if diffusers is not None:
                 source = click.get_current_context().get_parameter_source
                 given = {name for name in options if source(name) is not ParameterSource.DEFAULT}
+                if source("model") is not ParameterSource.DEFAULT:
+                    raise ValueError(f"{model!r} is a model and --diffusers names a pipeline; give one of them")
                 _draw(diffusers, prompt, negative_prompt, options, given)
                 return
             if prompt is not None or negative_prompt is not None:
                 raise ValueError("a prompt goes with a pipeline; name one by --diffusers")
-        command(**options)
+        command(model, **options)
 
     return sample
 
 
 def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str, Any], given: set[str]) -> None:
     """Draw with the pipeline at `path`; `given` are the options that the user gave."""
-    lost = sorted(given - {*KEPT, "seed", "out", "trace"})
+    lost = sorted(given - {*KEPT, *ALWAYS})
     if lost:
         raise ValueError(f"--{lost[0].replace('_', '-')} goes with drp's own models; a pipeline brings that along")
     if prompt is None:
         raise ValueError("prompt is missing; say by --prompt what the pipeline is to draw")
-    out: Path = options["out"]
-    check_writable(out)
+    out: Path = options["out"] or Path("samples.png")
+    check_output(out, options["force"])
+    if options["trace"] is not None:
+        check_trace(options["trace"], options["force"])
+    size = parse_numbers("shape", options["shape"]) if options["shape"] is not None else None
+    if size is not None and len(size) != 2:
+        raise ValueError(f"shape is {options['shape']!r}; a pipeline's is height and width, such as 512,768")
     try:
         import torch
         from diffusers import DiffusionPipeline
 
         from drp.diffusers import parallelize
-        from drp.pictures import save_grid
+        from drp.diffusers.parallel import make
+        from drp.leader.devices import parse_devices
     except ImportError as error:
         raise ValueError(f"{error}; pip install 'draft-refine[diffusers]'") from None
 
+    devices = options["devices"] or default_devices().devices
+    count = len(parse_devices(devices, 1))
+    make(options["mode"], options["drafts"] or count, options["rule"], options["tolerance"], options["warmup"])
     pipe = DiffusionPipeline.from_pretrained(path)
     arguments: dict[str, Any] = {"prompt": prompt, "output_type": "pt", "num_inference_steps": options["steps"]}
     arguments["generator"] = torch.Generator().manual_seed(options["seed"])
@@ -66,18 +82,20 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
         arguments["negative_prompt"] = negative
     if options["guidance"] is not None:
         arguments["guidance_scale"] = options["guidance"]
-    if options["shape"] is not None:
-        size = parse_numbers("shape", options["shape"])
-        if len(size) != 2:
-            raise ValueError(f"shape is {options['shape']!r}; a pipeline's is height and width, such as 512,768")
+    if size is not None:
         arguments["height"], arguments["width"] = size
     taken = inspect.signature(pipe.__call__).parameters
     unknown = [name for name in arguments if name not in taken]
     if unknown:
         raise ValueError(f"{type(pipe).__name__} takes no {unknown[0]}; call it from Python, with drp.diffusers")
-    chosen = {name: options[name] for name in ("devices", "mode", "drafts", "rule", "tolerance", "warmup", "threads")}
-    with parallelize(pipe, **chosen, trace=options["trace"]) as run:
+    chosen = {name: options[name] for name in ("mode", "drafts", "rule", "tolerance", "warmup", "threads")}
+    with parallelize(pipe, devices, **chosen, trace=options["trace"]) as run:
         images = pipe(**arguments).images
-    save_grid(images.float() * 2 - 1, 1, out, scale=1)
+    write_samples(images.float() * 2 - 1, 1, out, scale=1)
+    if options["as_json"]:
+        facts = ("speedup", "theory")
+        calls = [vars(call) | {name: getattr(call, name) for name in facts} for call in run.report.calls]
+        print_json({"calls": calls, "out": out})
+        return
     click.echo(str(run.report))
     click.echo(f"wrote {out}")

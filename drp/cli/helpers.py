@@ -1,0 +1,49 @@
+"""What several commands share: errors in a line, numbers in text, and objects as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Show errors that a user can mend as a line on stderr with exit status 1, without a traceback."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def parse_numbers(what: str, text: str) -> list[int]:
+    """Return the whole numbers that text such as `1,28,28` lists; raise ValueError if it is anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"{what} is {text!r}; write whole numbers with commas between")
+    return [int(part) for part in parts]
+
+
+def print_json(value: object) -> None:
+    """Print a value of dataclasses, mappings, sequences and scalars as one JSON document."""
+    click.echo(json.dumps(_plain(value), indent=2, allow_nan=False))
+
+
+def _plain(value: object) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(each) for each in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has neither infinity nor NaN
+    return value

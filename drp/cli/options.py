@@ -1,0 +1,140 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import click
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MOST_WORKERS = 4
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+trace_option = click.option(
+    "--trace", type=click.Path(path_type=Path), help="File for a trace of what happened where and when, for Perfetto."
+)
+trace_most_option = click.option(
+    "--trace-most",
+    type=click.IntRange(1),
+    default=50_000,
+    show_default=True,
+    help="Events that the trace keeps, the newest: so many are about 200 runs of 48 steps.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output instead of text.")
+force_option = click.option("-f", "--force", is_flag=True, help="Overwrite files that drp has not written.")
+
+
+def _log(_: click.Context, __: click.Parameter, count: int) -> None:
+    if count:
+        level = logging.INFO if count == 1 else logging.DEBUG
+        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+
+
+verbose_option = click.option(
+    "-v", "--verbose", count=True, expose_value=False, callback=_log, help="Log what happens; -vv logs more."
+)
+
+
+def _extend_path(_: click.Context, __: click.Parameter, folder: Path) -> None:
+    if not folder.is_dir():
+        raise click.BadParameter(f"there is no folder {folder}")
+    path = str(folder.resolve())
+    if sys.path[:1] != [path]:  # workers get this process's path
+        sys.path.insert(0, path)
+
+
+app_dir_option = click.option(
+    "--app-dir",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    expose_value=False,
+    callback=_extend_path,
+    help="Folder to import models of your own from; by default the working directory.",
+)
+
+
+def _read_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Let a TOML file say what the command's options are by default."""
+    if path is None:
+        return
+    try:
+        found = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise click.BadParameter(f"{path} cannot be read: {error}") from None
+    known = {parameter.name for parameter in context.command.params} - {"config"}
+    values: dict[str, Any] = {}
+    for key, value in found.items():
+        name = "as_json" if key == "json" else key.replace("-", "_")
+        if name not in known:
+            close = difflib.get_close_matches(name, [each for each in known if each], 1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; `{context.command_path} --help` lists the options"
+            raise click.BadParameter(f"{path} has {key!r}, which is no option of `{context.command_path}`{hint}")
+        if isinstance(value, dict):
+            raise click.BadParameter(f"{path}: {key} is a table; give a value, such as {key} = 1")
+        values[name] = ",".join(map(str, value)) if isinstance(value, list) else value
+    context.default_map = values
+
+
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help="TOML file with options by their long names, steps = 24; what the command line says goes first.",
+)
+
+
+class Number(click.FloatRange):
+    """A range of numbers, without NaN, which is in every range of click's."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """Return the number."""
+        number = super().convert(value, parameter, context)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number.", parameter, context)
+        return number
+
+
+class DeviceDefaults(NamedTuple):
+    """What `drp sample` and `drp serve` use where the user does not name devices."""
+
+    devices: str
+    threads: int
+    drafts_per_device: int
+
+
+def default_devices() -> DeviceDefaults:
+    """Return the GPUs if there are any, else the cores that this process may use; at most four workers.
+
+    With more drafts a round samples differ more from the sequential ones; beyond four a user should decide. A single
+    GPU evaluates four drafts as one batch.
+    """
+    from drp.leader.gpus import find_gpus  # imports torch
+
+    cores = len(os.sched_getaffinity(0))
+    try:
+        gpus = len(find_gpus())
+    except ValueError:
+        workers = min(cores, MOST_WORKERS)
+        return DeviceDefaults(str(workers), cores // workers, 1)
+    if gpus == 1:
+        return DeviceDefaults("cuda", 1, MOST_WORKERS)
+    return DeviceDefaults(f"{min(gpus, MOST_WORKERS)}xcuda", 1, 1)
+
+
+def common_options(command: F) -> F:
+    """Add --config, --app-dir and --verbose."""
+    return config_option(app_dir_option(verbose_option(command)))

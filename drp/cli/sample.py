@@ -1,0 +1,220 @@
+"""`drp sample`: one sampling run, into a file."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from drp.cli.helpers import parse_numbers, plain_errors, print_json
+from drp.cli.options import Number, common_options, default_devices, force_option, json_option, trace_option
+from drp.cli.output import check_output, check_shape, check_trace, default_output, write_samples
+from drp.cli.pipeline import pipeline_options
+from drp.sampling.drafts import RULES
+from drp.sampling.modes import MODE_NAMES
+from drp.sampling.named import SOLVER_NAMES, make_solver
+from drp.sampling.predictions import PREDICTION_TYPES
+
+if TYPE_CHECKING:
+    from drp.leader.request import Options
+    from drp.sampling.result import Result
+
+POSITIVE = click.IntRange(1)
+
+
+def parse_labels(text: str) -> list[int]:
+    """Return the labels that text such as `3,1,4` or `0-9` names, none if it is empty."""
+    labels: list[int] = []
+    for part in text.split(",") if text else ():
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"labels {text!r}: {part!r} is no label; write them as 3,1,4 or 0-9")
+        low, high = int(first), int(last or first)
+        if high < low or high - low > 100_000:
+            raise ValueError(f"labels {text!r}: {part!r} is no range; write the smaller number first")
+        labels.extend(range(low, high + 1))
+    return labels
+
+
+@click.command()
+@click.argument("model", default="digits")
+@click.option("-l", "--labels", help="Classes, a column each: 3,1,4 or 0-9; by default all that the model has.")
+@click.option("-r", "--rows", type=POSITIVE, default=1, show_default=True, help="Samples of each label, a row each.")
+@click.option("--shape", help="A sample's shape, 1,28,28, for a model that does not say it.")
+@click.option("-n", "--steps", type=POSITIVE, default=48, show_default=True, help="Steps of the solver.")
+@click.option(
+    "-d",
+    "--devices",
+    help="A count, or names: cpu:0,cpu:1 or 4xcuda or 8xemulated:20ms; by default all GPUs, else all cores, up to 4.",
+)
+@click.option("-m", "--mode", type=click.Choice(MODE_NAMES), default="aggressive", show_default=True)
+@click.option("--drafts", type=POSITIVE, help="Drafts a round; by default as many as the devices evaluate at once.")
+@click.option("--drafts-per-device", type=POSITIVE, help="Drafts that a device evaluates as one batch; by default 1.")
+@click.option("--target-speedup", type=Number(1), help="Choose mode and drafts for this, with at most --drafts.")
+@click.option("--rule", type=click.Choice([*RULES]), help="How drafts are made; by default the best measured.")
+@click.option(
+    "--tolerance",
+    type=Number(0),
+    default=0.0025,
+    show_default=True,
+    help="Residual above which mode adaptive drops predictions.",
+)
+@click.option("--warmup", type=click.IntRange(0), default=0, show_default=True, help="Sequential steps at the start.")
+@click.option(
+    "--sweeps", type=click.IntRange(0), default=0, show_default=True, help="Extra evaluations of each block of drafts."
+)
+@click.option("--solver", type=click.Choice(SOLVER_NAMES), default="ddim", show_default=True)
+@click.option("--order", type=POSITIVE, help="Order of a multistep solver.")
+@click.option("--eta", type=Number(0, 1), help="Noise that ddim adds, 0 to 1.")
+@click.option("--spacing", type=click.Choice(["trailing", "leading", "linspace"]), help="Of the timesteps.")
+@click.option("--sigmas", type=click.Choice(["karras", "exponential", "beta"]), help="Noise levels.")
+@click.option("--shift", type=Number(0, min_open=True), help="Of a flow-matching grid.")
+@click.option(
+    "--prediction-type",
+    type=click.Choice(PREDICTION_TYPES),
+    default="epsilon",
+    show_default=True,
+    help="What the model predicts.",
+)
+@click.option("--threads", type=POSITIVE, help="Threads of each worker; by default 1, without --devices all cores.")
+@click.option("--guidance", type=float, help="Scale of classifier-free guidance; by default the model's.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the noise.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="File, by its ending .png, .npy or .safetensors; by default samples.png, or samples.safetensors where samples "
+    "are no pictures.",
+)
+@force_option
+@json_option
+@trace_option
+@common_options
+@pipeline_options
+def sample(model: str, **options: Any) -> None:
+    """Draw samples of MODEL: digits, or package.module:factory of your own, which may be in the working directory."""
+    with plain_errors():
+        if options["out"] is not None:
+            check_output(options["out"], options["force"])
+        if options["trace"] is not None:
+            check_trace(options["trace"], options["force"])
+        _sample(model, options)
+
+
+def _sample(model: str, given: Mapping[str, Any]) -> None:
+    """Check every option, start workers, sample, and write the samples."""
+    from drp.api import check_options  # only now: --help need not wait for torch
+    from drp.leader.devices import parse_devices
+    from drp.leader.leader import Leader
+    from drp.models import describe
+    from drp.trace.record import record
+
+    known = describe(model)
+    _check_module(model)
+    labels = given["labels"]
+    columns = list(range(known.classes or 0)) if known and labels is None else parse_labels(labels or "")
+    places = _places(given)
+    devices = parse_devices(places["devices"], places["threads"])
+    options = _run_options(given, columns)
+    check_options(model, len(devices) * places["drafts_per_device"], cast("Options", options))
+    shape = options["shape"] or (known.sample_shape if known else None)
+    out: Path | None = given["out"]
+    if shape is not None:
+        out = _output(out, shape, given["force"])
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+    with bar:
+        solver = options["solver"], options["steps"], options["prediction_type"]
+        total = make_solver(*solver, options["grid"], options["solver_options"]).grid.steps  # Heun's has more
+        progress = bar.add_task(f"starting {len(devices)} worker(s)", total=total)
+
+        def advance(step: int, state: object) -> None:
+            bar.update(progress, completed=step, description="sampling")
+
+        with Leader(model, **places) as leader:
+            if shape is None:  # only the loaded model says it
+                shape = leader.spec.sample_shape or ()
+                out = _output(out, shape, given["force"])
+            assert out is not None
+            with record(leader, given["trace"]) if given["trace"] is not None else nullcontext():
+                result = leader.sample(**options, callback=advance)
+    write_samples(result.samples, max(len(columns), 1), out)
+    _report(result, out, given["as_json"])
+
+
+def _check_module(model: str) -> None:
+    """Raise ValueError if there is no module of that name: a worker would find that out after its start."""
+    module, colon, _ = model.partition(":")
+    try:
+        found = not colon or importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        raise ValueError(
+            f"model {model!r}: there is no module {module!r} in the working directory or on Python's path; "
+            "give its folder with --app-dir"
+        )
+
+
+def _output(out: Path | None, shape: Any, force: bool) -> Path:
+    """Return the file for samples of this shape; raise ValueError if it cannot hold them."""
+    if out is None:
+        out = default_output(shape)
+        check_output(out, force)
+    check_shape(out, shape)
+    return out
+
+
+def _places(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the leader's devices and threads: those given, else what there is."""
+    names = ("devices", "threads", "drafts_per_device")
+    if given["devices"] is not None:
+        return {"devices": given["devices"], "threads": given["threads"] or 1} | {
+            "drafts_per_device": given["drafts_per_device"] or 1
+        }
+    return {name: given[name] or value for name, value in zip(names, default_devices(), strict=True)}
+
+
+def _run_options(given: Mapping[str, Any], columns: list[int]) -> dict[str, Any]:
+    """Return the options of the run, as `drp.sample` takes them."""
+    same = (
+        *("steps", "mode", "drafts", "target_speedup", "rule", "tolerance", "warmup", "sweeps", "solver"),
+        *("prediction_type", "guidance", "seed"),
+    )
+    return {name: given[name] for name in same} | {
+        "labels": columns * given["rows"] or None,
+        "count": max(len(columns), 1) * given["rows"],
+        "shape": parse_numbers("shape", given["shape"]) if given["shape"] else None,
+        "solver_options": _without_none(given, "order", "eta"),
+        "grid": _without_none(given, "spacing", "sigmas", "shift"),
+    }
+
+
+def _without_none(given: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: given[name] for name in names if given[name] is not None}
+
+
+def _report(result: Result, out: Path, as_json: bool) -> None:
+    for incident in result.incidents:
+        click.echo(f"meanwhile {incident.splitlines()[0]}", err=True)
+    if as_json:
+        names = (
+            *("mode", "drafts", "steps", "devices", "rounds", "evaluations", "seconds", "device_seconds"),
+            *("speedup", "theory", "residuals", "cuts", "incidents"),
+        )
+        print_json({name: getattr(result, name) for name in names} | {"out": out})
+        return
+    click.echo(
+        f"{result.mode}, {len(result.devices)} worker(s) on {', '.join(result.devices)}: {result.steps} steps in "
+        f"{result.rounds} rounds, {result.evaluations} evaluations, {result.seconds:.2f} s; speed-up "
+        f"{result.speedup:.2f} of {result.theory:.2f} in theory"
+    )
+    click.echo(f"wrote {out}")
