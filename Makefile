@@ -6,7 +6,7 @@ OLDEST := tests/test_sampling_options.py tests/test_sampling_exact.py tests/test
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test test-cpp test-diffusers test-gpu test-faults test-oldest package soak fuzz check bench bench-gpu study bench-pipelines \
+.PHONY: help demo test test-cpp test-diffusers test-gpu test-faults test-oldest package docs soak fuzz check bench bench-gpu study bench-pipelines \
         quality micro clean
 
 help: ## Show this list
@@ -43,6 +43,10 @@ test-oldest: $(READY) ## Run tests with the oldest versions of the dependencies,
 
 package: $(READY) ## Build the wheel, check it, install it in a fresh environment and use it there
 	$(BIN)/python -m pytest -m package tests/package
+
+docs: $(READY) ## Build the site into build/site, with the tutorial executed; no warning, no broken link, all messages found
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python -m pytest -m docs tests/docs
 
 soak: $(READY) ## Kill a worker every second for ten minutes
 	DRP_SOAK_SECONDS=600 $(BIN)/python -m pytest -m faults -s tests/faults/test_soak.py --timeout 900
