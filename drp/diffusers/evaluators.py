@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+import types
+from collections.abc import Mapping, Sequence
+from typing import Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from drp.diffusers.program import PROGRAM, Program, to_tensor
 from drp.diffusers.tree import Json
+from drp.models.state import ModuleState
 from drp.protocol.arena import Arena
 from drp.sampling.run import Task
 from drp.threads import torch_threads
@@ -57,9 +59,12 @@ class Evaluator(Protocol):
 
 
 class Here:
-    """This process, on its own modules, one draft at a time, with as many threads as a worker has."""
+    """This process, on its own modules, one draft at a time, with as many threads as a worker has.
 
-    def __init__(self, modules: Mapping[str, Callable[..., Any]], threads: int) -> None:
+    `modules` are their forward methods.
+    """
+
+    def __init__(self, modules: Mapping[str, types.MethodType], threads: int) -> None:
         self._modules, self._threads = modules, threads
 
     @property
@@ -82,11 +87,12 @@ class Here:
 
 
 class _SessionHere:
-    def __init__(self, arena: Arena, program: Program, modules: Mapping[str, Callable[..., Any]], threads: int) -> None:
+    def __init__(self, arena: Arena, program: Program, modules: Mapping[str, types.MethodType], threads: int) -> None:
         self.arena = arena
         self.device_seconds = 0.0
         self.incidents: list[str] = []
         self._program, self._modules, self._threads = program, modules, threads
+        self._state = ModuleState(*(cast("nn.Module", forward.__self__) for forward in modules.values()))
 
     def evaluate(self, tasks: Sequence[Task]) -> Mapping[int, int]:
         """Evaluate one after the other."""
@@ -94,7 +100,10 @@ class _SessionHere:
             for task in tasks:
                 began = time.perf_counter()
                 inputs, outputs = self.arena.draft(task.slot), self.arena.prediction(task.slot)
-                self._program.run(self._modules, inputs, self.arena.cond, outputs)
+                try:
+                    self._program.run(self._modules, inputs, self.arena.cond, outputs)
+                finally:
+                    self._state.restore()
                 self.device_seconds += time.perf_counter() - began
         return {task.index: task.slot for task in tasks}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any, cast
@@ -43,9 +44,9 @@ class Parallel:
         self._evaluator: Evaluator | None = None
 
     @property
-    def originals(self) -> dict[str, Callable[..., Any]]:
+    def originals(self) -> dict[str, types.MethodType]:
         """The modules' own forward methods."""
-        return {name: type(module).forward.__get__(module) for name, module in self._modules.items()}
+        return {name: types.MethodType(type(module).forward, module) for name, module in self._modules.items()}
 
     def enter(self, evaluator: Evaluator, publisher: Publisher | None) -> None:
         """Begin to answer the denoiser's calls."""

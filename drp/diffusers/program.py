@@ -121,7 +121,8 @@ class Program:
         if leaf.kind == "output":
             return with_zeros(known[leaf.call, leaf.place], leaf.zeros)
         tensor = (inputs if leaf.kind == "input" else cond)[leaf.name]
-        return self._own(tensor if leaf.stride is None else with_stride(tensor, leaf.stride), part)
+        # A copy in either case: a module may write to what it is given.
+        return self._own(tensor.clone() if leaf.stride is None else with_stride(tensor, leaf.stride), part)
 
 
 def output_name(call: int, place: int) -> str:

@@ -34,23 +34,26 @@ class Publisher:
     def __init__(self) -> None:
         self._blocks: list[SharedMemory] = []
         self._places: dict[Key, Json] = {}
-        self._copies: dict[str, dict[int, tuple[Tensor, Json]]] = {}
-        self._latest: dict[str, tuple[Json, Json]] = {}
+        self._copies: dict[str, tuple[SharedMemory | None, dict[int, tuple[Tensor, Json]]]] = {}
+        self._latest: dict[str, tuple[Json, Json, SharedMemory | None]] = {}
 
     def publish(self, name: str, module: nn.Module, described: Described) -> Json:
         """Return the JSON by which a worker finds a module; the same as the last time if nothing has changed since."""
         description, tensors = described.json, described.tensors
-        weights = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        weights = {id(tensor) for tensor in module.parameters()}
         self._move([tensor for tensor in tensors if id(tensor) in weights])
         copies = self._copy(name, {i: tensor for i, tensor in enumerate(tensors) if id(tensor) not in weights})
         places = [copies[i] if i in copies else self._places[_key(tensor)] for i, tensor in enumerate(tensors)]
-        known, source = self._latest.get(name, (None, None))
+        known, source, old = self._latest.get(name, (None, None, None))
         if known != (description, places):
             text = json.dumps({"structure": description, "weights": places}).encode()
             memory = self._block(len(text))
             memory.tensor(0, (len(text),), torch.uint8).copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
             source = {"number": next(_numbers), "length": len(text), "memory": _fields(memory)}
-            self._latest[name] = ((description, places), source)
+            self._latest[name] = ((description, places), source, memory)
+            if old is not None:
+                self._blocks.remove(old)
+                old.close()
         described.note_pointers()
         return source
 
@@ -67,11 +70,14 @@ class Publisher:
                 self._places[_key(shared)] = place
 
     def _copy(self, name: str, tensors: Mapping[int, Tensor]) -> dict[int, Json]:
-        """Return where copies are of tensors that are no weights: attributes that a module computes and keeps."""
-        known = self._copies.get(name, {})
+        """Return where copies are of tensors that a module may write to: buffers, and attributes that it computes."""
+        block, known = self._copies.get(name, (None, {}))
         if known.keys() != tensors.keys() or not all(_equal(known[i][0], tensor) for i, tensor in tensors.items()):
             known = dict(zip(tensors, self._fill(list(tensors.values())), strict=True))
-            self._copies[name] = known
+            self._copies[name] = self._blocks[-1] if tensors else None, known
+            if block is not None:  # The rounds that used it are over. The new one has another descriptor.
+                self._blocks.remove(block)
+                block.close()
         return {i: place for i, (_, place) in known.items()}
 
     def _fill(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, Json]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from drp.diffusers.program import PROGRAM, Program, from_bytes
 from drp.diffusers.structure import make
 from drp.diffusers.tree import Json
+from drp.models.state import ModuleState
 from drp.protocol.memory import DTYPES, SharedMemory
 from drp.protocol.messages import Handle
 
@@ -24,7 +25,7 @@ class Programs:
     """Runs the program that a run's conditions hold."""
 
     def __init__(self) -> None:
-        self._programs: dict[bytes, tuple[Program, dict[str, nn.Module]]] = {}
+        self._programs: dict[bytes, tuple[Program, dict[str, nn.Module], ModuleState]] = {}
         self._modules: dict[int, nn.Module] = {}
 
     def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -39,20 +40,24 @@ class Programs:
         outputs: Mapping[str, Tensor],
     ) -> None:
         """Write the program's results for a draft into `outputs`."""
-        program, modules = self._program(bytes(cond[PROGRAM].numpy()))
-        program.run(modules, inputs, cond, outputs)
+        program, modules, state = self._program(bytes(cond[PROGRAM].numpy()))
+        try:
+            program.run(modules, inputs, cond, outputs)
+        finally:
+            state.restore()
 
-    def _program(self, text: bytes) -> tuple[Program, dict[str, nn.Module]]:
+    def _program(self, text: bytes) -> tuple[Program, dict[str, nn.Module], ModuleState]:
         if text not in self._programs:
             program, sources = from_bytes(text)
-            self._programs[text] = program, {name: self._module(source) for name, source in sources.items()}
+            modules = {name: self._module(source) for name, source in sources.items()}
+            self._programs[text] = program, modules, ModuleState(*modules.values())
             _forget(self._programs)
         return self._programs[text]
 
     def _module(self, source: Json) -> nn.Module:
         number = source["number"]
         if number not in self._modules:
-            memory = _open(source["memory"])
+            memory = SharedMemory.open(Handle(**source["memory"]))
             fields = json.loads(memory.read()[: source["length"]])
             memory.close()
             with torch.inference_mode(False):  # Weights made in that mode are tensors of another kind.
@@ -67,17 +72,14 @@ def load() -> Programs:
     return Programs()
 
 
-def _open(fields: Json) -> SharedMemory:
-    return SharedMemory.open(Handle(**fields))
-
-
 def _weights(places: Json) -> list[Tensor]:
+    """Return tensors where they are published; what this process writes to them nobody else sees."""
     blocks: dict[str, SharedMemory] = {}
     tensors = []
     for place in places:
         key = json.dumps(place["memory"])
         if key not in blocks:
-            blocks[key] = _open(place["memory"])
+            blocks[key] = SharedMemory.open(Handle(**place["memory"]), private=True)
         block = blocks[key]
         shape, stride = place["shape"], place["stride"]
         count = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
