@@ -29,6 +29,7 @@ from drp.sampling.reference import run_reference
 from drp.workers.weights import Weights
 from tests import on_host
 from tests.on_host import steps
+from tests.writing import cond
 
 WATCHED = "tests.on_host:Watched"
 DEADLINE = 30.0
@@ -193,6 +194,31 @@ def test_weights_lie_in_shared_memory_as_they_lay_before() -> None:
         shared = value.data_ptr() == giver.state_dict()[name].data_ptr()
         assert shared is (name not in buffers or not value.numel()), name
     assert taker.tied is taker.conv.weight
+    memory.close()
+
+
+def test_buffers_are_each_workers_own_on_a_gpu_too(host: dict[str, Any]) -> None:
+    run: dict[str, Any] = {"shape": (2, 3), "steps": 9, "mode": "aggressive"}
+    with Leader("tests.writing:make_once", devices="2xcuda:0", **host) as leader:
+        for kind in ("input", "condition", "workspace", "counter", "exchanged buffer", "gradient"):
+            samples = leader.sample(cond=cond(kind), **run).samples
+            assert torch.equal(
+                samples, drp.reference("tests.writing:make_once", devices=2, cond=cond(kind), **run).samples
+            )
+
+
+def test_what_is_written_to_private_memory_stays_in_this_process() -> None:
+    memory = SharedMemory.create(8192)
+    whole = memory.tensor(0, (2048,), torch.int32)
+    private = SharedMemory.open(memory.handle, private=True)
+    own = private.tensor(0, (2048,), torch.int32)
+    whole[0] = 7
+    assert own[0] == 7
+    own[0] = 5
+    assert whole[0] == 7
+    whole[1500] = 9  # on a page that was not written: still shared
+    assert own[1500] == 9
+    private.close()
     memory.close()
 
 
