@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
+from asyncio import CancelledError
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from drp import ModelSpec
+from drp.protocol.codec import ProtocolError
 from drp.protocol.messages import VERSION, Hello
 from drp.protocol.transport import WorkerSocket
 
@@ -137,7 +139,46 @@ def make_nan() -> Callable[..., Tensor]:
     return lambda x, t, cond: torch.full_like(x, torch.nan) if _at(500, t) else x
 
 
-ILLS = (make_raising, make_misshapen, make_infinite, make_nan, make_dying, make_crashing, make_hanging)
+class WordlessError(Exception):
+    """Its text cannot be made."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+RAISED = (
+    ValueError("cannot read \udcff.bin"),
+    WordlessError(),
+    SystemExit("bye"),
+    KeyboardInterrupt(),
+    CancelledError(),
+    ProtocolError("the denoiser's own"),
+    ValueError("x" * 5_000_000),
+)
+"""Errors that are hard to tell, or that would end more than they should."""
+
+
+def make_failing_oddly() -> Callable[..., Tensor]:
+    """Raise what the condition `raised` says, a place in RAISED."""
+
+    def predict(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        if _at(500, t):
+            raise RAISED[int(cond["raised"])]
+        return x
+
+    return predict
+
+
+ILLS = (
+    make_raising,
+    make_misshapen,
+    make_infinite,
+    make_nan,
+    make_dying,
+    make_crashing,
+    make_hanging,
+    make_failing_oddly,
+)
 
 
 def make_ailing() -> Callable[..., Tensor]:

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator
 
 import pytest
+import torch
 
-from drp import Leader, WorkerError
-from tests.denoisers import ill
+from drp import GpuOptions, Leader, WorkerError
+from tests.denoisers import RAISED, ill
 
 SHAPE = (1, 4, 4)
 DEADLINE = 60.0
@@ -19,6 +20,27 @@ def ailing() -> Iterator[Leader]:
     """Two workers whose denoiser fails as a run asks for."""
     with Leader("tests.denoisers:make_ailing", devices=2, draft_timeout=1.5) as leader:
         yield leader
+
+
+@pytest.fixture(scope="module")
+def ailing_ahead() -> Iterator[Leader]:
+    """Likewise, answered ahead of its device."""
+    with Leader("tests.denoisers:make_ailing", gpu=GpuOptions(ordering="device")) as leader:
+        yield leader
+
+
+@pytest.mark.parametrize("leader", ["ailing", "ailing_ahead"])
+def test_whatever_a_denoiser_raises_ends_its_run_and_no_worker(leader: str, request: pytest.FixtureRequest) -> None:
+    """Among it errors that no message can tell as they are, and those that would end a program."""
+    fixture: Leader = request.getfixturevalue(leader)
+    before = [worker.lost for worker in fixture.workers]
+    for number, error in enumerate(RAISED):
+        cond = ill("make_failing_oddly") | {"raised": torch.tensor(number)}
+        pending = fixture.submit(shape=SHAPE, steps=12, cond=cond)
+        with pytest.raises(WorkerError, match=rf"failed evaluating step \d+ of run \d+: {type(error).__name__}"):
+            pending.result(DEADLINE)
+    assert fixture.sample(shape=SHAPE, steps=3).steps == 3
+    assert [worker.lost for worker in fixture.workers] == before
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import random
 import threading
 import time
@@ -27,7 +29,9 @@ from drp.sampling.modes import (
     Warmup,
     make_mode,
 )
-from drp.sampling.run import Run, Task, _Plan, slots
+from drp.sampling.plan import Predict
+from drp.sampling.rows import state
+from drp.sampling.run import Run, Task, _Known, _Plan, slots
 from drp.sampling.solvers import DDIM, DPMSolver, Solver
 
 
@@ -150,18 +154,38 @@ def test_a_plan_is_worked_out_once_by_whichever_thread_comes_first() -> None:
     def events() -> Iterator[Any]:
         asked.set()
         assert go.wait(20)
-        yield from range(5)
+        yield from (Predict((k,), ({state(0): 1.0},), 0) for k in range(5))
 
-    plan = _Plan(events(), 1)
+    known = _Known()
+    plan, another = (_Plan(events(), torch.zeros(0), 1, known) for _ in range(2))
     with ThreadPoolExecutor(2) as threads:
-        far = threads.submit(plan.get, 4)
+        far = threads.submit(plan.get, 3)
         assert asked.wait(20)
-        near = threads.submit(plan.get, 0)
+        near = threads.submit(another.get, 0)
         time.sleep(0.1)  # so that it waits for the other, having found nothing there
         go.set()
         found: list[Any] = [far.result(20), near.result(20)]
-    assert found == [4, 0]
+    assert [event.indices for event in found] == [(3,), (0,)]
+    last: Any = another.get(4)  # which passes over those that the other has worked out
+    assert last.indices == (4,)
+    assert plan.get(4) is last
     assert plan.get(5) is None
+    assert known.complete
+
+
+@pytest.mark.parametrize("finish", [True, False])
+def test_runs_of_a_solver_of_ones_own_leave_nothing(finish: bool) -> None:
+    """However far they came: a plan that is not at its end must not hold the solver that it is kept by."""
+    gc.collect()
+    before = len(module._plans)
+    for _ in range(3):
+        run, _drafts, _predictions = start(DDIM(scaled_linear(23)), Aggressive(4))
+        rounds = run.rounds()
+        for _tasks in rounds if finish else itertools.islice(rounds, 3):
+            run.refine()
+        del run, rounds
+    gc.collect()
+    assert len(module._plans) == before
 
 
 @pytest.mark.parametrize("mode", [Aggressive(4), Conservative(3)])

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 import msgpack
 import pytest
 import torch
+import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +25,7 @@ from drp.protocol import codec, door, messages
 from drp.protocol.arena import Arena
 from drp.protocol.codec import ProtocolError, decode, encode
 from drp.protocol.memory import SharedMemory
-from drp.protocol.messages import TO_LEADER, TO_WORKER, Bind, Draft, Handle, Load, Prediction, TensorSpec, Unbind
+from drp.protocol.messages import TO_LEADER, TO_WORKER, Bind, Draft, Handle, Load, Prediction, Stop, TensorSpec, Unbind
 from drp.protocol.transport import LeaderSocket, WorkerSocket
 
 KINDS: dict[str, type] = {**TO_WORKER, **TO_LEADER, **door.TO_SERVER, **door.TO_CLIENT}
@@ -225,14 +227,19 @@ def test_an_arena_that_does_not_fit_its_memory_is_refused() -> None:
     memory.close()
 
 
+def connected(leader: LeaderSocket, identity: bytes) -> WorkerSocket:
+    """Return a worker's socket, in this process."""
+    return WorkerSocket(leader.invite(identity).detach(), os.getpid())
+
+
 def test_sockets_have_no_name_and_go_away() -> None:
     before = set(Path(tempfile.gettempdir()).iterdir())
     leader = LeaderSocket()
+    worker = connected(leader, b"someone")
     assert set(Path(tempfile.gettempdir()).iterdir()) == before
-    place = Path(leader.endpoint.removeprefix("ipc://"))
+    place = Path(leader.endpoint(b"someone").removeprefix("ipc://"))
     assert place.parent == Path(f"/proc/{os.getpid()}/fd")  # where the kernel lets nobody else in
     assert place.parent.stat().st_mode & 0o777 == 0o500
-    worker = WorkerSocket(leader.endpoint, b"someone")
     worker.send(Prediction(1, 2, 3, 0.5))
     assert leader.poll(5.0) == (True, set())
     assert leader.receive() == (b"someone", Prediction(1, 2, 3, 0.5))
@@ -247,13 +254,66 @@ def test_sockets_have_no_name_and_go_away() -> None:
     assert not place.is_symlink()
 
 
-def test_a_socket_path_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    long = tmp_path / ("d" * 100)
-    long.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(long))
-    with pytest.raises(ValueError, match="TMPDIR"):
-        LeaderSocket()
-    assert list(long.iterdir()) == []
+def test_a_worker_that_was_dismissed_is_heard_no_more() -> None:
+    leader = LeaderSocket()
+    workers = [connected(leader, b"%d" % number) for number in range(2)]
+    leader.dismiss(b"0")
+    with pytest.raises(zmq.ZMQError, match="unreachable"):
+        leader.send(b"0", Stop())
+    workers[0].close()
+    workers[1].send(Prediction(1, 2, 3, 0.5))
+    assert leader.poll(5.0)[0]
+    assert leader.receive() == (b"1", Prediction(1, 2, 3, 0.5))
+    workers[1].close()
+    leader.close()
+
+
+def test_strangers_are_let_in_by_nobody() -> None:
+    """Neither by the leader, which accepts no connection, nor by a worker, which accepts its leader's only."""
+    leader = LeaderSocket()
+    worker = connected(leader, b"someone")
+    text = (
+        "import sys, zmq; s = zmq.Context().socket(zmq.DEALER); s.linger = 0; s.connect(sys.argv[1]); "
+        "s.send(b'stranger'); print(s.poll(300), s.getsockopt(zmq.EVENTS) & zmq.POLLIN)"
+    )
+    command = [sys.executable, "-c", text, leader.endpoint(b"someone")]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout == "0 0\n"
+    assert worker.receive(0.01) is None
+    leader.send(b"someone", Unbind(1))
+    assert worker.receive(5.0) == Unbind(1)
+    worker.close()
+    leader.close()
+
+
+@pytest.mark.parametrize("folder", ["d" * 100, "Bücher 図書"])
+def test_any_temporary_folder_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    (tmp_path / folder).mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / folder))
+    leader = LeaderSocket()
+    connected(leader, b"someone").close()
+    leader.close()
+    assert list((tmp_path / folder).iterdir()) == []
+
+
+def test_without_descriptors_nothing_is_started_and_what_waits_for_one_is_tried_again() -> None:
+    """libzmq would end the process: for a context that gets none, or a connection that it accepts."""
+    leader = LeaderSocket()
+    listener = leader.invite(b"someone")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with listener:
+        last = os.dup(0)  # the lowest that is free
+        os.close(last)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last, before[1]))
+        try:
+            with pytest.raises(OSError, match=r"Too many open files: 16 descriptors are needed"):
+                LeaderSocket()
+            with pytest.raises(OSError, match="Too many open files"):
+                leader.invite(b"another")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert list(Path(tempfile.gettempdir()).glob("drp-*")) == []
+    assert leader.invite(b"another").detach() > 0
+    leader.close()
 
 
 def test_the_messages_are_all_named() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 
+import pytest
 import torch
 
 import drp
 from drp import Leader
-from drp.leader.spare import Spare
+from drp.leader.spare import MANY, Spare
 from drp.protocol.memory import SharedMemory
 from tests.conftest import leftovers
 
@@ -60,6 +62,34 @@ def test_no_more_is_kept_than_allowed_and_nothing_in_the_end() -> None:
     again.close()
     del taken, late, again, memory
     assert leftovers() == before
+
+
+def test_few_pieces_are_kept_since_each_takes_descriptors() -> None:
+    spare = Spare()
+    taken = [spare.take(PAGE) for _ in range(MANY + 3)]
+    for memory in taken:
+        memory.close()
+    assert spare.nbytes == MANY * PAGE
+    spare.close()
+
+
+def test_what_is_kept_is_given_back_when_descriptors_are_short() -> None:
+    spare, before = Spare(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    for memory in [spare.take(PAGE) for _ in range(4)]:
+        memory.close()
+    held = [os.open("/dev/null", os.O_RDONLY)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held[0] + 1, before[1]))
+    try:
+        taken = [spare.take(20 * PAGE)]  # no longer piece is kept, and there is no descriptor for another
+        assert spare.nbytes == 0
+        with pytest.raises(MemoryError, match=r"shared memory: .*Too many open files"):
+            taken.extend(spare.take(20 * PAGE) for _ in range(8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        os.close(held[0])
+    spare.close()
+    for memory in taken:
+        memory.close()
 
 
 def test_runs_use_memory_again_and_have_their_own_bits() -> None:

@@ -1,7 +1,9 @@
 """Transport: how long a message takes to a worker process and back, and how long it takes to send a round's drafts."""
 
 import multiprocessing
+import os
 from collections.abc import Iterator
+from socket import socket as Socket
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -13,9 +15,9 @@ DEADLINE = 30.0
 WORKERS = 8
 
 
-def echo(endpoint: str) -> None:
+def echo(listener: Socket, leader: int) -> None:
     """Answer drafts until Stop."""
-    socket = WorkerSocket(endpoint, b"echo")
+    socket = WorkerSocket(listener.detach(), leader)
     socket.send(Hello(1, 1))
     while not isinstance(message := socket.receive(DEADLINE), Stop) and message is not None:
         assert isinstance(message, Draft)
@@ -33,7 +35,8 @@ def leader() -> Iterator[LeaderSocket]:
 
 def test_round_trip(benchmark: BenchmarkFixture, leader: LeaderSocket) -> None:
     """A Draft to another process, a Prediction back."""
-    process = multiprocessing.get_context("spawn").Process(target=echo, args=(leader.endpoint,), daemon=True)
+    listener = leader.invite(b"echo")
+    process = multiprocessing.get_context("spawn").Process(target=echo, args=(listener, os.getpid()), daemon=True)
     process.start()
     assert leader.poll(DEADLINE)[0]
     leader.receive()
@@ -50,7 +53,7 @@ def test_round_trip(benchmark: BenchmarkFixture, leader: LeaderSocket) -> None:
 
 def test_dispatch_to_8_workers(benchmark: BenchmarkFixture, leader: LeaderSocket) -> None:
     """Encode and send a round's drafts; the workers' sockets take them before the next round."""
-    sockets = [WorkerSocket(leader.endpoint, b"%d" % number) for number in range(WORKERS)]
+    sockets = [WorkerSocket(leader.invite(b"%d" % number).detach(), os.getpid()) for number in range(WORKERS)]
     for socket in sockets:
         socket.send(Hello(1, 1))
         assert leader.poll(DEADLINE)[0]

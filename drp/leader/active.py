@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from abc import ABC, abstractmethod
@@ -9,6 +10,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -25,6 +27,9 @@ PATIENT = 60.0
 """Seconds that a worker's first evaluation of a run may take, if nothing else was said."""
 LEAST, FACTOR = 5.0, 20.0
 """Seconds that any evaluation may take, and how many times the longest so far, if nothing else was said."""
+
+
+log = logging.getLogger(__name__)
 
 
 class Pending(Future[Result]):
@@ -52,6 +57,20 @@ class Pending(Future[Result]):
         if not over:
             self._wake()
         return not over
+
+    def add_done_callback(self, fn: Callable[[Future[Result]], object]) -> None:
+        """Have `fn` called with this future once it is done, in the leader's thread, or at once if it is done already.
+
+        What it raises in the leader's thread is logged, and does not keep other callbacks from being called.
+        """
+        super().add_done_callback(fn if self.done() else partial(_call_done_callback, fn))
+
+
+def _call_done_callback(fn: Callable[[Future[Result]], object], future: Future[Result]) -> None:
+    try:
+        fn(future)
+    except BaseException:  # Future itself logs an Exception only; SystemExit would end the leader's thread.
+        log.exception("a done-callback raised")
 
 
 @dataclass(eq=False)
@@ -294,9 +313,14 @@ class ActiveRun(Active):
         self.watch(step, since)
 
     def finish(self, error: BaseException | None, devices: tuple[str, ...]) -> None:
-        """Resolve the future."""
+        """Resolve the future: with the error if there is one, or if there is no result, with the reason."""
         if error is None:
-            self.pending.set_result(self._result(devices))
+            try:
+                result = self._result(devices)
+            except BaseException as own:  # such as an `out` that its owner has resized meanwhile
+                error = own
+        if error is None:
+            self.pending.set_result(result)
         else:
             self.pending.set_exception(error)
 

@@ -10,7 +10,6 @@ with answers that were not stamped, the run begins again.
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +20,14 @@ import torch
 from torch import Tensor
 
 from drp.leader.active import ActiveRun, Pending, Sent
+from drp.leader.clock import Clock
 from drp.leader.ground import Ground
 from drp.leader.request import Job, Request
 from drp.protocol.cuda import LINES, WorkersNumber
 from drp.protocol.memory import aligned
 from drp.protocol.messages import Bind, Order
 from drp.protocol.order import ALL, LINE, RAISED, STAMP, UNREAD, UNWANTED, WorkersRecord, verdict_of, word
+from drp.sampling.result import Result
 from drp.sampling.run import Run, Task, residual
 
 LONG, MANY, LARGE = 0.08, 16, 1 << 24
@@ -93,7 +94,9 @@ class AheadRun(ActiveRun):
         batch: int,
         ground: Ground,
         places: int,
+        clock: Clock,
     ) -> None:
+        self._clock = clock
         self._ground, self.stream, self._places = ground, ground.stream(), places
         self._workers: dict[int, WorkersRecord] = {}
         """What each records."""
@@ -109,7 +112,7 @@ class AheadRun(ActiveRun):
         """By slot, the row that the draft in it will be given."""
         self._formed = self._folded = self._verified = self._recorded = 0
         self._exhausted = False
-        self._progress = time.monotonic()
+        self._progress = clock.now()
         self._few, self._filling, self._begun = MANY, False, False
         self.begins = 0
         """How many rounds have begun: their drafts are written."""
@@ -221,7 +224,7 @@ class AheadRun(ActiveRun):
         sent.answered = True
         with self.stream.current():
             self._workers[worker].wait()
-            self._answers.append(Answer(sent, worker, self._read(sent.rows), counts, time.monotonic()))
+            self._answers.append(Answer(sent, worker, self._read(sent.rows), counts, self._clock.now()))
             for task, row in zip(sent.tasks, sent.rows, strict=True) if counts else ():
                 del self.missing[task.slot]
                 self.run.fold(task.slot, row)
@@ -320,7 +323,7 @@ class AheadRun(ActiveRun):
                 return
 
     def _verify(self, answer: Answer) -> None:
-        now, seconds = time.monotonic(), answer.seconds
+        now, seconds = self._clock.now(), answer.seconds
         self._slowest = max(self._slowest, seconds or now - max(answer.since, self._progress))
         if seconds:
             self._recent.append(seconds)
@@ -345,7 +348,7 @@ class AheadRun(ActiveRun):
 
     def lose_answers(self, worker: int, drafts: tuple[Sent, ...]) -> bool:
         """Go on without a worker and the drafts that it had; return whether one was folded in that was not proven."""
-        self._progress = time.monotonic()  # Others may have waited for it, and have their time from now on.
+        self._progress = self._clock.now()  # Others may have waited for it, and have their time from now on.
         record = self._workers.pop(worker, None)
         if record is not None:
             record.release()
@@ -426,10 +429,9 @@ class AheadRun(ActiveRun):
                 call = self._called if self.watch else self._callback
                 call(step.k, step.state.view(self.job.start.shape))
 
-    def finish(self, error: BaseException | None, devices: tuple[str, ...]) -> None:
-        """Resolve the future."""
+    def _result(self, devices: tuple[str, ...]) -> Result:
         with self.stream.aside():
-            super().finish(error, devices)
+            return super()._result(devices)
 
     def release(self) -> None:
         """Let go of the memory; whoever has it next comes after what is still queued."""

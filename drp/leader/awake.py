@@ -6,10 +6,13 @@ wish ends when the file is closed, however its process ends (Linux: Documentatio
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 
 PATH = "/dev/cpu_dma_latency"
+
+log = logging.getLogger(__name__)
 
 
 class Awake:
@@ -29,10 +32,13 @@ class Awake:
         return self._fd >= 0
 
     def hold(self) -> None:
-        """Keep the cores awake from now on."""
+        """Keep the cores awake from now on, unless there is no descriptor for it now: the run is as right without."""
         if self._wanted and self._fd < 0:
-            self._fd = os.open(PATH, os.O_WRONLY | os.O_CLOEXEC)
-            os.write(self._fd, struct.pack("i", 0))
+            try:
+                self._fd = os.open(PATH, os.O_WRONLY | os.O_CLOEXEC)
+                os.write(self._fd, struct.pack("i", 0))
+            except OSError as error:
+                log.warning("the cores are not kept awake: %s", error)
 
     def release(self) -> None:
         """Let them sleep again."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from dataclasses import replace
 
 from drp.leader.active import Active, Sent
@@ -11,6 +14,8 @@ from drp.leader.marks import Marks
 from drp.leader.staff import Loss, Staff, Station
 from drp.protocol.memory import KEPT
 from drp.protocol.messages import Again, Unbind
+
+log = logging.getLogger(__name__)
 
 
 class Carried:
@@ -25,6 +30,17 @@ class Carried:
         self._begun: list[Active] = []
         self._staff, self._marks, self._awake, self._devices = staff, marks, awake, devices
 
+    @contextlib.contextmanager
+    def charge(self, run: Active) -> Iterator[None]:
+        """Have whatever is raised meanwhile end this run. Code and data of its caller must not end the leader."""
+        try:
+            yield
+        except BaseException as error:
+            if self.under_way.get(run.number) is run:
+                self.end(run, error)
+            else:
+                log.debug("run %d, which is over: %r", run.number, error)
+
     def begin(self, run: Active) -> None:
         """Take a run. Workers open its memory when they are given its first draft, or with `bind_others`.
 
@@ -34,7 +50,8 @@ class Carried:
         self.under_way[run.number] = run
         if isinstance(run, AheadRun):
             for station in self._staff.ready[:1]:
-                self.bind(station, run)
+                with self.charge(run):
+                    self.bind(station, run)
                 self._staff.deliver([station])
         else:
             self._begun.append(run)
@@ -62,8 +79,10 @@ class Carried:
         """Have all workers open the memory of the runs that have begun."""
         while self._begun:
             run = self._begun.pop()
-            for station in self._staff.ready if run.number in self.under_way else ():
-                self.bind(station, run)
+            for station in self._staff.ready:
+                with self.charge(run):
+                    if run.number in self.under_way:
+                        self.bind(station, run)
             self._staff.deliver(self._staff.ready)
 
     def on_bound(self, station: Station, number: int) -> bool:
@@ -134,10 +153,12 @@ class Carried:
             self._awake.release()
         run.waiting.clear()
         run.missing.clear()
-        run.drop()
         if error is not None:
             self._marks.add("failed", run)
-        run.finish(error, self._devices)
+        try:
+            run.drop()
+        finally:
+            run.finish(error, self._devices)
         self.let_go(run)
 
     def let_go(self, run: Active) -> None:
@@ -157,17 +178,16 @@ class Carried:
         for run in list(self.leaving.values()):
             self.let_go(run)
 
-    def close(self) -> list[Active]:
-        """Give all memory back; return those that were under way, whose callers are still to be told."""
-        rest = list(self.under_way.values())
-        for run in (*rest, *self.leaving.values()):
-            run.release()
-        for station in self._staff.stations:
-            station.drafts.clear()
-        self.under_way.clear()
-        self.leaving.clear()
-        self._awake.release()
-        return rest
+    def close(self) -> None:
+        """Give all memory back; callers were told."""
+        with contextlib.ExitStack() as rest:
+            rest.callback(self._awake.release)
+            for run in (*self.under_way.values(), *self.leaving.values()):
+                rest.callback(run.release)
+            for station in self._staff.stations:
+                station.drafts.clear()
+            self.under_way.clear()
+            self.leaving.clear()
 
 
 def give_back(sent: Sent) -> None:

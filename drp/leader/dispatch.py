@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from drp.leader.active import Active, Sent
 from drp.leader.ahead import AheadRun
-from drp.leader.carried import Carried
+from drp.leader.carried import Carried, give_back
 from drp.leader.marks import Marks
 from drp.leader.sharing import Sharing
 from drp.leader.staff import Staff, Station
@@ -44,12 +44,25 @@ class Dispatch:
         for depth in range(1, (self.depth if len(runs) == 1 else 1) + 1):
             for place, station in enumerate(ready):
                 while len(station.drafts) < depth:
-                    run = self._sharing.choose(place, len(ready), runs)
+                    run = self._choose(place, len(ready), runs)
                     if run is None:
                         return self._hedge_late(ready)
                     self._give(station, run, run.waiting.popleft())
                     self._staff.deliver([station])
         return None
+
+    def _choose(self, place: int, workers: int, runs: Sequence[Active]) -> Active | None:
+        """Return what the policy chooses. It may be the caller's: if it fails, the runs it was to choose from end."""
+        try:
+            run = self._sharing.choose(place, workers, runs)
+            if run is not None and not run.waiting:
+                raise ValueError(f"{self._sharing!r} chose a run that has no draft waiting; choose one that has")
+        except BaseException as error:
+            for each in runs:
+                with self._carried.charge(each):
+                    raise RuntimeError(f"the policy chose no run for worker {place}: {error!r}") from error
+            return None
+        return run
 
     def deliver(self) -> None:
         """Send what was posted, but for what has to wait."""
@@ -73,21 +86,31 @@ class Dispatch:
 
     def _give(self, station: Station, run: Active, tasks: tuple[Task, ...]) -> None:
         """Post drafts to a worker, to be delivered, and take note of it."""
+        with self._carried.charge(run):
+            self._post(station, run, tasks)
+
+    def _post(self, station: Station, run: Active, tasks: tuple[Task, ...]) -> None:
         since, rows = time.perf_counter_ns(), []
+        self._carried.bind(station, run, drafts=True)
         for task in tasks:
             rows.append(run.free_row(task.slot))
             run.writing[rows[-1]] += 1
         task, row = tasks[0], rows[0]
-        self._carried.bind(station, run, drafts=True)
         sequence, after = run.dispatch(station.number)
+        sent = Sent(run, tasks, tuple(rows), sequence)
         also = tuple(Also(t.index, t.timestep, t.slot, r) for t, r in zip(tasks[1:], rows[1:], strict=True))
-        self._staff.post(station, Draft(run.number, task.index, task.timestep, task.slot, row, sequence, after, also))
+        draft = Draft(run.number, task.index, task.timestep, task.slot, row, sequence, after, also)
+        try:
+            self._staff.post(station, draft)
+        except BaseException:  # It cannot be said in a message: a timestep of somebody's own grid, say.
+            give_back(sent)
+            raise
         for task in tasks:
             self._marks.add("sent", run, task.index, station.number, since=since)
         if not station.drafts:
-            station.since = time.monotonic()
-        station.drafts.append(Sent(run, tasks, tuple(rows), sequence))
-        run.given(station.number, station.drafts[-1])
+            station.since = self._staff.clock.now()
+        station.drafts.append(sent)
+        run.given(station.number, sent)
 
     # Late drafts.
 
@@ -95,7 +118,7 @@ class Dispatch:
         """Give drafts that are late to idle workers too; the first answer counts."""
         idle = [station for station in ready if not station.drafts] if self._hedge else []
         for station in ready if idle else ():
-            if station.drafts and time.monotonic() >= self._late(station):
+            if station.drafts and self._staff.clock.now() >= self._late(station):
                 for sent in list(station.drafts):
                     if idle and self._carried.is_missing(sent) and len(self.copies(sent)) == 1:
                         for task in sent.tasks:

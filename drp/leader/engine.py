@@ -6,6 +6,7 @@ happens goes to the marks.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -21,6 +22,7 @@ from drp.leader.active import Active, ActiveRun, Pending, Sent
 from drp.leader.ahead import AheadRun, Answer
 from drp.leader.awake import Awake
 from drp.leader.carried import Carried, give_back
+from drp.leader.clock import Clock
 from drp.leader.devices import Device
 from drp.leader.dispatch import Dispatch
 from drp.leader.errors import WorkerError
@@ -70,26 +72,32 @@ class Engine:
         gpu: GpuOptions,
         awake: Awake,
     ) -> None:
-        self.marks, self._inbox = Marks(), Inbox()
-        self._batch, self._ground = batch, Ground(devices, gpu, batch)
+        self.marks, self._clock = Marks(), Clock()
         self.overlap = True
-        self._draft_timeout = draft_timeout
+        self._batch, self._draft_timeout = batch, draft_timeout
         self._devices = tuple(device.name for device in devices)
-        self._pool = Pool(model, threads, python)
-        self._staff = Staff(self._pool, model, devices, start_timeout, self._ground)
-        self._carried = Carried(self._staff, self.marks, awake, self._devices)
-        self._dispatch = Dispatch(self._staff, self._carried, self.marks, sharing or ByLoad(), hedge)
         self._numbers = itertools.count()
-        self._pool.watch(self._inbox.wakeup)
-        if self._ground.bell is not None:
-            self._pool.watch(self._ground.bell.fd)
         self._due = math.inf  # when lanes go on
         self._begins = 0  # of rounds, when drafts were given last
         self._started: Future[ModelSpec] = Future()
         self._alone = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="drp-leader", daemon=True)
         torch_threads = torch.get_num_threads()
-        self._thread.start()
+        with contextlib.ExitStack() as undo:
+            self._inbox = Inbox()
+            undo.callback(self._inbox.end)
+            self._ground = Ground(devices, gpu, batch)
+            undo.callback(self._ground.close)
+            self._pool = Pool(model, threads, python)
+            undo.callback(self._pool.close)
+            self._staff = Staff(self._pool, model, devices, start_timeout, self._ground, self._clock)
+            self._carried = Carried(self._staff, self.marks, awake, self._devices)
+            self._dispatch = Dispatch(self._staff, self._carried, self.marks, sharing or ByLoad(), hedge)
+            self._pool.watch(self._inbox.wakeup)
+            if self._ground.bell is not None:
+                self._pool.watch(self._ground.bell.fd)
+            self._thread.start()
+            undo.pop_all()  # From now on all of it is the thread's, and closed there.
         self._alone.wait()
         torch.set_num_threads(torch_threads)  # A thread keeps its own number; what others start with is as it was.
         try:
@@ -186,17 +194,22 @@ class Engine:
                 self._take()
         except WorkerError as lost:
             error = WorkerError(*lost.args)  # without its traceback, whose frames hold the runs' memory
-        except Exception as bug:
+        except BaseException as bug:
             log.exception("the leader's thread failed")
             error = WorkerError(f"the leader's thread failed, and its workers were ended: {bug!r}")
         finally:
             grace = self._inbox.shut(error)
-            self._end_all(error)
-            self._staff.close(grace)
-            self._ground.close()
-            self._inbox.end()
-            if not self._started.done():
-                self._started.set_exception(error or RuntimeError("this leader was closed while it started"))
+            with contextlib.ExitStack() as end:  # Each is called even if another raises, the last one first.
+                end.callback(self._tell_starter, error)
+                end.callback(self._inbox.end)
+                end.callback(self._ground.close)
+                end.callback(self._staff.close, grace)
+                end.callback(self._carried.close)
+                end.callback(self._end_all, error)
+
+    def _tell_starter(self, error: WorkerError | None) -> None:
+        if not self._started.done():
+            self._started.set_exception(error or RuntimeError("this leader was closed while it started"))
 
     def _start(self) -> None:
         """Bring all workers up; until then, whatever goes wrong with one is an error."""
@@ -204,7 +217,9 @@ class Engine:
         for station in self._staff.stations:
             self._staff.start(station)
         while self._inbox.closing is None and len(self._staff.ready) < len(self._staff.stations):
-            got = self._pool.poll(self._staff.next_time, self._inbox.wakeup)
+            timer = self._clock.to_monotonic(self._staff.next_time)
+            got = self._pool.poll(timer, self._inbox.wakeup)
+            self._clock.resume(timer)
             losses = self._staff.tend()
             if got is not None and not losses:
                 loss = self._staff.take(self._staff.station_of(got[0]), got[1])
@@ -239,7 +254,8 @@ class Engine:
                 self._carried.end(run, CancelledError())
 
     def _begin(self, what: Asked) -> Active | None:
-        self._ground.make_room(alone=not (self._carried.under_way or self._carried.leaving))
+        with contextlib.suppress(OSError):  # It may not be moved, as where its cores were taken away meanwhile.
+            self._ground.make_room(alone=not (self._carried.under_way or self._carried.leaving))
         if isinstance(what, Session):
             return what
         job, request, pending = what
@@ -250,35 +266,32 @@ class Engine:
             run: ActiveRun
             if ground.ahead:
                 places = len(self._devices)
-                run = AheadRun(number, job, request, pending, self._spare, self._batch, ground, places)
+                run = AheadRun(number, job, request, pending, self._spare, self._batch, ground, places, self._clock)
             else:
                 run = ActiveRun(number, job, request, pending, self._spare, self._batch, ground.make)
             if ground.nvtx:
                 run.name_ranges()
             return run
-        except Exception as error:  # no memory, or a mode of somebody's own: the caller's to hear
+        except BaseException as error:  # no memory, or a mode of somebody's own: the caller's to hear
             pending.set_exception(error)
             return None
 
     def _form(self, run: Active) -> None:
         """Form a run's next drafts, or end it."""
         since, cuts, formed = time.perf_counter_ns(), len(run.cuts), len(run.waiting)
-        try:
+        with self._carried.charge(run):
             if run.behind and not self.overlap:
                 run.refine()
             more = run.form()
             if not self.overlap or more is False:
                 run.refine()
-        except Exception as error:  # a callback's, or a mode's of somebody's own: the run's, not the engine's
-            self._carried.end(run, error)
-            return
-        if more is not None and self.marks.timelines:
-            for cut in run.cuts[cuts:]:
-                self.marks.add("cut", run, cut)
-            steps = tuple(task.index for batch in itertools.islice(run.waiting, formed, None) for task in batch)
-            self.marks.add("formed" if more else "end", run, since=since, steps=steps)
-        if more is False:
-            self._carried.end(run, None)
+            if more is not None and self.marks.timelines:
+                for cut in run.cuts[cuts:]:
+                    self.marks.add("cut", run, cut)
+                steps = tuple(task.index for batch in itertools.islice(run.waiting, formed, None) for task in batch)
+                self.marks.add("formed" if more else "end", run, since=since, steps=steps)
+            if more is False:
+                self._carried.end(run, None)
 
     def _give(self) -> Iterator[None]:
         """Give drafts to workers, and form those that can be formed without hearing of them; in small steps."""
@@ -304,17 +317,17 @@ class Engine:
             self._pool.wait(HEAD_START)
         for run in behind:
             since = time.perf_counter_ns()
-            try:
+            with self._carried.charge(run):
                 run.refine()
                 self.marks.add("refined", run, run.steps_done, since=since)
-            except Exception as error:  # a callback's
-                self._carried.end(run, error)
 
     def _take(self) -> None:
         """Wait for an answer, and take what has come until a worker can be given more."""
-        timer = self._next_time()
+        self._clock.resume()
+        timer = self._clock.to_monotonic(self._next_time())
         ahead, others = self._follow(timer)
         got = self._pool.poll(0.0 if ahead else timer, self._inbox.wakeup) if others else None
+        self._clock.resume(timer)
         while got is not None:
             self._on(self._staff.station_of(got[0]), got[1])
             waiting = self._carried.ready or any(run.waiting for run in self._carried.under_way.values())
@@ -339,6 +352,7 @@ class Engine:
                 self._use_core(run)
             else:
                 ready = self._pool.sleep(min(timer, self._due))
+                self._clock.resume(min(timer, self._due))
                 self._go()
             if not self._carried.at_work:
                 break
@@ -361,7 +375,7 @@ class Engine:
         busy = [station for station in self._staff.ready if station.drafts]
         times = [self._deadline(station) for station in busy]
         if self._ground.ahead and self._ground.on_gpu and any(run.looking for run in self._carried.ahead):
-            times.append(time.monotonic() + LOOK)
+            times.append(self._clock.now() + LOOK)
         return min([*times, *self._dispatch.late_times(busy), self._staff.next_time])
 
     def _deadline(self, station: Station) -> float:
@@ -373,10 +387,12 @@ class Engine:
         return self._draft_timeout or station.drafts[0].run.patience(station.number)
 
     def _on_time(self) -> None:
+        while (got := self._pool.receive_now()) is not None:  # What has come is not late.
+            self._on(self._staff.station_of(got[0]), got[1])
         self._look()  # It may be a while since.
         for loss in self._staff.tend():
             self._on_loss(loss)
-        now = time.monotonic()
+        now = self._clock.now()
         for station in self._staff.ready:
             if station.drafts and self._deadline(station) <= now:
                 run, task = station.drafts[0].run, station.drafts[0].tasks[0]
@@ -394,7 +410,7 @@ class Engine:
             case Prediction() if (sent := _owed(station, message)) and isinstance(sent.run, AheadRun):
                 self._on_ahead(station, sent.run, sent)
             case Prediction() | Fault() if sent := _owed(station, message):
-                _done(station, sent)
+                self._done(station, sent)
                 self._on_answer(station, sent, message)
             case Bound(number) if self._carried.on_bound(station, number):
                 return
@@ -403,6 +419,12 @@ class Engine:
             case _:
                 if loss := self._staff.take(station, message):
                     self._on_loss(loss)
+
+    def _done(self, station: Station, sent: Sent) -> None:
+        """Note that a worker has done with a draft."""
+        station.drafts.remove(sent)
+        station.since, station.used_up = self._clock.now(), 0.0
+        give_back(sent)
 
     def _on_answer(self, station: Station, sent: Sent, message: Prediction | Fault) -> None:
         run, index, since = sent.run, sent.tasks[0].index, time.perf_counter_ns()
@@ -413,16 +435,18 @@ class Engine:
             words = f"{station.worker} failed evaluating step {index} of run {run.number}: {message.error}"
             self._carried.end(run, WorkerError(f"{words}\n{message.traceback}"))
         elif counts and isinstance(message, Prediction):
-            run.answer(station.number, sent.tasks, sent.rows, message.seconds)
-            for task in sent.tasks:
-                self.marks.add("folded", run, task.index, station.number, since=since)
-            if run.ready:
-                self._form(run)
+            with self._carried.charge(run):
+                run.answer(station.number, sent.tasks, sent.rows, message.seconds)
+                for task in sent.tasks:
+                    self.marks.add("folded", run, task.index, station.number, since=since)
+                if run.ready:
+                    self._form(run)
         self._carried.let_go(run)
 
     def _on_ahead(self, station: Station, run: AheadRun, sent: Sent) -> None:
         """Take an answer whose prediction is to come; the draft stays the worker's until it is stamped."""
-        run.answered(station.number, sent, self._carried.is_missing(sent))
+        with self._carried.charge(run):
+            run.answered(station.number, sent, self._carried.is_missing(sent))
 
     def _go(self) -> None:
         """Work off what is due of the arithmetic of runs ahead of their devices, where this thread computes."""
@@ -431,14 +455,11 @@ class Engine:
             self._ground.bell.quiet()
             alone = self._carried.only is not None
             for run in self._carried.ahead:
-                try:
+                with self._carried.charge(run):
                     due = run.go(alone)
                     if due is None:  # Nothing is waited for.
                         due = 0.0 if run.has_news else math.inf
                     self._due = min(self._due, due)
-                except Exception as error:  # of the arithmetic, such as no memory
-                    if run.number in self._carried.under_way:
-                        self._carried.end(run, error)
 
     def _look(self) -> None:
         """Look at the stamps that were read meanwhile."""
@@ -452,7 +473,7 @@ class Engine:
             words = f"{station.worker} answered step {sent.tasks[0].index} of run {run.number}"
             self._on_loss(self._staff.lose(station, f"{words} and did not stamp it"))
             return
-        _done(station, sent)
+        self._done(station, sent)
         self.marks.stamped("answer" if answer.counts else "late", sent, station.number, answer.seconds, answer.ended)
         if verdict != FINE and answer.counts and run.number in self._carried.under_way:
             step = f"step {answer.named(verdict)} of run {run.number}"
@@ -482,8 +503,9 @@ class Engine:
         for behind in again:
             if behind.number in self._carried.under_way:
                 behind.incidents.append(f"run {behind.number} began again: answers that it was built upon were lost")
-                behind.replay()
-                self._form(behind)
+                with self._carried.charge(behind):
+                    behind.replay()
+                    self._form(behind)
         self._carried.let_all_go()
         self._dispatch.deliver()  # What was held back for the one that is gone.
 
@@ -493,7 +515,7 @@ class Engine:
         def reason() -> BaseException:
             return WorkerError(*error.args) if error else CancelledError("the leader was closed")
 
-        for run in self._carried.close():
+        for run in self._carried.under_way.values():
             run.finish(reason(), self._devices)
         for what in self._inbox.new:
             if isinstance(what, Session):
@@ -516,10 +538,3 @@ def _owed(station: Station, message: Prediction | Fault) -> Sent | None:
         if not sent.answered:
             return None
     return None
-
-
-def _done(station: Station, sent: Sent) -> None:
-    """Note that a worker has done with a draft."""
-    station.drafts.remove(sent)
-    station.since, station.used_up = time.monotonic(), 0.0
-    give_back(sent)

@@ -188,6 +188,10 @@ class Ground:
         self._free.remove(memory)
         return memory
 
+    def free_unused(self) -> None:
+        """Give back what is kept on the host for runs to come: something else is short of memory or descriptors."""
+        self._spare.clear()
+
     @property
     def on_gpu(self) -> bool:
         """Whether runs lie on a GPU: its streams go on by themselves, and have to be looked at."""

@@ -27,8 +27,12 @@ from drp.leader.sharing import Sharing
 from drp.leader.staff import Station
 from drp.leader.timeline import Timeline
 from drp.protocol.arena import Arena
+from drp.protocol.codec import is_text
 from drp.protocol.messages import MOST_BATCHED, ModelSpec
 from drp.sampling.result import Result
+
+MOST_CHARACTERS = 200
+"""Of a model's name, as the protocol has it."""
 
 log = logging.getLogger(__name__)
 
@@ -285,11 +289,20 @@ def check_batch(drafts_per_device: int) -> int:
 def model_name(model: str | Callable[[], Any]) -> str:
     """Return the name by which a worker can import a factory; raise ValueError if there is none."""
     if isinstance(model, str):
-        return model
+        return _check_name(model)
     module, name = getattr(model, "__module__", None), getattr(model, "__qualname__", None)
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if module == "__main__" and spec is not None:  # run by `python -m`: workers can import it by its own name
         module = spec.name
     if not module or not name or "<" in name:
         raise ValueError(f"model {model!r} cannot be imported by a worker; define it by name at the top of a module")
-    return f"{module}:{name}"
+    return _check_name(f"{module}:{name}")
+
+
+def _check_name(name: str) -> str:
+    if len(name) > MOST_CHARACTERS or not is_text(name):
+        raise ValueError(
+            f"model {name!r:.100} has {len(name)} characters; give a name of {MOST_CHARACTERS} at most, without lone "
+            "surrogates"
+        )
+    return name

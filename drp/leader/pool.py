@@ -19,7 +19,7 @@ import zmq
 from drp.leader.devices import Device
 from drp.leader.process import Process, find_interpreter
 from drp.protocol.codec import ProtocolError
-from drp.protocol.memory import SharedMemory
+from drp.protocol.memory import SharedMemory, require_openable
 from drp.protocol.messages import Failed, Stop, ToLeader, ToWorker
 from drp.protocol.transport import LeaderSocket
 
@@ -62,7 +62,7 @@ class WorkerProcess:
         """Whether somebody has stopped it, with SIGSTOP or in a debugger."""
         try:
             return psutil.Process(self.process.pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-        except psutil.NoSuchProcess:
+        except (psutil.Error, OSError, MemoryError):  # It is gone, or there is no descriptor to look with.
             return False
 
     @property
@@ -85,6 +85,7 @@ class Pool:
 
     def __init__(self, model: str, threads: int, python: str | os.PathLike[str] | None = None) -> None:
         _refuse_inside_import()
+        require_openable()
         self.owner = os.getpid()
         self._python = find_interpreter(python)
         self._main = _main_script() if model.startswith("__main__:") else None
@@ -103,9 +104,14 @@ class Pool:
         identity = f"worker-{number}-{generation}"
         words = SharedMemory.create(LAST_WORDS + 8)
         try:
+            listener = self._socket.invite(identity.encode())
+        except BaseException:
+            words.close()
+            raise
+        try:
             config = entry.Config(
                 identity=identity,
-                endpoint=self._socket.endpoint,
+                listener=listener,
                 leader=os.getpid(),
                 words=f"/proc/{os.getpid()}/fd/{words.handle.fd}",
                 beats=LAST_WORDS,
@@ -117,11 +123,20 @@ class Pool:
             process = Process(self._python, identity, entry.main, (config,))
             process.start()
         except BaseException:
+            self._socket.dismiss(identity.encode())
             words.close()
             raise
+        finally:
+            listener.close()
         worker = WorkerProcess(number, generation, identity.encode(), device, process, words)
+        try:
+            self._socket.watch(process.sentinel)  # before its first word: a worker that dies unheard is noticed
+        except OSError:  # The kernel has no memory for it.
+            process.kill()
+            self._dying.append(worker)
+            self._socket.dismiss(worker.identity)
+            raise
         self.workers.append(worker)
-        self._socket.watch(process.sentinel)  # before its first word: a worker that dies unheard is noticed
         return worker
 
     def send(self, worker: WorkerProcess, *messages: ToWorker | bytes) -> None:
@@ -192,6 +207,7 @@ class Pool:
         self.workers.remove(worker)
         self._ended.discard(worker.number)
         self._socket.forget(worker.process.sentinel)
+        self._socket.dismiss(worker.identity)
         worker.process.kill()
         code = worker.code
         how = worker.end(code)

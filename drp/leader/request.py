@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drp.protocol.codec import is_text
+from drp.protocol.memory import DTYPES, NAMES
 from drp.protocol.messages import ModelSpec
 from drp.sampling.choice import choose
 from drp.sampling.drafts import RULES, SECANT, DraftRule
@@ -21,6 +23,7 @@ from drp.sampling.solvers import Solver
 
 MOST_DRAFTS = 1024
 MOST_NUMBERS = 2**34
+MOST_SIZES = 16
 
 
 class Options(TypedDict, total=False):
@@ -316,6 +319,13 @@ def _cond(request: Request, spec: ModelSpec) -> dict[str, Tensor]:
     for name, value in request.cond.items():
         if not isinstance(name, str) or not 0 < len(name) <= 200 or not isinstance(value, Tensor):
             raise ValueError(f"cond[{name!r:.80}] is a {type(value).__name__}; cond holds tensors by name")
+        if not is_text(name):
+            raise ValueError(f"cond[{name!r:.80}]: the name has characters that are none (lone surrogates)")
+        if value.dim() > MOST_SIZES or value.dtype not in NAMES or value.layout != torch.strided:
+            raise ValueError(
+                f"cond[{name!r}] is {value.dtype} with {value.dim()} sizes, {value.layout}; give a dense tensor of one "
+                f"of {', '.join(DTYPES)} with {MOST_SIZES} sizes at most"
+            )
         if name in ("labels", "guidance"):
             raise ValueError(f"cond[{name!r}]: {name} is an argument of its own; give it there")
         cond[name] = value

@@ -6,6 +6,8 @@ from drp.protocol.memory import SharedMemory
 
 MOST = 1 << 28
 """Bytes that are kept at most; what was given back first goes first."""
+MANY = 8
+"""Pieces that are kept at most: each takes two descriptors of this process, its own and its mapping's."""
 
 
 class Spare:
@@ -25,7 +27,13 @@ class Spare:
         """Return memory at least so long, and less than four times that or a page; what is in it is anybody's guess."""
         fits = [memory for memory in self._free if nbytes <= memory.nbytes < 4 * max(nbytes, 4096)]
         if not fits:
-            return SharedMemory.create(nbytes, self._keep)
+            try:
+                return SharedMemory.create(nbytes, self._keep)
+            except MemoryError:  # It may be what is kept here that takes the memory, or the descriptors.
+                if not self._free:
+                    raise
+                self.clear()
+                return SharedMemory.create(nbytes, self._keep)
         best = min(fits, key=lambda memory: memory.nbytes)
         self._free.remove(best)
         return best
@@ -33,13 +41,17 @@ class Spare:
     def close(self) -> None:
         """Let go of all of it, and of what comes back from now on."""
         self._closed = True
+        self.clear()
+
+    def clear(self) -> None:
+        """Let go of what is kept now."""
         while self._free:
-            self._free.pop().close()
+            self._free.pop().close(reuse=False)
 
     def _keep(self, memory: SharedMemory) -> bool:
         if self._closed or memory.nbytes > self._most:
             return False
         self._free.append(memory)
-        while self.nbytes > self._most:
+        while self.nbytes > self._most or len(self._free) > MANY:
             self._free.pop(0).close(reuse=False)
         return True

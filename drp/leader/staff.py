@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import signal
-import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from drp.leader.active import Sent
+from drp.leader.clock import Clock
 from drp.leader.crew import Crew
 from drp.leader.devices import Device
 from drp.leader.errors import WorkerError
@@ -28,13 +28,15 @@ BACKOFF = (0.5, 2.0)
 MOST_DRAFT = {"outside": 1 / 4, "own": 1 / 3}
 """The share of the losses that a draft is allowed: to a signal from outside, or by the worker's own fault: a crash, a
 hang, an exit. Of one it would be given up after four, of the other after three."""
-MOST_PLACE = {"outside": 1 / 20, "own": 1 / 8}
-"""Likewise for a place, in a row, none of its workers having answered anything."""
+MOST_PLACE = {"shortage": 1 / 60, "outside": 1 / 20, "own": 1 / 8}
+"""Likewise for a place, in a row, none of its workers having answered anything. A shortage: no worker can be started,
+because this process or the machine has no memory, descriptors or processes left; the place is tried for two minutes."""
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
 
 log = logging.getLogger(__name__)
 State = Literal["starting", "ready", "away", "lost"]
 Fault = Literal["outside", "own"]
+Reason = Literal["shortage", "outside", "own"]
 
 
 @dataclass
@@ -84,10 +86,19 @@ class Loss:
 class Staff:
     """The stations of one leader, each with a worker or waiting for one."""
 
-    def __init__(self, pool: Pool, model: str, devices: Sequence[Device], start_timeout: float, ground: Ground) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        model: str,
+        devices: Sequence[Device],
+        start_timeout: float,
+        ground: Ground,
+        clock: Clock,
+    ) -> None:
+        self.clock, self._ground = clock, ground
         self.stations = [Station(number, device) for number, device in enumerate(devices)]
         self._pool, self._crew, self._start_timeout = pool, Crew(pool, model, devices, ground), start_timeout
-        self._next_tick = time.monotonic() + TICK
+        self._next_tick = clock.now() + TICK
         self.ready: tuple[Station, ...] = ()
         """Stations that take drafts."""
 
@@ -113,8 +124,8 @@ class Staff:
                 station.post.clear()
 
     def start(self, station: Station) -> None:
-        """Put a new worker into a place; OSError if the machine has no process to give."""
-        station.since = time.monotonic() + self._start_timeout
+        """Put a new worker into a place; OSError or MemoryError if the machine, or this process, has none to give."""
+        station.since = self.clock.now() + self._start_timeout
         station.worker = self._pool.spawn(station.number, station.generation, station.device)
         station.generation += 1
         self._turn(station, "starting")
@@ -134,14 +145,19 @@ class Staff:
             return self.lose(station, failure(worker, message))
         try:
             if self._crew.answer(worker, message):
-                station.since = time.monotonic()
+                station.since = self.clock.now()
                 self._turn(station, "ready")
-        except (WorkerError, MemoryError) as error:
+        except (MemoryError, OSError) as error:
+            return self.lose(station, f"there is no room for {worker}: {error}", "shortage")
+        except RuntimeError as error:  # WorkerError, and what CUDA and torch say
             return self.lose(station, str(error))
         return None
 
-    def lose(self, station: Station, why: str) -> Loss:
-        """Give a worker up, by force if it is still there; `why` is empty for one that ended. It will be replaced."""
+    def lose(self, station: Station, why: str, reason: Reason | None = None) -> Loss:
+        """Give a worker up, by force if it is still there; `why` is empty for one that ended. It will be replaced.
+
+        `reason` is that of the loss, by default as its end says.
+        """
         worker = station.worker
         assert worker is not None
         name, stopped = str(worker), worker.is_stopped
@@ -157,20 +173,22 @@ class Staff:
         station.kept = None
         station.worker = None
         fault: Fault = "outside" if outside else "own"
-        self._wait(station, fault)
+        self._wait(station, reason or fault)
         log.warning("lost: %s", station.last)
         return Loss(station, station.last, fault, drafts)
 
     def tend(self) -> list[Loss]:
         """Replace workers whose turn has come; return those that did not start in time, or idle and do not move."""
-        now, losses = time.monotonic(), []
+        now, losses = self.clock.now(), []
         for station in self.stations:
             if station.state == "away" and station.since <= now:
                 try:
                     self.start(station)
-                except OSError as error:
+                except (OSError, MemoryError) as error:
                     station.last = f"{station.device.name}: no process can be started: {error}"
-                    self._wait(station, "own")
+                    log.warning("%s", station.last)
+                    self._ground.free_unused()
+                    self._wait(station, "shortage")
             elif station.state == "starting" and station.since <= now:
                 losses += self._late(station)
         if now >= self._next_tick:
@@ -198,12 +216,12 @@ class Staff:
         times = [station.since for station in self.stations if station.state in ("starting", "away")]
         return min([*times, self._next_tick])
 
-    def _wait(self, station: Station, fault: Fault) -> None:
+    def _wait(self, station: Station, reason: Reason) -> None:
         first, most = BACKOFF
         pause = first * 2 ** min(10, round(station.used_up / MOST_PLACE["outside"]))
-        station.used_up += MOST_PLACE[fault]
+        station.used_up += MOST_PLACE[reason]
         self._turn(station, "lost" if station.used_up > 1 - 1e-9 else "away")
-        station.since = time.monotonic() + min(most, pause)
+        station.since = self.clock.now() + min(most, pause)
 
     def close(self, grace: float = GRACE) -> None:
         """End all workers and give back the weights."""

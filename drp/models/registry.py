@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import time
@@ -159,6 +160,8 @@ def load(name: str) -> Denoiser:
         factory = getattr(factory, attribute)
     with torch.random.fork_rng(devices=()):  # the CPU's: weights are made there
         predict = factory()
+    if isinstance(predict, torch.export.ExportedProgram):
+        predict = predict.module()
     if not callable(predict):
         raise TypeError(f"{name} returned {type(predict).__name__}; a factory returns a module or a callable")
     spec = getattr(predict, "spec", ModelSpec())
@@ -166,7 +169,10 @@ def load(name: str) -> Denoiser:
         raise TypeError(f"{name}: its spec is a {type(spec).__name__}, not a drp.models.ModelSpec")
     if not isinstance(predict, nn.Module):
         return Denoiser(predict, spec)
-    predict.eval().requires_grad_(False)
+    with contextlib.suppress(NotImplementedError):  # An exported program stays as it was exported.
+        predict.eval()
+    for parameter in predict.parameters():  # A ScriptModule has no requires_grad_.
+        parameter.requires_grad_(False)
     return Denoiser(predict, spec, ModuleState(predict))
 
 

@@ -67,6 +67,15 @@ def encode(message: object) -> bytes:
     return data
 
 
+def is_text(text: str) -> bool:
+    """Whether a message can hold a string: one with lone surrogates, as undecodable file names have, it cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def to_fields(record: Any) -> dict[str, Any]:
     """Return a dataclass as plain maps and lists."""
     return {name: _plain(getattr(record, name)) for name in record.__dataclass_fields__}

@@ -5,12 +5,15 @@ A memfd has no name in any file system: when its owner and all who opened it are
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import itertools
 import math
 import mmap
 import os
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final, Protocol
 
 import torch
@@ -47,6 +50,12 @@ KEPT: Final = 64 << 20
 """Bytes of the leader's memory that a worker may keep mapped for a run to come: the machine does not have them then."""
 
 
+GET_DUMPABLE: Final = 3
+"""Of prctl (linux/prctl.h)."""
+CAP_SYS_PTRACE: Final = 19
+"""The capability's number (linux/capability.h)."""
+
+
 def aligned(nbytes: int) -> int:
     """Round up to the alignment."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
@@ -58,6 +67,20 @@ def check_fit(offset: int, shape: Sequence[int], dtype: torch.dtype, nbytes: int
     if offset % ALIGNMENT or offset < 0 or offset + count * dtype.itemsize > nbytes:
         raise ProtocolError(f"a tensor {list(shape)} of {dtype} at {offset} is not within {nbytes} bytes")
     return count
+
+
+def require_openable() -> None:
+    """Raise PermissionError if the kernel keeps the peers of this process from opening its memory through /proc.
+
+    It does so for a process that is not dumpable (Linux: proc(5), prctl(2)), unless they have CAP_SYS_PTRACE.
+    """
+    status = Path("/proc/self/status").read_text()
+    capabilities = int(re.findall(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)[0], 16)
+    if ctypes.CDLL(None).prctl(GET_DUMPABLE) != 1 and not capabilities >> CAP_SYS_PTRACE & 1:
+        raise PermissionError(
+            "this process is not dumpable, as one that has changed its user (setuid), so no other may open its memory "
+            "through /proc; start it as the user that it is to be, or call prctl(PR_SET_DUMPABLE, 1) after the change"
+        )
 
 
 class Memory(Protocol):
@@ -129,7 +152,10 @@ class SharedMemory:
         memory drp-run, all other drp.
         """
         nbytes = max(nbytes, mmap.PAGESIZE)
-        fd = os.memfd_create("drp" if keep is None else "drp-run", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            fd = os.memfd_create("drp" if keep is None else "drp-run", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            raise MemoryError(f"no descriptor for {nbytes} bytes of shared memory: {error}; see ulimit -n") from error
         try:
             # Reserve now: a machine that is out of memory says so here, not by a signal at the first write.
             os.posix_fallocate(fd, 0, nbytes)

@@ -1,4 +1,4 @@
-"""Transport: the leader's and the worker's socket, over ipc:// at a place that only their user can reach.
+"""Transport: the leader's and the worker's sockets, over ipc:// at places that only their user can reach.
 
 A socket belongs to one thread at a time. Every receive has a deadline.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
+import socket
 import tempfile
 import time
 from collections import deque
@@ -33,38 +33,68 @@ MAX_FROM_WORKER = 1 << 18
 """Bytes of the longest message from a worker: one that is longer ends its connection."""
 
 
-class LeaderSocket:
-    """A ROUTER: a worker is addressed by the identity it connected with.
+DESCRIPTORS = 16
+"""Descriptors that must be free before a context is made: libzmq ends the process if it gets none for its threads."""
 
-    It has no name in any file system: it is bound in a directory of its owner's, held open, and its name removed at
-    once. `endpoint` leads there through /proc, which lets nobody in but the owner, and nothing is left of it when the
-    process is gone, however it went.
+NAME = "worker"
+"""Of a worker's socket, in a directory of its own, for a moment."""
+
+FIRST = 300.0
+"""Seconds that a worker waits for the leader's connection, which has to wait while the leader has no descriptor."""
+
+
+class LeaderSocket:
+    """A ROUTER that connects to one listening socket for each worker, and addresses the worker by its identity.
+
+    The leader makes that socket, its worker inherits it. So the leader accepts nothing: libzmq ends a process that has
+    no descriptor left for a connection over ipc that it accepts, while one that it opens is tried again until there is.
+
+    The sockets have no name in any file system: each is bound in a directory of its owner's, held open, and its name
+    removed at once. The way there is through /proc, which lets nobody in but the owner, and nothing is left of it when
+    the process is gone, however it went.
     """
 
     def __init__(self) -> None:
-        directory = Path(tempfile.mkdtemp(prefix="drp-"))  # for its owner alone (mode 0700)
-        path = directory / "leader"
-        self._place = -1
+        require_descriptors(DESCRIPTORS)
+        self._places: dict[bytes, int] = {}
         # A context of its own: an embedding program's sockets and limits stay out of it.
         self._context = zmq.Context(io_threads=1)
         self._epoll = select.epoll()
         try:
-            if len(str(path)) > MAX_PATH:
-                raise ValueError(f"{path} is longer than a socket path's {MAX_PATH} characters; set TMPDIR to less")
             self._socket = self._context.socket(zmq.ROUTER)
             self._socket.setsockopt(zmq.LINGER, 0)
             self._socket.setsockopt(zmq.RCVHWM, BACKLOG)
             self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FROM_WORKER)
             self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # Sending to a worker that is gone is an error.
-            self._socket.bind(f"ipc://{path}")
-            self._place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            self.endpoint = f"ipc:///proc/{os.getpid()}/fd/{self._place}"
+            self._socket.setsockopt(zmq.HANDSHAKE_IVL, 0)  # A worker answers once it has imported what it needs.
             self._epoll.register(self._socket.fileno(), select.EPOLLIN)
         except BaseException:
             self.close()
             raise
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
+
+    def invite(self, identity: bytes) -> socket.socket:
+        """Return a listening socket for a worker to inherit, and connect to it; OSError if there is no descriptor."""
+        directory = Path(tempfile.mkdtemp(prefix="drp-"))  # for its owner alone (mode 0700)
+        try:
+            listener, self._places[identity] = _listen(directory)
+        finally:  # without shutil.rmtree, which takes a descriptor
+            with contextlib.suppress(OSError):
+                (directory / NAME).unlink()
+            directory.rmdir()
+        self._socket.setsockopt(zmq.CONNECT_ROUTING_ID, identity)
+        self._socket.connect(self.endpoint(identity))
+        return listener
+
+    def endpoint(self, identity: bytes) -> str:
+        """Return where a worker listens."""
+        return f"ipc:///proc/{os.getpid()}/fd/{self._places[identity]}"
+
+    def dismiss(self, identity: bytes) -> None:
+        """Disconnect from a worker; what was sent and is not there yet is dropped."""
+        if identity in self._places:
+            with contextlib.suppress(zmq.ZMQError):  # It was not connected.
+                self._socket.disconnect(self.endpoint(identity))
+            os.close(self._places.pop(identity))
 
     def send(self, identity: bytes, *messages: ToWorker | bytes) -> None:
         """Send at once, several together: the worker wakes up once. Some may be encoded already.
@@ -127,21 +157,54 @@ class LeaderSocket:
         """Close; nothing unsent is waited for."""
         self._epoll.close()
         self._context.destroy(linger=0)
-        if self._place >= 0:
-            os.close(self._place)
-            self._place = -1
+        while self._places:
+            os.close(self._places.popitem()[1])
+
+
+def _listen(directory: Path) -> tuple[socket.socket, int]:
+    """Return a socket that listens in a directory, and a descriptor that names its place there."""
+    with contextlib.ExitStack() as undo:
+        folder = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        undo.callback(os.close, folder)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        undo.callback(listener.close)
+        path = f"/proc/self/fd/{folder}/{NAME}"  # short enough for a socket's, whatever TMPDIR is
+        listener.bind(path)
+        listener.listen()
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        undo.pop_all()
+        os.close(folder)
+    return listener, place
+
+
+def require_descriptors(count: int) -> None:
+    """Raise OSError if this process has not so many descriptors left."""
+    taken: list[int] = []
+    try:
+        for _ in range(count):
+            taken.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        words = f"{error.strerror}: {count} descriptors are needed; close some, or raise the limit (ulimit -n)"
+        raise OSError(error.errno, words) from None
+    finally:
+        for fd in taken:
+            os.close(fd)
 
 
 class WorkerSocket:
-    """A DEALER connected to a leader's endpoint."""
+    """A DEALER on the listening socket of this descriptor, for the leader of this process number and nobody else."""
 
-    def __init__(self, endpoint: str, identity: bytes) -> None:
+    def __init__(self, listener: int, leader: int) -> None:
+        os.set_inheritable(listener, False)  # by what a model starts
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, identity)
         self._socket.setsockopt(zmq.LINGER, 1000)  # A last Failed has a second to leave.
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
-        self._socket.connect(endpoint)
+        self._socket.setsockopt(zmq.IPC_FILTER_PID, leader)
+        self._socket.setsockopt(zmq.USE_FD, listener)  # which has its place already: the name below says nothing
+        self._socket.bind("ipc://drp-worker")
+        if not self._socket.poll(round(FIRST * 1000), zmq.POLLOUT):
+            raise TimeoutError(f"the leader, process {leader}, did not connect within {FIRST:g} s")
         self._patience = -1.0
         self._came: deque[bytes] = deque()
 

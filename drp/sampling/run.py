@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections import deque
@@ -345,37 +346,56 @@ def residual(x: Tensor, given: Tensor, samples: int) -> float:
     return float(norms.max())
 
 
-class _Plan:
-    """What a run does, in order, worked out as far as anyone has asked; in threads at the same time, if need be."""
+class _Known:
+    """The events of a plan that any run has worked out so far. They do not refer to the solver."""
 
-    def __init__(self, events: Iterator[_Predict | _Advance], longest: int) -> None:
+    def __init__(self) -> None:
+        self.events: list[_Predict | _Advance] = []
+        self.complete = False
+        self.lock = threading.Lock()
+
+
+class _Plan:
+    """What a run does, in order, worked out as far as anyone has asked; in threads at the same time, if need be.
+
+    `events` are all of them, as this run works them out: it passes over those that are `known` from other runs.
+    """
+
+    def __init__(self, events: Iterator[Predict | Advance], like: Tensor, longest: int, known: _Known) -> None:
         self.longest = longest
-        self._events, self._known = events, list[_Predict | _Advance]()
-        self._lock = threading.Lock()
+        self._events, self._passed, self._like, self._known = events, 0, like, known
 
     def get(self, position: int) -> _Predict | _Advance | None:
         """Return what is at a position, None past the end."""
-        if position >= len(self._known):
-            with self._lock:
+        known = self._known
+        if position >= len(known.events) and not known.complete:
+            with known.lock:
                 # Another thread may have been here meanwhile.
-                self._known += itertools.islice(self._events, max(0, position + 1 - len(self._known)))
-        return self._known[position] if position < len(self._known) else None
+                there = len(known.events)
+                if position >= there and not known.complete:
+                    new = itertools.islice(self._events, there - self._passed, position + 1 - self._passed)
+                    known.events += (_cast(event, self._like) for event in new)
+                    self._passed = len(known.events)
+                    known.complete = self._passed <= position
+        return known.events[position] if position < len(known.events) else None
 
 
-_plans: WeakKeyDictionary[Solver, dict[tuple[Mode, torch.dtype, torch.device, int], _Plan]] = WeakKeyDictionary()
-"""Rows are the same for every run with the same solver and a mode without feedback: the next run finds them here."""
+_plans: WeakKeyDictionary[Solver, dict[tuple[Mode, torch.dtype, torch.device, int], _Known]] = WeakKeyDictionary()
+"""Rows are the same for every run with the same solver and a mode without feedback: the next run finds them here.
+
+Only what is known: a generator that is not at its end holds the solver, which would then never be let go.
+"""
 
 
 def _plan(solver: Solver, mode: Mode, like: Tensor, measure: Measure) -> _Plan:
     if mode.feedback:
-        return _Plan((_cast(event, like) for event in make_plan(solver, mode, measure)), mode.width + 1)
-    like = like.new_empty(0)  # A plan outlives the run.
-    fresh = _Plan((_cast(event, like) for event in make_plan(solver, mode)), longest_way(mode, solver.grid.steps))
-    try:
+        return _Plan(make_plan(solver, mode, measure), like, mode.width + 1, _Known())
+    like = like.new_empty(0)  # What is known outlives the run.
+    known = _Known()
+    with contextlib.suppress(TypeError):  # a mode of somebody's own that has no hash
         stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0  # which copies the weights
-        return _plans.setdefault(solver, {}).setdefault((mode, like.dtype, like.device, stream), fresh)
-    except TypeError:  # a mode of somebody's own that has no hash
-        return fresh
+        known = _plans.setdefault(solver, {}).setdefault((mode, like.dtype, like.device, stream), known)
+    return _Plan(make_plan(solver, mode), like, longest_way(mode, solver.grid.steps), known)
 
 
 class _Predict:

@@ -87,7 +87,7 @@ class Ahead(Protocol):
         """Take up those of another run for this one, whose memory is the same, and was cleared."""
         ...
 
-    def failed(self) -> list[tuple[Draft, Exception]]:
+    def failed(self) -> list[tuple[Draft, BaseException]]:
         """Return the drafts that were answered, and then could not be evaluated; each once."""
         ...
 
@@ -257,7 +257,7 @@ class HostAhead:
         self._stream = HostStream()
         self._runs: dict[int, HostBound] = {}
         self._bells: dict[End, Bell] = {}
-        self._failed: deque[tuple[Draft, Exception]] = deque()
+        self._failed: deque[tuple[Draft, BaseException]] = deque()
 
     @property
     def busy(self) -> bool:
@@ -284,7 +284,7 @@ class HostAhead:
         bound.own.restart()
         self._runs[run] = bound
 
-    def failed(self) -> list[tuple[Draft, Exception]]:
+    def failed(self) -> list[tuple[Draft, BaseException]]:
         """Return what could not be evaluated, each draft once."""
         return [self._failed.popleft() for _ in range(len(self._failed))]
 
@@ -313,7 +313,7 @@ class HostAhead:
             return
         try:
             times = self._evaluate(work, max(self._stream.time, given) / 1e9)
-        except Exception as error:  # the denoiser's: the stamp says that there is none, and a Fault says why
+        except BaseException as error:  # the denoiser's: the stamp says that there is none, and a Fault says why
             self._failed.append((draft, error))
             for row in work.rows:
                 bound.places[row, 0] = word(draft.sequence, RAISED)

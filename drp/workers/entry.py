@@ -7,6 +7,7 @@ import faulthandler
 import multiprocessing.spawn
 import os
 import signal
+import socket
 import sys
 import traceback
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from drp.workers import lifeline
 class Config:
     """What a worker is told when it is started; the rest comes by message.
 
-    `words` is a file for its last words, and from `beats` bytes on a count (uint64) of how often it has come round.
+    `listener` is the socket on which it is reached. `words` is a file for its last words, and from
+    `beats` bytes on a count (uint64) of how often it has come round.
     """
 
     identity: str
-    endpoint: str
+    listener: socket.socket
     leader: int
     words: str
     beats: int

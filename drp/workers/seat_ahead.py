@@ -81,7 +81,7 @@ class GpuAhead:
                 for tensor in (tensor for each in used for tensor in each.values()):
                     tensor.record_stream(stream)
 
-    def failed(self) -> list[tuple[Draft, Exception]]:
+    def failed(self) -> list[tuple[Draft, BaseException]]:
         """Return nothing: what is raised on a GPU after the answer ends the worker."""
         return []
 

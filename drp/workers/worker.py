@@ -68,7 +68,7 @@ class Worker:
 
     def __init__(self, config: Config, words: int) -> None:
         torch.set_num_threads(config.threads)
-        self._socket = WorkerSocket(config.endpoint, config.identity.encode())
+        self._socket = WorkerSocket(config.listener.detach(), config.leader)
         self._words, self._place, self._beats = mmap.mmap(words, 0), config.beats, 0
         self._denoiser: Denoiser | None = None
         self._weights = Weights(None)
@@ -96,7 +96,7 @@ class Worker:
                 answers.clear()
                 for draft, error in self._ahead.failed() if self._ahead is not None else ():
                     self._socket.send(self._fault(draft, error))
-        except Exception as error:
+        except BaseException as error:  # SystemExit too: a model's factory may parse arguments
             self._socket.send(Failed(_doing(message), *_told(error)))
         finally:
             if self._ahead is not None:
@@ -214,19 +214,19 @@ class Worker:
     def _evaluate(self, draft: Draft) -> Prediction | Fault | None:
         received = time.perf_counter()
         work = self._work(draft)
+        if draft.sequence and (self._ahead is None or work.arena.bind.order is None):
+            raise ProtocolError(f"draft {draft.sequence} of run {draft.run}, which was bound without an order")
         try:
             if draft.sequence:
-                if self._ahead is None or work.arena.bind.order is None:
-                    raise ProtocolError(f"draft {draft.sequence} of run {draft.run}, which was bound without an order")
+                assert self._ahead is not None
+                assert work.arena.bind.order is not None
                 self._ahead.put(work)
                 heard = work.arena.bind.order.heard
                 return Prediction(draft.run, draft.index, draft.row, 0.0, received) if heard else None
             if self._ahead is not None:
                 self._ahead.settle()
             began, predicted, ended, _ = self._compute(work)
-        except ProtocolError:
-            raise
-        except Exception as error:
+        except BaseException as error:  # whatever the denoiser raises, SystemExit and KeyboardInterrupt too
             return self._fault(draft, error)
         return Prediction(draft.run, draft.index, draft.row, ended - began, received, began, predicted, ended)
 
@@ -260,7 +260,7 @@ class Worker:
         nbytes = sum(tensor.nbytes for each in work.inputs for tensor in each.values())
         return self._timed(work.draft, nbytes, evaluate, since)
 
-    def _fault(self, draft: Draft, error: Exception) -> Fault:
+    def _fault(self, draft: Draft, error: BaseException) -> Fault:
         """Say that a draft cannot be evaluated; raise the error, and so end the worker, if no other could be either."""
         if is_lasting(error) or (self._seat is not None and self._seat.is_lost):
             raise error
@@ -282,9 +282,18 @@ def _check(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
             raise FloatingPointError(f"the denoiser returned {wrong} in {name!r}{given}")
 
 
-def _told(error: Exception) -> tuple[str, str]:
-    """Return an error in a line, and its traceback."""
-    return f"{type(error).__name__}: {error}"[:2000], "".join(traceback.format_exception(error))[-20_000:]
+def _told(error: BaseException) -> tuple[str, str]:
+    """Return an error in a line, and its traceback, as text that any message can hold."""
+    try:
+        words = f"{type(error).__name__}: {error}"
+    except BaseException:  # Its __str__ is somebody's own code.
+        words = f"{type(error).__name__}, whose text cannot be made"
+    return _printable(words)[:2000], _printable("".join(traceback.format_exception(error)))[-20_000:]
+
+
+def _printable(text: str) -> str:
+    """Return the text with lone surrogates, as undecodable file names have them, written as escapes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _doing(message: ToWorker | None) -> str:

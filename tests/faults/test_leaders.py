@@ -116,7 +116,7 @@ with drp.Leader("tests.denoisers:make_free", devices=2) as leader:
     ("limit", "soft", "words"),
     [
         ("resource.RLIMIT_FSIZE", "100_000", "MemoryError no [0-9]+ bytes of shared memory: .*File too large"),
-        ("resource.RLIMIT_NOFILE", "3", "OSError .*Too many open files"),
+        ("resource.RLIMIT_NOFILE", "3", "MemoryError no descriptor .*Too many open files"),
     ],
 )
 def test_a_limit_of_the_leaders_ends_the_run_only(tmp_path: Path, limit: str, soft: str, words: str) -> None:
@@ -124,6 +124,51 @@ def test_a_limit_of_the_leaders_ends_the_run_only(tmp_path: Path, limit: str, so
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert re.search(words, out), out
+
+
+SHORT = """
+import os, resource, signal, time
+import drp
+
+def memory():
+    return int(open("/proc/self/statm").read().split()[0]) * 4096
+
+with drp.Leader("tests.denoisers:make_slow", devices=2) as leader:
+    first = leader.sample(shape=(4,), steps=5).samples
+    run = leader.submit(shape=(4,), steps=100)
+    before = resource.getrlimit(LIMIT)
+    resource.setrlimit(LIMIT, (SOFT, before[1]))
+    os.kill(leader.workers[0].pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while leader.workers[0].lost == 0 or leader.workers[0].state == "ready":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(1.5)  # until it was to be replaced, at least twice
+    print(leader.workers[0].state, leader.workers[0].last)
+    resource.setrlimit(LIMIT, before)
+    assert run.result(60).incidents
+    while leader.workers[0].state != "ready":
+        assert time.monotonic() < deadline + 30
+        time.sleep(0.01)
+    assert (leader.sample(shape=(4,), steps=5).samples == first).all()
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "soft"),
+    [
+        ("resource.RLIMIT_FSIZE", "10_000"),
+        ("resource.RLIMIT_NOFILE", "8"),
+        ("resource.RLIMIT_AS", "memory() - (1 << 20)"),
+    ],
+)
+def test_a_worker_lost_while_its_leader_is_short_of_something_is_replaced_later(
+    tmp_path: Path, limit: str, soft: str
+) -> None:
+    process = program(SHORT.replace("LIMIT", limit).replace("SOFT", soft), tmp_path)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert re.search("^away .*no process can be started", out), out
 
 
 @pytest.mark.parametrize("kind", ["read-only", "full", "missing"])

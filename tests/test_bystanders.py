@@ -1,0 +1,153 @@
+"""One caller's code and data may fail in any way: it ends that caller's run, never the leader or another's run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import drp
+from drp import GpuOptions, Leader
+from drp.leader.policies import Policy
+from drp.leader.sharing import Waiting
+from drp.sampling.grids import scaled_linear
+from drp.sampling.result import Result
+from drp.sampling.solvers import DDIM
+
+MODEL = "tests.denoisers:make_slow_sine"
+DEADLINE = 60.0
+OPTIONS: dict[str, Any] = {"shape": (3, 4), "steps": 40, "seed": 5}
+
+
+@pytest.fixture(scope="module", params=["host", "device"])
+def leader(request: pytest.FixtureRequest) -> Iterator[Leader]:
+    with Leader(MODEL, devices=2, gpu=GpuOptions(ordering=request.param)) as leader:
+        yield leader
+
+
+@pytest.fixture(scope="module")
+def expected() -> Tensor:
+    """The samples of the run beside the one that fails."""
+    return drp.reference(MODEL, devices=2, **OPTIONS).samples
+
+
+class Unusual(BaseException):
+    """As pytest.fail and others raise: no Exception."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("v"), SystemExit(2), KeyboardInterrupt(), Unusual("u"), StopIteration(1), GeneratorExit()],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_a_callback_raises_ends_its_own_run(leader: Leader, expected: Tensor, error: BaseException) -> None:
+    def callback(k: int, state: Tensor) -> None:
+        if k == 3:
+            raise error
+
+    bystander = leader.submit(**OPTIONS)
+    with pytest.raises(type(error)) as caught:
+        leader.submit(shape=(3, 4), steps=12, callback=callback).result(DEADLINE)
+    assert caught.value is error
+    assert torch.equal(bystander.result(DEADLINE).samples, expected)
+
+
+def test_what_a_done_callback_raises_is_logged_and_others_are_called(
+    leader: Leader, expected: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    called: list[Future[Result]] = []
+
+    def leave(future: Future[Result]) -> None:
+        raise SystemExit(3)
+
+    bystander = leader.submit(**OPTIONS)
+    pending = leader.submit(shape=(3, 4), steps=12)
+    pending.add_done_callback(leave)
+    pending.add_done_callback(called.append)
+    pending.result(DEADLINE)
+    assert torch.equal(bystander.result(DEADLINE).samples, expected)
+    assert called == [pending]
+    assert "a done-callback raised" in caplog.text
+
+
+def test_a_result_that_cannot_be_made_is_the_runs_error(leader: Leader, expected: Tensor) -> None:
+    out = torch.zeros(1, 3, 4)
+    bystander = leader.submit(**OPTIONS)
+    pending = leader.submit(shape=(3, 4), steps=12, out=out)
+    out.resize_(1)
+    with pytest.raises(RuntimeError, match="shape"):
+        pending.result(DEADLINE)
+    assert torch.equal(bystander.result(DEADLINE).samples, expected)
+
+
+def test_what_no_message_can_hold_ends_the_run_that_asks_for_it(leader: Leader, expected: Tensor) -> None:
+    """A timestep of somebody's own grid, beyond what the protocol's numbers go up to."""
+    grid = scaled_linear(12)
+    grid = replace(grid, timesteps=np.where(np.arange(12) < 5, grid.timesteps, 1e12))
+    bystander = leader.submit(**OPTIONS)
+    with pytest.raises(drp.protocol.codec.ProtocolError, match="1000000000000"):
+        leader.submit(shape=(3, 4), solver=DDIM(grid)).result(DEADLINE)
+    assert torch.equal(bystander.result(DEADLINE).samples, expected)
+
+
+@pytest.mark.parametrize(
+    ("cond", "words"),
+    [
+        ({"\udcff": torch.zeros(1)}, "lone surrogates"),
+        ({"a": torch.zeros([1] * 17)}, "16 sizes at most"),
+        ({"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, "give a dense tensor of one of float64"),
+        ({"a": torch.eye(3).to_sparse()}, "give a dense tensor"),
+    ],
+)
+def test_a_condition_that_no_message_can_hold_is_refused(leader: Leader, cond: dict[str, Tensor], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        leader.submit(shape=(3, 4), cond=cond)
+
+
+@dataclass(frozen=True)
+class Fickle(Policy):
+    """Chooses a run without a draft, or raises, as long as `wrong` says so."""
+
+    wrong: list[str] = None  # type: ignore[assignment]  # always given
+
+    def choose(self, worker: int, workers: int, runs: Sequence[Waiting]) -> Waiting | None:
+        if self.wrong == ["raise"]:
+            raise SystemExit("no policy today")
+        if self.wrong == ["empty"]:
+            return Empty()  # type: ignore[return-value]  # what is tested
+        return super().choose(worker, workers, runs)
+
+
+class Empty:
+    waiting = ()
+
+
+@pytest.mark.parametrize("wrong", ["raise", "empty"])
+def test_a_policy_that_fails_ends_the_runs_that_it_was_to_choose_from(wrong: str) -> None:
+    policy = Fickle(wrong=[wrong])
+    with Leader("tests.denoisers:make_free", policy=policy) as leader:
+        with pytest.raises(RuntimeError, match="the policy chose no run for worker 0: "):
+            leader.submit(shape=(3,), steps=4).result(DEADLINE)
+        policy.wrong.clear()
+        assert leader.sample(shape=(3,), steps=4).steps == 4
+
+
+def test_runs_whose_memory_grows_keep_few_descriptors(leader: Leader) -> None:
+    import psutil
+
+    process, before = psutil.Process(), 0
+    for number in range(40):
+        leader.sample(shape=(4,), steps=1, cond={"prompt": torch.zeros(600 * (number + 1))})
+        if number == 4:
+            before = process.num_fds()
+    deadline = time.monotonic() + DEADLINE
+    while process.num_fds() > before + 12:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,0 +1,61 @@
+"""Leaders that cannot be made: a reason, and nothing left behind, not even a descriptor."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from drp import GpuOptions, Leader
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"python": "/nonexistent"}, "python is '/nonexistent', which cannot be run"),
+        ({"python": "/nonexistent", "gpu": GpuOptions(ordering="device")}, "which cannot be run"),
+        ({"devices": "4xcuda"}, "cannot be used"),
+        ({"model": "__main__:make", "gpu": GpuOptions(ordering="device")}, "made in __main__"),
+    ],
+)
+def test_a_leader_that_cannot_be_made_leaves_nothing(
+    options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    process = psutil.Process()
+    before = process.num_fds(), process.num_threads()
+    for _ in range(3):
+        with pytest.raises(ValueError, match=words):
+            Leader(**{"model": "digits"} | options)
+    assert (process.num_fds(), process.num_threads()) == before
+
+
+def test_a_process_whose_memory_nobody_may_open_is_told_so() -> None:
+    """As one that began as root and became another user."""
+    if os.geteuid():
+        pytest.skip("only root may become another user")
+    text = """
+import os
+from drp.protocol.memory import require_openable
+require_openable()
+os.setresuid(65534, 65534, 65534)
+try:
+    require_openable()
+except PermissionError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", text]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=Path.cwd()).stdout
+    assert out.startswith("this process is not dumpable")
+    assert "PR_SET_DUMPABLE" in out
+
+
+@pytest.mark.parametrize("model", ["package.module:" + "make" * 60, "package.\udcff:make"])
+def test_a_model_that_no_message_can_name_is_refused(model: str) -> None:
+    with pytest.raises(ValueError, match=r"characters; give a name of 200 at most"):
+        Leader(model)

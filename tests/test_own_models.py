@@ -1,0 +1,102 @@
+"""Models of many kinds: each runs, and each has its weights shared."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import drp
+from drp import models
+from drp.protocol.memory import SharedMemory
+from drp.workers.weights import Weights
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        out: Tensor = 0.1 * self.layer(x)
+        return out
+
+
+class Scriptable(nn.Module):
+    """The same, with annotations that TorchScript knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        out: Tensor = 0.1 * self.layer(x)
+        return out
+
+
+class Hollow(nn.ModuleList):
+    """A module whose len() is 0, and which is false."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        return 0.1 * x * self.weight
+
+
+def make_layer() -> nn.Module:
+    torch.manual_seed(0)
+    return Layer()
+
+
+def make_scripted() -> nn.Module:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is deprecated
+        scripted: nn.Module = torch.jit.script(Scriptable())
+    return scripted
+
+
+def make_compiled() -> nn.Module:
+    compiled: nn.Module = torch.compile(make_layer(), backend="eager")  # type: ignore[assignment]  # of a module it is one
+    return compiled
+
+
+def make_exported_program() -> torch.export.ExportedProgram:
+    return torch.export.export(make_layer(), (torch.randn(2, 3, 4), torch.ones(2), {}))
+
+
+def make_exported() -> nn.Module:
+    return make_exported_program().module()
+
+
+OPTIONS = {"shape": (3, 4), "count": 2, "steps": 4, "seed": 0}
+
+
+@pytest.mark.parametrize("factory", [make_scripted, make_compiled, make_exported, make_exported_program])
+def test_what_torch_makes_of_a_module_computes_the_same(factory: object) -> None:
+    expected = drp.reference(make_layer, **OPTIONS).samples  # type: ignore[arg-type]
+    assert torch.equal(drp.reference(factory, **OPTIONS).samples, expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("factory", ["make_layer", "make_scripted", "make_compiled", "make_exported", "Hollow"])
+def test_its_weights_are_shared(factory: str) -> None:
+    """The second has other weights, and takes the first one's."""
+    first, second = (models.load(f"tests.test_own_models:{factory}") for _ in range(2))
+    assert second.module is not None
+    for parameter in second.module.parameters():
+        parameter.add_(1.0)
+    x, t = torch.randn(2, 3, 4), torch.ones(2)
+    with torch.inference_mode():
+        expected = first.predict(x, t, {}).clone()
+        assert not torch.equal(second.predict(x, t, {}), expected)
+        memory = SharedMemory.create(Weights(first.module).nbytes)
+        Weights(first.module).share(memory, publish=True)
+        Weights(second.module).share(memory, publish=False)
+        for denoiser in (first, second):
+            assert torch.equal(denoiser.predict(x, t, {}), expected)
+    memory.close()
