@@ -23,7 +23,9 @@ class Weights:
         self._buffers = {id(buffer) for buffer in module.buffers()} if module else set()
         self.nbytes = 0
         digest = hashlib.sha256()
-        for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()) if module else ():
+        for name, tensor in (
+            itertools.chain(module.named_parameters(), module.named_buffers()) if module is not None else ()
+        ):
             stride = torch.empty_like(tensor, device="meta").stride()
             self._places.append((tensor, stride, self.nbytes))
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {stride} {self.nbytes}\n".encode())
