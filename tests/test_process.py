@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing.spawn
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -64,10 +65,10 @@ def test_no_interpreter_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_an_interpreter_of_another_version_is_a_clear_error() -> None:
-    words = SharedMemory.create(4096)
+    words, listener = SharedMemory.create(4096), socket.socket(socket.AF_UNIX)
     config = entry.Config(
         identity="worker-0",
-        endpoint="",
+        listener=listener,
         leader=words.handle.pid,
         words=f"/proc/{words.handle.pid}/fd/{words.handle.fd}",
         beats=4088,
@@ -85,6 +86,7 @@ def test_an_interpreter_of_another_version_is_a_clear_error() -> None:
     finally:
         end(process)
         words.close()
+        listener.close()
 
 
 def end(process: Process) -> None:

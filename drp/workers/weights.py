@@ -20,7 +20,7 @@ class Weights:
 
     def __init__(self, module: nn.Module | None) -> None:
         self._places: list[tuple[Tensor, tuple[int, ...], int]] = []
-        self._buffers = {id(buffer) for buffer in module.buffers()} if module else set()
+        self._buffers = {id(buffer) for buffer in module.buffers()} if module is not None else set()
         self.nbytes = 0
         digest = hashlib.sha256()
         for name, tensor in (
