@@ -104,7 +104,7 @@ class Plain:
 if __name__ == "__main__":
     client = Plain(sys.argv[1])
     client.open()
-    client.submit(1, labels=[1], steps=900, sweeps=200)
+    client.submit(1, labels=[1], steps=900, sweeps=100)
     client.hear("Accepted")
     sys.stdout.write("accepted\n")
     sys.stdout.flush()

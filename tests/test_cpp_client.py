@@ -24,7 +24,7 @@ import drp
 from drp import Client, Leader
 from drp.protocol import door, vectors
 from drp.protocol.codec import ProtocolError, decode
-from drp.server.keys import Keys, make, pair, public
+from drp.protocol.keys import Keys, make, pair, public
 from tests.cpp_build import build
 from tests.test_server import Served, serving, until
 

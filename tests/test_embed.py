@@ -14,8 +14,8 @@ import drp
 from tests.cpp_build import build
 
 EXPECTED = """\
-refused: ValueError: steps is 0; choose 1 or more
-refused: ValueError: steps is 0; choose 1 or more
+refused: ValueError: steps is 0; give a whole number, 1 to 10000
+refused: ValueError: steps is 0; give a whole number, 1 to 10000
 4 threads, 12 runs: 0 failed, 0 copied, 0 differ from drp.reference
 4 threads, 12 runs: 0 failed, 0 copied, 0 differ from drp.reference
 settings, child processes, descriptors: as before

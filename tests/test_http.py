@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import io
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -19,10 +22,12 @@ from typing import Any
 
 import psutil
 import pytest
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 import drp
 from drp import Client
+from drp.cli.http import own_names
 from drp.pictures import encode_grid
 from drp.trace import read
 from tests.browser import PROGRAM, browser
@@ -48,10 +53,14 @@ class Gateway:
         return self._ask(urllib.request.Request(self.url + path))
 
     def draw(self, **body: Any) -> tuple[int, Any]:
-        headers = {"Content-Type": "application/json"}
-        url = f"{self.url}/v1/images/generations"
-        status, text = self._ask(urllib.request.Request(url, json.dumps(body).encode(), headers))
+        status, text = self.post(json.dumps(body).encode())
         return status, text if body.get("stream") else json.loads(text)
+
+    def post(self, body: bytes, **headers: str) -> tuple[int, str]:
+        headers = {"Content-Type": "application/json"} | {
+            name.replace("_", "-"): each for name, each in headers.items()
+        }
+        return self._ask(urllib.request.Request(f"{self.url}/v1/images/generations", body, headers))
 
     def _ask(self, request: urllib.request.Request) -> tuple[int, str]:
         try:
@@ -122,7 +131,10 @@ def test_a_stream_shows_the_picture_form(gateway: Gateway) -> None:
     assert sorted(evaluated) == list(range(12))
     partial = [data for kind, data in found if kind == "image_generation.partial_image"]
     assert [data["partial_image_index"] for data in partial] == list(range(len(partial)))
-    assert partial[-1]["b64_json"] == found[-1][1]["b64_json"]
+    # Spread over the steps; the last state is no preview, but the image.
+    assert [data["step"] for data in partial] == sorted({data["step"] for data in partial})
+    assert all(0 < data["step"] < 12 for data in partial)
+    assert len(partial) <= 4
 
 
 @pytest.mark.parametrize(
@@ -133,6 +145,20 @@ def test_a_stream_shows_the_picture_form(gateway: Gateway) -> None:
         ({"prompt": "1", "size": "1024x1024"}, 400, "are 8x8, or leave it out"),
         ({"prompt": "1", "mode": "fast"}, 400, "unknown mode 'fast'"),
         ({"prompt": "1", "stepz": 4}, 400, "stepz"),
+        ({"prompt": "٣"}, 400, "write digits"),
+        ({"prompt": "²"}, 400, "write digits"),
+        ({"prompt": "1" * 10_000}, 400, "prompt names 10000 digits, 80000 pixels; at most 16384: ask for fewer"),
+        ({"prompt": "1" * 2000, "n": 10, "steps": 1000}, 400, "1.28e+09 pixel steps, and one request may have 1e+09"),
+        ({"prompt": "1", "negative_prompt": "2"}, 400, "negative_prompt is given, which tests.denoisers:Tiny does not"),
+        ({"prompt": "1", "background": "transparent"}, 400, "background: "),
+        ({"prompt": "1", "guidance": 1e308}, 400, "guidance: "),
+        ({"prompt": "1", "guidance": float("nan")}, 400, "guidance: "),
+        ({"prompt": "1", "steps": 4, "num_inference_steps": 4}, 400, "num_inference_steps: "),
+        ({"prompt": "1", "n": True}, 400, "n: "),
+        ({"prompt": "1", "seed": -1}, 400, "seed: "),
+        ({"prompt": "1", "seed": 2**70}, 400, "seed: "),
+        ({"prompt": "1", "mode": "m" * 1000}, 400, "mode: "),
+        ({"prompt": "1", "\ud800": 1}, 400, "body: "),
         ({"prompt": "1", "n": 99}, 400, "n: "),
         ({"prompt": "1", "response_format": "url"}, 400, "response_format"),
         ({"n": 1}, 400, "prompt"),
@@ -144,6 +170,128 @@ def test_what_cannot_be_is_refused(gateway: Gateway, body: dict[str, Any], statu
     assert got == status
     assert message in answer["error"]["message"]
     assert answer["error"]["type"] == "invalid_request_error"
+
+
+NULLS = ("model", "n", "size", "quality", "style", "background", "moderation", "response_format", "output_format")
+NULLS += ("output_compression", "stream", "partial_images", "timeline", "user", "steps", "seed", "mode", "drafts")
+NULLS += ("guidance", "negative_prompt", "solver", "rule", "tolerance")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        dict.fromkeys(NULLS),
+        {"quality": "auto", "style": "auto", "background": "auto", "moderation": "auto", "user": "me"},
+        {"quality": "standard", "style": "vivid", "moderation": "low", "model": "tests.denoisers:Tiny", "size": "auto"},
+        {"num_inference_steps": 48, "response_format": "b64_json", "partial_images": 3},
+    ],
+    ids=["nulls", "auto", "words", "diffusers"],
+)
+def test_what_clients_of_openai_send_is_taken(gateway: Gateway, body: dict[str, Any]) -> None:
+    status, answer = gateway.draw(prompt="31", **body)
+    assert status == 200, answer
+    assert base64.b64decode(answer["data"][0]["b64_json"]) == reference([3, 1], steps=48)
+    facts = {name: answer[name] for name in ("size", "background", "quality", "output_format")}
+    quality = body.get("quality") or "auto"
+    assert facts == {"size": "16x8", "background": "opaque", "quality": quality, "output_format": "png"}
+    assert answer["usage"]["total_tokens"] == 0
+
+
+def test_guidance_and_formats(gateway: Gateway) -> None:
+    status, answer = gateway.draw(prompt="31", steps=3, guidance_scale=2, output_format="jpeg", output_compression=50)
+    assert (status, answer["output_format"]) == (200, "jpeg")
+    with Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"]))) as image:
+        assert (image.format, image.size) == ("JPEG", (16, 8))
+
+
+def test_a_stream_has_the_fields_of_openais(gateway: Gateway) -> None:
+    _, text = gateway.draw(prompt="31", steps=40, stream=True, partial_images=1, output_format="webp")
+    found = dict(events(text))
+    fields = {"b64_json", "background", "created_at", "output_format", "quality", "size", "type"}
+    for kind in ("image_generation.partial_image", "image_generation.completed"):
+        assert fields <= found[kind].keys()
+        assert (found[kind]["size"], found[kind]["output_format"]) == ("16x8", "webp")
+    assert found["image_generation.completed"]["usage"]["output_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (b"{", {}),
+        (b"", {}),
+        (b"null", {}),
+        (b"[]", {}),
+        (b"[" * 100_000, {}),
+        (b'{"prompt": "\xff"}', {}),
+        (b'{"prompt": "\\ud800"}', {}),
+        (b'{"prompt": "1", "seed": ' + b"9" * 5000 + b"}", {}),
+        (b'{"prompt": "1"}', {"Content_Type": "text/plain"}),  # as a page of another site may send it, unasked
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_bodies_that_are_none_are_refused_in_openais_form(
+    gateway: Gateway, body: bytes, headers: dict[str, str]
+) -> None:
+    got, text = gateway.post(body, **headers)
+    assert got == 400, text
+    error = json.loads(text)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("path", ["/v1/nope", "/v1/images/edits", "/docs", "/v1/models/nope", "/v1/images/generations"])
+def test_paths_that_are_none_are_refused_in_openais_form(gateway: Gateway, path: str) -> None:
+    status, text = gateway.get(path)
+    assert status in (404, 405)
+    assert json.loads(text)["error"]["type"] == "invalid_request_error"
+
+
+def test_a_body_without_end_is_cut_off(gateway: Gateway) -> None:
+    assert gateway.post(b'{"prompt": "1", "user": "' + b"u" * 2_000_000 + b'"}')[0] == 413
+    before = psutil.Process(gateway.process.pid).memory_info().rss
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=DEADLINE) as sender:
+        sender.sendall(
+            b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n"
+        )
+        block = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
+        with contextlib.suppress(ConnectionError):
+            for _ in range(50):
+                sender.sendall(block)
+        assert b" 413 " in sender.recv(100)
+    assert psutil.Process(gateway.process.pid).memory_info().rss - before < 20 << 20
+
+
+def test_only_its_own_names_are_answered(gateway: Gateway) -> None:
+    for host, status in (
+        ("localhost", 200),
+        ("127.0.0.1:1", 200),
+        ("[::1]:80", 200),
+        ("evil.example", 400),
+        ("x", 400),
+    ):
+        connection = HTTPConnection("127.0.0.1", gateway.port, timeout=DEADLINE)
+        connection.request("GET", "/v1/models", headers={"Host": host})
+        assert connection.getresponse().status == status, host
+        connection.close()
+    assert {"localhost", "127.0.0.1", "[::1]", "10.0.0.1"} <= set(own_names("10.0.0.1"))
+    assert socket.gethostname() in own_names("0.0.0.0")
+
+
+def test_streams_that_wait_hold_up_nobody(gateway: Gateway, served: Served) -> None:
+    """45 of them: were each to hold a thread, health and metrics would wait for one of 40."""
+    with Client(served.address) as client, contextlib.ExitStack() as stack:
+        until(lambda: client.status().requests == 0, "nothing else is under way")
+        body = json.dumps({"prompt": "1", "stream": True, **SLOW})
+        for _ in range(45):
+            connection = HTTPConnection("127.0.0.1", gateway.port, timeout=DEADLINE)
+            stack.callback(connection.close)
+            connection.request("POST", "/v1/images/generations", body, {"Content-Type": "application/json"})
+        until(lambda: client.status().requests == 4, "the server has as much as it takes")
+        for path in ("/health", "/metrics", "/v1/models"):
+            assert gateway.get(path)[0] == 200
+    with Client(served.address) as client:
+        until(lambda: client.status().requests == 0, "all are cancelled")
 
 
 def test_too_much_is_429_and_streams_say_so_too(gateway: Gateway, served: Served) -> None:
@@ -179,6 +327,7 @@ def test_health_metrics_models_and_page(gateway: Gateway) -> None:
     status, text = gateway.get("/metrics")
     assert "drp_requests" in {family.name for family in text_string_to_metric_families(text)}
     assert json.loads(gateway.get("/v1/models")[1])["data"][0]["id"] == "tests.denoisers:Tiny"
+    assert json.loads(gateway.get("/v1/models/tests.denoisers:Tiny")[1])["object"] == "model"
     status, text = gateway.get("/")
     assert status == 200
     assert not re.search(

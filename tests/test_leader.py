@@ -250,7 +250,7 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"count": 3}, "count is 3, but there are 1 labels"),
     ({"shape": (2, 8, 8)}, "shape is"),
     ({"drafts": 0}, "drafts is 0"),
-    ({"drafts": 100_000}, "at most 1024"),
+    ({"drafts": 100_000}, "drafts is 100000; give a whole number, 1 to 256"),
     ({"seed": -1}, "seed is -1"),
     ({"guidance": float("nan")}, "guidance is nan"),
     ({"noise": [1.0]}, "noise is a list; give a tensor"),

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import drp
 from drp.leader.request import Job, Request, make_job
@@ -14,6 +16,7 @@ from drp.sampling.choice import choose
 from drp.sampling.drafts import PAPER, SECANT, DraftRule
 from drp.sampling.modes import Adaptive, Aggressive, Conservative, Sequential, Sweeps, Warmup, rounds_of
 from drp.sampling.named import SOLVER_NAMES, make_solver
+from drp.sampling.plan import longest_way, make_plan
 from drp.sampling.solvers import DDIM, DPMSolver
 from examples.own_mode import Growing
 from tests.denoisers import make_free
@@ -152,3 +155,67 @@ def test_workers_equal_the_reference_whatever_is_asked() -> None:
             assert result.cuts == expected.cuts
             if "residuals" in options:
                 assert sorted(result.residuals) == list(range(1, 17))
+
+
+WHOLE = st.sampled_from([-(2**63), -1, 0, 1, 2, 3, 48, 256, 257, 1000, 10_000, 3_000_000, 2**31 - 1, 2**63 - 1, 2**64])
+REAL = st.sampled_from([-1e308, -1.0, 0.0, 1e-308, 0.5, 1.0, 2.0, 1e6, 1e300, 1e308, math.inf, math.nan])
+NUMBER = WHOLE | REAL | st.just(True)
+NUMBERS = {
+    "count": NUMBER,
+    "shape": st.none() | st.lists(WHOLE, max_size=17),
+    "guidance": NUMBER,
+    "steps": NUMBER,
+    "solver": st.sampled_from(SOLVER_NAMES),
+    "solver_options": st.dictionaries(st.sampled_from(["order", "eta", "corrector"]), NUMBER, max_size=2),
+    "grid": st.dictionaries(
+        st.sampled_from(["offset", "rho", "shift", "mu", "terminal", "training", "timesteps", "sigmas", "zero_snr"]),
+        NUMBER | st.lists(REAL, max_size=3) | st.sampled_from(["karras", "leading"]),
+        max_size=3,
+    ),
+    "prediction_type": st.sampled_from(["epsilon", "flow"]),
+    "strength": NUMBER,
+    "mode": st.sampled_from(["aggressive", "conservative", "adaptive", "rolling"]),
+    "drafts": st.none() | NUMBER,
+    "target_speedup": st.none() | NUMBER,
+    "rule": st.none() | st.builds(DraftRule, st.none() | REAL, REAL),
+    "tolerance": NUMBER,
+    "warmup": NUMBER,
+    "sweeps": NUMBER,
+    "seed": NUMBER,
+}
+
+
+@pytest.mark.timeout(60)
+@settings(max_examples=150)
+@given(st.fixed_dictionaries({}, optional=NUMBERS))
+def test_no_number_is_used_before_it_is_bounded(options: dict[str, Any]) -> None:
+    """Any numbers at all: refused in words, or a run whose first rounds are there at once."""
+    try:
+        found = make_job(Request(**options), ModelSpec(), 4)
+    except ValueError:
+        return
+    if not found.mode.feedback:
+        longest_way(found.mode, found.solver.grid.steps)
+    measure = (lambda base, rows: [0.0] * len(rows)) if found.mode.feedback else None
+    next(make_plan(found.solver, found.mode, measure))
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_speedup": 1e300, "drafts": 2**31 - 1}, "drafts is 2147483647; give a whole number, 1 to 256"),
+        ({"target_speedup": 1e300}, r"target_speedup is 1e\+300; give a number, 1 to 10000"),
+        ({"count": 3_000_000}, "count is 3000000; give a whole number, 1 to 16384"),
+        ({"sweeps": 2**31 - 1}, "sweeps is 2147483647; give a whole number, 0 to 2082"),
+        ({"warmup": 2**31 - 1}, "warmup is 2147483647"),
+        ({"guidance": 1e308}, r"guidance is 1e\+308; give a number, -1e\+06 to 1e\+06"),
+        ({"shape": (2**31 - 1,) * 3}, "too large; ask for fewer"),
+        ({"rule": DraftRule(slope=1e308)}, r"rule.slope is 1e\+308"),
+        ({"steps": 9, "solver": "euler", "prediction_type": "flow", "grid": {"mu": 1e308}}, "math range error"),
+        ({"steps": 9, "solver": "euler", "prediction_type": "flow", "grid": {"training": 10**12}}, "within 1e"),
+    ],
+)
+def test_numbers_out_of_bounds_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_job(Request(**{"shape": (4,), **options}), ModelSpec(), 4)

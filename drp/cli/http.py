@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 
 from drp.cli.helpers import plain_errors
-from drp.cli.options import common_options, default_devices, force_option, trace_most_option, trace_option
+from drp.cli.options import Number, common_options, default_devices, force_option, trace_most_option, trace_option
 from drp.cli.output import check_trace
 from drp.http.work import Backend
 from drp.sampling.modes import MODE_NAMES
@@ -36,6 +37,20 @@ from drp.sampling.modes import MODE_NAMES
     "--host", default="127.0.0.1", show_default=True, help="Where it listens; whoever reaches it needs no password."
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 for one that is free.")
+@click.option("--allow-host", multiple=True, help="A name by which it may be asked besides its own; '*' for any.")
+@click.option(
+    "--max-work", type=Number(1), default=1e9, show_default=True, help="Of a request: images x width x height x steps."
+)
+@click.option(
+    "--queue", type=click.IntRange(1), default=64, show_default=True, help="Of the pipeline: requests that may wait."
+)
+@click.option(
+    "--max-connections",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Beyond, requests are answered with 503.",
+)
 @trace_option
 @trace_most_option
 @force_option
@@ -50,6 +65,10 @@ def http(
     drafts: int | None,
     host: str,
     port: int,
+    allow_host: tuple[str, ...],
+    max_work: float,
+    queue: int,
+    max_connections: int,
     trace: Path | None,
     trace_most: int,
     force: bool,
@@ -69,31 +88,46 @@ def http(
             spread: dict[str, Any] = {"devices": devices or default_devices().devices, "mode": mode, "drafts": drafts}
             if trace is not None:
                 spread |= {"trace": trace, "trace_most": trace_most}
-            backend = _pipeline(diffusers, spread)
+            backend = _pipeline(diffusers, spread, max_work, queue)
         else:
             if trace is not None:
                 raise ValueError("--trace goes with --diffusers; a server has its own leader: drp serve --trace FILE")
             from drp.client import Client
             from drp.http.door import Door
-            from drp.server.endpoint import default_address
+            from drp.server.endpoint import default_address, raise_descriptor_limit
 
+            raise_descriptor_limit()
             address = connect or default_address()
             backend = Door(
-                lambda timeout: Client(address, server_key=server_key, key=key, name="drp http", timeout=timeout)
+                lambda timeout: Client(address, server_key=server_key, key=key, name="drp http", timeout=timeout),
+                max_work,
             )
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once it has shut down
         try:
             with contextlib.suppress(KeyboardInterrupt), socket.create_server((host, port), backlog=128) as listening:
                 click.echo(f"serving {backend.model} at http://{host}:{listening.getsockname()[1]}")
-                config = uvicorn.Config(make_app(backend), log_level="warning", timeout_graceful_shutdown=5)
+                app = make_app(backend, [*own_names(host), *allow_host])
+                config = uvicorn.Config(
+                    app, log_level="warning", timeout_graceful_shutdown=5, limit_concurrency=max_connections
+                )
                 uvicorn.Server(config).run([listening])
         finally:
             backend.close()
 
 
-def _pipeline(name: str, spread: dict[str, Any]) -> Backend:
+def own_names(host: str) -> list[str]:
+    """Return the names by which a server that listens on an address is asked: its own, or all that this machine has."""
+    found = {host, "localhost", "127.0.0.1", "[::1]"}
+    if host in ("", "0.0.0.0", "::"):  # noqa: S104  # compared with, not bound to
+        found |= {socket.gethostname(), socket.getfqdn()}
+        addresses = [each.address for interface in psutil.net_if_addrs().values() for each in interface]
+        found |= {f"[{address.partition('%')[0]}]" if ":" in address else address for address in addresses}
+    return sorted(name for name in found if name)
+
+
+def _pipeline(name: str, spread: dict[str, Any], max_work: float, max_queue: int) -> Backend:
     try:
         from drp.http.pipeline import load
     except ImportError as error:
         raise ValueError(f"{error}; pip install 'draft-refine[diffusers,serve]'") from None
-    return load(name, spread)
+    return load(name, spread, max_work, max_queue)

@@ -52,6 +52,7 @@ SECONDS = Number(0, min_open=True)
     type=Number(1, min_open=True),
     help="Give drafts that take this many times the usual to idle workers too.",
 )
+@click.option("--max-clients", type=click.IntRange(1), default=128, show_default=True, help="Clients at once.")
 @click.option("--awake", is_flag=True, help="Keep all cores from sleeping while there are requests; docs/round.md.")
 @trace_option
 @trace_most_option
@@ -64,6 +65,7 @@ def serve(
     listen: str | None,
     keys: Path | None,
     most: int,
+    max_clients: int,
     stall: float,
     drain: float,
     start_timeout: float,
@@ -79,14 +81,21 @@ def serve(
         import torch  # only now: --help need not wait for it
 
         from drp.leader import Leader
-        from drp.server.endpoint import check_address, default_address
-        from drp.server.keys import Keys
+        from drp.protocol.keys import Keys
+        from drp.server.endpoint import (
+            check_address,
+            check_descriptors,
+            default_address,
+            raise_descriptor_limit,
+        )
         from drp.server.server import Server
         from drp.trace.record import record
 
         own = Keys.read(keys) if keys is not None else None
         address = listen or default_address()
+        raise_descriptor_limit()
         check_address(address, own)  # before workers start
+        check_descriptors(max_clients)
         if trace is not None:
             check_trace(trace, force)
         places = default_devices() if devices is None else DeviceDefaults(devices, 1, 1)
@@ -104,7 +113,7 @@ def serve(
             ) as leader,
             record(leader, trace, trace_most) if trace is not None else nullcontext(),
         ):
-            server = Server(leader, model, address, keys=own, most=most, stall=stall)
+            server = Server(leader, model, address, keys=own, most=most, max_clients=max_clients, stall=stall)
             patience = iter([drain])
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: server.drain(next(patience, 0.0)))
@@ -123,7 +132,7 @@ def keys(directory: Path, clients: tuple[str, ...]) -> None:
 
     A client needs DIRECTORY/clients/NAME.key_secret and DIRECTORY/server.key, and nothing else of it.
     """
-    from drp.server.keys import make
+    from drp.protocol.keys import make
 
     with plain_errors():
         for path in make(directory, list(clients)):

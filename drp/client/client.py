@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from pathlib import Path
 from types import TracebackType
@@ -15,14 +16,14 @@ from typing_extensions import Unpack
 
 from drp.client.line import Curve, Line
 from drp.client.options import to_submit
-from drp.client.run import RemoteRun
+from drp.client.run import RemoteRun, Update
 from drp.leader.request import Options
+from drp.protocol import keys
 from drp.protocol.codec import ProtocolError, encode
 from drp.protocol.door import Ask, Metrics, Status
 from drp.protocol.messages import ModelSpec
 from drp.protocol.tensors import nbytes_of_samples
 from drp.sampling.result import Result
-from drp.server import keys
 
 Answer = TypeVar("Answer")
 
@@ -89,13 +90,20 @@ class Client:
         return self._line.closed
 
     def submit(
-        self, *, progress: bool = False, previews: int = 0, timeline: bool = False, **options: Unpack[Options]
+        self,
+        *,
+        progress: bool = False,
+        previews: int = 0,
+        timeline: bool = False,
+        on_update: Callable[[Update], None] | None = None,
+        **options: Unpack[Options],
     ) -> RemoteRun:
         """Ask for a run and return at once; the options are those of `drp.leader.request.Request`, less `callback`.
 
         progress: let `progress()` of what is returned yield updates.
         previews: with the state every so many steps; 0 for none.
         timeline: with what was evaluated where and when.
+        on_update: called with each update, in the client's own thread, instead of `progress()`; it must return at once.
 
         Raises ValueError for options that no server can be asked for, ConnectionError if there is no server any more.
         What is returned has a `drp.Result`, or raises: ValueError for options that cannot be; RefusedError if the
@@ -110,7 +118,7 @@ class Client:
             encode(submit)
         except ProtocolError as error:
             raise ValueError(str(error)) from None
-        run = RemoteRun(submit.request, self._line.cancel)
+        run = RemoteRun(submit.request, self._line.cancel, on_update)
         self._line.submit(run, submit, frames)
         return run
 

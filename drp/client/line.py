@@ -15,8 +15,8 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from drp.client.errors import RefusedError
 from drp.client.run import RemoteRun
+from drp.errors import RefusedError
 from drp.protocol.codec import ProtocolError, decode, encode
 from drp.protocol.door import (
     MAX_FRAME,

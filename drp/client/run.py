@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
@@ -10,12 +11,13 @@ from queue import SimpleQueue
 
 from torch import Tensor
 
-from drp.client.errors import RefusedError
-from drp.leader.errors import WorkerError
+from drp.errors import RefusedError, WorkerError
 from drp.protocol.codec import ProtocolError
 from drp.protocol.door import Ended, Evaluation, Finished, Progress, Refused
 from drp.protocol.tensors import Frame, Received, open_shared
 from drp.sampling.result import Result
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,12 @@ class Update:
 class RemoteRun(Future[Result]):
     """A `concurrent.futures.Future` with a `drp.Result`; `cancel` also ends a run that is under way."""
 
-    def __init__(self, number: int, cancel: Callable[[int], None]) -> None:
+    def __init__(
+        self, number: int, cancel: Callable[[int], None], on_update: Callable[[Update], None] | None = None
+    ) -> None:
         super().__init__()
         self.number = number
+        self._on_update = on_update
         self._cancel = cancel
         self._updates: SimpleQueue[Update | None] = SimpleQueue()
         self.set_running_or_notify_cancel()
@@ -68,7 +73,14 @@ class RemoteRun(Future[Result]):
         received = Received(frames)
         preview = received.take(message.preview) if message.preview is not None else None
         received.done()
-        self._updates.put(Update(message.step, message.steps, message.rounds, preview, message.evaluations))
+        update = Update(message.step, message.steps, message.rounds, preview, message.evaluations)
+        if self._on_update is None:
+            self._updates.put(update)
+            return
+        try:
+            self._on_update(update)
+        except Exception:  # It is the caller's, and this thread is all runs'.
+            log.exception("on_update has raised")
 
     def on_finished(self, message: Finished, frames: Sequence[Frame]) -> None:
         """Take the samples."""

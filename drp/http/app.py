@@ -4,95 +4,86 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import io
 import json
+import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from PIL import Image
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from drp.client import RefusedError
-from drp.http.work import Backend, Images, Order, Work
+from drp.errors import RefusedError
+from drp.http.body import MAX_BODY, Body
+from drp.http.work import Backend, Images, ProgressEvent, Work
 
 PAGE = Path(__file__).with_name("page.html")
 LOOK = 0.5
 """Seconds after which is looked whether a client is still there."""
 
-RUN_OPTIONS = ("steps", "seed", "mode", "drafts", "guidance", "solver", "rule", "tolerance")
+log = logging.getLogger(__name__)
 
 
-class Body(BaseModel):
-    """A request for images: OpenAI's fields, as far as they mean something here, and options of a run."""
+def make_app(backend: Backend, hosts: Sequence[str] = ("localhost", "127.0.0.1", "[::1]")) -> FastAPI:
+    """Return the application; `backend` is closed when it ends.
 
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: Annotated[str, Field(max_length=32_000)]
-    model: str | None = None
-    n: Annotated[int, Field(ge=1, le=10)] = 1
-    size: str | None = None
-    response_format: Literal["b64_json"] = "b64_json"
-    output_format: Literal["png"] = "png"
-    stream: bool = False
-    partial_images: Annotated[int, Field(ge=0, le=100)] = 0
-    timeline: bool = False
-    user: str | None = None
-    steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    mode: str | None = None
-    drafts: Annotated[int, Field(ge=1, le=1024)] | None = None
-    guidance: float | None = None
-    solver: str | None = None
-    rule: str | None = None
-    tolerance: Annotated[float, Field(ge=0)] | None = None
-
-    def order(self) -> Order:
-        """Return what a backend is asked for."""
-        given = {name: getattr(self, name) for name in RUN_OPTIONS}
-        options = {name: value for name, value in given.items() if value is not None}
-        return Order(self.prompt, self.n, self.size, self.partial_images, self.timeline, options)
-
-
-def make_app(backend: Backend) -> FastAPI:
-    """Return the application; `backend` is closed when it ends."""
+    hosts: the names by which it may be asked, as in the Host header, `"*"` for any. A page of another site whose name
+        was made to lead here (DNS rebinding) has another.
+    """
 
     @asynccontextmanager
     async def closing(app: FastAPI) -> AsyncIterator[None]:
         yield
         await run_in_threadpool(backend.close)
 
-    app = FastAPI(title="drp", lifespan=closing, docs_url=None, redoc_url=None)
-
-    @app.exception_handler(RequestValidationError)
-    async def _invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        return _refusal(400, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
+    app = FastAPI(title="drp", lifespan=closing, docs_url=None, redoc_url=None, max_body_size=MAX_BODY)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    _answer_errors(app)
 
     @app.post("/v1/images/generations")
     async def _generate(body: Body, request: Request) -> Response:
         if body.model not in (None, backend.model):
-            return _refusal(404, f"model is {body.model!r}; here is {backend.model!r}")
+            return _refusal(404, f"model is {body.model!r}; here is {backend.model!r}", "model")
+        events: asyncio.Queue[ProgressEvent | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def report(event: ProgressEvent | None) -> None:
+            with contextlib.suppress(RuntimeError):  # The loop may have ended.
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
         try:
-            work = await run_in_threadpool(backend.begin, body.order())
+            work = await run_in_threadpool(backend.begin, body.image_request(), report if body.stream else None)
         except Exception as error:
-            return _refusal(*_told(error))
+            return _refusal(*_explain(error))
         if body.stream:
+            work.images.add_done_callback(lambda _: report(None))
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-            return StreamingResponse(_events(work), media_type="text/event-stream", headers=headers)
+            return StreamingResponse(_stream(work, events, body), media_type="text/event-stream", headers=headers)
         try:
-            return JSONResponse(_answer(await _images(work, request)))
+            images = await _images(work, request)
+            return JSONResponse(await run_in_threadpool(_answer, images, body))
         except (Exception, CancelledError) as error:
-            return _refusal(*_told(error))
+            return _refusal(*_explain(error))
 
     @app.get("/v1/models")
     async def _models() -> Response:
-        return JSONResponse({"object": "list", "data": [{"id": backend.model, "object": "model", "owned_by": "drp"}]})
+        return JSONResponse({"object": "list", "data": [_model(backend)]})
+
+    @app.get("/v1/models/{name:path}")
+    async def _model_called(name: str) -> Response:
+        if name != backend.model:
+            return _refusal(404, f"model is {name!r:.200}; here is {backend.model!r}", "model")
+        return JSONResponse(_model(backend))
 
     @app.get("/health")
     async def _health() -> Response:
@@ -104,15 +95,43 @@ def make_app(backend: Backend) -> FastAPI:
 
     @app.get("/metrics")
     async def _metrics() -> Response:
-        text = await run_in_threadpool(backend.metrics)
+        try:
+            text = await run_in_threadpool(backend.metrics)
+        except (OSError, TimeoutError, RuntimeError) as error:
+            return _refusal(503, str(error))
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/")
     async def _page() -> Response:
-        headers = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src data:; base-uri 'none'"}
-        return HTMLResponse(PAGE.read_text(), headers=headers)
+        policy = "default-src 'self' 'unsafe-inline'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
+        return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": policy})
 
     return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Have every error answered in OpenAI's form, and none with more than its client needs to know."""
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"][1:]))
+        if first["type"] == "json_invalid":
+            return _refusal(400, f"the body is no JSON: {first['ctx']['error']}, at character {name}")
+        if name == "response_format":
+            return _refusal(400, "response_format: images are in the answer alone; ask for 'b64_json'", name)
+        return _refusal(400, f"{name or 'body'}: {first['msg']}", name or None)
+
+    @app.exception_handler(HTTPException)
+    async def _refused(request: Request, error: HTTPException) -> Response:
+        what = f"{request.method} {request.url.path}: {error.detail}"
+        answer = _refusal(error.status_code, what)
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @app.exception_handler(Exception)
+    async def _failed(request: Request, error: Exception) -> Response:
+        return _refusal(500, "an error of the gateway's own; its log says which")
 
 
 async def _images(work: Work, request: Request) -> Images:
@@ -129,44 +148,60 @@ async def _images(work: Work, request: Request) -> Images:
         work.cancel()
 
 
-async def _events(work: Work) -> AsyncIterator[str]:
+async def _stream(work: Work, events: asyncio.Queue[ProgressEvent | None], body: Body) -> AsyncIterator[str]:
     """Yield server-sent events; a client that goes away closes this generator."""
     index = 0
     try:
-        async for news in iterate_in_threadpool(work.news()):
-            yield _event("drp.progress", {"step": news.step, "steps": news.steps, **news.facts})
-            if news.preview is not None:
-                partial = {"b64_json": _text(news.preview), "partial_image_index": index, "step": news.step}
-                yield _event("image_generation.partial_image", {**partial, **_made()})
+        while (event := await events.get()) is not None:
+            yield _event("drp.progress", {"step": event.step, "steps": event.steps, **event.facts})
+            if event.preview is not None:
+                image = await run_in_threadpool(_encode, await run_in_threadpool(event.preview), body)
+                partial = {"partial_image_index": index, "step": event.step, "created_at": int(time.time())}
+                yield _event("image_generation.partial_image", {**image, **partial})
                 index += 1
         images = await asyncio.wrap_future(work.images)
         for png in images.pngs:
-            yield _event("image_generation.completed", {"b64_json": _text(png), **_made(), "drp": images.facts})
+            image = await run_in_threadpool(_encode, png, body)
+            made = {"created_at": int(time.time()), "usage": _usage(), "drp": images.facts}
+            yield _event("image_generation.completed", {**image, **made})
     except (Exception, CancelledError) as error:
-        yield _event("error", _error(*_told(error)))
+        yield _event("error", _error(*_explain(error)))
     finally:
         work.cancel()
 
 
-def _answer(images: Images) -> dict[str, Any]:
-    data = [{"b64_json": _text(png)} for png in images.pngs]
-    return {"created": int(time.time()), "data": data, "output_format": "png", "drp": images.facts}
+def _encode(png: bytes, body: Body) -> dict[str, Any]:
+    """Return the fields of one image, in the format that was asked for."""
+    with Image.open(io.BytesIO(png)) as image:
+        if body.output_format != "png":
+            file = io.BytesIO()
+            image.convert("RGB").save(file, body.output_format, quality=body.output_compression)
+            png = file.getvalue()
+        return {"b64_json": base64.b64encode(png).decode(), **body.facts(*image.size)}
 
 
-def _made() -> dict[str, Any]:
-    return {"created_at": int(time.time()), "output_format": "png"}
+def _answer(images: Images, body: Body) -> dict[str, Any]:
+    encoded = [_encode(png, body) for png in images.pngs]
+    data = [{"b64_json": each.pop("b64_json")} for each in encoded]
+    return {"created": int(time.time()), "data": data, **encoded[0], "usage": _usage(), "drp": images.facts}
+
+
+def _usage() -> dict[str, Any]:
+    """Return what OpenAI's clients look for; nothing here is counted in tokens."""
+    details = {"image_tokens": 0, "text_tokens": 0}
+    return {"input_tokens": 0, "input_tokens_details": details, "output_tokens": 0, "total_tokens": 0}
+
+
+def _model(backend: Backend) -> dict[str, Any]:
+    return {"id": backend.model, "object": "model", "created": 0, "owned_by": "drp"}
 
 
 def _event(kind: str, data: Mapping[str, Any]) -> str:
     return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n"
 
 
-def _text(png: bytes) -> str:
-    return base64.b64encode(png).decode()
-
-
-def _told(error: BaseException) -> tuple[int, str]:
-    """Return the status and the words of an error."""
+def _explain(error: BaseException) -> tuple[int, str]:
+    """Return the status and the words of an error. What failed inside, workers' tracebacks say in the log alone."""
     if isinstance(error, ValueError):
         return 400, str(error)
     if isinstance(error, RefusedError):
@@ -175,13 +210,15 @@ def _told(error: BaseException) -> tuple[int, str]:
         return 499, "cancelled"
     if isinstance(error, (ConnectionError, TimeoutError)):
         return 503, str(error)
-    return 500, str(error) or repr(error)
+    log.error("a request failed: %s", error, exc_info=error)
+    return 500, f"the run failed ({type(error).__name__}); the log of `drp http` says why"
 
 
-def _error(status: int, message: str) -> dict[str, Any]:
+def _error(status: int, message: str, param: str | None = None) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 429 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": str(status)}}
+    readable = message.encode(errors="replace").decode()  # A name may hold half of a surrogate pair.
+    return {"error": {"message": readable, "type": kind, "param": param, "code": str(status)}}
 
 
-def _refusal(status: int, message: str) -> JSONResponse:
-    return JSONResponse(_error(status, message), status)
+def _refusal(status: int, message: str, param: str | None = None) -> JSONResponse:
+    return JSONResponse(_error(status, message, param), status)

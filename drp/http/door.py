@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from drp.client import Client, RemoteRun
-from drp.http.work import Images, News, Order
+from drp.client import Client, RemoteRun, Update
+from drp.http.work import ImageRequest, Images, Previews, ProgressEvent, Report, check_work
 from drp.pictures import encode_grid
+from drp.protocol.codec import ProtocolError
 from drp.sampling.result import Result
 
 SCALE = 1
+MAX_WIDTH = 16_384
+"""Pixels of an image, whose prompt says how wide it is."""
+STEPS = 48
+"""Steps of a run that does not say."""
 START, AGAIN = 10.0, 1.0
 """Seconds that a server has to answer: at first, and when it was away."""
 
@@ -26,11 +31,12 @@ class Door:
     """A backend over a `drp.Client` that `connect` makes within so many seconds, and again when the server was away.
 
     The prompt names classes, one digit each if there are at most ten, else numbers with spaces between. An image shows
-    the classes of the prompt in a row. Raises ValueError for a model that has no classes, or no pictures.
+    the classes of the prompt in a row. `max_work` is the most that one request may be, in pixels times steps. Raises
+    ValueError for a model that has no classes, or no pictures.
     """
 
-    def __init__(self, connect: Callable[[float], Client]) -> None:
-        self._connect, self._gate = connect, threading.Lock()
+    def __init__(self, connect: Callable[[float], Client], max_work: float = 1e9) -> None:
+        self._connect, self._gate, self._max_work = connect, threading.Lock(), max_work
         self._held = connect(START)
         spec, self.model = self._held.spec, self._held.model
         shape = spec.sample_shape or ()
@@ -48,29 +54,40 @@ class Door:
                 self._held = self._connect(AGAIN)
             return self._held
 
-    def begin(self, order: Order) -> Drawing:
+    def begin(self, request: ImageRequest, report: Report | None = None) -> Drawing:
         """Submit a run."""
-        pattern = r"\d" if self._classes <= 10 else r"\d+"
-        labels = [int(found) for found in re.findall(pattern, order.prompt)]
-        if not labels or re.sub(pattern, "", order.prompt).strip(" ,"):
+        pattern = r"[0-9]" if self._classes <= 10 else r"[0-9]+"
+        labels = [int(found) for found in re.findall(pattern, request.prompt)]
+        if not labels or re.sub(pattern, "", request.prompt).strip(" ,"):
             raise ValueError(
-                f"prompt is {order.prompt!r:.80}; {self.model} draws the numbers that it names, 0 to "
+                f"prompt is {request.prompt!r:.80}; {self.model} draws the numbers that it names, 0 to "
                 f"{self._classes - 1}: write digits, as in '314'"
             )
+        if "negative_prompt" in request.options:
+            raise ValueError(f"negative_prompt is given, which {self.model} does not take; leave it out")
         _, height, width = self._shape
-        own = f"{width * len(labels)}x{height}"
-        if order.size not in (None, "auto", own):
-            raise ValueError(f"size is {order.size!r}; {len(labels)} digits of {self.model} are {own}, or leave it out")
-        steps = int(order.options.get("steps", 48))
+        width *= len(labels)
+        if width > MAX_WIDTH:
+            raise ValueError(f"prompt names {len(labels)} digits, {width} pixels; at most {MAX_WIDTH}: ask for fewer")
+        if request.size not in (None, "auto", f"{width}x{height}"):
+            raise ValueError(
+                f"size is {request.size!r:.80}; {len(labels)} digits of {self.model} are {width}x{height}, or leave it "
+                "out"
+            )
+        steps = int(request.options.get("steps", STEPS))
+        check_work(request.n, width, height, steps, self._max_work)
         client = self._client
+        previews = request.previews if report is not None else 0
+        told = partial(_report, report, Previews(previews), len(labels), client.devices) if report is not None else None
         run = client.submit(
-            labels=labels * order.n,
-            progress=True,
-            previews=max(1, math.ceil(steps / order.previews)) if order.previews else 0,
-            timeline=order.timeline,
-            **order.options,
+            labels=labels * request.n,
+            progress=report is not None,
+            previews=max(1, steps // (previews + 1)) if previews else 0,
+            timeline=request.timeline,
+            on_update=told,
+            **request.options,
         )
-        return Drawing(run, len(labels), client.devices)
+        return Drawing(run, len(labels))
 
     def health(self) -> tuple[bool, Mapping[str, Any]]:
         """Ask the server."""
@@ -86,21 +103,22 @@ class Door:
         self._held.close()
 
 
+def _report(report: Report, previews: Previews, columns: int, devices: tuple[str, ...], update: Update) -> None:
+    evaluations = [vars(each) for each in update.evaluations]
+    facts = {"rounds": update.rounds, "evaluations": evaluations, "devices": devices}
+    preview = None
+    if update.preview is not None and previews.is_due(update.step, update.steps):
+        preview = partial(encode_grid, update.preview[:columns], columns, SCALE, 0)
+    report(ProgressEvent(update.step, update.steps, preview, facts))
+
+
 class Drawing:
     """A run whose samples lie side by side, `columns` in an image."""
 
-    def __init__(self, run: RemoteRun, columns: int, devices: tuple[str, ...]) -> None:
-        self._run, self._columns, self._devices = run, columns, devices
+    def __init__(self, run: RemoteRun, columns: int) -> None:
+        self._run, self._columns = run, columns
         self.images: Future[Images] = Future()
         run.add_done_callback(self._finish)
-
-    def news(self) -> Iterator[News]:
-        """Yield the run's updates."""
-        for update in self._run.progress():
-            evaluations = [vars(each) for each in update.evaluations]
-            facts = {"rounds": update.rounds, "evaluations": evaluations, "devices": self._devices}
-            preview = None if update.preview is None else self._png(update.preview[: self._columns])
-            yield News(update.step, update.steps, preview, facts)
 
     def cancel(self) -> None:
         """End the run."""
@@ -112,7 +130,8 @@ class Drawing:
     def _finish(self, run: Future[Result]) -> None:
         error = run.exception()
         if error is not None:
-            self.images.set_exception(error)
+            # A request that the gateway has put wrongly, such as labels that are too many, is its user's to mend.
+            self.images.set_exception(ValueError(str(error)) if isinstance(error, ProtocolError) else error)
             return
         result = run.result()
         pngs = [self._png(samples) for samples in torch.split(result.samples, self._columns)]

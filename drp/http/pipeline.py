@@ -7,11 +7,11 @@ import importlib
 import inspect
 import io
 import logging
-import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any, Final
@@ -19,15 +19,18 @@ from typing import Any, Final
 import torch
 from diffusers import DiffusionPipeline
 
-from drp.client import RefusedError
-from drp.diffusers import Report, parallelize
-from drp.http.work import Images, News, Order
-from drp.leader.errors import WorkerError
+from drp.diffusers import Report as Calls
+from drp.diffusers import parallelize
+from drp.errors import RefusedError, WorkerError
+from drp.http.previews import decoder
+from drp.http.work import ImageRequest, Images, Previews, ProgressEvent, Report, check_work
+from drp.leader.request import MAX_STEPS
 from drp.server.metrics import Counts, prometheus
 
 NAMES: Final = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 """Options of a run, as pipelines call them."""
-MOST: Final = 64
+MAX_SIDE: Final = 16_384
+"""Pixels."""
 START: Final = 600.0
 """Seconds that a pipeline has to load."""
 
@@ -39,66 +42,113 @@ log = logging.getLogger(__name__)
 class Pipeline:
     """A backend over the pipeline that `factory` makes, its steps spread over devices by `drp.diffusers.parallelize`.
 
-    `spread` are the arguments of that. There are no previews: what a pipeline's latents look like, its decoder alone
-    can say. If there is a `trace` among them and all workers are lost, the trace so far is kept beside that of the
-    next ones, with `-before` in its name.
+    `spread` are the arguments of that. At most `max_queue` requests wait; `max_work` is the most that one may be, in
+    pixels times steps. If there is a `trace` in `spread` and all workers are lost, the trace so far is kept beside that
+    of the next ones, with `-before` in its name.
     """
 
-    def __init__(self, factory: Callable[[], Any], model: str, spread: Mapping[str, Any], stall: float = 300.0) -> None:
+    def __init__(
+        self,
+        factory: Callable[[], Any],
+        model: str,
+        spread: Mapping[str, Any],
+        max_work: float = 1e9,
+        max_queue: int = 64,
+        stall: float = 300.0,
+    ) -> None:
+        if max_queue < 1 or not max_work >= 1:
+            raise ValueError(f"max_queue is {max_queue} and max_work {max_work}; give numbers from 1")
         self.model, self._factory, self._spread, self._stall = model, factory, spread, stall
-        self._orders: queue.Queue[PipelineWork | None] = queue.Queue(MOST)
+        self._max_work, self._max_queue = max_work, max_queue
+        self._waiting: deque[PipelineWork] = deque()
+        self._current: PipelineWork | None = None
+        self._closing = False
+        self._changed = threading.Condition()
         self._counts, self._lively = Counts(), time.monotonic()
-        self._ready: Future[frozenset[str]] = Future()
+        self._ready: Future[dict[str, Any]] = Future()
         self._thread = threading.Thread(target=self._serve, name="drp-pipeline", daemon=True)
         self._thread.start()
         self._known = self._ready.result(START)
 
-    def begin(self, order: Order) -> PipelineWork:
-        """Queue an order."""
-        arguments: dict[str, Any] = {"prompt": order.prompt, "num_images_per_prompt": order.n}
-        arguments |= {NAMES.get(name, name): value for name, value in order.options.items() if name != "seed"}
-        if order.size not in (None, "auto"):
-            found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", order.size or "")
-            if found is None:
-                raise ValueError(f"size is {order.size!r}; write width and height, as in '1024x1024'")
-            arguments |= {"width": int(found[1]), "height": int(found[2])}
+    def begin(self, request: ImageRequest, report: Report | None = None) -> PipelineWork:
+        """Queue a request."""
+        arguments: dict[str, Any] = {"prompt": request.prompt, "num_images_per_prompt": request.n}
+        arguments |= {NAMES.get(name, name): value for name, value in request.options.items() if name != "seed"}
+        if request.size not in (None, "auto"):
+            found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", request.size or "")
+            sides = (int(found[1]), int(found[2])) if found is not None else (0, 0)
+            if not 1 <= min(sides) <= max(sides) <= MAX_SIDE:
+                raise ValueError(
+                    f"size is {request.size!r:.80}; write width and height, as in '1024x1024', at most {MAX_SIDE} each"
+                )
+            arguments |= {"width": sides[0], "height": sides[1]}
         for name in arguments:
             if name not in self._known:
                 raise ValueError(f"{name} is given, which {self.model} does not take; leave it out")
-        seed = order.options.get("seed")
+        known = self._known | arguments
+        check_work(
+            request.n, known["width"], known["height"], known["num_inference_steps"] or MAX_STEPS, self._max_work
+        )
+        seed = request.options.get("seed")
         if seed is not None:
             arguments["generator"] = torch.Generator().manual_seed(seed)
-        work = PipelineWork(arguments, self._note_progress)
-        try:
-            self._orders.put_nowait(work)
-        except queue.Full:
-            self._counts.refused += 1
-            raise RefusedError("busy", f"{MOST} orders wait, as many as there may") from None
+        work = PipelineWork(arguments, request.previews, report, self._note_progress, self._withdraw)
+        with self._changed:
+            ahead = len(self._waiting) + (self._current is not None)
+            if self._closing or len(self._waiting) >= self._max_queue:
+                self._counts.refused += 1
+                why = "it is about to end" if self._closing else f"{ahead} requests are there, as many as there may be"
+                raise RefusedError("draining" if self._closing else "busy", why)
+            if not ahead:
+                self._note_progress()
+            self._waiting.append(work)
+            self._changed.notify()
+        if report is not None:
+            report(ProgressEvent(0, 0, None, {"ahead": ahead}))
         return work
 
     def health(self) -> tuple[bool, Mapping[str, Any]]:
         """Say whether there was progress lately, or nothing to do."""
-        still = time.monotonic() - self._lively if self._orders.unfinished_tasks else 0.0
+        unfinished = self._unfinished()
+        still = time.monotonic() - self._lively if unfinished else 0.0
         alive = self._thread.is_alive()
-        return alive and still <= self._stall, {"alive": alive, "since_progress": still}
+        return alive and still <= self._stall, {"alive": alive, "requests": unfinished, "since_progress": still}
 
     def metrics(self) -> str:
         """Return what was counted."""
-        waiting = {"requests": ("Requests that are not over.", self._orders.unfinished_tasks)}
-        return prometheus(self._counts, waiting)
+        return prometheus(self._counts, {"requests": ("Requests that are not over.", self._unfinished())})
 
     def close(self) -> None:
         """Cancel what waits and what is under way; wait until the pipeline is let go."""
-        while self._thread.is_alive():
-            try:
-                work = self._orders.get_nowait()
-            except queue.Empty:
-                break
-            if work is not None:
-                work.images.set_exception(CancelledError())
-            self._orders.task_done()
-        self._orders.put(None)
+        with self._changed:
+            self._closing = True
+            unwanted = [*self._waiting, *([self._current] if self._current is not None else [])]
+            self._changed.notify()
+        for work in unwanted:
+            work.cancel()
         self._thread.join(30.0)
+
+    def _unfinished(self) -> int:
+        return len(self._waiting) + (self._current is not None)
+
+    def _withdraw(self, work: PipelineWork) -> bool:
+        """Take a request that has not begun out of the queue; return whether it was there."""
+        with self._changed:
+            if work not in self._waiting:
+                return False
+            self._waiting.remove(work)
+            self._counts.cancelled += 1
+            return True
+
+    def _next(self) -> PipelineWork | None:
+        """Wait for a request; return None at the end."""
+        with self._changed:
+            self._current = None
+            self._changed.wait_for(lambda: self._waiting or self._closing)
+            if self._closing:
+                return None
+            self._current = self._waiting.popleft()
+            return self._current
 
     def _note_progress(self) -> None:
         self._lively = time.monotonic()
@@ -121,18 +171,17 @@ class Pipeline:
         """Draw until the end; return True if a worker is lost, and all are needed anew."""
         with parallelize(pipe, **self._spread) as run:
             if not self._ready.done():
-                self._ready.set_result(frozenset(inspect.signature(pipe.__call__).parameters))
-            while (work := self._orders.get()) is not None:
+                self._ready.set_result(_defaults(pipe))
+            while (work := self._next()) is not None:
                 self._note_progress()
                 lost = self._draw(pipe, work, run.report)
                 run.report.calls.clear()
-                self._orders.task_done()
                 if lost:
                     return True
         return False
 
-    def _draw(self, pipe: Any, work: PipelineWork, report: Report) -> bool:
-        """Carry an order out; return whether it lost a worker."""
+    def _draw(self, pipe: Any, work: PipelineWork, report: Calls) -> bool:
+        """Carry a request out; return whether it lost a worker."""
         began = time.monotonic()
         try:
             images = work.draw(pipe, report)
@@ -153,32 +202,37 @@ class Pipeline:
 class PipelineWork:
     """One call of a pipeline."""
 
-    def __init__(self, arguments: dict[str, Any], lively: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        arguments: dict[str, Any],
+        previews: int,
+        report: Report | None,
+        lively: Callable[[], None],
+        withdraw: Callable[[PipelineWork], bool],
+    ) -> None:
         self.images: Future[Images] = Future()
-        self._arguments, self._lively = arguments, lively
-        self._news: queue.SimpleQueue[News | None] = queue.SimpleQueue()
+        self._arguments, self._previews, self._report = arguments, Previews(previews), report
+        self._lively, self._withdraw = lively, withdraw
         self._unwanted = False
-        self.images.add_done_callback(lambda _: self._news.put(None))
-
-    def news(self) -> Iterator[News]:
-        """Yield the steps."""
-        while (news := self._news.get()) is not None:
-            yield news
 
     def cancel(self) -> None:
-        """Let it end with its next step."""
+        """End it at once if it waits, else with its next step."""
         self._unwanted = True
+        if self._withdraw(self):
+            self.images.set_exception(CancelledError())
 
-    def draw(self, pipe: Any, report: Report) -> Images:
+    def draw(self, pipe: Any, report: Calls) -> Images:
         """Call the pipeline; raise CancelledError if nobody wants the images any more."""
         if self._unwanted:
             raise CancelledError
+        decode = decoder(pipe, self._arguments)
 
         def step(own: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
             if self._unwanted:
                 raise CancelledError
             self._lively()
-            self._news.put(News(index + 1, int(own.num_timesteps)))
+            if self._report is not None:
+                self._report(self._event(index + 1, int(own.num_timesteps), kwargs, decode))
             return kwargs
 
         images = pipe(**self._arguments, callback_on_step_end=step).images
@@ -188,17 +242,34 @@ class PipelineWork:
             facts["notes"] = list(report.calls[-1].notes)  # lost workers among them
         return Images([_png(image) for image in images], facts)
 
+    def _event(
+        self, step: int, steps: int, kwargs: dict[str, Any], decode: Callable[[torch.Tensor], bytes | None]
+    ) -> ProgressEvent:
+        """Return what is told of a step. Its preview is decoded now: the next step may write over the latents."""
+        latents = kwargs.get("latents")
+        png = decode(latents) if latents is not None and self._previews.is_due(step, steps) else None
+        return ProgressEvent(step, steps, None if png is None else lambda: png)
 
-def load(name: str, spread: Mapping[str, Any]) -> Pipeline:
+
+def _defaults(pipe: Any) -> dict[str, Any]:
+    """Return what a pipeline's call takes, and what it takes for each that is not given; a size in pixels."""
+    taken = {name: each.default for name, each in inspect.signature(pipe.__call__).parameters.items()}
+    side = int(getattr(pipe, "default_sample_size", None) or 64) * int(getattr(pipe, "vae_scale_factor", 1))
+    for name in ("width", "height"):
+        taken[name] = taken.get(name) or side
+    return taken
+
+
+def load(name: str, spread: Mapping[str, Any], max_work: float = 1e9, max_queue: int = 64) -> Pipeline:
     """Return the backend over `package.module:factory`, or over a folder or a hub's name; ValueError if it is none."""
     module, colon, attribute = name.partition(":")
     if not colon:
-        return Pipeline(functools.partial(DiffusionPipeline.from_pretrained, name), name, spread)
+        return Pipeline(functools.partial(DiffusionPipeline.from_pretrained, name), name, spread, max_work, max_queue)
     try:
         factory = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{name!r} is no pipeline: {error}; write package.module:factory, or a folder") from None
-    return Pipeline(factory, name, spread)
+    return Pipeline(factory, name, spread, max_work, max_queue)
 
 
 def _png(image: Any) -> bytes:

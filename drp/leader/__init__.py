@@ -1,6 +1,6 @@
 """The leader: owns all shared memory, runs the rounds, watches the workers."""
 
-from drp.leader.errors import WorkerError
+from drp.errors import WorkerError
 from drp.leader.ground import GpuOptions
 from drp.leader.leader import Leader
 

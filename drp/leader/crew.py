@@ -6,8 +6,8 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
+from drp.errors import WorkerError
 from drp.leader.devices import Device
-from drp.leader.errors import WorkerError
 from drp.leader.ground import Ground
 from drp.leader.pool import Pool, WorkerProcess
 from drp.protocol.cuda import CudaError, GpuMemory

@@ -18,6 +18,7 @@ from concurrent.futures import CancelledError, Future
 
 import torch
 
+from drp.errors import WorkerError
 from drp.leader.active import Active, ActiveRun, Pending, Sent
 from drp.leader.ahead import AheadRun, Answer
 from drp.leader.awake import Awake
@@ -25,7 +26,6 @@ from drp.leader.carried import Carried, give_back
 from drp.leader.clock import Clock
 from drp.leader.devices import Device
 from drp.leader.dispatch import Dispatch
-from drp.leader.errors import WorkerError
 from drp.leader.ground import GpuOptions, Ground
 from drp.leader.inbox import Asked, Inbox
 from drp.leader.marks import Marks

@@ -6,8 +6,8 @@ import os
 import threading
 from collections import deque
 
+from drp.errors import WorkerError
 from drp.leader.active import Pending
-from drp.leader.errors import WorkerError
 from drp.leader.request import Job, Request
 from drp.leader.session import Session
 

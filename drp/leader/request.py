@@ -21,8 +21,18 @@ from drp.sampling.named import make_solver
 from drp.sampling.run import Callback, Noise, Queue, Run, slots
 from drp.sampling.solvers import Solver
 
-MOST_DRAFTS = 1024
-MOST_NUMBERS = 2**34
+MAX_SAMPLES = 16_384
+MAX_STEPS = 10_000
+MAX_DRAFTS = 256
+MAX_EVALUATIONS = 100_000
+MAX_GUIDANCE = 1e6
+MAX_TIMESTEP = 1e9
+MAX_NUMBERS = 2**34
+"""Limits of one run, whoever asks for it: one within them cannot hold up the leader's other runs for long.
+
+Drawing the noise takes 7 microseconds a sample, working out a round's coefficients time that grows with the square of
+its drafts (60 ms for 256 of 1,000 steps). A timestep is at most what the workers' protocol holds.
+"""
 MOST_SIZES = 16
 
 
@@ -60,11 +70,11 @@ class Request:
     """One run as asked for.
 
     labels: classes, one a sample, for a model that has classes.
-    count: how many samples; by default as many as labels, else 1.
+    count: how many samples, at most 16,384; by default as many as labels, else 1.
     shape: one sample's shape, without the batch, for a model that does not say.
     cond: tensors handed to the denoiser by name, as they are.
     guidance: scale of classifier-free guidance; by default the model's.
-    steps: N, the steps of the solver.
+    steps: N, the steps of the solver, at most 10,000.
     solver: its name (`drp.sampling.named.SOLVER_NAMES`), or one made by hand, which has its grid, its prediction type
         and its steps already. See docs/schedulers.md.
     solver_options: of the solver, by name: {"order": 3}, {"eta": 1.0}.
@@ -76,12 +86,14 @@ class Request:
     image: a sample [B, ...] to start from in the middle, noised as far as `strength` says.
     strength: the share of the steps that is taken, above 0 to 1.
     mode: "sequential", "conservative", "aggressive", "adaptive", or a mode object of your own. See docs/drafts.md.
-    drafts: n, the drafts a round; by default one a device. The samples depend on it, and not on the devices.
+    drafts: n, the drafts a round, at most 256; by default one a device. The samples depend on it, and not on the
+        devices.
     target_speedup: choose mode and drafts so that evaluations over rounds come to this, with at most `drafts`.
     rule: how drafts are made: "paper", "secant" or a `drp.sampling.drafts.DraftRule`; by default the best measured.
     tolerance: of mode "adaptive": the relative residual at which predictions are given up; 0 is sequential.
     warmup: steps taken sequentially first.
-    sweeps: how many times more each block of drafts is evaluated, each time refined through the last.
+    sweeps: how many times more each block of drafts is evaluated, each time refined through the last. A run has at most
+        100,000 evaluations.
     seed: of the noise; sample i has the same whatever the count.
     callback: called as callback(k, state) once for each step k = 1..N, in order; the state [B, ...] is a view, valid
         during the call. It runs while the workers compute. What it raises ends the run.
@@ -166,7 +178,7 @@ def make_job(request: Request, spec: ModelSpec, devices: int) -> Job:
     count = _count(request.count, labels)
     shape = _shape(request.shape, spec)
     kept = slots(solver, mode)
-    if count * math.prod(shape) * 2 * kept > MOST_NUMBERS:
+    if count * math.prod(shape) * 2 * kept > MAX_NUMBERS:
         raise ValueError(f"count {count} of shape {list(shape)} with {kept} drafts kept is too large; ask for fewer")
     cond = _cond(request, spec)
     if labels is not None:
@@ -195,11 +207,24 @@ def _solver(request: Request) -> Solver:
                 "grid, solver_options and strength go with a solver's name; this one is made already, so set them there"
             )
         return request.solver
-    steps = _whole("steps", request.steps)
+    steps = _whole("steps", request.steps, 1, MAX_STEPS)
     strength = request.strength if request.image is not None else 1.0
     if request.image is None and request.strength != 1.0:
         raise ValueError(f"strength is {request.strength}, but there is no image to start from; give image")
-    return make_solver(request.solver, steps, request.prediction_type, request.grid, request.solver_options, strength)
+    grid, options = request.grid, request.solver_options
+    try:
+        with np.errstate(all="ignore"):  # What comes of it is looked at below.
+            solver = make_solver(request.solver, steps, request.prediction_type, grid, options, strength)
+    except (ArithmeticError, IndexError, TypeError) as error:
+        raise ValueError(f"grid {dict(grid)!s:.200} and solver_options {dict(options)!s:.200}: {error}") from None
+    own = solver.grid
+    numbers = np.concatenate((own.timesteps, own.alphas, own.sigmas, [own.start]))
+    if not np.all(np.isfinite(numbers)) or np.max(np.abs(numbers)) > MAX_TIMESTEP:
+        raise ValueError(
+            f"grid {dict(grid)!s:.200} leads to timesteps or noise levels that are no finite numbers within "
+            f"{MAX_TIMESTEP:g}; leave out what is extreme in it"
+        )
+    return solver
 
 
 def _start(request: Request, solver: Solver, noise: Tensor) -> Tensor:
@@ -234,19 +259,27 @@ def _seed_of(seed: int, k: int) -> int:
     return int(np.random.SeedSequence([seed, k]).generate_state(1, np.uint64)[0]) >> 1
 
 
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise ValueError(f"{name} is {value!r}; give a whole number from 0")
+def _whole(name: str, value: Any, low: int = 0, high: int = 2**63 - 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r:.80}; give a whole number, {low} to {high}")
     return value
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r:.80}; give a number, {low:g} to {high:g}")
+    return float(value)
 
 
 def _mode(request: Request, devices: int, steps: int) -> Mode:
     if isinstance(request.mode, str):
-        drafts = devices if request.drafts is None else _whole("drafts", request.drafts)
+        limited = request.drafts is not None
+        drafts = _whole("drafts", request.drafts, 1, MAX_DRAFTS) if limited else min(devices, MAX_DRAFTS)
         name = request.mode
         if request.target_speedup is not None:
-            name, drafts = choose(request.target_speedup, steps, drafts)
-        mode = make_mode(name, drafts, request.tolerance, _rule(request.rule))
+            name, drafts = choose(_number("target_speedup", request.target_speedup, 1, MAX_STEPS), steps, drafts)
+        tolerance = _number("tolerance", request.tolerance, 0, math.inf)
+        mode = make_mode(name, drafts, tolerance, _rule(request.rule))
     elif request.drafts is not None or request.rule is not None or request.target_speedup is not None:
         raise ValueError(
             f"mode is {request.mode}, an object that says itself how drafts are made and how many; leave out drafts, "
@@ -254,12 +287,12 @@ def _mode(request: Request, devices: int, steps: int) -> Mode:
         )
     else:
         mode = request.mode
-    if _whole("sweeps", request.sweeps):
+    if _whole("sweeps", request.sweeps, 0, MAX_EVALUATIONS // steps - 1):
         mode = Sweeps(mode, request.sweeps)
-    if _whole("warmup", request.warmup):
+    if _whole("warmup", request.warmup, 0, MAX_STEPS):
         mode = Warmup(mode, request.warmup)
-    if mode.width > MOST_DRAFTS:
-        raise ValueError(f"{mode.width} drafts a round; at most {MOST_DRAFTS}")
+    if mode.width > MAX_DRAFTS:
+        raise ValueError(f"{mode.width} drafts a round; at most {MAX_DRAFTS}")
     return mode
 
 
@@ -270,6 +303,9 @@ def _rule(rule: str | DraftRule | None) -> DraftRule:
         if rule not in RULES:
             raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}, or give a DraftRule")
         return RULES[rule]
+    if rule.carry is not None:
+        _number("rule.carry", rule.carry, 0, 1)
+    _number("rule.slope", rule.slope, -10, 10)
     return rule
 
 
@@ -282,6 +318,8 @@ def _labels(labels: Sequence[int] | Tensor | None, spec: ModelSpec) -> Tensor | 
         given = torch.as_tensor(labels, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"labels {labels!r:.80} are not whole numbers: {error}") from None
+    if given.dim() == 1 and len(given) > MAX_SAMPLES:
+        raise ValueError(f"there are {len(given)} labels; at most {MAX_SAMPLES} in one run, ask for fewer")
     if given.dim() != 1 or len(given) == 0 or given.is_floating_point() or given.dtype == torch.bool:
         raise ValueError(f"labels {labels!r:.80} must be a list of one or more whole numbers")
     if spec.classes is not None:
@@ -294,8 +332,7 @@ def _labels(labels: Sequence[int] | Tensor | None, spec: ModelSpec) -> Tensor | 
 def _count(count: int | None, labels: Tensor | None) -> int:
     if count is None:
         return 1 if labels is None else len(labels)
-    if _whole("count", count) == 0:
-        raise ValueError("count is 0; ask for 1 sample or more")
+    _whole("count", count, 1, MAX_SAMPLES)
     if labels is not None and len(labels) != count:
         raise ValueError(f"count is {count}, but there are {len(labels)} labels; give one a sample")
     return count
@@ -333,14 +370,15 @@ def _cond(request: Request, spec: ModelSpec) -> dict[str, Tensor]:
         raise ValueError(f"cond holds {len(cond)} tensors; at most 60")
     guidance = spec.guidance if request.guidance is None else request.guidance
     if guidance is not None:
-        if isinstance(guidance, bool) or not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
-            raise ValueError(f"guidance is {guidance!r}; give a finite number")
-        cond["guidance"] = torch.tensor(float(guidance), dtype=torch.float32, device="cpu")
+        scale = _number("guidance", guidance, -MAX_GUIDANCE, MAX_GUIDANCE)
+        cond["guidance"] = torch.tensor(scale, dtype=torch.float32, device="cpu")
     return cond
 
 
 def _noise(seed: int, count: int, shape: tuple[int, ...]) -> Tensor:
     """Draw one sample after the other, so that a sample's noise does not depend on how many are asked for."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    drawn = [torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for _ in range(count)]
-    return torch.stack(drawn)
+    samples = torch.empty((count, *shape), dtype=torch.float32, device="cpu")
+    for sample in samples:
+        sample.normal_(generator=generator)
+    return samples

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from drp.errors import WorkerError
 from drp.leader.active import Sent
 from drp.leader.clock import Clock
 from drp.leader.crew import Crew
 from drp.leader.devices import Device
-from drp.leader.errors import WorkerError
 from drp.leader.ground import Ground
 from drp.leader.pool import GRACE, Pool, WorkerProcess, failure
 from drp.protocol.codec import encode

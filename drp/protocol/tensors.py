@@ -90,7 +90,11 @@ def nbytes_of_samples(submit: Submit, spec: ModelSpec) -> int:
 def shared(shape: tuple[int, ...]) -> tuple[SharedMemory, Tensor]:
     """Return new shared memory of this process and a tensor float32 in it."""
     memory = SharedMemory.create(math.prod(shape) * torch.float32.itemsize)
-    return memory, memory.tensor(0, shape, torch.float32)
+    try:
+        return memory, memory.tensor(0, shape, torch.float32)
+    except BaseException:
+        memory.close()
+        raise
 
 
 def open_shared(data: TensorData) -> Tensor:

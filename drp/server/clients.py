@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,6 +18,12 @@ from drp.server.ticket import Ticket
 
 AGAIN: Final = 0.02
 """Seconds after which a client that had no room for a message is tried again."""
+MAX_UNSENT: Final = 1024
+"""Messages that one client may leave unread."""
+MAX_BYTES: Final = 4 << 30
+"""Bytes that all clients together may leave unread, or in shared memory that they have not taken."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -30,6 +37,17 @@ class Client:
     outbox: deque[list[Frame]] = field(default_factory=deque)
     told: float = 0.0
     """When it last took something."""
+
+    @property
+    def requests(self) -> int:
+        """How many requests count against its share: those under way, and what it has not read or taken of others."""
+        return len(self.tickets) + len(self.untaken) + len(self.outbox)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are kept for it."""
+        unsent = sum(memoryview(frame).nbytes for frames in self.outbox for frame in frames)
+        return unsent + sum(memory.nbytes for memory, _ in self.untaken.values())
 
     @property
     def waits(self) -> bool:
@@ -74,10 +92,17 @@ class Clients:
         return AGAIN if self.unsent else BEAT
 
     def send(self, client: Client, message: ToClient, frames: Sequence[Frame] = ()) -> None:
-        """Send a message, or keep it until the client has room."""
+        """Send a message, or keep it until the client has room; forget a client that leaves too much unread."""
+        if self._all.get(client.address) is not client:
+            return
         client.outbox.append([encode(message), *frames])
         if len(client.outbox) == 1:
             self._flush(client)
+        if len(client.outbox) > MAX_UNSENT:
+            log.warning("client %r has left %d messages unread, and is dropped", client.name, MAX_UNSENT)
+            self.forget(client)
+        elif client.outbox:
+            self._limit_bytes()
 
     def reply(self, address: bytes, message: ToClient) -> None:
         """Answer somebody who has no session, if they listen."""
@@ -86,6 +111,7 @@ class Clients:
     def keep(self, client: Client, request: int, memory: SharedMemory) -> None:
         """Hold the shared memory of a result until it is taken."""
         client.untaken[request] = memory, time.monotonic() + TAKE
+        self._limit_bytes()
 
     def taken(self, client: Client, request: int) -> None:
         """Give the memory of a result back."""
@@ -128,6 +154,15 @@ class Clients:
     def close(self) -> None:
         """End all sessions."""
         for client in list(self._all.values()):
+            self.forget(client)
+
+    def _limit_bytes(self) -> None:
+        """Forget the clients that most is kept for, while more is kept than may be."""
+        kept = {client.address: client.nbytes for client in self._all.values() if client.outbox or client.untaken}
+        while sum(kept.values()) > MAX_BYTES:
+            address = max(kept, key=kept.__getitem__)
+            client = self._all[address]
+            log.warning("client %r has left %d bytes unread, and is dropped", client.name, kept.pop(address))
             self.forget(client)
 
     def _probe(self) -> None:

@@ -3,39 +3,51 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import resource
 import socket
 import stat
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import parse_monitor_message
 
 from drp.protocol.door import MAX_FRAME
+from drp.protocol.keys import Keys
 from drp.protocol.tensors import Frame
 from drp.protocol.transport import MAX_PATH
-from drp.server.keys import Keys
 
 OUT: Final = 64
 """Messages that wait in a connection, each way, for a peer that is slower."""
+LAST_READ: Final = 1.0
+"""Seconds for which what clients are still sending is read away at the end."""
 
+log = logging.getLogger(__name__)
 
 Sent = Literal["sent", "full", "gone"]
 """What became of a message: the client may have no room for it now, or may be there no more."""
 
 
 class Endpoint:
-    """A ROUTER bound to `address`. One thread uses it."""
+    """A ROUTER bound to `address`. One thread uses it.
 
-    def __init__(self, address: str, keys: Keys | None = None) -> None:
+    max_connections: beyond so many, new ones are closed. libzmq aborts the process that has no descriptor left when it
+        accepts a connection (`ipc_listener.cpp` does not expect EMFILE), so this must lie below the process's limit.
+    """
+
+    def __init__(self, address: str, keys: Keys | None = None, max_connections: int = 272) -> None:
+        self._max_connections, self._connections = max_connections, set[int]()
         self.local = address.startswith("ipc://")
         self._path = check_address(address, keys)
         self._context = zmq.Context(io_threads=1)
         self._authenticator: ThreadAuthenticator | None = None
         self.socket = self._context.socket(zmq.ROUTER)
-        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         try:
             self.socket.setsockopt(zmq.LINGER, 1000)  # Last answers have a second to leave.
             self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
@@ -49,7 +61,7 @@ class Endpoint:
             if keys is not None and not self.local:
                 self._admit(keys)
             try:
-                self.socket.bind(address)
+                self.socket.bind(address if self._path is None else f"ipc://{self._path}")
             except zmq.ZMQError as error:
                 raise OSError(f"cannot listen on {address}: {error}") from None
             self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -88,23 +100,67 @@ class Endpoint:
         return client.bytes, [frame.buffer for frame in frames]
 
     def has_lost(self) -> bool:
-        """Return whether a connection was lost since the last call."""
+        """Return whether a connection was lost since the last call; close new ones that are too many."""
         lost = False
         while self.monitor.poll(0):
-            self.monitor.recv_multipart(zmq.NOBLOCK)
-            lost = True
+            event = parse_monitor_message(self.monitor.recv_multipart(zmq.NOBLOCK))
+            descriptor = int(event["value"])
+            if event["event"] == zmq.EVENT_DISCONNECTED:
+                self._connections.discard(descriptor)
+                lost = True
+                continue
+            self._connections.add(descriptor)
+            if len(self._connections) > self._max_connections:
+                self._disconnect(descriptor)
+            if len(self._connections) == self._max_connections + 1:  # once, however many come
+                log.warning("%d connections are open; those beyond are closed", self._max_connections)
         return lost
+
+    def _disconnect(self, descriptor: int) -> None:
+        """Shut a connection down, which libzmq then closes. A descriptor that is another's by now is left alone."""
+        try:
+            with socket.socket(fileno=os.dup(descriptor)) as connection:
+                own = connection.getsockname()
+                if own == str(self._path) if self.local else own[1:2] == (int(self.address.rpartition(":")[2]),):
+                    connection.shutdown(socket.SHUT_RDWR)
+        except OSError:  # It is closed already, or is no socket.
+            pass
 
     def close(self) -> None:
         """Close; what was sent last has a moment to leave."""
         if self._authenticator is not None:
             self._authenticator.stop()
+        # libzmq aborts the process where a connection whose messages were left unread breaks and a heartbeat is due.
+        deadline = time.monotonic() + LAST_READ
+        while self.receive() is not None and time.monotonic() < deadline:
+            pass
         self.socket.disable_monitor()
         self.monitor.close()
         self.socket.close()
         self._context.term()
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process have as many descriptors as it may: the soft limit of 1,024 is for users of select."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def check_descriptors(clients: int) -> int:
+    """Return how many connections a server for so many clients lets in; ValueError if it has no descriptors for them.
+
+    Twice as many connections as clients are let in: a client that is one too many can be told so.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    connections = 2 * clients + 16
+    if connections > soft // 2:
+        raise ValueError(
+            f"max_clients is {clients}, which takes {2 * connections} descriptors, and this process may have {soft}; "
+            "lower it, or raise the limit (ulimit -n)"
+        )
+    return connections
 
 
 def default_address() -> str:
@@ -126,9 +182,9 @@ def check_address(address: str, keys: Keys | None) -> Path | None:
 
 def _private(address: str) -> Path:
     """Return an ipc address's path, in a directory that only this user can enter; make that if it is missing."""
-    path = Path(address.removeprefix("ipc://"))
-    if not path.is_absolute() or len(str(path)) > MAX_PATH:
-        raise ValueError(f"{address!r} is no address; give ipc:// and a whole path of at most {MAX_PATH} characters")
+    path = Path(address.removeprefix("ipc://")).absolute()
+    if len(str(path)) > MAX_PATH:
+        raise ValueError(f"{address!r} is no address; give ipc:// and a path of at most {MAX_PATH} characters")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     facts = path.parent.lstat()
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o077:

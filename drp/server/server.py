@@ -14,7 +14,7 @@ from typing import Final
 
 import zmq
 
-from drp.leader.errors import WorkerError
+from drp.errors import WorkerError
 from drp.leader.leader import Leader
 from drp.protocol.codec import ProtocolError, decode
 from drp.protocol.door import (
@@ -37,13 +37,13 @@ from drp.protocol.door import (
     TensorData,
     ToServer,
 )
+from drp.protocol.keys import Keys
 from drp.protocol.tensors import Frame, Frames, nbytes_of_samples, shape_of_samples, shared
 from drp.sampling.result import Result
 from drp.server import options
 from drp.server.clients import Client, Clients
-from drp.server.endpoint import Endpoint
+from drp.server.endpoint import Endpoint, check_descriptors
 from drp.server.feed import Feed
-from drp.server.keys import Keys
 from drp.server.metrics import Counts, prometheus
 from drp.server.ticket import Ticket
 
@@ -61,6 +61,7 @@ class Server:
     model: the name that clients are told.
     address: ipc://PATH, in a directory of mode 0700, or tcp://HOST:PORT, with `keys`.
     most: requests at once, of all clients together, waiting ones included.
+    max_clients: sessions at once.
     stall: seconds without progress of any request after which the server is not healthy.
 
     Raises ValueError for an address that cannot be, OSError if it is taken.
@@ -74,12 +75,17 @@ class Server:
         *,
         keys: Keys | None = None,
         most: int = 64,
+        max_clients: int = 128,
         stall: float = 30.0,
     ) -> None:
-        if most < 1 or not 0 < stall < math.inf:
-            raise ValueError(f"most is {most} and stall {stall}; give a whole number from 1 and seconds above 0")
+        if most < 1 or max_clients < 1 or not 0 < stall < math.inf:
+            raise ValueError(
+                f"most is {most}, max_clients {max_clients} and stall {stall}; give whole numbers from 1 and seconds "
+                "above 0"
+            )
         self._leader, self._model, self._most, self._stall = leader, model, most, stall
-        self._endpoint = Endpoint(address, keys)
+        self._max_clients = max_clients
+        self._endpoint = Endpoint(address, keys, check_descriptors(max_clients))
         self._clients = Clients(self._endpoint, self._on_gone, self._on_untaken)
         self._tickets: set[Ticket] = set()
         self._reports: deque[Ticket] = deque()
@@ -190,6 +196,11 @@ class Server:
         if message.version != VERSION:
             self._clients.reply(address, Refused(None, "version", f"this server speaks version {VERSION}"))
             return
+        if self._clients.get(address) is None and len(self._clients) >= self._max_clients:
+            self._counts.refused += 1
+            reason = f"{self._max_clients} clients are connected, as many as this server takes; try again later"
+            self._clients.reply(address, Refused(None, "busy", reason))
+            return
         log.info("client %r is there", message.name)
         client = self._clients.open(address, message.name)
         self._clients.send(client, Opened(VERSION, self._model, self._leader.spec, self._leader.devices, self._most))
@@ -197,10 +208,10 @@ class Server:
     def _submit(self, client: Client, submit: Submit, frames: Sequence[Frame]) -> None:
         if submit.request in client.tickets or submit.request in client.untaken:
             raise ProtocolError(f"request {submit.request} is there already")
-        ahead = len(self._tickets) + self._clients.unsent
+        ahead = len(self._tickets)
         ticket = Ticket(client.address, submit, self._report, self._note_progress)
         try:
-            refused = self._why_not(submit, ahead) or self._begin(ticket, frames)
+            refused = self._why_not(client, submit, ahead) or self._begin(ticket, frames)
         except ProtocolError as error:
             self._counts.bad_messages += 1
             refused = Refused(submit.request, "protocol", str(error)[:2000])
@@ -216,15 +227,21 @@ class Server:
         self._clients.send(client, Accepted(submit.request, ahead))
         ticket.pending.add_done_callback(ticket.on_end)
 
-    def _why_not(self, submit: Submit, ahead: int) -> Refused | None:
+    def _why_not(self, client: Client, submit: Submit, ahead: int) -> Refused | None:
         """Return why a request is refused, whatever the leader would say of it."""
         if self._draining is not None or self._leader.closed:
             return Refused(submit.request, "draining", "this server is about to end")
         if ahead >= self._most:
             return Refused(submit.request, "busy", f"{ahead} requests are there, as many as this server takes")
+        if client.requests >= self._most:
+            reason = f"{client.requests} results and requests of this client are there; read and take them first"
+            return Refused(submit.request, "busy", reason)
         if submit.memory and not self._endpoint.local:
             return Refused(submit.request, "invalid", "memory is true, which an ipc:// address alone allows")
         nbytes = nbytes_of_samples(submit, self._leader.spec)
+        if nbytes == 0:
+            shape = shape_of_samples(submit, self._leader.spec)
+            return Refused(submit.request, "invalid", f"samples of shape {list(shape)} are none; give sizes from 1")
         if nbytes > MAX_FRAME:
             return Refused(submit.request, "invalid", f"samples of {nbytes} bytes; at most {MAX_FRAME}: ask for fewer")
         return None

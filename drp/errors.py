@@ -1,6 +1,10 @@
-"""What can go wrong between a client and its server."""
+"""The errors of drp. Bad arguments are ValueErrors, as everywhere in Python; a lost connection is a ConnectionError."""
 
 from __future__ import annotations
+
+
+class WorkerError(RuntimeError):
+    """A worker could not start, raised, died or did not answer; the message says which, how, and its last words."""
 
 
 class RefusedError(RuntimeError):

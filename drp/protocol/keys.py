@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import zmq.auth
+from zmq.utils import z85
 
 SECRET = ".key_secret"  # noqa: S105  # how files with one end
 
@@ -21,9 +23,17 @@ class Keys:
 
     @classmethod
     def read(cls, directory: Path) -> Keys:
-        """Return what `make` has put into a directory."""
-        public, secret = pair(directory / f"server{SECRET}")
-        return cls(public, secret, directory / "clients")
+        """Return what `make` has put into a directory; raise ValueError that names a file without a usable key.
+
+        The clients' files are all read here: later, one that cannot be read would keep every client out.
+        """
+        own, secret = pair(directory / f"server{SECRET}")
+        clients = directory / "clients"
+        if not clients.is_dir():
+            raise ValueError(f"{clients} is no directory with the public keys of clients; `drp keys` makes it")
+        for path in sorted(clients.glob("*.key")):
+            public(path)
+        return cls(own, secret, clients)
 
 
 def make(directory: Path, clients: list[str]) -> list[Path]:
@@ -61,6 +71,10 @@ def public(path: Path) -> bytes:
 
 def _load(path: Path) -> tuple[bytes, bytes | None]:
     try:
-        return zmq.auth.load_certificate(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no key in {path}: {error}; `drp keys` makes them") from None
+        found = zmq.auth.load_certificate(path)
+        for key in found:
+            if key is not None and len(z85.decode(key)) != 32:
+                raise ValueError(f"{len(key)} characters where a key has 40")
+        return found
+    except (OSError, ValueError, LookupError, struct.error) as error:  # the last two are z85's, for other characters
+        raise ValueError(f"no key in {path}: {error!s:.200}; `drp keys` makes them, or remove the file") from None
