@@ -172,9 +172,31 @@ def test_what_cannot_be_is_refused(gateway: Gateway, body: dict[str, Any], statu
     assert answer["error"]["type"] == "invalid_request_error"
 
 
-NULLS = ("model", "n", "size", "quality", "style", "background", "moderation", "response_format", "output_format")
-NULLS += ("output_compression", "stream", "partial_images", "timeline", "user", "steps", "seed", "mode", "drafts")
-NULLS += ("guidance", "negative_prompt", "solver", "rule", "tolerance")
+NULLS = [
+    "model",
+    "n",
+    "size",
+    "quality",
+    "style",
+    "background",
+    "moderation",
+    "response_format",
+    "output_format",
+    "output_compression",
+    "stream",
+    "partial_images",
+    "timeline",
+    "user",
+    "steps",
+    "seed",
+    "mode",
+    "drafts",
+    "guidance",
+    "negative_prompt",
+    "solver",
+    "rule",
+    "tolerance",
+]
 
 
 @pytest.mark.parametrize(

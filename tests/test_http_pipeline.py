@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import psutil
@@ -15,8 +16,9 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
+from drp.errors import RefusedError
 from drp.http.pipeline import Pipeline, load
-from drp.http.work import Order
+from drp.http.work import ImageRequest, ProgressEvent
 from drp.trace import read
 from tests.test_trace import check_format
 
@@ -47,8 +49,8 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
         sys.path.remove(EXAMPLES)
 
 
-def order(**options: object) -> Order:
-    return Order("a cat", n=1, size="64x64", options={"steps": 6, "seed": 3, "guidance": 2.0, **options})
+def order(previews: int = 0, **options: object) -> ImageRequest:
+    return ImageRequest("a cat", 1, "64x64", previews, options={"steps": 6, "seed": 3, "guidance": 2.0, **options})
 
 
 def same(png: bytes, image: Image.Image) -> bool:
@@ -69,15 +71,26 @@ def test_the_images_are_the_pipelines(backend: Pipeline) -> None:
             guidance_scale=2.0,
             generator=torch.Generator().manual_seed(3),
         ).images[0]
-    left = backend.begin(order(steps=400))
-    assert next(left.news()).step == 1
+    begun: SimpleQueue[ProgressEvent] = SimpleQueue()
+    left = backend.begin(order(steps=400), begun.put)
+    assert begun.get(timeout=DEADLINE).facts == {"ahead": 0}
+    assert begun.get(timeout=DEADLINE).step == 1
+    events: list[ProgressEvent] = []
+    work = backend.begin(order(previews=2), events.append)
+    waiting = backend.begin(order())
+    waiting.cancel()  # It has not begun, and ends at once.
+    with pytest.raises(CancelledError):
+        waiting.images.result(0)
     left.cancel()
-    work = backend.begin(order())
     with pytest.raises(CancelledError):
         left.images.result(DEADLINE)
-    news = list(work.news())
-    assert [(each.step, each.steps) for each in news] == [(k, 6) for k in range(1, 7)]
     images = work.images.result(DEADLINE)
+    assert events[0].facts == {"ahead": 1}
+    assert [(each.step, each.steps) for each in events[1:]] == [(k, 6) for k in range(1, 7)]
+    previews = {each.step: each.preview() for each in events if each.preview is not None}
+    assert list(previews) == [2, 4]
+    with Image.open(io.BytesIO(previews[4])) as preview:
+        assert (preview.format, preview.size) == ("PNG", (64, 64))
     assert same(images.pngs[0], expected)
     assert (images.facts["steps"], images.facts["rounds"], images.facts["devices"]) == (6, 4, ("cpu:0", "cpu:1"))
     assert backend.health()[0]
@@ -86,9 +99,10 @@ def test_the_images_are_the_pipelines(backend: Pipeline) -> None:
 
 def test_a_lost_worker_is_told(backend: Pipeline) -> None:
     assert backend.begin(order()).images.result(DEADLINE).facts["notes"] == []
-    work = backend.begin(order(steps=30))
-    news = work.news()
-    next(news)
+    begun: SimpleQueue[ProgressEvent] = SimpleQueue()
+    work = backend.begin(order(steps=30), begun.put)
+    while begun.get(timeout=DEADLINE).step == 0:
+        pass
     worker = psutil.Process().children()[0]
     worker.kill()
     notes = work.images.result(DEADLINE).facts["notes"]
@@ -99,6 +113,25 @@ def test_what_a_pipeline_does_not_take_is_refused(backend: Pipeline) -> None:
     with pytest.raises(ValueError, match="mode is given, which tiny:sdxl does not take"):
         backend.begin(order(mode="adaptive"))
     with pytest.raises(ValueError, match="size is 'large'"):
-        backend.begin(Order("a cat", size="large"))
+        backend.begin(ImageRequest("a cat", size="large"))
+    with pytest.raises(ValueError, match="at most 16384 each"):
+        backend.begin(ImageRequest("a cat", size="99999x99999"))
+    with pytest.raises(ValueError, match=r"1000 steps are .* pixel steps, and one request may have 1e\+09"):
+        backend.begin(ImageRequest("a cat", n=10, size="1024x1024", options={"steps": 1000}))
     with pytest.raises(ValueError, match="'nowhere:sdxl' is no pipeline"):
         load("nowhere:sdxl", SPREAD)
+
+
+def test_more_than_may_wait_is_refused(backend: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_max_queue", 1)
+    begun: SimpleQueue[ProgressEvent] = SimpleQueue()
+    first = backend.begin(order(steps=400), begun.put)
+    while begun.get(timeout=DEADLINE).step == 0:
+        pass
+    second = backend.begin(order())
+    with pytest.raises(RefusedError, match="busy: 2 requests are there"):
+        backend.begin(order())
+    for work in (second, first):
+        work.cancel()
+        with pytest.raises(CancelledError):
+            work.images.result(DEADLINE)

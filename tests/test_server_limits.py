@@ -14,7 +14,7 @@ import pytest
 from drp import Client, Leader
 from drp.client import RefusedError
 from drp.protocol.keys import Keys, make
-from drp.server import clients, endpoint
+from drp.server import clients
 from drp.server.endpoint import check_descriptors
 from tests.plain import Plain
 from tests.test_server import Served, serving, until
@@ -158,7 +158,7 @@ def test_more_connections_than_it_takes_are_closed(served: Served) -> None:
 
 
 def test_a_limit_that_there_are_no_descriptors_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint.resource, "getrlimit", lambda what: (1024, 1024))
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (1024, 1024))
     assert check_descriptors(248) == 512
     with pytest.raises(ValueError, match=r"max_clients is 249, which takes .* may have 1024; lower it, or raise"):
         check_descriptors(249)

@@ -26,6 +26,8 @@ OUT: Final = 64
 """Messages that wait in a connection, each way, for a peer that is slower."""
 LAST_READ: Final = 1.0
 """Seconds for which what clients are still sending is read away at the end."""
+QUIET: Final = 30
+"""Milliseconds without a message after which there are none."""
 
 log = logging.getLogger(__name__)
 
@@ -130,10 +132,11 @@ class Endpoint:
         """Close; what was sent last has a moment to leave."""
         if self._authenticator is not None:
             self._authenticator.stop()
-        # libzmq aborts the process where a connection whose messages were left unread breaks and a heartbeat is due.
+        # libzmq aborts the process where a heartbeat is due on a connection that broke while its messages were unread
+        # (`stream_engine_base.cpp`, "Assertion failed: !_io_error"): so they are read, and its own thread has a moment.
         deadline = time.monotonic() + LAST_READ
-        while self.receive() is not None and time.monotonic() < deadline:
-            pass
+        while self.socket.poll(QUIET) and time.monotonic() < deadline:
+            self.receive()
         self.socket.disable_monitor()
         self.monitor.close()
         self.socket.close()
