@@ -86,7 +86,7 @@ def never(*_: object, **__: object) -> None:
         (["no_such_module:make"], "there is no module 'no_such_module'"),
         (["--steps", "many"], "Invalid value"),
         (["--tolerance", "nan"], "'nan' is not a number"),
-        (["--guidance", "nan"], "guidance is nan; give a finite number"),
+        (["--guidance", "nan"], "guidance is nan; give a number, -1e+06 to 1e+06"),
         (["--solver", "dim"], "'dim' is not one of 'ddim'"),
         (["--order", "2"], "solver_options holds 'order'"),
         (["--target-speedup", "100"], "target_speedup is 100"),

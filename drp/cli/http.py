@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 
 from drp.cli.helpers import plain_errors
 from drp.cli.options import Number, common_options, default_devices, force_option, trace_most_option, trace_option
@@ -119,6 +118,8 @@ def own_names(host: str) -> list[str]:
     """Return the names by which a server that listens on an address is asked: its own, or all that this machine has."""
     found = {host, "localhost", "127.0.0.1", "[::1]"}
     if host in ("", "0.0.0.0", "::"):  # noqa: S104  # compared with, not bound to
+        import psutil  # only here: where drp does not run, the command line says so in a sentence
+
         found |= {socket.gethostname(), socket.getfqdn()}
         addresses = [each.address for interface in psutil.net_if_addrs().values() for each in interface]
         found |= {f"[{address.partition('%')[0]}]" if ":" in address else address for address in addresses}
