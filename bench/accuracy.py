@@ -34,7 +34,7 @@ def draw(leader: Leader, count: int, steps: int, mode: str, drafts: int, rule: s
 @click.command()
 @click.option("--count", default=1000, show_default=True, help=f"Digits of each kind, a multiple of {BATCH}.")
 @click.option("--steps", default=48, show_default=True)
-@click.option("--devices", default="2", show_default=True)
+@click.option("--devices", default="2xcpu", show_default=True)
 @click.option("--rule", default="secant", show_default=True, help="How drafts are made; paper, for the paper's.")
 def main(count: int, steps: int, devices: str, rule: str) -> None:
     """Print the share of digits that the classifier reads as asked."""

@@ -23,7 +23,7 @@ from drp.sampling.reference import run_reference
 STARTS, TURNS = 4, 3
 PATIENCE = 40.0
 """Seconds after which no more turns begin: where others use the cores too, the loop with 2 threads takes very long."""
-DEVICES = 2
+DEVICES = "2xcpu"
 REQUEST = Request(labels=[3], steps=48)
 
 
@@ -75,7 +75,10 @@ def _measure_once(turns: int, deadline: float) -> dict[str, list[float]]:
             return plain(1)
 
     ahead = GpuOptions(ordering="device")
-    with Leader("digits", devices=DEVICES) as first, Leader("digits", devices=DEVICES, gpu=ahead) as second:
+    with (
+        Leader("digits", devices=DEVICES) as first,
+        Leader("digits", devices=DEVICES, gpu=ahead) as second,
+    ):
 
         def led(leader: Leader, mode: str, drafts: int) -> float:
             return leader.sample(labels=[3], steps=48, mode=mode, drafts=drafts).seconds

@@ -334,11 +334,12 @@ def _own_group(controller: str) -> Path:
 
 
 def _use(gpus: Sequence[Gpu], why: str, reached: Matrix) -> list[Finding]:
-    cores = parse_devices(len(os.sched_getaffinity(0)), 1)
-    found = [Finding("devices=N", f"a worker a core, {cores[0].name} to {cores[-1].name}, one thread each")]
+    cores = parse_devices(f"{len(os.sched_getaffinity(0))}xcpu", 1)
+    on_cores = f"a worker a core, {cores[0].name} to {cores[-1].name}, one thread each"
     if not gpus:
-        return [*found, Finding("devices='cuda'", f"refused: {why}")]
+        return [Finding("devices=N", on_cores), Finding("devices='cuda'", f"refused: {why}")]
     names = ", ".join(f"cuda:{gpu.index}" for gpu in gpus)
+    found = [Finding("devices=N", f"a worker a GPU, N up to {len(gpus)}"), Finding("devices='Nxcpu'", on_cores)]
     far = [f"cuda:{gpu.index}" for gpu, how in zip(gpus, reached[0], strict=True) if how != "works"]
     alone = [f"cuda:{gpu.index}" for place, gpu in enumerate(gpus) if reached[place][place] != "works"]
     return [

@@ -247,7 +247,7 @@ def test_models_are_found_in_the_working_directory_or_app_dir(
 
 
 @pytest.mark.parametrize(
-    ("gpus", "expected"), [(0, ("2", 3, 1)), (1, ("cuda", 1, 4)), (2, ("2xcuda", 1, 1)), (8, ("4xcuda", 1, 1))]
+    ("gpus", "expected"), [(0, ("2xcpu", 3, 1)), (1, ("cuda", 1, 4)), (2, ("2xcuda", 1, 1)), (8, ("4xcuda", 1, 1))]
 )
 def test_without_devices_what_there_is_is_used(
     gpus: int, expected: tuple[str, int, int], monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import drp
-from drp.leader.devices import parse_devices
+from drp.leader import devices as devices_module
+from drp.leader.devices import expand_count, parse_devices
 from drp.leader.gpus import Gpu, near_cores, near_node, parse_cores, refuse_allocator, visible, why_none
 
 FIRST, SECOND = "GPU-5a1b2c3d-0000-1111-2222-333344445555", "GPU-5a1b9999-aaaa-bbbb-cccc-ddddeeeeffff"
@@ -31,6 +32,27 @@ def test_gpus_are_named_by_number_in_turn_or_by_uuid() -> None:
     assert (
         names(f"cuda:{SECOND}") == names("cuda:5a1b9999") == names("cuda:gpu-5a1b9".replace("gpu", "GPU")) == ["cuda:1"]
     )
+
+
+def test_a_count_is_of_gpus_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices_module, "has_gpus", lambda: True)
+    assert names("2") == [device.name for device in parse_devices(1, 1, lambda: TWO)] + ["cuda:1"]
+    assert names("2xcpu")[0] == "cpu:0"
+    why = "devices is 3, but there are 2 GPUs; ask for at most 2, or name them: '3xcuda' has workers share GPUs"
+    with pytest.raises(ValueError, match=re.escape(why)):
+        names("3")
+    with pytest.raises(ValueError, match="devices is 2, but there is one GPU"):
+        parse_devices(2, 1, lambda: TWO[:1])
+    monkeypatch.setattr(devices_module, "has_gpus", lambda: False)
+    assert names("2")[0] == "cpu:0"
+
+
+def test_a_count_is_of_the_kind_that_is_asked_for() -> None:
+    assert expand_count(2, "cuda", lambda: TWO) == ["cuda"] * 2
+    assert expand_count("3", "cpu") == ["cpu"] * 3
+    assert expand_count("emulated:1ms", "cuda") == "emulated:1ms"
+    with pytest.raises(ValueError, match="devices is 2, but there are no workers on mps devices; name cpu or cuda"):
+        expand_count(2, "mps")
 
 
 def test_a_gpus_worker_is_told_its_uuid_and_runs_on_the_cores_beside_it() -> None:

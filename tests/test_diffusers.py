@@ -815,6 +815,16 @@ def test_arguments_that_cannot_be_are_refused(options: dict[str, Any], message: 
         pass
 
 
+def test_a_count_is_of_the_kind_of_device_that_the_pipeline_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("drp.leader.devices.has_gpus", lambda: True)
+    pipe = digits_pipeline()
+    with reference(pipe, devices=2):  # on cores: there is no GPU here that could be counted
+        pass
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("mps"), raising=False)
+    with pytest.raises(ValueError, match="there are no workers on mps devices"), reference(pipe, devices=2):
+        pass
+
+
 def test_a_pipeline_is_parallelised_once(workers: Workers) -> None:
     pipe = sdxl()
     with parallelize(pipe, workers), pytest.raises(ValueError, match="parallelised already"), reference(pipe):

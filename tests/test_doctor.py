@@ -72,6 +72,8 @@ def test_gpus_that_there_are_become_lines(monkeypatch: pytest.MonkeyPatch) -> No
     assert seen(found, "cuda:0").seen == "A GPU, GPU-1, 3.0 GiB, at 0000:17:00.0, beside cores 0-2,5, NUMA node 1"
     assert seen(found, "cuda:1").seen.endswith("a MIG slice, without IPC to others")
     assert seen(found, "devices='cuda'").seen.startswith("cuda:0, cuda:1, in turn")
+    assert seen(found, "devices=N").seen == "a worker a GPU, N up to 2"
+    assert seen(found, "devices='Nxcpu'").seen.startswith("a worker a core, cpu:0")
     # This machine does not see these GPUs: what was tried says so, and drp would do without.
     assert all("fails" in how and "GPU-1" in how for row in found.ipc for how in row)
     assert seen(found, "runs' memory").seen.startswith("on the host, pinned, with workers on cuda:0, cuda:1")

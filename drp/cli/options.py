@@ -129,7 +129,7 @@ def default_devices() -> DeviceDefaults:
         gpus = len(find_gpus())
     except ValueError:
         workers = min(cores, MOST_WORKERS)
-        return DeviceDefaults(str(workers), cores // workers, 1)
+        return DeviceDefaults(f"{workers}xcpu", cores // workers, 1)
     if gpus == 1:
         return DeviceDefaults("cuda", 1, MOST_WORKERS)
     return DeviceDefaults(f"{min(gpus, MOST_WORKERS)}xcuda", 1, 1)

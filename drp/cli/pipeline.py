@@ -67,11 +67,11 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
 
         from drp.diffusers import parallelize
         from drp.diffusers.parallel import make
-        from drp.leader.devices import parse_devices
+        from drp.leader.devices import expand_count, parse_devices
     except ImportError as error:
         raise ValueError(f"{error}; pip install 'draft-refine[diffusers]'") from None
 
-    devices = options["devices"] or default_devices().devices
+    devices = expand_count(options["devices"] or default_devices().devices, "cpu")  # where the pipeline is loaded to
     count = len(parse_devices(devices, 1))
     make(options["mode"], options["drafts"] or count, options["rule"], options["tolerance"], options["warmup"])
     pipe = DiffusionPipeline.from_pretrained(path)

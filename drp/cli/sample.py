@@ -51,7 +51,8 @@ def parse_labels(text: str) -> list[int]:
 @click.option(
     "-d",
     "--devices",
-    help="A count, or names: cpu:0,cpu:1 or 4xcuda or 8xemulated:20ms; by default all GPUs, else all cores, up to 4.",
+    help="A count, of GPUs if there are any, else of cores; or names: 2xcpu or cuda:0,cuda:1 or 8xemulated:20ms. "
+    "By default all GPUs, else all cores, up to 4.",
 )
 @click.option("-m", "--mode", type=click.Choice(MODE_NAMES), default="aggressive", show_default=True)
 @click.option("--drafts", type=POSITIVE, help="Drafts a round; by default as many as the devices evaluate at once.")
@@ -134,7 +135,8 @@ def _sample(model: str, given: Mapping[str, Any]) -> None:
     with bar:
         solver = options["solver"], options["steps"], options["prediction_type"]
         total = make_solver(*solver, options["grid"], options["solver_options"]).grid.steps  # Heun's has more
-        progress = bar.add_task(f"starting {len(devices)} worker(s)", total=total)
+        names = ", ".join(device.name for device in devices)
+        progress = bar.add_task(f"starting {len(devices)} worker(s) on {names}", total=total)
 
         def advance(step: int, state: object) -> None:
             bar.update(progress, completed=step, description="sampling")

@@ -19,7 +19,7 @@ from drp.diffusers.report import CallReport, Report
 from drp.diffusers.structure import Described, describe
 from drp.diffusers.tree import Json
 from drp.diffusers.workers import Workers
-from drp.leader.devices import parse_devices
+from drp.leader.devices import expand_count, parse_devices
 from drp.sampling.drafts import RULES, SECANT, DraftRule
 from drp.sampling.modes import Mode, Warmup, make_mode
 from drp.trace.record import check
@@ -181,7 +181,8 @@ def parallelize(
     drafts that worker processes have evaluated. After the `with` the pipeline is what it was, and the workers are gone;
     its weights have moved into shared memory, one copy for all.
 
-    devices: a count, or names, as of `drp.Leader`; or `Workers`, which several pipelines may share.
+    devices: a count, of the kind that the pipeline runs on; or names, as of `drp.Leader`; or `Workers`, which several
+        pipelines may share.
     mode, drafts, rule, tolerance, warmup: as of `drp.sample` (docs/drafts.md); modes that go back to steps that were
         taken, rolling and those with sweeps, are refused.
     split_guidance: evaluate the two branches of classifier-free guidance on two devices, so that a round has half as
@@ -199,7 +200,9 @@ def parallelize(
         check(trace)
     names = _denoisers(pipe, denoisers)
     own = devices if isinstance(devices, Workers) else None
-    count = len(own.devices if own else parse_devices(cast("int | str | Sequence[str]", devices), 1))
+    if not isinstance(devices, Workers):
+        devices = expand_count(devices, _kind(pipe, names))
+    count = len(own.devices if own else parse_devices(cast("str | Sequence[str]", devices), 1))
     drafts = _drafts(drafts, count, split_guidance)
     parallel = Parallel(pipe, make(mode, drafts, rule, tolerance, warmup), names, split_guidance)
     with ExitStack() as stack:
@@ -208,7 +211,7 @@ def parallelize(
             parallel.publish(publisher, name)
         workers = own or stack.enter_context(
             Workers(
-                cast("int | str | Sequence[str]", devices),
+                cast("str | Sequence[str]", devices),
                 threads=threads,
                 start_timeout=start_timeout,
                 draft_timeout=draft_timeout,
@@ -240,7 +243,7 @@ def reference(
     `devices` only counts, for the drafts a round.
     """
     names = _denoisers(pipe, denoisers)
-    placed = parse_devices(devices, 1)
+    placed = parse_devices(expand_count(devices, _kind(pipe, names)), 1)
     own = threads or max(1, torch.get_num_threads() // len(placed))
     drafts = _drafts(drafts, len(placed), split_guidance)
     parallel = Parallel(pipe, make(mode, drafts, rule, tolerance, warmup), names, split_guidance)
@@ -284,6 +287,14 @@ def _goes_on(mode: Mode, steps: int = 24) -> bool:
 def _drafts(drafts: int | None, devices: int, split: bool) -> int:
     """Return the drafts a round: by default one a device, or one for two devices."""
     return drafts if drafts is not None else max(1, devices // 2) if split else devices
+
+
+def _kind(pipe: Any, names: Sequence[str]) -> str:
+    """Return the kind of device that a pipeline runs on, as torch calls it."""
+    device = getattr(pipe, "_execution_device", None)  # which it may only be brought to while it runs
+    if device is None:
+        device = next((parameter.device for parameter in getattr(pipe, names[0]).parameters()), torch.device("cpu"))
+    return str(device.type)
 
 
 def _denoisers(pipe: Any, denoisers: Sequence[str] | None) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from drp.leader.gpus import Gpu, find_gpus, visible
+from drp.leader.gpus import Gpu, find_gpus, has_gpus, visible
 from drp.protocol.messages import Emulated, Values
 
 MOST = 256
@@ -38,7 +38,8 @@ def parse_devices(
 ) -> tuple[Device, ...]:
     """Return a device for each worker.
 
-    `devices` is a count, a name, several names, or names with commas between; `8xNAME` is eight of a name. A name is
+    `devices` is a count, a name, several names, or names with commas between; `8xNAME` is eight of a name. A count is
+    that of GPUs where CUDA shows any, else of cores; see `expand_count`. A name is
 
     - `cpu:I`, the I-th of the cores that this process may use, or `cpu`, the next in turn. A worker with several
       threads has the cores after it too. More workers than cores share them.
@@ -58,7 +59,7 @@ def parse_devices(
     """
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
         raise ValueError(f"threads is {threads!r}; a worker needs 1 or more")
-    names = _names(devices)
+    names = _names(expand_count(devices, None, find))
     if not 1 <= len(names) <= MOST:
         raise ValueError(f"{len(names)} devices; a run needs 1 to {MOST}")
     cores = sorted(os.sched_getaffinity(0))
@@ -83,6 +84,34 @@ def parse_devices(
         emulated = parse_emulated(name, turn) if kind == "emulated" else None
         placed.append(Device(name if emulated else f"cpu:{first}", own, emulated))
     return tuple(placed)
+
+
+def expand_count(
+    devices: int | str | Sequence[str], kind: str | None, find: Callable[[], tuple[Gpu, ...]] = find_gpus
+) -> str | Sequence[str]:
+    """Return the names that a count stands for: so many of a kind of torch's, "cpu" or "cuda"; names as they are.
+
+    None is "cuda" where CUDA shows a GPU, else "cpu". Workers may share a core, but GPUs are counted: raises
+    ValueError if there are fewer, or for another kind.
+    """
+    if isinstance(devices, str) and re.fullmatch(r"-?\d{1,6}", devices):
+        devices = int(devices)
+    if isinstance(devices, bool):
+        raise ValueError(f"devices is {devices!r}; give a count, or names such as 'cpu:0'")
+    if not isinstance(devices, int):
+        return devices
+    if not 1 <= devices <= MOST:
+        raise ValueError(f"devices is {devices}; a run needs 1 to {MOST}")
+    kind = kind or ("cuda" if has_gpus() else "cpu")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"devices is {devices}, but there are no workers on {kind} devices; name cpu or cuda ones")
+    if kind == "cuda" and (count := len(find())) < devices:
+        there = "is one GPU" if count == 1 else f"are {count} GPUs"
+        raise ValueError(
+            f"devices is {devices}, but there {there}; ask for at most {count}, or name them: '{devices}xcuda' has "
+            f"workers share GPUs, '{devices}xcpu' are cores"
+        )
+    return [kind] * devices
 
 
 def _is_gpu(name: str) -> bool:
@@ -152,15 +181,11 @@ def _seconds(text: str, name: str) -> float:
     return float(found[1]) * SECONDS[found[2]]
 
 
-def _names(devices: int | str | Sequence[str]) -> list[str]:
+def _names(devices: str | Sequence[str]) -> list[str]:
     if isinstance(devices, str):
-        devices = int(devices) if re.fullmatch(r"-?\d{1,6}", devices) else devices.split(",")
-    if isinstance(devices, bool) or not isinstance(devices, (int, Sequence)):
+        devices = devices.split(",")
+    if not isinstance(devices, Sequence):
         raise ValueError(f"devices is {devices!r}; give a count, or names such as 'cpu:0'")
-    if isinstance(devices, int):
-        if not 1 <= devices <= MOST:
-            raise ValueError(f"devices is {devices}; a run needs 1 to {MOST}")
-        return ["cpu"] * devices
     for name in devices:
         if not isinstance(name, str):
             raise ValueError(f"devices holds {name!r}; give a count, or names such as 'cpu:0'")

@@ -34,9 +34,14 @@ class Gpu:
     """That NUMA node's number; None if the kernel does not say, or there is but one."""
 
 
+def has_gpus() -> bool:
+    """Whether CUDA shows this process a GPU."""
+    return torch.version.cuda is not None and torch.cuda.is_available()
+
+
 def find_gpus() -> tuple[Gpu, ...]:
     """Return the GPUs in CUDA's order; raise ValueError, with cause and remedy, if none can be used."""
-    if torch.version.cuda is None or not torch.cuda.is_available():
+    if not has_gpus():
         raise ValueError(why_none(torch.__version__, torch.version.cuda, _has_driver(), os.environ))
     refuse_allocator(os.environ)
     return tuple(_describe(index) for index in range(torch.cuda.device_count()))

@@ -70,7 +70,8 @@ class Leader:
             result = leader.sample(labels=[3, 1, 4], steps=48, mode="aggressive")
 
     model: the name of one in the package, `"package.module:factory"`, or such a factory itself.
-    devices: a count, or names (`"cpu"`, `["cpu:0", "cpu:1"]`, `"8xemulated:20ms"`); see `drp.leader.devices`.
+    devices: a count, of GPUs where CUDA shows any, else of cores, or names (`"cpu"`, `["cpu:0", "cpu:1"]`, `"4xcuda"`,
+        `"8xemulated:20ms"`); see `drp.leader.devices`.
     threads: of each worker.
     start_timeout: seconds that all workers together have to start and load the model.
     draft_timeout: seconds that a worker has to evaluate a draft, after which it counts as lost; by default a minute for
