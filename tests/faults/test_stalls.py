@@ -73,18 +73,18 @@ def test_a_group_that_is_stopped_and_continued_goes_on(tmp_path: Path, ordering:
         start_new_session=True,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(tmp_path)},
     )
-    assert process.stdout is not None
     told = []
-    try:
-        for line in process.stdout:
-            if line == "step 9\n":
-                os.killpg(process.pid, signal.SIGSTOP)
-                time.sleep(6.0)
-                os.killpg(process.pid, signal.SIGCONT)
-            elif line.startswith("incidents"):
-                told.append(line)
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait(30)
+    with process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if line == "step 9\n":
+                    os.killpg(process.pid, signal.SIGSTOP)
+                    time.sleep(6.0)
+                    os.killpg(process.pid, signal.SIGCONT)
+                elif line.startswith("incidents"):
+                    told.append(line)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
     assert told == ["incidents () [0, 0]\n"] * 2
