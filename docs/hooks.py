@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-import html
 import re
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -21,6 +21,8 @@ LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)((?:#[^)\s]*)?\))")
 MESSAGES = "<!-- messages -->"
 INCLUDE = re.compile(r"<!-- include (\S+) -->")
 """A page that is a file of the repository, by its path there."""
+BOOSTS = {"glossary.md": 8, "troubleshooting.md": 4, "api": 0.5, "changelog.md": 0.3, OUTSIDE: 0.2}
+"""Where the search looks first, by page or folder."""
 PAGES = (".md", ".ipynb")
 PICTURES = (".png", ".svg")
 
@@ -42,6 +44,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point links at the copies, turn formulas into MathML, and list the messages."""
+    page.meta.setdefault("search", {"boost": BOOSTS.get(page.file.src_uri.split("/")[0], 1)})
     source = _source_of(page.file)
     if MESSAGES in markdown:
         markdown = markdown.replace(MESSAGES, messages_page())
@@ -54,6 +57,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if source.suffix == ".md":
         markdown = INCLUDE.sub(include, _with_links(markdown, source.parent, depth))
     return _with_formulas(markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Point a notebook's links to other pages at these; in Markdown mkdocs does it."""
+    if page.file.src_uri.endswith(".ipynb"):
+        return re.sub(r'href="([\w-]+)\.md"', r'href="../\1/"', html)
+    return html
 
 
 def _with_links(markdown: str, folder: Path, depth: int) -> str:
@@ -153,9 +163,10 @@ def _text(node: ast.expr) -> str:
 
 
 def messages_page() -> str:
-    """Return the list of all messages, for the search to find them."""
-    sections: list[str] = []
+    """Return the list of all messages. Each is a heading of its own, which is what the search finds."""
+    parts: list[str] = []
     for module, texts in messages().items():
-        items = "".join(f"- {html.escape(' '.join(text.split()))}\n" for text in texts)
-        sections.append(f"### {module}\n\n{items}")
-    return "\n".join(sections)
+        for text in texts:
+            line = " ".join(text.split())
+            parts.append(f'<h4 id="message-{len(parts)}">{escape(line, quote=False)}</h4>\n<p>raised in {module}</p>\n')
+    return "\n".join(parts)
