@@ -73,7 +73,7 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
         found = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise click.BadParameter(f"{path} cannot be read: {error}") from None
-    known = {parameter.name for parameter in context.command.params} - {"config"}
+    known = {parameter.name: parameter for parameter in context.command.params if parameter.name != "config"}
     values: dict[str, Any] = {}
     for key, value in found.items():
         name = "as_json" if key == "json" else key.replace("-", "_")
@@ -83,7 +83,8 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
             raise click.BadParameter(f"{path} has {key!r}, which is no option of `{context.command_path}`{hint}")
         if isinstance(value, dict):
             raise click.BadParameter(f"{path}: {key} is a table; give a value, such as {key} = 1")
-        values[name] = ",".join(map(str, value)) if isinstance(value, list) else value
+        joined = isinstance(value, list) and not known[name].multiple
+        values[name] = ",".join(map(str, value)) if joined else value
     context.default_map = values
 
 
