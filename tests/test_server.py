@@ -26,6 +26,7 @@ import drp
 from drp import Client, Leader
 from drp.cli import main
 from drp.client import RefusedError
+from drp.client.arrays import Library, open_array
 from drp.errors import WorkerError
 from drp.leader.active import Pending
 from drp.protocol import door
@@ -33,7 +34,6 @@ from drp.protocol.codec import ProtocolError, decode, encode
 from drp.protocol.door import TensorData
 from drp.protocol.keys import Keys, make
 from drp.protocol.messages import Handle
-from drp.protocol.tensors import open_shared
 from drp.sampling.drafts import PAPER, DraftRule
 from drp.sampling.modes import Sequential
 from drp.sampling.result import Result
@@ -151,7 +151,7 @@ def free() -> Iterator[Leader]:
 
 def test_the_same_bits_as_the_leader(client: Client) -> None:
     for mode in ("sequential", "conservative", "aggressive", "adaptive"):
-        options: drp.leader.request.Options = {
+        options: dict[str, Any] = {
             "labels": [1, 4],
             "steps": 13,
             "seed": 5,
@@ -199,10 +199,10 @@ def test_memory_that_cannot_be_mapped_fails_its_run_alone(
 ) -> None:
     with monkeypatch.context() as patched:  # as where the server's processes cannot be seen
 
-        def elsewhere(data: TensorData) -> torch.Tensor:
-            return open_shared(dataclasses.replace(data, memory=Handle(2**31 - 1, 1, 4096)))
+        def elsewhere(data: TensorData, library: Library) -> Any:
+            return open_array(dataclasses.replace(data, memory=Handle(2**31 - 1, 1, 10**6)), library)
 
-        patched.setattr("drp.client.run.open_shared", elsewhere)
+        patched.setattr("drp.client.run.open_array", elsewhere)
         with pytest.raises(ProtocolError, match="cannot be opened"):
             client.sample(labels=[1] * 2000, steps=2)
     until(lambda: served.memory() == served.idle, "the server has closed the memory of the result")

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,8 @@ def http(
 
             raise_descriptor_limit()
             address = connect or default_address()
-            backend = Door(
-                lambda timeout: Client(address, server_key=server_key, key=key, name="drp http", timeout=timeout),
-                max_work,
-            )
+            connecting = partial(Client, address, server_key=server_key, key=key, name="drp http", arrays="numpy")
+            backend = Door(lambda timeout: connecting(timeout=timeout), max_work)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once it has shut down
         try:
             with contextlib.suppress(KeyboardInterrupt), socket.create_server((host, port), backlog=128) as listening:

@@ -153,7 +153,7 @@ def status(address: str | None, server_key: Path | None, key: Path | None, metri
         from drp.client import Client
         from drp.server.endpoint import default_address
 
-        with Client(address or default_address(), server_key=server_key, key=key) as client:
+        with Client(address or default_address(), server_key=server_key, key=key, arrays="numpy") as client:
             if metrics:
                 click.echo(client.metrics(), nl=False)
                 return

@@ -10,20 +10,21 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from typing_extensions import Unpack
-
+from drp.client.arrays import Library, find_library
 from drp.client.line import Curve, Line
-from drp.client.options import to_submit
+from drp.client.options import Options, to_submit
 from drp.client.run import RemoteRun, Update
-from drp.leader.request import Options
 from drp.protocol import keys
 from drp.protocol.codec import ProtocolError, encode
 from drp.protocol.door import Ask, Metrics, Status
+from drp.protocol.frames import nbytes_of_samples
 from drp.protocol.messages import ModelSpec
-from drp.protocol.tensors import nbytes_of_samples
 from drp.sampling.result import Result
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Answer = TypeVar("Answer")
 
@@ -42,6 +43,7 @@ class Client:
         by `drp keys`.
     name: of this client, for the server's log.
     timeout: seconds until the server must have answered.
+    arrays: whose arrays results are, "torch" or "numpy"; by default torch's if it is installed. Either's may be given.
 
     Raises ConnectionError if it does not, drp.client.RefusedError if it speaks another version, ValueError for keys
     that cannot be read.
@@ -55,7 +57,9 @@ class Client:
         key: str | Path | None = None,
         name: str = "",
         timeout: float = 10.0,
+        arrays: Library | None = None,
     ) -> None:
+        self._library = find_library(arrays)
         self._local = address.startswith("ipc://")
         self._numbers = itertools.count(1)
         self._line = Line(address, name or f"python, process {os.getpid()}", _curve(address, server_key, key))
@@ -118,11 +122,11 @@ class Client:
             encode(submit)
         except ProtocolError as error:
             raise ValueError(str(error)) from None
-        run = RemoteRun(submit.request, self._line.cancel, on_update)
+        run = RemoteRun(submit.request, self._line.cancel, self._library, on_update)
         self._line.submit(run, submit, frames)
         return run
 
-    def sample(self, **options: Unpack[Options]) -> Result:
+    def sample(self, **options: Unpack[Options]) -> Result[Any]:
         """Sample once, as `drp.Leader.sample` does, with the same bits. What it raises, `submit` says."""
         run = self.submit(**options)
         try:

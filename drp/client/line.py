@@ -39,7 +39,7 @@ from drp.protocol.door import (
     ToClient,
     ToServer,
 )
-from drp.protocol.tensors import Frame
+from drp.protocol.frames import Frame
 
 TICK = 1000
 """Milliseconds of one wait."""

@@ -3,59 +3,86 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, Final, TypedDict
 
 import numpy as np
-from torch import Tensor
 
-from drp.leader.request import Options, Request
+from drp.client.arrays import add_array
 from drp.protocol.door import Condition, Option, Rule, Submit
-from drp.protocol.tensors import Frame, Frames
+from drp.protocol.frames import Frame, FrameWriter
 from drp.sampling.drafts import DraftRule
+
+
+class Options(TypedDict, total=False):
+    """The options of a run, as `drp.leader.request.Request` has them; arrays are numpy's or torch's."""
+
+    labels: Sequence[int] | Any | None
+    count: int | None
+    shape: Sequence[int] | None
+    cond: Mapping[str, Any]
+    guidance: float | None
+    steps: int
+    solver: str
+    solver_options: Mapping[str, Any]
+    grid: Mapping[str, Any]
+    prediction_type: str
+    noise: Any | None
+    image: Any | None
+    strength: float
+    mode: str
+    drafts: int | None
+    target_speedup: float | None
+    rule: str | DraftRule | None
+    tolerance: float
+    warmup: int
+    sweeps: int
+    seed: int
+    residuals: bool
+
+
+WAYS: Final = ("progress", "previews", "timeline", "memory")
+"""The fields of a Submit that are no options: how the client wants to hear of the run."""
+
+DEFAULTS: Final = {field.name: field.default for field in fields(Submit)}
 
 
 def to_submit(number: int, given: Options, ways: Mapping[str, Any]) -> tuple[Submit, list[Frame]]:
     """Return a Submit and its tensors; raise ValueError, with the remedy, for what cannot be said in one.
 
-    `ways` are the fields of Submit that are no options: how the client wants to hear of the run.
+    `ways` are the fields of Submit that are named in `WAYS`.
     """
-    request = Request(**given)  # refuses names that there are not
-    if request.callback is not None or request.out is not None:
-        raise ValueError(
-            "callback and out are for a leader in this process; iterate over client.submit(...).progress(), and copy "
-            "result.samples"
-        )
+    for name in given:
+        if name in ("callback", "out"):
+            raise ValueError(
+                "callback and out are for a leader in this process; iterate over client.submit(...).progress(), and "
+                "copy result.samples"
+            )
+        if name not in Options.__annotations__:
+            raise TypeError(f"there is no option {name!r}; choose among {', '.join(Options.__annotations__)}")
+    options: dict[str, Any] = {name: given.get(name, DEFAULTS[name]) for name in Options.__annotations__}
     for name in ("solver", "mode"):
-        value = getattr(request, name)
-        if not isinstance(value, str):
-            raise ValueError(f"{name} is an object, {value!r:.80}; a server takes the name of one of its own")
-    frames = Frames()
-    fields: dict[str, Any] = {**given}
-    fields["labels"] = None if request.labels is None else tuple(_list(request.labels))
-    fields["shape"] = None if request.shape is None else tuple(request.shape)
-    fields["cond"] = tuple(Condition(name, frames.add(_tensor(name, each))) for name, each in request.cond.items())
-    for name, value in (("noise", request.noise), ("image", request.image)):
-        fields[name] = None if value is None else frames.add(_tensor(name, value))
-    fields["grid"] = _named("grid", request.grid)
-    fields["solver_options"] = _named("solver_options", request.solver_options)
-    fields["tolerance"] = None if request.tolerance == math.inf else request.tolerance
-    if isinstance(request.rule, DraftRule):
-        fields["rule"] = Rule(request.rule.carry, request.rule.slope)
-    for name in ("callback", "out"):
-        fields.pop(name, None)
-    return Submit(request=number, **fields, **ways), frames.frames
+        if not isinstance(options[name], str):
+            raise ValueError(f"{name} is an object, {options[name]!r:.80}; a server takes the name of one of its own")
+    writer = FrameWriter()
+    for name in ("labels", "shape"):
+        options[name] = None if options[name] is None else tuple(_list(options[name]))
+    cond = dict(options["cond"] or {})
+    options["cond"] = tuple(Condition(name, add_array(writer, name, each)) for name, each in cond.items())
+    for name in ("noise", "image"):
+        options[name] = None if options[name] is None else add_array(writer, name, options[name])
+    for name in ("grid", "solver_options"):
+        options[name] = _named(name, dict(options[name] or {}))
+    options["tolerance"] = None if options["tolerance"] == math.inf else options["tolerance"]
+    if isinstance(options["rule"], DraftRule):
+        options["rule"] = Rule(options["rule"].carry, options["rule"].slope)
+    return Submit(request=number, **options, **ways), writer.frames
 
 
 def _list(values: Any) -> list[Any]:
-    values = values.tolist() if isinstance(values, (Tensor, np.ndarray)) else values
+    values = values.tolist() if hasattr(values, "tolist") else values  # an array
     return [value.item() if isinstance(value, np.generic) else value for value in values]
-
-
-def _tensor(name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} is a {type(value).__name__}; give a tensor")
-    return value
 
 
 def _named(what: str, options: Mapping[str, Any]) -> tuple[Option, ...]:
@@ -67,6 +94,6 @@ def _value(what: str, name: str, value: Any) -> Any:
         return value
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, (list, tuple, np.ndarray, Tensor)):
+    if isinstance(value, (list, tuple)) or hasattr(value, "tolist"):
         return tuple(float(each) for each in _list(value))
     raise ValueError(f"{what}[{name!r}] is {value!r:.80}; a server takes numbers, text and lists of numbers")

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import Any
 
-from torch import Tensor
-
+from drp.client.arrays import Library, open_array, take_array
 from drp.errors import RefusedError, WorkerError
 from drp.protocol.codec import ProtocolError
 from drp.protocol.door import Ended, Evaluation, Finished, Progress, Refused
-from drp.protocol.tensors import Frame, Received, open_shared
+from drp.protocol.frames import Frame, FrameReader
 from drp.sampling.result import Result
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Update:
-    """How far a run is. `preview` is the state [B, ...] after `step` of `steps`, if one was due.
+    """How far a run is. `preview` is the state, an array [B, ...] like the samples, after `step` of `steps`, if due.
 
     `rounds` are the evaluations that had to follow one another so far; `evaluations` what was evaluated where since the
     last update, if the timeline was asked for.
@@ -31,18 +31,25 @@ class Update:
     step: int
     steps: int
     rounds: int
-    preview: Tensor | None
+    preview: Any | None
     evaluations: Sequence[Evaluation]
 
 
-class RemoteRun(Future[Result]):
-    """A `concurrent.futures.Future` with a `drp.Result`; `cancel` also ends a run that is under way."""
+class RemoteRun(Future[Result[Any]]):
+    """A `concurrent.futures.Future` with a `drp.Result`; `cancel` also ends a run that is under way.
+
+    library: whose arrays samples and previews are.
+    """
 
     def __init__(
-        self, number: int, cancel: Callable[[int], None], on_update: Callable[[Update], None] | None = None
+        self,
+        number: int,
+        cancel: Callable[[int], None],
+        library: Library,
+        on_update: Callable[[Update], None] | None = None,
     ) -> None:
         super().__init__()
-        self.number = number
+        self.number, self._library = number, library
         self._on_update = on_update
         self._cancel = cancel
         self._updates: SimpleQueue[Update | None] = SimpleQueue()
@@ -70,8 +77,8 @@ class RemoteRun(Future[Result]):
 
     def on_progress(self, message: Progress, frames: Sequence[Frame]) -> None:
         """Take an update."""
-        received = Received(frames)
-        preview = received.take(message.preview) if message.preview is not None else None
+        received = FrameReader(frames)
+        preview = take_array(received, message.preview, self._library) if message.preview is not None else None
         received.done()
         update = Update(message.step, message.steps, message.rounds, preview, message.evaluations)
         if self._on_update is None:
@@ -84,10 +91,12 @@ class RemoteRun(Future[Result]):
 
     def on_finished(self, message: Finished, frames: Sequence[Frame]) -> None:
         """Take the samples."""
-        received = Received(frames)
-        shared = message.samples.memory is not None
+        received, data = FrameReader(frames), message.samples
         try:
-            samples = open_shared(message.samples) if shared else received.take(message.samples)
+            if data.memory is not None:
+                samples = open_array(data, self._library)
+            else:
+                samples = take_array(received, data, self._library)
             received.done()
         except ProtocolError as error:  # such as a server on this host, but where its processes cannot be seen
             self.set_exception(error)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from drp.http.work import ImageRequest
-from drp.leader.request import MAX_DRAFTS, MAX_GUIDANCE, MAX_STEPS
+from drp.limits import MAX_DRAFTS, MAX_GUIDANCE, MAX_STEPS
 
 MAX_PARTIAL_IMAGES = 100
 MAX_BODY = 1 << 20

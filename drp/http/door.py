@@ -9,8 +9,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from drp.client import Client, RemoteRun, Update
 from drp.http.work import ImageRequest, Images, Previews, ProgressEvent, Report, check_work
@@ -124,9 +123,6 @@ class Drawing:
         """End the run."""
         self._run.cancel()
 
-    def _png(self, samples: Tensor) -> bytes:
-        return encode_grid(samples, self._columns, SCALE, 0)
-
     def _finish(self, run: Future[Result]) -> None:
         error = run.exception()
         if error is not None:
@@ -134,7 +130,8 @@ class Drawing:
             self.images.set_exception(ValueError(str(error)) if isinstance(error, ProtocolError) else error)
             return
         result = run.result()
-        pngs = [self._png(samples) for samples in torch.split(result.samples, self._columns)]
+        rows = np.split(result.samples, len(result.samples) // self._columns)
+        pngs = [encode_grid(row, self._columns, SCALE, 0) for row in rows]
         names = (
             "mode",
             "drafts",

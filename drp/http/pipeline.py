@@ -24,7 +24,7 @@ from drp.diffusers import parallelize
 from drp.errors import RefusedError, WorkerError
 from drp.http.previews import decoder
 from drp.http.work import ImageRequest, Images, Previews, ProgressEvent, Report, check_work
-from drp.leader.request import MAX_STEPS
+from drp.limits import MAX_STEPS
 from drp.server.metrics import Counts, prometheus
 
 NAMES: Final = {"steps": "num_inference_steps", "guidance": "guidance_scale"}

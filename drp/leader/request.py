@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drp.limits import MAX_DRAFTS, MAX_EVALUATIONS, MAX_GUIDANCE, MAX_NUMBERS, MAX_SAMPLES, MAX_STEPS, MAX_TIMESTEP
 from drp.protocol.codec import is_text
 from drp.protocol.memory import DTYPES, NAMES
 from drp.protocol.messages import ModelSpec
@@ -21,18 +22,6 @@ from drp.sampling.named import make_solver
 from drp.sampling.run import Callback, Noise, Queue, Run, slots
 from drp.sampling.solvers import Solver
 
-MAX_SAMPLES = 16_384
-MAX_STEPS = 10_000
-MAX_DRAFTS = 256
-MAX_EVALUATIONS = 100_000
-MAX_GUIDANCE = 1e6
-MAX_TIMESTEP = 1e9
-MAX_NUMBERS = 2**34
-"""Limits of one run, whoever asks for it: one within them cannot hold up the leader's other runs for long.
-
-Drawing the noise takes 7 microseconds a sample, working out a round's coefficients time that grows with the square of
-its drafts (60 ms for 256 of 1,000 steps). A timestep is at most what the workers' protocol holds.
-"""
 MOST_SIZES = 16
 
 

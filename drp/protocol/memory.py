@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from drp.protocol.codec import ProtocolError
+from drp.protocol.memfd import open_memfd
 from drp.protocol.messages import GpuHandle, Handle
 
 ALIGNMENT: Final = 256
@@ -171,17 +172,10 @@ class SharedMemory:
 
         With `private`, pages are copied on write: what this process writes is its own, and no one else sees it.
         """
-        path = f"/proc/{handle.pid}/fd/{handle.fd}"
+        fd = open_memfd(handle)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise ProtocolError(f"shared memory of process {handle.pid} cannot be opened: {error.strerror}") from error
-        try:
-            size = os.fstat(fd).st_size
-            if handle.nbytes == 0 or size != handle.nbytes:
-                raise ProtocolError(f"shared memory is {size} bytes long, not {handle.nbytes}")
             return cls(fd, handle.nbytes, private=private)
-        except (ProtocolError, OSError):
+        except OSError:
             os.close(fd)
             raise
 

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import TypeVar
+
+    Samples = TypeVar("Samples", default=Tensor)
+else:  # A client on a machine without torch has results too.
+    from typing import TypeVar
+
+    Samples = TypeVar("Samples")
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Generic[Samples]):
     """What a run returns.
 
-    `samples` is float32 [B, ...]. `rounds` (evaluations that had to follow one another) and `evaluations` are counted
-    by the run. `seconds` is the wall time of the sampling alone, without starting workers. `device_seconds` is the time
-    spent in the denoiser, by the evaluating processes' own clocks, over all of them.
+    `samples` is float32 [B, ...], a torch tensor, or, of a client that was told so, a numpy array.
+
+    `rounds` (evaluations that had to follow one another) and `evaluations` are counted by the run. `seconds` is the
+    wall time of the sampling alone, without starting workers. `device_seconds` is the time spent in the denoiser, by
+    the evaluating processes' own clocks, over all of them.
 
     `residuals` say, by index of the grid, how far from the refined state its prediction was taken, relative to that
     state's norm, the largest among the samples; empty unless the mode is adaptive or they were asked for. `cuts` are
@@ -23,7 +34,7 @@ class Result:
     `incidents` say which workers were lost meanwhile, and how. Others took over; the samples are the same.
     """
 
-    samples: Tensor
+    samples: Samples
     mode: str
     drafts: int
     steps: int

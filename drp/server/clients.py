@@ -11,8 +11,8 @@ from typing import Final
 
 from drp.protocol.codec import encode
 from drp.protocol.door import BEAT, SILENCE, TAKE, Beat, ToClient
+from drp.protocol.frames import Frame
 from drp.protocol.memory import SharedMemory
-from drp.protocol.tensors import Frame
 from drp.server.endpoint import Endpoint
 from drp.server.ticket import Ticket
 

@@ -18,8 +18,8 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import parse_monitor_message
 
 from drp.protocol.door import MAX_FRAME
+from drp.protocol.frames import Frame
 from drp.protocol.keys import Keys
-from drp.protocol.tensors import Frame
 from drp.protocol.transport import MAX_PATH
 
 OUT: Final = 64

@@ -17,7 +17,8 @@ from drp.protocol.door import (
     Submit,
     TensorData,
 )
-from drp.protocol.tensors import Frame, Received
+from drp.protocol.frames import Frame
+from drp.protocol.tensors import Received
 from drp.sampling.drafts import DraftRule
 from drp.sampling.result import Result
 from drp.sampling.run import Callback

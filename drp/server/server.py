@@ -37,8 +37,9 @@ from drp.protocol.door import (
     TensorData,
     ToServer,
 )
+from drp.protocol.frames import Frame, nbytes_of_samples, shape_of_samples
 from drp.protocol.keys import Keys
-from drp.protocol.tensors import Frame, Frames, nbytes_of_samples, shape_of_samples, shared
+from drp.protocol.tensors import Frames, shared
 from drp.sampling.result import Result
 from drp.server import options
 from drp.server.clients import Client, Clients

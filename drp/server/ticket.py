@@ -9,8 +9,9 @@ from torch import Tensor
 
 from drp.leader.active import Pending
 from drp.protocol.door import Evaluation, Progress, Submit, TensorData
+from drp.protocol.frames import Frame
 from drp.protocol.memory import SharedMemory
-from drp.protocol.tensors import Frame, Frames
+from drp.protocol.tensors import Frames
 
 MOST_EVALUATIONS = 10_000
 

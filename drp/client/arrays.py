@@ -1,0 +1,88 @@
+"""Arrays: what a client sends and gets, as numpy has it, or torch where that is installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import mmap
+import os
+import sys
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drp.protocol.codec import ProtocolError
+from drp.protocol.door import TensorData
+from drp.protocol.frames import ITEM_SIZES, FrameReader, FrameWriter, count_bytes
+from drp.protocol.memfd import open_memfd
+
+Library = Literal["numpy", "torch"]
+
+
+def find_library(name: Library | None) -> Library:
+    """Return the library that arrays are of: the one named, else torch if it is installed, which is then imported."""
+    if name not in (None, "numpy", "torch"):
+        raise ValueError(f"arrays is {name!r}; choose 'numpy' or 'torch'")
+    found: Library = name or ("torch" if importlib.util.find_spec("torch") is not None else "numpy")
+    if found == "torch":
+        importlib.import_module("torch")
+    return found
+
+
+def add_array(frames: FrameWriter, name: str, value: Any) -> TensorData:
+    """Return what names an array in a message; raise ValueError for what is none, or cannot be sent."""
+    torch = sys.modules.get("torch")  # Whoever has a tensor has imported it.
+    if torch is not None and isinstance(value, torch.Tensor):
+        dtype, shape = str(value.dtype).removeprefix("torch."), tuple(value.shape)
+        if value.device.type != "cpu":
+            raise ValueError(f"{name} is on {value.device}; call .cpu() first, it is sent from host memory")
+        _check(name, dtype)
+        value = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return frames.add_bytes(dtype, shape, value.data)
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"{name} is a {type(value).__name__}; give a tensor, or a numpy array")
+    _check(name, value.dtype.name)
+    little = np.ascontiguousarray(value, value.dtype.newbyteorder("<"))
+    return frames.add_bytes(little.dtype.name, value.shape, little.reshape(-1).view(np.uint8).data)
+
+
+def take_array(frames: FrameReader, data: TensorData, library: Library) -> Any:
+    """Return a copy of an inline array; raise ProtocolError if it is not as the message says."""
+    frame = frames.take_bytes(data)
+    return _array(np.frombuffer(bytearray(frame), _dtype(data)), data, library)
+
+
+def open_array(data: TensorData, library: Library) -> Any:
+    """Map an array that a peer shares; raise ProtocolError if it is not as the message says."""
+    nbytes = count_bytes(data)
+    if data.memory is None or data.frame is not None:
+        raise ProtocolError("an array in a frame where one in shared memory is due")
+    if nbytes > data.memory.nbytes:
+        raise ProtocolError(f"{list(data.shape)} of {data.dtype} does not fit into {data.memory.nbytes} bytes")
+    descriptor = open_memfd(data.memory)
+    try:
+        mapped = mmap.mmap(descriptor, data.memory.nbytes)  # It stays, for the array, when the descriptor is closed.
+    finally:
+        os.close(descriptor)
+    return _array(np.frombuffer(mapped, _dtype(data), math.prod(data.shape)), data, library)
+
+
+def _array(flat: NDArray[Any], data: TensorData, library: Library) -> Any:
+    try:
+        array = flat.reshape(data.shape)
+    except ValueError as error:  # no numbers, but more than numpy can count in the other dimensions
+        raise ProtocolError(f"no array has the shape {list(data.shape)}: {error}") from None
+    return sys.modules["torch"].from_numpy(array) if library == "torch" else array
+
+
+def _dtype(data: TensorData) -> Any:
+    if data.dtype == "bfloat16":
+        raise ProtocolError("an array is bfloat16, which numpy does not have")
+    return np.dtype(data.dtype).newbyteorder("<")
+
+
+def _check(name: str, dtype: str) -> None:
+    if dtype not in ITEM_SIZES:
+        raise ValueError(f"{name} is {dtype}; choose one of {', '.join(ITEM_SIZES)}")

@@ -1,0 +1,18 @@
+"""Limits of one run, whoever asks for it: one within them cannot hold up the leader's other runs for long.
+
+Drawing the noise takes 7 microseconds a sample, working out a round's coefficients time that grows with the square of
+its drafts (60 ms for 256 of 1,000 steps). A timestep is at most what the workers' protocol holds.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+MAX_SAMPLES: Final = 16_384
+MAX_STEPS: Final = 10_000
+MAX_DRAFTS: Final = 256
+MAX_EVALUATIONS: Final = 100_000
+MAX_GUIDANCE: Final = 1e6
+MAX_TIMESTEP: Final = 1e9
+MAX_NUMBERS: Final = 2**34
+"""Of all slots of a run together."""

@@ -1,0 +1,102 @@
+"""Frames: the tensors of a message as bytes, for whoever makes arrays or tensors of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final, TypeAlias
+
+from drp.protocol.codec import ProtocolError
+from drp.protocol.door import MAX_FRAME, MOST_FRAMES, Submit, TensorData
+from drp.protocol.messages import ModelSpec
+
+Frame: TypeAlias = bytes | memoryview
+
+MOST_DIMENSIONS: Final = 16
+
+ITEM_SIZES: Final = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "complex64": 8,
+    "complex128": 16,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+"""Bytes of one number, by the name of its dtype."""
+
+
+class FrameWriter:
+    """The tensor frames of one message as it is made; they are sent after it."""
+
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+
+    def add_bytes(self, dtype: str, shape: Sequence[int], data: memoryview) -> TensorData:
+        """Return what names a tensor in the message; `data` are its numbers in C order, as bytes. They are not copied.
+
+        Raises ValueError for a tensor that a message cannot hold.
+        """
+        if len(shape) > MOST_DIMENSIONS:
+            raise ValueError(f"a tensor has {len(shape)} dimensions; at most {MOST_DIMENSIONS}")
+        if data.nbytes > MAX_FRAME or len(self.frames) == MOST_FRAMES:
+            raise ValueError(
+                f"a tensor of {data.nbytes} bytes, and {len(self.frames)} before it; a message has at most "
+                f"{MOST_FRAMES} of at most {MAX_FRAME} bytes each"
+            )
+        self.frames.append(data)
+        return TensorData(dtype, tuple(shape), frame=len(self.frames))
+
+
+class FrameReader:
+    """The tensor frames of a message that came: take each, then `done`, which refuses frames unnamed."""
+
+    def __init__(self, frames: Sequence[Frame]) -> None:
+        if len(frames) > MOST_FRAMES:
+            raise ProtocolError(f"{len(frames)} tensors; a message has at most {MOST_FRAMES}")
+        self._frames: list[Frame | None] = list(frames)
+
+    def take_bytes(self, data: TensorData) -> Frame:
+        """Return an inline tensor's numbers; raise ProtocolError if they are not as the message says."""
+        nbytes = count_bytes(data)
+        if data.frame is None or data.memory is not None:
+            raise ProtocolError("a tensor in shared memory where one in a frame is due")
+        frame = self._frames[data.frame - 1] if data.frame <= len(self._frames) else None
+        if frame is None:
+            raise ProtocolError(f"frame {data.frame} is missing, or named twice")
+        if len(frame) != nbytes:
+            raise ProtocolError(
+                f"frame {data.frame} is {len(frame)} bytes long; {list(data.shape)} of {data.dtype} takes {nbytes}"
+            )
+        self._frames[data.frame - 1] = None
+        return frame
+
+    def done(self) -> None:
+        """Raise ProtocolError if a frame was not taken."""
+        left = [number for number, frame in enumerate(self._frames, start=1) if frame is not None]
+        if left:
+            raise ProtocolError(f"no field names frame {left[0]}")
+
+
+def count_bytes(data: TensorData) -> int:
+    """Return how many bytes a tensor's numbers take; raise ProtocolError for a dtype that there is not."""
+    if data.dtype not in ITEM_SIZES:
+        raise ProtocolError(f"unknown dtype {data.dtype!r:.80}")
+    return math.prod(data.shape) * ITEM_SIZES[data.dtype]
+
+
+def shape_of_samples(submit: Submit, spec: ModelSpec) -> tuple[int, ...]:
+    """Return the shape that the samples of a request will have, if it is one that can be."""
+    shape = submit.shape if submit.shape is not None else spec.sample_shape or ()
+    count = submit.count if submit.count is not None else len(submit.labels or (0,))
+    return count, *shape
+
+
+def nbytes_of_samples(submit: Submit, spec: ModelSpec) -> int:
+    """Return how long they will be."""
+    return math.prod(shape_of_samples(submit, spec)) * ITEM_SIZES["float32"]
