@@ -21,7 +21,7 @@ from drp.protocol.tensors import Received
 from tests.test_server import ROOT, Served
 
 BARE = """
-import resource, sys, time
+import sys, time
 
 ALLOWED = {"drp", "numpy", "zmq", "msgpack", "_distutils_hack"}
 
@@ -37,7 +37,7 @@ sys.meta_path.insert(0, Bare())
 began = time.process_time()
 from drp.client import Client
 seconds = time.process_time() - began
-kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+[kibibytes] = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")]
 """
 
 
@@ -87,12 +87,13 @@ result.samples[0] += 0  # It may be written to.
 np.savez(sys.argv[2], samples=result.samples, large=large, own=own, last=previews[-1])
 """
     bare(program, served.address, str(tmp_path / "samples.npz"))
+    noise = torch.from_numpy(np.linspace(-1, 1, 64, dtype=np.float32)).view(1, 1, 8, 8)
     with np.load(tmp_path / "samples.npz") as found:
         expected: dict[str, Any] = {
             "samples": {"labels": [3, 1], "seed": 4, "steps": 9},
             "last": {"labels": [3, 1], "seed": 4, "steps": 9},
             "large": {"labels": [1] * 2000, "steps": 2},
-            "own": {"labels": [2], "noise": torch.linspace(-1, 1, 64).view(1, 1, 8, 8), "steps": 3},
+            "own": {"labels": [2], "noise": noise, "steps": 3},
         }
         for name, options in expected.items():
             samples = drp.reference("tests.denoisers:Tiny", devices=2, **options).samples
@@ -132,7 +133,6 @@ def test_arrays_of_every_kind_arrive(dtype: torch.dtype) -> None:
         (3, "x is a int; give a tensor, or a numpy array"),
         (np.array(["a"]), "x is str32; choose one of float64"),
         (np.zeros(1, np.uint16), "x is uint16; choose one of"),
-        (torch.zeros(1, dtype=torch.complex32), "x is complex32; choose one of"),
         (torch.zeros(1, device="meta"), r"x is on meta; call .cpu\(\) first"),
         (np.zeros((1,) * 17), "17 dimensions; at most 16"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import math
 import mmap
 import os
@@ -25,10 +24,15 @@ def find_library(name: Library | None) -> Library:
     """Return the library that arrays are of: the one named, else torch if it is installed, which is then imported."""
     if name not in (None, "numpy", "torch"):
         raise ValueError(f"arrays is {name!r}; choose 'numpy' or 'torch'")
-    found: Library = name or ("torch" if importlib.util.find_spec("torch") is not None else "numpy")
-    if found == "torch":
+    if name == "numpy":
+        return "numpy"
+    try:
         importlib.import_module("torch")
-    return found
+    except ImportError:
+        if name == "torch":
+            raise
+        return "numpy"
+    return "torch"
 
 
 def add_array(frames: FrameWriter, name: str, value: Any) -> TensorData:
