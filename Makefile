@@ -1,13 +1,14 @@
 # Every target makes .venv first, if it is missing or older than what it is made from.
 PYTHON ?= python3
 DEVICES ?= 2
-# What uses the dependencies most: noise, arithmetic, codec, sockets, command line.
-OLDEST := tests/test_sampling_options.py tests/test_sampling_exact.py tests/test_protocol.py tests/test_cli.py
+# What depends on the dependencies: noise, arithmetic, codec, sockets, command line.
+OLDEST := tests/test_sampling_options.py tests/test_sampling_exact.py tests/test_protocol.py \
+          tests/test_cli.py::test_sample_draws_a_picture
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test test-cpp test-diffusers test-gpu test-faults test-oldest package docs soak fuzz check bench bench-gpu study bench-pipelines \
-        quality micro clean
+.PHONY: help demo test test-cpp test-diffusers test-gpu test-faults test-oldest package docs soak fuzz check bench \
+        bench-gpu study bench-pipelines quality micro clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import resource
 from pathlib import Path
@@ -113,3 +114,13 @@ def test_the_command_prints_every_line(report: doctor.Report) -> None:
     for findings in report.sections.values():
         for finding in findings:
             assert finding.about in shown.output
+
+
+def test_the_command_prints_json(report: doctor.Report) -> None:
+    shown = CliRunner().invoke(main, ["doctor", "--json"])
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.stdout)
+    assert set(found) == {"sections", "gpus", "peers", "ipc"}
+    software = {finding["about"]: finding["seen"] for finding in found["sections"]["software"]}
+    assert software["python"] == seen(report, "python").seen
+    assert [finding["about"] for finding in found["sections"]["cores"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -310,6 +311,10 @@ def test_status_and_metrics(served: Served, client: Client) -> None:
     done = CliRunner().invoke(main, ["status", served.address])
     assert done.exit_code == 0, done.output
     assert "state: serving\nhealthy: True" in done.output
+    shown = json.loads(CliRunner().invoke(main, ["status", served.address, "--json"]).stdout)
+    assert (shown["state"], shown["healthy"], shown["most"]) == ("serving", True, 16)
+    both = CliRunner().invoke(main, ["status", served.address, "--json", "--metrics"])
+    assert "leave out --json" in both.stderr
 
 
 # A client that knows the specification alone.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 from dataclasses import replace
@@ -209,3 +210,10 @@ def test_the_command_line(tmp_path: Path) -> None:
     again = CliRunner().invoke(main, ["simulate", "--from", trace, "-d", "4xemulated:20ms", "--runs", "5"])
     assert again.exit_code == 0, again.output
     assert "5 simulated runs of 48 steps" in again.output
+    shown = json.loads(CliRunner().invoke(main, ["simulate", *asked, "--json"]).stdout)
+    assert [(row["policy"], row["devices"]) for row in shown["rows"]] == [
+        (policy, count) for policy in ("barrier", "rolling") for count in (1, 2, 4, 8)
+    ]
+    least = min(shown["rows"], key=lambda row: row["latency_p50_seconds"])
+    assert shown["best"] == {"policy": least["policy"], "devices": least["devices"]}
+    assert all(row["cost_per_run"] > 0 for row in shown["rows"])
