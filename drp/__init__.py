@@ -13,7 +13,8 @@ from drp.platforms import require_linux
 if TYPE_CHECKING:
     from drp.api import reference, sample
     from drp.client import Client
-    from drp.leader import GpuOptions, Leader, WorkerError
+    from drp.errors import WorkerError
+    from drp.leader import GpuOptions, Leader
     from drp.models import ModelSpec
     from drp.sampling.result import Result
 
@@ -28,7 +29,7 @@ _HOMES = {
     "Leader": "drp.leader",
     "ModelSpec": "drp.models",
     "Result": "drp.sampling.result",
-    "WorkerError": "drp.leader",
+    "WorkerError": "drp.errors",
     "reference": "drp.api",
     "sample": "drp.api",
 }

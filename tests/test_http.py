@@ -158,7 +158,7 @@ def test_a_stream_shows_the_picture_form(gateway: Gateway) -> None:
         ({"prompt": "1", "seed": -1}, 400, "seed: "),
         ({"prompt": "1", "seed": 2**70}, 400, "seed: "),
         ({"prompt": "1", "mode": "m" * 1000}, 400, "mode: "),
-        ({"prompt": "1", "\ud800": 1}, 400, "body: "),
+        ({"prompt": "1", "\ud800": 1}, 400, "send JSON as Content-Type application/json"),
         ({"prompt": "1", "n": 99}, 400, "n: "),
         ({"prompt": "1", "response_format": "url"}, 400, "response_format"),
         ({"n": 1}, 400, "prompt"),

@@ -157,6 +157,7 @@ def test_workers_equal_the_reference_whatever_is_asked() -> None:
                 assert sorted(result.residuals) == list(range(1, 17))
 
 
+BARS = tuple(np.linspace(0.999, 0.001, 10_000))
 WHOLE = st.sampled_from([-(2**63), -1, 0, 1, 2, 3, 48, 256, 257, 1000, 10_000, 3_000_000, 2**31 - 1, 2**63 - 1, 2**64])
 REAL = st.sampled_from([-1e308, -1.0, 0.0, 1e-308, 0.5, 1.0, 2.0, 1e6, 1e300, 1e308, math.inf, math.nan])
 NUMBER = WHOLE | REAL | st.just(True)
@@ -206,6 +207,7 @@ def test_no_number_is_used_before_it_is_bounded(options: dict[str, Any]) -> None
     [
         ({"target_speedup": 1e300, "drafts": 2**31 - 1}, "drafts is 2147483647; give a whole number, 1 to 256"),
         ({"target_speedup": 1e300}, r"target_speedup is 1e\+300; give a number, 1 to 10000"),
+        ({"solver": "heun", "steps": 9000, "grid": {"schedule": BARS}}, "of which heun makes 17999; at most 10000"),
         ({"count": 3_000_000}, "count is 3000000; give a whole number, 1 to 16384"),
         ({"sweeps": 2**31 - 1}, "sweeps is 2147483647; give a whole number, 0 to 2082"),
         ({"warmup": 2**31 - 1}, "warmup is 2147483647"),

@@ -157,6 +157,20 @@ def test_more_connections_than_it_takes_are_closed(served: Served) -> None:
     until(lambda: served.descriptors() < 50, "all connections are closed")
 
 
+def test_what_an_error_says_is_told_whatever_it_says(free: Leader, tmp_path: Path) -> None:
+    """A file name that cannot be decoded has lone surrogates, which no message can hold."""
+    with serving(free, tmp_path) as server, Client(server.address) as client, pytest.MonkeyPatch.context() as patched:
+
+        def refuse(**options: Any) -> None:
+            raise ValueError("no file \udcff.bin")
+
+        patched.setattr(free, "submit", refuse)
+        with pytest.raises(ValueError, match=r"no file \\udcff\.bin"):
+            client.sample(shape=(4,), steps=3)
+        patched.undo()
+        assert client.sample(shape=(4,), steps=3).steps == 3
+
+
 def test_a_limit_that_there_are_no_descriptors_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda what: (1024, 1024))
     assert check_descriptors(248) == 512

@@ -207,6 +207,8 @@ def _solver(request: Request) -> Solver:
     except (ArithmeticError, IndexError, TypeError) as error:
         raise ValueError(f"grid {dict(grid)!s:.200} and solver_options {dict(options)!s:.200}: {error}") from None
     own = solver.grid
+    if own.steps > MAX_STEPS:  # Heun's method has twice as many as were asked for.
+        raise ValueError(f"steps is {steps}, of which {request.solver} makes {own.steps}; at most {MAX_STEPS}")
     numbers = np.concatenate((own.timesteps, own.alphas, own.sigmas, [own.start]))
     if not np.all(np.isfinite(numbers)) or np.max(np.abs(numbers)) > MAX_TIMESTEP:
         raise ValueError(

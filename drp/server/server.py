@@ -173,7 +173,7 @@ class Server:
                 self._on(address, decode(bytes(head), TO_SERVER), frames)
             except ProtocolError as error:
                 self._counts.bad_messages += 1
-                self._clients.reply(address, Refused(None, "protocol", str(error)[:2000]))
+                self._clients.reply(address, Refused(None, "protocol", _words(error, 2000)))
 
     def _on(self, address: bytes, message: ToServer, frames: Sequence[Frame]) -> None:
         client = self._clients.get(address)
@@ -215,7 +215,7 @@ class Server:
             refused = self._why_not(client, submit, ahead) or self._begin(ticket, frames)
         except ProtocolError as error:
             self._counts.bad_messages += 1
-            refused = Refused(submit.request, "protocol", str(error)[:2000])
+            refused = Refused(submit.request, "protocol", _words(error, 2000))
         if refused is not None:
             ticket.release()
             self._counts.refused += 1
@@ -258,9 +258,9 @@ class Server:
         except ProtocolError:
             raise
         except WorkerError as error:
-            return Refused(ticket.request, "draining", str(error)[:2000])
+            return Refused(ticket.request, "draining", _words(error, 2000))
         except ValueError as error:
-            return Refused(ticket.request, "invalid", str(error)[:2000])
+            return Refused(ticket.request, "invalid", _words(error, 2000))
         except Exception as error:  # Whatever options can bring about is their sender's to hear, not the server's end.
             log.warning("a request raised", exc_info=True)
             return Refused(ticket.request, "invalid", repr(error)[:2000])
@@ -329,7 +329,7 @@ class Server:
         """Count a run without samples; return what its client is told."""
         if not isinstance(error, CancelledError):
             self._counts.failed += 1
-            return Ended(ticket.request, "failed", str(error)[:20_000] or repr(error)[:20_000])
+            return Ended(ticket.request, "failed", _words(error, 20_000))
         self._counts.cancelled += 1
         if ticket.cancelled:
             return Ended(ticket.request, "cancelled", "")
@@ -403,3 +403,8 @@ class Server:
             "uptime_seconds": ("Since the door opened.", now.uptime),
         }
         return prometheus(self._counts, gauges)
+
+
+def _words(error: BaseException, most: int) -> str:
+    """Return what an error says as a message can hold it: in Unicode, and at most so long."""
+    return (str(error) or repr(error)).encode(errors="backslashreplace").decode()[:most]
