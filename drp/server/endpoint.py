@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import resource
 import socket
@@ -28,6 +29,8 @@ LAST_READ: Final = 1.0
 """Seconds for which what clients are still sending is read away at the end."""
 QUIET: Final = 30
 """Milliseconds without a message after which there are none."""
+WARN_EVERY: Final = 60.0
+"""Seconds between two warnings of connections that are too many."""
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ class Endpoint:
 
     def __init__(self, address: str, keys: Keys | None = None, max_connections: int = 272) -> None:
         self._max_connections, self._connections = max_connections, set[int]()
+        self._warned = -math.inf
         self.local = address.startswith("ipc://")
         self._path = check_address(address, keys)
         self._context = zmq.Context(io_threads=1)
@@ -114,8 +118,9 @@ class Endpoint:
             self._connections.add(descriptor)
             if len(self._connections) > self._max_connections:
                 self._disconnect(descriptor)
-            if len(self._connections) == self._max_connections + 1:  # once, however many come
-                log.warning("%d connections are open; those beyond are closed", self._max_connections)
+                if time.monotonic() - self._warned > WARN_EVERY:  # however many come
+                    self._warned = time.monotonic()
+                    log.warning("%d connections are open; those beyond are closed", self._max_connections)
         return lost
 
     def _disconnect(self, descriptor: int) -> None:
