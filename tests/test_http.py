@@ -28,6 +28,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import drp
 from drp import Client
 from drp.cli.http import own_names
+from drp.errors import WorkerError
+from drp.http.app import _explain
 from drp.pictures import encode_grid
 from drp.trace import read
 from tests.browser import PROGRAM, browser
@@ -339,6 +341,15 @@ def test_a_client_that_goes_away_ends_its_run(gateway: Gateway, served: Served, 
         connection.close()
         until(lambda: client.status().requests == 0, "the run is over")
         assert client.status().cancelled == before + 1
+
+
+def test_what_failed_inside_is_said_in_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
+    failed = WorkerError(
+        "worker 0 (cpu:0, process 7) failed:\nTraceback (most recent call last):\n  File /home/me/m.py"
+    )
+    status, words = _explain(failed)
+    assert (status, words) == (500, "the run failed (WorkerError); the log of `drp http` says why")
+    assert "File /home/me/m.py" in caplog.text
 
 
 def test_health_metrics_models_and_page(gateway: Gateway) -> None:
