@@ -17,6 +17,7 @@ from drp.leader.ground import GpuOptions
 from drp.leader.leader import Leader, check_batch, model_name
 from drp.leader.request import Options, Request, make_job
 from drp.protocol.messages import ModelSpec
+from drp.sampling.advice import warn
 from drp.sampling.reference import run_reference
 from drp.sampling.result import Result
 from drp.threads import torch_threads
@@ -98,6 +99,7 @@ def reference(
     with torch_defaults():
         denoiser = models.load(model_name(model))
         job = make_job(request, denoiser.spec, len(placed) * check_batch(drafts_per_device))
+        warn(job.solver.grid.steps, job.mode.width, job.solver.adds_noise)
         device = torch.device("cpu")
         if placed[0].gpu is not None:
             from drp.models.gpu import on_device  # only now, like all that is for GPUs

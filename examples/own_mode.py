@@ -9,7 +9,7 @@ rest: drafts, refining, bookkeeping. A mode that breaks the rules is told which.
 from dataclasses import dataclass
 
 import drp
-from drp.sampling.drafts import SECANT, DraftRule
+from drp.sampling.drafts import DAMPED, DraftRule
 from drp.sampling.modes import Mode, Round, Rounds
 
 
@@ -18,7 +18,7 @@ class Growing(Mode):
     """Blocks of 1, 2, 3, ... up to n drafts, each starting from the last prediction of the one before."""
 
     n: int
-    rule: DraftRule = SECANT
+    rule: DraftRule = DAMPED
 
     @property
     def width(self) -> int:

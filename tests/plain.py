@@ -31,9 +31,12 @@ DEFAULTS: dict[str, Any] = {
     "noise": None,
     "image": None,
     "strength": 1.0,
-    "mode": "aggressive",
+    "mode": "window",
     "drafts": None,
     "target_speedup": None,
+    "target_rounds": None,
+    "stride": None,
+    "offsets": None,
     "rule": None,
     "tolerance": 0.0025,
     "warmup": 0,
@@ -79,7 +82,7 @@ class Plain:
                 return message
 
     def open(self) -> Message:
-        self.say("Open", version=1, name="plain")
+        self.say("Open", version=2, name="plain")
         return self.hear("Opened")
 
     def floats(self, tensor: Message) -> list[float]:

@@ -45,7 +45,7 @@ DEVICE = GpuOptions(ordering="device")
 TINY = "tests.denoisers:Tiny"
 MODEL = "tests.misbehaving:make"
 PLAIN = "tests.misbehaving:make_plain"
-MODES = ("sequential", "conservative", "aggressive", "rolling", "adaptive")
+MODES = ("sequential", "conservative", "aggressive", "window", "rolling", "adaptive")
 STEPS = 20
 DEADLINE = 60.0
 
@@ -262,6 +262,7 @@ def test_emulated_devices_take_their_time_and_say_so() -> None:
         ("kill", "SIGKILL", "aggressive", False),
         ("kill", "SIGKILL", "conservative", True),
         ("kill", "SIGKILL", "adaptive", False),
+        ("kill", "SIGKILL", "window", False),
         ("hang", "draft_timeout", "conservative", False),
         ("stale", "did not stamp it", "rolling", False),
         ("early", "did not stamp it", "aggressive", False),

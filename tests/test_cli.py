@@ -39,7 +39,7 @@ def test_sample_draws_a_picture(tmp_path: Path) -> None:
     done = drp("sample", "digits", "-l", "7,1,3-4", "-r", "2", "-n", "6", "-d", "2", "-o", "out.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(
-        r"^aggressive, 2 worker\(s\) on cpu:0, cpu:\d: 6 steps in 4 rounds, 6 evaluations, [\d.]+ s; "
+        r"^window, 2 worker\(s\) on cpu:0, cpu:\d: 6 steps in 4 rounds, 6 evaluations, [\d.]+ s; "
         r"speed-up [\d.]+ of 1\.50 in theory\nwrote out\.png$",
         done.stdout.strip(),
     ), done.stdout

@@ -115,7 +115,7 @@ def test_both_sides_refuse_the_same(programs: Path) -> None:
 def test_the_example_in_cpp(programs: Path, served: Served, tmp_path: Path) -> None:
     samples = drp.reference(MODEL, labels=[3, 1, 4], devices=2).samples
     run = ran(programs / "examples/submit", served.address, "3,1,4", tmp_path / "out.f32")
-    assert (run.returncode, run.stdout) == (0, f"aggressive: 48 steps in 25 rounds, {tmp_path}/out.f32\n")
+    assert (run.returncode, run.stdout) == (0, f"window: 48 steps in 25 rounds, {tmp_path}/out.f32\n")
     assert "step 48 of 48" in run.stderr
     assert (tmp_path / "out.f32").read_bytes() == samples.numpy().tobytes()
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from drp.sampling import run as module
-from drp.sampling.drafts import PAPER, RULES
+from drp.sampling.drafts import DAMPED, PAPER, RULES
 from drp.sampling.grids import scaled_linear
 from drp.sampling.modes import (
     Adaptive,
@@ -25,8 +25,10 @@ from drp.sampling.modes import (
     Eager,
     Mode,
     Rolling,
+    Sparse,
     Sweeps,
     Warmup,
+    Window,
     make_mode,
 )
 from drp.sampling.plan import Predict
@@ -83,7 +85,7 @@ def sample(solver: Solver, mode: Mode, order: random.Random) -> tuple[Tensor, in
 SOLVERS = [DDIM(scaled_linear(23)), DPMSolver(scaled_linear(23))]
 
 
-@pytest.mark.parametrize("name", ["aggressive", "conservative", "adaptive", "rolling"])
+@pytest.mark.parametrize("name", ["aggressive", "conservative", "window", "adaptive", "rolling"])
 @pytest.mark.parametrize("rule", sorted(RULES))
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_order_of_arrival_changes_no_bit(name: str, rule: str, solver: Solver) -> None:
@@ -98,6 +100,9 @@ def test_the_order_of_arrival_changes_no_bit(name: str, rule: str, solver: Solve
 SCHEDULES = [
     Sweeps(Aggressive(4), 2),
     Sweeps(Conservative(5), 1),
+    Window(6, 4),
+    Sweeps(Window(5, 2.5), 1),
+    Sparse(4, 4, DAMPED, (2, 4, 6, 8)),
     Warmup(Sweeps(Aggressive(3), 1), 2),
     Aggressive(4),
     Adaptive(4, 0.01),

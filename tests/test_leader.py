@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from drp.leader.request import Request, make_job
 from tests.denoisers import make_free
 
 TINY = "tests.denoisers:Tiny"
-MODES = ("sequential", "conservative", "aggressive", "rolling")
+MODES = ("sequential", "conservative", "aggressive", "window", "rolling")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,9 @@ def test_counts_equal_the_formulas(tiny: Leader) -> None:
         assert (fast.rounds, safe.rounds) == (aggressive, conservative)
         assert fast.evaluations == safe.evaluations == 48
         assert fast.theory == 48 / aggressive
+        window = tiny.sample(labels=[0], drafts=drafts)
+        assert (window.rounds, window.mode) == (1 + math.ceil(47 / (drafts / 2 + 1)), "window")
+        assert sum(window.evaluated) == window.evaluations > 48 * (drafts > 2)
 
 
 def test_a_sample_does_not_depend_on_its_neighbours(tiny: Leader) -> None:

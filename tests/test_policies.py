@@ -14,7 +14,7 @@ import drp
 from drp import Leader
 from drp.leader.policies import POLICIES, Policy, find_policy
 from drp.leader.timeline import Timeline
-from drp.sampling.drafts import SECANT
+from drp.sampling.drafts import DAMPED
 from drp.sampling.modes import Aggressive, Sweeps, make_mode
 from drp.simulate import Load, make_devices, simulate
 from drp.trace import record, summarise
@@ -37,7 +37,7 @@ def late() -> Iterator[Leader]:
 @pytest.mark.parametrize(("mode", "drafts"), [("aggressive", 3), ("conservative", 2), ("aggressive", 7)])
 def test_bits_are_those_of_the_mode_that_a_policy_schedules(late: Leader, name: str, mode: str, drafts: int) -> None:
     late.policy = name
-    made = POLICIES[name].schedule(make_mode(mode, drafts, 0.0, SECANT))
+    made = POLICIES[name].schedule(make_mode(mode, drafts, 0.0, DAMPED))
     reference = drp.reference(TINY, labels=[1, 2], steps=17, mode=made)
     for _ in range(2):
         result = late.sample(labels=[1, 2], steps=17, mode=mode, drafts=drafts)

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from drp.sampling.grids import Grid, dynamic_mu, flow_grid, ipndm_grid, make_grid
 from drp.sampling.modes import Sequential
+from drp.sampling.named import make_solver
 from drp.sampling.reference import run_reference
+from drp.sampling.rows import state
 from drp.sampling.schedules import Float64s, alpha_bars
 from drp.sampling.solvers import (
     DDIM,
@@ -420,3 +422,32 @@ def test_image_to_image_starts_in_the_middle(monkeypatch: pytest.MonkeyPatch) ->
     start = rest.alphas[0] * image + rest.sigmas[0] * draw(-1)
     solver = DPMSolver(rest, lower_order_final=False)
     assert relative(run_reference(denoise, solver, Sequential(), start, {}).samples, x.double()) < 1e-5
+
+
+@pytest.mark.parametrize("sigmas", ["exponential", "beta", "karras"])
+@pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
+def test_a_last_step_to_the_same_noise_level(sigmas: str, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named sigmas end at that of the first training timestep, and so does the grid: the state stays."""
+    for steps in (10, 13, 28):
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            **BETAS, algorithm_type=algorithm, **{f"use_{sigmas}_sigmas": True}, final_sigmas_type="sigma_min"
+        )
+        scheduler.set_timesteps(steps)
+        grid = {"sigmas": sigmas, "end": "sigma_min", "schedule": tuple(bars_of(scheduler))}
+        solver = make_solver(algorithm, steps, grid=grid)
+        assert solver.stands_still(steps - 1)
+        assert solver.step(steps - 1) == {state(steps - 1): 1.0}
+        scheduler.timesteps = torch.from_numpy(solver.grid.timesteps).long()
+        check(solver, Theirs(scheduler), monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["deis", "unipc", "lms", "euler", "dpmsolver++", "dpmsolver", "sde-dpmsolver"])
+@pytest.mark.parametrize("sigmas", ["exponential", "beta", "karras"])
+def test_every_solver_takes_a_step_to_the_same_noise_level(name: str, sigmas: str) -> None:
+    for options in ({}, {"order": 3}, {"variant": "bh1"}):
+        if ("order" in options and name in ("euler", "lms", "sde-dpmsolver")) or (
+            "variant" in options and name != "unipc"
+        ):
+            continue
+        solver = make_solver(name, 13, grid={"sigmas": sigmas, "end": "sigma_min"}, options=options)
+        assert ours(solver).isfinite().all()

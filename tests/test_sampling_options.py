@@ -1,6 +1,7 @@
 """What callers may ask of a run, and that workers compute the same bits whatever they ask."""
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,21 @@ from hypothesis import strategies as st
 import drp
 from drp.leader.request import Job, Request, make_job
 from drp.protocol.messages import ModelSpec
-from drp.sampling.choice import choose
-from drp.sampling.drafts import PAPER, SECANT, DraftRule
-from drp.sampling.modes import Adaptive, Aggressive, Conservative, Sequential, Sweeps, Warmup, rounds_of
+from drp.sampling import advice
+from drp.sampling.choice import choose_rounds, choose_speedup
+from drp.sampling.drafts import DAMPED, PAPER, SECANT, DraftRule
+from drp.sampling.modes import (
+    Adaptive,
+    Aggressive,
+    Conservative,
+    Sequential,
+    Sparse,
+    Sweeps,
+    Warmup,
+    Window,
+    make_mode,
+    rounds_of,
+)
 from drp.sampling.named import SOLVER_NAMES, make_solver
 from drp.sampling.plan import longest_way, make_plan
 from drp.sampling.solvers import DDIM, DPMSolver
@@ -22,6 +35,7 @@ from examples.own_mode import Growing
 from tests.denoisers import make_free
 
 SPEC = ModelSpec(sample_shape=(2, 3))
+FLOW: dict[str, Any] = {"solver": "euler", "prediction_type": "flow"}
 
 
 def job(devices: int = 4, **options: Any) -> Job:
@@ -29,12 +43,21 @@ def job(devices: int = 4, **options: Any) -> Job:
 
 
 def test_modes_by_option() -> None:
-    assert job().mode == Aggressive(4, SECANT)
-    assert job(rule="paper").mode == Aggressive(4, PAPER)
+    assert job().mode == Window(4, 3, DAMPED)
+    assert job(devices=1).mode == Window(1, 1)
+    assert job(stride=2.5, drafts=6).mode == Window(6, 2.5)
+    assert job(offsets="even").mode == Sparse(4, 4, DAMPED, (2, 4, 6, 8))
+    assert job(offsets="tapered", drafts=8).mode == Sparse(8, 8, DAMPED, (1, 2, 3, 4, 6, 8, 10, 12))
+    assert job(offsets=[1, 2, 4, 7], stride=5).mode == Sparse(4, 5, DAMPED, (1, 2, 4, 7))
+    assert job(mode="aggressive", rule="secant").mode == Aggressive(4, SECANT)
+    assert job(mode="aggressive", rule="paper").mode == Aggressive(4, PAPER)
     assert job(rule=DraftRule(0.2, 0.1), mode="conservative", drafts=3).mode == Conservative(3, DraftRule(0.2, 0.1))
     assert job(mode="adaptive", tolerance=0.02).mode == Adaptive(4, 0.02)
     assert job(mode="adaptive", warmup=3, sweeps=2).mode == Warmup(Sweeps(Adaptive(4, 0.0025), 2), 3)
-    assert job(target_speedup=3.0).mode == Aggressive(4)
+    assert job(target_speedup=3.0).mode == Window(4, 47 / 15)
+    assert job(target_rounds=13).mode == Window(4, 47 / 12)
+    assert job(target_rounds=11, devices=8).mode == Window(8, 4.7)
+    assert job(target_rounds=48).mode == Sequential()
     assert job(target_speedup=1.0).mode == Sequential()
 
 
@@ -54,11 +77,23 @@ def test_karras_sigmas_are_even_in_their_rho_th_root() -> None:
         np.testing.assert_allclose(np.diff(roots), (roots[-1] - roots[0]) / 8)
 
 
-@pytest.mark.parametrize("speedup", [1.2, 1.9, 2.5, 3.6])
-def test_the_fewest_drafts_that_reach_a_speedup(speedup: float) -> None:
-    mode, n = choose(speedup, 48, 8)
-    assert 48 / rounds_of(mode, 48, n) >= speedup
-    assert all(48 / rounds_of(m, 48, n - 1) < speedup for m in ("aggressive", "conservative"))
+@pytest.mark.parametrize("speedup", [1.2, 1.9, 2.5, 3.6, 6.8])
+def test_the_window_that_reaches_a_speedup(speedup: float) -> None:
+    mode, n, stride = choose_speedup(speedup, 48, 8)
+    assert stride is not None
+    rounds = rounds_of(mode, 48, n, stride)
+    assert 48 / rounds >= speedup > 48 / (rounds + 1)
+    assert stride <= n <= 8
+
+
+def test_the_window_that_takes_so_many_rounds() -> None:
+    for steps in (2, 3, 10, 28, 48):
+        for rounds in range(2, steps):
+            for most in range(-(-(steps - 1) // (rounds - 1)), 20):
+                mode, n, stride = choose_rounds(rounds, steps, most)
+                made = make_mode(mode, n, 0.0, PAPER, stride)
+                assert len(list(made.rounds(steps))) == rounds
+                assert n <= most
 
 
 @pytest.mark.parametrize(
@@ -89,11 +124,35 @@ def test_the_fewest_drafts_that_reach_a_speedup(speedup: float) -> None:
         ({"strength": 0.5}, "there is no image"),
         ({"strength": 0.0, "image": torch.zeros(2, 2, 3)}, "strength is 0.0"),
         ({"image": torch.zeros(2, 3)}, r"image is \[2, 3\]; give floating point numbers of shape \[2, 2, 3\]"),
+        ({"strength": math.nan, "image": torch.zeros(2, 2, 3)}, "strength is nan"),
+        ({"strength": math.inf, "image": torch.zeros(2, 2, 3)}, "strength is inf"),
+        *(({**FLOW, "grid": {"terminal": value}}, f"terminal is {value}") for value in (0, 1, 1.5, math.nan)),
+        ({**FLOW, "steps": 1, "grid": {"terminal": 0.1}}, "terminal is 0.1 with 1 step"),
+        *(({**FLOW, "grid": {"mu": value}}, f"mu is {value}") for value in (math.nan, -math.inf, 50.0)),
+        *(({**FLOW, "grid": {"mu": value, "shape": "linear"}}, f"mu is {value}") for value in (0, -1, math.nan)),
+        *(({**FLOW, "grid": {"training": value}}, f"training is {value}") for value in (0, -1, 0.5)),
+        (
+            {"solver": "unipc", "grid": {"sigmas": "karras", "rho": 0.001}},
+            "rho is 0.001; give a number from 0.1 to 1000",
+        ),
         ({"tolerance": -1.0, "mode": "adaptive"}, "tolerance is -1.0"),
-        ({"rule": "best"}, "unknown rule 'best'; choose one of paper, secant"),
+        ({"rule": "best"}, "unknown rule 'best'; choose one of paper, secant, damped"),
         ({"mode": Aggressive(2), "rule": "paper"}, "an object that says itself"),
         ({"target_speedup": 9.0}, "48 steps allow 3.69: use more devices"),
         ({"target_speedup": math.nan}, "target_speedup is nan"),
+        ({"target_rounds": 12}, "target_rounds is 12; with at most 4 drafts, 48 steps take 13 rounds or more"),
+        ({"target_rounds": 0}, "target_rounds is 0; give a whole number, 1 to"),
+        ({"target_rounds": 14, "target_speedup": 2.0}, "both target_speedup and target_rounds"),
+        ({"target_rounds": 14, "stride": 2}, "stride is 2, but target_"),
+        ({"stride": 5}, "stride is 5; a window of 4 drafts moves on by 1 to 4"),
+        ({"stride": math.nan}, "stride is nan; give a number, 1 to 10000"),
+        ({"stride": 0}, "stride is 0; give a number, 1 to"),
+        ({"stride": 2, "mode": "aggressive"}, "stride is 2.0, which mode 'aggressive' does not have"),
+        ({"offsets": "odd"}, "unknown offsets 'odd'; choose one of dense, even, tapered"),
+        ({"offsets": [1, 2, 3]}, "as many rising whole numbers from 1 as drafts, 4"),
+        ({"offsets": [0, 1, 2, 3]}, "an offset is 0; give a whole number, 1 to"),
+        ({"offsets": "even", "stride": 9}, "drafts up to 8 ahead allow 1 to 8"),
+        ({"mode": Aggressive(2), "stride": 1}, "an object that says itself"),
         ({"warmup": -1}, "warmup is -1"),
         ({"sweeps": 1.5}, "sweeps is 1.5"),
         ({"solver": DDIM(make_solver("ddim", 4).grid), "grid": {"end": "zero"}}, "this one is made already"),
@@ -110,9 +169,11 @@ def test_every_solver_drafts() -> None:
         kind = "v" if name == "ipndm" else "epsilon"
         options: dict[str, Any] = {"count": 2, "shape": (4, 4), "steps": 24, "solver": name, "prediction_type": kind}
         exact = drp.reference(make_free, mode="sequential", **options).samples
-        for mode in ("aggressive", "conservative", "adaptive"):
+        for mode in ("aggressive", "conservative", "adaptive", "window"):
             drafted = drp.reference(make_free, mode=mode, drafts=3, **options).samples
             assert 0 < (drafted - exact).norm() / exact.norm() < 0.3, (name, mode)
+        drafted = drp.reference(make_free, offsets="even", drafts=3, **options).samples
+        assert 0 < (drafted - exact).norm() / exact.norm() < 0.5, name
 
 
 def test_start_from_an_image() -> None:
@@ -143,16 +204,21 @@ def test_workers_equal_the_reference_whatever_is_asked() -> None:
         {"mode": "conservative", "solver": "sde-dpmsolver++", "prediction_type": "v"},
         {"mode": "aggressive", "solver": "lms", "prediction_type": "v", "residuals": True},
         {"mode": Growing(3), "solver": "dpmsolver++"},
+        {"stride": 2},
+        {"offsets": "even", "solver": "unipc", "stride": 2.5},
+        {"offsets": "tapered", "solver": "ddpm"},
     ]
     with drp.Leader(make_free, devices=2) as leader:
         for options in asked:
-            drafts = {} if isinstance(options["mode"], Growing) else {"drafts": 3}
+            drafts = {} if isinstance(options.get("mode"), Growing) else {"drafts": 3}
             common = {"count": 2, "shape": (4, 4), "steps": 17, **drafts, **options}
             result, expected = leader.sample(**common), drp.reference(make_free, **common)
             assert torch.equal(result.samples, expected.samples), options
             assert (result.rounds, result.evaluations) == (expected.rounds, expected.evaluations)
             assert result.residuals == expected.residuals
             assert result.cuts == expected.cuts
+            assert result.evaluated == expected.evaluated
+            assert sum(result.evaluated) == result.evaluations
             if "residuals" in options:
                 assert sorted(result.residuals) == list(range(1, 17))
 
@@ -175,10 +241,13 @@ NUMBERS = {
     ),
     "prediction_type": st.sampled_from(["epsilon", "flow"]),
     "strength": NUMBER,
-    "mode": st.sampled_from(["aggressive", "conservative", "adaptive", "rolling"]),
+    "mode": st.sampled_from(["window", "aggressive", "conservative", "adaptive", "rolling"]),
     "drafts": st.none() | NUMBER,
     "target_speedup": st.none() | NUMBER,
-    "rule": st.none() | st.builds(DraftRule, st.none() | REAL, REAL),
+    "rule": st.none() | st.builds(DraftRule, st.floats(0, 1), st.floats(0, 1)),
+    "stride": st.none() | NUMBER,
+    "offsets": st.none() | st.lists(WHOLE, max_size=4) | st.sampled_from(["even", "odd"]),
+    "target_rounds": st.none() | NUMBER,
     "tolerance": NUMBER,
     "warmup": NUMBER,
     "sweeps": NUMBER,
@@ -213,11 +282,36 @@ def test_no_number_is_used_before_it_is_bounded(options: dict[str, Any]) -> None
         ({"warmup": 2**31 - 1}, "warmup is 2147483647"),
         ({"guidance": 1e308}, r"guidance is 1e\+308; give a number, -1e\+06 to 1e\+06"),
         ({"shape": (2**31 - 1,) * 3}, "too large; ask for fewer"),
-        ({"rule": DraftRule(slope=1e308)}, r"rule.slope is 1e\+308"),
-        ({"steps": 9, "solver": "euler", "prediction_type": "flow", "grid": {"mu": 1e308}}, "math range error"),
+        (
+            {"steps": 1000, "drafts": 256, "stride": 2},
+            "stride is 2 with 256 drafts and 1000 steps, more than 100000",
+        ),
+        ({"steps": 9, "solver": "euler", "prediction_type": "flow", "grid": {"mu": 1e308}}, r"mu is 1e\+308"),
         ({"steps": 9, "solver": "euler", "prediction_type": "flow", "grid": {"training": 10**12}}, "within 1e"),
     ],
 )
 def test_numbers_out_of_bounds_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_job(Request(**{"shape": (4,), **options}), ModelSpec(), 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 6, "drafts": 4}, "6 steps are few to draft"),
+        ({"steps": 20, "drafts": 8}, "8 drafts a round are many for 20 steps: .* take 6 drafts or fewer"),
+        ({"solver": "ddpm", "drafts": 8}, "the solver adds noise, and a round has 8 drafts"),
+        ({"steps": 6, "mode": "sequential"}, ""),
+        ({"steps": 6, "drafts": 1}, ""),
+        ({"drafts": 8}, ""),
+    ],
+)
+def test_a_run_that_may_not_be_worth_it_says_so_once(
+    options: dict[str, Any], words: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advice, "_said", set[str]())
+    for _ in range(2):
+        drp.reference(make_free, shape=(2,), **options)
+    said = [record.getMessage() for record in caplog.records if record.name == "drp"]
+    assert len(said) == bool(words)
+    assert all(re.search(words, message) for message in said)

@@ -362,7 +362,7 @@ def test_plain_refusals(plain: Plain) -> None:
     plain.say("Open", version=99, name="from the future")
     refused = plain.hear("Refused")
     assert (refused["code"], refused["request"]) == ("version", None)
-    assert "version 1" in refused["reason"]
+    assert "version 2" in refused["reason"]
     plain.open()
     plain.submit(1, labels=[77])
     refused = plain.hear("Refused")
@@ -412,7 +412,7 @@ def test_a_number_in_use_is_refused(plain: Plain) -> None:
 
 OPENED = {
     "type": "Opened",
-    "version": 1,
+    "version": 2,
     "model": "m",
     "spec": {"sample_shape": [1], "classes": None, "guidance": None},
     "devices": ["cpu:0"],
@@ -650,7 +650,7 @@ def test_tcp_lets_known_keys_in(free: Leader, tmp_path: Path) -> None:
                 timeout=0.5,
             )
         bare = Plain(server.address)
-        bare.say("Open", version=1, name="without keys")
+        bare.say("Open", version=2, name="without keys")
         assert not bare.socket.poll(300)
         bare.close()
         with pytest.raises(ValueError, match="with server_key and key"):

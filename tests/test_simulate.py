@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from drp.cli import main
 from drp.leader.policies import POLICIES, Barrier, LoadAdaptive, Policy
 from drp.leader.timeline import Timeline
-from drp.sampling.drafts import SECANT
+from drp.sampling.drafts import DAMPED
 from drp.sampling.grids import scaled_linear
 from drp.sampling.modes import Aggressive, Conservative, Eager, Mode, Rolling, Sequential, Sweeps, Warmup, make_mode
 from drp.sampling.reference import run_reference
@@ -53,7 +53,7 @@ def test_without_costs_a_run_takes_its_rounds(mode: Mode) -> None:
 
 def test_adaptive_goes_by_how_stale_drafts_are() -> None:
     def depth(tolerance: float) -> int:
-        load = Load(make_mode("adaptive", 8, tolerance, SECANT), 48, 1)
+        load = Load(make_mode("adaptive", 8, tolerance, DAMPED), 48, 1)
         return simulate(make_devices(STEADY), Barrier(), load).runs[0].schedule.depth
 
     assert depth(0.0) == 48

@@ -22,6 +22,11 @@ def plain_errors() -> Iterator[None]:
         raise click.ClickException(str(error)) from error
 
 
+def parse_offsets(text: str | None) -> str | tuple[int, ...] | None:
+    """Return the offsets of a window, or their name."""
+    return tuple(parse_numbers("offsets", text)) if text and text[0].isdecimal() else text
+
+
 def parse_numbers(what: str, text: str) -> list[int]:
     """Return the whole numbers that text such as `1,28,28` lists; raise ValueError if it is anything else."""
     parts = [part.strip() for part in text.split(",")]

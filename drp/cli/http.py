@@ -30,7 +30,7 @@ from drp.sampling.modes import MODE_NAMES
 )
 @click.option("-d", "--devices", help="Of the pipeline, as those of `drp sample`.")
 @click.option(
-    "-m", "--mode", type=click.Choice(MODE_NAMES), default="aggressive", show_default=True, help="Of the pipeline."
+    "-m", "--mode", type=click.Choice(MODE_NAMES), default="window", show_default=True, help="Of the pipeline."
 )
 @click.option("--drafts", type=click.IntRange(1), help="Of the pipeline: drafts a round; by default one a device.")
 @click.option(

@@ -15,7 +15,9 @@ from drp.cli.helpers import parse_numbers, plain_errors, print_json
 from drp.cli.options import default_devices
 from drp.cli.output import check_output, check_trace, write_samples
 
-KEPT = ("rows", "shape", "steps", "devices", "mode", "drafts", "rule", "tolerance", "warmup", "threads", "guidance")
+SPREAD = ("mode", "drafts", "stride", "rule", "tolerance", "warmup", "threads")
+"""Options of `drp sample` that `parallelize` has too, beside the devices."""
+KEPT = ("rows", "shape", "steps", "devices", "guidance", *SPREAD)
 """Options of `drp sample` that a pipeline has too, beside those of ALWAYS."""
 ALWAYS = ("seed", "out", "trace", "force", "as_json")
 
@@ -88,7 +90,7 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
     unknown = [name for name in arguments if name not in taken]
     if unknown:
         raise ValueError(f"{type(pipe).__name__} takes no {unknown[0]}; call it from Python, with drp.diffusers")
-    chosen = {name: options[name] for name in ("mode", "drafts", "rule", "tolerance", "warmup", "threads")}
+    chosen = {name: options[name] for name in SPREAD}
     with parallelize(pipe, devices, **chosen, trace=options["trace"]) as run:
         images = pipe(**arguments).images
     write_samples(images.float() * 2 - 1, 1, out, scale=1)

@@ -12,12 +12,12 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from drp.cli.helpers import parse_numbers, plain_errors, print_json
+from drp.cli.helpers import parse_numbers, parse_offsets, plain_errors, print_json
 from drp.cli.options import Number, common_options, default_devices, force_option, json_option, trace_option
 from drp.cli.output import check_output, check_shape, check_trace, default_output, write_samples
 from drp.cli.pipeline import pipeline_options
 from drp.sampling.drafts import RULES
-from drp.sampling.modes import MODE_NAMES
+from drp.sampling.modes import MODE_NAMES, PATTERNS
 from drp.sampling.named import SOLVER_NAMES, make_solver
 from drp.sampling.predictions import PREDICTION_TYPES
 
@@ -54,10 +54,15 @@ def parse_labels(text: str) -> list[int]:
     help="A count, of GPUs if there are any, else of cores; or names: 2xcpu or cuda:0,cuda:1 or 8xemulated:20ms. "
     "By default all GPUs, else all cores, up to 4.",
 )
-@click.option("-m", "--mode", type=click.Choice(MODE_NAMES), default="aggressive", show_default=True)
+@click.option("-m", "--mode", type=click.Choice(MODE_NAMES), default="window", show_default=True)
 @click.option("--drafts", type=POSITIVE, help="Drafts a round; by default as many as the devices evaluate at once.")
 @click.option("--drafts-per-device", type=POSITIVE, help="Drafts that a device evaluates as one batch; by default 1.")
-@click.option("--target-speedup", type=Number(1), help="Choose mode and drafts for this, with at most --drafts.")
+@click.option("--target-speedup", type=Number(1), help="Choose a window for this, with at most --drafts.")
+@click.option("--target-rounds", type=POSITIVE, help="Choose a window that takes so many rounds, likewise.")
+@click.option("--stride", type=Number(1), help="Of mode window: steps by which it moves on; by default n / 2 + 1.")
+@click.option(
+    "--offsets", help=f"Of mode window: how far ahead drafts lie: {', '.join(PATTERNS)}, or 1,2,3,4,6,8,10,12."
+)
 @click.option("--rule", type=click.Choice([*RULES]), help="How drafts are made; by default the best measured.")
 @click.option(
     "--tolerance",
@@ -188,10 +193,23 @@ def _places(given: Mapping[str, Any]) -> dict[str, Any]:
 def _run_options(given: Mapping[str, Any], columns: list[int]) -> dict[str, Any]:
     """Return the options of the run, as `drp.sample` takes them."""
     same = (
-        *("steps", "mode", "drafts", "target_speedup", "rule", "tolerance", "warmup", "sweeps", "solver"),
+        *(
+            "steps",
+            "mode",
+            "drafts",
+            "target_speedup",
+            "target_rounds",
+            "stride",
+            "rule",
+            "tolerance",
+            "warmup",
+            "sweeps",
+            "solver",
+        ),
         *("prediction_type", "guidance", "seed"),
     )
     return {name: given[name] for name in same} | {
+        "offsets": parse_offsets(given["offsets"]),
         "labels": columns * given["rows"] or None,
         "count": max(len(columns), 1) * given["rows"],
         "shape": parse_numbers("shape", given["shape"]) if given["shape"] else None,
@@ -210,7 +228,7 @@ def _report(result: Result, out: Path, as_json: bool) -> None:
     if as_json:
         names = (
             *("mode", "drafts", "steps", "devices", "rounds", "evaluations", "seconds", "device_seconds"),
-            *("speedup", "theory", "residuals", "cuts", "incidents"),
+            *("speedup", "theory", "residuals", "cuts", "evaluated", "incidents"),
         )
         print_json({name: getattr(result, name) for name in names} | {"out": out})
         return

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from drp.cli.helpers import plain_errors, print_json
+from drp.cli.helpers import parse_offsets, plain_errors, print_json
 from drp.cli.options import Number, common_options, force_option, json_option, trace_option
 from drp.cli.output import check_trace
 from drp.sampling.modes import MODE_NAMES
@@ -34,8 +34,10 @@ NOT_NEGATIVE = Number(0)
 @click.option("--message", default="50us", show_default=True, help="Without a trace: the leader's time a message,")
 @click.option("--row", default="10us", show_default=True, help="a row of its arithmetic,")
 @click.option("--wake", default="100us", show_default=True, help="and for a process to wake up.")
-@click.option("-m", "--mode", type=click.Choice(MODE_NAMES), default="aggressive", show_default=True)
+@click.option("-m", "--mode", type=click.Choice(MODE_NAMES), default="window", show_default=True)
 @click.option("--drafts", type=ABOVE_ZERO, help="Drafts a round; by default one a device.")
+@click.option("--stride", type=Number(1), help="Of mode window.")
+@click.option("--offsets", help="Of mode window: a name, or numbers.")
 @click.option("-p", "--policy", default="barrier", show_default=True, help="Names, or all; see drp.leader.policies.")
 @click.option("-n", "--steps", type=ABOVE_ZERO, default=48, show_default=True, help="Steps of each run.")
 @click.option("-r", "--runs", type=ABOVE_ZERO, default=200, show_default=True, help="Runs.")
@@ -74,6 +76,8 @@ def simulate(
     wake: str,
     mode: str,
     drafts: int | None,
+    stride: float | None,
+    offsets: str | None,
     policy: str,
     steps: int,
     runs: int,
@@ -97,7 +101,7 @@ def simulate(
         from drp.leader.devices import parse_time
         from drp.leader.policies import POLICIES, find_policy
         from drp.leader.timeline import Timeline
-        from drp.sampling.drafts import SECANT
+        from drp.sampling.drafts import DAMPED
         from drp.sampling.modes import make_mode
         from drp.simulate import Costs, Load, make_devices
         from drp.simulate import simulate as run
@@ -126,7 +130,7 @@ def simulate(
         rows: list[dict[str, object]] = []
         for name in chosen:
             for count in counts:
-                made = make_mode(mode, drafts or count, tolerance, SECANT)
+                made = make_mode(mode, drafts or count, tolerance, DAMPED, stride, parse_offsets(offsets))
                 load = Load(made, steps, runs, rate, users)
                 timeline = Timeline()
                 outcome = run(repeated(given, count), find_policy(name), load, costs, seed, staleness, timeline)

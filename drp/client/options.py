@@ -12,7 +12,7 @@ import numpy as np
 from drp.client.arrays import add_array
 from drp.protocol.door import Condition, Option, Rule, Submit
 from drp.protocol.frames import Frame, FrameWriter
-from drp.sampling.drafts import DraftRule
+from drp.sampling.drafts import RULES, DraftRule
 
 
 class Options(TypedDict, total=False):
@@ -34,6 +34,9 @@ class Options(TypedDict, total=False):
     mode: str
     drafts: int | None
     target_speedup: float | None
+    target_rounds: int | None
+    stride: float | None
+    offsets: str | Sequence[int] | None
     rule: str | DraftRule | None
     tolerance: float
     warmup: int
@@ -75,9 +78,26 @@ def to_submit(number: int, given: Options, ways: Mapping[str, Any]) -> tuple[Sub
     for name in ("grid", "solver_options"):
         options[name] = _named(name, dict(options[name] or {}))
     options["tolerance"] = None if options["tolerance"] == math.inf else options["tolerance"]
-    if isinstance(options["rule"], DraftRule):
-        options["rule"] = Rule(options["rule"].carry, options["rule"].slope)
+    options["offsets"] = _offsets(options["offsets"])
+    options["rule"] = _rule(options["rule"])
     return Submit(request=number, **options, **ways), writer.frames
+
+
+def _offsets(offsets: str | Sequence[int] | None) -> Any:
+    return offsets if offsets is None or isinstance(offsets, str) else tuple(_list(offsets))
+
+
+def _rule(rule: str | DraftRule | None) -> str | Rule | None:
+    if not isinstance(rule, DraftRule):
+        return rule
+    for name, known in RULES.items():
+        if rule == known:
+            return name
+    if type(rule) is not DraftRule or isinstance(rule.carry, tuple) or isinstance(rule.slope, tuple):
+        raise ValueError(
+            f"rule is {rule!r:.80}; a server takes {', '.join(RULES)}, or a DraftRule with one carry and one slope"
+        )
+    return Rule(float(rule.carry), float(rule.slope), rule.axis)
 
 
 def _list(values: Any) -> list[Any]:

@@ -114,6 +114,7 @@ class RemoteRun(Future[Result[Any]]):
                 device_seconds=message.device_seconds,
                 residuals={each.index: math.inf if each.value is None else each.value for each in message.residuals},
                 cuts=message.cuts,
+                evaluated=message.evaluated,
                 incidents=message.incidents,
             )
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from drp.diffusers.forms import Scale
 from drp.diffusers.learned import UnrecognisedError
 from drp.diffusers.scheduler import Levels, copy_generators, copy_of
-from drp.sampling.drafts import DraftRule
+from drp.sampling.drafts import PAPER, DraftRule
 
 OWN = ("step", "set_timesteps")
 """Attributes of a scheduler that are ours while a pipeline is parallelised."""
@@ -33,6 +33,10 @@ class Taken:
 
     x: Tensor
     output: Tensor
+
+
+Kept = Callable[[int, Tensor], "Tensor | None"]
+"""(index, state) -> the output after guidance that the prediction kept for there comes to in that state, or None."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,12 @@ class Drafter:
         if base > self.base:
             self.anchor, self.base = self.base, base
 
-    def states(self, k: int, last: int, x: Tensor) -> Iterator[DraftState]:
-        """Yield the state x at index k, which the pipeline is about to evaluate, and drafts for k + 1 to `last`."""
+    def states(self, k: int, last: int, x: Tensor, kept: Kept) -> Iterator[DraftState]:
+        """Yield the state x at index k, which the pipeline is about to evaluate, and drafts for k + 1 to `last`.
+
+        Where a prediction was kept the draft is the state refined through it; beyond, what the rule assumes.
+        """
+        newest, known = k - 1, self.taken[k - 1]
         ahead = copy_of(self._scheduler, OWN)
         arguments = copy_generators(self._arguments)
         drawn = torch.get_rng_state()
@@ -117,29 +125,31 @@ class Drafter:
                 t = self.timesteps[i]
                 yield DraftState(i, x, scale_of(ahead, t))
                 if i < last:
-                    output = self._assume(k - 1, i, x)
+                    output = kept(i, x)
+                    if output is None:
+                        output = self._assume(newest, known, i, x)
+                    else:
+                        newest, known = i, Taken(x, output)
                     stepped = ahead.step(model_output=output, timestep=t, sample=x, **arguments)
                     x = stepped[0].to(x.dtype)
         finally:
             torch.set_rng_state(drawn)  # A scheduler without a generator draws from the common one.
 
-    def _assume(self, last: int, i: int, x: Tensor) -> Tensor:
-        """Return the output that is assumed at index i, in state x, the last step taken being `last`."""
-        taken = self.taken[last]
-        if not self._levels.known or taken.output.shape != x.shape:
-            return taken.output
-        data = self._data(last)
-        further, apart = i - last, last - self.anchor
-        slope = self._rule.slope if self.anchor in self.taken and 0 < further <= apart else 0.0
-        if slope:
-            data = data + slope * further / apart * (data - self._data(self.anchor))
+    def _assume(self, last: int, known: Taken, i: int, x: Tensor) -> Tensor:
+        """Return the output that is assumed at index i, in state x, the last index with a prediction being `last`."""
+        if not self._levels.known or known.output.shape != x.shape:
+            return known.output
+        anchor = self.anchor if self.anchor in self.taken else last
+        weights = self._rule.extrapolate(i, anchor, last, self._levels.of_run)
+        data = torch.zeros((), dtype=torch.float32)
+        for k, weight in weights.items():
+            data = data + weight * self._data(k, known if k == last else self.taken[k])
         at_state, at_output = self._levels.factors(i)
-        return ((data - at_state * x.to(data.dtype)) / at_output).to(taken.output.dtype)
+        return ((data - at_state * x.to(data.dtype)) / at_output).to(known.output.dtype)
 
-    def _data(self, k: int) -> Tensor:
-        """Return the estimate of the data at a step that was taken."""
+    def _data(self, k: int, taken: Taken) -> Tensor:
+        """Return the estimate of the data at index k."""
         at_state, at_output = self._levels.factors(k)
-        taken = self.taken[k]
         working = torch.promote_types(taken.x.dtype, torch.float32)
         return at_state * taken.x.to(working) + at_output * taken.output.to(working)
 
@@ -147,17 +157,18 @@ class Drafter:
         """Return what a prediction taken at `draft` changes by at x, for the rule's carry; None: nothing."""
         if not self._levels.known:
             return None
-        carry = self._rule.carry_of(self._levels.prediction_type)
+        carry = self._rule.carry_at(k, self._levels.of_run)
         if carry == 0 or torch.equal(draft, x):
             return None
         at_state, at_output = self._levels.factors(k)
         working = torch.promote_types(x.dtype, torch.float32)
-        return (carry * at_state / at_output) * (draft.to(working) - x.to(working))
+        shift: Tensor = (carry * at_state / at_output) * (draft.to(working) - x.to(working))
+        return shift
 
     @property
     def assumes(self) -> str:
         """What the rule comes to with this scheduler, if that is less than it says; else nothing."""
-        if self._levels.known or self._rule == DraftRule(carry=0.0, slope=0.0):
+        if self._levels.known or self._rule == PAPER:
             return ""
         return (
             f"{self._kind.__name__} clips its estimate of the data, or has noise levels that drp does not "
@@ -184,15 +195,17 @@ def outputs_as_branches(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]
     return branches
 
 
-def gain_of(branches: list[Tensor], output: Tensor) -> int:
-    """Return 1 if a shift of all branches shifts the output after guidance as much, -1 the other way, 0 if unknown.
-
-    Guidance is taken to be a weighted sum of the branches; the weights are fitted.
-    """
+def weights_of(branches: list[Tensor], output: Tensor) -> list[float] | None:
+    """Return the weights with which the output after guidance is a sum of the branches; None if it is none."""
     columns = torch.stack([branch.reshape(-1).double() for branch in branches], dim=1)
     wanted = output.reshape(-1).double()
     gram, right = columns.T @ columns, columns.T @ wanted
     weights = torch.linalg.pinv(gram, hermitian=True) @ right
     apart = float((columns @ weights - wanted).norm() / wanted.norm().clamp_min(1e-30))
-    total = float(weights.sum())
-    return (0 if abs(abs(total) - 1) > 0.01 else round(total)) if apart < 0.01 else 0
+    return weights.tolist() if apart < 0.01 else None
+
+
+def gain_of(weights: list[float] | None) -> int:
+    """Return 1 if a shift of all branches shifts the output after guidance as much, -1 the other way, 0 if unknown."""
+    total = sum(weights or [0.0])
+    return 0 if abs(abs(total) - 1) > 0.01 else round(total)

@@ -20,7 +20,7 @@ from drp.diffusers.structure import Described, describe
 from drp.diffusers.tree import Json
 from drp.diffusers.workers import Workers
 from drp.leader.devices import expand_count, parse_devices
-from drp.sampling.drafts import RULES, SECANT, DraftRule
+from drp.sampling.drafts import DraftRule, find_rule
 from drp.sampling.modes import Mode, Warmup, make_mode
 from drp.trace.record import check
 
@@ -157,9 +157,10 @@ class Hook:
 def parallelize(
     pipe: Any,
     devices: int | str | Sequence[str] | Workers = 2,
-    mode: str | Mode = "aggressive",
+    mode: str | Mode = "window",
     *,
     drafts: int | None = None,
+    stride: float | None = None,
     rule: str | DraftRule | None = None,
     tolerance: float = 0.0025,
     warmup: int = 0,
@@ -183,8 +184,8 @@ def parallelize(
 
     devices: a count, of the kind that the pipeline runs on; or names, as of `drp.Leader`; or `Workers`, which several
         pipelines may share.
-    mode, drafts, rule, tolerance, warmup: as of `drp.sample` (docs/drafts.md); modes that go back to steps that were
-        taken, rolling and those with sweeps, are refused.
+    mode, drafts, stride, rule, tolerance, warmup: as of `drp.sample` (docs/drafts.md); modes that go back to steps that
+        were taken, or leave some out, are refused: rolling, windows with gaps, and those with sweeps.
     split_guidance: evaluate the two branches of classifier-free guidance on two devices, so that a round has half as
         many drafts as devices. Where they are one doubled batch, halves may have other bits than the whole.
     threads: of each worker; by default an equal share of this process's. Bits may depend on it.
@@ -204,7 +205,7 @@ def parallelize(
         devices = expand_count(devices, _kind(pipe, names))
     count = len(own.devices if own else parse_devices(cast("str | Sequence[str]", devices), 1))
     drafts = _drafts(drafts, count, split_guidance)
-    parallel = Parallel(pipe, make(mode, drafts, rule, tolerance, warmup), names, split_guidance)
+    parallel = Parallel(pipe, make(mode, drafts, rule, tolerance, warmup, stride), names, split_guidance)
     with ExitStack() as stack:
         publisher = stack.enter_context(closing(Publisher()))
         for name in names:  # Before workers start: what cannot be described is refused.
@@ -229,8 +230,9 @@ def reference(
     pipe: Any,
     *,
     devices: int | str | Sequence[str] = 1,
-    mode: str | Mode = "aggressive",
+    mode: str | Mode = "window",
     drafts: int | None = None,
+    stride: float | None = None,
     rule: str | DraftRule | None = None,
     tolerance: float = 0.0025,
     warmup: int = 0,
@@ -246,7 +248,7 @@ def reference(
     placed = parse_devices(expand_count(devices, _kind(pipe, names)), 1)
     own = threads or max(1, torch.get_num_threads() // len(placed))
     drafts = _drafts(drafts, len(placed), split_guidance)
-    parallel = Parallel(pipe, make(mode, drafts, rule, tolerance, warmup), names, split_guidance)
+    parallel = Parallel(pipe, make(mode, drafts, rule, tolerance, warmup, stride), names, split_guidance)
     parallel.enter(Here(parallel.originals, own), None)
     try:
         yield parallel
@@ -254,34 +256,42 @@ def reference(
         parallel.leave()
 
 
-def make(mode: str | Mode, drafts: int, rule: str | DraftRule | None, tolerance: float, warmup: int) -> Mode:
+def make(
+    mode: str | Mode,
+    drafts: int,
+    rule: str | DraftRule | None,
+    tolerance: float,
+    warmup: int,
+    stride: float | None = None,
+) -> Mode:
     """Return the mode that the arguments describe; raise ValueError if a pipeline's steps can't be taken in it."""
-    if isinstance(mode, str):
-        if isinstance(rule, str) and rule not in RULES:
-            raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}, or give a DraftRule")
-        made = make_mode(mode, drafts, tolerance, RULES[rule] if isinstance(rule, str) else rule or SECANT)
-    else:
-        made = mode
+    if not isinstance(mode, str) and stride is not None:
+        raise ValueError(f"mode is {mode}, an object that says itself by how much it moves on; leave out stride")
+    made = make_mode(mode, drafts, tolerance, find_rule(rule), stride) if isinstance(mode, str) else mode
     if warmup:
         made = Warmup(made, warmup)
     if made.lags or not (made.feedback or _goes_on(made)):
         raise ValueError(
             f"mode {mode!r} goes back to steps that a pipeline has already taken, or leaves some out; "
-            "choose sequential, conservative, aggressive or adaptive"
+            "choose window, aggressive, conservative, adaptive or sequential"
         )
     return made
 
 
 def _goes_on(mode: Mode, steps: int = 24) -> bool:
-    """Return whether every round begins where the one before has ended, and the first is the first step alone."""
-    k = 0
+    """Return whether every round predicts indices in a row from the next step on, and the first that step alone.
+
+    The next step is the base, alone, or the one after it; and it is further on than that of the round before.
+    """
+    known, after = 0, -1
     for r in mode.rounds(steps):
-        if r.base not in (k - 1, k) or r.predict != tuple(range(k, k + len(r.predict))):
+        k = r.predict[0]
+        if not after < k <= known or r.predict != tuple(range(k, k + len(r.predict))):
             return False
-        if r.base == k and len(r.predict) > 1:
+        if r.base != k - 1 and (r.base != k or len(r.predict) > 1):
             return False
-        k += len(r.predict)
-    return k == steps
+        known, after = max(known, r.predict[-1] + 1), k
+    return known == steps
 
 
 def _drafts(drafts: int | None, devices: int, split: bool) -> int:

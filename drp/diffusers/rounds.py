@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drp.diffusers.drafting import Drafter, gain_of, outputs_as_branches
+from drp.diffusers.drafting import Drafter, gain_of, outputs_as_branches, weights_of
 from drp.diffusers.evaluators import Session
 from drp.diffusers.learned import Learned, UnrecognisedError
 from drp.diffusers.program import PART, Program, output_name
 from drp.diffusers.report import CallReport
-from drp.sampling.modes import Adaptive, Mode, Rounds
+from drp.sampling.advice import doubts
+from drp.sampling.modes import Adaptive, Mode, Round, Rounds
 from drp.sampling.run import Task
 
 JUMP = 0.25
@@ -39,27 +40,30 @@ class Predictions:
         self._mode, self._adaptive = mode, _adaptive(mode)
         self._end, self._report = end, report
         self._rows: dict[int, list[int]] = {}
+        """By index, where the predictions lie that the pipeline has not come to."""
         self._drafts: dict[int, Tensor] = {}
         self._residuals: list[float] | None = None
+        self._weights: list[float] | None = None
         self._gain = self._told = 0
         self._final = _final_results(learned)
+        for doubt in doubts(end - first, mode.width, False).values():
+            report.notes[doubt] = 1
         self._begin(first)
-        next(self._rounds)  # That was the step that was learned from.
+        self._next: Round | None = self._after()  # The first round was the step that was learned from.
 
     def fit_guidance(self, x: Tensor, output: Tensor) -> None:
-        """Find out how a shift of the results shifts the output after guidance, from the step that was learned from."""
+        """Find out how the output after guidance is made of the results, from the step that was learned from."""
         results = self._learned.outputs
         branches = outputs_as_branches([results[name] for name in self._final], x)
-        self._gain = gain_of(branches, output) if branches and output.shape == x.shape else 0
+        self._weights = weights_of(branches, output) if branches and output.shape == x.shape else None
+        self._gain = gain_of(self._weights)
 
     def at(self, k: int, x: Tensor, inputs: Mapping[str, Tensor], stepped: Tensor | None) -> dict[str, Tensor]:
         """Return the results of the step at index k, whose latents are x and whose arguments are `inputs`.
 
         `stepped` is what the scheduler's last step returned, if the latents are no longer that.
         """
-        if k in self._rows and not self._still_good(k, x, stepped):
-            self._rows = {}
-        if k not in self._rows:
+        if self._due(k, x, stepped):
             self._round(k, x, inputs)
         outputs = {name: tensor.clone() for name, tensor in self._stored(self._rows, k).items()}
         del self._rows[k]
@@ -95,35 +99,48 @@ class Predictions:
         """Begin rounds for the steps from k on, as in a run that starts there."""
         self._first = self._drafter.base = self._drafter.anchor = k
         self._rounds: Rounds = self._mode.rounds(self._end - k)
-        self._residuals = None
+        self._rows, self._drafts, self._residuals = {}, {}, None
+        self._next = self._after()
 
-    def _still_good(self, k: int, x: Tensor, stepped: Tensor | None) -> bool:
-        """Compare the state with the draft whose prediction would be used; say whether it is to be."""
+    def _after(self) -> Round | None:
+        """Return the next round; None at the end, or if it depends on how stale the drafts of this one turn out."""
+        if self._residuals is not None:
+            return None
+        return next(self._rounds, None)
+
+    def _due(self, k: int, x: Tensor, stepped: Tensor | None) -> bool:
+        """Return whether a round is to be made before step k is answered, from the state x there."""
+        if k not in self._rows:
+            return True
         residual = _apart(x, self._drafts[k])
         self._report.residuals[k] = residual
+        if stepped is not None and _apart(x, stepped) > JUMP:
+            self._report.notes["drafts were given up: the latents were exchanged between two steps"] += 1
+            self._begin(k)
+            return True
         if self._residuals is not None:
             self._residuals.append(residual)
         if self._adaptive is not None and not residual <= self._adaptive.tolerance:
             self._report.notes["drafts were given up as stale"] += 1
-            return False
-        if stepped is not None and _apart(x, stepped) > JUMP:
-            self._report.notes["drafts were given up: the latents were exchanged between two steps"] += 1
-            self._begin(k)
-            return False
-        return True
+            return True
+        return self._next is not None and self._next.predict[0] + self._first == k
 
     def _round(self, k: int, x: Tensor, inputs: Mapping[str, Tensor]) -> None:
-        """Have the next round's drafts made and evaluated."""
-        try:
-            # A round is told how stale the drafts of the one before were, from its base on.
-            r = next(self._rounds) if self._residuals is None else self._rounds.send(self._residuals)
-        except StopIteration:
-            raise UnrecognisedError("the pipeline takes more steps than its scheduler has timesteps") from None
+        """Have the next round's drafts made and evaluated. Predictions from k on that were kept make drafts again."""
+        r = self._next
+        if r is None and self._residuals is not None:
+            try:
+                r = self._rounds.send(self._residuals)  # of the drafts of the round before, from its base on
+            except StopIteration:
+                r = None
+        if r is None:
+            raise UnrecognisedError("the pipeline takes more steps than its scheduler has timesteps")
         self._drafter.advance(r.base + self._first)
         last = r.predict[-1] + self._first
         assert r.predict[0] + self._first == k, "parallelize refuses modes that do not go on step by step"
+        kept = dict(self._drafts)
         drafts = []
-        for state in self._drafter.states(k, last, x):
+        for state in self._drafter.states(k, last, x, lambda i, at: self._kept(i, at, kept)):
             t = self._drafter.timesteps[state.index]
             varying = self._learned.inputs
             drafted = inputs if state.index == k else {n: v.at(state.x, t, state.scale) for n, v in varying.items()}
@@ -132,8 +149,23 @@ class Predictions:
         self._rows = self._evaluate(drafts)
         self._tell()
         self._residuals = [0.0] if self._mode.feedback else None
+        self._next = self._after()
         self._report.rounds += 1
         self._report.evaluations += len(drafts)
+
+    def _kept(self, i: int, x: Tensor, drafts: Mapping[int, Tensor]) -> Tensor | None:
+        """Return the output after guidance that the prediction kept for index i comes to in state x."""
+        if i not in self._rows or self._weights is None:
+            return None
+        results = self._stored(self._rows, i)
+        branches = outputs_as_branches([results[name] for name in self._final], x)
+        if branches is None:
+            return None
+        working = torch.promote_types(x.dtype, torch.float32)
+        output = sum(w * branch.to(working) for w, branch in zip(self._weights, branches, strict=True))
+        assert isinstance(output, Tensor)
+        shift = self._drafter.shift(i, drafts[i], x) if self._gain else None
+        return (output if shift is None else output + shift).to(branches[0].dtype)
 
     def _evaluate(self, drafts: Sequence[tuple[int, float, Mapping[str, Tensor]]]) -> dict[int, list[int]]:
         """Have the program run on drafts: index, timestep, arguments; return where the parts of its results are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drp.sampling import drafts
 from drp.sampling.predictions import PREDICTION_TYPES, estimates
 
 IN_SIGMA = ("Euler", "Heun", "LMS")
@@ -75,6 +77,7 @@ class Levels:
         # Where there is no signal, noise says nothing of the data; where there is no noise, nothing is left to predict.
         usable = all(sigma > 0 and (alpha > 0 or self._type != "epsilon") for alpha, sigma, _ in levels)
         self._levels = levels if usable else []
+        self._timesteps = tuple(float(t) for t in timesteps)
 
     def _read(self, scheduler: Any, name: str, flow: bool, timesteps: Tensor) -> list[tuple[float, float, float]]:
         """Return alpha, sigma and the state's scale at each timestep."""
@@ -99,6 +102,12 @@ class Levels:
     def prediction_type(self) -> str:
         """What the model predicts: "epsilon", "v", "sample" or "flow"."""
         return self._type
+
+    @functools.cached_property
+    def of_run(self) -> drafts.Levels:
+        """What a draft rule may know."""
+        alphas, sigmas = (tuple(level[i] for level in self._levels) for i in (0, 1))
+        return drafts.Levels(alphas, sigmas, self._timesteps, self._type)
 
     @property
     def known(self) -> bool:

@@ -13,7 +13,19 @@ MAX_PARTIAL_IMAGES = 100
 MAX_BODY = 1 << 20
 """Bytes of a request."""
 
-RUN_OPTIONS = ("steps", "seed", "mode", "drafts", "guidance", "solver", "rule", "tolerance", "negative_prompt")
+RUN_OPTIONS = (
+    "steps",
+    "seed",
+    "mode",
+    "drafts",
+    "guidance",
+    "solver",
+    "rule",
+    "tolerance",
+    "stride",
+    "offsets",
+    "negative_prompt",
+)
 
 Word = Annotated[str, Field(max_length=200)]
 
@@ -54,6 +66,8 @@ class Body(BaseModel):
     solver: Word | None = None
     rule: Word | None = None
     tolerance: Annotated[float, Field(ge=0)] | None = None
+    stride: Annotated[float, Field(ge=1, le=10_000)] | None = None
+    offsets: Word | Annotated[list[Annotated[int, Field(ge=1, le=10_000)]], Field(max_length=256)] | None = None
 
     @model_validator(mode="before")
     @classmethod

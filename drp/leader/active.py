@@ -338,5 +338,6 @@ class ActiveRun(Active):
             device_seconds=self.device_seconds,
             residuals=self.run.residuals,
             cuts=tuple(self.run.cuts),
+            evaluated=tuple(self.run.evaluated),
             incidents=tuple(self.incidents),
         )

@@ -29,6 +29,7 @@ from drp.leader.timeline import Timeline
 from drp.protocol.arena import Arena
 from drp.protocol.codec import is_text
 from drp.protocol.messages import MOST_BATCHED, ModelSpec
+from drp.sampling.advice import warn
 from drp.sampling.result import Result
 
 MOST_CHARACTERS = 200
@@ -219,8 +220,12 @@ class Leader:
 
         Raises ValueError for options that cannot be.
         """
-        request = Request(**options)
+        return self._submit(Request(**options))
+
+    def _submit(self, request: Request, advise: bool = False) -> Pending:
         job = make_job(request, self.spec, self._drafts)
+        if advise:
+            warn(job.solver.grid.steps, job.mode.width, job.solver.adds_noise)
         if self._policy is not None:
             job = replace(job, mode=self._policy.schedule(job.mode))
         if self._engine.is_this_thread:
@@ -233,9 +238,9 @@ class Leader:
         A worker that dies or does not answer in time is replaced, others evaluate its drafts meanwhile, and the samples
         are the same; `result.incidents` says so. Raises ValueError for options that cannot be, WorkerError if the
         denoiser raises, if every worker that evaluates a draft is lost, or if no worker is left: only then the leader
-        is closed.
+        is closed. Logs a warning, once, where drafting is not worth it (docs/drafts.md).
         """
-        pending = self.submit(**options)
+        pending = self._submit(Request(**options), advise=True)
         try:
             return pending.result()
         finally:

@@ -15,14 +15,15 @@ from drp.limits import MAX_DRAFTS, MAX_EVALUATIONS, MAX_GUIDANCE, MAX_NUMBERS, M
 from drp.protocol.codec import is_text
 from drp.protocol.memory import DTYPES, NAMES
 from drp.protocol.messages import ModelSpec
-from drp.sampling.choice import choose
-from drp.sampling.drafts import RULES, SECANT, DraftRule
-from drp.sampling.modes import Mode, Sweeps, Warmup, make_mode
+from drp.sampling.choice import Choice, choose_rounds, choose_speedup
+from drp.sampling.drafts import DraftRule, find_rule
+from drp.sampling.modes import Mode, Sweeps, Warmup, Window, make_mode
 from drp.sampling.named import make_solver
 from drp.sampling.run import Callback, Noise, Queue, Run, slots
 from drp.sampling.solvers import Solver
 
 MOST_SIZES = 16
+OF_NAMED_MODES = ("drafts", "rule", "target_speedup", "target_rounds", "stride", "offsets")
 
 
 class Options(TypedDict, total=False):
@@ -44,6 +45,9 @@ class Options(TypedDict, total=False):
     mode: str | Mode
     drafts: int | None
     target_speedup: float | None
+    target_rounds: int | None
+    stride: float | None
+    offsets: str | Sequence[int] | None
     rule: str | DraftRule | None
     tolerance: float
     warmup: int
@@ -74,11 +78,17 @@ class Request:
         in every round, so they must stay as they are until the run is over.
     image: a sample [B, ...] to start from in the middle, noised as far as `strength` says.
     strength: the share of the steps that is taken, above 0 to 1.
-    mode: "sequential", "conservative", "aggressive", "adaptive", or a mode object of your own. See docs/drafts.md.
+    mode: "window", "aggressive", "conservative", "adaptive", "rolling", "sequential", or a mode object of your own. See
+        docs/drafts.md.
     drafts: n, the drafts a round, at most 256; by default one a device. The samples depend on it, and not on the
         devices.
-    target_speedup: choose mode and drafts so that evaluations over rounds come to this, with at most `drafts`.
-    rule: how drafts are made: "paper", "secant" or a `drp.sampling.drafts.DraftRule`; by default the best measured.
+    target_speedup: choose a window so that steps over rounds come to this, with at most `drafts`.
+    target_rounds: choose a window that takes so many rounds, likewise.
+    stride: of mode "window": the steps by which it moves on, 1 to n; by default n / 2 + 1.
+    offsets: of mode "window": how far ahead its n drafts lie, rising; or "dense", which is 1 to n, "even", 2 to 2n, or
+        "tapered", dense and then even. With gaps the stride is n by default.
+    rule: how drafts are made: "paper", "secant", "damped" or a `drp.sampling.drafts.DraftRule`; by default the best
+        measured.
     tolerance: of mode "adaptive": the relative residual at which predictions are given up; 0 is sequential.
     warmup: steps taken sequentially first.
     sweeps: how many times more each block of drafts is evaluated, each time refined through the last. A run has at most
@@ -103,9 +113,12 @@ class Request:
     noise: Tensor | None = None
     image: Tensor | None = None
     strength: float = 1.0
-    mode: str | Mode = "aggressive"
+    mode: str | Mode = "window"
     drafts: int | None = None
     target_speedup: float | None = None
+    target_rounds: int | None = None
+    stride: float | None = None
+    offsets: str | Sequence[int] | None = None
     rule: str | DraftRule | None = None
     tolerance: float = 0.0025
     warmup: int = 0
@@ -266,15 +279,21 @@ def _mode(request: Request, devices: int, steps: int) -> Mode:
     if isinstance(request.mode, str):
         limited = request.drafts is not None
         drafts = _whole("drafts", request.drafts, 1, MAX_DRAFTS) if limited else min(devices, MAX_DRAFTS)
-        name = request.mode
-        if request.target_speedup is not None:
-            name, drafts = choose(_number("target_speedup", request.target_speedup, 1, MAX_STEPS), steps, drafts)
-        tolerance = _number("tolerance", request.tolerance, 0, math.inf)
-        mode = make_mode(name, drafts, tolerance, _rule(request.rule))
-    elif request.drafts is not None or request.rule is not None or request.target_speedup is not None:
+        name, stride, tolerance = request.mode, request.stride, _number("tolerance", request.tolerance, 0, math.inf)
+        if stride is not None:
+            stride = _number("stride", stride, 1, MAX_STEPS)
+        if request.target_speedup is not None or request.target_rounds is not None:
+            name, drafts, stride = _choice(request, steps, drafts)
+        mode = make_mode(name, drafts, tolerance, find_rule(request.rule), stride, _offsets(request.offsets))
+        if isinstance(mode, Window) and steps / mode.stride * drafts > MAX_EVALUATIONS:
+            raise ValueError(
+                f"stride is {mode.stride:g} with {drafts} drafts and {steps} steps, more than {MAX_EVALUATIONS} "
+                "evaluations; move on by more steps, or take fewer drafts"
+            )
+    elif any(getattr(request, given) is not None for given in OF_NAMED_MODES):
         raise ValueError(
-            f"mode is {request.mode}, an object that says itself how drafts are made and how many; leave out drafts, "
-            "rule and target_speedup"
+            f"mode is {request.mode}, an object that says itself how drafts are made and how many; leave out "
+            f"{', '.join(OF_NAMED_MODES)}"
         )
     else:
         mode = request.mode
@@ -287,17 +306,28 @@ def _mode(request: Request, devices: int, steps: int) -> Mode:
     return mode
 
 
-def _rule(rule: str | DraftRule | None) -> DraftRule:
-    if rule is None:
-        return SECANT
-    if isinstance(rule, str):
-        if rule not in RULES:
-            raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}, or give a DraftRule")
-        return RULES[rule]
-    if rule.carry is not None:
-        _number("rule.carry", rule.carry, 0, 1)
-    _number("rule.slope", rule.slope, -10, 10)
-    return rule
+def _choice(request: Request, steps: int, drafts: int) -> Choice:
+    """Return the window that reaches the speed-up or the rounds asked for."""
+    for name in ("stride", "offsets"):
+        if getattr(request, name) is not None:
+            raise ValueError(
+                f"{name} is {getattr(request, name)!r}, but target_... chooses that; leave one of them out"
+            )
+    if request.target_rounds is None:
+        assert request.target_speedup is not None
+        return choose_speedup(_number("target_speedup", request.target_speedup, 1, MAX_STEPS), steps, drafts)
+    if request.target_speedup is not None:
+        raise ValueError("both target_speedup and target_rounds are given; leave one of them out")
+    return choose_rounds(_whole("target_rounds", request.target_rounds, 1, MAX_STEPS), steps, drafts)
+
+
+def _offsets(offsets: Any) -> str | tuple[int, ...] | None:
+    """Return offsets as make_mode takes them, each a whole number from 1 on."""
+    if offsets is None or isinstance(offsets, str):
+        return offsets
+    if not isinstance(offsets, Sequence) or len(offsets) > MAX_DRAFTS:
+        raise ValueError(f"offsets are {offsets!r:.80}; give a name, or a whole number for each draft")
+    return tuple(_whole("an offset", offset, 1, MAX_STEPS) for offset in offsets)
 
 
 def _labels(labels: Sequence[int] | Tensor | None, spec: ModelSpec) -> Tensor | None:

@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 from drp.protocol.codec import Bounds, Length
 from drp.protocol.messages import Count, Handle, ModelSpec, Name, Seconds, Shape, Text
 
-VERSION = 1
+VERSION = 2
 
 MOST_FRAMES = 62
 """Tensors of one message: a Submit has at most 60 conditions, noise and an image."""
@@ -85,8 +85,9 @@ class Option:
 class Rule:
     """How drafts are made, as `drp.sampling.drafts.DraftRule`."""
 
-    carry: Real | None
+    carry: Real
     slope: Real
+    axis: Name
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,12 @@ class Submit:
     noise: TensorData | None = None
     image: TensorData | None = None
     strength: Real = 1.0
-    mode: Name = "aggressive"
+    mode: Name = "window"
     drafts: Count | None = None
     target_speedup: Real | None = None
+    target_rounds: Count | None = None
+    stride: Real | None = None
+    offsets: Name | Counts | None = None
     rule: Name | Rule | None = None
     tolerance: Real | None = 0.0025
     warmup: Count = 0
@@ -215,6 +219,7 @@ class Finished:
     waited: Seconds
     residuals: Annotated[tuple[Residual, ...], Length(10_000)] = ()
     cuts: Counts = ()
+    evaluated: Counts = ()
     incidents: Incidents = ()
 
 

@@ -1,13 +1,41 @@
-"""Draft rules: what is assumed where no prediction is known yet, and what of a prediction is carried elsewhere."""
+"""Draft rules: what is assumed where no prediction is known yet, and what of a prediction is carried elsewhere.
+
+`drp.sampling` and `drp.diffusers` ask the same object. A rule of one's own is a subclass of `DraftRule`
+(examples/own_rule.py).
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from drp.sampling.predictions import PREDICTION_TYPES
+AXES = ("index", "log-sigma", "angle", "time")
 
-CARRIES = {name: 0.5 if name == "epsilon" else 0.25 for name in PREDICTION_TYPES}
-"""What measured best, by prediction type (docs/drafts.md)."""
+
+@dataclass(frozen=True)
+class Levels:
+    """What a rule may know of a run: alpha and sigma at each index that is evaluated, its timestep, and the output."""
+
+    alphas: tuple[float, ...]
+    sigmas: tuple[float, ...]
+    timesteps: tuple[float, ...]
+    prediction_type: str
+
+    def on(self, axis: str, k: int) -> float:
+        """Return where index k lies on an axis: the index, log(sigma / alpha), atan2(sigma, alpha) or the timestep."""
+        match axis:
+            case "log-sigma":  # The first state of flow matching has no signal: its alpha is 0.
+                return math.log(self.sigmas[k] / max(self.alphas[k], 1e-3 * self.sigmas[k]))
+            case "angle":
+                return math.atan2(self.sigmas[k], self.alphas[k])
+            case "time":
+                return self.timesteps[k]
+        return float(k)
+
+
+Pair = tuple[float, float]
+"""A number for networks that predict epsilon, and one for all others."""
 
 
 @dataclass(frozen=True)
@@ -16,23 +44,84 @@ class DraftRule:
 
     carry: w, from 0 to 1: what of a prediction taken at a draft d holds at the refined state x. The estimate of the
         data there is c_x ((1 - w) x + w d) + c_p prediction, with c_x and c_p of the prediction type: at 0 the
-        network's output is carried unchanged, at 1 the data that it implied. None: by prediction type.
-    slope: how much of the change of the data estimate, from the base of the block before to the last prediction, is
-        assumed to go on, evenly over the indices. At 0 the last estimate stays.
+        network's output is carried unchanged, at 1 the data that it implied.
+    slope: from 0 to 1: how much of the change of the data estimate, from the base of the block before to the last
+        prediction, is assumed to go on, evenly over the axis. At 0 the last estimate stays.
+    axis: what the change is even over: "index", "log-sigma", "angle" (atan2(sigma, alpha)) or "time" (the timestep).
+
+    A subclass overrides `carry_at`, `extrapolate` or `interpolate`. It must be hashable, and equal only to rules that
+    do the same: plans are kept for the next run.
     """
 
-    carry: float | None = None
-    slope: float = 1.0
+    carry: float | Pair = (0.4, 0.1)
+    slope: float | Pair = (0.3, 0.3)
+    axis: str = "index"
 
-    def carry_of(self, prediction_type: str) -> float:
-        """Return w for a network that predicts this."""
-        return CARRIES[prediction_type] if self.carry is None else self.carry
+    def __post_init__(self) -> None:
+        for name, value in (("carry", self.carry), ("slope", self.slope)):
+            numbers = value if isinstance(value, tuple) else (value, value)
+            if len(numbers) != 2 or not all(isinstance(n, (int, float)) and 0 <= n <= 1 for n in numbers):
+                raise ValueError(f"{name} is {value!r}; give a number from 0 to 1, or two: for epsilon, and for others")
+        if self.axis not in AXES:
+            raise ValueError(f"axis is {self.axis!r}; choose one of {', '.join(AXES)}")
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether `extrapolate` uses an index below the state that a round starts from, which is then kept."""
+        return self.slope not in (0, (0, 0))
+
+    def carry_at(self, k: int, levels: Levels) -> float:
+        """Return w at index k."""
+        return _of(self.carry, levels)
+
+    def extrapolate(self, k: int, anchor: int, last: int, levels: Levels) -> Mapping[int, float]:
+        """Return what the estimate of the data at index k is made of, beyond the last prediction.
+
+        A weight for the estimate at `last`, the last index that was predicted, and one for that at `anchor`: the base
+        of the block before, or `last` itself where there was none. They add up to 1.
+        """
+        further, apart = k - last, last - anchor
+        slope = _of(self.slope, levels) if 0 < further <= apart else 0.0
+        if slope == 0.0:
+            return {last: 1.0}
+        if self.axis == "index":
+            share = slope * further / apart
+        else:
+            at = levels.on(self.axis, last)
+            share = slope * (levels.on(self.axis, k) - at) / (at - levels.on(self.axis, anchor))
+        return {last: 1.0 + share, anchor: -share}
+
+    def interpolate(self, k: int, below: int, above: int, levels: Levels) -> Mapping[int, float]:
+        """Return what the estimate at index k is made of where drafts leave it out: `below` and `above` are predicted.
+
+        Both weights add up to 1.
+        """
+        share = (k - below) / (above - below)
+        return {below: 1.0 - share, above: share}
+
+
+def _of(value: float | Pair, levels: Levels) -> float:
+    return value[levels.prediction_type != "epsilon"] if isinstance(value, tuple) else value
 
 
 PAPER = DraftRule(carry=0.0, slope=0.0)
 """The choices of the paper (DRiffusion, arXiv 2603.25872)."""
 
-SECANT = DraftRule()
-"""What measured best, in every mode; the default."""
+SECANT = DraftRule(carry=(0.5, 0.25), slope=1.0)
+"""The whole change of the block before goes on: best on DDIM with trailing timesteps, and too much elsewhere."""
 
-RULES = {"paper": PAPER, "secant": SECANT}
+DAMPED = DraftRule()
+"""What measured best over networks, solvers and guidance (docs/drafts.md); the default."""
+
+RULES = {"paper": PAPER, "secant": SECANT, "damped": DAMPED}
+
+
+def find_rule(rule: str | DraftRule | None) -> DraftRule:
+    """Return the rule of that name, the one given, or the default; raise ValueError if there is none."""
+    if rule is None:
+        return DAMPED
+    if isinstance(rule, DraftRule):
+        return rule
+    if rule not in RULES:
+        raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}, or give a DraftRule")
+    return RULES[rule]

@@ -247,6 +247,16 @@ def flow_grid(
         raise ValueError(f"shift is {shift}; give a number above 0, 1 for none")
     if shape not in ("exponential", "linear"):
         raise ValueError(f"shape is {shape!r}; choose 'exponential' or 'linear'")
+    if not (isinstance(training, int) and training >= 1):
+        raise ValueError(f"training is {training!r}; give the number of training timesteps, 1 or more, 1000 is usual")
+    if terminal is not None and not (0 < terminal < 1 and steps > 1):
+        raise ValueError(
+            f"terminal is {terminal} with {steps} step(s); give a sigma between 0 and 1, and 2 steps or "
+            "more, which it is the last of"
+        )
+    if mu is not None and not (-20 <= mu <= 20 if shape == "exponential" else 0 < mu < math.inf):
+        allowed = "from -20 to 20" if shape == "exponential" else "above 0"
+        raise ValueError(f"mu is {mu}; give a number {allowed} for shape {shape!r}, 0.5 to 1.15 is usual")
     if mu is not None:
         shift = math.exp(mu) if shape == "exponential" else mu
 

@@ -6,15 +6,22 @@ are for N steps and n drafts a round.
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from drp.sampling.drafts import SECANT, DraftRule
+from drp.sampling.drafts import DAMPED, DraftRule
 
-MODE_NAMES = ("sequential", "conservative", "aggressive", "adaptive", "rolling")
+MODE_NAMES = ("sequential", "conservative", "aggressive", "window", "adaptive", "rolling")
+PATTERNS: Mapping[str, Callable[[int], tuple[int, ...]]] = {
+    "dense": lambda n: tuple(range(1, n + 1)),
+    "even": lambda n: tuple(range(2, 2 * n + 1, 2)),
+    "tapered": lambda n: tuple(j if j <= n // 2 else 2 * j - n // 2 for j in range(1, n + 1)),
+}
+"""Offsets of n drafts by name: all indices; every second one; all in the nearer half, every second one beyond."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +55,14 @@ class Mode(ABC):
     the run could go on through: at base + 1, base + 2, ... up to the last predicted, the norm of the refined state less
     the input of the prediction over the norm of the state, the largest among the samples. Its rounds are then planned
     as they come, which costs some microseconds each; those of others before the run. A mode that `lags` yields rounds
-    that leave others behind; it has no feedback.
+    that leave others behind; it has no feedback. One with `gaps` may leave indices out, the last one excepted: their
+    estimates are interpolated. It has no feedback either.
     """
 
     feedback: ClassVar[bool] = False
     lags: ClassVar[bool] = False
-    rule: DraftRule = SECANT
+    gaps: ClassVar[bool] = False
+    rule: DraftRule = DAMPED
 
     @property
     @abstractmethod
@@ -69,7 +78,7 @@ class Mode(ABC):
 class Sequential(Mode):
     """The ordinary loop: N rounds of one evaluation."""
 
-    rule: DraftRule = SECANT
+    rule: DraftRule = DAMPED
 
     @property
     def width(self) -> int:
@@ -98,7 +107,7 @@ class Wide(Mode):
 class Aggressive(Wide):
     """n drafts a round, the last draft's own prediction starting the next: 1 + ceil((N - 1) / n) rounds."""
 
-    rule: DraftRule = SECANT
+    rule: DraftRule = DAMPED
 
     def rounds(self, steps: int) -> Rounds:
         """Yield the first evaluation, then blocks of n steps."""
@@ -108,13 +117,82 @@ class Aggressive(Wide):
 
 
 @dataclass(frozen=True)
+class Window(Wide):
+    """n drafts a round, of which `stride` are passed: 1 + ceil((N - 1) / stride) rounds.
+
+    Predictions beyond are kept: the states refined through them are the next drafts there, and skip transitions fill
+    only the window's new end. So each index is evaluated n / stride times, each time nearer to its final state, and no
+    round starts from a prediction that is stale itself. Stride n is aggressive, stride 1 sequential. A stride between
+    two whole numbers is kept in the mean: the base of round j is floor(j stride).
+    """
+
+    stride: float
+    rule: DraftRule = DAMPED
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stride <= self.n:
+            raise ValueError(f"stride is {self.stride:g}; a window of {self.n} drafts moves on by 1 to {self.n} steps")
+
+    def rounds(self, steps: int) -> Rounds:
+        """Yield the first evaluation, then a window that moves on by the stride."""
+        yield Round(0, (0,))
+        for base in self.bases(steps):
+            yield Round(base, tuple(range(base + 1, min(base + self.n, steps - 1) + 1)))
+
+    def bases(self, steps: int) -> Iterator[int]:
+        """Yield the index that each round starts from."""
+        for j in itertools.count():
+            base = math.floor(j * self.stride + 1e-9)
+            if base >= steps - 1:
+                return
+            yield base
+
+
+@dataclass(frozen=True)
+class Sparse(Window):
+    """A window whose n drafts lie at `offsets` from its base, with gaps: n devices see further.
+
+    The estimates of the data at indices between are interpolated. With offsets 2, 4, ..., 2n and a stride of n a run
+    has as few rounds as in the aggressive mode, and each second index is evaluated twice, the second time near its
+    final state. Near the end, where fewer indices are left than the window reaches, all that fit in are evaluated.
+    """
+
+    gaps: ClassVar[bool] = True
+    offsets: tuple[int, ...] = ()
+    rule: DraftRule = DAMPED
+
+    def __post_init__(self) -> None:
+        offsets = self.offsets
+        if not (len(offsets) == self.n and offsets[0] >= 1 and list(offsets) == sorted(set(offsets))):
+            raise ValueError(f"offsets are {offsets}; give as many rising whole numbers from 1 as drafts, {self.n}")
+        if not 1 <= self.stride <= offsets[-1]:
+            raise ValueError(f"stride is {self.stride:g}; drafts up to {offsets[-1]} ahead allow 1 to {offsets[-1]}")
+
+    def rounds(self, steps: int) -> Rounds:
+        """Yield the first evaluation, then drafts at the offsets; near the end, at the indices between them too."""
+        yield Round(0, (0,))
+        for base in self.bases(steps):
+            yield Round(base, self._drafts(base, steps - 1))
+
+    def _drafts(self, base: int, last: int) -> tuple[int, ...]:
+        wanted = {base + offset for offset in self.offsets if base + offset <= last}
+        if base + self.offsets[-1] >= last:
+            wanted.add(last)
+        for k in range(last, base, -1):  # What is beyond the end goes to the indices left out, the last first.
+            if len(wanted) >= self.n:
+                break
+            wanted.add(k)
+        return tuple(sorted(wanted))
+
+
+@dataclass(frozen=True)
 class Conservative(Wide):
     """n drafts, then a lone evaluation at the refined state: n + 1 steps every two rounds.
 
     2 floor(N / (n + 1)) + min(2, N mod (n + 1)) rounds.
     """
 
-    rule: DraftRule = SECANT
+    rule: DraftRule = DAMPED
 
     def rounds(self, steps: int) -> Rounds:
         """Yield a lone evaluation and a block of drafts in turn."""
@@ -136,7 +214,7 @@ class Adaptive(Wide):
 
     feedback: ClassVar[bool] = True
     tolerance: float
-    rule: DraftRule = SECANT
+    rule: DraftRule = DAMPED
 
     def rounds(self, steps: int) -> Rounds:
         """Yield the first evaluation, then a window of n drafts that moves on by what was passed."""
@@ -163,7 +241,7 @@ class Rolling(Wide):
     """
 
     lags: ClassVar[bool] = True
-    rule: DraftRule = SECANT
+    rule: DraftRule = DAMPED
 
     def rounds(self, steps: int) -> Rounds:
         """Yield the first evaluation, then a round for each draft."""
@@ -188,6 +266,11 @@ class Around(Mode):
     def lags(self) -> bool:  # type: ignore[override]  # likewise
         """Whether `mode` does."""
         return self.mode.lags
+
+    @property
+    def gaps(self) -> bool:  # type: ignore[override]  # likewise
+        """Whether `mode` leaves indices out."""
+        return self.mode.gaps
 
     @property
     def rule(self) -> DraftRule:  # type: ignore[override]  # likewise
@@ -278,11 +361,30 @@ def _pass_on(rounds: Rounds, moved: int, times: int) -> Rounds:
             residuals = yield Round(r.base + moved, tuple(k + moved for k in r.predict), r.behind, anchor)
 
 
-def make_mode(name: str, n: int, tolerance: float, rule: DraftRule) -> Mode:
+def default_stride(n: int) -> float:
+    """Return by how much a window of n drafts moves on unless told: n / 2 + 1, so 2, 3 and 5 for n = 2, 4 and 8.
+
+    Beyond it, drafts that are evaluated a single time begin to be passed early in the run, where that costs most; below
+    it, rounds are spent on errors that are small already (docs/drafts.md).
+    """
+    return min(n, n / 2 + 1)
+
+
+def make_mode(
+    name: str,
+    n: int,
+    tolerance: float,
+    rule: DraftRule,
+    stride: float | None = None,
+    offsets: str | Sequence[int] | None = None,
+) -> Mode:
     """Return the mode called `name` with `n` drafts a round; raise ValueError for what is none.
 
-    `tolerance` is adaptive's.
+    `tolerance` is adaptive's; `stride` and `offsets` are the window's, the latter a name of PATTERNS or numbers.
     """
+    if name != "window" and not (stride is None and offsets is None):
+        what = f"stride is {stride}" if stride is not None else f"offsets are {offsets!r}"
+        raise ValueError(f"{what}, which mode {name!r} does not have; choose mode 'window'")
     if n < 1:
         raise ValueError(f"drafts is {n}; a round needs at least 1 draft")
     if not tolerance >= 0:
@@ -294,6 +396,8 @@ def make_mode(name: str, n: int, tolerance: float, rule: DraftRule) -> Mode:
             return Conservative(n, rule)
         case "aggressive":
             return Aggressive(n, rule)
+        case "window":
+            return _make_window(n, rule, stride, offsets)
         case "adaptive":
             return Adaptive(n, tolerance, rule)
         case "rolling":
@@ -301,13 +405,27 @@ def make_mode(name: str, n: int, tolerance: float, rule: DraftRule) -> Mode:
     raise ValueError(f"unknown mode {name!r}; choose one of {', '.join(MODE_NAMES)}")
 
 
-def rounds_of(name: str, steps: int, n: int) -> int:
+def _make_window(n: int, rule: DraftRule, stride: float | None, offsets: str | Sequence[int] | None) -> Mode:
+    if stride is not None and not (isinstance(stride, (int, float)) and math.isfinite(stride)):
+        raise ValueError(f"stride is {stride!r}; give a number from 1 to {n}, the drafts of a round")
+    if offsets is None or offsets == "dense":
+        return Window(n, default_stride(n) if stride is None else stride, rule)
+    if isinstance(offsets, str):
+        if offsets not in PATTERNS:
+            raise ValueError(f"unknown offsets {offsets!r}; choose one of {', '.join(PATTERNS)}, or give numbers")
+        offsets = PATTERNS[offsets](n)
+    return Sparse(n, n if stride is None else stride, rule, tuple(offsets))
+
+
+def rounds_of(name: str, steps: int, n: int, stride: float | None = None) -> int:
     """Return how many rounds `steps` steps take in a mode whose rounds are known before the run."""
     match name:
         case "sequential":
             return steps
         case "aggressive" | "rolling":
             return 1 + math.ceil((steps - 1) / n)
+        case "window":
+            return len(list(Window(n, default_stride(n) if stride is None else stride).rounds(steps)))
         case "conservative":
             return 2 * (steps // (n + 1)) + min(2, steps % (n + 1))
     raise ValueError(f"the rounds of mode {name!r} are not known before the run")

@@ -89,8 +89,8 @@ def _make_solver(
         raise ValueError(f"steps is {steps}; choose 1 or more")
     named = SOLVERS[name]
     full = _grid(name, named, steps, prediction_type, dict(grid))
-    last = int(steps * strength)
-    if not (0 < strength <= 1) or last < 1:
+    last = int(steps * strength) if 0 < strength <= 1 else 0  # nan and infinity are neither
+    if last < 1:
         raise ValueError(f"strength is {strength}; of {steps} steps it must leave 1 or more: give {1 / steps:.3g} to 1")
     if last < steps and name in ("pndm", "ipndm"):
         raise ValueError(f"strength is {strength}, but {name} has a beginning of its own; choose another solver")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from drp.sampling.drafts import PAPER, DraftRule
+from drp.sampling.drafts import PAPER, DraftRule, Levels
 from drp.sampling.modes import Mode, Round
 from drp.sampling.predictions import estimates
 from drp.sampling.rows import Row, Term, add, data, given, prediction, state, substitute
@@ -80,6 +80,28 @@ def longest_way(mode: Mode, steps: int) -> int:
     return max(longest, steps - progress.base)
 
 
+def most_in_use(mode: Mode, steps: int, history: int) -> int:
+    """Return of how many rounds, or ways forward, something is needed at once in a mode with gaps, at most.
+
+    Where indices are left out, how long a prediction is needed depends on where its neighbours are evaluated.
+    """
+    progress, most = Progress(), 0
+    rounds: dict[int, int] = {}  # by index, the round that predicted it last, and the way that led to its state
+    ways: dict[int, int] = {}
+    for number, r in enumerate(mode.rounds(steps)):
+        before = progress.base
+        progress.begin(r, mode, steps)
+        oldest = min(progress.known_at(before), progress.known_at(r.base - history))
+        ways.update(dict.fromkeys(range(before + 1, r.base + 1), number))
+        rounds.update(dict.fromkeys(r.predict, number))
+        most = max(most, len(set(rounds.values())), len(set(ways.values())))
+        rounds = {k: made for k, made in rounds.items() if k >= oldest}
+        ways = {k: made for k, made in ways.items() if k >= oldest}
+        progress.base = r.base
+        progress.out.append(r)
+    return most
+
+
 def transition(solver: Solver, a: int, b: int, rule: DraftRule | None = None, anchor: int | None = None) -> Row:
     """Return x_b as a row over x_a and what is known at a, for 0 <= a < b <= N: the skip transition Phi(a -> b).
 
@@ -88,6 +110,7 @@ def transition(solver: Solver, a: int, b: int, rule: DraftRule | None = None, an
     """
     table = _Table(solver, rule or PAPER)
     table.progress.base = table.progress.last = a
+    table.progress.known = {a} if anchor is None else {anchor, a}
     table.anchor = a if anchor is None else anchor
     return table.chain(b)[b]
 
@@ -95,12 +118,14 @@ def transition(solver: Solver, a: int, b: int, rule: DraftRule | None = None, an
 class Progress:
     """How far a run has come while its rounds are gone through: by rounds alone, without any numbers.
 
-    `base` is the index of its state, `last` that of the last prediction that may be used, `out` are the rounds whose
-    predictions may not be used yet, oldest first, and `taken_at_state` the indices whose prediction is the state's own.
+    `base` is the index of its state, `known` are those of the predictions that may be used and `last` the last of them,
+    `out` are the rounds whose predictions may not be used yet, oldest first, and `taken_at_state` the indices whose
+    prediction is the state's own.
     """
 
     def __init__(self) -> None:
         self.base, self.last = 0, -1
+        self.known: set[int] = set()
         self.out: deque[Round] = deque()
         self.taken_at_state: set[int] = set()
         self.anchor = 0
@@ -121,9 +146,14 @@ class Progress:
         while len(self.out) > behind:
             r = self.out.popleft()
             self.last = max(self.last, r.predict[-1])
+            self.known.update(r.predict)
             if r.predict[0] == r.base:
                 self.taken_at_state.add(r.base)
             self.taken_at_state.difference_update(k for k in r.predict if k != r.base)
+
+    def known_at(self, k: int) -> int:
+        """Return the last index up to k whose prediction may be used; k itself where there is none."""
+        return max((i for i in self.known if i <= k), default=k)
 
     def end(self, mode: Mode, steps: int) -> None:
         """Take all predictions; raise ValueError if they do not lead to the end."""
@@ -140,7 +170,10 @@ class _Table:
     def __init__(self, solver: Solver, rule: DraftRule) -> None:
         grid = solver.grid
         self._solver, self._rule = solver, rule
-        self._carry = rule.carry_of(solver.prediction_type)
+        alphas, sigmas, timesteps = (
+            tuple(map(float, each[: grid.steps])) for each in (grid.alphas, grid.sigmas, grid.timesteps)
+        )
+        self._levels = Levels(alphas, sigmas, timesteps, solver.prediction_type)
         self._steps = [solver.step(k) for k in range(grid.steps)]
         self._reads = [
             estimates(solver.prediction_type, float(grid.alphas[k]), float(grid.sigmas[k])) for k in range(grid.steps)
@@ -162,13 +195,15 @@ class _Table:
         """Go on to `target`, which is at most one index past the last prediction."""
         chain, base = self.chain(target), self.base
         states = tuple(chain[k] for k in range(base + 1, target + 1))
-        self.anchor = base if anchor is None else anchor
+        self.anchor = self.progress.known_at(base if anchor is None else anchor)
         self.progress.base = target
         oldest = target - self._solver.history
-        if not self._rule.slope:
+        if oldest < self.progress.last:  # Where it was left out, its neighbours are needed.
+            oldest = self.progress.known_at(oldest)
+        if not self._rule.looks_back:
             return Advance(base, states, oldest, None, behind)
         # An anchor that the mode chooses moves on over all indices: those after it are needed too.
-        return Advance(base, states, oldest if anchor is None else min(oldest, anchor), self.anchor, behind)
+        return Advance(base, states, oldest if anchor is None else min(oldest, self.anchor), self.anchor, behind)
 
     def ahead(self) -> tuple[Row, ...]:
         """Return the states from base + 1 to the last predicted index."""
@@ -179,27 +214,39 @@ class _Table:
     def chain(self, end: int) -> dict[int, Row]:
         """Return the states from `base` to `end` by ordinary steps, as rows over what is known.
 
-        Up to the last prediction the steps use it and those before; beyond, what the rule assumes.
+        Up to the last prediction the steps use it and those before; beyond, what the rule assumes. An estimate that was
+        left out between two predictions is interpolated. The one above is carried to the state there, which a first
+        walk over the chain yields; in that walk the estimate is the one at the draft.
         """
+        known = self.progress.known
+        if all(k in known for k in range(max(0, self.base - self._solver.history), min(end, self.progress.last))):
+            return self._walk(end, {})
+        return self._walk(end, self._walk(max(end, self.progress.last), {}))
+
+    def _walk(self, end: int, guess: Mapping[int, Row]) -> dict[int, Row]:
+        """Return the states from `base` to `end`; `guess` are states that are used where they are needed ahead."""
         states: dict[int, Row] = {self.base: {state(self.base): 1.0}}
 
         def meaning(term: Term) -> Row:
             if term.kind == "state":
-                return states.get(term.k, {term: 1.0})
+                return states.get(term.k) or guess.get(term.k) or {term: 1.0}
             if term.kind in ("data", "epsilon"):
-                known = term.k <= self.progress.last
-                return substitute(self._estimate(term) if known else self._assume(term), meaning)
+                if term.k not in self.progress.known:
+                    return substitute(self._assume(term), meaning)
+                there = term.k <= self.base or term.k in states or term.k in guess
+                return substitute(self._estimate(term, None if there else 1.0), meaning)
             return {term: 1.0}
 
         for k in range(self.base, end):
             states[k + 1] = substitute(self._steps[k], meaning)
         return states
 
-    def _estimate(self, term: Term) -> Row:
-        """Read the prediction at an index as an estimate at the state there."""
+    def _estimate(self, term: Term, carry: float | None) -> Row:
+        """Read the prediction at an index as an estimate at the state there; `carry` None: as the rule carries it."""
         k = term.k
         read = self._reads[k]
-        carry = 0.0 if k in self.progress.taken_at_state else self._carry
+        if carry is None:
+            carry = 0.0 if k in self.progress.taken_at_state else self._rule.carry_at(k, self._levels)
         if term.kind == "data":
             at_state, at_input, output = read.data_x * (1 - carry), read.data_x * carry, read.data_p
         else:  # What is left of the state, x = alpha data + sigma epsilon.
@@ -208,17 +255,17 @@ class _Table:
         return add((1.0, {state(k): at_state, given(k): at_input, prediction(k): output}))
 
     def _assume(self, term: Term) -> Row:
-        """Say what an estimate is where nothing has been predicted yet."""
+        """Say what an estimate is where nothing was predicted."""
         grid, k, last = self._solver.grid, term.k, self.progress.last
         if term.kind == "epsilon":
             scale = 1 / float(grid.sigmas[k])
             return {state(k): scale, data(k): -float(grid.alphas[k]) * scale}
-        further, apart = k - last, last - self.anchor
-        slope = self._rule.slope if 0 < further <= apart else 0.0
-        if slope == 0.0:
-            return {data(last): 1.0}
-        share = slope * further / apart
-        return {data(last): 1.0 + share, data(self.anchor): -share}
+        if k > last:
+            weights = self._rule.extrapolate(k, self.anchor, last, self._levels)
+        else:
+            above = min(i for i in self.progress.known if i > k)
+            weights = self._rule.interpolate(k, self.progress.known_at(k), above, self._levels)
+        return {data(i): weight for i, weight in weights.items()}
 
 
 def _check_round(r: Round, progress: Progress, mode: Mode, steps: int) -> None:
@@ -233,7 +280,10 @@ def _check_round(r: Round, progress: Progress, mode: Mode, steps: int) -> None:
         raise ValueError(f"{mode}: {r} predicts {len(r.predict)} indices; a round predicts 1 to {mode.width}")
     first, end = r.predict[0], r.predict[-1]
     newest = max([last, *(out.predict[-1] for out in progress.out)])
-    if r.predict != tuple(range(first, end + 1)) or not r.base <= first <= newest + 1 or end >= steps:
+    if mode.gaps:
+        if list(r.predict) != sorted(set(r.predict)) or first < r.base or end >= steps:
+            raise ValueError(f"{mode}: {r} must predict rising indices, from {r.base} on, to {steps - 1} at most")
+    elif r.predict != tuple(range(first, end + 1)) or not r.base <= first <= newest + 1 or end >= steps:
         raise ValueError(
             f"{mode}: {r} must predict indices in a row, starting from {r.base} to {newest + 1}, to {steps - 1} at most"
         )

@@ -70,6 +70,7 @@ def run_reference(
         device_seconds=device_seconds,
         residuals=run.residuals,
         cuts=tuple(run.cuts),
+        evaluated=tuple(run.evaluated),
     )
 
 

@@ -30,6 +30,8 @@ class Result(Generic[Samples]):
     `residuals` say, by index of the grid, how far from the refined state its prediction was taken, relative to that
     state's norm, the largest among the samples; empty unless the mode is adaptive or they were asked for. `cuts` are
     the indices to which an adaptive run advanced though it had predictions beyond: where drafts went stale.
+    `evaluated` says how often each index was evaluated: more than once in sweeps, in adaptive and window modes, where a
+    later prediction takes the place of an earlier one, and not at all where a window's offsets leave it out.
 
     `incidents` say which workers were lost meanwhile, and how. Others took over; the samples are the same.
     """
@@ -45,6 +47,7 @@ class Result(Generic[Samples]):
     device_seconds: float
     residuals: Mapping[int, float] = field(default_factory=dict)
     cuts: tuple[int, ...] = ()
+    evaluated: tuple[int, ...] = ()
     incidents: tuple[str, ...] = ()
 
     @property

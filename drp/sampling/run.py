@@ -19,7 +19,7 @@ from torch import Tensor
 
 from drp.sampling.banks import Banks
 from drp.sampling.modes import Mode
-from drp.sampling.plan import Advance, Measure, Predict, longest_way, make_plan
+from drp.sampling.plan import Advance, Measure, Predict, longest_way, make_plan, most_in_use
 from drp.sampling.rows import Row, Term, state
 from drp.sampling.solvers import Solver
 
@@ -69,7 +69,8 @@ def _rounds_kept(solver: Solver, mode: Mode) -> int:
     They are the one being evaluated, the one being refined, and its base's; the one the draft rule looks back on; and
     one for each index before that the solver uses.
     """
-    return 3 + (mode.rule.slope != 0) + solver.history
+    usual = 3 + mode.rule.looks_back + solver.history
+    return max(usual, 1 + most_in_use(mode, solver.grid.steps, solver.history)) if mode.gaps else usual
 
 
 def _room(solver: Solver, mode: Mode, width: int) -> Banks:
@@ -98,7 +99,7 @@ class Run:
     sequence of rounds that waited for each other. `residuals` say, by index, how far from the refined state the last
     prediction was taken, relative to that state's norm, the largest among the samples: of all drafts in a mode with
     feedback or with `watch`. `cuts` are the indices to which a mode with feedback advanced though it had predictions
-    beyond.
+    beyond. `evaluated` says how often each index was asked for: a later prediction takes the place of an earlier one.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class Run:
         self.steps_done = 0
         self.residuals: dict[int, float] = {}
         self.cuts: list[int] = []
+        self.evaluated = [0] * solver.grid.steps
 
     @property
     def state(self) -> Tensor:
@@ -169,6 +171,8 @@ class Run:
             slots = range(self._first_slot, self._first_slot + len(event.indices))
             self._answers.update(zip(slots, slots, strict=True))
             self._out.append(_Out(dict(zip(event.indices, slots, strict=True)), self.rounds_done + 1))
+            for k in event.indices:
+                self.evaluated[k] += 1
             yield [Task(k, self._timesteps[k], slot) for k, slot in zip(event.indices, slots, strict=True)]
 
     def _next(self) -> _Predict | _Advance | None:

@@ -35,6 +35,9 @@ AS_THEY_ARE = (
     "mode",
     "drafts",
     "target_speedup",
+    "target_rounds",
+    "stride",
+    "offsets",
     "warmup",
     "sweeps",
     "seed",
@@ -56,7 +59,7 @@ def options(submit: Submit, frames: Sequence[Frame], callback: Callback) -> Opti
         "image": image,
         "solver_options": _named("solver_options", submit.solver_options),
         "grid": _named("grid", submit.grid),
-        "rule": DraftRule(rule.carry, rule.slope) if isinstance(rule, Rule) else rule,
+        "rule": DraftRule(rule.carry, rule.slope, rule.axis) if isinstance(rule, Rule) else rule,
         "tolerance": math.inf if submit.tolerance is None else submit.tolerance,
         "callback": callback,
     }
@@ -86,6 +89,7 @@ def finished(request: int, result: Result, samples: TensorData, waited: float) -
         waited=waited,
         residuals=tuple(Residual(k, r if math.isfinite(r) else None) for k, r in sorted(result.residuals.items())),
         cuts=result.cuts,
+        evaluated=result.evaluated,
         incidents=_told(result.incidents),
     )
 

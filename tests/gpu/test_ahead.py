@@ -13,7 +13,7 @@ import drp
 from drp import GpuOptions, Leader
 
 SMALL = "tests.gpu.denoisers:Small"
-MODES = ("sequential", "conservative", "aggressive", "rolling", "adaptive")
+MODES = ("sequential", "conservative", "aggressive", "window", "rolling", "adaptive")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaMemcpy2D")
 """Calls that return when the GPU has come to some point."""
 

@@ -20,7 +20,7 @@ from drp.protocol.messages import OnGpu
 from drp.sampling.run import Task
 
 SMALL = "tests.gpu.denoisers:Small"
-MODES = ("sequential", "conservative", "aggressive", "rolling", "adaptive")
+MODES = ("sequential", "conservative", "aggressive", "window", "rolling", "adaptive")
 SLACK = 64 << 20
 """Bytes by which a GPU's free memory may differ without a leak: contexts come and go with worker processes."""
 

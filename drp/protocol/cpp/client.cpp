@@ -121,6 +121,12 @@ drp::Request request_of(const drp_request& from) {
     request.mode = given(from.mode, "mode");
     request.drafts = unless(from.drafts < 0, from.drafts);
     request.target_speedup = unless(std::isnan(from.target_speedup), from.target_speedup);
+    request.target_rounds = unless(from.target_rounds < 0, from.target_rounds);
+    request.stride = unless(std::isnan(from.stride), from.stride);
+    if (from.offsets != nullptr)
+        request.offsets = list(from.offsets, from.offsets_count);
+    else if (from.offsets_name != nullptr)
+        request.offsets = std::string(from.offsets_name);
     if (from.rule != nullptr) request.rule = std::string(from.rule);
     request.tolerance = unless(std::isinf(from.tolerance), from.tolerance);
     request.warmup = from.warmup;
@@ -169,13 +175,13 @@ drp_code drp_client_status(const drp_client* client, double timeout, drp_status*
 
 void drp_request_init(drp_request* request) {
     *request = {};
-    request->count = request->drafts = -1;
-    request->guidance = request->target_speedup = NAN;
+    request->count = request->drafts = request->target_rounds = -1;
+    request->guidance = request->target_speedup = request->stride = NAN;
     request->steps = 48;
     request->solver = "ddim";
     request->prediction_type = "epsilon";
     request->strength = 1.0;
-    request->mode = "aggressive";
+    request->mode = "window";
     request->tolerance = 0.0025;
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 from drp.sampling.grids import Grid
@@ -33,6 +34,14 @@ class Solver(ABC):
 
         `noise(k)` are standard normal numbers, drawn for this step alone. 0 <= k < N.
         """
+
+    def stands_still(self, k: int) -> bool:
+        """Whether the step from k leads to the same noise level again, to rounding: x_{k+1} = x_k.
+
+        It is so where named sigmas end at that of the first training timestep, and the grid does too.
+        """
+        (alpha, sigma), (alpha_b, sigma_b) = self.at(k), self.at(k + 1)
+        return math.isclose(alpha, alpha_b, rel_tol=1e-13) and math.isclose(sigma, sigma_b, rel_tol=1e-13)
 
     def at(self, k: int) -> tuple[float, float]:
         """Return alpha and sigma at an index."""

@@ -42,6 +42,8 @@ class LinearMultistep(Solver):
 
     def step(self, k: int) -> Row:
         """Return the row of x_{k+1}."""
+        if self.stands_still(k):
+            return {state(k): 1.0}
         (alpha, _), (alpha_b, _) = self.at(k), self.at(k + 1)
         order = min(self.order, k + 1)
         start, end = self._rhos[k], self._rhos[k + 1]
@@ -71,6 +73,8 @@ class DEIS(Solver):
 
     def step(self, k: int) -> Row:
         """Return the row of x_{k+1}."""
+        if self.stands_still(k):
+            return {state(k): 1.0}
         (alpha, sigma), (alpha_b, sigma_b) = self.at(k), self.at(k + 1)
         n = self.grid.steps
         order = 1 if sigma_b == 0 else order_at(k, n, self.order, self.lower_order_final and n < SHORT_RUN)

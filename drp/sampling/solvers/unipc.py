@@ -56,6 +56,8 @@ class UniPC(Solver):
         else:
             base, c = alpha_b / alpha, sigma_b - alpha_b * sigma / alpha
         corrected = add((1.0, {state(k): 1.0}), (1.0, self._correction(k)))
+        if self.stands_still(k):
+            return corrected
         return add((base, corrected), (c, {self._term(k): 1.0}), (1.0, self._residue(k, self._order_at(k), False)))
 
     def _order_at(self, k: int) -> int:

@@ -98,6 +98,11 @@ typedef struct drp_request {
     const char* mode;
     int64_t drafts;        /* -1: one a device */
     double target_speedup; /* NAN: none */
+    int64_t target_rounds; /* -1: none */
+    double stride;         /* NAN: n / 2 + 1 */
+    const int64_t* offsets; /* NULL: those of the name */
+    size_t offsets_count;
+    const char* offsets_name; /* NULL: dense */
     const char* rule;      /* NULL: the best measured */
     double tolerance;      /* INFINITY is allowed */
     int64_t warmup, sweeps, seed;

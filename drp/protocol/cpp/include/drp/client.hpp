@@ -153,7 +153,7 @@ struct Tensor {
 // visit(name, member, bounds) for each field in order: writing, reading and checking are visits.
 namespace door {
 
-inline constexpr std::int64_t kVersion = 1;
+inline constexpr std::int64_t kVersion = 2;
 inline constexpr std::size_t kMaxMessage = std::size_t{1} << 20, kMaxFrame = std::size_t{1} << 28, kMostFrames = 62;
 
 struct Int {
@@ -178,6 +178,7 @@ struct OneOf {
 };
 struct OptionValue {};  // whole | real | text | flag | list of reals
 struct RuleOrName {};
+struct CountsOrName {};
 
 inline constexpr std::int64_t kMaxInt64 = std::numeric_limits<std::int64_t>::max();
 inline constexpr Int kCount{0, (std::int64_t{1} << 31) - 1}, kTotal{0, kMaxInt64}, kWhole{-kMaxInt64 - 1, kMaxInt64};
@@ -232,12 +233,13 @@ struct Option {
 };
 
 struct Rule {
-    std::optional<double> carry;
-    double slope = 0;
+    double carry = 0, slope = 0;
+    std::string axis = "index";
     template <class Self, class Visit>
     static void fields(Self& self, Visit&& visit) {
         visit("carry", self.carry, kReal);
         visit("slope", self.slope, kReal);
+        visit("axis", self.axis, kName);
     }
 };
 
@@ -314,9 +316,12 @@ struct Settings {
     std::vector<Option> solver_options, grid;
     std::string prediction_type = "epsilon";
     double strength = 1.0;
-    std::string mode = "aggressive";
+    std::string mode = "window";
     std::optional<std::int64_t> drafts;
     std::optional<double> target_speedup;
+    std::optional<std::int64_t> target_rounds;
+    std::optional<double> stride;
+    std::optional<std::variant<std::string, std::vector<std::int64_t>>> offsets;
     std::optional<std::variant<std::string, Rule>> rule;
     std::optional<double> tolerance = 0.0025;  // none: infinite
     std::int64_t warmup = 0, sweeps = 0, seed = 0;
@@ -350,6 +355,9 @@ struct Submit : Settings {
         visit("mode", self.mode, kName);
         visit("drafts", self.drafts, kCount);
         visit("target_speedup", self.target_speedup, kReal);
+        visit("target_rounds", self.target_rounds, kCount);
+        visit("stride", self.stride, kReal);
+        visit("offsets", self.offsets, CountsOrName{});
         visit("rule", self.rule, RuleOrName{});
         visit("tolerance", self.tolerance, kReal);
         visit("warmup", self.warmup, kCount);
@@ -409,7 +417,7 @@ struct Facts {
     std::int64_t rounds = 0, evaluations = 0;
     double seconds = 0, device_seconds = 0, waited = 0;
     std::vector<Residual> residuals;
-    std::vector<std::int64_t> cuts;
+    std::vector<std::int64_t> cuts, evaluated;
     std::vector<std::string> incidents;
 };
 
@@ -432,6 +440,7 @@ struct Finished : Facts {
         visit("waited", self.waited, kSeconds);
         visit("residuals", self.residuals, List<Record>{10000, {}});
         visit("cuts", self.cuts, kCounts);
+        visit("evaluated", self.evaluated, kCounts);
         visit("incidents", self.incidents, kIncidents);
     }
 };
@@ -650,6 +659,12 @@ private:
         else
             put(std::get<Rule>(value), Record{});
     }
+    void put(const std::variant<std::string, std::vector<std::int64_t>>& value, CountsOrName) {
+        if (const auto* name = std::get_if<std::string>(&value))
+            put(*name, kName);
+        else
+            put(std::get<std::vector<std::int64_t>>(value), kCounts);
+    }
 
     msgpack::sbuffer buffer_;
     msgpack::packer<msgpack::sbuffer> packer_{buffer_};
@@ -766,6 +781,13 @@ private:
             take(object, value.emplace<std::string>(), kName);
         else
             take(object, value.emplace<Rule>(), Record{});
+    }
+    void take(const msgpack::object& object, std::variant<std::string, std::vector<std::int64_t>>& value,
+              CountsOrName) {
+        if (object.type == Type::STR)
+            take(object, value.emplace<std::string>(), kName);
+        else
+            take(object, value.emplace<std::vector<std::int64_t>>(), kCounts);
     }
 
     const char* name_ = "a message";

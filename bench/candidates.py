@@ -1,0 +1,97 @@
+"""Candidates: what `bench.drafting` compares, in groups of about as many rounds as one of the paper's modes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from drp.sampling.drafts import DAMPED, PAPER, SECANT, DraftRule
+from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Round, Rounds, Sparse, Wide, Window
+
+PAPERS: Mapping[str, Mode] = {
+    **{f"aggressive {n}": Aggressive(n, PAPER) for n in (2, 4, 8)},
+    **{f"conservative {n}": Conservative(n, PAPER) for n in (2, 4, 8)},
+}
+
+
+@dataclass(frozen=True)
+class Warped(Wide):
+    """A window whose base after a share t of the rounds is at the share t^power of the steps: dense first."""
+
+    rounds_wanted: int
+    power: float
+    rule: DraftRule = DAMPED
+
+    def rounds(self, steps: int) -> Rounds:
+        """Yield the first evaluation, then windows."""
+        yield Round(0, (0,))
+        base, more = 0, max(2, round(self.rounds_wanted * steps / 48)) - 1
+        for j in range(more):
+            if j:
+                base = max(base + 1, min(base + self.n, int((steps - 1) * (j / more) ** self.power)))
+            left = more - j  # what must still be reached with as many windows
+            base = max(base, steps - 1 - self.n * left) if j else 0
+            if base >= steps - 1:
+                return
+            yield Round(base, tuple(range(base + 1, min(base + self.n, steps - 1) + 1)))
+
+
+def _rules() -> dict[str, DraftRule]:
+    found: dict[str, DraftRule] = {"secant": SECANT, "paper": PAPER}
+    for carry in (0.0, 0.1, 0.25, 0.4, 0.5):
+        found[f"carry {carry}, slope 0.3"] = DraftRule(carry, 0.3)
+    for slope in (0.0, 0.5, 0.75):
+        found[f"carry 0.4 / 0.1, slope {slope}"] = DraftRule((0.4, 0.1), slope)
+    for axis in ("log-sigma", "angle", "time"):
+        found[f"carry 0.4 / 0.1, slope 0.5, {axis}"] = DraftRule((0.4, 0.1), 0.5, axis)
+    return found
+
+
+EVEN = tuple(range(2, 17, 2))
+TAPERED = (1, 2, 3, 4, 6, 8, 10, 12)
+HALF = DraftRule((0.4, 0.1), 0.5)
+ANGLE = DraftRule((0.4, 0.1), 0.5, "angle")
+
+CANDIDATES: Mapping[str, tuple[str, Mapping[str, Mode]]] = {
+    "rules, window 5 of 8": ("conservative 8", {name: Window(8, 5, rule) for name, rule in _rules().items()}),
+    "rules, aggressive 4": ("aggressive 4", {name: Aggressive(4, rule) for name, rule in _rules().items()}),
+    "rules, aggressive 8": ("aggressive 8", {name: Aggressive(8, rule) for name, rule in _rules().items()}),
+    "strides of 8": (
+        "conservative 8",
+        {
+            **{f"window {s:g} of 8": Window(8, s) for s in (4, 4.5, 4.7, 5, 6)},
+            **{f"warped 11 rounds, {p}": Warped(8, 11, p) for p in (1.0, 1.2, 1.4)},
+            "tapered, stride 5": Sparse(8, 5, HALF, TAPERED),
+            "even, stride 5": Sparse(8, 5, HALF, EVEN),
+            "adaptive": Adaptive(8, 0.0025),
+        },
+    ),
+    "strides of 4": (
+        "conservative 4",
+        {
+            **{f"window {s:g} of 4": Window(4, s) for s in (2.5, 3, 3.5)},
+            "even, stride 3": Sparse(4, 3, HALF, (2, 4, 6, 8)),
+        },
+    ),
+    "seven rounds": (
+        "aggressive 8",
+        {
+            "window 7 of 8": Window(8, 7),
+            "aggressive damped": Aggressive(8),
+            "even, stride 8": Sparse(8, 8, HALF, EVEN),
+            "even, stride 8, angle": Sparse(8, 8, ANGLE, EVEN),
+            "tapered, stride 8": Sparse(8, 8, HALF, TAPERED),
+            "1-6, 8, 10, stride 8": Sparse(8, 8, HALF, (1, 2, 3, 4, 5, 6, 8, 10)),
+        },
+    ),
+    "thirteen rounds": (
+        "aggressive 4",
+        {
+            "aggressive damped": Aggressive(4),
+            "even, stride 4": Sparse(4, 4, HALF, (2, 4, 6, 8)),
+            "1, 2, 4, 6, stride 4": Sparse(4, 4, HALF, (1, 2, 4, 6)),
+            "window 3.9 of 8": Window(8, 47 / 12),
+        },
+    ),
+    "two": ("aggressive 2", {"window 2 of 2": Window(2, 2), "secant": Window(2, 2, SECANT), "1.5": Window(2, 1.5)}),
+}

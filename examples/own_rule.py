@@ -1,0 +1,35 @@
+"""A draft rule of one's own: what is carried follows the noise level.
+
+    python examples/own_rule.py
+
+At much noise the estimate of the clean sample hardly depends on the state, so that what was predicted at a draft holds
+at the refined state too; at little noise it follows the state. A rule overrides `carry_at`, `extrapolate` or both; the
+same object serves `drp.sample` and `drp.diffusers.parallelize`.
+"""
+
+from dataclasses import dataclass
+
+import drp
+from drp.sampling.drafts import DraftRule, Levels
+
+
+@dataclass(frozen=True)
+class ByNoise(DraftRule):
+    """Carry the data to the share of the noise in the state's variance, between two bounds."""
+
+    least: float = 0.2
+    most: float = 0.8
+
+    def carry_at(self, k: int, levels: Levels) -> float:
+        """Return w at index k."""
+        noise, signal = levels.sigmas[k] ** 2, levels.alphas[k] ** 2
+        return self.least + (self.most - self.least) * noise / (noise + signal)
+
+
+if __name__ == "__main__":
+    asked = {"labels": range(10), "drafts": 8}
+    exact = drp.reference("digits", labels=range(10), mode="sequential").samples
+    for rule in ("paper", "damped", ByNoise()):
+        result = drp.reference("digits", rule=rule, **asked)
+        error = float((result.samples - exact).norm() / exact.norm())
+        print(f"{rule}: {result.rounds} rounds, relative L2 to the sequential run {error:.4f}")

@@ -1,0 +1,63 @@
+"""Windows on workers: the bits of the reference whatever the drafts, the dispatch and the policy, and after a loss."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import drp
+from drp import Leader
+from drp.leader.ground import GpuOptions
+from tests.denoisers import make_free
+
+SLOW = "tests.denoisers:make_slow_sine"
+ASKED: list[dict[str, Any]] = [
+    *({"drafts": n} for n in range(2, 9)),
+    {"drafts": 8, "stride": 3.5, "solver": "dpmsolver++"},
+    {"drafts": 5, "offsets": "even", "solver": "unipc"},
+    {"drafts": 8, "offsets": "tapered", "stride": 6, "solver": "ddpm"},
+    {"drafts": 4, "offsets": [1, 3, 4, 9], "warmup": 2},
+    {"drafts": 6, "sweeps": 1},
+    {"drafts": 8, "target_rounds": 9},
+]
+
+
+@pytest.fixture(scope="module", params=["host", "device"])
+def leader(request: pytest.FixtureRequest) -> Iterator[Leader]:
+    with Leader(make_free, devices=3, gpu=GpuOptions(ordering=request.param)) as leader:
+        yield leader
+
+
+@pytest.mark.parametrize("policy", ["barrier", "eager"])
+def test_bits_rounds_and_evaluations_are_the_references(leader: Leader, policy: str) -> None:
+    leader.policy = policy
+    for options in ASKED:
+        common = {"count": 2, "shape": (3, 2), "steps": 29, **options}
+        run, ref = leader.sample(**common), drp.reference(make_free, **common)
+        assert torch.equal(run.samples, ref.samples), options
+        assert (run.evaluations, run.evaluated) == (ref.evaluations, ref.evaluated), options
+        assert run.rounds <= ref.rounds if policy == "eager" else run.rounds == ref.rounds
+
+
+@pytest.mark.parametrize("ordering", ["host", "device"])
+def test_a_lost_worker_changes_no_bit(ordering: str) -> None:
+    with Leader(SLOW, devices=2, gpu=GpuOptions(ordering=ordering)) as leader:
+        for options in ({"drafts": 8}, {"drafts": 5, "offsets": "even"}):
+            common: dict[str, Any] = {"shape": (3,), "steps": 24, **options}
+
+            def kill(k: int, state: torch.Tensor) -> None:
+                if k == 9:
+                    pid = leader.workers[1].pid
+                    assert pid is not None
+                    os.kill(pid, signal.SIGKILL)
+
+            run = leader.submit(**common, callback=kill).result(60)
+            ref = drp.reference(SLOW, **common)
+            assert torch.equal(run.samples, ref.samples)
+            assert (run.rounds, run.evaluated) == (ref.rounds, ref.evaluated)
+            assert "SIGKILL" in run.incidents[0]
