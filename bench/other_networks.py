@@ -3,7 +3,7 @@
     python -m training.train_digits --data digits.npz --predicts v --channels 16 32 48 --batch 64 --out v.safetensors
     python -m bench.other_networks v.safetensors
 
-A quarter of an hour each on one core; for the table in docs/drafts.md the network that predicts v had `--steps 3000`.
+A quarter of an hour each on one core; for the table in docs/quality.md the network that predicts v had `--steps 3000`.
 
 Distances are relative L2 norms to the sequential run of the same steps and seed, sample by sample.
 """

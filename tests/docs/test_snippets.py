@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-pytestmark = [pytest.mark.docs, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.docs, pytest.mark.timeout(600)]
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -67,7 +67,7 @@ def follow(page: str, folder: Path) -> str:
         if not (folder / "bin" / name).exists():
             (folder / "bin" / name).symlink_to(Path(sys.executable).resolve())
     done = subprocess.run(
-        ["bash", "-c", script(page)], cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False
+        ["bash", "-c", script(page)], cwd=folder, env=env, capture_output=True, text=True, timeout=580, check=False
     )
     assert done.returncode == 0, f"{script(page)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
@@ -91,7 +91,7 @@ def test_a_guide_can_be_followed(page: str, tmp_path: Path) -> None:
         env=env,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
