@@ -2,8 +2,7 @@
 PYTHON ?= python3
 DEVICES ?= 2
 # What depends on the dependencies: noise, arithmetic, codec, sockets, command line.
-OLDEST := tests/test_sampling_options.py tests/test_sampling_exact.py tests/test_protocol.py \
-          tests/test_cli.py::test_sample_draws_a_picture
+OLDEST := tests/test_sampling_options.py tests/test_protocol.py tests/test_cli.py::test_sample_draws_a_picture
 BIN := .venv/bin
 READY := .venv/ready
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import email
 import email.message
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -76,6 +77,15 @@ def test_the_metadata_says_what_a_user_looks_for(wheel: Path) -> None:
     assert "Typing :: Typed" in found.get_all("Classifier", [])
     assert {"diffusers", "serve"} <= set(found.get_all("Provides-Extra", []))
     assert not [line for line in found.get_all("Requires-Dist", []) if " @ " in line]
+
+
+def test_the_version_is_that_of_the_tag(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    run("git", "clone", "-q", "--no-local", ROOT, clone, cwd=tmp_path)
+    run("git", "tag", "v9.8.7", cwd=clone)
+    assert run(sys.executable, "-m", "setuptools_scm", cwd=clone).strip() == "9.8.7"
+    shutil.rmtree(clone / ".git")
+    assert run(sys.executable, "-m", "setuptools_scm", cwd=clone).strip() == "0.1.0"
 
 
 def test_the_wheel_has_the_package_alone_and_all_of_it(wheel: Path) -> None:
