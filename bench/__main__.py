@@ -12,9 +12,9 @@ from typing import Any
 import click
 import torch
 
-from bench import door, interleaved, overlap, plot, real_model, side_by_side, speedup
+from bench import client_overhead, interleaved, overlap, plot, real_model, side_by_side, speedup
 from bench import figures as facts
-from bench.carriers.base import Work
+from bench.transports.base import Work
 from drp.leader.awake import Awake
 
 RESULTS = Path(__file__).with_name("results")
@@ -35,27 +35,27 @@ def main(devices: int, awake: bool, out: Path | None) -> None:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(),
     }
     wish = Awake(awake)
-    wish.hold()  # for all that is measured, the other carriers too
+    wish.hold()  # for all that is measured, the other transports too
     figures["machine"]["awake"] = wish.held
     console.print_json(data=figures["machine"])
 
     figures["speedup"] = {}
-    for (device, turns), ordering in itertools.product(DEVICES.items(), speedup.ORDERINGS):
-        found = speedup.measure(device, devices, ordering, turns)
-        figures["speedup"][f"{device}, ordered by the {ordering}"] = found
+    for (device, turns), dispatch in itertools.product(DEVICES.items(), speedup.DISPATCHES):
+        found = speedup.measure(device, devices, dispatch, turns)
+        figures["speedup"][f"{device}, ordered by the {dispatch}"] = found
         console.print(*speedup.tables(found))
 
     work = Work(next(iter(DEVICES)), devices)
-    figures["side_by_side"] = {"device": f"{devices} x {work.device}", "carriers": side_by_side.measure(work)}
-    console.print(side_by_side.table(figures["side_by_side"]["carriers"], work))
+    figures["side_by_side"] = {"device": f"{devices} x {work.device}", "transports": side_by_side.measure(work)}
+    console.print(side_by_side.table(figures["side_by_side"]["transports"], work))
 
     figures["overlap"] = overlap.measure()
     console.print(overlap.table(figures["overlap"]))
     figures["interleaved"] = interleaved.measure()
     console.print(interleaved.table(figures["interleaved"]))
 
-    figures["door"] = door.measure()
-    console.print(door.table(figures["door"]))
+    figures["door"] = client_overhead.measure()
+    console.print(client_overhead.table(figures["door"]))
     figures["real_model"] = real_model.measure()
     console.print(real_model.table(figures["real_model"]))
     gpus = torch.cuda.device_count()

@@ -24,9 +24,9 @@ from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
 
-from bench.carriers.base import DEADLINE, Evaluator, Led, Work
 from bench.figures import console
 from bench.rounds import RunTime, split, summary
+from bench.transports.base import DEADLINE, Evaluator, Led, Work
 from drp.protocol.arena import Arena
 from drp.protocol.codec import decode, encode
 from drp.protocol.messages import TO_LEADER, TO_WORKER, Bind, Draft, Prediction
@@ -322,9 +322,9 @@ def measure(work: Work, turns: int = TURNS) -> dict[str, Any]:
     """Return the figures of every choice, its results checked against the reference."""
     runs: dict[str, list[RunTime]] = {name: [] for name in CHOICES}
     expected = work.reference()
-    with started(work) as carriers:
+    with started(work) as transports:
         for turn in range(turns + 1):
-            for name, carrier in carriers.items():
+            for name, carrier in transports.items():
                 carrier.choice = CHOICES[name]
                 if not torch.equal(carrier.sample(), expected):
                     raise RuntimeError(f"{name} computes other samples than the reference")

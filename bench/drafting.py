@@ -29,8 +29,8 @@ from bench.candidates import CANDIDATES, PAPERS
 from bench.other_networks import load
 from drp import models
 from drp.sampling.modes import Mode, Sequential
-from drp.sampling.named import make_solver
 from drp.sampling.reference import Denoiser, run_reference
+from drp.sampling.registry import make_solver
 
 SEEDS = {"choose": 20_000, "report": 40_000}
 

@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.figures import console, machine, percentile
-from bench.speedup import ORDERINGS
+from bench.speedup import DISPATCHES
 from drp import GpuOptions, Leader, Result
 from drp.leader.devices import parse_devices
 from drp.leader.request import Request, make_job
@@ -96,51 +96,51 @@ def runs(
     found: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         leaders = {
-            ordering: stack.enter_context(
+            dispatch: stack.enter_context(
                 Leader(
                     model,
                     devices=where,
                     drafts_per_device=max(DRAFTS),
-                    gpu=replace(gpu, ordering=ordering),
+                    gpu=replace(gpu, dispatch=dispatch),
                     awake=awake,
                     start_timeout=900,
                     draft_timeout=600,
                 )
             )
-            for ordering in ORDERINGS
+            for dispatch in DISPATCHES
         }
         for n in (1, *DRAFTS):
             asked: dict[str, Any] = {"seed": 1, "mode": "sequential" if n == 1 else "aggressive", "drafts": n}
 
-            def led(ordering: str, asked: dict[str, Any] = asked) -> Result:
-                return leaders[ordering].sample(steps=STEPS, **asked)
+            def led(dispatch: str, asked: dict[str, Any] = asked) -> Result:
+                return leaders[dispatch].sample(steps=STEPS, **asked)
 
-            ways = {ordering: functools.partial(led, ordering) for ordering in ORDERINGS}
+            ways = {dispatch: functools.partial(led, dispatch) for dispatch in DISPATCHES}
             times = in_turn({"plain": plain, **ways}, device, turns)
             found[str(n)] = {way: percentile(each, 50) for way, each in times.items()}
             found[str(n)]["theory"] = led("host").theory
-            for ordering in ORDERINGS:
-                gains = [a / b for a, b in zip(times["plain"], times[ordering], strict=True)]
-                found[str(n)][f"gain_{ordering}"] = percentile(gains, 50)
+            for dispatch in DISPATCHES:
+                gains = [a / b for a, b in zip(times["plain"], times[dispatch], strict=True)]
+                found[str(n)][f"gain_{dispatch}"] = percentile(gains, 50)
     alone = found["1"]
-    for ordering in ORDERINGS:
-        alone[f"cost_{ordering}"] = 1 / alone[f"gain_{ordering}"] - 1
-        alone[f"cost_us_{ordering}"] = (alone[ordering] - alone["plain"]) / STEPS * 1e6
+    for dispatch in DISPATCHES:
+        alone[f"cost_{dispatch}"] = 1 / alone[f"gain_{dispatch}"] - 1
+        alone[f"cost_us_{dispatch}"] = (alone[dispatch] - alone["plain"]) / STEPS * 1e6
     return found
 
 
 def rounds(device: torch.device, turns: int, memory: str, awake: bool) -> dict[str, dict[str, float]]:
     """Return the microseconds of a round with one worker and with four, on this device, that have nothing to do."""
     where = f"cuda:{device.index}" if device.type == "cuda" else "cpu:0"
-    found: dict[str, dict[str, float]] = {ordering: {} for ordering in ORDERINGS}
-    for workers, ordering in itertools.product((1, 4), ORDERINGS):
-        gpu = GpuOptions(ordering=ordering, memory=memory)
+    found: dict[str, dict[str, float]] = {dispatch: {} for dispatch in DISPATCHES}
+    for workers, dispatch in itertools.product((1, 4), DISPATCHES):
+        gpu = GpuOptions(dispatch=dispatch, memory=memory)
         with Leader("bench.gpu_models:Tiny", devices=f"{workers}x{where}", gpu=gpu, awake=awake) as leader:
             times = []
             for turn in range(turns + 1):
                 run = leader.sample(steps=201, seed=turn, mode="aggressive" if workers > 1 else "sequential")
                 times += [run.seconds / run.rounds * 1e6] if turn else []
-        found[ordering][str(workers)] = percentile(times, 50)
+        found[dispatch][str(workers)] = percentile(times, 50)
     return found
 
 
@@ -170,14 +170,14 @@ def judge(figures: dict[str, Any], models: list[str]) -> list[dict[str, Any]]:
     for model in models:
         if "graphs" in figures[model]:
             of = figures[model]["graphs"]["runs"]
-            for ordering in ORDERINGS:
-                cost, gain = of["1"][f"cost_{ordering}"], of["4"][f"gain_{ordering}"]
+            for dispatch in DISPATCHES:
+                cost, gain = of["1"][f"cost_{dispatch}"], of["4"][f"gain_{dispatch}"]
                 promises = (
                     ("one worker costs at most 1 % over the plain loop", cost, cost <= MOST_COST),
                     ("4 drafts as one batch gain 1.5 over the plain loop", gain, gain >= GAIN),
                 )
                 found += [
-                    {"model": model, "ordering": ordering, "promise": p, "figure": f, "holds": holds}
+                    {"model": model, "dispatch": dispatch, "promise": p, "figure": f, "holds": holds}
                     for p, f, holds in promises
                 ]
     return found
@@ -188,10 +188,10 @@ def tables(title: str, figures: dict[str, Any]) -> list[Table]:
     ms = Table("n", "in turn, ms", "as one batch, ms", "gain", title=f"{title}: n evaluations")
     for n, row in figures["evaluations"].items():
         ms.add_row(n, f"{row['serial']:.2f}", f"{row['batched']:.2f}", f"{row['gain']:.2f}")
-    titles = [text for ordering in ORDERINGS for text in (f"worker, by the {ordering}, s", "gain")]
+    titles = [text for dispatch in DISPATCHES for text in (f"worker, by the {dispatch}, s", "gain")]
     s = Table("drafts", "plain loop, s", *titles, "of n GPUs", title=f"{title}: runs of {STEPS} steps")
     for n, row in figures["runs"].items():
-        cells = [text for each in ORDERINGS for text in (f"{row[each]:.3f}", f"{row[f'gain_{each}']:.3f}")]
+        cells = [text for each in DISPATCHES for text in (f"{row[each]:.3f}", f"{row[f'gain_{each}']:.3f}")]
         s.add_row(n, f"{row['plain']:.3f}", *cells, f"{row['theory']:.2f}")
     return [ms, s]
 
@@ -202,7 +202,7 @@ def verdict(promises: list[dict[str, Any]]) -> Table:
     for row in promises:
         table.add_row(
             row["model"],
-            f"the {row['ordering']}",
+            f"the {row['dispatch']}",
             row["promise"],
             f"{row['figure']:.3f}",
             "yes" if row["holds"] else "NO",
@@ -270,7 +270,7 @@ def main(device: str, models: str, ways: str, memory: str, awake: bool, turns: i
         for way, how in options.items():
             denoiser = load(f"bench.gpu_models:{name}")
             if placed.gpu is not None:
-                denoiser = on_device(denoiser, place, how.on(placed.gpu, max(DRAFTS)))
+                denoiser = on_device(denoiser, place, how.worker_config(placed.gpu, max(DRAFTS)))
             figures[name][way] = {
                 "evaluations": evaluations(denoiser, place, turns),
                 "runs": runs(name, denoiser, place, replace(how, memory=memory), turns, awake),

@@ -18,7 +18,7 @@ from rich.progress import track
 from torch import Tensor
 
 from drp import Leader
-from drp.leader.timeline import Timeline
+from drp.leader.events import Timeline
 
 STEPS = 48
 
@@ -70,7 +70,7 @@ def sample(leader: Leader, victim: int | None) -> tuple[float, float]:
     if victim is None:
         return result.seconds, 0.0
     assert result.incidents, "the run was over before"
-    lost = next(mark.ns for mark in timeline if mark.what == "lost") / 1e9
+    lost = next(mark.ns for mark in timeline if mark.kind == "lost") / 1e9
     return result.seconds, lost - killed[0]
 
 

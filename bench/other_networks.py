@@ -28,8 +28,8 @@ from drp.models.digits import Digits
 from drp.models.unet import UNet
 from drp.sampling.drafts import PAPER, DraftRule
 from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Sequential
-from drp.sampling.named import make_solver
 from drp.sampling.reference import run_reference
+from drp.sampling.registry import make_solver
 from drp.sampling.result import Result
 from drp.sampling.solvers import Solver
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from bench.figures import console, percentile
 from bench.rounds import RunTime, split
 from drp.leader import Leader
-from drp.leader.timeline import Mark
+from drp.leader.events import TraceEvent
 
 DEVICE, DEVICES = "emulated:20ms:values=cheap", 8
 SHAPE, STEPS, TURNS = (4, 128, 128), 48, 8
@@ -28,15 +28,15 @@ def preview(step: int, state: Tensor) -> None:
     F.interpolate(state[:, :3], size=(64, 64), mode="bilinear").add(1).mul(127.5).clamp(0, 255).byte().numpy()
 
 
-def refining(timeline: list[Mark]) -> tuple[float, float]:
+def refining(timeline: list[TraceEvent]) -> tuple[float, float]:
     """Return the seconds of refining a round, and the share of it before the round's first answer (medians)."""
     seconds, hidden = [], []
     sent = 0
     for i, mark in enumerate(timeline):
-        if mark.what == "sent":
+        if mark.kind == "sent":
             sent = mark.ns
-        elif mark.what == "refined":
-            answers = (later.ns for later in timeline[i:] if later.what == "answer")
+        elif mark.kind == "refined":
+            answers = (later.ns for later in timeline[i:] if later.kind == "answer")
             seconds.append((mark.ns - sent) / 1e9)
             hidden.append(float(mark.ns <= next(answers, 0)))
     return percentile(seconds, 50), sum(hidden) / len(hidden)
@@ -49,7 +49,7 @@ def measure(turns: int = TURNS) -> dict[str, Any]:
     with Leader("drp.workers.emulated:load", devices=[DEVICE] * DEVICES) as leader:
         for turn in range(turns + 1):
             for overlap in runs:
-                timeline: list[Mark] = []
+                timeline: list[TraceEvent] = []
                 leader.overlap, leader.timeline = overlap, timeline
                 leader.sample(shape=SHAPE, steps=STEPS, mode="aggressive", callback=preview)
                 if turn:  # the first warms up

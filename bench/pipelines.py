@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bench import sd_digits
 from drp.diffusers import Workers, parallelize
-from drp.threads import torch_threads
+from drp.torch_threads import torch_threads
 
 TINY = Path(__file__).parent.parent / "examples" / "pipelines"
 

@@ -34,7 +34,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
             xticks=n,
         )
         axis.legend()
-    carried = {name: row for name, row in figures["side_by_side"]["carriers"].items() if row is not None}
+    carried = {name: row for name, row in figures["side_by_side"]["transports"].items() if row is not None}
     p50 = [row["lost_p50"] * 1e3 for row in carried.values()]
     p95 = [row["lost_p95"] * 1e3 for row in carried.values()]
     axes[-1].barh(list(carried), p95, color="lightgray", label="p95")

@@ -29,8 +29,8 @@ from drp import models
 from drp.models.classifier import load_classifier
 from drp.sampling.drafts import PAPER, SECANT
 from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Sequential
-from drp.sampling.named import make_solver
 from drp.sampling.reference import run_reference
+from drp.sampling.registry import make_solver
 
 RESULTS = Path(__file__).with_name("results")
 STEPS = 48

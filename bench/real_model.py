@@ -54,7 +54,7 @@ def measure(starts: int = STARTS, turns: int = TURNS) -> dict[str, Any]:
         "turns": len(seconds["1 worker"]),
         "ways": {name: {"p50": percentile(v, 50), "p95": percentile(v, 95)} for name, v in seconds.items()},
         "theory": theory,
-        "orderings": {ordering: ratios(more) for ordering, more in (("host", ""), ("device", ", ahead"))},
+        "dispatches": {dispatch: ratios(more) for dispatch, more in (("sync", ""), ("async", ", ahead"))},
     }
 
 
@@ -74,7 +74,7 @@ def _measure_once(turns: int, deadline: float) -> dict[str, list[float]]:
         with pinned():
             return plain(1)
 
-    ahead = GpuOptions(ordering="device")
+    ahead = GpuOptions(dispatch="async")
     with (
         Leader("digits", devices=DEVICES) as first,
         Leader("digits", devices=DEVICES, gpu=ahead) as second,
@@ -109,11 +109,11 @@ def table(figures: dict[str, Any]) -> Table:
         *("", "ms: p50", "p95"),
         title="digits, one image, 48 steps, real cores",
         caption=" ".join(
-            f"Ordered by the {ordering}: 2 workers against 1 {found['two_over_one_worker']:.2f} times as fast, "
+            f"Ordered by the {dispatch}: 2 workers against 1 {found['two_over_one_worker']:.2f} times as fast, "
             f"{found['two_over_one_worker_of_theory']:.3f} of theory ({figures['theory']:.2f}); against the plain loop "
             f"with 2 threads {found['two_over_plain_2_threads']:.2f}; 1 worker takes "
             f"{found['one_worker_over_plain_1_thread']:.3f} of the plain loop's time with 1 thread on the same core."
-            for ordering, found in figures["orderings"].items()
+            for dispatch, found in figures["dispatches"].items()
         ),
     )
     for name, row in figures["ways"].items():

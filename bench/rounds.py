@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bench.figures import percentile
-from drp.leader.timeline import Mark
+from drp.leader.events import TraceEvent
 
 PARTS = ("arithmetic", "sending", "wire")
 
@@ -62,31 +62,31 @@ class RunTime:
         return self.device / self.wall
 
 
-def split(timeline: Sequence[Mark]) -> RunTime:
+def split(timeline: Sequence[TraceEvent]) -> RunTime:
     """Return the times of a run from its marks."""
     began, ended = timeline[0], timeline[-1]
-    assert began.what == "begin"
-    assert ended.what == "end"
+    assert began.kind == "begin"
+    assert ended.kind == "end"
     rounds = _by_devices(timeline) if _is_ahead(timeline) else _by_leader(timeline)
     return RunTime(tuple(rounds), (ended.ns - began.ns) / 1e9)
 
 
-def _is_ahead(timeline: Sequence[Mark]) -> bool:
+def _is_ahead(timeline: Sequence[TraceEvent]) -> bool:
     """Whether a round was formed before all of those before it were seen to be evaluated."""
     out: set[int] = set()
     for mark in timeline:
-        if mark.what == "formed" and out:
+        if mark.kind == "formed" and out:
             return True
         out.update(mark.steps)
-        if mark.what == "answer":
+        if mark.kind == "answer":
             out.discard(mark.step)
     return False
 
 
-def _by_devices(timeline: Sequence[Mark]) -> Iterator[RoundTime]:
-    answers = {mark.step: mark for mark in timeline if mark.what == "answer"}
+def _by_devices(timeline: Sequence[TraceEvent]) -> Iterator[RoundTime]:
+    answers = {mark.step: mark for mark in timeline if mark.kind == "answer"}
     before = timeline[0].ns / 1e9
-    for formed in (mark for mark in timeline if mark.what == "formed"):
+    for formed in (mark for mark in timeline if mark.kind == "formed"):
         marks = [answers[step] for step in formed.steps]
         seconds: dict[int, float] = defaultdict(float)
         for mark in marks:
@@ -105,19 +105,19 @@ def _by_devices(timeline: Sequence[Mark]) -> Iterator[RoundTime]:
         before = ended
 
 
-def _by_leader(timeline: Sequence[Mark]) -> Iterator[RoundTime]:
+def _by_leader(timeline: Sequence[TraceEvent]) -> Iterator[RoundTime]:
     before = timeline[0].ns
     for marks in _by_round(timeline):
         sent: dict[int, int] = {}
         seconds: dict[int, float] = defaultdict(float)
         for mark in marks:
-            if mark.what == "sent":
+            if mark.kind == "sent":
                 sent.setdefault(mark.worker, mark.ns)
-            elif mark.what == "answer":
+            elif mark.kind == "answer":
                 seconds[mark.worker] += mark.seconds
                 last = mark
         yield RoundTime(
-            drafts=sum(mark.what == "answer" for mark in marks),
+            drafts=sum(mark.kind == "answer" for mark in marks),
             wall=(last.ns - before) / 1e9,
             slowest=max(seconds.values()),
             mean=sum(seconds.values()) / len(seconds),
@@ -128,8 +128,8 @@ def _by_leader(timeline: Sequence[Mark]) -> Iterator[RoundTime]:
         before = last.ns
 
 
-def _by_round(timeline: Sequence[Mark]) -> Iterator[Sequence[Mark]]:
-    starts = [i for i, mark in enumerate(timeline) if mark.what == "formed"]
+def _by_round(timeline: Sequence[TraceEvent]) -> Iterator[Sequence[TraceEvent]]:
+    starts = [i for i, mark in enumerate(timeline) if mark.kind == "formed"]
     for start, stop in zip(starts, [*starts[1:], len(timeline)], strict=True):
         yield timeline[start:stop]
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from bench.carriers.base import Carrier, Work
-from bench.carriers.gloo import Gloo
-from bench.carriers.ours import Ahead, Ours
-from bench.carriers.pipes import Pipes
-from bench.carriers.queues import Queues
 from bench.figures import console
 from bench.rounds import RunTime, split, summary
+from bench.transports.base import Transport, Work
+from bench.transports.gloo import Gloo
+from bench.transports.ours import Ahead, Ours
+from bench.transports.pipes import Pipes
+from bench.transports.queues import Queues
 
 TURNS = 12
 
@@ -30,7 +30,7 @@ def measure(work: Work, turns: int = TURNS) -> dict[str, Any]:
     if importlib.util.find_spec("ray") is None:
         figures["ray"] = None
     else:
-        from bench.carriers.actors import Actors
+        from bench.transports.actors import Actors
 
         beside_ray = _in_turn([Ours, Ahead, Actors], work, turns)
         figures["drp beside ray"], figures["drp, ahead, beside ray"] = beside_ray["drp"], beside_ray["drp, ahead"]
@@ -38,21 +38,21 @@ def measure(work: Work, turns: int = TURNS) -> dict[str, Any]:
     return figures
 
 
-def _in_turn(kinds: Sequence[type[Carrier]], work: Work, turns: int) -> dict[str, Any]:
-    carriers: list[Carrier] = []
+def _in_turn(kinds: Sequence[type[Transport]], work: Work, turns: int) -> dict[str, Any]:
+    transports: list[Transport] = []
     runs: dict[str, list[RunTime]] = {kind.name: [] for kind in kinds}
     expected = work.reference()
     try:
         for kind in kinds:
-            carriers.append(kind(work))
+            transports.append(kind(work))
         for turn in range(turns + 1):
-            for carrier in carriers:
+            for carrier in transports:
                 if not torch.equal(carrier.sample(), expected):
                     raise RuntimeError(f"{carrier.name} computes other samples than the reference")
                 if turn:  # the first warms up
                     runs[carrier.name].append(split(carrier.timeline))
     finally:
-        for carrier in carriers:
+        for carrier in transports:
             carrier.close()
     return {name: summary(times, work.count) for name, times in runs.items()}
 

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from bench.figures import console
 from drp.leader import Leader
-from drp.leader.policies import POLICIES
-from drp.leader.timeline import Timeline
+from drp.leader.events import Timeline
+from drp.leader.scheduling.policies import POLICIES
 from drp.sampling.modes import Aggressive
 from drp.simulate import Costs, Load, make_devices, simulate
 

@@ -19,12 +19,12 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from bench.carriers.base import Work
 from bench.figures import console, percentile
 from bench.rounds import RunTime, split, summary
+from bench.transports.base import Work
 from drp import GpuOptions, Leader
 from drp.leader.devices import parse_emulated
-from drp.leader.timeline import Timeline
+from drp.leader.events import Timeline
 from drp.protocol.messages import Draft
 from drp.sampling.modes import Sequential
 from drp.sampling.reference import run_reference
@@ -32,7 +32,7 @@ from drp.workers.emulated import EmulatedDevice, cheap
 
 CHEAP = "drp.workers.emulated:load"
 TURNS = 5
-ORDERINGS = ("host", "device")
+DISPATCHES = ("sync", "async")
 """Of `GpuOptions`: whether the leader hears of a prediction before it sends what is made of it."""
 
 
@@ -50,13 +50,13 @@ def settings(devices: int) -> list[Setting]:
     return [Setting("sequential", 1), *(Setting(mode, n) for mode in ("aggressive", "conservative") for n in counts)]
 
 
-def measure(device: str, devices: int, ordering: str = "host", turns: int = TURNS) -> dict[str, Any]:
+def measure(device: str, devices: int, dispatch: str = "sync", turns: int = TURNS) -> dict[str, Any]:
     """Return the figures of the plain loop and of every setting, all run in turn on the same workers."""
     work = Work(device, devices)
     began = time.perf_counter()
     runs: dict[Setting, list[RunTime]] = {setting: [] for setting in settings(devices)}
     plain, around, rounds = [], [], {}
-    with Leader(CHEAP, devices=[device] * devices, gpu=GpuOptions(ordering=ordering)) as leader:
+    with Leader(CHEAP, devices=[device] * devices, gpu=GpuOptions(dispatch=dispatch)) as leader:
         started = time.perf_counter() - began
         for turn in range(turns + 1):
             plain.append(run_plain(work))
@@ -89,7 +89,7 @@ def measure(device: str, devices: int, ordering: str = "host", turns: int = TURN
         )
     return {
         "device": device,
-        "ordering": ordering,
+        "dispatch": dispatch,
         "steps": work.steps,
         "shape": work.shape,
         "plain": base,
@@ -134,7 +134,7 @@ def pinned() -> Iterator[None]:
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
     """Return the speed-ups, and where the time goes."""
-    device, plain = f"{figures['device']} devices, ordered by the {figures['ordering']}", figures["plain"]
+    device, plain = f"{figures['device']} devices, ordered by the {figures['dispatch']}", figures["plain"]
     title = (
         f"{figures['steps']} steps on {device}; the plain loop takes {plain['wall_p50'] * 1e3:.1f} ms, "
         f"one worker {figures['one_worker_over_plain']:.4f} of that"
@@ -163,8 +163,8 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
 def main() -> None:
     """Measure eight emulated devices of 20 ms, then of 5 ms, the rounds ordered by the host, then by the device."""
     torch.set_num_threads(1)
-    for device, ordering in itertools.product(("emulated:20ms", "emulated:5ms"), ORDERINGS):
-        console().print(*tables(measure(device, 8, ordering)))
+    for device, dispatch in itertools.product(("emulated:20ms", "emulated:5ms"), DISPATCHES):
+        console().print(*tables(measure(device, 8, dispatch)))
 
 
 if __name__ == "__main__":

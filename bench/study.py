@@ -24,8 +24,8 @@ from bench import figures as facts
 from bench import plot, simulated
 from bench.figures import console
 from drp.leader import Leader
-from drp.leader.policies import POLICIES
-from drp.leader.timeline import Timeline
+from drp.leader.events import Timeline
+from drp.leader.scheduling.policies import POLICIES
 from drp.sampling.modes import Aggressive, Conservative, Mode, Rolling, rounds_of
 from drp.simulate import Costs, Load, make_devices, simulate
 from drp.simulate.devices import repeated

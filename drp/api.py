@@ -13,15 +13,15 @@ from typing_extensions import Unpack
 
 from drp import models
 from drp.leader.devices import parse_devices
-from drp.leader.ground import GpuOptions
 from drp.leader.leader import Leader, check_batch, model_name
+from drp.leader.memory.placement import GpuOptions
 from drp.leader.request import Options, Request, make_job
 from drp.protocol.messages import ModelSpec
 from drp.sampling.advice import warn
 from drp.sampling.reference import run_reference
 from drp.sampling.result import Result
-from drp.threads import torch_threads
 from drp.torch_defaults import torch_defaults
+from drp.torch_threads import torch_threads
 from drp.trace.record import check, record
 
 
@@ -106,7 +106,9 @@ def reference(
             from drp.protocol.cuda import index_of
 
             device = torch.device("cuda", index_of(placed[0].gpu))
-            denoiser = on_device(denoiser, device, (gpu or GpuOptions()).on(placed[0].gpu, drafts_per_device))
+            denoiser = on_device(
+                denoiser, device, (gpu or GpuOptions()).worker_config(placed[0].gpu, drafts_per_device)
+            )
         job = job.to(device)
         cond = {name: value.to(device).contiguous() for name, value in job.cond.items()}
         with torch_threads(threads):

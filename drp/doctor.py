@@ -21,9 +21,9 @@ from drp import doctor_peer
 from drp.leader import awake
 from drp.leader.devices import parse_devices
 from drp.leader.gpus import ALLOCATOR, Gpu, find_gpus, parse_cores
-from drp.leader.process import Process, find_interpreter
+from drp.leader.supervision.process import Process, find_interpreter
 from drp.protocol.codec import ProtocolError
-from drp.protocol.cuda import GpuMemory, is_turned
+from drp.protocol.cuda import GpuMemory, is_inverted
 from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import GpuHandle
 
@@ -192,13 +192,13 @@ def _reached(memories: Sequence[GpuMemory], target: Gpu) -> list[str]:
     handles = []
     for memory in memories:
         memory.tensor(0, (PROBE,), torch.uint8).copy_(pattern)
-        memory.written()
-        handles.append(memory.names[1])
+        memory.record_event()
+        handles.append(memory.ipc_handles[1])
     answers = _ask_peer(target, handles)
     if isinstance(answers, str):
         return [answers] * len(memories)
     judged = zip(memories, answers, strict=True)
-    return [f"fails: {why}" if why else "works" if is_turned(memory, pattern) else "WRONG" for memory, why in judged]
+    return [f"fails: {why}" if why else "works" if is_inverted(memory, pattern) else "WRONG" for memory, why in judged]
 
 
 def _ask_peer(target: Gpu, handles: Sequence[GpuHandle | None]) -> list[str] | str:

@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from drp.protocol.codec import ProtocolError
-from drp.protocol.cuda import GpuMemory, index_of, turn_over
+from drp.protocol.cuda import GpuMemory, index_of, invert_probe
 from drp.protocol.messages import GpuHandle
 
 
@@ -23,7 +23,7 @@ def main(uuid: str, handles: Sequence[GpuHandle], results: Connection) -> None:
 
 def _try(handle: GpuHandle) -> str:
     try:
-        turn_over(GpuMemory.open(handle))
+        invert_probe(GpuMemory.open(handle))
     except (ProtocolError, RuntimeError) as error:  # a CudaError is a RuntimeError
         return str(error)
     return ""

@@ -1,7 +1,7 @@
 """Limits of one run, whoever asks for it: one within them cannot hold up the leader's other runs for long.
 
 Drawing the noise takes 7 microseconds a sample, working out a round's coefficients time that grows with the square of
-its drafts (60 ms for 256 of 1,000 steps). A timestep is at most what the workers' protocol holds.
+its drafts (60 ms for 256 of 1,000 steps). A timestep is at most what the worker protocol holds.
 """
 
 from __future__ import annotations

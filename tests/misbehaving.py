@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drp.protocol import order
-from drp.workers import ahead
+from drp.protocol import timeline
+from drp.workers import async_executor
 
 AT = 500
 """The timestep below which it happens."""
@@ -82,27 +82,29 @@ def make() -> Callable[..., Tensor]:
     """Return it, this process prepared: two of the faults lie between lines of the worker."""
     what = told().get("what")
     if what == "stale":
-        ahead.stamp_now = stale_stamp  # type: ignore[attr-defined, assignment]  # the worker's own name for it, in its own process
+        async_executor.write_completion_now = stale_stamp  # type: ignore[attr-defined, assignment]  # the worker's own name for it, in its own process
     if what == "early":
-        ahead.HostAhead.put = early_put  # type: ignore[method-assign]  # the worker's own code, in its own process
+        async_executor.HostExecutor.submit = early_put  # type: ignore[method-assign]  # the worker's own code, in its own process
     return predict
 
 
 def stale_stamp(places: memoryview, row: int, sequence: int, prediction: Iterable[Tensor], *times: int) -> None:
     """Write what an earlier draft's stamp would be."""
-    order.stamp_now(places, row, sequence - 1 if sequence > AFTER and first() else sequence, prediction, *times)
+    timeline.write_completion_now(
+        places, row, sequence - 1 if sequence > AFTER and first() else sequence, prediction, *times
+    )
 
 
-_put = ahead.HostAhead.put
+_put = async_executor.HostExecutor.submit
 
 
-def early_put(self: ahead.HostAhead, work: ahead.Work) -> None:
+def early_put(self: async_executor.HostExecutor, work: async_executor.WorkItem) -> None:
     """Record before the evaluation, so that whoever waits for it does not wait for that."""
     if work.draft.sequence <= AFTER or not first():
         return _put(self, work)
     bound = self._runs[work.draft.run]
-    bound.leaders.wait(work.draft.after)
-    bound.own.record()
-    self._stream.put(lambda: time.sleep(2))  # longer than it takes any leader to look, and to end this
-    self._stream.put(lambda: self._do(bound, work, 0))
+    bound.leader_event.wait(work.draft.after)
+    bound.worker_event.record()
+    self._stream.enqueue(lambda: time.sleep(2))  # longer than it takes any leader to look, and to end this
+    self._stream.enqueue(lambda: self._run(bound, work, 0))
     return None

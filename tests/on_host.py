@@ -21,18 +21,20 @@ from torch import Tensor, nn
 from torch.cuda import nvtx
 
 from drp import ModelSpec, doctor_peer
-from drp.leader import crew, ground, leader
+from drp.leader import leader
 from drp.leader.devices import parse_devices
 from drp.leader.gpus import Gpu
+from drp.leader.memory import placement
+from drp.leader.supervision import startup
 from drp.protocol.arena import Arena
 from drp.protocol.cuda import CudaError
 from drp.protocol.memory import Memory, SharedMemory
-from drp.protocol.messages import GpuHandle, Handle, OnGpu
-from drp.workers import seat, weights
+from drp.protocol.messages import GpuConfig, GpuHandle, Handle
+from drp.workers import cuda_device, weights
 
 GPUS = (Gpu(0, "GPU-00000000-first"), Gpu(1, "GPU-11111111-second"))
 PLACE = struct.Struct("<QQQ")
-SIZES = range(1 << 16, ground.LEAST)
+SIZES = range(1 << 16, placement.MIN_BLOCK_NBYTES)
 """Bytes of memory that must be the weights': runs' is longer, all else is shorter."""
 
 
@@ -60,15 +62,15 @@ class Lent:
         return cls(SharedMemory.open(Handle(*PLACE.unpack_from(handle.memory))), handle)
 
     @property
-    def names(self) -> tuple[Handle | None, GpuHandle | None]:
+    def ipc_handles(self) -> tuple[Handle | None, GpuHandle | None]:
         return None, self._handle
 
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return self._memory.tensor(offset, shape, dtype)
 
-    def written(self) -> None: ...
+    def record_event(self) -> None: ...
 
-    def follow(self) -> None: ...
+    def wait_event(self) -> None: ...
 
     def close(self, reuse: bool = True) -> None:
         if self._keep is not None and reuse:
@@ -78,12 +80,12 @@ class Lent:
         self._memory.close()
 
 
-class HostSeat(seat.Seat):
+class HostSeat(cuda_device.CudaDevice):
     """A seat without a stream."""
 
-    def __init__(self, how: OnGpu) -> None:
-        self.how, self.device = how, torch.device("cpu")
-        self._reached = {}
+    def __init__(self, how: GpuConfig) -> None:
+        self.config, self.device = how, torch.device("cpu")
+        self._opened = {}
 
     def warm(self, denoiser: Any) -> Any:
         step("warm")
@@ -93,10 +95,10 @@ class HostSeat(seat.Seat):
 
     def unbind(self, run: int) -> None: ...
 
-    def _settle(self) -> None: ...
+    def _synchronize(self) -> None: ...
 
 
-def turn_over(memory: Memory) -> None:
+def invert_probe(memory: Memory) -> None:
     there = memory.tensor(0, (memory.nbytes,), torch.uint8)
     there.copy_(255 - there)
 
@@ -161,9 +163,9 @@ def make_other_dtype() -> Watched:
 def use(monkeypatch: Any, folder: Path) -> dict[str, Any]:
     """Let leaders of this process find GPUS, and lend memory of the host for theirs; return what to give them."""
     monkeypatch.setattr(leader, "parse_devices", lambda devices, threads: parse_devices(devices, threads, lambda: GPUS))
-    monkeypatch.setattr(ground, "GpuMemory", Lent)
-    monkeypatch.setattr(crew, "GpuMemory", Lent)
-    monkeypatch.setattr(ground.Ground, "enter", lambda self: None)
+    monkeypatch.setattr(placement, "GpuMemory", Lent)
+    monkeypatch.setattr(startup, "GpuMemory", Lent)
+    monkeypatch.setattr(placement.MemoryPlacement, "init_device", lambda self: None)
     monkeypatch.setenv("DRP_TEST_STEPS", str(folder / "steps"))
     return {"python": interpreter(folder)}
 
@@ -195,8 +197,8 @@ def _stand_in() -> None:
     weights.Weights.share = noted  # type: ignore[method-assign]  # the worker's own code, in the worker's own process
     nvtx.range_push = lambda name: step("range", name=name)
     nvtx.range_pop = lambda: step("end")
-    vars(seat).update(Seat=HostSeat, GpuMemory=Lent, turn_over=turn_over)
-    vars(doctor_peer).update(GpuMemory=Lent, turn_over=turn_over)
+    vars(cuda_device).update(CudaDevice=HostSeat, GpuMemory=Lent, invert_probe=invert_probe)
+    vars(doctor_peer).update(GpuMemory=Lent, invert_probe=invert_probe)
     doctor_peer._sit_down = lambda uuid: None
 
 

@@ -12,7 +12,7 @@ import json
 import random
 import sys
 
-from tests.plain import Plain
+from tests.plain_client import Plain
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
             continue
         digest = hashlib.sha256(array.array("f", plain.floats(message["samples"])).tobytes()).hexdigest()
         if memory and draws.random() < 0.8:  # Else it forgets to, and the server has to see to it.
-            plain.say("Taken", request=request)
+            plain.say("Ack", request=request)
         told["finished"] += 1
         told["wrong"] += slow or digest != expected[seed] or message["request"] != request
     plain.close()

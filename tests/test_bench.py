@@ -6,25 +6,25 @@ import pytest
 
 from bench.figures import machine
 from bench.rounds import split, summary
-from drp.leader.timeline import Mark
+from drp.leader.events import TraceEvent
 
 MS = 1_000_000
 
 TIMELINE = [
-    Mark("begin", 0, 7),
-    Mark("formed", 1 * MS, 7),
-    Mark("sent", 2 * MS, 7, 0, 0),
-    Mark("refined", 3 * MS, 7),
-    Mark("answer", 23 * MS, 7, 0, 0, 0.020),
-    Mark("formed", 25 * MS, 7),
-    Mark("sent", 26 * MS, 7, 1, 0),
-    Mark("sent", 27 * MS, 7, 2, 1),
-    Mark("sent", 28 * MS, 7, 3, 0),
-    Mark("refined", 30 * MS, 7),
-    Mark("answer", 46 * MS, 7, 1, 0, 0.019),
-    Mark("answer", 60 * MS, 7, 2, 1, 0.031),
-    Mark("answer", 68 * MS, 7, 3, 0, 0.021),
-    Mark("end", 70 * MS, 7),
+    TraceEvent("begin", 0, 7),
+    TraceEvent("formed", 1 * MS, 7),
+    TraceEvent("sent", 2 * MS, 7, 0, 0),
+    TraceEvent("refined", 3 * MS, 7),
+    TraceEvent("answer", 23 * MS, 7, 0, 0, 0.020),
+    TraceEvent("formed", 25 * MS, 7),
+    TraceEvent("sent", 26 * MS, 7, 1, 0),
+    TraceEvent("sent", 27 * MS, 7, 2, 1),
+    TraceEvent("sent", 28 * MS, 7, 3, 0),
+    TraceEvent("refined", 30 * MS, 7),
+    TraceEvent("answer", 46 * MS, 7, 1, 0, 0.019),
+    TraceEvent("answer", 60 * MS, 7, 2, 1, 0.031),
+    TraceEvent("answer", 68 * MS, 7, 3, 0, 0.021),
+    TraceEvent("end", 70 * MS, 7),
 ]
 
 
@@ -48,16 +48,16 @@ def ahead(began: float, ended: float) -> dict[str, Any]:
 
 
 AHEAD = [
-    Mark("begin", 0, 7),
-    Mark("formed", 1 * MS, 7, steps=(0,)),
-    Mark("sent", 2 * MS, 7, 0, 0),
-    Mark("formed", 3 * MS, 7, steps=(1, 2)),
-    Mark("sent", 4 * MS, 7, 1, 0),
-    Mark("sent", 5 * MS, 7, 2, 1),
-    Mark("answer", 29 * MS, 7, 0, 0, **ahead(0.003, 0.023)),
-    Mark("answer", 52 * MS, 7, 2, 1, **ahead(0.025, 0.049)),
-    Mark("answer", 53 * MS, 7, 1, 0, **ahead(0.024, 0.044)),
-    Mark("end", 54 * MS, 7),
+    TraceEvent("begin", 0, 7),
+    TraceEvent("formed", 1 * MS, 7, steps=(0,)),
+    TraceEvent("sent", 2 * MS, 7, 0, 0),
+    TraceEvent("formed", 3 * MS, 7, steps=(1, 2)),
+    TraceEvent("sent", 4 * MS, 7, 1, 0),
+    TraceEvent("sent", 5 * MS, 7, 2, 1),
+    TraceEvent("answer", 29 * MS, 7, 0, 0, **ahead(0.003, 0.023)),
+    TraceEvent("answer", 52 * MS, 7, 2, 1, **ahead(0.025, 0.049)),
+    TraceEvent("answer", 53 * MS, 7, 1, 0, **ahead(0.024, 0.044)),
+    TraceEvent("end", 54 * MS, 7),
 ]
 
 

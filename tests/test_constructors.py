@@ -18,9 +18,9 @@ from drp import GpuOptions, Leader
     ("options", "words"),
     [
         ({"python": "/nonexistent"}, "python is '/nonexistent', which cannot be run"),
-        ({"python": "/nonexistent", "gpu": GpuOptions(ordering="device")}, "which cannot be run"),
+        ({"python": "/nonexistent", "gpu": GpuOptions(dispatch="async")}, "which cannot be run"),
         ({"devices": "4xcuda"}, "cannot be used"),
-        ({"model": "__main__:make", "gpu": GpuOptions(ordering="device")}, "made in __main__"),
+        ({"model": "__main__:make", "gpu": GpuOptions(dispatch="async")}, "made in __main__"),
     ],
 )
 def test_a_leader_that_cannot_be_made_leaves_nothing(

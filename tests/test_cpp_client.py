@@ -22,7 +22,7 @@ from torch import Tensor
 
 import drp
 from drp import Client, Leader
-from drp.protocol import door, vectors
+from drp.protocol import client_messages, vectors
 from drp.protocol.codec import ProtocolError, decode
 from drp.protocol.keys import Keys, make, pair, public
 from tests.cpp_build import build
@@ -72,8 +72,8 @@ def told(programs: Path, lines: str) -> dict[str, tuple[str, str]]:
 
 
 def test_golden_vectors(programs: Path) -> None:
-    found, facts = told(programs, (HERE / "door.hex").read_text()), json.loads((HERE / "door.json").read_text())
-    expected = dict(line.split(" ") for line in (HERE / "door.hex").read_text().splitlines())
+    found, facts = told(programs, (HERE / "client.hex").read_text()), json.loads((HERE / "client.json").read_text())
+    expected = dict(line.split(" ") for line in (HERE / "client.hex").read_text().splitlines())
     assert {name: word for name, (word, _) in found.items()} == expected
     for name, (_, text) in found.items():
         # As text, which tells 1 from 1.0.
@@ -96,10 +96,10 @@ def mutated(data: bytes, draws: random.Random) -> bytes:
 
 def test_both_sides_refuse_the_same(programs: Path) -> None:
     draws = random.Random(7)
-    golden = [bytes.fromhex(line.split(" ")[1]) for line in (HERE / "door.hex").read_text().splitlines()]
+    golden = [bytes.fromhex(line.split(" ")[1]) for line in (HERE / "client.hex").read_text().splitlines()]
     messages = {f"m{i}": mutated(data, draws) for i, data in enumerate(golden * 100)}
     found = told(programs, "\n".join(f"{name} {data.hex() or '-'}" for name, data in messages.items()))
-    kinds = {**door.TO_SERVER, **door.TO_CLIENT}
+    kinds = {**client_messages.TO_SERVER, **client_messages.TO_CLIENT}
     accepted = 0
     for name, data in messages.items():
         try:

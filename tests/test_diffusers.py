@@ -40,7 +40,7 @@ from drp.diffusers.parallel import DENOISERS
 from drp.diffusers.scheduler import Levels
 from drp.diffusers.structure import describe
 from drp.models.classifier import load_classifier
-from drp.sampling.modes import Aggressive, Sweeps, rounds_of
+from drp.sampling.modes import Aggressive, PicardSweeps, rounds_of
 from tests.pipelines import (
     BETAS,
     IMAGE,
@@ -809,7 +809,7 @@ def test_what_cannot_be_handed_to_workers_is_refused() -> None:
     ("options", "message"),
     [
         ({"mode": "rolling"}, "goes back"),
-        ({"mode": Sweeps(Aggressive(2), 1)}, "goes back"),
+        ({"mode": PicardSweeps(Aggressive(2), 1)}, "goes back"),
         ({"devices": "2xemulated:1ms:values=cheap"}, "values other than the model's"),
         ({"mode": "agressive"}, "unknown mode"),
         ({"rule": "tangent"}, "unknown rule"),

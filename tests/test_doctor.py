@@ -96,7 +96,7 @@ def test_memory_of_gpus_is_tried_from_a_process_on_each(tmp_path: Path, monkeypa
     used = {finding.about: finding.seen for finding in doctor._use(gpus, "", reached)}
     assert used["runs' memory"] == "on cuda:0, if that is the first named: all GPUs reach it"
     assert used["weights"] == "one copy for all workers of a GPU"
-    monkeypatch.setattr(on_host.Lent, "written", lambda memory: memory.tensor(0, (1,), torch.uint8).fill_(77))
+    monkeypatch.setattr(on_host.Lent, "record_event", lambda memory: memory.tensor(0, (1,), torch.uint8).fill_(77))
     assert doctor.ipc(gpus[:1]) == (("WRONG",),)
     python = "/bin/false"
     assert doctor.ipc(gpus[:1]) == (("fails: the process there ended with exit code 1",),)

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import drp
-from drp.leader.devices import MOST, parse_devices, parse_emulated
+from drp.leader.devices import MAX_WORKERS, parse_devices, parse_emulated
 from drp.protocol import waiting
 from drp.protocol.codec import decode, encode
 from drp.protocol.messages import TO_WORKER, Draft, Emulated, Load
 from drp.workers import emulated
 from drp.workers.emulated import EmulatedDevice
-from drp.workers.recorded import Recorded
+from drp.workers.prediction_cache import PredictionCache
 
 CHEAP = "drp.workers.emulated:load"
 EVERYTHING = "emulated:20ms:jitter=10%:straggler=3x@5%:link=50us@10GB/s:values=cheap"
@@ -63,7 +63,7 @@ def test_an_emulated_device_is_what_its_name_says(name: str, expected: Emulated)
         ("emulator:20ms", "'emulator:20ms' does not exist"),
         ("0xemulated:20ms", "0 devices"),
         ("2x3xemulated:20ms", "'3xemulated:20ms' does not exist"),
-        (f"{MOST}xemulated:20ms,cpu", f"a run needs 1 to {MOST}"),
+        (f"{MAX_WORKERS}xemulated:20ms,cpu", f"a run needs 1 to {MAX_WORKERS}"),
     ],
 )
 def test_a_name_that_is_none_is_refused_with_a_remedy(name: str, complaint: str) -> None:
@@ -208,7 +208,7 @@ def test_a_recording_knows_everything_that_it_was_asked_and_keeps_so_much() -> N
         seen.append(1)
         return x + t.view(-1, 1) + cond["c"]
 
-    recorded = Recorded(predict, most=3 * 16)
+    recorded = PredictionCache(predict, max_nbytes=3 * 16)
     x, t, cond = torch.zeros(1, 4), torch.ones(1), {"c": torch.ones(1, dtype=torch.bfloat16)}
     for asked in ((x, t, cond), (x + 1, t, cond), (x, t + 1, cond), (x, t, {"c": cond["c"] + 1})):
         assert torch.equal(recorded(*asked), predict(*asked))

@@ -25,7 +25,7 @@ def ailing() -> Iterator[Leader]:
 @pytest.fixture(scope="module")
 def ailing_ahead() -> Iterator[Leader]:
     """Likewise, answered ahead of its device."""
-    with Leader("tests.denoisers:make_ailing", gpu=GpuOptions(ordering="device")) as leader:
+    with Leader("tests.denoisers:make_ailing", gpu=GpuOptions(dispatch="async")) as leader:
         yield leader
 
 
@@ -33,14 +33,14 @@ def ailing_ahead() -> Iterator[Leader]:
 def test_whatever_a_denoiser_raises_ends_its_run_and_no_worker(leader: str, request: pytest.FixtureRequest) -> None:
     """Among it errors that no message can tell as they are, and those that would end a program."""
     fixture: Leader = request.getfixturevalue(leader)
-    before = [worker.lost for worker in fixture.workers]
+    before = [worker.losses for worker in fixture.workers]
     for number, error in enumerate(RAISED):
         cond = ill("make_failing_oddly") | {"raised": torch.tensor(number)}
         pending = fixture.submit(shape=SHAPE, steps=12, cond=cond)
         with pytest.raises(WorkerError, match=rf"failed evaluating step \d+ of run \d+: {type(error).__name__}"):
             pending.result(DEADLINE)
     assert fixture.sample(shape=SHAPE, steps=3).steps == 3
-    assert [worker.lost for worker in fixture.workers] == before
+    assert [worker.losses for worker in fixture.workers] == before
 
 
 @pytest.mark.parametrize(
@@ -60,11 +60,11 @@ def test_whatever_a_denoiser_raises_ends_its_run_and_no_worker(leader: str, requ
     ],
 )
 def test_a_denoiser_that_fails_ends_its_run_only(ailing: Leader, model: str, words: str) -> None:
-    before = [worker.lost for worker in ailing.workers]
+    before = [worker.losses for worker in ailing.workers]
     for _ in range(2):
         with pytest.raises(WorkerError, match=words):
             ailing.sample(shape=SHAPE, steps=20, cond=ill(model))
-    assert [worker.lost for worker in ailing.workers] == before
+    assert [worker.losses for worker in ailing.workers] == before
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ class Gateway:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("http")
     trace = ("--trace", str(folder / "run.json"), "--trace-most", "1000")
-    server = Served(folder, "-d", "2xemulated:2ms", "--most", "4", *trace)
+    server = Served(folder, "-d", "2xemulated:2ms", "--max-requests", "4", *trace)
     try:
         yield server
     finally:
@@ -403,7 +403,7 @@ def test_a_server_that_is_gone_shows_in_the_health_and_leaves_its_trace(gateway:
     assert gateway.draw(prompt="1", steps=9)[0] == 200
     assert served.end()[0] == 0
     marks, devices, dropped = read(served.folder / "run.json")  # of the newest run, not of all the long ones before
-    assert [mark.what for mark in marks].count("answer") == 9
+    assert [mark.kind for mark in marks].count("answer") == 9
     assert dropped > 1000
     assert len(devices) == 2
     until(lambda: gateway.get("/health")[0] == 503, "the gateway says that the server is gone")

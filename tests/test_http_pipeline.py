@@ -17,8 +17,8 @@ import torch
 from PIL import Image, ImageChops
 
 from drp.errors import RefusedError
-from drp.http.pipeline import Pipeline, load
-from drp.http.work import ImageRequest, ProgressEvent
+from drp.http.jobs import ImageRequest, ProgressEvent
+from drp.http.pipeline import PipelineBackend, load
 from drp.trace import read
 from tests.test_trace import check_format
 
@@ -33,7 +33,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PipelineBackend]:
     trace = tmp_path_factory.mktemp("http") / "run.json"
     sys.path.append(EXAMPLES)
     try:
@@ -43,7 +43,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
         assert not backend.health()[0]
         marks, devices, dropped = read(trace)
         assert (devices, dropped) == (("cpu:0", "cpu:1"), 0)
-        assert {"begin", "sent", "answer", "lost", "end"} <= {mark.what for mark in marks}
+        assert {"begin", "sent", "answer", "lost", "end"} <= {mark.kind for mark in marks}
         check_format(trace)
     finally:
         sys.path.remove(EXAMPLES)
@@ -58,7 +58,7 @@ def same(png: bytes, image: Image.Image) -> bool:
         return ImageChops.difference(drawn, image).getbbox() is None
 
 
-def test_the_images_are_the_pipelines(backend: Pipeline) -> None:
+def test_the_images_are_the_pipelines(backend: PipelineBackend) -> None:
     from drp.diffusers import reference
 
     pipe = importlib.import_module("tiny").sdxl()
@@ -97,7 +97,7 @@ def test_the_images_are_the_pipelines(backend: Pipeline) -> None:
     assert 'drp_requests_total{outcome="finished"} 1' in backend.metrics()
 
 
-def test_a_lost_worker_is_told(backend: Pipeline) -> None:
+def test_a_lost_worker_is_told(backend: PipelineBackend) -> None:
     assert backend.begin(order()).images.result(DEADLINE).facts["notes"] == []
     begun: SimpleQueue[ProgressEvent] = SimpleQueue()
     work = backend.begin(order(steps=30), begun.put)
@@ -109,7 +109,7 @@ def test_a_lost_worker_is_told(backend: Pipeline) -> None:
     assert any(f"process {worker.pid}) was killed by SIGKILL" in note for note in notes)
 
 
-def test_what_a_pipeline_does_not_take_is_refused(backend: Pipeline) -> None:
+def test_what_a_pipeline_does_not_take_is_refused(backend: PipelineBackend) -> None:
     with pytest.raises(ValueError, match="mode is given, which tiny:sdxl does not take"):
         backend.begin(order(mode="adaptive"))
     with pytest.raises(ValueError, match="size is 'large'"):
@@ -122,7 +122,7 @@ def test_what_a_pipeline_does_not_take_is_refused(backend: Pipeline) -> None:
         load("nowhere:sdxl", SPREAD)
 
 
-def test_more_than_may_wait_is_refused(backend: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_than_may_wait_is_refused(backend: PipelineBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_max_queue", 1)
     begun: SimpleQueue[ProgressEvent] = SimpleQueue()
     first = backend.begin(order(steps=400), begun.put)

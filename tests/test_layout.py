@@ -25,11 +25,11 @@ def test_imports_follow_the_arrows() -> None:
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("drp/sampling/rows.py", "import drp.protocol.codec"),
-        ("drp/protocol/codec.py", "import drp.sampling.rows"),
+        ("drp/sampling/linear.py", "import drp.protocol.codec"),
+        ("drp/protocol/codec.py", "import drp.sampling.linear"),
         ("drp/models/unet.py", "import drp.workers.entry"),
         ("drp/workers/worker.py", "import drp.leader.devices"),
-        ("drp/leader/pool.py", "import drp.workers.entry"),
+        ("drp/leader/supervision/worker_pool.py", "import drp.workers.entry"),
     ],
 )
 def test_a_wrong_arrow_is_noticed(tmp_path: Path, file: str, line: str) -> None:

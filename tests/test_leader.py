@@ -277,7 +277,9 @@ def test_bad_options_are_refused_before_any_worker_starts(
     change: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "shape" not in change:
-        monkeypatch.setattr("drp.leader.pool.Pool.spawn", None)  # starting one would be a TypeError
+        monkeypatch.setattr(
+            "drp.leader.supervision.worker_pool.WorkerPool.spawn", None
+        )  # starting one would be a TypeError
         with pytest.raises(ValueError, match=message):
             drp.sample("digits", **{"labels": [1], **change})  # type: ignore[arg-type]  # wrong on purpose
 

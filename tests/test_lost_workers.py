@@ -19,7 +19,7 @@ import torch
 
 import drp
 from drp import Leader, WorkerError, models
-from drp.leader.process import Process
+from drp.leader.supervision.process import Process
 from tests.conftest import leftovers, what_stays
 
 SHAPE = (1, 4, 4)
@@ -107,7 +107,7 @@ def test_a_worker_killed_between_runs_is_noticed() -> None:
         os.kill(victim, signal.SIGKILL)
         assert wait_for_end([victim]) == []
         assert leader.sample(shape=SHAPE, steps=5).steps == 5
-        assert re.search(r"worker 1 .* was killed by SIGKILL", leader.workers[1].last)
+        assert re.search(r"worker 1 .* was killed by SIGKILL", leader.workers[1].last_failure)
 
 
 def program(text: str, folder: Path, *options: str) -> subprocess.Popen[str]:

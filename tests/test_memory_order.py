@@ -35,8 +35,8 @@ class Late:
         self.spans = 0
 
     @property
-    def names(self) -> tuple[Handle | None, GpuHandle | None]:
-        return self.theirs.names
+    def ipc_handles(self) -> tuple[Handle | None, GpuHandle | None]:
+        return self.theirs.ipc_handles
 
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         self.spans += 1
@@ -45,11 +45,11 @@ class Late:
         self.outputs = range(offset, offset + shape[0] * shape[1])
         return self.theirs.tensor(offset, shape, dtype)
 
-    def written(self) -> None:
+    def record_event(self) -> None:
         for span in (slice(0, self.outputs.start), slice(self.outputs.stop, self.nbytes)):
             self.theirs.view()[span] = self.mine.view()[span]
 
-    def follow(self) -> None:
+    def wait_event(self) -> None:
         raise AssertionError("the owner does not follow itself")
 
     def close(self, reuse: bool = True) -> None:
@@ -62,10 +62,10 @@ class Forgetful(Late):
 
     said = 0
 
-    def written(self) -> None:
+    def record_event(self) -> None:
         self.said += 1
         if self.said <= 2:
-            super().written()
+            super().record_event()
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -74,7 +74,7 @@ def test_the_leader_says_what_is_written_before_every_message_that_has_it_read(
 ) -> None:
     with Leader(TINY, devices=2, drafts_per_device=batch) as leader:
         for make, equal in ((Late, True), (Forgetful, False)):
-            monkeypatch.setattr(leader._engine._ground, "make", make)
+            monkeypatch.setattr(leader._engine._placement, "allocate", make)
             for mode in ("conservative", "rolling"):
                 run = leader.sample(labels=[1, 2], steps=12, mode=mode)
                 ref = drp.reference(TINY, labels=[1, 2], steps=12, mode=mode, devices=2, drafts_per_device=batch)
@@ -84,7 +84,7 @@ def test_the_leader_says_what_is_written_before_every_message_that_has_it_read(
 def test_an_arena_names_a_gpus_memory_and_is_opened_by_its_handle() -> None:
     class Gpus(Late):
         @property
-        def names(self) -> tuple[Handle | None, GpuHandle | None]:
+        def ipc_handles(self) -> tuple[Handle | None, GpuHandle | None]:
             return None, HANDLE
 
     made: list[Gpus] = []
@@ -99,7 +99,7 @@ def test_an_arena_names_a_gpus_memory_and_is_opened_by_its_handle() -> None:
     arena.drafts[1] = torch.arange(10.0)
     peer = Arena.open(arena.bind, lambda handle: made[0].theirs)
     assert not peer.drafts[1].any()  # written, but nobody has said so
-    made[0].written()
+    made[0].record_event()
     assert torch.equal(peer.drafts[1], torch.arange(10.0))
     assert torch.equal(peer.cond["labels"], torch.tensor([1, 2]))
     arena.close()
@@ -107,9 +107,9 @@ def test_an_arena_names_a_gpus_memory_and_is_opened_by_its_handle() -> None:
 
 def test_host_memory_is_in_order_without_a_word() -> None:
     memory = SharedMemory.create(4096)
-    assert memory.names == (memory.handle, None)
-    memory.written()
-    memory.follow()
+    assert memory.ipc_handles == (memory.handle, None)
+    memory.record_event()
+    memory.wait_event()
     memory.close()
 
 

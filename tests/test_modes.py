@@ -26,9 +26,9 @@ from drp.sampling.modes import (
     make_mode,
 )
 from drp.sampling.naive import draft_and_refine
-from drp.sampling.named import make_solver
 from drp.sampling.plan import make_plan
 from drp.sampling.reference import run_reference
+from drp.sampling.registry import make_solver
 from drp.sampling.result import Result
 from drp.sampling.solvers import DDIM, DPMSolver
 from examples.own_rule import ByNoise

@@ -12,10 +12,10 @@ import torch
 
 import drp
 from drp import Leader
-from drp.leader.policies import POLICIES, Policy, find_policy
-from drp.leader.timeline import Timeline
+from drp.leader.events import Timeline
+from drp.leader.scheduling.policies import POLICIES, Policy, find_policy
 from drp.sampling.drafts import DAMPED
-from drp.sampling.modes import Aggressive, Sweeps, make_mode
+from drp.sampling.modes import Aggressive, PicardSweeps, make_mode
 from drp.simulate import Load, make_devices, simulate
 from drp.trace import record, summarise
 from examples import own_policy as spare
@@ -46,7 +46,7 @@ def test_bits_are_those_of_the_mode_that_a_policy_schedules(late: Leader, name: 
 
 
 def test_eager_sweeps_have_the_bits_of_sweeps(late: Leader) -> None:
-    expected = drp.reference(TINY, labels=[1], steps=17, mode=Sweeps(Aggressive(4), 2))
+    expected = drp.reference(TINY, labels=[1], steps=17, mode=PicardSweeps(Aggressive(4), 2))
     late.policy = "eager"
     result = late.sample(labels=[1], steps=17, mode="aggressive", drafts=4, sweeps=2)
     assert torch.equal(result.samples, expected.samples)
@@ -59,8 +59,8 @@ def test_a_policy_of_ones_own_runs_in_both(late: Leader) -> None:
     result = late.sample(labels=[1], steps=30, drafts=2)
     late.timeline = None
     assert torch.equal(result.samples, drp.reference(TINY, labels=[1], steps=30, drafts=2).samples)
-    hedged = {mark.step for mark in marks if mark.what == "hedged"}
-    assert {mark.step for mark in marks if mark.what == "sent" and mark.worker == 2} <= hedged
+    hedged = {mark.step for mark in marks if mark.kind == "hedged"}
+    assert {mark.step for mark in marks if mark.kind == "sent" and mark.worker == 2} <= hedged
     outcome = simulate(make_devices([LATE] * 3), Spare(), Load(Aggressive(2), 30, 50))
     assert outcome.hedged
     assert len(Path(spare.__file__).read_text().splitlines()) <= 40
@@ -90,7 +90,7 @@ def test_the_draft_after_next_may_be_out_before_the_next_is_back(late: Leader) -
     late.timeline = marks = Timeline()
     late.sample(labels=[1], steps=40, drafts=3)
     late.timeline = None
-    formed = [mark.steps for mark in marks if mark.what == "formed"]
+    formed = [mark.steps for mark in marks if mark.kind == "formed"]
     assert formed[0] == (0,)
     assert formed[1] == (1, 2, 3)
     assert any(len(steps) == 1 for steps in formed[2:])

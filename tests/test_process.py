@@ -19,7 +19,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 from drp import Leader
-from drp.leader.process import Process, find_interpreter
+from drp.leader.supervision.process import Process, find_interpreter
 from drp.protocol.memory import SharedMemory
 from drp.workers import entry
 
@@ -66,12 +66,12 @@ def test_no_interpreter_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_an_interpreter_of_another_version_is_a_clear_error() -> None:
     words, listener = SharedMemory.create(4096), socket.socket(socket.AF_UNIX)
-    config = entry.Config(
+    config = entry.WorkerConfig(
         identity="worker-0",
         listener=listener,
         leader=words.handle.pid,
-        words=f"/proc/{words.handle.pid}/fd/{words.handle.fd}",
-        beats=4088,
+        crash_log=f"/proc/{words.handle.pid}/fd/{words.handle.fd}",
+        heartbeat_offset=4088,
         cores=(0,),
         threads=1,
         version=(2, 7),

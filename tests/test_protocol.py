@@ -21,14 +21,14 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drp.protocol import codec, door, messages
+from drp.protocol import client_messages, codec, messages
 from drp.protocol.arena import Arena
 from drp.protocol.codec import ProtocolError, decode, encode
 from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import TO_LEADER, TO_WORKER, Bind, Draft, Handle, Load, Prediction, Stop, TensorSpec, Unbind
 from drp.protocol.transport import LeaderSocket, WorkerSocket
 
-KINDS: dict[str, type] = {**TO_WORKER, **TO_LEADER, **door.TO_SERVER, **door.TO_CLIENT}
+KINDS: dict[str, type] = {**TO_WORKER, **TO_LEADER, **client_messages.TO_SERVER, **client_messages.TO_CLIENT}
 
 
 def values(hint: typing.Any) -> st.SearchStrategy[typing.Any]:
@@ -101,7 +101,7 @@ def test_a_damaged_message_is_refused_or_another_message(data: st.DataObject) ->
 )
 def test_a_field_out_of_bounds_is_named(change: dict[str, object], message: str) -> None:
     fields = {"type": "Draft", "run": 1, "index": 2, "timestep": 3.0, "slot": 4, "row": 5, "sequence": 0, "after": 0}
-    fields |= {"also": []}
+    fields |= {"batched": []}
     with pytest.raises(ProtocolError, match=message):
         decode(msgpack.packb(fields | change), KINDS)
 
@@ -317,7 +317,10 @@ def test_without_descriptors_nothing_is_started_and_what_waits_for_one_is_tried_
 
 
 def test_the_messages_are_all_named() -> None:
-    for module, kinds in ((messages, {**TO_WORKER, **TO_LEADER}), (door, {**door.TO_SERVER, **door.TO_CLIENT})):
+    for module, kinds in (
+        (messages, {**TO_WORKER, **TO_LEADER}),
+        (client_messages, {**client_messages.TO_SERVER, **client_messages.TO_CLIENT}),
+    ):
         assert module.__doc__ is not None
         for name in kinds:
             assert f" {name} " in module.__doc__
@@ -330,7 +333,7 @@ def test_messages_of_numbers_go_the_quick_way_and_mean_the_same(message: object,
         assert codec._flat[type(message)].unpack(quick) == message
     else:
         assert isinstance(message, Draft)
-        assert message.also
+        assert message.batched
     slow = msgpack.packb({"type": type(message).__name__, **codec.to_fields(message)})
     assert msgpack.unpackb(quick) == msgpack.unpackb(slow)
     assert decode(quick, KINDS) == decode(slow, KINDS) == message

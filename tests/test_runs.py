@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from drp import GpuOptions, Leader
-from drp.leader.dispatch import DEPTH
-from drp.leader.sharing import ByLoad, Gather, Spread
+from drp.leader.scheduling.scheduler import QUEUE_DEPTH
+from drp.leader.scheduling.sharing import FirstComeFirstServed, LoadBalanced, RunAffinity
 from tests.conftest import until
 
 TINY = "tests.denoisers:Tiny"
@@ -34,10 +34,10 @@ ASKED: list[dict[str, Any]] = [
 
 def test_runs_at_the_same_time_have_the_bits_they_have_alone(tiny: Leader) -> None:
     alone = [tiny.sample(**asked).samples for asked in ASKED]
-    with Leader(TINY, devices=3, sharing=Spread()) as leader:
-        for sharing in (None, Gather(), ByLoad()):  # the first is the one above
+    with Leader(TINY, devices=3, sharing=FirstComeFirstServed()) as leader:
+        for sharing in (None, RunAffinity(), LoadBalanced()):  # the first is the one above
             if sharing is not None:
-                leader._engine.follow(sharing, None, DEPTH)
+                leader._engine.configure_scheduling(sharing, None, QUEUE_DEPTH)
             together = [leader.submit(**asked) for asked in ASKED]
             for pending, samples in zip(together, alone, strict=True):
                 assert torch.equal(pending.result(DEADLINE).samples, samples), sharing
@@ -55,12 +55,12 @@ def test_a_run_that_is_cancelled_ends_within_a_round() -> None:
         leader.timeline = []
         pending = leader.submit(shape=(4,), steps=500, callback=watch)
         assert reached.wait(DEADLINE)
-        sent = sum(mark.what == "sent" for mark in leader.timeline)
+        sent = sum(mark.kind == "sent" for mark in leader.timeline)
         assert pending.cancel()
         with pytest.raises(CancelledError):
             pending.result(DEADLINE)
-        assert sum(mark.what == "sent" for mark in leader.timeline) <= sent + 2
-        until(lambda: not leader._engine._carried.leaving)  # the workers answered, and let go of its memory
+        assert sum(mark.kind == "sent" for mark in leader.timeline) <= sent + 2
+        until(lambda: not leader._engine._runs.draining)  # the workers answered, and let go of its memory
         assert leader.sample(shape=(4,), steps=3).evaluations == 3
         assert len(seen) < 20
 
@@ -69,7 +69,7 @@ def test_more_runs_than_there_is_room_for_wait_their_turn(tiny: Leader) -> None:
     alone = tiny.sample(labels=[1], steps=9).samples
     at_once: list[int] = []
     runs = [
-        tiny.submit(labels=[1], steps=9, callback=lambda k, x: at_once.append(len(tiny._engine._carried.under_way)))
+        tiny.submit(labels=[1], steps=9, callback=lambda k, x: at_once.append(len(tiny._engine._runs.running)))
         for _ in range(60)
     ]
     runs[50].cancel()
@@ -156,7 +156,7 @@ class Waiting:
 
 def test_sharing_by_load() -> None:
     old, young, idle = Waiting(2), Waiting(2), Waiting(0)
-    policy: Any = ByLoad()
+    policy: Any = LoadBalanced()
     assert policy.choose(0, 4, [old, young]) is policy.choose(1, 4, [old, young]) is old
     assert policy.choose(1, 4, [idle, young]) is young
     assert policy.choose(0, 2, [old, young]) is old
@@ -165,9 +165,9 @@ def test_sharing_by_load() -> None:
     assert policy.choose(0, 2, [idle, idle]) is None
 
 
-@pytest.mark.parametrize("ordering", ["host", "device"])
-def test_ten_thousand_rounds_gain_no_memory_and_no_descriptor(ordering: str) -> None:
-    with Leader(TINY, devices=2, gpu=GpuOptions(ordering=ordering)) as leader:
+@pytest.mark.parametrize("dispatch", ["sync", "async"])
+def test_ten_thousand_rounds_gain_no_memory_and_no_descriptor(dispatch: str) -> None:
+    with Leader(TINY, devices=2, gpu=GpuOptions(dispatch=dispatch)) as leader:
         everyone = [psutil.Process(), *(psutil.Process(worker.pid) for worker in leader.workers)]
 
         def use() -> list[tuple[int, int]]:
@@ -183,10 +183,10 @@ def test_ten_thousand_rounds_gain_no_memory_and_no_descriptor(ordering: str) -> 
                 done += leader.sample(labels=[1], steps=500, mode="sequential").rounds
 
         rounds(1000)
-        until(lambda: not leader._engine._carried.leaving)
+        until(lambda: not leader._engine._runs.draining)
         before, resident = use(), [process.memory_info().rss for process in everyone]
         rounds(10_000)
-        until(lambda: not leader._engine._carried.leaving)
+        until(lambda: not leader._engine._runs.draining)
 
         def gained() -> list[tuple[int, int]]:
             return [(fds - fds0, maps - maps0) for (fds, maps), (fds0, maps0) in zip(use(), before, strict=True)]

@@ -15,10 +15,10 @@ from diffusers.schedulers import scheduling_dpmsolver_multistep as scheduling_dp
 from torch import Tensor
 
 from drp.sampling.grids import Grid, dynamic_mu, flow_grid, ipndm_grid, make_grid
+from drp.sampling.linear import state
 from drp.sampling.modes import Sequential
-from drp.sampling.named import make_solver
 from drp.sampling.reference import run_reference
-from drp.sampling.rows import state
+from drp.sampling.registry import make_solver
 from drp.sampling.schedules import Float64s, alpha_bars
 from drp.sampling.solvers import (
     DDIM,

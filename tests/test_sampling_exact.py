@@ -10,10 +10,10 @@ from torch import Tensor
 
 from drp.sampling.drafts import PAPER, DraftRule
 from drp.sampling.grids import Grid
+from drp.sampling.linear import LinearCombination
 from drp.sampling.modes import Adaptive, Aggressive, Conservative, Sequential
 from drp.sampling.plan import transition
 from drp.sampling.reference import run_reference
-from drp.sampling.rows import Row
 from drp.sampling.solvers import DDIM, DEIS, DPMSolver, Heun, LinearMultistep, Solver, UniPC
 
 MEAN, WIDTH = 0.4, 0.7
@@ -90,7 +90,7 @@ def test_order_of_convergence(make, order: int) -> None:  # type: ignore[no-unty
         assert measured[1] < order + 0.6, (errors, measured)
 
 
-def evaluate(row: Row, states: Mapping[int, Tensor], gaussian: Gaussian) -> Tensor:
+def evaluate(row: LinearCombination, states: Mapping[int, Tensor], gaussian: Gaussian) -> Tensor:
     total = torch.zeros_like(X)
     for term, coefficient in row.items():
         x = states[term.k]

@@ -14,22 +14,22 @@ import drp
 from drp.leader.request import Job, Request, make_job
 from drp.protocol.messages import ModelSpec
 from drp.sampling import advice
-from drp.sampling.choice import choose_rounds, choose_speedup
 from drp.sampling.drafts import DAMPED, PAPER, SECANT, DraftRule
+from drp.sampling.mode_selection import choose_rounds, choose_speedup
 from drp.sampling.modes import (
     Adaptive,
     Aggressive,
     Conservative,
+    PicardSweeps,
     Sequential,
     Sparse,
-    Sweeps,
     Warmup,
     Window,
     make_mode,
     rounds_of,
 )
-from drp.sampling.named import SOLVER_NAMES, make_solver
-from drp.sampling.plan import longest_way, make_plan
+from drp.sampling.plan import make_plan, max_advance
+from drp.sampling.registry import SOLVER_NAMES, make_solver
 from drp.sampling.solvers import DDIM, DPMSolver
 from examples.own_mode import Growing
 from tests.denoisers import make_free
@@ -53,7 +53,7 @@ def test_modes_by_option() -> None:
     assert job(mode="aggressive", rule="paper").mode == Aggressive(4, PAPER)
     assert job(rule=DraftRule(0.2, 0.1), mode="conservative", drafts=3).mode == Conservative(3, DraftRule(0.2, 0.1))
     assert job(mode="adaptive", tolerance=0.02).mode == Adaptive(4, 0.02)
-    assert job(mode="adaptive", warmup=3, sweeps=2).mode == Warmup(Sweeps(Adaptive(4, 0.0025), 2), 3)
+    assert job(mode="adaptive", warmup=3, sweeps=2).mode == Warmup(PicardSweeps(Adaptive(4, 0.0025), 2), 3)
     assert job(target_speedup=3.0).mode == Window(4, 47 / 15)
     assert job(target_rounds=13).mode == Window(4, 47 / 12)
     assert job(target_rounds=11, devices=8).mode == Window(8, 4.7)
@@ -265,7 +265,7 @@ def test_no_number_is_used_before_it_is_bounded(options: dict[str, Any]) -> None
     except ValueError:
         return
     if not found.mode.feedback:
-        longest_way(found.mode, found.solver.grid.steps)
+        max_advance(found.mode, found.solver.grid.steps)
     measure = (lambda base, rows: [0.0] * len(rows)) if found.mode.feedback else None
     next(make_plan(found.solver, found.mode, measure))
 

@@ -12,12 +12,22 @@ from torch import Tensor
 
 from drp.sampling.drafts import PAPER, DraftRule
 from drp.sampling.grids import Grid
-from drp.sampling.modes import Adaptive, Aggressive, Conservative, Eager, Mode, Rolling, Sequential, Sweeps, Warmup
+from drp.sampling.linear import data, prediction, state, substitute
+from drp.sampling.modes import (
+    Adaptive,
+    Aggressive,
+    Conservative,
+    Eager,
+    Mode,
+    PicardSweeps,
+    Rolling,
+    Sequential,
+    Warmup,
+)
 from drp.sampling.plan import transition
 from drp.sampling.predictions import PREDICTION_TYPES
 from drp.sampling.reference import run_reference
 from drp.sampling.result import Result
-from drp.sampling.rows import data, prediction, state, substitute
 from drp.sampling.solvers import DDIM, DDPM, DEIS, DPMSolver, EulerAncestral, LinearMultistep, Solver, UniPC
 
 MAKERS: dict[str, Callable[[Grid, str], Solver]] = {
@@ -81,11 +91,11 @@ def test_a_block_of_one_draft_is_sequential(solver: Solver, rule: DraftRule) -> 
 @given(solvers(), st.integers(1, 6), RULES)
 def test_enough_sweeps_are_sequential(solver: Solver, n: int, rule: DraftRule) -> None:
     expected = sample(solver, Sequential()).samples
-    result = sample(solver, Sweeps(Aggressive(n, rule), n - 1))
+    result = sample(solver, PicardSweeps(Aggressive(n, rule), n - 1))
     assert_close(result.samples, expected)
     assert result.rounds == 1 + n * math.ceil((solver.grid.steps - 1) / n)
-    assert_close(sample(solver, Sweeps(Conservative(n, rule), n - 1)).samples, expected)
-    eager = sample(solver, Eager(Sweeps(Aggressive(n, rule), n - 1)))
+    assert_close(sample(solver, PicardSweeps(Conservative(n, rule), n - 1)).samples, expected)
+    eager = sample(solver, Eager(PicardSweeps(Aggressive(n, rule), n - 1)))
     assert torch.equal(eager.samples, result.samples)
     assert eager.evaluations == result.evaluations
     assert eager.rounds <= result.rounds

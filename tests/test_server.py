@@ -29,10 +29,10 @@ from drp.cli import main
 from drp.client import RefusedError
 from drp.client.arrays import Library, open_array
 from drp.errors import WorkerError
-from drp.leader.active import Pending
-from drp.protocol import door
+from drp.leader.runs.run_state import RunFuture
+from drp.protocol import client_messages
+from drp.protocol.client_messages import TensorData
 from drp.protocol.codec import ProtocolError, decode, encode
-from drp.protocol.door import TensorData
 from drp.protocol.keys import Keys, make
 from drp.protocol.messages import Handle
 from drp.sampling.drafts import PAPER, DraftRule
@@ -41,8 +41,8 @@ from drp.sampling.result import Result
 from drp.server import clients
 from drp.server.options import finished
 from drp.server.server import Server
-from drp.server.ticket import Ticket
-from tests.plain import Plain
+from drp.server.server_request import ServerRequest
+from tests.plain_client import Plain
 from tests.test_spec import facts, lines
 
 ROOT = Path(__file__).parent.parent
@@ -95,7 +95,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    server = Served(tmp_path_factory.mktemp("serve"), "-d", "2", "--most", "16")
+    server = Served(tmp_path_factory.mktemp("serve"), "-d", "2", "--max-requests", "16")
     try:
         assert server.first_line == f"serving tests.denoisers:Tiny on cpu:0, cpu:1 at {server.address}\n"
         yield server
@@ -212,18 +212,18 @@ def test_memory_that_cannot_be_mapped_fails_its_run_alone(
 
 def test_no_preview_is_lost_to_news_that_are_told_while_it_is_made() -> None:
     """The leader's thread is at any of its lines when the server's asks."""
-    ticket = Ticket(b"", door.Submit(1, previews=4), lambda ticket: None, lambda: None)
-    ticket.pending = Pending(lambda: None)
-    told: list[door.Progress] = []
+    ticket = ServerRequest(b"", client_messages.Submit(1, previews=4), lambda ticket: None, lambda: None)
+    ticket.future = RunFuture(lambda: None)
+    told: list[client_messages.Progress] = []
 
     class Slow(torch.Tensor):
         def to(self, *_: object, **__: object) -> torch.Tensor:
-            told.extend(progress for progress, _ in ticket.news(lambda ticket, most: ()))
+            told.extend(progress for progress, _ in ticket.updates(lambda ticket, most: ()))
             return torch.ones(2)
 
     for step in range(1, 13):
         ticket.on_step(step, torch.zeros(2).as_subclass(Slow))
-    told.extend(progress for progress, _ in ticket.news(lambda ticket, most: ()))
+    told.extend(progress for progress, _ in ticket.updates(lambda ticket, most: ()))
     assert [progress.step for progress in told if progress.preview is not None] == [4, 8, 12]
     assert [progress.step for progress in told] == sorted(progress.step for progress in told)
 
@@ -300,7 +300,7 @@ def test_status_and_metrics(served: Served, client: Client) -> None:
     before = client.status()
     client.sample(labels=[1], steps=5)
     status = client.status()
-    assert (status.state, status.healthy, status.requests, status.most) == ("serving", True, 0, 16)
+    assert (status.state, status.healthy, status.requests, status.max_requests) == ("serving", True, 0, 16)
     assert status.finished == before.finished + 1
     text = client.metrics()
     found = {s.name: s for family in text_string_to_metric_families(text) for s in family.samples if not s.labels}
@@ -312,7 +312,7 @@ def test_status_and_metrics(served: Served, client: Client) -> None:
     assert done.exit_code == 0, done.output
     assert "state: serving\nhealthy: True" in done.output
     shown = json.loads(CliRunner().invoke(main, ["status", served.address, "--json"]).stdout)
-    assert (shown["state"], shown["healthy"], shown["most"]) == ("serving", True, 16)
+    assert (shown["state"], shown["healthy"], shown["max_requests"]) == ("serving", True, 16)
     both = CliRunner().invoke(main, ["status", served.address, "--json", "--metrics"])
     assert "leave out --json" in both.stderr
 
@@ -333,7 +333,7 @@ def test_plain_samples_are_the_same_bits(plain: Plain) -> None:
         assert (finished["samples"]["memory"] is not None) == memory
         assert plain.floats(finished["samples"]) == expected.samples.flatten().tolist()
         assert (finished["rounds"], finished["evaluations"]) == (expected.rounds, expected.evaluations)
-    plain.say("Taken", request=1)
+    plain.say("Ack", request=1)
 
 
 def test_plain_progress_tensors_and_cancel(plain: Plain) -> None:
@@ -352,17 +352,17 @@ def test_plain_progress_tensors_and_cancel(plain: Plain) -> None:
     plain.say("Cancel", request=4)
     assert plain.hear("Ended")["code"] == "cancelled"
     plain.say("Cancel", request=4)  # There is no such request any more: no answer.
-    plain.say("Ask", what="status")
+    plain.say("Query", what="status")
     assert plain.hear("Status")["requests"] == 0
 
 
 def test_plain_refusals(plain: Plain) -> None:
-    plain.say("Ask", what="status")
+    plain.say("Query", what="status")
     assert "before Open" in plain.hear("Refused")["reason"]
     plain.say("Open", version=99, name="from the future")
     refused = plain.hear("Refused")
     assert (refused["code"], refused["request"]) == ("version", None)
-    assert "version 2" in refused["reason"]
+    assert "version 3" in refused["reason"]
     plain.open()
     plain.submit(1, labels=[77])
     refused = plain.hear("Refused")
@@ -391,11 +391,11 @@ def test_plain_refusals(plain: Plain) -> None:
 
 def test_what_must_be_refused_is_and_the_server_goes_on(plain: Plain) -> None:
     plain.open()
-    directions = {name: data for name, data in lines("refused").items() if name.split("/")[0] in ("door", "any")}
+    directions = {name: data for name, data in lines("refused").items() if name.split("/")[0] in ("client", "any")}
     for name, data in directions.items():
         plain.socket.send(data)
         assert plain.hear()["type"] == "Refused", (name, facts("refused")[name])
-    plain.say("Ask", what="metrics")
+    plain.say("Query", what="metrics")
     assert f"drp_bad_messages_total {len(directions)}" in plain.hear("Metrics")["text"] or len(directions) > 5
 
 
@@ -411,12 +411,12 @@ def test_a_number_in_use_is_refused(plain: Plain) -> None:
 
 
 OPENED = {
-    "type": "Opened",
-    "version": 2,
+    "type": "Welcome",
+    "version": 3,
     "model": "m",
     "spec": {"sample_shape": [1], "classes": None, "guidance": None},
     "devices": ["cpu:0"],
-    "most": 1,
+    "max_requests": 1,
 }
 
 
@@ -467,7 +467,7 @@ def test_more_than_it_takes_is_refused(client: Client) -> None:
 
 
 def test_the_runs_of_a_killed_client_are_cancelled(served: Served, client: Client) -> None:
-    program = [sys.executable, str(ROOT / "tests" / "plain.py"), served.address]
+    program = [sys.executable, str(ROOT / "tests" / "plain_client.py"), served.address]
     before = client.status()
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as killed:
         assert killed.stdout is not None
@@ -491,7 +491,7 @@ def test_memory_for_a_client_that_is_gone_is_given_back(served: Served, client: 
 
 
 def test_memory_that_is_not_taken_is_given_back(free: Leader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients, "TAKE", 0.1)
+    monkeypatch.setattr(clients, "ACK_TIMEOUT", 0.1)
     with serving(free, tmp_path) as server:
         plain = Plain(server.address)
         plain.open()
@@ -504,8 +504,8 @@ def test_memory_that_is_not_taken_is_given_back(free: Leader, tmp_path: Path, mo
 
 
 def test_a_client_that_does_not_read_is_dropped(free: Leader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients, "SILENCE", 0.2)
-    with serving(free, tmp_path, most=1000) as server:
+    monkeypatch.setattr(clients, "SILENCE_TIMEOUT", 0.2)
+    with serving(free, tmp_path, max_requests=1000) as server:
         deaf = Plain(server.address, hwm=1)
         deaf.open()
         for request in range(300):
@@ -589,7 +589,7 @@ def test_the_longest_result_is_a_message() -> None:
     )
     message = finished(2**31 - 1, longest, TensorData("float32", (1,), frame=1), 1.0)
     assert message.incidents == (*["𝄞" * 2000] * 63, "and 37 more")
-    assert decode(encode(message), door.TO_CLIENT) == message
+    assert decode(encode(message), client_messages.TO_CLIENT) == message
 
 
 def test_a_lost_leader_ends_the_server(tmp_path: Path) -> None:
@@ -650,7 +650,7 @@ def test_tcp_lets_known_keys_in(free: Leader, tmp_path: Path) -> None:
                 timeout=0.5,
             )
         bare = Plain(server.address)
-        bare.say("Open", version=2, name="without keys")
+        bare.say("Open", version=3, name="without keys")
         assert not bare.socket.poll(300)
         bare.close()
         with pytest.raises(ValueError, match="with server_key and key"):

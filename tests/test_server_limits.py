@@ -16,7 +16,7 @@ from drp.client import RefusedError
 from drp.protocol.keys import Keys, make
 from drp.server import clients
 from drp.server.endpoint import check_descriptors
-from tests.plain import Plain
+from tests.plain_client import Plain
 from tests.test_server import Served, serving, until
 
 BIG = 2**31 - 1
@@ -87,7 +87,7 @@ def test_a_client_that_does_not_read_is_no_other_clients_matter(
         deaf = Plain(server.address, hwm=1)
         deaf.open()
         for _ in range(1000):
-            deaf.say("Ask", what="metrics")
+            deaf.say("Query", what="metrics")
         for _ in range(3):
             assert client.sample(shape=(4,), steps=3).steps == 3  # and is not refused as one too many
         until(lambda: client.status().clients == 1, "the client that does not read is forgotten")
@@ -105,7 +105,7 @@ def test_results_that_a_client_leaves_count_against_its_own_share(free: Leader, 
         plain.submit(2, shape=[4], steps=2)
         assert "read and take them first" in plain.hear("Refused")["reason"]
         assert client.sample(shape=(4,), steps=3).steps == 3
-        plain.say("Taken", request=0)
+        plain.say("Ack", request=0)
         plain.submit(2, shape=[4], steps=2)
         plain.hear("Accepted")
         plain.hear("Finished")

@@ -13,11 +13,21 @@ import torch
 from click.testing import CliRunner
 
 from drp.cli import main
-from drp.leader.policies import POLICIES, Barrier, LoadAdaptive, Policy
-from drp.leader.timeline import Timeline
+from drp.leader.events import Timeline
+from drp.leader.scheduling.policies import POLICIES, Barrier, LoadAdaptive, Policy
 from drp.sampling.drafts import DAMPED
 from drp.sampling.grids import scaled_linear
-from drp.sampling.modes import Aggressive, Conservative, Eager, Mode, Rolling, Sequential, Sweeps, Warmup, make_mode
+from drp.sampling.modes import (
+    Aggressive,
+    Conservative,
+    Eager,
+    Mode,
+    PicardSweeps,
+    Rolling,
+    Sequential,
+    Warmup,
+    make_mode,
+)
 from drp.sampling.reference import run_reference
 from drp.sampling.solvers import DDIM
 from drp.simulate import Costs, Load, make_devices, simulate
@@ -37,8 +47,8 @@ STEADY = "8xemulated:20ms"
         Rolling(8),
         Rolling(3),
         Warmup(Aggressive(5), 3),
-        Sweeps(Aggressive(4), 2),
-        Eager(Sweeps(Aggressive(4), 2)),
+        PicardSweeps(Aggressive(4), 2),
+        Eager(PicardSweeps(Aggressive(4), 2)),
     ],
 )
 def test_without_costs_a_run_takes_its_rounds(mode: Mode) -> None:

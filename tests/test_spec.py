@@ -13,11 +13,11 @@ import pytest
 from drp.client.options import WAYS
 from drp.client.options import Options as ClientOptions
 from drp.leader.request import Options
-from drp.protocol import door, messages
+from drp.protocol import client_messages, messages
 from drp.protocol.codec import ProtocolError, decode, encode, to_fields
 from drp.protocol.vectors import __main__ as vectors
 from drp.protocol.vectors.examples import PROTOCOLS
-from drp.protocol.vectors.tables import told
+from drp.protocol.vectors.tables import meanings
 
 RENEW = "run python -m drp.protocol.vectors, and see section 5 of SPEC.md"
 KINDS = {name: {**one, **other} for name, (one, other) in PROTOCOLS.items()}
@@ -44,7 +44,7 @@ def test_files_are_what_the_classes_say(path: Path) -> None:
 
 
 def test_every_class_has_a_table_and_every_field_a_meaning() -> None:
-    tables = told(vectors.SPEC.read_text())
+    tables = meanings(vectors.SPEC.read_text())
     assert tables.keys() == vectors.spec_records().keys()
     for name, kind in vectors.spec_records().items():
         assert list(tables[name]) == [field.name for field in dataclasses.fields(kind)]
@@ -53,15 +53,15 @@ def test_every_class_has_a_table_and_every_field_a_meaning() -> None:
 
 def test_the_specification_names_the_versions_and_the_limits() -> None:
     text = vectors.SPEC.read_text()
-    assert f"the door's protocol, version {door.VERSION} " in text
-    assert f"the workers' protocol, version {messages.VERSION} " in text
+    assert f"the client protocol, version {client_messages.VERSION} " in text
+    assert f"the worker protocol, version {messages.VERSION} " in text
     assert "at most 1,048,576 bytes" in text
-    assert f"at most {door.MOST_FRAMES} and of at most 2^28 bytes" in text
-    assert door.MAX_FRAME == 2**28
+    assert f"at most {client_messages.MAX_FRAMES} and of at most 2^28 bytes" in text
+    assert client_messages.MAX_FRAME_NBYTES == 2**28
     assert "every second" in text
-    assert door.BEAT == 1.0
-    assert f"After {door.SILENCE:g} s of silence" in text
-    assert f"untaken for {door.TAKE:g} s" in text
+    assert client_messages.HEARTBEAT_INTERVAL == 1.0
+    assert f"After {client_messages.SILENCE_TIMEOUT:g} s of silence" in text
+    assert f"untaken for {client_messages.ACK_TIMEOUT:g} s" in text
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -92,22 +92,25 @@ def test_what_must_be_refused_is() -> None:
 
 
 def test_fields_come_in_any_order_and_numbers_in_any_width() -> None:
-    message = door.Cancel(300)
-    assert decode(b"\x82\xa7request\xd3" + (300).to_bytes(8, "big") + b"\xa4type\xa6Cancel", door.TO_SERVER) == message
+    message = client_messages.Cancel(300)
+    assert (
+        decode(b"\x82\xa7request\xd3" + (300).to_bytes(8, "big") + b"\xa4type\xa6Cancel", client_messages.TO_SERVER)
+        == message
+    )
 
 
 def test_all_options_of_a_run_can_be_submitted() -> None:
     ways = {"request", "progress", "previews", "timeline", "memory"}
-    missing = Options.__annotations__.keys() - {"callback", "out"} - door.Submit.__dataclass_fields__.keys()
+    missing = Options.__annotations__.keys() - {"callback", "out"} - client_messages.Submit.__dataclass_fields__.keys()
     assert not missing, f"door.Submit lacks {missing}: add them there, in drp/client and drp/server/options.py"
     assert {"callback", "out"} | ClientOptions.__annotations__.keys() == Options.__annotations__.keys()
     assert {"request", *WAYS} == ways
-    assert door.Submit.__dataclass_fields__.keys() - ways <= Options.__annotations__.keys()
+    assert client_messages.Submit.__dataclass_fields__.keys() - ways <= Options.__annotations__.keys()
 
 
 def test_defaults_are_those_of_a_request() -> None:
     from drp.leader.request import Request
 
-    theirs, ours = to_fields(Request()), to_fields(door.Submit(request=0))
+    theirs, ours = to_fields(Request()), to_fields(client_messages.Submit(request=0))
     for name in theirs.keys() & ours.keys() - {"cond", "grid", "solver_options"}:
         assert ours[name] == theirs[name], name

@@ -72,12 +72,12 @@ def test_a_setting_of_the_program_changes_no_bit(change: str, leader: Leader, ex
         assert torch.equal(each, expected)
 
 
-@pytest.mark.parametrize("ordering", ["host", "device"])
-def test_a_leader_that_starts_under_other_defaults_computes_the_same(ordering: str, expected: torch.Tensor) -> None:
+@pytest.mark.parametrize("dispatch", ["sync", "async"])
+def test_a_leader_that_starts_under_other_defaults_computes_the_same(dispatch: str, expected: torch.Tensor) -> None:
     with (
         CHANGES["float64"](),
         CHANGES["device"](),
-        Leader("digits", devices=2, gpu=GpuOptions(ordering=ordering)) as own,
+        Leader("digits", devices=2, gpu=GpuOptions(dispatch=dispatch)) as own,
     ):
         samples = own.sample(**RUN).samples
     assert torch.equal(samples, expected)
@@ -93,6 +93,6 @@ def test_autocast_is_refused_with_the_remedy(leader: Leader) -> None:
 
 def test_asynchronous_ordering_is_refused_where_stores_may_be_reordered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    with pytest.raises(ValueError, match=r"ordering is 'device', but the processor is aarch64.*give 'host'"):
-        GpuOptions(ordering="device")
-    assert GpuOptions().ordering == "host"
+    with pytest.raises(ValueError, match=r"dispatch is 'async', but the processor is aarch64.*give 'host'"):
+        GpuOptions(dispatch="async")
+    assert GpuOptions().dispatch == "host"

@@ -17,7 +17,7 @@ import drp
 from bench.rounds import split
 from drp import Leader
 from drp.cli import main
-from drp.leader.timeline import Timeline
+from drp.leader.events import Timeline
 from drp.trace import read, record, summarise
 
 Event = dict[str, Any]
@@ -95,16 +95,16 @@ def test_a_trace_is_valid_and_whole(emulated: Leader, mode: str, tmp_path: Path)
     events = check_format(path)
     assert read(path) == (marks, emulated.devices, 0)
     slices = names(events, "X")
-    total = [mark.what for mark in marks].count("answer")
+    total = [mark.kind for mark in marks].count("answer")
     for part in ("receive", "compute", "copy", "answer", "send", "take"):
         assert slices.count(part) == total
     assert slices.count("callback") == 14
     assert slices.count("last states") == 2
-    assert slices.count("draft") == [mark.what for mark in marks].count("formed")
+    assert slices.count("draft") == [mark.kind for mark in marks].count("formed")
     for phase in "stf":  # an arrow for each evaluation, to what was refined with it
-        assert names(events, phase).count("step 3") == [m.step for m in marks if m.what == "answer"].count(3)
+        assert names(events, phase).count("step 3") == [m.step for m in marks if m.kind == "answer"].count(3)
     assert sum(name.startswith("run ") for name in names(events, "b")) == 2
-    assert total == result.evaluations + sum(mark.what == "answer" and mark.run != marks[0].run for mark in marks)
+    assert total == result.evaluations + sum(mark.kind == "answer" and mark.run != marks[0].run for mark in marks)
 
 
 def test_cuts_are_shown(tiny: Leader, tmp_path: Path) -> None:
@@ -130,27 +130,27 @@ def test_sums_are_those_of_the_bench(emulated: Leader, mode: str, drafts: int, t
         assert path.sending == pytest.approx(sum(r.sending for r in bench.rounds), rel=0.02)
         assert path.transfer == pytest.approx(sum(r.wire for r in bench.rounds), rel=0.02)
         assert path.compute == pytest.approx(bench.wall - path.transfer - path.leader, rel=0.02)
-    assert [lane.total for lane in summary.lanes] == [pytest.approx(bench.wall)] * 3
-    assert sum(lane.evaluations for lane in summary.lanes) == 20
-    assert "1 run(s)" in summary.words
+    assert [lane.total for lane in summary.workers] == [pytest.approx(bench.wall)] * 3
+    assert sum(lane.evaluations for lane in summary.workers) == 20
+    assert "1 run(s)" in summary.text
 
 
 def test_a_trace_without_end_keeps_the_newest_runs_and_counts_the_others(emulated: Leader, tmp_path: Path) -> None:
     path, most, everything = tmp_path / "run.json", 200, Timeline()
-    emulated.listen(everything)
+    emulated.subscribe(everything)
     with record(emulated, path, most) as marks:
         for _ in range(8):
             emulated.sample(shape=(4, 8, 8), steps=14)
             assert len(marks) < most * 1.01
-    emulated.leave(everything)
+    emulated.unsubscribe(everything)
     kept, _, dropped = read(path)
     assert len(everything) > 2 * most
-    assert [(mark.what, *mark[2:5]) for mark in kept] == [(mark.what, *mark[2:5]) for mark in everything[dropped:]]
-    assert kept[0].what == "begin"
-    assert sum(mark.what == "end" for mark in kept) >= 2
+    assert [(mark.kind, *mark[2:5]) for mark in kept] == [(mark.kind, *mark[2:5]) for mark in everything[dropped:]]
+    assert kept[0].kind == "begin"
+    assert sum(mark.kind == "end" for mark in kept) >= 2
     check_format(path)
-    assert f" {dropped} older marks were dropped" in summarise(*read(path)).words
-    with pytest.raises(ValueError, match="most is 0"), record(emulated, path, 0):
+    assert f" {dropped} older marks were dropped" in summarise(*read(path)).text
+    with pytest.raises(ValueError, match="max_events is 0"), record(emulated, path, 0):
         pass
 
 
@@ -161,7 +161,7 @@ def test_a_trace_is_written_though_a_worker_is_killed_and_the_run_fails(emulated
         if k == 3:
             assert worker.pid is not None
             os.kill(worker.pid, signal.SIGKILL)
-        if emulated.workers[1].lost > worker.lost:
+        if emulated.workers[1].losses > worker.losses:
             raise LookupError("enough")
 
     with pytest.raises(LookupError, match="enough"), record(emulated, tmp_path / "run.json"):
@@ -170,8 +170,8 @@ def test_a_trace_is_written_though_a_worker_is_killed_and_the_run_fails(emulated
     assert "no answer" in names(events, "X")
     summary = summarise(*read(tmp_path / "run.json"))
     assert not summary.paths
-    assert sum(lane.lost for lane in summary.lanes) >= 1
-    assert summary.words == "No run came to its end."
+    assert sum(lane.lost for lane in summary.workers) >= 1
+    assert summary.text == "No run came to its end."
 
 
 def test_only_what_is_recorded_is_kept(tiny: Leader, tmp_path: Path) -> None:

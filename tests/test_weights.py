@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 import drp
 from drp import GpuOptions, Leader, WorkerError, models
-from drp.leader.ground import LEAST
+from drp.leader.memory.placement import MIN_BLOCK_NBYTES
 from drp.leader.request import Request, make_job
 from drp.models.gpu import Compiled, on_device
 from drp.protocol.memory import SharedMemory
-from drp.protocol.messages import OnGpu
+from drp.protocol.messages import GpuConfig
 from drp.sampling.reference import run_reference
 from drp.workers.weights import Weights
 from tests import on_host
@@ -63,7 +63,7 @@ def shared_bytes() -> int:
             sizes += [path.stat().st_size] if "memfd:drp " in str(path.readlink()) else []
         except FileNotFoundError:
             continue  # the descriptor of the listing itself
-    return max(size for size in sizes if size < LEAST)
+    return max(size for size in sizes if size < MIN_BLOCK_NBYTES)
 
 
 def test_workers_of_one_gpu_share_a_copy_and_the_only_one_of_another_keeps_its_own(
@@ -107,7 +107,7 @@ def test_weights_are_shared_in_the_dtype_in_which_they_are_used(host: dict[str, 
     with Leader(model, devices="2xcuda:0", drafts_per_device=2, gpu=gpu, **host) as leader:
         run = leader.sample(steps=12)
         assert shared_bytes() == 2 * 128 * 128 + 2 * 128
-    denoiser = on_device(models.load(WATCHED), torch.device("cpu"), gpu.on("", 2))
+    denoiser = on_device(models.load(WATCHED), torch.device("cpu"), gpu.worker_config("", 2))
     job = make_job(Request(steps=12), denoiser.spec, 4)
     ref = run_reference(denoiser.predict, job.solver, job.mode, job.start, job.cond, batch=2)
     assert torch.equal(run.samples, ref.samples)
@@ -240,7 +240,7 @@ def test_what_was_warmed_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         torch, "compile", lambda module, dynamic, options: compile_(module, backend="eager", dynamic=dynamic)
     )
-    how = OnGpu("", compile=True, batch=3)
+    how = GpuConfig("", compile=True, batch=3)
     denoiser = on_device(models.load("tests.test_weights:make_scaled"), torch.device("cpu"), how)
     assert isinstance(denoiser.predict, Compiled)
     x, shift = torch.randn(2, 3), torch.tensor([0.5, -0.5])

@@ -12,7 +12,7 @@ import torch
 
 import drp
 from drp import Leader
-from drp.leader.ground import GpuOptions
+from drp.leader.memory.placement import GpuOptions
 from tests.denoisers import make_free
 
 SLOW = "tests.denoisers:make_slow_sine"
@@ -27,9 +27,9 @@ ASKED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module", params=["host", "device"])
+@pytest.fixture(scope="module", params=["sync", "async"])
 def leader(request: pytest.FixtureRequest) -> Iterator[Leader]:
-    with Leader(make_free, devices=3, gpu=GpuOptions(ordering=request.param)) as leader:
+    with Leader(make_free, devices=3, gpu=GpuOptions(dispatch=request.param)) as leader:
         yield leader
 
 
@@ -44,9 +44,9 @@ def test_bits_rounds_and_evaluations_are_the_references(leader: Leader, policy: 
         assert run.rounds <= ref.rounds if policy == "eager" else run.rounds == ref.rounds
 
 
-@pytest.mark.parametrize("ordering", ["host", "device"])
-def test_a_lost_worker_changes_no_bit(ordering: str) -> None:
-    with Leader(SLOW, devices=2, gpu=GpuOptions(ordering=ordering)) as leader:
+@pytest.mark.parametrize("dispatch", ["sync", "async"])
+def test_a_lost_worker_changes_no_bit(dispatch: str) -> None:
+    with Leader(SLOW, devices=2, gpu=GpuOptions(dispatch=dispatch)) as leader:
         for options in ({"drafts": 8}, {"drafts": 5, "offsets": "even"}):
             common: dict[str, Any] = {"shape": (3,), "steps": 24, **options}
 

@@ -22,10 +22,10 @@ MODEL = "tests.writing:make_once"
 SHAPE = (2, 3)
 WAYS: dict[str, dict[str, Any]] = {
     "host": {"devices": 2},
-    "device": {"devices": 2, "gpu": GpuOptions(ordering="device")},
+    "device": {"devices": 2, "gpu": GpuOptions(dispatch="async")},
     "hedged": {"devices": 3, "hedge": 1.1},
     "batched": {"devices": 2, "drafts_per_device": 2},
-    "batched, device": {"devices": 2, "drafts_per_device": 2, "gpu": GpuOptions(ordering="device")},
+    "batched, device": {"devices": 2, "drafts_per_device": 2, "gpu": GpuOptions(dispatch="async")},
 }
 RUNS = st.fixed_dictionaries(
     {

@@ -15,7 +15,7 @@ import click
 from drp.cli.helpers import plain_errors
 from drp.cli.options import Number, common_options, default_devices, force_option, trace_most_option, trace_option
 from drp.cli.output import check_trace
-from drp.http.work import Backend
+from drp.http.jobs import Backend
 from drp.sampling.modes import MODE_NAMES
 
 
@@ -93,13 +93,13 @@ def http(
             if trace is not None:
                 raise ValueError("--trace goes with --diffusers; a server has its own leader: drp serve --trace FILE")
             from drp.client import Client
-            from drp.http.door import Door
+            from drp.http.socket_backend import SocketBackend
             from drp.server.endpoint import default_address, raise_descriptor_limit
 
             raise_descriptor_limit()
             address = connect or default_address()
             connecting = partial(Client, address, server_key=server_key, key=key, name="drp http", arrays="numpy")
-            backend = Door(lambda timeout: connecting(timeout=timeout), max_work)
+            backend = SocketBackend(lambda timeout: connecting(timeout=timeout), max_work)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once it has shut down
         try:
             with contextlib.suppress(KeyboardInterrupt), socket.create_server((host, port), backlog=128) as listening:

@@ -18,8 +18,8 @@ from drp.cli.output import check_output, check_shape, check_trace, default_outpu
 from drp.cli.pipeline import pipeline_options
 from drp.sampling.drafts import RULES
 from drp.sampling.modes import MODE_NAMES, PATTERNS
-from drp.sampling.named import SOLVER_NAMES, make_solver
 from drp.sampling.predictions import PREDICTION_TYPES
+from drp.sampling.registry import SOLVER_NAMES, make_solver
 
 if TYPE_CHECKING:
     from drp.leader.request import Options

@@ -31,7 +31,11 @@ SECONDS = Number(0, min_open=True)
 @click.option("-l", "--listen", help="ipc://PATH, or tcp://HOST:PORT with --keys; by default a path of the user's own.")
 @click.option("--keys", type=click.Path(path_type=Path), help="Directory that `drp keys` has made.")
 @click.option(
-    "--most", type=click.IntRange(1), default=64, show_default=True, help="Requests at once, waiting ones included."
+    "--max-requests",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Requests at once, waiting ones included.",
 )
 @click.option(
     "--stall", type=SECONDS, default=30.0, show_default=True, help="Seconds without progress that are not healthy."
@@ -64,7 +68,7 @@ def serve(
     threads: int | None,
     listen: str | None,
     keys: Path | None,
-    most: int,
+    max_requests: int,
     max_clients: int,
     stall: float,
     drain: float,
@@ -113,7 +117,9 @@ def serve(
             ) as leader,
             record(leader, trace, trace_most) if trace is not None else nullcontext(),
         ):
-            server = Server(leader, model, address, keys=own, most=most, max_clients=max_clients, stall=stall)
+            server = Server(
+                leader, model, address, keys=own, max_requests=max_requests, max_clients=max_clients, stall=stall
+            )
             patience = iter([drain])
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: server.drain(next(patience, 0.0)))

@@ -38,7 +38,9 @@ NOT_NEGATIVE = Number(0)
 @click.option("--drafts", type=ABOVE_ZERO, help="Drafts a round; by default one a device.")
 @click.option("--stride", type=Number(1), help="Of mode window.")
 @click.option("--offsets", help="Of mode window: a name, or numbers.")
-@click.option("-p", "--policy", default="barrier", show_default=True, help="Names, or all; see drp.leader.policies.")
+@click.option(
+    "-p", "--policy", default="barrier", show_default=True, help="Names, or all; see drp.leader.scheduling.policies."
+)
 @click.option("-n", "--steps", type=ABOVE_ZERO, default=48, show_default=True, help="Steps of each run.")
 @click.option("-r", "--runs", type=ABOVE_ZERO, default=200, show_default=True, help="Runs.")
 @click.option(
@@ -99,8 +101,8 @@ def simulate(
         from dataclasses import replace
 
         from drp.leader.devices import parse_time
-        from drp.leader.policies import POLICIES, find_policy
-        from drp.leader.timeline import Timeline
+        from drp.leader.events import Timeline
+        from drp.leader.scheduling.policies import POLICIES, find_policy
         from drp.sampling.drafts import DAMPED
         from drp.sampling.modes import make_mode
         from drp.simulate import Costs, Load, make_devices

@@ -29,5 +29,5 @@ def summary(path: Path, as_json: bool) -> None:
         if as_json:
             print_json(found)
             return
-        click.echo(found.words)
+        click.echo(found.text)
         Console(width=max(Console().width, 110)).print(*tables(found))

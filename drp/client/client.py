@@ -13,12 +13,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from drp.client.arrays import Library, find_library
-from drp.client.line import Curve, Line
+from drp.client.connection import Connection, Curve
 from drp.client.options import Options, to_submit
 from drp.client.run import RemoteRun, Update
 from drp.protocol import keys
+from drp.protocol.client_messages import Metrics, Query, Status
 from drp.protocol.codec import ProtocolError, encode
-from drp.protocol.door import Ask, Metrics, Status
 from drp.protocol.frames import nbytes_of_samples
 from drp.protocol.messages import ModelSpec
 from drp.sampling.result import Result
@@ -35,7 +35,7 @@ SHARED = 1 << 18
 class Client:
     """A session with a server: `sample` and `submit` as those of `drp.Leader`, from any thread.
 
-        with drp.Client("ipc:///run/user/1000/drp/door") as client:
+        with drp.Client("ipc:///run/user/1000/drp/server") as client:
             result = client.sample(labels=[3, 1, 4], steps=48, mode="aggressive")
 
     address: the server's; `drp serve` prints it.
@@ -62,10 +62,12 @@ class Client:
         self._library = find_library(arrays)
         self._local = address.startswith("ipc://")
         self._numbers = itertools.count(1)
-        self._line = Line(address, name or f"python, process {os.getpid()}", _curve(address, server_key, key))
-        self._end = weakref.finalize(self, self._line.close)  # also at interpreter exit
+        self._connection = Connection(
+            address, name or f"python, process {os.getpid()}", _curve(address, server_key, key)
+        )
+        self._end = weakref.finalize(self, self._connection.close)  # also at interpreter exit
         try:
-            self._opened = _within(self._line.opened, timeout)
+            self._welcome = _within(self._connection.opened, timeout)
         except TimeoutError:
             self.close()
             raise ConnectionError(f"no server answers at {address} within {timeout:g} s") from None
@@ -76,22 +78,22 @@ class Client:
     @property
     def model(self) -> str:
         """The name of what is served."""
-        return self._opened.model
+        return self._welcome.model
 
     @property
     def spec(self) -> ModelSpec:
         """What the model expects."""
-        return self._opened.spec
+        return self._welcome.spec
 
     @property
     def devices(self) -> tuple[str, ...]:
         """The workers' places, by number."""
-        return self._opened.devices
+        return self._welcome.devices
 
     @property
     def closed(self) -> bool:
         """Whether the session is over, by `close` or because the server is gone."""
-        return self._line.closed
+        return self._connection.closed
 
     def submit(
         self,
@@ -122,8 +124,8 @@ class Client:
             encode(submit)
         except ProtocolError as error:
             raise ValueError(str(error)) from None
-        run = RemoteRun(submit.request, self._line.cancel, self._library, on_update)
-        self._line.submit(run, submit, frames)
+        run = RemoteRun(submit.request, self._connection.cancel, self._library, on_update)
+        self._connection.submit(run, submit, frames)
         return run
 
     def sample(self, **options: Unpack[Options]) -> Result[Any]:
@@ -136,12 +138,12 @@ class Client:
 
     def status(self, timeout: float = 10.0) -> Status:
         """Ask how the server is; TimeoutError if it does not say so in time."""
-        answer: Future[Status] = self._line.ask(Ask("status"))
+        answer: Future[Status] = self._connection.ask(Query("status"))
         return _within(answer, timeout)
 
     def metrics(self, timeout: float = 10.0) -> str:
         """Return the server's metrics in the text format of Prometheus."""
-        answer: Future[Metrics] = self._line.ask(Ask("metrics"))
+        answer: Future[Metrics] = self._connection.ask(Query("metrics"))
         return _within(answer, timeout).text
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Final, TypedDict
 import numpy as np
 
 from drp.client.arrays import add_array
-from drp.protocol.door import Condition, Option, Rule, Submit
+from drp.protocol.client_messages import Condition, Option, Rule, Submit
 from drp.protocol.frames import Frame, FrameWriter
 from drp.sampling.drafts import RULES, DraftRule
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from drp.client.arrays import Library, open_array, take_array
 from drp.errors import RefusedError, WorkerError
+from drp.protocol.client_messages import Ended, Evaluation, Finished, Progress, Refused
 from drp.protocol.codec import ProtocolError
-from drp.protocol.door import Ended, Evaluation, Finished, Progress, Refused
 from drp.protocol.frames import Frame, FrameReader
 from drp.sampling.result import Result
 

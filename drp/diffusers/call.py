@@ -14,22 +14,22 @@ from torch import Tensor
 from drp.diffusers.drafting import OWN, Drafter, scale_of
 from drp.diffusers.evaluators import Evaluator
 from drp.diffusers.forms import OfState
-from drp.diffusers.learned import Learned, Recorded, UnrecognisedError, learn
+from drp.diffusers.learned import Learned, RecordedCall, UnrecognisedError, learn
 from drp.diffusers.program import PART, Program
+from drp.diffusers.pytree import Json, UnknownValueError, flatten
 from drp.diffusers.report import CallReport
 from drp.diffusers.rounds import Predictions
 from drp.diffusers.scheduler import copy_of
-from drp.diffusers.tree import Json, UnknownValueError, flatten
 from drp.sampling.modes import Mode
 
-MOST_LESSONS = 6
+MAX_RETRACES = 6
 """How often in one call a step may turn out otherwise than those before it, and be learned from anew."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Work:
+class PipelineContext:
     """What all calls of a pipeline have in common: `modules` by name, and for each what workers find it by.
 
     `split`: the branches of guidance are to be evaluated on different devices.
@@ -46,23 +46,23 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TracedStep:
     """What a step showed, and the predictions for those that follow."""
 
     learned: Learned
     predictions: Predictions
 
 
-class Step:
+class StepState:
     """A step that is under way: what was recorded of it, or how far it is answered."""
 
     def __init__(self) -> None:
-        self.recorded: list[Recorded] = []
+        self.recorded: list[RecordedCall] = []
         self.position = 0
         """Calls answered."""
-        self.astray = False
+        self.mismatch = False
         """It has turned out not to be as the program says: the rest of it is evaluated here."""
-        self.here = False
+        self.in_process = False
         """Something of it was evaluated here."""
         self.x: Tensor | None = None
         """The latents, as the denoiser's arguments show them."""
@@ -80,13 +80,13 @@ class PipelineCall:
     it has asked before, for other latents. When it asks for what nobody has predicted, the drafts of a round are made.
     """
 
-    def __init__(self, work: Work, scheduler: Any, report: CallReport) -> None:
-        self._work, self._scheduler, self._report = work, scheduler, report
+    def __init__(self, work: PipelineContext, scheduler: Any, report: CallReport) -> None:
+        self._context, self._scheduler, self._report = work, scheduler, report
         self._drafter = Drafter(scheduler, work.mode.rule)
-        self._lesson: Lesson | None = None
-        self._lessons = 0
+        self._traced: TracedStep | None = None
+        self._retraces = 0
         self._suspects: set[str] = set()
-        self._step = Step()
+        self._step = StepState()
         self._index: int | None = None
         self._end: int | None = None
         self._stepped: Tensor | None = None
@@ -96,13 +96,13 @@ class PipelineCall:
 
     def evaluate(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the module returns: as predicted, at a draft or at these very arguments, or evaluated here."""
-        if self._lesson is not None and not self._step.astray:
+        if self._traced is not None and not self._step.mismatch:
             try:
-                return self._answer(self._lesson, module, args, kwargs)
+                return self._answer(self._traced, module, args, kwargs)
             except UnrecognisedError as error:
                 self._suspects.add(error.path)
-                self._lose_way(str(error))
-        return self._here(module, args, kwargs)
+                self._on_mismatch(str(error))
+        return self._evaluate_in_process(module, args, kwargs)
 
     def step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let the scheduler take a step, and learn from it."""
@@ -116,28 +116,28 @@ class PipelineCall:
         if self._index is not None:
             self._index += 1
         self._report.steps += 1
-        self._report.rounds += self._step.here
+        self._report.rounds += self._step.in_process
         self._report.seconds = time.perf_counter() - self._began
-        self._step = Step()
+        self._step = StepState()
         return stepped
 
     def close(self) -> None:
         """Give all memory back."""
-        lesson, self._lesson = self._lesson, None
+        lesson, self._traced = self._traced, None
         if lesson is not None:
             lesson.predictions.close()
 
     # A step.
 
-    def _here(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _evaluate_in_process(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Evaluate in this process, as the pipeline would have done."""
         began = time.perf_counter()
-        result = self._work.modules[module](*args, **kwargs)
+        result = self._context.modules[module](*args, **kwargs)
         self._report.device_seconds += time.perf_counter() - began
-        self._report.evaluations += not self._step.here
-        self._step.here = True
+        self._report.evaluations += not self._step.in_process
+        self._step.in_process = True
         if not self._report.sequential:
-            self._step.recorded.append(Recorded(module, args, kwargs, result))
+            self._step.recorded.append(RecordedCall(module, args, kwargs, result))
         return result
 
     def _before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -148,33 +148,33 @@ class PipelineCall:
             raise UnrecognisedError("the scheduler's step takes no tensors")
         k = self._index = self._drafter.find(arguments["timestep"], self._index)
         step = self._step
-        if self._lesson is not None and not step.astray:
-            calls = self._lesson.learned.program.calls
+        if self._traced is not None and not step.mismatch:
+            calls = self._traced.learned.program.calls
             if step.position < len(calls):
-                self._lose_way(f"{calls[step.position].module} was not called")
+                self._on_mismatch(f"{calls[step.position].module} was not called")
             elif step.x is None or not _agree(step.x, x, step.exact):
-                self._lose_way("the scheduler was given other latents than the denoiser")
-        if self._lesson is None and step.recorded:
+                self._on_mismatch("the scheduler was given other latents than the denoiser")
+        if self._traced is None and step.recorded:
             self._learn(k, x, output)
-        elif step.astray:
+        elif step.mismatch:
             self._forget()
         self._drafter.note(k, x, output)
 
-    def _lose_way(self, why: str) -> None:
+    def _on_mismatch(self, why: str) -> None:
         """Take the rest of this step without the program."""
         self._report.notes[f"a step was evaluated anew: {why}"] += 1
-        self._lessons += 1
+        self._retraces += 1
         if self._step.position == 0:  # Nothing of it was answered yet: it can be learned from.
             self._forget()
         else:
-            self._step.astray = True
-            self._lessons += 2  # It costs more: what was answered of the step has been evaluated for nothing.
-        if self._lessons >= MOST_LESSONS:
+            self._step.mismatch = True
+            self._retraces += 2  # It costs more: what was answered of the step has been evaluated for nothing.
+        if self._retraces >= MAX_RETRACES:
             self._give_up(f"steps differ from one another: {why}")
 
     def _forget(self) -> None:
         self.close()
-        self._step.astray = False
+        self._step.mismatch = False
 
     def _give_up(self, why: str) -> None:
         """Take the remaining steps without drafts."""
@@ -183,7 +183,7 @@ class PipelineCall:
 
     def _learn(self, k: int, x: Tensor, output: Tensor) -> None:
         """Make a program of the step whose calls were recorded, and begin rounds with it."""
-        work, t = self._work, self._drafter.timesteps[k]
+        work, t = self._context, self._drafter.timesteps[k]
         if torch.is_autocast_enabled("cpu"):
             raise UnrecognisedError("the pipeline runs under torch.autocast, which workers do not")
         if torch.get_default_dtype() != torch.float32:
@@ -206,14 +206,14 @@ class PipelineCall:
         if predictions is None:
             predictions = self._bind(learned, learned.program, sources, k)
         predictions.fit_guidance(x, output)
-        self._lesson = Lesson(learned, predictions)
+        self._traced = TracedStep(learned, predictions)
         if self._drafter.assumes:
             self._report.notes[self._drafter.assumes] = 1
 
     def _bind(self, learned: Learned, program: Program, sources: Mapping[str, Json], k: int) -> Predictions:
         """Begin rounds with a program."""
         assert self._end is not None
-        work = self._work
+        work = self._context
         inputs = {name: varying.like for name, varying in learned.inputs.items()}
         if program.parts > 1:
             inputs[PART] = torch.tensor(0)
@@ -241,7 +241,7 @@ class PipelineCall:
 
     # Answering.
 
-    def _answer(self, lesson: Lesson, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _answer(self, lesson: TracedStep, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what was predicted for a call; raise UnrecognisedError if it is not one that was expected."""
         learned, step = lesson.learned, self._step
         number, k = step.position, self._index
@@ -253,7 +253,7 @@ class PipelineCall:
         learned.check(number, tensors, step.inputs, step.answered)
         if number == 0:
             for name in {call.module for call in learned.program.calls}:
-                if not self._work.unchanged(name):
+                if not self._context.unchanged(name):
                     raise UnrecognisedError(f"{name} itself was changed")
             stepped = None if step.exact else self._stepped
             step.outputs = lesson.predictions.at(k, step.x, step.inputs, stepped)

@@ -28,7 +28,7 @@ def scale_of(scheduler: Any, t: Tensor) -> Scale:
 
 
 @dataclass(frozen=True)
-class Taken:
+class StepRecord:
     """A step that was taken: the latents before it and the model's output, after guidance."""
 
     x: Tensor
@@ -58,9 +58,9 @@ class Drafter:
         self._signature = inspect.signature(self._kind.step)
         self._levels = Levels(scheduler, self.timesteps)
         self._arguments: dict[str, Any] = {}
-        self.taken: dict[int, Taken] = {}
+        self.taken: dict[int, StepRecord] = {}
         self.base = 0
-        self.anchor = 0
+        self.previous_base = 0
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of the scheduler's `step` by name.
@@ -102,14 +102,14 @@ class Drafter:
 
     def note(self, k: int, x: Tensor, output: Tensor) -> None:
         """Remember a step, for the drafts that look back on it."""
-        self.taken[k] = Taken(x.clone(), output.clone())
-        for old in [old for old in self.taken if old not in (self.anchor, self.base, k)]:
+        self.taken[k] = StepRecord(x.clone(), output.clone())
+        for old in [old for old in self.taken if old not in (self.previous_base, self.base, k)]:
             del self.taken[old]
 
     def advance(self, base: int) -> None:
         """Let later drafts start from `base`, and look back on the base before."""
         if base > self.base:
-            self.anchor, self.base = self.base, base
+            self.previous_base, self.base = self.base, base
 
     def states(self, k: int, last: int, x: Tensor, kept: Kept) -> Iterator[DraftState]:
         """Yield the state x at index k, which the pipeline is about to evaluate, and drafts for k + 1 to `last`.
@@ -127,19 +127,19 @@ class Drafter:
                 if i < last:
                     output = kept(i, x)
                     if output is None:
-                        output = self._assume(newest, known, i, x)
+                        output = self._extrapolate(newest, known, i, x)
                     else:
-                        newest, known = i, Taken(x, output)
+                        newest, known = i, StepRecord(x, output)
                     stepped = ahead.step(model_output=output, timestep=t, sample=x, **arguments)
                     x = stepped[0].to(x.dtype)
         finally:
             torch.set_rng_state(drawn)  # A scheduler without a generator draws from the common one.
 
-    def _assume(self, last: int, known: Taken, i: int, x: Tensor) -> Tensor:
+    def _extrapolate(self, last: int, known: StepRecord, i: int, x: Tensor) -> Tensor:
         """Return the output that is assumed at index i, in state x, the last index with a prediction being `last`."""
         if not self._levels.known or known.output.shape != x.shape:
             return known.output
-        anchor = self.anchor if self.anchor in self.taken else last
+        anchor = self.previous_base if self.previous_base in self.taken else last
         weights = self._rule.extrapolate(i, anchor, last, self._levels.of_run)
         data = torch.zeros((), dtype=torch.float32)
         for k, weight in weights.items():
@@ -147,7 +147,7 @@ class Drafter:
         at_state, at_output = self._levels.factors(i)
         return ((data - at_state * x.to(data.dtype)) / at_output).to(known.output.dtype)
 
-    def _data(self, k: int, taken: Taken) -> Tensor:
+    def _data(self, k: int, taken: StepRecord) -> Tensor:
         """Return the estimate of the data at index k."""
         at_state, at_output = self._levels.factors(k)
         working = torch.promote_types(taken.x.dtype, torch.float32)

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from drp.diffusers.program import PROGRAM, Program, to_tensor
-from drp.diffusers.tree import Json
+from drp.diffusers.pytree import Json
 from drp.models.state import ModuleState
 from drp.protocol.arena import Arena
 from drp.sampling.run import Task
-from drp.threads import torch_threads
+from drp.torch_threads import torch_threads
 
 
 class Session(Protocol):
-    """One program, while drafts of it are evaluated, as of `drp.leader.session`. `arena` has its slots.
+    """One program, while drafts of it are evaluated, as of `drp.leader.runs.session`. `arena` has its slots.
 
     `device_seconds` is what evaluations have taken so far, `incidents` what happened to workers meanwhile.
     """
@@ -58,7 +58,7 @@ class Evaluator(Protocol):
         ...
 
 
-class Here:
+class InProcess:
     """This process, on its own modules, one draft at a time, with as many threads as a worker has.
 
     `modules` are their forward methods.
@@ -83,10 +83,10 @@ class Here:
     ) -> Session:
         """Return a session in this process."""
         arena = Arena.lay_out(0, inputs, outputs, slots, slots, {**cond, PROGRAM: to_tensor(program, sources)})
-        return _SessionHere(arena, program, self._modules, self._threads)
+        return _InProcessSession(arena, program, self._modules, self._threads)
 
 
-class _SessionHere:
+class _InProcessSession:
     def __init__(self, arena: Arena, program: Program, modules: Mapping[str, types.MethodType], threads: int) -> None:
         self.arena = arena
         self.device_seconds = 0.0

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from drp.diffusers.forms import OfState, OfTime, Scale, of_state, of_time
 from drp.diffusers.program import Call, Leaf, Program, output_name, stride_of, with_zeros
-from drp.diffusers.tree import Json, UnknownValueError, flatten, rebuild
+from drp.diffusers.pytree import Json, UnknownValueError, flatten, rebuild
 from drp.protocol.memory import NAMES
-from drp.protocol.messages import MOST_TENSORS
+from drp.protocol.messages import MAX_TENSORS
 
 
 class UnrecognisedError(Exception):
@@ -25,7 +25,7 @@ class UnrecognisedError(Exception):
 
 
 @dataclass
-class Recorded:
+class RecordedCall:
     """A call that the pipeline made and that was answered in this process."""
 
     module: str
@@ -114,7 +114,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def learn(
-    recorded: Sequence[Recorded],
+    recorded: Sequence[RecordedCall],
     x: Tensor,
     t: Tensor,
     scale: Scale,
@@ -151,8 +151,8 @@ def learn(
     if not any(isinstance(varying.form, OfState) for varying in learned.inputs.values()):
         raise UnrecognisedError("no argument of the denoiser is made from the latents in a way that drp knows")
     most = max(len(learned.inputs), len(learned.outputs), len(learned.cond) + 1)
-    if most > MOST_TENSORS:
-        raise UnrecognisedError(f"a step takes or returns {most} tensors; drp passes {MOST_TENSORS}")
+    if most > MAX_TENSORS:
+        raise UnrecognisedError(f"a step takes or returns {most} tensors; drp passes {MAX_TENSORS}")
     for tensor in (*learned.cond.values(), *learned.outputs.values()):
         if tensor.dtype not in NAMES or tensor.device.type != "cpu":
             raise UnrecognisedError(f"there is a tensor of {tensor.dtype} on {tensor.device}, which drp does not pass")

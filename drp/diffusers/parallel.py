@@ -12,12 +12,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from drp.diffusers.call import PipelineCall, Work
-from drp.diffusers.evaluators import Evaluator, Here
+from drp.diffusers.call import PipelineCall, PipelineContext
+from drp.diffusers.evaluators import Evaluator, InProcess
 from drp.diffusers.publish import Publisher
+from drp.diffusers.pytree import Json
 from drp.diffusers.report import CallReport, Report
 from drp.diffusers.structure import Described, describe
-from drp.diffusers.tree import Json
 from drp.diffusers.workers import Workers
 from drp.leader.devices import expand_count, parse_devices
 from drp.sampling.drafts import DraftRule, find_rule
@@ -105,7 +105,7 @@ class Parallel:
         mode = self._mode
         report = CallReport(type(mode).__name__.lower(), mode.width, self._evaluator.devices)
         self.report.calls.append(report)
-        work = Work(
+        work = PipelineContext(
             self._pipe,
             mode,
             self._originals,
@@ -249,7 +249,7 @@ def reference(
     own = threads or max(1, torch.get_num_threads() // len(placed))
     drafts = _drafts(drafts, len(placed), split_guidance)
     parallel = Parallel(pipe, make(mode, drafts, rule, tolerance, warmup, stride), names, split_guidance)
-    parallel.enter(Here(parallel.originals, own), None)
+    parallel.enter(InProcess(parallel.originals, own), None)
     try:
         yield parallel
     finally:
@@ -270,7 +270,7 @@ def make(
     made = make_mode(mode, drafts, tolerance, find_rule(rule), stride) if isinstance(mode, str) else mode
     if warmup:
         made = Warmup(made, warmup)
-    if made.lags or not (made.feedback or _goes_on(made)):
+    if made.pipelined or not (made.feedback or _goes_on(made)):
         raise ValueError(
             f"mode {mode!r} goes back to steps that a pipeline has already taken, or leaves some out; "
             "choose window, aggressive, conservative, adaptive or sequential"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drp.diffusers.tree import Json, flatten, rebuild
+from drp.diffusers.pytree import Json, flatten, rebuild
 
 PROGRAM = "program"
 """The condition that holds a program, as the bytes of its JSON."""

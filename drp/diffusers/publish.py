@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from drp.diffusers.pytree import Json
 from drp.diffusers.structure import Described
-from drp.diffusers.tree import Json
 from drp.protocol.memory import NAMES, SharedMemory, aligned
 
 _numbers = itertools.count(1)

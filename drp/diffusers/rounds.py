@@ -97,7 +97,7 @@ class Predictions:
 
     def _begin(self, k: int) -> None:
         """Begin rounds for the steps from k on, as in a run that starts there."""
-        self._first = self._drafter.base = self._drafter.anchor = k
+        self._first = self._drafter.base = self._drafter.previous_base = k
         self._rounds: Rounds = self._mode.rounds(self._end - k)
         self._rows, self._drafts, self._residuals = {}, {}, None
         self._next = self._after()

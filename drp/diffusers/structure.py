@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drp.diffusers.tree import PLAIN, Json, UnknownValueError, find, name_of
+from drp.diffusers.pytree import PLAIN, Json, UnknownValueError, find, name_of
 
 HOOKS = tuple(name for name, value in vars(nn.Module()).items() if name.endswith("hooks") and isinstance(value, dict))
 PARTS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from drp.diffusers.program import PROGRAM, Program, from_bytes
+from drp.diffusers.pytree import Json
 from drp.diffusers.structure import make
-from drp.diffusers.tree import Json
 from drp.models.state import ModuleState
 from drp.protocol.memory import DTYPES, SharedMemory
 from drp.protocol.messages import Handle

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from drp.diffusers.evaluators import Session
 from drp.diffusers.program import PROGRAM, Program, to_tensor
-from drp.diffusers.tree import Json
+from drp.diffusers.pytree import Json
 from drp.leader.devices import parse_devices
+from drp.leader.events import Timeline
 from drp.leader.leader import Leader
-from drp.leader.timeline import Timeline
 from drp.trace.record import record
 
 MODEL = "drp.diffusers.worker:load"
@@ -69,7 +69,7 @@ class Workers:
         cond: Mapping[str, Tensor],
     ) -> Session:
         """Return a session on the workers."""
-        return self._leader.open(inputs, outputs, slots, {**cond, PROGRAM: to_tensor(program, sources)})
+        return self._leader.open_session(inputs, outputs, slots, {**cond, PROGRAM: to_tensor(program, sources)})
 
     def record(self, path: str | os.PathLike[str], most: int | None = None) -> AbstractContextManager[Timeline]:
         """Write a trace of what they do during a block, as `drp.trace.record` does for a leader."""

@@ -25,7 +25,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from drp.errors import RefusedError
 from drp.http.body import MAX_BODY, Body
-from drp.http.work import Backend, Images, ProgressEvent, Work
+from drp.http.jobs import Backend, ImageJob, Images, ProgressEvent
 
 PAGE = Path(__file__).with_name("page.html")
 LOOK = 0.5
@@ -136,7 +136,7 @@ def _answer_errors(app: FastAPI) -> None:
         return _refusal(500, "an error of the gateway's own; its log says which")
 
 
-async def _images(work: Work, request: Request) -> Images:
+async def _images(work: ImageJob, request: Request) -> Images:
     """Wait for the images; end the work if its client goes away."""
     images = asyncio.wrap_future(work.images)
     images.add_done_callback(lambda done: done.cancelled() or done.exception())  # Nobody may be left to ask for it.
@@ -150,7 +150,7 @@ async def _images(work: Work, request: Request) -> Images:
         work.cancel()
 
 
-async def _stream(work: Work, events: asyncio.Queue[ProgressEvent | None], body: Body) -> AsyncIterator[str]:
+async def _stream(work: ImageJob, events: asyncio.Queue[ProgressEvent | None], body: Body) -> AsyncIterator[str]:
     """Yield server-sent events; a client that goes away closes this generator."""
     index = 0
     try:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
-from drp.http.work import ImageRequest
+from drp.http.jobs import ImageRequest
 from drp.limits import MAX_DRAFTS, MAX_GUIDANCE, MAX_STEPS
 
 MAX_PARTIAL_IMAGES = 100

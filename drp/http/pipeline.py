@@ -22,8 +22,8 @@ from diffusers import DiffusionPipeline
 from drp.diffusers import Report as Calls
 from drp.diffusers import parallelize
 from drp.errors import RefusedError, WorkerError
+from drp.http.jobs import ImageRequest, Images, Previews, ProgressEvent, Report, check_work
 from drp.http.previews import decoder
-from drp.http.work import ImageRequest, Images, Previews, ProgressEvent, Report, check_work
 from drp.limits import MAX_STEPS
 from drp.server.metrics import Counts, prometheus
 
@@ -39,7 +39,7 @@ FACTS: Final = ("mode", "drafts", "steps", "devices", "rounds", "evaluations", "
 log = logging.getLogger(__name__)
 
 
-class Pipeline:
+class PipelineBackend:
     """A backend over the pipeline that `factory` makes, its steps spread over devices by `drp.diffusers.parallelize`.
 
     `spread` are the arguments of that. At most `max_queue` requests wait; `max_work` is the most that one may be, in
@@ -60,17 +60,17 @@ class Pipeline:
             raise ValueError(f"max_queue is {max_queue} and max_work {max_work}; give numbers from 1")
         self.model, self._factory, self._spread, self._stall = model, factory, spread, stall
         self._max_work, self._max_queue = max_work, max_queue
-        self._waiting: deque[PipelineWork] = deque()
-        self._current: PipelineWork | None = None
+        self._waiting: deque[PipelineJob] = deque()
+        self._current: PipelineJob | None = None
         self._closing = False
         self._changed = threading.Condition()
-        self._counts, self._lively = Counts(), time.monotonic()
+        self._counts, self._last_progress = Counts(), time.monotonic()
         self._ready: Future[dict[str, Any]] = Future()
         self._thread = threading.Thread(target=self._serve, name="drp-pipeline", daemon=True)
         self._thread.start()
         self._known = self._ready.result(START)
 
-    def begin(self, request: ImageRequest, report: Report | None = None) -> PipelineWork:
+    def begin(self, request: ImageRequest, report: Report | None = None) -> PipelineJob:
         """Queue a request."""
         arguments: dict[str, Any] = {"prompt": request.prompt, "num_images_per_prompt": request.n}
         arguments |= {NAMES.get(name, name): value for name, value in request.options.items() if name != "seed"}
@@ -92,7 +92,7 @@ class Pipeline:
         seed = request.options.get("seed")
         if seed is not None:
             arguments["generator"] = torch.Generator().manual_seed(seed)
-        work = PipelineWork(arguments, request.previews, report, self._note_progress, self._withdraw)
+        work = PipelineJob(arguments, request.previews, report, self._note_progress, self._withdraw)
         with self._changed:
             ahead = len(self._waiting) + (self._current is not None)
             if self._closing or len(self._waiting) >= self._max_queue:
@@ -110,7 +110,7 @@ class Pipeline:
     def health(self) -> tuple[bool, Mapping[str, Any]]:
         """Say whether there was progress lately, or nothing to do."""
         unfinished = self._unfinished()
-        still = time.monotonic() - self._lively if unfinished else 0.0
+        still = time.monotonic() - self._last_progress if unfinished else 0.0
         alive = self._thread.is_alive()
         return alive and still <= self._stall, {"alive": alive, "requests": unfinished, "since_progress": still}
 
@@ -131,7 +131,7 @@ class Pipeline:
     def _unfinished(self) -> int:
         return len(self._waiting) + (self._current is not None)
 
-    def _withdraw(self, work: PipelineWork) -> bool:
+    def _withdraw(self, work: PipelineJob) -> bool:
         """Take a request that has not begun out of the queue; return whether it was there."""
         with self._changed:
             if work not in self._waiting:
@@ -140,7 +140,7 @@ class Pipeline:
             self._counts.cancelled += 1
             return True
 
-    def _next(self) -> PipelineWork | None:
+    def _next(self) -> PipelineJob | None:
         """Wait for a request; return None at the end."""
         with self._changed:
             self._current = None
@@ -151,7 +151,7 @@ class Pipeline:
             return self._current
 
     def _note_progress(self) -> None:
-        self._lively = time.monotonic()
+        self._last_progress = time.monotonic()
 
     def _serve(self) -> None:
         try:
@@ -180,7 +180,7 @@ class Pipeline:
                     return True
         return False
 
-    def _draw(self, pipe: Any, work: PipelineWork, report: Calls) -> bool:
+    def _draw(self, pipe: Any, work: PipelineJob, report: Calls) -> bool:
         """Carry a request out; return whether it lost a worker."""
         began = time.monotonic()
         try:
@@ -199,7 +199,7 @@ class Pipeline:
         return False
 
 
-class PipelineWork:
+class PipelineJob:
     """One call of a pipeline."""
 
     def __init__(
@@ -208,7 +208,7 @@ class PipelineWork:
         previews: int,
         report: Report | None,
         lively: Callable[[], None],
-        withdraw: Callable[[PipelineWork], bool],
+        withdraw: Callable[[PipelineJob], bool],
     ) -> None:
         self.images: Future[Images] = Future()
         self._arguments, self._previews, self._report = arguments, Previews(previews), report
@@ -260,16 +260,18 @@ def _defaults(pipe: Any) -> dict[str, Any]:
     return taken
 
 
-def load(name: str, spread: Mapping[str, Any], max_work: float = 1e9, max_queue: int = 64) -> Pipeline:
+def load(name: str, spread: Mapping[str, Any], max_work: float = 1e9, max_queue: int = 64) -> PipelineBackend:
     """Return the backend over `package.module:factory`, or over a folder or a hub's name; ValueError if it is none."""
     module, colon, attribute = name.partition(":")
     if not colon:
-        return Pipeline(functools.partial(DiffusionPipeline.from_pretrained, name), name, spread, max_work, max_queue)
+        return PipelineBackend(
+            functools.partial(DiffusionPipeline.from_pretrained, name), name, spread, max_work, max_queue
+        )
     try:
         factory = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{name!r} is no pipeline: {error}; write package.module:factory, or a folder") from None
-    return Pipeline(factory, name, spread, max_work, max_queue)
+    return PipelineBackend(factory, name, spread, max_work, max_queue)
 
 
 def _png(image: Any) -> bytes:

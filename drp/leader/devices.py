@@ -13,11 +13,11 @@ from typing import Any
 from drp.leader.gpus import Gpu, find_gpus, has_gpus, visible
 from drp.protocol.messages import Emulated, Values
 
-MOST = 256
+MAX_WORKERS = 256
 """Workers of one leader."""
 
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-MOST_SECONDS = 3600
+MAX_SECONDS = 3600
 BYTES = {"GB/s": 1e9, "MB/s": 1e6, "KB/s": 1e3}
 NUMBER = r"(\d{1,9}(?:\.\d{1,9})?)"
 
@@ -50,7 +50,7 @@ def parse_devices(
       link: a draft and a prediction each travel for 50 us and, after the @, if given, their bytes at this rate.
       values: `model` (the default: the evaluation's own, within TIME if that is long enough), `recorded`: the model is
       evaluated once for each draft, and its prediction given again when the draft comes again, or `cheap`, a function
-      of the draft and the timestep that costs next to nothing; see `drp.workers.emulated` and `drp.workers.recorded`.
+      of the draft and the timestep at next to no cost; see `drp.workers.emulated`, `drp.workers.prediction_cache`.
     - `cuda:I`, the I-th GPU that CUDA shows, `cuda:UUID`, the one of this UUID or its beginning, or `cuda`, the next in
       turn. Its worker runs on the cores of that GPU's NUMA node. Several workers may be on one GPU; `4xcuda` with one
       GPU is four. GPUs and other devices do not mix in one leader. `find` says what GPUs there are.
@@ -60,8 +60,8 @@ def parse_devices(
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
         raise ValueError(f"threads is {threads!r}; a worker needs 1 or more")
     names = _names(expand_count(devices, None, find))
-    if not 1 <= len(names) <= MOST:
-        raise ValueError(f"{len(names)} devices; a run needs 1 to {MOST}")
+    if not 1 <= len(names) <= MAX_WORKERS:
+        raise ValueError(f"{len(names)} devices; a run needs 1 to {MAX_WORKERS}")
     cores = sorted(os.sched_getaffinity(0))
     placed = []
     if any(_is_gpu(name) for name in names):
@@ -100,8 +100,8 @@ def expand_count(
         raise ValueError(f"devices is {devices!r}; give a count, or names such as 'cpu:0'")
     if not isinstance(devices, int):
         return devices
-    if not 1 <= devices <= MOST:
-        raise ValueError(f"devices is {devices}; a run needs 1 to {MOST}")
+    if not 1 <= devices <= MAX_WORKERS:
+        raise ValueError(f"devices is {devices}; a run needs 1 to {MAX_WORKERS}")
     kind = kind or ("cuda" if has_gpus() else "cpu")
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"devices is {devices}, but there are no workers on {kind} devices; name cpu or cuda ones")
@@ -176,8 +176,8 @@ def parse_time(text: str) -> float:
 
 def _seconds(text: str, name: str) -> float:
     found = re.fullmatch(f"{NUMBER}(s|ms|us)", text)
-    if not found or float(found[1]) * SECONDS[found[2]] > MOST_SECONDS:
-        raise ValueError(f"device {name!r}: {text!r} is no time up to {MOST_SECONDS} s; write 20ms, 500us or 1s")
+    if not found or float(found[1]) * SECONDS[found[2]] > MAX_SECONDS:
+        raise ValueError(f"device {name!r}: {text!r} is no time up to {MAX_SECONDS} s; write 20ms, 500us or 1s")
     return float(found[1]) * SECONDS[found[2]]
 
 
@@ -190,8 +190,8 @@ def _names(devices: str | Sequence[str]) -> list[str]:
         if not isinstance(name, str):
             raise ValueError(f"devices holds {name!r}; give a count, or names such as 'cpu:0'")
     counted = [re.fullmatch(r"(?:(\d{1,6})x)?(.*)", name.strip(), re.DOTALL) for name in devices]
-    if sum(int(found[1] or 1) for found in counted if found) > MOST:
-        raise ValueError(f"devices is {devices!r:.80}; a run needs 1 to {MOST}")
+    if sum(int(found[1] or 1) for found in counted if found) > MAX_WORKERS:
+        raise ValueError(f"devices is {devices!r:.80}; a run needs 1 to {MAX_WORKERS}")
     return [found[2] for found in counted if found for _ in range(int(found[1] or 1))]
 
 

@@ -15,20 +15,20 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from drp.leader.active import Pending
 from drp.leader.awake import Awake
 from drp.leader.devices import parse_devices
 from drp.leader.engine import Engine
-from drp.leader.ground import GpuOptions
-from drp.leader.policies import Policy, find_policy
+from drp.leader.events import Timeline
+from drp.leader.memory.placement import GpuOptions
 from drp.leader.request import Options, Request, make_job
-from drp.leader.session import Session
-from drp.leader.sharing import Sharing
-from drp.leader.staff import Station
-from drp.leader.timeline import Timeline
+from drp.leader.runs.run_state import RunFuture
+from drp.leader.runs.session import Session
+from drp.leader.scheduling.policies import Policy, find_policy
+from drp.leader.scheduling.sharing import SharingPolicy
+from drp.leader.supervision.supervisor import WorkerSlot
 from drp.protocol.arena import Arena
 from drp.protocol.codec import is_text
-from drp.protocol.messages import MOST_BATCHED, ModelSpec
+from drp.protocol.messages import MAX_BATCHED, ModelSpec
 from drp.sampling.advice import warn
 from drp.sampling.result import Result
 
@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Worker:
-    """A worker as it is now. `state`: "starting", "ready", "away" (lost, to be replaced) or "lost" (given up).
+class WorkerStatus:
+    """A worker as it is now. `state`: "starting", "ready", "restarting" (lost, to be replaced) or "lost" (given up).
 
     `pid` is None while there is no process. `lost` counts those that were in its place before. `drafts` are those that
     it has. `last` says how the one before ended.
@@ -50,18 +50,18 @@ class Worker:
     device: str
     state: str
     pid: int | None
-    lost: int
+    losses: int
     drafts: int
-    last: str
+    last_failure: str
 
     @classmethod
-    def of(cls, station: Station) -> Worker:
-        """Describe what is at a station."""
-        process = station.worker
+    def of(cls, worker_slot: WorkerSlot) -> WorkerStatus:
+        """Describe what is at a worker slot."""
+        process = worker_slot.worker
         pid = process.process.pid if process else None
-        lost = station.generation - (process is not None)
-        name, drafts = station.device.name, sum(len(sent.tasks) for sent in list(station.drafts))
-        return cls(station.number, name, station.state, pid, lost, drafts, station.last)
+        lost = worker_slot.generation - (process is not None)
+        name, drafts = worker_slot.device.name, sum(len(sent.tasks) for sent in list(worker_slot.drafts))
+        return cls(worker_slot.number, name, worker_slot.state, pid, lost, drafts, worker_slot.last_failure)
 
 
 class Leader:
@@ -79,9 +79,9 @@ class Leader:
         its first of a run, and then 20 times what the slowest of that run took, at least 5.
     hedge: give a draft that takes this many times the usual to an idle worker too; the first answer counts. By default
         drafts are given twice only when a worker is lost.
-    sharing: which run a free worker serves when there are several; by default by load, see `drp.leader.sharing`.
+    sharing: which run a free worker serves of several; by default by load, see `drp.leader.scheduling.sharing`.
     policy: instead of `hedge` and `sharing`, a name or an object that says all of when drafts go out, to whom, and
-        whether twice; see `drp.leader.policies`.
+        whether twice; see `drp.leader.scheduling.policies`.
     python: the interpreter that the workers run; by default this program's, or in a program that embeds Python the one
         in the environment's folder. It must have the same version.
     drafts_per_device: evaluate so many drafts of a round as one batch; see docs/gpus.md. A run then has this many times
@@ -102,7 +102,7 @@ class Leader:
         start_timeout: float = 120.0,
         draft_timeout: float | None = None,
         hedge: float | None = None,
-        sharing: Sharing | None = None,
+        sharing: SharingPolicy | None = None,
         policy: str | Policy | None = None,
         python: str | os.PathLike[str] | None = None,
         drafts_per_device: int = 1,
@@ -115,7 +115,7 @@ class Leader:
         if policy is not None and (hedge is not None or sharing is not None):
             raise ValueError(f"policy is {policy!r}, which says hedge and sharing itself; leave those out")
         own = find_policy(policy) if policy is not None else None
-        refuse_hedging(gpu, own.hedge if own is not None else hedge)
+        check_hedge(gpu, own.hedge if own is not None else hedge)
         if hedge is not None and not 1 < hedge < math.inf:
             raise ValueError(f"hedge is {hedge}; give a factor above 1, such as 1.5, or None")
         self._devices, self._gpu = parse_devices(devices, threads), gpu
@@ -149,18 +149,18 @@ class Leader:
     @timeline.setter
     def timeline(self, timeline: Timeline | None) -> None:
         if self._timeline is not None:
-            self.leave(self._timeline)
+            self.unsubscribe(self._timeline)
         self._timeline = timeline
         if timeline is not None:
-            self.listen(timeline)
+            self.subscribe(timeline)
 
-    def listen(self, timeline: Timeline) -> None:
+    def subscribe(self, timeline: Timeline) -> None:
         """Let runs append their marks to a list beside others, until `leave`."""
-        self._engine.marks.listen(timeline)
+        self._engine.recorder.subscribe(timeline)
 
-    def leave(self, timeline: Timeline) -> None:
+    def unsubscribe(self, timeline: Timeline) -> None:
         """Append no more marks to a list."""
-        self._engine.marks.leave(timeline)
+        self._engine.recorder.unsubscribe(timeline)
 
     @property
     def policy(self) -> Policy | None:
@@ -173,9 +173,9 @@ class Leader:
     @policy.setter
     def policy(self, policy: str | Policy) -> None:
         found = find_policy(policy)
-        refuse_hedging(self._gpu, found.hedge)
+        check_hedge(self._gpu, found.hedge)
         self._policy = found
-        self._engine.follow(self._policy, self._policy.hedge, self._policy.depth)
+        self._engine.configure_scheduling(self._policy, self._policy.hedge, self._policy.depth)
 
     @property
     def overlap(self) -> bool:
@@ -187,9 +187,9 @@ class Leader:
         self._engine.overlap = overlap
 
     @property
-    def workers(self) -> tuple[Worker, ...]:
+    def workers(self) -> tuple[WorkerStatus, ...]:
         """What every worker is doing."""
-        return tuple(Worker.of(station) for station in self._engine.staff.stations)
+        return tuple(WorkerStatus.of(worker_slot) for worker_slot in self._engine.supervisor.worker_slots)
 
     @property
     def dropped(self) -> int:
@@ -211,7 +211,7 @@ class Leader:
         """Whether it takes no more runs: it was closed, or its workers were lost."""
         return self._engine.closed
 
-    def submit(self, **options: Unpack[Options]) -> Pending:
+    def submit(self, **options: Unpack[Options]) -> RunFuture:
         """Begin a run and return at once; the options are the fields of `drp.leader.request.Request`.
 
         What is returned is a `concurrent.futures.Future` with a `drp.Result`, and can be cancelled at any time. Runs
@@ -222,13 +222,13 @@ class Leader:
         """
         return self._submit(Request(**options))
 
-    def _submit(self, request: Request, advise: bool = False) -> Pending:
+    def _submit(self, request: Request, advise: bool = False) -> RunFuture:
         job = make_job(request, self.spec, self._drafts)
         if advise:
             warn(job.solver.grid.steps, job.mode.width, job.solver.adds_noise)
         if self._policy is not None:
             job = replace(job, mode=self._policy.schedule(job.mode))
-        if self._engine.is_this_thread:
+        if self._engine.in_engine_thread:
             raise RuntimeError("a callback must not use the leader that calls it")
         return self._engine.submit(job, request)
 
@@ -246,22 +246,22 @@ class Leader:
         finally:
             pending.cancel()  # for an interrupt of this thread: nobody wants the run any more
 
-    def open(
+    def open_session(
         self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], slots: int, cond: Mapping[str, Tensor]
     ) -> Session:
-        """Begin a session: evaluations for a caller who does the arithmetic himself, see `drp.leader.session`.
+        """Begin a session: evaluations for a caller who does the arithmetic himself, see `drp.leader.runs.session`.
 
         Its `slots` hold drafts, tensors like `inputs`, for predictions like `outputs`; `cond` is copied.
         """
-        if self._engine.is_this_thread:
+        if self._engine.in_engine_thread:
             raise RuntimeError("a callback must not use the leader that calls it")
-        return self._engine.open(
+        return self._engine.open_session(
             lambda number, spare: Arena.lay_out(number, inputs, outputs, slots, slots + spare, cond)
         )
 
     def close(self) -> None:
         """Cancel the runs, end the workers and give back all memory; more calls do nothing."""
-        if self._engine.is_this_thread:
+        if self._engine.in_engine_thread:
             raise RuntimeError("a callback must not use the leader that calls it")
         self._end()
         log.debug("closed")
@@ -275,10 +275,10 @@ class Leader:
         self.close()
 
 
-def refuse_hedging(gpu: GpuOptions | None, hedge: float | None) -> None:
+def check_hedge(gpu: GpuOptions | None, hedge: float | None) -> None:
     """Raise ValueError for drafts given twice where the leader's GPU would wait for the later of the two."""
-    if gpu is not None and gpu.ordering == "device" and hedge is not None:
-        raise ValueError(f'hedge is {hedge}, but with ordering="device" no draft is given twice; leave one of them out')
+    if gpu is not None and gpu.dispatch == "async" and hedge is not None:
+        raise ValueError(f'hedge is {hedge}, but with dispatch="async" no draft is given twice; leave one of them out')
 
 
 def check_batch(drafts_per_device: int) -> int:
@@ -286,9 +286,9 @@ def check_batch(drafts_per_device: int) -> int:
     if (
         isinstance(drafts_per_device, bool)
         or not isinstance(drafts_per_device, int)
-        or not 1 <= drafts_per_device <= MOST_BATCHED
+        or not 1 <= drafts_per_device <= MAX_BATCHED
     ):
-        raise ValueError(f"drafts_per_device is {drafts_per_device!r}; give a whole number from 1 to {MOST_BATCHED}")
+        raise ValueError(f"drafts_per_device is {drafts_per_device!r}; give a whole number from 1 to {MAX_BATCHED}")
     return drafts_per_device
 
 

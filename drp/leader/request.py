@@ -15,11 +15,11 @@ from drp.limits import MAX_DRAFTS, MAX_EVALUATIONS, MAX_GUIDANCE, MAX_NUMBERS, M
 from drp.protocol.codec import is_text
 from drp.protocol.memory import DTYPES, NAMES
 from drp.protocol.messages import ModelSpec
-from drp.sampling.choice import Choice, choose_rounds, choose_speedup
 from drp.sampling.drafts import DraftRule, find_rule
-from drp.sampling.modes import Mode, Sweeps, Warmup, Window, make_mode
-from drp.sampling.named import make_solver
-from drp.sampling.run import Callback, Noise, Queue, Run, slots
+from drp.sampling.mode_selection import Choice, choose_rounds, choose_speedup
+from drp.sampling.modes import Mode, PicardSweeps, Warmup, Window, make_mode
+from drp.sampling.registry import make_solver
+from drp.sampling.run import Callback, Noise, OperationQueue, Run, slots
 from drp.sampling.solvers import Solver
 
 MOST_SIZES = 16
@@ -68,7 +68,7 @@ class Request:
     cond: tensors handed to the denoiser by name, as they are.
     guidance: scale of classifier-free guidance; by default the model's.
     steps: N, the steps of the solver, at most 10,000.
-    solver: its name (`drp.sampling.named.SOLVER_NAMES`), or one made by hand, which has its grid, its prediction type
+    solver: its name (`drp.sampling.registry.SOLVER_NAMES`), or a Solver, which has its grid, its prediction type
         and its steps already. See docs/schedulers.md.
     solver_options: of the solver, by name: {"order": 3}, {"eta": 1.0}.
     grid: options of `drp.sampling.grids.make_grid`, or of `flow_grid` for prediction type "flow", by name:
@@ -146,7 +146,7 @@ class Job:
         """The slots that the run needs for drafts, and as many for predictions."""
         return slots(self.solver, self.mode)
 
-    def run(self, drafts: Tensor, predictions: Tensor, queue: Queue | None = None) -> Run:
+    def run(self, drafts: Tensor, predictions: Tensor, queue: OperationQueue | None = None) -> Run:
         """Return the run, its drafts and predictions in these matrices [slots, D], its arithmetic given to a queue."""
         return Run(self.solver, self.mode, self.start, drafts, predictions, self.fresh, self.watch, queue)
 
@@ -298,7 +298,7 @@ def _mode(request: Request, devices: int, steps: int) -> Mode:
     else:
         mode = request.mode
     if _whole("sweeps", request.sweeps, 0, MAX_EVALUATIONS // steps - 1):
-        mode = Sweeps(mode, request.sweeps)
+        mode = PicardSweeps(mode, request.sweeps)
     if _whole("warmup", request.warmup, 0, MAX_STEPS):
         mode = Warmup(mode, request.warmup)
     if mode.width > MAX_DRAFTS:

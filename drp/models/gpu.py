@@ -17,7 +17,7 @@ from torch import Tensor
 
 from drp.models.registry import Denoiser, Predict
 from drp.protocol.memory import DTYPES
-from drp.protocol.messages import OnGpu
+from drp.protocol.messages import GpuConfig
 
 WARM = 3
 """Evaluations before a capture: libraries choose their algorithms and allocate in the first ones."""
@@ -25,12 +25,12 @@ LIMITS = ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", 
 """What torch calls the most shapes that it compiles, in one version or another."""
 
 
-def on_device(denoiser: Denoiser, device: torch.device, how: OnGpu) -> Denoiser:
+def on_device(denoiser: Denoiser, device: torch.device, how: GpuConfig) -> Denoiser:
     """Return the denoiser on a device, ready for its first draft; raise TypeError for a model that cannot be there."""
     return warmed(in_dtype(denoiser, how), device, how)
 
 
-def in_dtype(denoiser: Denoiser, how: OnGpu) -> Denoiser:
+def in_dtype(denoiser: Denoiser, how: GpuConfig) -> Denoiser:
     """Return the denoiser with its weights in the dtype asked for, wherever they are.
 
     Raises TypeError for a model that is no module, or that fills slots itself.
@@ -43,7 +43,7 @@ def in_dtype(denoiser: Denoiser, how: OnGpu) -> Denoiser:
     return denoiser
 
 
-def warmed(denoiser: Denoiser, device: torch.device, how: OnGpu) -> Denoiser:
+def warmed(denoiser: Denoiser, device: torch.device, how: GpuConfig) -> Denoiser:
     """Return a denoiser that was cast, on a device, with all done that a first evaluation would have to wait for.
 
     Weights that are there already stay where they are. A model that can be warmed has a method `examples()`: arguments

@@ -12,7 +12,7 @@ from drp.protocol.codec import ProtocolError
 from drp.protocol.memory import ALIGNMENT, DTYPES, NAMES, Memory, SharedMemory, aligned
 from drp.protocol.messages import Bind, GpuHandle, Handle, TensorSpec
 
-Make = Callable[[int], Memory]
+Allocate = Callable[[int], Memory]
 
 
 class Arena:
@@ -50,7 +50,7 @@ class Arena:
         slots: int,
         rows: int,
         cond: Mapping[str, Tensor],
-        make: Make = SharedMemory.create,
+        make: Allocate = SharedMemory.create,
         more: int = 0,
     ) -> Arena:
         """Make the arena of a run whose states, and predictions, are like `state`, with `cond` copied in."""
@@ -66,7 +66,7 @@ class Arena:
         slots: int,
         rows: int,
         cond: Mapping[str, Tensor],
-        make: Make = SharedMemory.create,
+        make: Allocate = SharedMemory.create,
         more: int = 0,
     ) -> Arena:
         """Make the arena of a run: `slots` for tensors like `inputs`, `rows` like `outputs`, and `cond` copied in.
@@ -77,7 +77,7 @@ class Arena:
         start = slots * _stride(drafts) + rows * _stride(predictions)
         specs = _specs("cond", cond, start)
         memory = make(_end(specs, start) + more)
-        handle, gpu = memory.names
+        handle, gpu = memory.ipc_handles
         arena = cls(memory, Bind(run, handle, slots, rows, drafts, predictions, specs, gpu, memory.number))
         for name, tensor in cond.items():
             arena.cond[name].copy_(tensor)

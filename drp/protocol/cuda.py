@@ -22,7 +22,7 @@ from torch import Tensor
 from drp.protocol.codec import ProtocolError
 from drp.protocol.memory import Memory, SharedMemory, check_fit
 from drp.protocol.messages import GpuHandle, Handle
-from drp.protocol.order import ALL, LINE
+from drp.protocol.timeline import CANCEL_ALL, TIMELINE_NBYTES
 
 HANDLE = 64
 """Bytes of a handle."""
@@ -30,7 +30,7 @@ NO_TIMES_BUT_SHARED = 2 | 4
 """cudaEventDisableTiming and cudaEventInterprocess."""
 LAZY_PEER_ACCESS = 1
 PORTABLE_AND_MAPPED = 1 | 2
-LINES = 1024
+MAX_COUNTERS = 1024
 """How many numbers there are in one memory: one for each worker that is started."""
 
 
@@ -111,7 +111,7 @@ class GpuMemory:
         return cls(int(address.value or 0), int(event.value or 0), handle, index)
 
     @property
-    def names(self) -> tuple[Handle | None, GpuHandle | None]:
+    def ipc_handles(self) -> tuple[Handle | None, GpuHandle | None]:
         """No file's handle, and its own."""
         return None, self._handle
 
@@ -120,12 +120,12 @@ class GpuMemory:
         count = check_fit(offset, shape, dtype, self.nbytes)
         return self._bytes[offset : offset + count * dtype.itemsize].view(dtype).view(tuple(shape))
 
-    def written(self) -> None:
+    def record_event(self) -> None:
         """Record the event on the current stream of its device."""
         stream = torch.cuda.current_stream(self.device).cuda_stream
         _call("cudaEventRecord", ctypes.c_void_p(self._event), ctypes.c_void_p(stream))
 
-    def follow(self) -> None:
+    def wait_event(self) -> None:
         """Have the current stream, of the current device, wait for the event as it was last recorded."""
         stream = torch.cuda.current_stream().cuda_stream
         _call("cudaStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(self._event), 0)
@@ -146,7 +146,7 @@ class GpuMemory:
             _call("cudaFree", ctypes.c_void_p(self._address))
 
 
-class GpuNumbers:
+class GpuCounters:
     """int64 numbers on the host, of the leader's, LINE bytes apart: GPUs write them, and wait for them, on streams.
 
     Where an interprocess event would do as well, as long as all goes well: a stream that waits for one which a process
@@ -155,31 +155,31 @@ class GpuNumbers:
     """
 
     def __init__(self, memory: SharedMemory) -> None:
-        self._memory, self.lines = memory, memory.nbytes // LINE
-        self._numbers = memory.tensor(0, (self.lines, LINE // 8), torch.int64)
+        self._memory, self.count = memory, memory.nbytes // TIMELINE_NBYTES
+        self._numbers = memory.tensor(0, (self.count, TIMELINE_NBYTES // 8), torch.int64)
         self._start, address = self._numbers.data_ptr(), ctypes.c_void_p()
         _call("cudaHostRegister", ctypes.c_void_p(self._start), ctypes.c_size_t(memory.nbytes), PORTABLE_AND_MAPPED)
         _call("cudaHostGetDevicePointer", ctypes.byref(address), ctypes.c_void_p(self._start), 0)
         self._address = address.value or 0
 
     @classmethod
-    def create(cls) -> GpuNumbers:
+    def create(cls) -> GpuCounters:
         """Make some, all 0, with a context on the current device; CudaError if its streams cannot write them."""
         torch.cuda.current_stream()  # The runtime's calls need torch's context on this device.
-        memory = SharedMemory.create(LINES * LINE)
+        memory = SharedMemory.create(MAX_COUNTERS * TIMELINE_NBYTES)
         try:
             numbers = cls(memory)
-            numbers.write(LINES - 1, 1)
-            numbers.wait(LINES - 1, 1)
+            numbers.write(MAX_COUNTERS - 1, 1)
+            numbers.wait(MAX_COUNTERS - 1, 1)
             torch.cuda.current_stream().synchronize()
-            numbers.set(LINES - 1, 0)
+            numbers.set(MAX_COUNTERS - 1, 0)
         except CudaError:
             memory.close()
             raise
         return numbers
 
     @classmethod
-    def open(cls, handle: Handle) -> GpuNumbers:
+    def open(cls, handle: Handle) -> GpuCounters:
         """Open the leader's; they stay open."""
         torch.cuda.current_stream()
         return cls(SharedMemory.open(handle))
@@ -191,11 +191,11 @@ class GpuNumbers:
 
     def write(self, line: int, number: int) -> None:
         """Have the current stream write a number, after all that was queued on it before."""
-        _drive("cuStreamWriteValue64_v2", self._address + line * LINE, number)
+        _drive("cuStreamWriteValue64_v2", self._address + line * TIMELINE_NBYTES, number)
 
     def wait(self, line: int, number: int) -> None:
         """Have the current stream wait until the number there is so high."""
-        _drive("cuStreamWaitValue64_v2", self._address + line * LINE, number)
+        _drive("cuStreamWaitValue64_v2", self._address + line * TIMELINE_NBYTES, number)
 
     def set(self, line: int, number: int) -> None:
         """Write a number, now."""
@@ -209,47 +209,47 @@ class GpuNumbers:
 
 
 class GpuStream:
-    """A stream of torch's, and another aside: `drp.protocol.order.Stream` on a GPU."""
+    """A stream of torch's, and another aside: `drp.protocol.timeline.Stream` on a GPU."""
 
-    waits = 0
-    lent = has_core = False
+    pending_waits = 0
+    uses_worker_cores = on_worker_core = False
 
     def __init__(self, device: torch.device) -> None:
         self._stream, self._aside = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types for it
 
-    def put(self, do: Callable[[], object]) -> None:
+    def enqueue(self, do: Callable[[], object]) -> None:
         """Queue what `do` queues; this is the current stream."""
         do()
 
-    def go(self, alone: bool = False) -> None:
+    def run_ready(self, alone: bool = False) -> None:
         """Do nothing: the GPU does."""
 
     def spin(self, seconds: float) -> bool:
         """Do nothing."""
         return True
 
-    def leave_core(self) -> None:
+    def leave_worker_core(self) -> None:
         """Do nothing."""
 
     def current(self) -> AbstractContextManager[object]:
         """Make it the current stream for a while."""
         return torch.cuda.stream(self._stream)
 
-    def aside(self) -> AbstractContextManager[object]:
+    def side_stream(self) -> AbstractContextManager[object]:
         """Make the other the current stream for a while."""
         return torch.cuda.stream(self._aside)
 
-    def mark(self) -> Any:
+    def record(self) -> Any:
         """Return an event behind what was queued so far."""
         event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types for it
         event.record(self._stream)
         return event
 
-    def passed(self, mark: Any) -> bool:
+    def query(self, mark: Any) -> bool:
         """Whether the GPU has come to the mark."""
         return bool(mark.query())
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait for the GPU."""
         self._stream.synchronize()
 
@@ -257,7 +257,7 @@ class GpuStream:
         """Do nothing: what was queued runs to its end, in memory that stays."""
 
 
-class RunRecord:
+class ArenaEvent:
     """What the leader records of a run whose memory lies on its GPU: that memory's own event."""
 
     def __init__(self, memory: Memory) -> None:
@@ -265,46 +265,46 @@ class RunRecord:
 
     def record(self) -> int:
         """Record the event on the current stream."""
-        self._memory.written()
+        self._memory.record_event()
         return 0
 
-    def drop(self, least: int) -> None:
+    def cancel_before(self, least: int) -> None:
         """Do nothing: what is queued on a GPU is done."""
 
     def wait(self, number: int) -> None:
         """Have the current stream wait for it, as it was last recorded."""
-        self._memory.follow()
+        self._memory.wait_event()
 
 
-class OwnNumber:
+class WorkerCounter:
     """What a worker records: how many drafts it has done, all runs together, in a line of the leader's."""
 
-    def __init__(self, numbers: GpuNumbers, line: int) -> None:
-        if line >= numbers.lines:
-            raise ProtocolError(f"the line {line} of {numbers.lines}")
-        self._numbers, self._line, self._count = numbers, line, 0
+    def __init__(self, numbers: GpuCounters, line: int) -> None:
+        if line >= numbers.count:
+            raise ProtocolError(f"the line {line} of {numbers.count}")
+        self._counters, self._index, self._count = numbers, line, 0
 
     def record(self) -> int:
         """Have the current stream write it."""
         self._count += 1
-        self._numbers.write(self._line, self._count)
+        self._counters.write(self._index, self._count)
         return self._count
 
 
-class WorkersNumber:
+class WorkerCounterView:
     """What one worker, and none that takes its place, records, as the leader has it."""
 
-    def __init__(self, numbers: GpuNumbers, line: int) -> None:
-        self.numbers, self.line, self._count = numbers, line, 0
+    def __init__(self, numbers: GpuCounters, line: int) -> None:
+        self.counters, self.index, self._count = numbers, line, 0
 
     def wait(self) -> None:
         """Have the current stream wait for the next, once the worker has said that it is queued."""
         self._count += 1
-        self.numbers.wait(self.line, self._count)
+        self.counters.wait(self.index, self._count)
 
     def release(self) -> None:
         """Let all streams go on: the worker is gone."""
-        self.numbers.set(self.line, ALL)
+        self.counters.set(self.index, CANCEL_ALL)
 
 
 class _Span:
@@ -319,16 +319,16 @@ class _Span:
         }
 
 
-def turn_over(memory: GpuMemory) -> None:
+def invert_probe(memory: GpuMemory) -> None:
     """Turn each byte b into 255 - b, by way of a copy on the current device and back: a proof that both ways work."""
     there = memory.tensor(0, (memory.nbytes,), torch.uint8)
-    memory.follow()
+    memory.wait_event()
     here = there.to(torch.device("cuda", torch.cuda.current_device()), copy=True)
     there.copy_(255 - here)
     torch.cuda.current_stream().synchronize()
 
 
-def is_turned(memory: GpuMemory, pattern: Tensor) -> bool:
+def is_inverted(memory: GpuMemory, pattern: Tensor) -> bool:
     """Whether a peer has turned over what was this pattern, uint8 on the host."""
     return torch.equal(memory.tensor(0, (memory.nbytes,), torch.uint8).cpu(), 255 - pattern)
 

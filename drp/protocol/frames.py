@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Final, TypeAlias
 
+from drp.protocol.client_messages import MAX_FRAME_NBYTES, MAX_FRAMES, Submit, TensorData
 from drp.protocol.codec import ProtocolError
-from drp.protocol.door import MAX_FRAME, MOST_FRAMES, Submit, TensorData
 from drp.protocol.messages import ModelSpec
 
 Frame: TypeAlias = bytes | memoryview
@@ -44,10 +44,10 @@ class FrameWriter:
         """
         if len(shape) > MOST_DIMENSIONS:
             raise ValueError(f"a tensor has {len(shape)} dimensions; at most {MOST_DIMENSIONS}")
-        if data.nbytes > MAX_FRAME or len(self.frames) == MOST_FRAMES:
+        if data.nbytes > MAX_FRAME_NBYTES or len(self.frames) == MAX_FRAMES:
             raise ValueError(
                 f"a tensor of {data.nbytes} bytes, and {len(self.frames)} before it; a message has at most "
-                f"{MOST_FRAMES} of at most {MAX_FRAME} bytes each"
+                f"{MAX_FRAMES} of at most {MAX_FRAME_NBYTES} bytes each"
             )
         self.frames.append(data)
         return TensorData(dtype, tuple(shape), frame=len(self.frames))
@@ -57,8 +57,8 @@ class FrameReader:
     """The tensor frames of a message that came: take each, then `done`, which refuses frames unnamed."""
 
     def __init__(self, frames: Sequence[Frame]) -> None:
-        if len(frames) > MOST_FRAMES:
-            raise ProtocolError(f"{len(frames)} tensors; a message has at most {MOST_FRAMES}")
+        if len(frames) > MAX_FRAMES:
+            raise ProtocolError(f"{len(frames)} tensors; a message has at most {MAX_FRAMES}")
         self._frames: list[Frame | None] = list(frames)
 
     def take_bytes(self, data: TensorData) -> Frame:

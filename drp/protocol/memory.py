@@ -47,7 +47,7 @@ DTYPES: Final = {
 NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 
-KEPT: Final = 64 << 20
+MAX_RETAINED_NBYTES: Final = 64 << 20
 """Bytes of the leader's memory that a worker may keep mapped for a run to come: the machine does not have them then."""
 
 
@@ -102,7 +102,7 @@ class Memory(Protocol):
         ...
 
     @property
-    def names(self) -> tuple[Handle | None, GpuHandle | None]:
+    def ipc_handles(self) -> tuple[Handle | None, GpuHandle | None]:
         """What a peer needs to open it: one of the two."""
         ...
 
@@ -115,11 +115,11 @@ class Memory(Protocol):
         """Return a view; raise ProtocolError if it does not fit."""
         ...
 
-    def written(self) -> None:
+    def record_event(self) -> None:
         """Have peers that call `follow` from now on see what this process has queued so far."""
         ...
 
-    def follow(self) -> None:
+    def wait_event(self) -> None:
         """Let what this process queues from now on come after what the owner had queued when it last said so."""
         ...
 
@@ -140,7 +140,7 @@ class SharedMemory:
     def __init__(self, fd: int, nbytes: int, keep: Keep | None = None, private: bool = False) -> None:
         self._fd, self._keep = fd, keep
         self._map = mmap.mmap(fd, nbytes, access=mmap.ACCESS_COPY if private else mmap.ACCESS_WRITE)
-        self._lent = False
+        self._exported = False
         self.nbytes = nbytes
         self.number = 1 + next(_numbers) % (2**31 - 1) if keep is not None else 0
         """It is used again if it is kept; a descriptor's number may come to be another memory's."""
@@ -185,14 +185,14 @@ class SharedMemory:
         return Handle(os.getpid(), self._fd, self.nbytes)
 
     @property
-    def names(self) -> tuple[Handle | None, GpuHandle | None]:
+    def ipc_handles(self) -> tuple[Handle | None, GpuHandle | None]:
         """The handle, and no GPU's."""
         return self.handle, None
 
-    def written(self) -> None:
+    def record_event(self) -> None:
         """Do nothing: it is."""
 
-    def follow(self) -> None:
+    def wait_event(self) -> None:
         """Do nothing: whoever said so had written."""
 
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -200,7 +200,7 @@ class SharedMemory:
         count = check_fit(offset, shape, dtype, self.nbytes)
         if count == 0:
             return torch.empty(tuple(shape), dtype=dtype, device="cpu")
-        self._lent = True
+        self._exported = True
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(tuple(shape))
 
     def view(self) -> mmap.mmap:
@@ -219,5 +219,5 @@ class SharedMemory:
         if self._fd >= 0 and not (reuse and self._keep is not None and self._keep(self)):
             os.close(self._fd)
             self._fd = -1
-            if not self._lent:  # Else the mapping goes with the last tensor, which does not stop mmap from closing.
+            if not self._exported:  # Else the mapping goes with the last tensor, which does not stop mmap from closing.
                 self._map.close()

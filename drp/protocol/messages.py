@@ -5,17 +5,17 @@ leader -> worker   Load        load this model
 worker -> leader   Loaded      what the model expects, and how its weights lie in memory
 leader -> worker   Share       put the weights into (or take them from) this memory
 worker -> leader   Shared      done
-leader -> worker   Warm        to one on a GPU: compile, capture, warm
-worker -> leader   Warmed      done
+leader -> worker   WarmUp      to one on a GPU: compile, capture, warm
+worker -> leader   WarmedUp    done
 leader -> worker   Bind        a run begins: its memory
-leader -> worker   Again       a run begins: its memory is the last one's
+leader -> worker   Rebind      a run begins: its memory is the last one's
 worker -> leader   Bound       I have the run's memory
 leader -> worker   Draft       evaluate this slot
 worker -> leader   Prediction  the answer is in the row
-worker -> leader   Fault       instead: it cannot be evaluated; I go on
+worker -> leader   EvaluationError  instead: it cannot be evaluated; I go on
 leader -> worker   Unbind      the run is over
 leader -> worker   Stop        end
-worker -> leader   Failed      instead of any answer: the worker ends after it
+worker -> leader   WorkerFailed  instead of any answer: the worker ends after it
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from typing import Annotated, Literal
 
 from drp.protocol.codec import Bounds, Length, numbers
 
-VERSION = 6
-MOST_TENSORS = 1024
+VERSION = 7
+MAX_TENSORS = 1024
 """In a slot, or as conditions."""
-MOST_BATCHED = 255
+MAX_BATCHED = 255
 """Drafts of a batch beside the first."""
 
 Count = Annotated[int, Bounds(0, 2**31 - 1)]
@@ -68,7 +68,7 @@ class Handle:
 
 
 @dataclass(frozen=True)
-class End:
+class PipeHandle:
     """The writing end of a pipe: descriptor `fd` of the process `pid`."""
 
     pid: Count
@@ -129,7 +129,7 @@ class Emulated:
 
 
 @dataclass(frozen=True)
-class OnGpu:
+class GpuConfig:
     """How a model is to run on the GPU `device`, a UUID: in `dtype`, or as it is; compiled; as captured graphs.
 
     `batch` is how many drafts it will be given at once, at most. `probe` is memory of the leader's to be reached by
@@ -152,7 +152,7 @@ class Load:
 
     model: Name
     emulated: Emulated | None = None
-    gpu: OnGpu | None = None
+    gpu: GpuConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Loaded:
     spec: ModelSpec
     nbytes: Bytes
     layout: Name
-    unreached: Annotated[str, Length(2000)] = ""
+    probe_error: Annotated[str, Length(2000)] = ""
 
 
 @dataclass(frozen=True)
@@ -186,22 +186,22 @@ class Share:
 class Shared:
     """The weights in use are the shared ones; or, if `unreached` says why, the worker's own: it has opened nothing."""
 
-    unreached: Annotated[str, Length(2000)] = ""
+    error: Annotated[str, Length(2000)] = ""
 
 
 @dataclass(frozen=True)
-class Warm:
+class WarmUp:
     """The weights are where they will stay: put what is left onto the GPU, compile, capture and warm, as Load said."""
 
 
 @dataclass(frozen=True)
-class Warmed:
+class WarmedUp:
     """Done."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """How a worker answers drafts of a run before its device has evaluated them; see `drp.protocol.order`.
+class AsyncConfig:
+    """How a worker answers drafts of a run before its device has evaluated them; see `drp.protocol.timeline`.
 
     From `stamps` on the arena has three int64 for each row. For an arena on the host the leader's line of records is
     at `lines`, and after it those of its `workers`, of which this one has the line number `own`, from 0 on. It looks at
@@ -211,15 +211,15 @@ class Order:
     worker's for good. `heard`: the worker says so when a draft is queued; else it says nothing of it.
     """
 
-    stamps: Bytes
-    lines: Bytes
+    completions: Bytes
+    timelines: Bytes
     workers: Count
-    own: Count
-    heard: bool
-    awake: Seconds = 0.0
-    thread: Count | None = None
-    numbers: Handle | None = None
-    bell: End | None = None
+    index: Count
+    acknowledge: bool
+    spin_seconds: Seconds = 0.0
+    leader_thread: Count | None = None
+    counters: Handle | None = None
+    wakeup: PipeHandle | None = None
 
 
 @dataclass(frozen=True)
@@ -237,13 +237,13 @@ class Bind:
     memory: Handle | None
     slots: Count
     rows: Count
-    inputs: Annotated[tuple[TensorSpec, ...], Length(MOST_TENSORS)]
-    outputs: Annotated[tuple[TensorSpec, ...], Length(MOST_TENSORS)]
-    cond: Annotated[tuple[TensorSpec, ...], Length(MOST_TENSORS)]
+    inputs: Annotated[tuple[TensorSpec, ...], Length(MAX_TENSORS)]
+    outputs: Annotated[tuple[TensorSpec, ...], Length(MAX_TENSORS)]
+    cond: Annotated[tuple[TensorSpec, ...], Length(MAX_TENSORS)]
     gpu: GpuHandle | None = None
     number: Count = 0
-    answer: bool = True
-    order: Order | None = None
+    acknowledge: bool = True
+    async_config: AsyncConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ class Bound:
 
 
 @dataclass(frozen=True)
-class Also:
+class BatchedDraft:
     """One more draft of the same run, its fields those of Draft."""
 
     index: Count
@@ -282,7 +282,7 @@ class Draft:
     row: Count
     sequence: Sequence = 0
     after: Count = 0
-    also: Annotated[tuple[Also, ...], Length(MOST_BATCHED)] = ()
+    batched: Annotated[tuple[BatchedDraft, ...], Length(MAX_BATCHED)] = ()
 
 
 @numbers
@@ -306,7 +306,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Fault:
+class EvaluationError:
     """The draft cannot be evaluated: the denoiser raised, or its prediction is none; the worker goes on.
 
     For a draft with a sequence number it may follow a Prediction.
@@ -328,11 +328,11 @@ class Unbind:
 
 
 @dataclass(frozen=True)
-class Again:
+class Rebind:
     """A run begins whose Bind would be, but for `run` and `answer`, that of the run that was kept, which it ends."""
 
     run: Count
-    answer: bool = True
+    acknowledge: bool = True
 
 
 @dataclass(frozen=True)
@@ -341,20 +341,20 @@ class Stop:
 
 
 @dataclass(frozen=True)
-class Failed:
+class WorkerFailed:
     """The worker cannot go on: what it was doing, the error in a line, and the traceback."""
 
-    doing: Name
+    activity: Name
     error: Annotated[str, Length(2000)]
     traceback: Text
 
 
-ToWorker = Load | Share | Warm | Bind | Again | Draft | Unbind | Stop
-ToLeader = Hello | Loaded | Shared | Warmed | Bound | Prediction | Fault | Failed
+ToWorker = Load | Share | WarmUp | Bind | Rebind | Draft | Unbind | Stop
+ToLeader = Hello | Loaded | Shared | WarmedUp | Bound | Prediction | EvaluationError | WorkerFailed
 
 TO_WORKER: dict[str, type[ToWorker]] = {
-    kind.__name__: kind for kind in (Load, Share, Warm, Bind, Again, Draft, Unbind, Stop)
+    kind.__name__: kind for kind in (Load, Share, WarmUp, Bind, Rebind, Draft, Unbind, Stop)
 }
 TO_LEADER: dict[str, type[ToLeader]] = {
-    kind.__name__: kind for kind in (Hello, Loaded, Shared, Warmed, Bound, Prediction, Fault, Failed)
+    kind.__name__: kind for kind in (Hello, Loaded, Shared, WarmedUp, Bound, Prediction, EvaluationError, WorkerFailed)
 }

@@ -18,15 +18,15 @@ import zmq
 
 from drp.protocol.codec import MAX_MESSAGE, ProtocolError, decode, encode
 from drp.protocol.messages import TO_LEADER, TO_WORKER, ToLeader, ToWorker
-from drp.protocol.waiting import give_way, wait_readable
+from drp.protocol.waiting import sched_yield, wait_readable
 
 MAX_PATH = 107
 """Characters of the longest path of a Unix socket."""
 
-LONGEST = 3600.0
+MAX_WAIT = 3600.0
 """Seconds of one wait of the leader's, which may have no deadline."""
 
-BACKLOG = 64
+MAX_QUEUED = 64
 """Messages from one worker that wait to be taken; a worker that sends more waits itself."""
 
 MAX_FROM_WORKER = 1 << 18
@@ -63,7 +63,7 @@ class LeaderSocket:
         try:
             self._socket = self._context.socket(zmq.ROUTER)
             self._socket.setsockopt(zmq.LINGER, 0)
-            self._socket.setsockopt(zmq.RCVHWM, BACKLOG)
+            self._socket.setsockopt(zmq.RCVHWM, MAX_QUEUED)
             self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FROM_WORKER)
             self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # Sending to a worker that is gone is an error.
             self._socket.setsockopt(zmq.HANDSHAKE_IVL, 0)  # A worker answers once it has imported what it needs.
@@ -120,7 +120,7 @@ class LeaderSocket:
         if self._has_message():
             return {self._socket.fileno()}
         if seconds > 0:
-            wait_readable(self._epoll.fileno(), min(seconds, LONGEST))
+            wait_readable(self._epoll.fileno(), min(seconds, MAX_WAIT))
         return self._ready()
 
     def _ready(self) -> set[int]:
@@ -133,7 +133,7 @@ class LeaderSocket:
         while True:
             message = self._has_message()
             if not message and (left := deadline - time.monotonic()) > 0:
-                wait_readable(self._epoll.fileno(), min(left, LONGEST))
+                wait_readable(self._epoll.fileno(), min(left, MAX_WAIT))
             ready = self._ready()
             if message or ready - {own} or (not ready and time.monotonic() >= deadline):
                 return message or self._has_message(), ready - {own}
@@ -205,8 +205,8 @@ class WorkerSocket:
         self._socket.bind("ipc://drp-worker")
         if not self._socket.poll(round(FIRST * 1000), zmq.POLLOUT):
             raise TimeoutError(f"the leader, process {leader}, did not connect within {FIRST:g} s")
-        self._patience = -1.0
-        self._came: deque[bytes] = deque()
+        self._timeout = -1.0
+        self._received: deque[bytes] = deque()
 
     def send(self, message: ToLeader) -> None:
         """Send at once."""
@@ -215,20 +215,20 @@ class WorkerSocket:
     def receive(self, seconds: float, awake: float = 0.0) -> ToWorker | None:
         """Return the next message, or None if none came in time; for some of the seconds this thread stays awake."""
         until = time.perf_counter() + awake
-        while not self._came and time.perf_counter() < until:
-            self._take(0.0)
-            give_way()
-        if not self._came:
-            self._take(seconds)
-        return decode(self._came.popleft(), TO_WORKER) if self._came else None
+        while not self._received and time.perf_counter() < until:
+            self._receive_frames(0.0)
+            sched_yield()
+        if not self._received:
+            self._receive_frames(seconds)
+        return decode(self._received.popleft(), TO_WORKER) if self._received else None
 
-    def _take(self, seconds: float) -> None:
+    def _receive_frames(self, seconds: float) -> None:
         """Take what came together, if something comes in time."""
-        if seconds and seconds != self._patience:
-            self._patience = seconds
+        if seconds and seconds != self._timeout:
+            self._timeout = seconds
             self._socket.setsockopt(zmq.RCVTIMEO, round(seconds * 1000))
         with contextlib.suppress(zmq.Again):
-            self._came.extend(self._socket.recv_multipart(0 if seconds else zmq.NOBLOCK))
+            self._received.extend(self._socket.recv_multipart(0 if seconds else zmq.NOBLOCK))
 
     def close(self) -> None:
         """Close; what was sent last has a moment to leave."""

@@ -17,9 +17,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-FUTEX: Final = 202 if platform.machine() == "x86_64" else 98  # of all that have come to Linux since
+SYS_FUTEX: Final = 202 if platform.machine() == "x86_64" else 98  # of all that have come to Linux since
 WAIT, WAKE, ALL = 0, 1, 2**31 - 1
-SET_TIMER_SLACK: Final = 29
+PR_SET_TIMERSLACK: Final = 29
 
 _libc: Any = ctypes.CDLL(None)
 _libc.ppoll.argtypes = (ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_void_p)
@@ -30,21 +30,21 @@ class _Timespec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
-class Sleepers:
+class Futex:
     """Those that sleep on one of the int64 in `line`, which several processes map: on its lower half."""
 
     def __init__(self, line: npt.NDArray[np.int64], place: int) -> None:
         half = 0 if line.dtype.byteorder in "=<" and np.little_endian else 4
-        self._line, self._address = line, line.ctypes.data + 8 * place + half
+        self._array, self._address = line, line.ctypes.data + 8 * place + half
 
     def wake(self) -> None:
         """Have all of them look at it, and at whatever else they look at."""
-        _libc.syscall(FUTEX, self._address, WAKE, ALL, None)
+        _libc.syscall(SYS_FUTEX, self._address, WAKE, ALL, None)
 
-    def sleep(self, value: int, seconds: float) -> None:
+    def wait(self, value: int, seconds: float) -> None:
         """Sleep while it is `value`, at most; it may also end before."""
         least = ctypes.byref(_Timespec(int(seconds), int(seconds % 1 * 1e9)))
-        _libc.syscall(FUTEX, self._address, WAIT, value & 0xFFFFFFFF, least)
+        _libc.syscall(SYS_FUTEX, self._address, WAIT, value & 0xFFFFFFFF, least)
 
 
 class _Pollfd(ctypes.Structure):
@@ -57,7 +57,7 @@ def wait_readable(fd: int, seconds: float) -> None:
     _libc.ppoll(ctypes.byref(what), 1, ctypes.byref(most), None)
 
 
-def give_way() -> None:
+def sched_yield() -> None:
     """Let others have the core that want it; the interpreter's lock is given up meanwhile."""
     _libc.sched_yield()
 
@@ -67,7 +67,7 @@ def current_core() -> int:
     return int(_libc.sched_getcpu())
 
 
-def lend_cores(thread: int) -> None:
+def migrate_to_own_cores(thread: int) -> None:
     """Have a thread, of another process too, run on the cores of this one; if it may not be moved, let it be."""
     with contextlib.suppress(OSError):
         os.sched_setaffinity(thread, os.sched_getaffinity(0))
@@ -80,6 +80,6 @@ def sleep_until(deadline: float) -> float:
     return time.perf_counter()
 
 
-def be_punctual() -> None:
+def set_timer_slack() -> None:
     """Let the kernel end this thread's sleeps when they are over: else it may be 50 us late, to save power."""
-    _libc.prctl(SET_TIMER_SLACK, 1)
+    _libc.prctl(PR_SET_TIMERSLACK, 1)

@@ -40,8 +40,8 @@ class Round:
 
     base: int
     predict: tuple[int, ...]
-    behind: int = 0
-    anchor: int | None = None
+    unawaited_rounds: int = 0
+    previous_base: int | None = None
 
 
 Rounds = Generator[Round, Sequence[float], None]
@@ -60,7 +60,7 @@ class Mode(ABC):
     """
 
     feedback: ClassVar[bool] = False
-    lags: ClassVar[bool] = False
+    pipelined: ClassVar[bool] = False
     gaps: ClassVar[bool] = False
     rule: DraftRule = DAMPED
 
@@ -240,7 +240,7 @@ class Rolling(Wide):
     barrier lets a sequence take the slowest of every block.
     """
 
-    lags: ClassVar[bool] = True
+    pipelined: ClassVar[bool] = True
     rule: DraftRule = DAMPED
 
     def rounds(self, steps: int) -> Rounds:
@@ -248,11 +248,11 @@ class Rolling(Wide):
         yield Round(0, (0,))
         for k in range(1, steps):
             base = max(0, k - self.n)
-            yield Round(base, (k,), behind=k - 1 - base, anchor=max(0, base - self.n))
+            yield Round(base, (k,), unawaited_rounds=k - 1 - base, previous_base=max(0, base - self.n))
 
 
 @dataclass(frozen=True)
-class Around(Mode):
+class ModeWrapper(Mode):
     """A mode that does something to the rounds of another."""
 
     mode: Mode
@@ -263,9 +263,9 @@ class Around(Mode):
         return self.mode.feedback
 
     @property
-    def lags(self) -> bool:  # type: ignore[override]  # likewise
+    def pipelined(self) -> bool:  # type: ignore[override]  # likewise
         """Whether `mode` does."""
-        return self.mode.lags
+        return self.mode.pipelined
 
     @property
     def gaps(self) -> bool:  # type: ignore[override]  # likewise
@@ -284,7 +284,7 @@ class Around(Mode):
 
 
 @dataclass(frozen=True)
-class Warmup(Around):
+class Warmup(ModeWrapper):
     """The first `steps` steps sequentially, the others as `mode` has it."""
 
     steps: int
@@ -299,7 +299,7 @@ class Warmup(Around):
 
 
 @dataclass(frozen=True)
-class Sweeps(Around):
+class PicardSweeps(ModeWrapper):
     """Each block of `mode`'s drafts evaluated `extra` times more, each time at the states refined through the last.
 
     A Picard iteration: with n - 1 extra sweeps a block of n drafts equals the sequential steps.
@@ -309,13 +309,13 @@ class Sweeps(Around):
 
     def rounds(self, steps: int) -> Rounds:
         """Yield the rounds of `mode`, each with drafts 1 + `extra` times."""
-        if self.mode.lags:
+        if self.mode.pipelined:
             raise ValueError(f"{self.mode} has no blocks to sweep; leave out sweeps, or sweep a mode with a barrier")
         yield from _pass_on(self.mode.rounds(steps), 0, 1 + self.extra)
 
 
 @dataclass(frozen=True)
-class Eager(Around):
+class Eager(ModeWrapper):
     """The rounds of `mode`, each draft going out as soon as what it is made of is there.
 
     A draft at an index that has been predicted before is the state refined through the predictions below that index: in
@@ -329,13 +329,13 @@ class Eager(Around):
     """
 
     @property
-    def lags(self) -> bool:  # type: ignore[override]  # by what it does
+    def pipelined(self) -> bool:  # type: ignore[override]  # by what it does
         """Whether there can be drafts that need less than all."""
         return not self.mode.feedback
 
     def rounds(self, steps: int) -> Rounds:
         """Yield the rounds of `mode`, divided by what drafts need."""
-        if self.mode.feedback or self.mode.lags:
+        if self.mode.feedback or self.mode.pipelined:
             yield from self.mode.rounds(steps)
             return
         before: list[tuple[int, ...]] = []  # the round before, as divided
@@ -344,7 +344,7 @@ class Eager(Around):
             parts = [[k for k, need in zip(r.predict, needs, strict=True) if need == n] for n in sorted(set(needs))]
             for i, part in enumerate(parts):
                 unused = len(before) - needs[r.predict.index(part[0])]
-                yield Round(r.base, tuple(part), behind=unused + i, anchor=r.anchor)
+                yield Round(r.base, tuple(part), unawaited_rounds=unused + i, previous_base=r.previous_base)
             before = [tuple(part) for part in parts]
 
 
@@ -356,9 +356,9 @@ def _pass_on(rounds: Rounds, moved: int, times: int) -> Rounds:
             r = next(rounds) if residuals is None else rounds.send(residuals)
         except StopIteration:
             return
-        anchor = None if r.anchor is None else r.anchor + moved
+        anchor = None if r.previous_base is None else r.previous_base + moved
         for _ in range(times if r.predict[0] > r.base else 1):
-            residuals = yield Round(r.base + moved, tuple(k + moved for k in r.predict), r.behind, anchor)
+            residuals = yield Round(r.base + moved, tuple(k + moved for k in r.predict), r.unawaited_rounds, anchor)
 
 
 def default_stride(n: int) -> float:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from drp.sampling.drafts import PAPER, DraftRule, Levels
+from drp.sampling.linear import LinearCombination, Symbol, add, data, model_input, prediction, state, substitute
 from drp.sampling.modes import Mode, Round
 from drp.sampling.predictions import estimates
-from drp.sampling.rows import Row, Term, add, data, given, prediction, state, substitute
 from drp.sampling.solvers import Solver
 
 
@@ -18,8 +18,8 @@ class Predict:
     """A round: `drafts[j]` is the input of the evaluation at `indices[j]`; the last `behind` rounds are not used."""
 
     indices: tuple[int, ...]
-    drafts: tuple[Row, ...]
-    behind: int
+    drafts: tuple[LinearCombination, ...]
+    unawaited_rounds: int
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Advance:
     """
 
     base: int
-    states: tuple[Row, ...]
+    states: tuple[LinearCombination, ...]
     oldest: int
-    anchor: int | None
-    behind: int
+    previous_base: int | None
+    unawaited_rounds: int
 
 
-Measure = Callable[[int, tuple[Row, ...]], Sequence[float]]
+Measure = Callable[[int, tuple[LinearCombination, ...]], Sequence[float]]
 """(base, rows of the states from base + 1 to the last predicted) -> residuals."""
 
 
@@ -46,18 +46,18 @@ def make_plan(solver: Solver, mode: Mode, measure: Measure | None = None) -> Ite
     `measure` is asked for the residuals of each round of a mode with feedback, once its predictions are in.
     """
     steps = solver.grid.steps
-    table = _Table(solver, mode.rule)
+    table = _SymbolTable(solver, mode.rule)
     rounds = mode.rounds(steps)
     r = next(rounds, None)
     while r is not None:
         table.progress.begin(r, mode, steps)
         if r.base > table.base:
-            yield table.advance(r.base, r.behind, r.anchor)
+            yield table.advance(r.base, r.unawaited_rounds, r.previous_base)
         yield table.predict(r)
-        table.progress.out.append(r)
+        table.progress.in_flight.append(r)
         residuals: Sequence[float] = ()
         if mode.feedback:
-            table.progress.take(0)
+            table.progress.receive(0)
             residuals = measure(table.base, table.ahead()) if measure else ()
         try:
             r = rounds.send(residuals) if mode.feedback else next(rounds, None)
@@ -67,7 +67,7 @@ def make_plan(solver: Solver, mode: Mode, measure: Measure | None = None) -> Ite
     yield table.advance(steps, 0, None)
 
 
-def longest_way(mode: Mode, steps: int) -> int:
+def max_advance(mode: Mode, steps: int) -> int:
     """Return the most steps that a mode without feedback advances at once; raise ValueError as `make_plan` would."""
     progress, longest = Progress(), 0
     for r in mode.rounds(steps):
@@ -75,7 +75,7 @@ def longest_way(mode: Mode, steps: int) -> int:
         progress.begin(r, mode, steps)
         longest = max(longest, r.base - before)
         progress.base = r.base
-        progress.out.append(r)
+        progress.in_flight.append(r)
     progress.end(mode, steps)
     return max(longest, steps - progress.base)
 
@@ -98,20 +98,22 @@ def most_in_use(mode: Mode, steps: int, history: int) -> int:
         rounds = {k: made for k, made in rounds.items() if k >= oldest}
         ways = {k: made for k, made in ways.items() if k >= oldest}
         progress.base = r.base
-        progress.out.append(r)
+        progress.in_flight.append(r)
     return most
 
 
-def transition(solver: Solver, a: int, b: int, rule: DraftRule | None = None, anchor: int | None = None) -> Row:
+def transition(
+    solver: Solver, a: int, b: int, rule: DraftRule | None = None, anchor: int | None = None
+) -> LinearCombination:
     """Return x_b as a row over x_a and what is known at a, for 0 <= a < b <= N: the skip transition Phi(a -> b).
 
     It is the solver's own steps one after the other, the estimates after a being what `rule` assumes, by default the
     paper's; `anchor` is the other index whose prediction the rule may use.
     """
-    table = _Table(solver, rule or PAPER)
+    table = _SymbolTable(solver, rule or PAPER)
     table.progress.base = table.progress.last = a
     table.progress.known = {a} if anchor is None else {anchor, a}
-    table.anchor = a if anchor is None else anchor
+    table.previous_base = a if anchor is None else anchor
     return table.chain(b)[b]
 
 
@@ -126,30 +128,30 @@ class Progress:
     def __init__(self) -> None:
         self.base, self.last = 0, -1
         self.known: set[int] = set()
-        self.out: deque[Round] = deque()
-        self.taken_at_state: set[int] = set()
-        self.anchor = 0
+        self.in_flight: deque[Round] = deque()
+        self.predicted_at_state: set[int] = set()
+        self.previous_base = 0
         """The least index that a later round may look back on."""
 
     def begin(self, r: Round, mode: Mode, steps: int) -> None:
         """Take the predictions that a round may use; raise ValueError if it breaks the rules."""
-        if not 0 <= r.behind <= (len(self.out) if mode.lags else 0):
-            may = f"0 to {len(self.out)}" if mode.lags else "none, unless it says that it `lags`"
-            raise ValueError(f"{mode}: {r} leaves {r.behind} rounds behind; it may leave {may}")
-        self.take(r.behind)
+        if not 0 <= r.unawaited_rounds <= (len(self.in_flight) if mode.pipelined else 0):
+            may = f"0 to {len(self.in_flight)}" if mode.pipelined else "none, unless it says that it `lags`"
+            raise ValueError(f"{mode}: {r} leaves {r.unawaited_rounds} rounds behind; it may leave {may}")
+        self.receive(r.unawaited_rounds)
         _check_round(r, self, mode, steps)
-        if r.anchor is not None or r.base > self.base:
-            self.anchor = r.base if r.anchor is None else r.anchor
+        if r.previous_base is not None or r.base > self.base:
+            self.previous_base = r.base if r.previous_base is None else r.previous_base
 
-    def take(self, behind: int) -> None:
+    def receive(self, behind: int) -> None:
         """Take the predictions of all rounds that are out but the last `behind`."""
-        while len(self.out) > behind:
-            r = self.out.popleft()
+        while len(self.in_flight) > behind:
+            r = self.in_flight.popleft()
             self.last = max(self.last, r.predict[-1])
             self.known.update(r.predict)
             if r.predict[0] == r.base:
-                self.taken_at_state.add(r.base)
-            self.taken_at_state.difference_update(k for k in r.predict if k != r.base)
+                self.predicted_at_state.add(r.base)
+            self.predicted_at_state.difference_update(k for k in r.predict if k != r.base)
 
     def known_at(self, k: int) -> int:
         """Return the last index up to k whose prediction may be used; k itself where there is none."""
@@ -157,14 +159,14 @@ class Progress:
 
     def end(self, mode: Mode, steps: int) -> None:
         """Take all predictions; raise ValueError if they do not lead to the end."""
-        self.take(0)
+        self.receive(0)
         if self.last != steps - 1:
             raise ValueError(
                 f"{mode} ends with a prediction at {self.last}; its rounds must lead to the last, {steps - 1}"
             )
 
 
-class _Table:
+class _SymbolTable:
     """What is known at some moment of a run, as rows."""
 
     def __init__(self, solver: Solver, rule: DraftRule) -> None:
@@ -179,7 +181,7 @@ class _Table:
             estimates(solver.prediction_type, float(grid.alphas[k]), float(grid.sigmas[k])) for k in range(grid.steps)
         ]
         self.progress = Progress()
-        self.anchor = 0
+        self.previous_base = 0
 
     @property
     def base(self) -> int:
@@ -189,13 +191,13 @@ class _Table:
     def predict(self, r: Round) -> Predict:
         """Return the drafts of a round."""
         chain = self.chain(r.predict[-1])
-        return Predict(r.predict, tuple(chain[k] for k in r.predict), r.behind)
+        return Predict(r.predict, tuple(chain[k] for k in r.predict), r.unawaited_rounds)
 
     def advance(self, target: int, behind: int, anchor: int | None) -> Advance:
         """Go on to `target`, which is at most one index past the last prediction."""
         chain, base = self.chain(target), self.base
         states = tuple(chain[k] for k in range(base + 1, target + 1))
-        self.anchor = self.progress.known_at(base if anchor is None else anchor)
+        self.previous_base = self.progress.known_at(base if anchor is None else anchor)
         self.progress.base = target
         oldest = target - self._solver.history
         if oldest < self.progress.last:  # Where it was left out, its neighbours are needed.
@@ -203,15 +205,17 @@ class _Table:
         if not self._rule.looks_back:
             return Advance(base, states, oldest, None, behind)
         # An anchor that the mode chooses moves on over all indices: those after it are needed too.
-        return Advance(base, states, oldest if anchor is None else min(oldest, self.anchor), self.anchor, behind)
+        return Advance(
+            base, states, oldest if anchor is None else min(oldest, self.previous_base), self.previous_base, behind
+        )
 
-    def ahead(self) -> tuple[Row, ...]:
+    def ahead(self) -> tuple[LinearCombination, ...]:
         """Return the states from base + 1 to the last predicted index."""
         last = self.progress.last
         chain = self.chain(last)
         return tuple(chain[k] for k in range(self.base + 1, last + 1))
 
-    def chain(self, end: int) -> dict[int, Row]:
+    def chain(self, end: int) -> dict[int, LinearCombination]:
         """Return the states from `base` to `end` by ordinary steps, as rows over what is known.
 
         Up to the last prediction the steps use it and those before; beyond, what the rule assumes. An estimate that was
@@ -223,16 +227,16 @@ class _Table:
             return self._walk(end, {})
         return self._walk(end, self._walk(max(end, self.progress.last), {}))
 
-    def _walk(self, end: int, guess: Mapping[int, Row]) -> dict[int, Row]:
+    def _walk(self, end: int, guess: Mapping[int, LinearCombination]) -> dict[int, LinearCombination]:
         """Return the states from `base` to `end`; `guess` are states that are used where they are needed ahead."""
-        states: dict[int, Row] = {self.base: {state(self.base): 1.0}}
+        states: dict[int, LinearCombination] = {self.base: {state(self.base): 1.0}}
 
-        def meaning(term: Term) -> Row:
+        def meaning(term: Symbol) -> LinearCombination:
             if term.kind == "state":
                 return states.get(term.k) or guess.get(term.k) or {term: 1.0}
             if term.kind in ("data", "epsilon"):
                 if term.k not in self.progress.known:
-                    return substitute(self._assume(term), meaning)
+                    return substitute(self._extrapolate(term), meaning)
                 there = term.k <= self.base or term.k in states or term.k in guess
                 return substitute(self._estimate(term, None if there else 1.0), meaning)
             return {term: 1.0}
@@ -241,27 +245,27 @@ class _Table:
             states[k + 1] = substitute(self._steps[k], meaning)
         return states
 
-    def _estimate(self, term: Term, carry: float | None) -> Row:
+    def _estimate(self, term: Symbol, carry: float | None) -> LinearCombination:
         """Read the prediction at an index as an estimate at the state there; `carry` None: as the rule carries it."""
         k = term.k
         read = self._reads[k]
         if carry is None:
-            carry = 0.0 if k in self.progress.taken_at_state else self._rule.carry_at(k, self._levels)
+            carry = 0.0 if k in self.progress.predicted_at_state else self._rule.carry_at(k, self._levels)
         if term.kind == "data":
             at_state, at_input, output = read.data_x * (1 - carry), read.data_x * carry, read.data_p
         else:  # What is left of the state, x = alpha data + sigma epsilon.
             shift = carry * float(self._solver.grid.alphas[k] / self._solver.grid.sigmas[k]) * read.data_x
             at_state, at_input, output = read.epsilon_x + shift, -shift, read.epsilon_p
-        return add((1.0, {state(k): at_state, given(k): at_input, prediction(k): output}))
+        return add((1.0, {state(k): at_state, model_input(k): at_input, prediction(k): output}))
 
-    def _assume(self, term: Term) -> Row:
+    def _extrapolate(self, term: Symbol) -> LinearCombination:
         """Say what an estimate is where nothing was predicted."""
         grid, k, last = self._solver.grid, term.k, self.progress.last
         if term.kind == "epsilon":
             scale = 1 / float(grid.sigmas[k])
             return {state(k): scale, data(k): -float(grid.alphas[k]) * scale}
         if k > last:
-            weights = self._rule.extrapolate(k, self.anchor, last, self._levels)
+            weights = self._rule.extrapolate(k, self.previous_base, last, self._levels)
         else:
             above = min(i for i in self.progress.known if i > k)
             weights = self._rule.interpolate(k, self.progress.known_at(k), above, self._levels)
@@ -279,7 +283,7 @@ def _check_round(r: Round, progress: Progress, mode: Mode, steps: int) -> None:
     if not r.predict or len(r.predict) > mode.width:
         raise ValueError(f"{mode}: {r} predicts {len(r.predict)} indices; a round predicts 1 to {mode.width}")
     first, end = r.predict[0], r.predict[-1]
-    newest = max([last, *(out.predict[-1] for out in progress.out)])
+    newest = max([last, *(out.predict[-1] for out in progress.in_flight)])
     if mode.gaps:
         if list(r.predict) != sorted(set(r.predict)) or first < r.base or end >= steps:
             raise ValueError(f"{mode}: {r} must predict rising indices, from {r.base} on, to {steps - 1} at most")
@@ -287,5 +291,7 @@ def _check_round(r: Round, progress: Progress, mode: Mode, steps: int) -> None:
         raise ValueError(
             f"{mode}: {r} must predict indices in a row, starting from {r.base} to {newest + 1}, to {steps - 1} at most"
         )
-    if r.anchor is not None and not progress.anchor <= r.anchor <= r.base:
-        raise ValueError(f"{mode}: {r} looks back on {r.anchor}; what is kept goes from {progress.anchor} to {r.base}")
+    if r.previous_base is not None and not progress.previous_base <= r.previous_base <= r.base:
+        raise ValueError(
+            f"{mode}: {r} looks back on {r.previous_base}; what is kept goes from {progress.previous_base} to {r.base}"
+        )

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drp.sampling.banks import Banks
+from drp.sampling.linear import LinearCombination, Symbol, state
 from drp.sampling.modes import Mode
-from drp.sampling.plan import Advance, Measure, Predict, longest_way, make_plan, most_in_use
-from drp.sampling.rows import Row, Term, state
+from drp.sampling.plan import Advance, Measure, Predict, make_plan, max_advance, most_in_use
+from drp.sampling.slot_allocator import SlotAllocator
 from drp.sampling.solvers import Solver
 
 Callback = Callable[[int, Tensor], None]
@@ -32,14 +32,14 @@ Noise = Callable[[int], Tensor]
 Add = Callable[[Tensor, Tensor, Tensor, bool], None]
 
 
-class Queue(Protocol):
+class OperationQueue(Protocol):
     """What does a run's arithmetic later than it is given, in that order."""
 
-    def put(self, do: Callable[[], object]) -> None:
+    def enqueue(self, do: Callable[[], object]) -> None:
         """Have this done after what was given before."""
         ...
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until all was done."""
         ...
 
@@ -73,17 +73,17 @@ def _rounds_kept(solver: Solver, mode: Mode) -> int:
     return max(usual, 1 + most_in_use(mode, solver.grid.steps, solver.history)) if mode.gaps else usual
 
 
-def _room(solver: Solver, mode: Mode, width: int) -> Banks:
+def _room(solver: Solver, mode: Mode, width: int) -> SlotAllocator:
     """Return room for what is in use at once; in a mode that lags, of rounds of any length."""
     kept = _rounds_kept(solver, mode)
-    return Banks(2 * kept * width, 1) if mode.lags else Banks(kept, width)
+    return SlotAllocator(2 * kept * width, 1) if mode.pipelined else SlotAllocator(kept, width)
 
 
-class _Out:
+class _InFlightRound:
     """A round that is being evaluated: the slots of its indices, those that are missing, and its depth."""
 
     def __init__(self, slots: dict[int, int], depth: int) -> None:
-        self.slots, self.missing, self.depth = slots, set(slots.values()), depth
+        self.slots, self.outstanding, self.depth = slots, set(slots.values()), depth
 
 
 class Run:
@@ -111,10 +111,10 @@ class Run:
         predictions: Tensor,
         noise: Noise | None = None,
         watch: bool = False,
-        queue: Queue | None = None,
+        queue: OperationQueue | None = None,
     ) -> None:
         self._queue = queue
-        self._add: Add = _add if queue is None else lambda *terms: queue.put(partial(_add, *terms))
+        self._add: Add = _add if queue is None else lambda *terms: queue.enqueue(partial(_add, *terms))
         self._timesteps = [float(t) for t in solver.grid.timesteps]
         self._shape, self._start = start.shape, start.reshape(-1)
         self._drafts, self._predictions, self._noise = drafts, predictions, noise
@@ -131,13 +131,13 @@ class Run:
         self._noise_ahead = 2 * mode.width + 2 if solver.adds_noise else 0
         if solver.adds_noise and noise is None:
             raise ValueError(f"{type(solver).__name__} adds noise at each step; give `noise`")
-        self._ahead: tuple[int, list[float]] = (0, [])  # where the last round's states lie, and their residuals
+        self._measured: tuple[int, list[float]] = (0, [])  # where the last round's states lie, and their residuals
         self._to_refine: deque[tuple[_Advance, int]] = deque()
-        self._out: deque[_Out] = deque()  # what is not in _slots yet, oldest first
-        self._plan_ahead = 2 * mode.width if mode.lags else 2
-        self._folding: _Fold | None = None
+        self._in_flight: deque[_InFlightRound] = deque()  # what is not in _slots yet, oldest first
+        self._plan_ahead = 2 * mode.width if mode.pipelined else 2
+        self._partial_states: _PartialSum | None = None
         self._first = 0  # where the states being folded lie
-        self._drafting: _Fold | None = None
+        self._partial_drafts: _PartialSum | None = None
         self._first_slot = 0  # where the drafts being formed lie
         self.rounds_done = 0
         self.steps_done = 0
@@ -153,7 +153,7 @@ class Run:
     @property
     def ready(self) -> bool:
         """Whether the next round may be asked for: every prediction that it uses is in, as `fold` was told."""
-        return not any(out.missing for out in self._used())
+        return not any(out.outstanding for out in self._used())
 
     def rounds(self) -> Iterator[list[Task]]:
         """Yield each round's tasks, their drafts written; ask for the next once it is `ready`.
@@ -165,12 +165,12 @@ class Run:
             if isinstance(event, _Advance):
                 self._advance(event)
                 continue
-            fold = self._drafting or self._draft(event)
-            self._drafting = None
-            fold.go(self._vector)
+            fold = self._partial_drafts or self._draft(event)
+            self._partial_drafts = None
+            fold.accumulate(self._vector)
             slots = range(self._first_slot, self._first_slot + len(event.indices))
             self._answers.update(zip(slots, slots, strict=True))
-            self._out.append(_Out(dict(zip(event.indices, slots, strict=True)), self.rounds_done + 1))
+            self._in_flight.append(_InFlightRound(dict(zip(event.indices, slots, strict=True)), self.rounds_done + 1))
             for k in event.indices:
                 self.evaluated[k] += 1
             yield [Task(k, self._timesteps[k], slot) for k, slot in zip(event.indices, slots, strict=True)]
@@ -180,21 +180,21 @@ class Run:
         for out in self._used():
             self._slots.update(out.slots)
             self.rounds_done = max(self.rounds_done, out.depth)
-            self._out.popleft()
+            self._in_flight.popleft()
         return self._plan.get(self._position)
 
-    def _used(self) -> list[_Out]:
+    def _used(self) -> list[_InFlightRound]:
         """Return the rounds under way that the next event uses; with feedback it is not known yet, and uses all."""
         event = None if self._feedback else self._plan.get(self._position)
-        return list(self._out)[: len(self._out) - (event.behind if event is not None else 0)]
+        return list(self._in_flight)[: len(self._in_flight) - (event.unawaited_rounds if event is not None else 0)]
 
     @property
     def rows(self) -> set[int]:
         """The rows of `predictions` that are in use."""
-        there = {slot for out in self._out for slot in out.slots.values() if slot not in out.missing}
+        there = {slot for out in self._in_flight for slot in out.slots.values() if slot not in out.outstanding}
         return {self._answers[slot] for slot in there.union(self._slots.values())}
 
-    def fold(self, slot: int, row: int | None = None) -> None:
+    def accumulate(self, slot: int, row: int | None = None) -> None:
         """Take note of a draft's prediction, in `row`, and add it to the states that the next drafts start from.
 
         May be called for predictions as they arrive, in any order: they are added in index order, each as soon as those
@@ -202,40 +202,43 @@ class Run:
         way is not known before, none is added.
         """
         self._answers[slot] = slot if row is None else row
-        for out in self._out:
-            out.missing.discard(slot)
-        self._fold_known()
+        for out in self._in_flight:
+            out.outstanding.discard(slot)
+        self._accumulate_known()
 
-    def _fold_known(self) -> None:
+    def _accumulate_known(self) -> None:
         """Add what is known to the states that the next drafts start from, up to the first prediction missing."""
         event = None if self._feedback else self._plan.get(self._position)
         if isinstance(event, _Advance):
-            if self._folding is None:
-                self._folding = self._begin(event)
-            self._add_known(self._folding, self._used())
+            if self._partial_states is None:
+                self._partial_states = self._begin(event)
+            self._add_known(self._partial_states, self._used())
 
     def _draft_known(self) -> None:
         """Add what is known to the next drafts, where each round waits for all before it, if there is room for them."""
         event = self._plan.get(self._position)
         if isinstance(event, _Advance):
             event = self._plan.get(self._position + 1)
-        if isinstance(event, _Predict) and not event.behind:
-            if self._drafting is None and self._slot_banks.find(len(event.indices), self._slots_in_use) is not None:
-                self._drafting = self._draft(event)
-            if self._drafting is not None:
-                self._add_known(self._drafting, self._out)
+        if isinstance(event, _Predict) and not event.unawaited_rounds:
+            if (
+                self._partial_drafts is None
+                and self._slot_banks.find(len(event.indices), self._slots_in_use) is not None
+            ):
+                self._partial_drafts = self._draft(event)
+            if self._partial_drafts is not None:
+                self._add_known(self._partial_drafts, self._in_flight)
 
-    def _add_known(self, fold: _Fold, used: Collection[_Out]) -> None:
+    def _add_known(self, fold: _PartialSum, used: Collection[_InFlightRound]) -> None:
         """Add the terms up to the first that is not there: a prediction that misses, or a state to be computed."""
-        missing = set().union(*(out.missing for out in used))
+        missing = set().union(*(out.outstanding for out in used))
         newest = {k: slot for out in used for k, slot in out.slots.items()}
 
-        def there(term: Term) -> bool:
+        def there(term: Symbol) -> bool:
             if term.kind == "state":
                 return term.k == 0 or term.k in self._rows
             return term.kind != "prediction" or newest.get(term.k) not in missing
 
-        fold.go(lambda term: self._vector(term, newest), there)
+        fold.accumulate(lambda term: self._vector(term, newest), there)
 
     def refine(self, callback: Callback | None = None, between: bool | None = None) -> None:
         """Compute the states that finished rounds have passed; call `callback` for each, in order.
@@ -249,80 +252,82 @@ class Run:
                 event.between.write(self._vector, self._states[first : first + len(event) - event.eager], self._add)
             for k, x in enumerate(self._states[first : first + len(event)], start=event.base + 1):
                 self.steps_done = k
-                if self._watch and (given := self.given(k)) is not None:
+                if self._watch and (given := self.draft_at(k)) is not None:
                     self.residuals[k] = residual(x, given, self._shape[0])
                 if callback is not None:
                     callback(k, x.view(self._shape))
             for known in (self._slots, self._rows, self._fresh):
-                for k in [k for k in known if k < event.oldest and k != event.anchor]:
+                for k in [k for k in known if k < event.oldest and k != event.previous_base]:
                     del known[k]
         if not self._feedback:
             for ahead in range(self._plan_ahead):  # up to the next drafts
                 self._plan.get(self._position + ahead)
         for k in range(self.steps_done, min(self.steps_done + self._noise_ahead, len(self._timesteps))):
             self._draw(k)
-        self._fold_known()
+        self._accumulate_known()
         if not self._feedback:
             self._draft_known()
 
     @property
     def _slots_in_use(self) -> Iterator[int]:
-        return itertools.chain(self._slots.values(), *(out.slots.values() for out in self._out))
+        return itertools.chain(self._slots.values(), *(out.slots.values() for out in self._in_flight))
 
-    def _draft(self, event: _Predict) -> _Fold:
+    def _draft(self, event: _Predict) -> _PartialSum:
         """Find slots for drafts, and begin to form them."""
-        self._first_slot = self._slot_banks.take(len(event.indices), self._slots_in_use)
+        self._first_slot = self._slot_banks.allocate(len(event.indices), self._slots_in_use)
         slots = self._drafts[self._first_slot : self._first_slot + len(event.indices)]
-        return _Fold(event.drafts, slots, self._add)
+        return _PartialSum(event.drafts, slots, self._add)
 
     def _advance(self, event: _Advance) -> None:
         """Compute the state that the next round starts from; leave the others to `refine`, where nobody waits."""
         end = event.base + len(event)
         if self._feedback:  # They are there already, except one past the last prediction.
-            first, residuals = self._ahead
+            first, residuals = self._measured
             self.residuals.update(enumerate(residuals[: len(event)], start=event.base + 1))
             if len(event) < len(residuals):
                 self.cuts.append(end)
-            fold = None if len(event) <= len(residuals) else _Fold(event.last, self._eager(event, first), self._add)
+            fold = (
+                None if len(event) <= len(residuals) else _PartialSum(event.last, self._eager(event, first), self._add)
+            )
         else:
-            fold = self._folding or self._begin(event)
+            fold = self._partial_states or self._begin(event)
             first = self._first
-            self._folding = None
+            self._partial_states = None
         if fold is not None:
-            fold.go(self._vector)
+            fold.accumulate(self._vector)
         self._rows.update({event.base + 1 + i: first + i for i in range(len(event) - event.eager, len(event))})
         self._to_refine.append((event, first))
 
-    def _begin(self, event: _Advance) -> _Fold:
+    def _begin(self, event: _Advance) -> _PartialSum:
         """Find room for the states of a way forward, and begin to compute the last ones."""
         self._first = self._take_states(len(event))
-        return _Fold(event.last, self._eager(event, self._first), self._add)
+        return _PartialSum(event.last, self._eager(event, self._first), self._add)
 
     def _take_states(self, count: int) -> int:
         behind = (first + i for event, first in self._to_refine for i in range(len(event)))
-        return self._state_banks.take(count, itertools.chain(self._rows.values(), behind))
+        return self._state_banks.allocate(count, itertools.chain(self._rows.values(), behind))
 
     def _eager(self, event: _Advance, first: int) -> Tensor:
         return self._states[first + len(event) - event.eager : first + len(event)]
 
-    def _measure(self, base: int, rows: tuple[Row, ...]) -> Sequence[float]:
+    def _measure(self, base: int, rows: tuple[LinearCombination, ...]) -> Sequence[float]:
         """Compute the states from base + 1 to the last predicted index; return their residuals."""
         first = self._take_states(len(rows))
         states = self._states[first : first + len(rows)]
-        _Rows(rows, states, _on_the_way).write(self._vector, states, self._add)
+        _Rows(rows, states, _state_order).write(self._vector, states, self._add)
         if self._queue is not None:
-            self._queue.settle()
+            self._queue.synchronize()
         residuals = [
             residual(x, self._drafts[self._slots[k]], self._shape[0]) for k, x in enumerate(states, start=base + 1)
         ]
-        self._ahead = (first, residuals)
+        self._measured = (first, residuals)
         return residuals
 
-    def given(self, k: int) -> Tensor | None:
+    def draft_at(self, k: int) -> Tensor | None:
         """Return the draft [D] of which the prediction at k was made, if it is still there."""
         return self._drafts[self._slots[k]] if k in self._slots else None
 
-    def _vector(self, term: Term, newest: Mapping[int, int] = MappingProxyType({})) -> Tensor:
+    def _vector(self, term: Symbol, newest: Mapping[int, int] = MappingProxyType({})) -> Tensor:
         """Return what a term stands for; `newest` are slots that are not taken as there yet."""
         k = term.k
         if term.kind == "state":
@@ -399,15 +404,15 @@ def _plan(solver: Solver, mode: Mode, like: Tensor, measure: Measure) -> _Plan:
     with contextlib.suppress(TypeError):  # a mode of somebody's own that has no hash
         stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0  # which copies the weights
         known = _plans.setdefault(solver, {}).setdefault((mode, like.dtype, like.device, stream), known)
-    return _Plan(make_plan(solver, mode), like, longest_way(mode, solver.grid.steps), known)
+    return _Plan(make_plan(solver, mode), like, max_advance(mode, solver.grid.steps), known)
 
 
 class _Predict:
     """A round with its rows in the state's dtype, and on its device."""
 
     def __init__(self, event: Predict, like: Tensor) -> None:
-        self.indices, self.behind = event.indices, event.behind
-        self.drafts = _Rows(event.drafts, like, _ahead)
+        self.indices, self.unawaited_rounds = event.indices, event.unawaited_rounds
+        self.drafts = _Rows(event.drafts, like, _draft_order)
 
 
 class _Advance:
@@ -417,12 +422,17 @@ class _Advance:
     """
 
     def __init__(self, event: Advance, like: Tensor) -> None:
-        self.base, self.oldest, self.anchor, self.behind = event.base, event.oldest, event.anchor, event.behind
+        self.base, self.oldest, self.previous_base, self.unawaited_rounds = (
+            event.base,
+            event.oldest,
+            event.previous_base,
+            event.unawaited_rounds,
+        )
         self._length = len(event.states)
         self.eager = min(self._length, event.base + self._length - event.oldest + 1)
         split = self._length - self.eager
-        self.between = _Rows(event.states[:split], like, _on_the_way)
-        self.last = _Rows(event.states[split:], like, _on_the_way)
+        self.between = _Rows(event.states[:split], like, _state_order)
+        self.last = _Rows(event.states[split:], like, _state_order)
 
     def __len__(self) -> int:
         return self._length
@@ -433,16 +443,16 @@ def _cast(event: Predict | Advance, like: Tensor) -> _Predict | _Advance:
 
 
 _ORDER = {"state": 0, "input": 1, "noise": 2, "prediction": 3}
-Order = Callable[[Term], tuple[int, ...]]
+SumOrder = Callable[[Symbol], tuple[int, ...]]
 """In which terms are added: as they will be there, whatever order predictions arrive in, and whatever other terms."""
 
 
-def _on_the_way(t: Term) -> tuple[int, ...]:
+def _state_order(t: Symbol) -> tuple[int, ...]:
     """Of states: all but predictions are known before, and those come by their indices."""
     return _ORDER[t.kind], t.k
 
 
-def _ahead(t: Term) -> tuple[int, ...]:
+def _draft_order(t: Symbol) -> tuple[int, ...]:
     """Of drafts: states, too, come by their indices, each with the prediction there."""
     return t.kind in ("state", "prediction"), t.k, _ORDER[t.kind]
 
@@ -450,7 +460,7 @@ def _ahead(t: Term) -> tuple[int, ...]:
 class _Rows:
     """Several rows over the same terms, as one small matrix product."""
 
-    def __init__(self, rows: Sequence[Row], like: Tensor, order: Order) -> None:
+    def __init__(self, rows: Sequence[LinearCombination], like: Tensor, order: SumOrder) -> None:
         self.terms = sorted({t for row in rows for t in row}, key=order)
         weights = torch.tensor(
             [[row.get(t, 0.0) for row in rows] for t in self.terms], dtype=torch.float64, device="cpu"
@@ -460,9 +470,9 @@ class _Rows:
             weights = weights.pin_memory()  # else the host would wait for all that the stream has to do
         self.weights = weights.to(like.device, non_blocking=True).reshape(len(self.terms), len(rows), 1)
 
-    def write(self, vector: Callable[[Term], Tensor], out: Tensor, add: Add) -> None:
+    def write(self, vector: Callable[[Symbol], Tensor], out: Tensor, add: Add) -> None:
         """Write row i into `out[i]`; `out` is [rows, D]."""
-        _Fold(self, out, add).go(vector)
+        _PartialSum(self, out, add).accumulate(vector)
 
 
 def _add(out: Tensor, weight: Tensor, term: Tensor, first: bool) -> None:
@@ -473,13 +483,15 @@ def _add(out: Tensor, weight: Tensor, term: Tensor, first: bool) -> None:
         out.addcmul_(weight, term)
 
 
-class _Fold:
+class _PartialSum:
     """Rows' sum under way: terms are added in their order, as far as they are ready."""
 
     def __init__(self, rows: _Rows, out: Tensor, add: Add) -> None:
         self._rows, self._out, self._add, self._done = rows, out, add, 0
 
-    def go(self, vector: Callable[[Term], Tensor], ready: Callable[[Term], bool] = lambda term: True) -> None:
+    def accumulate(
+        self, vector: Callable[[Symbol], Tensor], ready: Callable[[Symbol], bool] = lambda term: True
+    ) -> None:
         """Add the terms up to the first that is not ready."""
         terms, weights = self._rows.terms, self._rows.weights
         while self._done < len(terms) and ready(terms[self._done]):

@@ -1,4 +1,4 @@
-"""Clients: who is at the door, what each has been told and has not had room for, and who is gone."""
+"""Client sessions: queued messages, unacknowledged results, heartbeats and lost connections."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from drp.protocol.client_messages import ACK_TIMEOUT, HEARTBEAT_INTERVAL, SILENCE_TIMEOUT, Heartbeat, ToClient
 from drp.protocol.codec import encode
-from drp.protocol.door import BEAT, SILENCE, TAKE, Beat, ToClient
 from drp.protocol.frames import Frame
 from drp.protocol.memory import SharedMemory
 from drp.server.endpoint import Endpoint
-from drp.server.ticket import Ticket
+from drp.server.server_request import ServerRequest
 
-AGAIN: Final = 0.02
+RETRY_INTERVAL: Final = 0.02
 """Seconds after which a client that had no room for a message is tried again."""
 MAX_UNSENT: Final = 1024
 """Messages that one client may leave unread."""
@@ -27,54 +27,54 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Client:
+class ClientSession:
     """A session: its requests under way, the results that it has to take, and the messages it has had no room for."""
 
     address: bytes
     name: str
-    tickets: dict[int, Ticket] = field(default_factory=dict)
-    untaken: dict[int, tuple[SharedMemory, float]] = field(default_factory=dict)
+    open_requests: dict[int, ServerRequest] = field(default_factory=dict)
+    unacknowledged: dict[int, tuple[SharedMemory, float]] = field(default_factory=dict)
     outbox: deque[list[Frame]] = field(default_factory=deque)
-    told: float = 0.0
+    last_sent: float = 0.0
     """When it last took something."""
 
     @property
     def requests(self) -> int:
         """How many requests count against its share: those under way, and what it has not read or taken of others."""
-        return len(self.tickets) + len(self.untaken) + len(self.outbox)
+        return len(self.open_requests) + len(self.unacknowledged) + len(self.outbox)
 
     @property
     def nbytes(self) -> int:
         """The bytes that are kept for it."""
         unsent = sum(memoryview(frame).nbytes for frames in self.outbox for frame in frames)
-        return unsent + sum(memory.nbytes for memory, _ in self.untaken.values())
+        return unsent + sum(memory.nbytes for memory, _ in self.unacknowledged.values())
 
     @property
-    def waits(self) -> bool:
+    def expects_messages(self) -> bool:
         """Whether it may count on hearing something."""
-        return bool(self.tickets or self.untaken or self.outbox)
+        return bool(self.open_requests or self.unacknowledged or self.outbox)
 
 
-class Clients:
+class ClientSessions:
     """The sessions of one endpoint; `on_gone` is called with each that ends, `on_untaken` with each result left."""
 
     def __init__(
-        self, endpoint: Endpoint, on_gone: Callable[[Client], None], on_untaken: Callable[[Client], None]
+        self, endpoint: Endpoint, on_gone: Callable[[ClientSession], None], on_untaken: Callable[[ClientSession], None]
     ) -> None:
-        self._endpoint, self._on_gone, self._on_untaken = endpoint, on_gone, on_untaken
-        self._all: dict[bytes, Client] = {}
+        self._endpoint, self._on_gone, self._on_unacknowledged = endpoint, on_gone, on_untaken
+        self._all: dict[bytes, ClientSession] = {}
         self._probes = 0
 
     def __len__(self) -> int:
         return len(self._all)
 
-    def get(self, address: bytes) -> Client | None:
+    def get(self, address: bytes) -> ClientSession | None:
         """Return the session at an address, if it has one."""
         return self._all.get(address)
 
-    def open(self, address: bytes, name: str) -> Client:
+    def open(self, address: bytes, name: str) -> ClientSession:
         """Begin a session, or go on with it."""
-        return self._all.setdefault(address, Client(address, name, told=time.monotonic()))
+        return self._all.setdefault(address, ClientSession(address, name, last_sent=time.monotonic()))
 
     @property
     def unsent(self) -> int:
@@ -82,16 +82,16 @@ class Clients:
         return sum(len(client.outbox) for client in self._all.values())
 
     @property
-    def untaken(self) -> int:
+    def unacknowledged(self) -> int:
         """How many results wait in shared memory."""
-        return sum(len(client.untaken) for client in self._all.values())
+        return sum(len(client.unacknowledged) for client in self._all.values())
 
     @property
-    def patience(self) -> float:
+    def poll_timeout(self) -> float:
         """Seconds until something has to be tried again, or looked at."""
-        return AGAIN if self.unsent else BEAT
+        return RETRY_INTERVAL if self.unsent else HEARTBEAT_INTERVAL
 
-    def send(self, client: Client, message: ToClient, frames: Sequence[Frame] = ()) -> None:
+    def send(self, client: ClientSession, message: ToClient, frames: Sequence[Frame] = ()) -> None:
         """Send a message, or keep it until the client has room; forget a client that leaves too much unread."""
         if self._all.get(client.address) is not client:
             return
@@ -108,14 +108,14 @@ class Clients:
         """Answer somebody who has no session, if they listen."""
         self._endpoint.send(address, [encode(message)])
 
-    def keep(self, client: Client, request: int, memory: SharedMemory) -> None:
+    def keep(self, client: ClientSession, request: int, memory: SharedMemory) -> None:
         """Hold the shared memory of a result until it is taken."""
-        client.untaken[request] = memory, time.monotonic() + TAKE
+        client.unacknowledged[request] = memory, time.monotonic() + ACK_TIMEOUT
         self._limit_bytes()
 
-    def taken(self, client: Client, request: int) -> None:
+    def acknowledge(self, client: ClientSession, request: int) -> None:
         """Give the memory of a result back."""
-        memory, _ = client.untaken.pop(request, (None, 0.0))
+        memory, _ = client.unacknowledged.pop(request, (None, 0.0))
         if memory is not None:
             memory.close()
 
@@ -129,26 +129,26 @@ class Clients:
         self._probes = 2  # Now, and at the next look: the news may be there before the connection is gone.
         self._probe()
 
-    def look(self) -> None:
-        """To be called once a `BEAT`: tell those who wait that the server is there, and see to deadlines."""
+    def check(self) -> None:
+        """Send heartbeats and check deadlines; to be called every `HEARTBEAT_INTERVAL`."""
         if self._probes:
             self._probe()
         now = time.monotonic()
         for client in list(self._all.values()):
-            if client.outbox and now - client.told > SILENCE:
+            if client.outbox and now - client.last_sent > SILENCE_TIMEOUT:
                 self.forget(client)  # It does not read.
-            elif client.waits and not client.outbox and now - client.told >= BEAT * 0.9:
-                self.send(client, Beat())
-            for request in [request for request, (_, until) in client.untaken.items() if now > until]:
-                self.taken(client, request)
-                self._on_untaken(client)
+            elif client.expects_messages and not client.outbox and now - client.last_sent >= HEARTBEAT_INTERVAL * 0.9:
+                self.send(client, Heartbeat())
+            for request in [request for request, (_, until) in client.unacknowledged.items() if now > until]:
+                self.acknowledge(client, request)
+                self._on_unacknowledged(client)
 
-    def forget(self, client: Client) -> None:
+    def forget(self, client: ClientSession) -> None:
         """End a session, and give back what was meant for it."""
         self._all.pop(client.address, None)
         client.outbox.clear()
-        for request in list(client.untaken):
-            self.taken(client, request)
+        for request in list(client.unacknowledged):
+            self.acknowledge(client, request)
         self._on_gone(client)
 
     def close(self) -> None:
@@ -158,7 +158,9 @@ class Clients:
 
     def _limit_bytes(self) -> None:
         """Forget the clients that most is kept for, while more is kept than may be."""
-        kept = {client.address: client.nbytes for client in self._all.values() if client.outbox or client.untaken}
+        kept = {
+            client.address: client.nbytes for client in self._all.values() if client.outbox or client.unacknowledged
+        }
         while sum(kept.values()) > MAX_BYTES:
             address = max(kept, key=kept.__getitem__)
             client = self._all[address]
@@ -168,13 +170,13 @@ class Clients:
     def _probe(self) -> None:
         self._probes -= 1
         for client in [client for client in self._all.values() if not client.outbox]:
-            if self._endpoint.send(client.address, [encode(Beat())]) == "gone":
+            if self._endpoint.send(client.address, [encode(Heartbeat())]) == "gone":
                 self.forget(client)  # "full" is no matter: who waits for nothing need not read.
 
-    def _flush(self, client: Client) -> None:
+    def _flush(self, client: ClientSession) -> None:
         while client.outbox and (sent := self._endpoint.send(client.address, client.outbox[0])) != "full":
             if sent == "gone":
                 self.forget(client)
                 return
             client.outbox.popleft()
-            client.told = time.monotonic()
+            client.last_sent = time.monotonic()

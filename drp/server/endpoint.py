@@ -1,4 +1,4 @@
-"""Endpoint: the door's socket, which opens only to its own user (ipc://) or to clients with known keys (tcp://)."""
+"""The server's socket, for its own user only (ipc://) or for clients with known keys (tcp://)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import parse_monitor_message
 
-from drp.protocol.door import MAX_FRAME
+from drp.protocol.client_messages import MAX_FRAME_NBYTES
 from drp.protocol.frames import Frame
 from drp.protocol.keys import Keys
 from drp.protocol.transport import MAX_PATH
@@ -56,7 +56,7 @@ class Endpoint:
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         try:
             self.socket.setsockopt(zmq.LINGER, 1000)  # Last answers have a second to leave.
-            self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
+            self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_NBYTES)
             self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # Sending to a client that is gone is an error.
             self.socket.setsockopt(zmq.SNDHWM, OUT)
             self.socket.setsockopt(zmq.RCVHWM, OUT)
@@ -174,7 +174,7 @@ def check_descriptors(clients: int) -> int:
 def default_address() -> str:
     """Return where `drp serve` listens unless told otherwise: in the user's runtime directory, or one in /tmp."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return f"ipc://{runtime}/drp/door" if runtime else f"ipc:///tmp/drp-{os.getuid()}/door"
+    return f"ipc://{runtime}/drp/server" if runtime else f"ipc:///tmp/drp-{os.getuid()}/server"
 
 
 def check_address(address: str, keys: Keys | None) -> Path | None:

@@ -44,7 +44,7 @@ class Counts:
     refused: int = 0
     lost_clients: int = 0
     bad_messages: int = 0
-    untaken: int = 0
+    unacknowledged: int = 0
     steps: int = 0
     rounds: int = 0
     evaluations: int = 0
@@ -81,7 +81,11 @@ def prometheus(counts: Counts, gauges: Mapping[str, tuple[str, float]]) -> str:
     for name, what, value in (
         ("lost_clients_total", "Clients whose connection broke or who did not read.", counts.lost_clients),
         ("bad_messages_total", "Messages that broke the protocol.", counts.bad_messages),
-        ("untaken_results_total", "Results in shared memory given back because no client took them.", counts.untaken),
+        (
+            "untaken_results_total",
+            "Results in shared memory given back because no client took them.",
+            counts.unacknowledged,
+        ),
         ("steps_total", "Steps of finished runs.", counts.steps),
         ("rounds_total", "Evaluations of finished runs that had to follow one another.", counts.rounds),
         ("evaluations_total", "Evaluations of the denoiser in finished runs.", counts.evaluations),

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from drp.leader.request import Options
-from drp.protocol.door import (
-    LONGEST_INCIDENT,
-    MOST_INCIDENTS,
+from drp.protocol.client_messages import (
+    MAX_INCIDENT_LENGTH,
+    MAX_INCIDENTS,
     Finished,
     Option,
     Residual,
@@ -96,8 +96,8 @@ def finished(request: int, result: Result, samples: TensorData, waited: float) -
 
 def _told(incidents: Sequence[str]) -> tuple[str, ...]:
     """Return as many incidents, and of each as much, as a message holds; the last says how many there are beyond."""
-    first = incidents if len(incidents) <= MOST_INCIDENTS else incidents[: MOST_INCIDENTS - 1]
-    told = [incident[:LONGEST_INCIDENT] for incident in first]
+    first = incidents if len(incidents) <= MAX_INCIDENTS else incidents[: MAX_INCIDENTS - 1]
+    told = [incident[:MAX_INCIDENT_LENGTH] for incident in first]
     if len(incidents) > len(first):
         told.append(f"and {len(incidents) - len(first)} more")
     return tuple(told)

@@ -1,4 +1,4 @@
-"""Server: a leader's front door. One role, one loop; what is said at the door is in drp/protocol/SPEC.md."""
+"""The server of one leader: one role, one loop; the client protocol is in drp/protocol/SPEC.md."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ import zmq
 
 from drp.errors import WorkerError
 from drp.leader.leader import Leader
-from drp.protocol.codec import ProtocolError, decode
-from drp.protocol.door import (
-    BEAT,
-    MAX_FRAME,
+from drp.protocol.client_messages import (
+    HEARTBEAT_INTERVAL,
+    MAX_FRAME_NBYTES,
     TO_SERVER,
     VERSION,
     Accepted,
-    Ask,
+    Ack,
     Cancel,
     Ended,
     Evaluation,
     Metrics,
     Open,
-    Opened,
+    Query,
     Refused,
     Status,
     Submit,
-    Taken,
     TensorData,
     ToServer,
+    Welcome,
 )
+from drp.protocol.codec import ProtocolError, decode
 from drp.protocol.frames import Frame, nbytes_of_samples, shape_of_samples
 from drp.protocol.keys import Keys
 from drp.protocol.tensors import Frames, shared
 from drp.sampling.result import Result
 from drp.server import options
-from drp.server.clients import Client, Clients
+from drp.server.clients import ClientSession, ClientSessions
 from drp.server.endpoint import Endpoint, check_descriptors
-from drp.server.feed import Feed
+from drp.server.evaluation_buffer import EvaluationBuffer
 from drp.server.metrics import Counts, prometheus
-from drp.server.ticket import Ticket
+from drp.server.server_request import ServerRequest
 
-AT_ONCE: Final = 100
+MAX_MESSAGES_PER_TURN: Final = 100
 """Messages that are taken before anything else is looked at again."""
-LAST: Final = 5.0
+CANCEL_TIMEOUT: Final = 5.0
 """Seconds that runs have to end after they were cancelled for the end of the server."""
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Server:
 
     model: the name that clients are told.
     address: ipc://PATH, in a directory of mode 0700, or tcp://HOST:PORT, with `keys`.
-    most: requests at once, of all clients together, waiting ones included.
+    max_requests: requests at once, of all clients together, waiting ones included.
     max_clients: sessions at once.
     stall: seconds without progress of any request after which the server is not healthy.
 
@@ -75,27 +75,27 @@ class Server:
         address: str,
         *,
         keys: Keys | None = None,
-        most: int = 64,
+        max_requests: int = 64,
         max_clients: int = 128,
         stall: float = 30.0,
     ) -> None:
-        if most < 1 or max_clients < 1 or not 0 < stall < math.inf:
+        if max_requests < 1 or max_clients < 1 or not 0 < stall < math.inf:
             raise ValueError(
-                f"most is {most}, max_clients {max_clients} and stall {stall}; give whole numbers from 1 and seconds "
-                "above 0"
+                f"max_requests is {max_requests}, max_clients {max_clients} and stall {stall}; give 1 or more and "
+                "seconds above 0"
             )
-        self._leader, self._model, self._most, self._stall = leader, model, most, stall
+        self._leader, self._model, self._max_requests, self._stall = leader, model, max_requests, stall
         self._max_clients = max_clients
         self._endpoint = Endpoint(address, keys, check_descriptors(max_clients))
-        self._clients = Clients(self._endpoint, self._on_gone, self._on_untaken)
-        self._tickets: set[Ticket] = set()
-        self._reports: deque[Ticket] = deque()
+        self._clients = ClientSessions(self._endpoint, self._on_gone, self._on_unacknowledged)
+        self._requests: set[ServerRequest] = set()
+        self._reports: deque[ServerRequest] = deque()
         """Those that the leader's thread has news of."""
-        self._untold: set[Ticket] = set()
+        self._unreported: set[ServerRequest] = set()
         """Those with news that their clients had no room for."""
         self._counts = Counts()
-        self._feed, self._listening = Feed(), False
-        self._began = self._lively = self._looked = time.monotonic()
+        self._evaluation_buffer, self._listening = EvaluationBuffer(), False
+        self._began = self._last_progress = self._looked = time.monotonic()
         self._draining: float | None = None
         self._gate = threading.Lock()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -122,11 +122,11 @@ class Server:
         """Serve until drained; raise WorkerError if the leader is lost."""
         while not self._is_over():
             self._wait()
-            self._hear()
-            self._tell()
-            if time.monotonic() - self._looked >= BEAT:
+            self._receive_messages()
+            self._report_updates()
+            if time.monotonic() - self._looked >= HEARTBEAT_INTERVAL:
                 self._looked = time.monotonic()
-                self._clients.look()
+                self._clients.check()
         if self._leader.closed and self._draining is None:
             raise WorkerError("the leader has lost its workers, and every client was told")
 
@@ -141,18 +141,18 @@ class Server:
 
     def _is_over(self) -> bool:
         if self._leader.closed:
-            return all(ticket.pending.done() for ticket in self._tickets) and not self._reports
+            return all(ticket.future.done() for ticket in self._requests) and not self._reports
         if self._draining is None:
             return False
         now = time.monotonic()
         if now > self._draining:
-            for ticket in self._tickets:
-                ticket.pending.cancel()
-        busy = self._tickets or self._clients.unsent or self._clients.untaken
-        return not busy or now > self._draining + LAST
+            for ticket in self._requests:
+                ticket.future.cancel()
+        busy = self._requests or self._clients.unsent or self._clients.unacknowledged
+        return not busy or now > self._draining + CANCEL_TIMEOUT
 
     def _wait(self) -> None:
-        left = min(self._looked + BEAT - time.monotonic(), self._clients.patience)
+        left = min(self._looked + HEARTBEAT_INTERVAL - time.monotonic(), self._clients.poll_timeout)
         if self._draining is not None:
             left = min(left, self._draining - time.monotonic() if self._draining > time.monotonic() else 0.1)
         ready = dict(self._poller.poll(math.ceil(max(0.0, left) * 1000)))
@@ -163,19 +163,19 @@ class Server:
 
     # What clients say.
 
-    def _hear(self) -> None:
-        for _ in range(AT_ONCE):
+    def _receive_messages(self) -> None:
+        for _ in range(MAX_MESSAGES_PER_TURN):
             received = self._endpoint.receive()
             if received is None:
                 return
             address, (head, *frames) = received
             try:
-                self._on(address, decode(bytes(head), TO_SERVER), frames)
+                self._on_message(address, decode(bytes(head), TO_SERVER), frames)
             except ProtocolError as error:
                 self._counts.bad_messages += 1
                 self._clients.reply(address, Refused(None, "protocol", _words(error, 2000)))
 
-    def _on(self, address: bytes, message: ToServer, frames: Sequence[Frame]) -> None:
+    def _on_message(self, address: bytes, message: ToServer, frames: Sequence[Frame]) -> None:
         client = self._clients.get(address)
         if frames and not isinstance(message, Submit):
             raise ProtocolError(f"{len(frames)} frames after a {type(message).__name__}, which has no tensors")
@@ -186,11 +186,11 @@ class Server:
         elif isinstance(message, Submit):
             self._submit(client, message, frames)
         elif isinstance(message, Cancel):
-            if message.request in client.tickets:
-                client.tickets[message.request].cancel()
-        elif isinstance(message, Taken):
-            self._clients.taken(client, message.request)
-        elif isinstance(message, Ask):
+            if message.request in client.open_requests:
+                client.open_requests[message.request].cancel()
+        elif isinstance(message, Ack):
+            self._clients.acknowledge(client, message.request)
+        elif isinstance(message, Query):
             self._clients.send(client, self.status() if message.what == "status" else Metrics(self.metrics()))
 
     def _open(self, address: bytes, message: Open) -> None:
@@ -204,15 +204,17 @@ class Server:
             return
         log.info("client %r is there", message.name)
         client = self._clients.open(address, message.name)
-        self._clients.send(client, Opened(VERSION, self._model, self._leader.spec, self._leader.devices, self._most))
+        self._clients.send(
+            client, Welcome(VERSION, self._model, self._leader.spec, self._leader.devices, self._max_requests)
+        )
 
-    def _submit(self, client: Client, submit: Submit, frames: Sequence[Frame]) -> None:
-        if submit.request in client.tickets or submit.request in client.untaken:
+    def _submit(self, client: ClientSession, submit: Submit, frames: Sequence[Frame]) -> None:
+        if submit.request in client.open_requests or submit.request in client.unacknowledged:
             raise ProtocolError(f"request {submit.request} is there already")
-        ahead = len(self._tickets)
-        ticket = Ticket(client.address, submit, self._report, self._note_progress)
+        ahead = len(self._requests)
+        ticket = ServerRequest(client.address, submit, self._report, self._note_progress)
         try:
-            refused = self._why_not(client, submit, ahead) or self._begin(ticket, frames)
+            refused = self._refusal(client, submit, ahead) or self._begin(ticket, frames)
         except ProtocolError as error:
             self._counts.bad_messages += 1
             refused = Refused(submit.request, "protocol", _words(error, 2000))
@@ -221,20 +223,20 @@ class Server:
             self._counts.refused += 1
             self._clients.send(client, refused)
             return
-        if not self._tickets:
+        if not self._requests:
             self._note_progress()
-        self._tickets.add(ticket)
-        client.tickets[submit.request] = ticket
+        self._requests.add(ticket)
+        client.open_requests[submit.request] = ticket
         self._clients.send(client, Accepted(submit.request, ahead))
-        ticket.pending.add_done_callback(ticket.on_end)
+        ticket.future.add_done_callback(ticket.on_end)
 
-    def _why_not(self, client: Client, submit: Submit, ahead: int) -> Refused | None:
+    def _refusal(self, client: ClientSession, submit: Submit, ahead: int) -> Refused | None:
         """Return why a request is refused, whatever the leader would say of it."""
         if self._draining is not None or self._leader.closed:
             return Refused(submit.request, "draining", "this server is about to end")
-        if ahead >= self._most:
+        if ahead >= self._max_requests:
             return Refused(submit.request, "busy", f"{ahead} requests are there, as many as this server takes")
-        if client.requests >= self._most:
+        if client.requests >= self._max_requests:
             reason = f"{client.requests} results and requests of this client are there; read and take them first"
             return Refused(submit.request, "busy", reason)
         if submit.memory and not self._endpoint.local:
@@ -243,18 +245,20 @@ class Server:
         if nbytes == 0:
             shape = shape_of_samples(submit, self._leader.spec)
             return Refused(submit.request, "invalid", f"samples of shape {list(shape)} are none; give sizes from 1")
-        if nbytes > MAX_FRAME:
-            return Refused(submit.request, "invalid", f"samples of {nbytes} bytes; at most {MAX_FRAME}: ask for fewer")
+        if nbytes > MAX_FRAME_NBYTES:
+            return Refused(
+                submit.request, "invalid", f"samples of {nbytes} bytes; at most {MAX_FRAME_NBYTES}: ask for fewer"
+            )
         return None
 
-    def _begin(self, ticket: Ticket, frames: Sequence[Frame]) -> Refused | None:
+    def _begin(self, ticket: ServerRequest, frames: Sequence[Frame]) -> Refused | None:
         """Hand a request to the leader, or return why it does not take it."""
         self._listen(self._listening or ticket.submit.timeline)
         try:
             given = options.options(ticket.submit, frames, ticket.on_step)
             if ticket.submit.memory:
                 ticket.memory, given["out"] = shared(shape_of_samples(ticket.submit, self._leader.spec))
-            ticket.pending = self._leader.submit(**given)
+            ticket.future = self._leader.submit(**given)
         except ProtocolError:
             raise
         except WorkerError as error:
@@ -270,11 +274,11 @@ class Server:
         """Have the leader tell what its workers do, if a client wants to know; it costs a little of its time."""
         if wanted != self._listening:
             self._listening = wanted
-            (self._leader.listen if wanted else self._leader.leave)(self._feed)
+            (self._leader.subscribe if wanted else self._leader.unsubscribe)(self._evaluation_buffer)
 
     # What the leader's thread says.
 
-    def _report(self, ticket: Ticket) -> None:
+    def _report(self, ticket: ServerRequest) -> None:
         with self._gate:
             if not ticket.reported and self._wakeup >= 0:
                 ticket.reported = True
@@ -282,50 +286,50 @@ class Server:
                 os.eventfd_write(self._wakeup, 1)
 
     def _note_progress(self) -> None:
-        self._lively = time.monotonic()
+        self._last_progress = time.monotonic()
 
     # What clients are told.
 
-    def _tell(self) -> None:
+    def _report_updates(self) -> None:
         self._clients.flush()
-        tickets, self._untold = self._untold, set()
+        tickets, self._unreported = self._unreported, set()
         while self._reports:
             ticket = self._reports.popleft()
             ticket.reported = False  # before it is looked at: what comes later is reported again
             tickets.add(ticket)
-        for ticket in tickets & self._tickets:
-            client, over = self._clients.get(ticket.client), ticket.pending.done()
+        for ticket in tickets & self._requests:
+            client, over = self._clients.get(ticket.client), ticket.future.done()
             if client is not None and (over or not client.outbox):
-                for progress, frames in ticket.news(self._evaluations):
+                for progress, frames in ticket.updates(self._evaluations):
                     self._clients.send(client, progress, frames)
             elif client is not None and not over:
-                self._untold.add(ticket)
+                self._unreported.add(ticket)
             if over:
                 self._end(ticket, client)
 
-    def _evaluations(self, ticket: Ticket, most: int) -> tuple[Evaluation, ...]:
-        number = ticket.pending.number
-        return self._feed.take(number, most) if number is not None and ticket.submit.timeline else ()
+    def _evaluations(self, ticket: ServerRequest, most: int) -> tuple[Evaluation, ...]:
+        number = ticket.future.number
+        return self._evaluation_buffer.take(number, most) if number is not None and ticket.submit.timeline else ()
 
-    def _end(self, ticket: Ticket, client: Client | None) -> None:
+    def _end(self, ticket: ServerRequest, client: ClientSession | None) -> None:
         """Hand a finished run's result, or what became of it, to its client; forget it."""
-        self._tickets.remove(ticket)
-        if ticket.pending.number is not None:
-            self._feed.forget(ticket.pending.number)
-        self._listen(any(other.submit.timeline for other in self._tickets))
+        self._requests.remove(ticket)
+        if ticket.future.number is not None:
+            self._evaluation_buffer.forget(ticket.future.number)
+        self._listen(any(other.submit.timeline for other in self._requests))
         self._note_progress()
         if client is not None:
-            del client.tickets[ticket.request]
+            del client.open_requests[ticket.request]
         client = self._clients.get(ticket.client)  # It may be gone since.
         try:
-            self._finish(ticket, client, ticket.pending.result(timeout=0))
+            self._finish(ticket, client, ticket.future.result(timeout=0))
         except (Exception, CancelledError) as error:
             ended = self._ended(ticket, error)
             if client is not None:
                 self._clients.send(client, ended)
         ticket.release()
 
-    def _ended(self, ticket: Ticket, error: BaseException) -> Ended:
+    def _ended(self, ticket: ServerRequest, error: BaseException) -> Ended:
         """Count a run without samples; return what its client is told."""
         if not isinstance(error, CancelledError):
             self._counts.failed += 1
@@ -335,7 +339,7 @@ class Server:
             return Ended(ticket.request, "cancelled", "")
         return Ended(ticket.request, "draining", "the server ended first")
 
-    def _finish(self, ticket: Ticket, client: Client | None, result: Result) -> None:
+    def _finish(self, ticket: ServerRequest, client: ClientSession | None, result: Result) -> None:
         taken = time.monotonic() - ticket.began
         waited = max(0.0, taken - result.seconds)
         self._counts.add(result, taken, waited)
@@ -350,33 +354,33 @@ class Server:
             samples = frames.add(result.samples)
         self._clients.send(client, options.finished(ticket.request, result, samples, waited), frames.frames)
 
-    def _on_gone(self, client: Client) -> None:
+    def _on_gone(self, client: ClientSession) -> None:
         """Cancel what a client that is gone wanted."""
-        log.info("client %r is gone, with %d requests under way", client.name, len(client.tickets))
-        self._counts.lost_clients += bool(client.tickets)
-        for ticket in client.tickets.values():
+        log.info("client %r is gone, with %d requests under way", client.name, len(client.open_requests))
+        self._counts.lost_clients += bool(client.open_requests)
+        for ticket in client.open_requests.values():
             ticket.cancel()
 
-    def _on_untaken(self, client: Client) -> None:
-        self._counts.untaken += 1
+    def _on_unacknowledged(self, client: ClientSession) -> None:
+        self._counts.unacknowledged += 1
 
     # How it is.
 
     def status(self) -> Status:
         """Return how the server is."""
         now, counts = time.monotonic(), self._counts
-        still = now - self._lively if self._tickets else 0.0
+        still = now - self._last_progress if self._requests else 0.0
         state = "lost" if self._leader.closed else "serving" if self._draining is None else "draining"
         reason = "the leader is lost" if self._leader.closed else ""
         if still > self._stall:
-            reason = f"{len(self._tickets)} requests, and no progress of any for {still:.0f} s"
+            reason = f"{len(self._requests)} requests, and no progress of any for {still:.0f} s"
         return Status(
             state=state,  # type: ignore[arg-type]  # one of the three
             healthy=not reason,
             reason=reason,
             clients=len(self._clients),
-            requests=len(self._tickets),
-            most=self._most,
+            requests=len(self._requests),
+            max_requests=self._max_requests,
             uptime=now - self._began,
             since_progress=still,
             finished=counts.finished,
@@ -390,13 +394,16 @@ class Server:
         now, workers = self.status(), self._leader.workers
         gauges = {
             "requests": ("Requests that are not over.", now.requests),
-            "requests_limit": ("Requests that the server has at once.", now.most),
+            "requests_limit": ("Requests that the server has at once.", now.max_requests),
             "clients": ("Sessions.", now.clients),
             "workers": ("Workers of the leader.", len(workers)),
             "workers_ready": ("Those that can take a draft.", sum(worker.state == "ready" for worker in workers)),
-            "workers_lost_total": ("Workers lost, and replaced or given up.", sum(worker.lost for worker in workers)),
+            "workers_lost_total": ("Workers lost, and replaced or given up.", sum(worker.losses for worker in workers)),
             "dropped_messages_total": ("Messages to the leader that were no worker's, or none.", self._leader.dropped),
-            "untaken_results": ("Results in shared memory that their clients have not taken.", self._clients.untaken),
+            "untaken_results": (
+                "Results in shared memory that their clients have not taken.",
+                self._clients.unacknowledged,
+            ),
             "healthy": ("1 if there is progress, or nothing to do.", int(now.healthy)),
             "draining": ("1 if the server refuses requests because it is about to end.", int(now.state != "serving")),
             "since_progress_seconds": ("Since the last progress; 0 without requests.", now.since_progress),

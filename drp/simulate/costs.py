@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from drp.leader.devices import parse_emulated
-from drp.leader.timeline import Mark
+from drp.leader.events import TraceEvent
 from drp.trace.evaluations import Evaluation, evaluations
 from drp.workers.emulated import seconds_of
 
@@ -23,7 +23,7 @@ SLEEP = 2e-3
 
 
 @dataclass(frozen=True)
-class Line:
+class LinearCost:
     """A time that grows with a number, and how far single ones lie from it."""
 
     fixed: float = 0.0
@@ -35,7 +35,7 @@ class Line:
         return max(0.0, self.fixed + self.each * count + draws.choice(self.apart))
 
     @classmethod
-    def fit(cls, points: Sequence[tuple[int, float]]) -> Line:
+    def fit(cls, points: Sequence[tuple[int, float]]) -> LinearCost:
         """Fit (number, time) by least squares; neither the slope nor the rest is below 0."""
         if not points:
             return cls()
@@ -62,7 +62,7 @@ class Costs:
     """
 
     start: Samples = (0.0,)
-    form: Line = Line()
+    form: LinearCost = LinearCost()
     send_first: Samples = (0.0,)
     send_more: Samples = (0.0,)
     down: tuple[Samples, ...] = ((0.0,),)
@@ -71,7 +71,7 @@ class Costs:
     wake_short: Samples = (0.0,)
     take_first: Samples = (0.0,)
     take_more: Samples = (0.0,)
-    refine: Line = Line()
+    refine: LinearCost = LinearCost()
     head_start: float = 0.0
     end: Samples = (0.0,)
     late: Samples = (0.0,)
@@ -80,11 +80,11 @@ class Costs:
     def given(cls, message: float, row: float, wake: float) -> Costs:
         """Return costs by three numbers: seconds a message, an arithmetic row, and waking a process up."""
         m, w = (message,), (wake,)
-        line = Line(0.0, row)
+        line = LinearCost(0.0, row)
         return cls((message + row,), line, m, m, (w,), m, w, w, m, m, line, 0.0, (row,), (0.0,))
 
     @classmethod
-    def measured(cls, timeline: Sequence[Mark], devices: Sequence[str]) -> Costs:
+    def measured(cls, timeline: Sequence[TraceEvent], devices: Sequence[str]) -> Costs:
         """Return the costs of the runs in a trace; raise ValueError if none of them came to its end.
 
         Of the runs with as many evaluations, the middle half by time is taken: not the first, in which code and rows
@@ -100,11 +100,11 @@ class Costs:
 class _Fit:
     """The samples of some runs."""
 
-    def __init__(self, marks: Sequence[Mark], found: Sequence[Evaluation], devices: Sequence[str]) -> None:
+    def __init__(self, marks: Sequence[TraceEvent], found: Sequence[Evaluation], devices: Sequence[str]) -> None:
         self._marks, self._found = marks, found
         self._emulated = [parse_emulated(d, n) if d.startswith("emulated:") else None for n, d in enumerate(devices)]
         spans = {"formed", "sent", "folded", "refined", "end"}
-        self._busy = sorted((mark.since, mark.ns) for mark in marks if mark.what in spans and mark.since)
+        self._busy = sorted((mark.since, mark.ns) for mark in marks if mark.kind in spans and mark.since)
 
     def costs(self) -> Costs:
         """Return all."""
@@ -130,7 +130,7 @@ class _Fit:
             late=_some(late),
         )
 
-    def _leader(self) -> tuple[list[float], list[float], Line, Line]:
+    def _leader(self) -> tuple[list[float], list[float], LinearCost, LinearCost]:
         start: list[float] = []
         end: list[float] = []
         form: list[tuple[int, float]] = []
@@ -139,29 +139,29 @@ class _Fit:
         reached: dict[int, int] = defaultdict(int)
         for mark in self._marks:
             took = (mark.ns - mark.since) / 1e9
-            if mark.what == "begin":
+            if mark.kind == "begin":
                 began[mark.run] = mark.ns
-            elif mark.what == "formed":
+            elif mark.kind == "formed":
                 if mark.run in began:
                     start.append((mark.ns - began.pop(mark.run)) / 1e9)
                 else:
                     form.append((len(mark.steps), took))
-            elif mark.what == "refined":
+            elif mark.kind == "refined":
                 if mark.step > reached[mark.run]:
                     refine.append((mark.step - reached[mark.run], took))
                 reached[mark.run] = mark.step
-            elif mark.what == "end":
+            elif mark.kind == "end":
                 end.append(took)
-        return start, end, Line.fit(form), Line.fit(refine)
+        return start, end, LinearCost.fit(form), LinearCost.fit(refine)
 
     def _sends(self) -> tuple[list[float], list[float]]:
         """Return the times of sending after other things, and after another send."""
         first: list[float] = []
         more: list[float] = []
-        before: Mark | None = None
+        before: TraceEvent | None = None
         for mark in self._marks:
-            if mark.what == "sent":
-                (more if before is not None and before.what == "sent" else first).append((mark.ns - mark.since) / 1e9)
+            if mark.kind == "sent":
+                (more if before is not None and before.kind == "sent" else first).append((mark.ns - mark.since) / 1e9)
             before = mark
         return first, more
 
@@ -223,26 +223,26 @@ class _Fit:
     def _head_start(self) -> float:
         """Return what lay between the last draft sent and refining, without an answer between, in the median."""
         waits: list[float] = []
-        before: Mark | None = None
+        before: TraceEvent | None = None
         for mark in self._marks:
-            if mark.what == "refined" and before is not None and before.what == "sent":
+            if mark.kind == "refined" and before is not None and before.kind == "sent":
                 waits.append((mark.since - before.ns) / 1e9)
-            if mark.what != "callback":
+            if mark.kind != "callback":
                 before = mark
         return float(np.median(waits)) if waits else 0.0
 
 
-def _usual(timeline: Sequence[Mark]) -> set[int]:
+def _usual(timeline: Sequence[TraceEvent]) -> set[int]:
     """Return the runs that took neither long nor short, of those with as many rounds."""
     began: dict[int, int] = {}
     rounds: Counter[int] = Counter()
     walls: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for mark in timeline:
-        if mark.what == "begin":
+        if mark.kind == "begin":
             began[mark.run] = mark.ns
-        elif mark.what == "formed":
+        elif mark.kind == "formed":
             rounds[mark.run] += 1
-        elif mark.what == "end" and mark.run in began:
+        elif mark.kind == "end" and mark.run in began:
             walls[rounds[mark.run]].append((mark.ns - began[mark.run], mark.run))
     found: set[int] = set()
     for times in walls.values():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from drp.leader.devices import parse_emulated
-from drp.leader.timeline import Mark
+from drp.leader.events import TraceEvent
 from drp.protocol.messages import Emulated
 from drp.workers.emulated import seconds_of
 
@@ -77,9 +77,9 @@ def make_devices(names: str | Sequence[str], distribution: str = "normal") -> tu
     return tuple(found)
 
 
-def measured(devices: Sequence[Device], timeline: Sequence[Mark]) -> tuple[Device, ...]:
+def measured(devices: Sequence[Device], timeline: Sequence[TraceEvent]) -> tuple[Device, ...]:
     """Return the devices with times drawn from those of a trace."""
-    times = tuple(mark.seconds for mark in timeline if mark.what == "answer")
+    times = tuple(mark.seconds for mark in timeline if mark.kind == "answer")
     if not times:
         raise ValueError("no evaluation in this trace has ended; trace a run")
     return tuple(replace(device, distribution="measured", measured=times) for device in devices)

@@ -15,13 +15,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from drp.leader.engine import ROOM
-from drp.leader.policies import Policy
-from drp.leader.timeline import Mark, Timeline, What
+from drp.leader.engine import RUNS_PER_WORKER
+from drp.leader.events import EventKind, Timeline, TraceEvent
+from drp.leader.scheduling.policies import Policy
 from drp.simulate.costs import SLEEP, Costs
 from drp.simulate.devices import Device
 from drp.simulate.load import Load
-from drp.simulate.schedule import Schedule, Ticket
+from drp.simulate.schedule import Schedule, ScheduledDraft
 
 REMEMBERED = 32
 NOTICE = 0.005
@@ -29,7 +29,7 @@ NOTICE = 0.005
 
 
 @dataclass
-class Run:
+class SimulatedRun:
     """A request, from its arrival to its end."""
 
     number: int
@@ -39,10 +39,10 @@ class Run:
     began: float = 0.0
     ended: float = 0.0
     evaluations: int = 0
-    waiting: deque[Ticket] = field(default_factory=deque)
-    missing: set[Ticket] = field(default_factory=set)
+    waiting: deque[ScheduledDraft] = field(default_factory=deque)
+    outstanding: set[ScheduledDraft] = field(default_factory=set)
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-    behind: int | None = None
+    needs_refine: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -55,18 +55,18 @@ class Run:
         return self.ended - self.arrived
 
     @property
-    def usual(self) -> float | None:
+    def median_latency(self) -> float | None:
         """The median of the seconds that evaluations took lately, once there are some."""
         return statistics.median(self.recent) if len(self.recent) >= 4 else None
 
 
 @dataclass
-class Station:
+class SimulatedWorker:
     """A device's place: the drafts it has, and until when it is busy with them."""
 
     number: int
     device: Device
-    drafts: deque[tuple[Run, Ticket]] = field(default_factory=deque)
+    drafts: deque[tuple[SimulatedRun, ScheduledDraft]] = field(default_factory=deque)
     since: float = 0.0
     free_at: float = 0.0
     fails_at: float = float("inf")
@@ -83,7 +83,7 @@ class Outcome:
     time in evaluations, those that were lost or not needed included.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[SimulatedRun, ...]
     devices: int
     duration: float
     computed: float
@@ -154,15 +154,15 @@ class _Simulation:
         self.draws = random.Random(seed)  # noqa: S311  # times, not secrets
         self.policy, self.load, self.costs, self.staleness = policy, load, costs, staleness
         self.mode = policy.schedule(load.mode)
-        self.stations = [Station(number, device) for number, device in enumerate(devices)]
-        for station in self.stations:
-            station.fails_at = self._failure(station, 0.0)
+        self.worker_slots = [SimulatedWorker(number, device) for number, device in enumerate(devices)]
+        for worker_slot in self.worker_slots:
+            worker_slot.fails_at = self._failure(worker_slot, 0.0)
         self.now = 0.0
         self.arrivals = deque(load.arrivals(self.draws))
         self.numbers = itertools.count(load.first)
-        self.runs: list[Run] = []
-        self.done: list[Run] = []
-        self.events: list[tuple[float, int, Station, int, Ticket | None, float, float]] = []
+        self.runs: list[SimulatedRun] = []
+        self.done: list[SimulatedRun] = []
+        self.events: list[tuple[float, int, SimulatedWorker, int, ScheduledDraft | None, float, float]] = []
         self.order = itertools.count()
         self.submitted = len(self.arrivals)
         self.hedged = self.lost = 0
@@ -177,27 +177,29 @@ class _Simulation:
             self._take()
         first = min(run.arrived for run in self.done)
         last = max(run.ended for run in self.done)
-        computed = sum(station.computed for station in self.stations)
-        return Outcome(tuple(self.done), len(self.stations), last - first, computed, self.hedged, self.lost)
+        computed = sum(worker_slot.computed for worker_slot in self.worker_slots)
+        return Outcome(tuple(self.done), len(self.worker_slots), last - first, computed, self.hedged, self.lost)
 
     def _some(self, samples: Sequence[float]) -> float:
         return samples[0] if len(samples) == 1 else self.draws.choice(samples)
 
-    def _failure(self, station: Station, now: float) -> float:
-        mtbf = station.device.mtbf
+    def _failure(self, worker_slot: SimulatedWorker, now: float) -> float:
+        mtbf = worker_slot.device.mtbf
         return now + self.draws.expovariate(1 / mtbf) if mtbf else float("inf")
 
     def _admit(self) -> None:
-        while self.arrivals and self.arrivals[0] <= self.now and len(self.runs) < ROOM * len(self.stations):
+        while (
+            self.arrivals and self.arrivals[0] <= self.now and len(self.runs) < RUNS_PER_WORKER * len(self.worker_slots)
+        ):
             schedule = Schedule(self.mode, self.load.steps, self.staleness)
-            run = Run(next(self.numbers), self.arrivals.popleft(), schedule, self.load.steps, began=self.now)
+            run = SimulatedRun(next(self.numbers), self.arrivals.popleft(), schedule, self.load.steps, began=self.now)
             self._mark("begin", run)
             self.runs.append(run)
             since, tickets = self.now, schedule.form()
             self.now += self._some(self.costs.start)
             self._formed(run, tickets, since)
 
-    def _formed(self, run: Run, tickets: list[Ticket] | None, since: float) -> None:
+    def _formed(self, run: SimulatedRun, tickets: list[ScheduledDraft] | None, since: float) -> None:
         if tickets is None:
             self.now += self._some(self.costs.end)
             self._mark("end", run, since=since)
@@ -208,60 +210,65 @@ class _Simulation:
                 self.arrivals.append(self.now)
                 self.submitted += 1
             return
-        run.behind = run.schedule.states
+        run.needs_refine = run.schedule.states
         self._mark("formed", run, since=since, steps=tuple(ticket.step for ticket in tickets))
         run.waiting.extend(tickets)
-        run.missing.update(tickets)
+        run.outstanding.update(tickets)
 
     def _dispatch(self) -> None:
         """As the engine: a draft for each worker, a second in advance if there is only one run, then what is late."""
-        runs = [run for run in self.runs if run.missing]
-        ready = [station for station in self.stations if station.ready]
+        runs = [run for run in self.runs if run.outstanding]
+        ready = [worker_slot for worker_slot in self.worker_slots if worker_slot.ready]
         sent = 0
         for depth in range(1, (self.policy.depth if len(runs) == 1 else 1) + 1):
-            for place, station in enumerate(ready):
-                while len(station.drafts) < depth:
+            for place, worker_slot in enumerate(ready):
+                while len(worker_slot.drafts) < depth:
                     run = self.policy.choose(place, len(ready), runs)
                     if run is None:
                         self._hedge(ready)
                         return
-                    self._give(station, run, run.waiting.popleft(), sent)
+                    self._give(worker_slot, run, run.waiting.popleft(), sent)
                     sent += 1
 
-    def _give(self, station: Station, run: Run, ticket: Ticket, sent: int) -> None:
+    def _give(self, worker_slot: SimulatedWorker, run: SimulatedRun, ticket: ScheduledDraft, sent: int) -> None:
         since = self.now
         self.now += self._some(self.costs.send_more if sent else self.costs.send_first)
-        self._mark("sent", run, ticket.step, station.number, since=since)
-        if not station.drafts:
-            station.since = self.now
+        self._mark("sent", run, ticket.step, worker_slot.number, since=since)
+        if not worker_slot.drafts:
+            worker_slot.since = self.now
             began = self.now + self._some(self.costs.down[min(sent, len(self.costs.down) - 1)])
         else:
-            began = max(self.now, station.free_at) + self._some(self.costs.following)
-        station.drafts.append((run, ticket))
-        link = station.device.link
-        began = max(began, station.free_at) + link
-        seconds = station.device.seconds(run.number, ticket.step, self.draws)
+            began = max(self.now, worker_slot.free_at) + self._some(self.costs.following)
+        worker_slot.drafts.append((run, ticket))
+        link = worker_slot.device.link
+        began = max(began, worker_slot.free_at) + link
+        seconds = worker_slot.device.seconds(run.number, ticket.step, self.draws)
         seconds = max(0.0, seconds + self._some(self.costs.late))
-        station.free_at = began + seconds + link
-        if station.free_at > station.fails_at:
-            if station.generation >= 0:  # noted once: what the worker has is lost together
-                station.computed += max(0.0, station.fails_at - began)
-                self._event(station.fails_at + NOTICE, station, None)
-                station.generation = -station.generation - 1
+        worker_slot.free_at = began + seconds + link
+        if worker_slot.free_at > worker_slot.fails_at:
+            if worker_slot.generation >= 0:  # noted once: what the worker has is lost together
+                worker_slot.computed += max(0.0, worker_slot.fails_at - began)
+                self._event(worker_slot.fails_at + NOTICE, worker_slot, None)
+                worker_slot.generation = -worker_slot.generation - 1
             return
-        station.computed += seconds
-        self._event(station.free_at, station, ticket, seconds, began)
+        worker_slot.computed += seconds
+        self._event(worker_slot.free_at, worker_slot, ticket, seconds, began)
 
     def _event(
-        self, at: float, station: Station, ticket: Ticket | None, seconds: float = 0.0, began: float = 0.0
+        self,
+        at: float,
+        worker_slot: SimulatedWorker,
+        ticket: ScheduledDraft | None,
+        seconds: float = 0.0,
+        began: float = 0.0,
     ) -> None:
-        entry = (at, next(self.order), station, abs(station.generation), ticket, seconds, began)
+        entry = (at, next(self.order), worker_slot, abs(worker_slot.generation), ticket, seconds, began)
         heapq.heappush(self.events, entry)
 
     def _mark(
         self,
-        what: What,
-        run: Run,
+        what: EventKind,
+        run: SimulatedRun,
         step: int = 0,
         worker: int = 0,
         seconds: float = 0.0,
@@ -271,38 +278,38 @@ class _Simulation:
     ) -> None:
         if self.timeline is not None:
             ns, began = round(self.now * 1e9) + 1, round(since * 1e9) + 1
-            self.timeline.append(Mark(what, ns, run.number, step, worker, seconds, began, times, steps))
+            self.timeline.append(TraceEvent(what, ns, run.number, step, worker, seconds, began, times, steps))
 
-    def _hedge(self, ready: Sequence[Station]) -> None:
+    def _hedge(self, ready: Sequence[SimulatedWorker]) -> None:
         if not self.policy.hedge:
             return
-        idle = [station for station in ready if not station.drafts]
-        for station in ready if idle else ():
-            if station.drafts and self.now >= self._late(station):
-                for run, ticket in list(station.drafts):
-                    if idle and ticket in run.missing and self._copies(ticket) == 1:
+        idle = [worker_slot for worker_slot in ready if not worker_slot.drafts]
+        for worker_slot in ready if idle else ():
+            if worker_slot.drafts and self.now >= self._late(worker_slot):
+                for run, ticket in list(worker_slot.drafts):
+                    if idle and ticket in run.outstanding and self._copies(ticket) == 1:
                         self.hedged += 1
-                        self._mark("hedged", run, ticket.step, station.number)
+                        self._mark("hedged", run, ticket.step, worker_slot.number)
                         self._give(idle.pop(), run, ticket, 0)
 
-    def _late(self, station: Station) -> float:
-        usual = station.drafts[0][0].usual
-        return station.since + self.policy.hedge * usual if self.policy.hedge and usual else float("inf")
+    def _late(self, worker_slot: SimulatedWorker) -> float:
+        usual = worker_slot.drafts[0][0].median_latency
+        return worker_slot.since + self.policy.hedge * usual if self.policy.hedge and usual else float("inf")
 
-    def _copies(self, ticket: Ticket) -> int:
-        return sum(other is ticket for station in self.stations for _, other in station.drafts)
+    def _copies(self, ticket: ScheduledDraft) -> int:
+        return sum(other is ticket for worker_slot in self.worker_slots for _, other in worker_slot.drafts)
 
     def _refine(self) -> None:
-        behind = [run for run in self.runs if run.behind is not None]
+        behind = [run for run in self.runs if run.needs_refine is not None]
         if behind:
             soon = self.events[0][0] if self.events else float("inf")
             self.now = min(self.now + self.costs.head_start, max(self.now, soon))
         for run in behind:
             since = self.now
-            if run.behind:
-                self.now += self.costs.refine.draw(run.behind, self.draws)
+            if run.needs_refine:
+                self.now += self.costs.refine.draw(run.needs_refine, self.draws)
                 self._mark("refined", run, run.schedule.base, since=since)
-            run.behind = None
+            run.needs_refine = None
 
     def _take(self) -> None:
         """Sleep until something is there; take what has come until a worker can be given more."""
@@ -326,32 +333,32 @@ class _Simulation:
     def _timer(self) -> float:
         """Return when something is due that is no message."""
         times = []
-        if self.arrivals and len(self.runs) < ROOM * len(self.stations):
+        if self.arrivals and len(self.runs) < RUNS_PER_WORKER * len(self.worker_slots):
             times.append(self.arrivals[0])
-        busy = [station for station in self.stations if station.drafts]
-        if self.policy.hedge and len(busy) < len(self.stations):
+        busy = [worker_slot for worker_slot in self.worker_slots if worker_slot.drafts]
+        if self.policy.hedge and len(busy) < len(self.worker_slots):
             late = (self._late(s) for s in busy if any(self._copies(ticket) == 1 for _, ticket in s.drafts))
             times += [at for at in late if at > self.now]
         return min(times, default=float("inf"))
 
     def _on(self, first: bool) -> None:
-        at, _, station, generation, ticket, seconds, began = heapq.heappop(self.events)
+        at, _, worker_slot, generation, ticket, seconds, began = heapq.heappop(self.events)
         if ticket is None:
-            self._on_loss(station, at)
+            self._on_loss(worker_slot, at)
             return
-        if generation != abs(station.generation) or not station.drafts:
+        if generation != abs(worker_slot.generation) or not worker_slot.drafts:
             return
-        run, expected = station.drafts.popleft()
+        run, expected = worker_slot.drafts.popleft()
         assert expected is ticket
-        station.since = since = self.now
-        needed = ticket in run.missing  # else it is a copy
+        worker_slot.since = since = self.now
+        needed = ticket in run.outstanding  # else it is a copy
         times = (began, began, began + seconds, began + seconds)
-        self._mark("answer" if needed else "late", run, ticket.step, station.number, seconds, times=times)
+        self._mark("answer" if needed else "late", run, ticket.step, worker_slot.number, seconds, times=times)
         if not needed:
             return
         self.now += self._some(self.costs.take_first if first else self.costs.take_more)
-        self._mark("folded", run, ticket.step, station.number, since=since)
-        run.missing.remove(ticket)
+        self._mark("folded", run, ticket.step, worker_slot.number, since=since)
+        run.outstanding.remove(ticket)
         run.recent.append(seconds)
         run.evaluations += 1
         run.schedule.arrive(ticket)
@@ -361,18 +368,18 @@ class _Simulation:
                 self.now += self.costs.form.draw(len(tickets), self.draws)
             self._formed(run, tickets, since)
 
-    def _on_loss(self, station: Station, at: float) -> None:
+    def _on_loss(self, worker_slot: SimulatedWorker, at: float) -> None:
         """Take note that a worker died, or that its successor is there."""
-        if not station.ready:
-            station.ready = True
-            station.free_at = self.now
-            station.fails_at = self._failure(station, self.now)
+        if not worker_slot.ready:
+            worker_slot.ready = True
+            worker_slot.free_at = self.now
+            worker_slot.fails_at = self._failure(worker_slot, self.now)
             return
         self.lost += 1
-        drafts, station.drafts = station.drafts, deque()
-        station.ready, station.generation = False, abs(station.generation) + 1
+        drafts, worker_slot.drafts = worker_slot.drafts, deque()
+        worker_slot.ready, worker_slot.generation = False, abs(worker_slot.generation) + 1
         for run, ticket in reversed(drafts):
-            self._mark("lost", run, ticket.step, station.number)
-            if ticket in run.missing and not self._copies(ticket):
+            self._mark("lost", run, ticket.step, worker_slot.number)
+            if ticket in run.outstanding and not self._copies(ticket):
                 run.waiting.appendleft(ticket)
-        self._event(at + station.device.restart, station, None)
+        self._event(at + worker_slot.device.restart, worker_slot, None)

@@ -10,7 +10,7 @@ from drp.sampling.plan import Progress
 
 
 @dataclass(eq=False)
-class Ticket:
+class ScheduledDraft:
     """An evaluation that a run has asked for."""
 
     step: int
@@ -31,7 +31,7 @@ class Schedule:
         self._next: Round | None = next(self._rounds, None)
         self._known = True  # whether _next is what comes next
         self._progress = Progress()
-        self._out: deque[tuple[set[Ticket], int]] = deque()
+        self._out: deque[tuple[set[ScheduledDraft], int]] = deque()
         self._distance: dict[int, int] = {}
         self.depth = 0
         self.states = 0
@@ -45,19 +45,19 @@ class Schedule:
     @property
     def ready(self) -> bool:
         """Whether there is something to form, or nothing is left."""
-        behind = self._next.behind if self._known and self._next is not None else 0
+        behind = self._next.unawaited_rounds if self._known and self._next is not None else 0
         used = len(self._out) - behind
         return not any(missing for missing, _ in (self._out[i] for i in range(used)))
 
-    def arrive(self, ticket: Ticket) -> None:
+    def arrive(self, ticket: ScheduledDraft) -> None:
         """Take a prediction."""
         for missing, _ in self._out:
             missing.discard(ticket)
         self._distance[ticket.step] = ticket.distance
 
-    def form(self) -> list[Ticket] | None:
+    def form(self) -> list[ScheduledDraft] | None:
         """Return the next drafts; None if the run is over."""
-        tickets: list[Ticket] = []
+        tickets: list[ScheduledDraft] = []
         before = self._progress.base
         while self.ready:
             r = self._ask()
@@ -67,11 +67,11 @@ class Schedule:
                 self.states = self._steps - self._progress.base
                 return None
             self._progress.begin(r, self._mode, self._steps)
-            while len(self._out) > r.behind:
+            while len(self._out) > r.unawaited_rounds:
                 self.depth = max(self.depth, self._out.popleft()[1])
             self._progress.base = r.base
-            made = [Ticket(k, k - r.base) for k in r.predict]
-            self._progress.out.append(r)
+            made = [ScheduledDraft(k, k - r.base) for k in r.predict]
+            self._progress.in_flight.append(r)
             self._out.append((set(made), self.depth + 1))
             tickets += made
             if self._mode.feedback:
@@ -84,7 +84,7 @@ class Schedule:
     def _ask(self) -> Round | None:
         """Return the next round, having told a mode with feedback the residuals of the last."""
         if not self._known:
-            self._progress.take(0)
+            self._progress.receive(0)
             ahead = range(self._progress.base + 1, self._progress.last + 1)
             residuals = [self._staleness * self._distance[k] ** 2 for k in ahead]
             try:

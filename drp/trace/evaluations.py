@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from drp.leader.timeline import Mark
+from drp.leader.events import TraceEvent
 
 
 @dataclass(eq=False)
@@ -22,7 +22,7 @@ class Evaluation:
     worker: int
     sent: int
     since: int
-    formed: Mark | None
+    formed: TraceEvent | None
     answered: int | None = None
     folded: int | None = None
     seconds: float = 0.0
@@ -30,50 +30,50 @@ class Evaluation:
     began: int = 0
     predicted: int = 0
     ended: int = 0
-    used: Mark | None = None
+    used: TraceEvent | None = None
     lost: int | None = None
 
 
-def evaluations(timeline: Sequence[Mark]) -> list[Evaluation]:
+def evaluations(timeline: Sequence[TraceEvent]) -> list[Evaluation]:
     """Return what was sent, in that order."""
     found: list[Evaluation] = []
-    formed: dict[tuple[int, int], deque[Mark]] = defaultdict(deque)
-    last_formed: dict[tuple[int, int], Mark] = {}
+    formed: dict[tuple[int, int], deque[TraceEvent]] = defaultdict(deque)
+    last_formed: dict[tuple[int, int], TraceEvent] = {}
     out: dict[tuple[int, int, int], deque[Evaluation]] = defaultdict(deque)
     unused: dict[int, list[Evaluation]] = defaultdict(list)
     for mark in timeline:
         key = (mark.run, mark.step)
-        if mark.what == "formed":
+        if mark.kind == "formed":
             for step in mark.steps:
                 formed[mark.run, step].append(mark)
-        elif mark.what == "sent":
+        elif mark.kind == "sent":
             if formed[key]:  # else it goes out once more, to another worker
                 last_formed[key] = formed[key].popleft()
             e = Evaluation(mark.run, mark.step, mark.worker, mark.ns, mark.since or mark.ns, last_formed.get(key))
             found.append(e)
             out[(*key, mark.worker)].append(e)
-        elif mark.what in ("answer", "late") and out[(*key, mark.worker)]:
+        elif mark.kind in ("answer", "late") and out[(*key, mark.worker)]:
             e = out[(*key, mark.worker)].popleft()
             e.answered, e.seconds = mark.ns, mark.seconds
             e.received, e.began, e.predicted, e.ended = (round(t * 1e9) for t in mark.times or _guess(e, mark))
-            if mark.what == "answer":
+            if mark.kind == "answer":
                 unused[mark.run].append(e)
-        elif mark.what == "lost" and out[(*key, mark.worker)]:
+        elif mark.kind == "lost" and out[(*key, mark.worker)]:
             out[(*key, mark.worker)].popleft().lost = mark.ns
-        elif mark.what == "folded":
+        elif mark.kind == "folded":
             for e in reversed(unused[mark.run]):
                 if (e.step, e.worker) == (mark.step, mark.worker):
                     e.folded = mark.ns
                     break
-        if mark.what in ("refined", "end"):
+        if mark.kind in ("refined", "end"):
             for e in unused[mark.run]:
-                if mark.what == "end" or e.step < mark.step:
+                if mark.kind == "end" or e.step < mark.step:
                     e.used = mark
             unused[mark.run] = [e for e in unused[mark.run] if e.used is None]
     return found
 
 
-def _guess(e: Evaluation, answer: Mark) -> tuple[float, float, float, float]:
+def _guess(e: Evaluation, answer: TraceEvent) -> tuple[float, float, float, float]:
     """Put an evaluation whose worker told no times in the middle between the two messages."""
     spare = max(0.0, (answer.ns - e.sent) / 1e9 - answer.seconds) / 2
     began, ended = e.sent / 1e9 + spare, answer.ns / 1e9 - spare

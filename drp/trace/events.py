@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from drp.leader.timeline import Mark, Timeline
+from drp.leader.events import Timeline, TraceEvent
 from drp.trace.evaluations import Evaluation, evaluations
 
 Event = dict[str, Any]
@@ -31,12 +31,12 @@ NAMES = {
 """What slices in the leader's lane are called, by mark."""
 
 
-def write(path: str | Path, timeline: Sequence[Mark], devices: Sequence[str], dropped: int = 0) -> None:
+def write(path: str | Path, timeline: Sequence[TraceEvent], devices: Sequence[str], dropped: int = 0) -> None:
     """Write a trace; `devices` are the workers' names by number, `dropped` older marks are not there any more."""
     Path(path).write_text(json.dumps(trace(timeline, devices, dropped), separators=(",", ":")) + "\n")
 
 
-def trace(timeline: Sequence[Mark], devices: Sequence[str], dropped: int = 0) -> Event:
+def trace(timeline: Sequence[TraceEvent], devices: Sequence[str], dropped: int = 0) -> Event:
     """Return a trace as the object that is written."""
     zero = timeline[0].since or timeline[0].ns if timeline else 0
     found = [*_names(devices), *sorted(_events(timeline, zero), key=lambda event: event["ts"])]
@@ -52,7 +52,7 @@ def read(path: str | Path) -> tuple[Timeline, tuple[str, ...], int]:
     """Return a trace that drp wrote: marks, devices, and how many marks had been dropped; ValueError if it is none."""
     try:
         found = json.loads(Path(path).read_text())["otherData"]["drp"]
-        marks = [Mark._make(mark) for mark in found["marks"]]
+        marks = [TraceEvent._make(mark) for mark in found["marks"]]
         timeline = [mark._replace(times=tuple(mark.times), steps=tuple(mark.steps)) for mark in marks]
         return timeline, tuple(found["devices"]), int(found["dropped"])
     except (KeyError, TypeError, IndexError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -67,7 +67,7 @@ def _names(devices: Sequence[str]) -> Iterator[Event]:
         yield {"ph": "M", "name": "thread_name", "pid": process, "tid": 1, "args": {"name": lane}}
 
 
-def _events(timeline: Sequence[Mark], zero: int) -> Iterator[Event]:
+def _events(timeline: Sequence[TraceEvent], zero: int) -> Iterator[Event]:
     found = evaluations(timeline)
     last = timeline[-1].ns if timeline else 0
     yield from _leader(timeline, zero)
@@ -83,18 +83,18 @@ def _slice(name: str, process: int, since: int, until: int, zero: int, **args: o
     return {"ph": "X", "cat": "drp", "name": name, "pid": process, "tid": 1, **ends, "args": args}
 
 
-def _leader(timeline: Sequence[Mark], zero: int) -> Iterator[Event]:
+def _leader(timeline: Sequence[TraceEvent], zero: int) -> Iterator[Event]:
     for mark in timeline:
-        if mark.what in NAMES:
+        if mark.kind in NAMES:
             since = mark.since or mark.ns
             detail = {"steps": list(mark.steps)} if mark.steps else {"step": mark.step}
-            yield _slice(NAMES[mark.what], LEADER, since, mark.ns, zero, run=mark.run, **detail)
-        elif mark.what not in ("answer", "late"):
+            yield _slice(NAMES[mark.kind], LEADER, since, mark.ns, zero, run=mark.run, **detail)
+        elif mark.kind not in ("answer", "late"):
             at = {"pid": LEADER, "tid": 1, "ts": (mark.ns - zero) / 1e3, "args": {"run": mark.run, "step": mark.step}}
-            yield {"ph": "i", "s": "t", "cat": "drp", "name": mark.what, **at}
+            yield {"ph": "i", "s": "t", "cat": "drp", "name": mark.kind, **at}
 
 
-def _rounds(timeline: Sequence[Mark], found: Sequence[Evaluation], zero: int, last: int) -> Iterator[Event]:
+def _rounds(timeline: Sequence[TraceEvent], found: Sequence[Evaluation], zero: int, last: int) -> Iterator[Event]:
     """Yield each run and each of its rounds, from its forming to its last answer; those that overlap, side by side."""
     answered: dict[int, int] = {}  # by what formed it, when the last of a round
     for e in found:
@@ -115,17 +115,17 @@ def _rounds(timeline: Sequence[Mark], found: Sequence[Evaluation], zero: int, la
         yield {"ph": "e", **both, "ts": (until - zero) / 1e3}
 
 
-def _runs(timeline: Sequence[Mark], last: int) -> list[tuple[Mark, list[Mark], int]]:
+def _runs(timeline: Sequence[TraceEvent], last: int) -> list[tuple[TraceEvent, list[TraceEvent], int]]:
     """Return where each run begins, the marks of the drafts that it formed, and when it ends."""
-    found: list[tuple[Mark, list[Mark], int]] = []
+    found: list[tuple[TraceEvent, list[TraceEvent], int]] = []
     under_way: dict[int, int] = {}  # by run, which of them
     for mark in timeline:
-        if mark.what == "begin":
+        if mark.kind == "begin":
             under_way[mark.run] = len(found)
             found.append((mark, [], last))
-        elif mark.run in under_way and mark.what == "formed" and mark.steps:
+        elif mark.run in under_way and mark.kind == "formed" and mark.steps:
             found[under_way[mark.run]][1].append(mark)
-        elif mark.run in under_way and mark.what in ("end", "failed"):
+        elif mark.run in under_way and mark.kind in ("end", "failed"):
             place = under_way.pop(mark.run)
             found[place] = (*found[place][:2], mark.ns)
     return found

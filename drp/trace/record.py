@@ -7,34 +7,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from drp.leader.events import Timeline
 from drp.leader.leader import Leader
-from drp.leader.timeline import Timeline
 from drp.trace.events import write
-from drp.trace.newest import Newest
+from drp.trace.ring_buffer import RingBuffer
 
 
 @contextmanager
-def record(leader: Leader, path: str | os.PathLike[str], most: int | None = None) -> Iterator[Timeline]:
+def record(leader: Leader, path: str | os.PathLike[str], max_events: int | None = None) -> Iterator[Timeline]:
     """Write a trace of the runs on `leader` during the block to `path`; yield its marks so far.
 
         with drp.Leader("digits", devices=2) as leader, drp.trace.record(leader, "run.json"):
             leader.sample(labels=[3])
 
     It is written at the end of the block, also when that is an error, such as a lost worker's. A mark takes about a
-    quarter of a kilobyte meanwhile, a run of 48 steps some 60. For a leader that lives long, say by `most` how many
+    quarter of a kilobyte meanwhile, a run of 48 steps some 60. For a leader that lives long, `max_events` says how many
     marks are kept at most: then the file has the newest runs, those that are whole, and says how many marks were
-    dropped. Raises ValueError if nothing can be written to `path`, or `most` is below 1.
+    dropped. Raises ValueError if nothing can be written to `path`, or `max_events` is below 1.
     """
     path = check(path)
-    if most is not None and most < 1:
-        raise ValueError(f"most is {most}; give how many marks to keep, 1 or more, or None for all")
-    timeline = Timeline() if most is None else Newest(most)
-    leader.listen(timeline)
+    if max_events is not None and max_events < 1:
+        raise ValueError(f"max_events is {max_events}; give how many marks to keep, 1 or more, or None for all")
+    timeline = Timeline() if max_events is None else RingBuffer(max_events)
+    leader.subscribe(timeline)
     try:
         yield timeline
     finally:
-        leader.leave(timeline)
-        marks, dropped = timeline.whole() if isinstance(timeline, Newest) else (list(timeline), 0)
+        leader.unsubscribe(timeline)
+        marks, dropped = timeline.complete_runs() if isinstance(timeline, RingBuffer) else (list(timeline), 0)
         write(path, marks, leader.devices, dropped)
 
 

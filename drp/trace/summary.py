@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from drp.leader.timeline import Mark
+from drp.leader.events import TraceEvent
 from drp.trace.evaluations import Evaluation, evaluations
 
 
@@ -40,7 +40,7 @@ class Path:
 
 
 @dataclass
-class Lane:
+class WorkerSummary:
     """A device's time while runs were under way, divided; in seconds. The parts add up to the time of all runs.
 
     compute: evaluating. transfer: a draft or its prediction on the way, or the leader not free to take it. waiting:
@@ -68,11 +68,11 @@ class Summary:
     """The runs that came to their end, the devices, the drafts that had no answer, and the marks no longer there."""
 
     paths: list[Path] = field(default_factory=list)
-    lanes: list[Lane] = field(default_factory=list)
+    workers: list[WorkerSummary] = field(default_factory=list)
     dropped: int = 0
 
     @property
-    def words(self) -> str:
+    def text(self) -> str:
         """Say where the time went."""
         return self._runs + (f" {self.dropped} older marks were dropped as it was recorded." if self.dropped else "")
 
@@ -85,15 +85,15 @@ class Summary:
         def share(part: str) -> str:
             return f"{sum(getattr(path, part) for path in self.paths) / wall:.1%}"
 
-        lanes = sum(lane.total for lane in self.lanes)
+        lanes = sum(lane.total for lane in self.workers)
 
         def of_devices(part: str) -> str:
-            return f"{sum(getattr(lane, part) for lane in self.lanes) / lanes:.1%}"
+            return f"{sum(getattr(lane, part) for lane in self.workers) / lanes:.1%}"
 
         rounds, evaluated = sum(p.rounds for p in self.paths), sum(p.evaluations for p in self.paths)
-        lost = sum(lane.lost for lane in self.lanes)
+        lost = sum(lane.lost for lane in self.workers)
         return (
-            f"{len(self.paths)} run(s), {wall * 1e3:.1f} ms in all, {evaluated} evaluations on {len(self.lanes)} "
+            f"{len(self.paths)} run(s), {wall * 1e3:.1f} ms in all, {evaluated} evaluations on {len(self.workers)} "
             f"device(s), {rounds / len(self.paths):.4g} of them one after the other a run. Of what a run had to wait "
             f"for, {share('compute')} was computing, {share('transfer')} transfer and waking up, {share('leader')} the "
             f"leader, {share('queue')} queueing for a device. The devices computed {of_devices('compute')} of their "
@@ -102,11 +102,11 @@ class Summary:
         )
 
 
-def summarise(timeline: Sequence[Mark], devices: Sequence[str], dropped: int = 0) -> Summary:
+def summarise(timeline: Sequence[TraceEvent], devices: Sequence[str], dropped: int = 0) -> Summary:
     """Return where the time went; a run that failed, or has not ended, counts for the devices alone."""
     found = evaluations(timeline)
-    ends = {mark.run: mark for mark in timeline if mark.what == "end"}
-    begins = {mark.run: mark for mark in timeline if mark.what == "begin"}
+    ends = {mark.run: mark for mark in timeline if mark.kind == "end"}
+    begins = {mark.run: mark for mark in timeline if mark.kind == "begin"}
     summary = Summary(dropped=dropped)
     for run, begin in begins.items():
         if run in ends:
@@ -114,11 +114,11 @@ def summarise(timeline: Sequence[Mark], devices: Sequence[str], dropped: int = 0
             summary.paths.append(_path(begin, ends[run], own, found))
     spans = _spans(timeline)
     for worker, device in enumerate(devices):
-        summary.lanes.append(_lane(device, [e for e in found if e.worker == worker], timeline, spans))
+        summary.workers.append(_lane(device, [e for e in found if e.worker == worker], timeline, spans))
     return summary
 
 
-def _path(begin: Mark, end: Mark, own: list[Evaluation], everyone: Sequence[Evaluation]) -> Path:
+def _path(begin: TraceEvent, end: TraceEvent, own: list[Evaluation], everyone: Sequence[Evaluation]) -> Path:
     path = Path(begin.run, (end.ns - begin.ns) / 1e9, evaluations=len(own))
     before: dict[tuple[int, int], Evaluation] = {}  # by worker and time of sending: what the worker had just before
     last: dict[int, Evaluation] = {}
@@ -165,16 +165,16 @@ def _path(begin: Mark, end: Mark, own: list[Evaluation], everyone: Sequence[Eval
     return path
 
 
-def _spans(timeline: Sequence[Mark]) -> list[tuple[int, int]]:
+def _spans(timeline: Sequence[TraceEvent]) -> list[tuple[int, int]]:
     """Return when runs were under way."""
     spans: list[tuple[int, int]] = []
     running: set[int] = set()
     since = 0
     for mark in timeline:
-        if mark.what == "begin":
+        if mark.kind == "begin":
             since = since if running else mark.ns
             running.add(mark.run)
-        elif mark.what in ("end", "failed") and mark.run in running:
+        elif mark.kind in ("end", "failed") and mark.run in running:
             running.remove(mark.run)
             if not running:
                 spans.append((since, mark.ns))
@@ -183,9 +183,11 @@ def _spans(timeline: Sequence[Mark]) -> list[tuple[int, int]]:
     return spans
 
 
-def _lane(device: str, found: list[Evaluation], timeline: Sequence[Mark], spans: list[tuple[int, int]]) -> Lane:
-    lane = Lane(device, len(found))
-    formed = sorted((mark.since or mark.ns, mark.ns) for mark in timeline if mark.what == "formed")
+def _lane(
+    device: str, found: list[Evaluation], timeline: Sequence[TraceEvent], spans: list[tuple[int, int]]
+) -> WorkerSummary:
+    lane = WorkerSummary(device, len(found))
+    formed = sorted((mark.since or mark.ns, mark.ns) for mark in timeline if mark.kind == "formed")
     parts: dict[str, float] = defaultdict(float)
     for since, until in spans:
         own = [e for e in found if since <= e.sent <= until]

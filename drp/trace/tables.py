@@ -34,7 +34,7 @@ def tables(summary: Summary) -> list[Table]:
         caption="waiting: answered, until the next drafts are formed, for the slowest device above all; idle: no draft "
         "was for it",
     )
-    for number, lane in enumerate(summary.lanes):
+    for number, lane in enumerate(summary.workers):
         shares = (f"{getattr(lane, part) / lane.total:.1%}" if lane.total else "" for part in SHARES)
         lanes.add_row(str(number), lane.device, str(lane.evaluations), f"{lane.total * 1e3:.1f}", *shares)
     return [runs, lanes]

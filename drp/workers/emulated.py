@@ -13,13 +13,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from drp.protocol.messages import Draft, Emulated
-from drp.protocol.waiting import be_punctual, sleep_until
+from drp.protocol.waiting import set_timer_slack, sleep_until
 
-TURNS = 0.25
+STAGGER_SHARE = 0.25
 """Share of the time over which the cheap and the recorded evaluations of a round are spread."""
 
 
-class Times(NamedTuple):
+class EvaluationTimes(NamedTuple):
     """Of an evaluation, in seconds of perf_counter: it began, had its prediction, had it in its row, had sent it."""
 
     began: float
@@ -33,9 +33,11 @@ class EmulatedDevice:
 
     def __init__(self, emulated: Emulated) -> None:
         self.emulated = emulated
-        be_punctual()
+        set_timer_slack()
 
-    def run(self, draft: Draft, nbytes: int, evaluate: Callable[[], object], since: float | None = None) -> Times:
+    def run(
+        self, draft: Draft, nbytes: int, evaluate: Callable[[], object], since: float | None = None
+    ) -> EvaluationTimes:
         """Evaluate a draft of `nbytes`, and take the time for it; the prediction is there at the end of that.
 
         With `since` it is queued: it begins then, and the caller waits, not this. It then ends later than its time is
@@ -46,14 +48,14 @@ class EmulatedDevice:
             evaluate()
             began = since + link
             ended = max(began + self.seconds(draft.run, draft.index), time.perf_counter())
-            return Times(began, ended, ended, ended + link)
+            return EvaluationTimes(began, ended, ended, ended + link)
         arrived = time.perf_counter()
         began = sleep_until(arrived + link) if link else arrived
         if self.emulated.values != "model":  # Devices compute side by side; processes that share cores do so in turn.
-            sleep_until(began + self.emulated.seconds * TURNS * (self.emulated.number % 16) / 16)
+            sleep_until(began + self.emulated.seconds * STAGGER_SHARE * (self.emulated.number % 16) / 16)
         evaluate()
         ended = sleep_until(began + self.seconds(draft.run, draft.index))
-        return Times(began, ended, ended, sleep_until(ended + link) if link else ended)
+        return EvaluationTimes(began, ended, ended, sleep_until(ended + link) if link else ended)
 
     def seconds(self, run: int, index: int) -> float:
         """Return the time of one evaluation: the same whenever this device evaluates this index of this run."""

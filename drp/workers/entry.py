@@ -13,11 +13,11 @@ import traceback
 from dataclasses import dataclass
 from typing import NoReturn
 
-from drp.workers import lifeline
+from drp.workers import parent_death
 
 
 @dataclass(frozen=True)
-class Config:
+class WorkerConfig:
     """What a worker is told when it is started; the rest comes by message.
 
     `listener` is the socket on which it is reached. `words` is a file for its last words, and from
@@ -27,8 +27,8 @@ class Config:
     identity: str
     listener: socket.socket
     leader: int
-    words: str
-    beats: int
+    crash_log: str
+    heartbeat_offset: int
     cores: tuple[int, ...]
     threads: int
     version: tuple[int, ...]
@@ -36,10 +36,10 @@ class Config:
     """The main script, if the model is made there."""
 
 
-def main(config: Config) -> None:
+def main(config: WorkerConfig) -> None:
     """Run one worker until it is told to stop or its leader is gone."""
-    lifeline.tie(config.leader)
-    words = os.open(config.words, os.O_RDWR | os.O_CLOEXEC)
+    parent_death.kill_with_parent(config.leader)
+    words = os.open(config.crash_log, os.O_RDWR | os.O_CLOEXEC)
     faulthandler.enable(words)  # A crash in native code leaves its stack there.
     try:
         for number in (signal.SIGINT, signal.SIGTERM):  # They reach the whole group, from a terminal or a supervisor:

@@ -15,50 +15,50 @@ import torch
 from torch import Tensor
 
 from drp.models import Denoiser, load
+from drp.nvtx import annotate_methods
 from drp.protocol.arena import Arena
 from drp.protocol.codec import ProtocolError
 from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import (
     VERSION,
-    Again,
-    Also,
+    BatchedDraft,
     Bind,
     Bound,
     Draft,
-    Failed,
-    Fault,
+    EvaluationError,
     Hello,
     Load,
     Loaded,
     Prediction,
+    Rebind,
     Share,
     Shared,
     Stop,
     ToLeader,
     ToWorker,
     Unbind,
-    Warm,
-    Warmed,
+    WarmedUp,
+    WarmUp,
+    WorkerFailed,
 )
-from drp.protocol.order import is_finite
+from drp.protocol.timeline import is_finite
 from drp.protocol.transport import WorkerSocket
-from drp.ranges import put_ranges
-from drp.workers.ahead import Ahead, HostAhead, Work
-from drp.workers.emulated import EmulatedDevice, Times, cheap
-from drp.workers.entry import Config
-from drp.workers.lasting import is_lasting
-from drp.workers.mapped import Mapped
-from drp.workers.recorded import Recorded
+from drp.workers.async_executor import AsyncExecutor, HostExecutor, WorkItem
+from drp.workers.cuda_errors import is_unrecoverable
+from drp.workers.emulated import EmulatedDevice, EvaluationTimes, cheap
+from drp.workers.entry import WorkerConfig
+from drp.workers.prediction_cache import PredictionCache
+from drp.workers.shared_memory_cache import SharedMemoryCache
 from drp.workers.weights import Weights
 
 if TYPE_CHECKING:
-    from drp.workers.seat import Seat
+    from drp.workers.cuda_device import CudaDevice
 
-PATIENCE = 1.0
+RECEIVE_TIMEOUT = 1.0
 """Seconds of one wait for a message."""
-BUSY = 0.05
+BUSY_RECEIVE_TIMEOUT = 0.05
 """Likewise, while something that was answered is still being evaluated."""
-HELD, AWAKE = 0.01, 0.001
+ANSWER_HOLD_TIME, ANSWER_SPIN_TIME = 0.01, 0.001
 """Seconds for which an answer is held, and for which this thread then stays awake: a run's first draft is about to
 come, and when the answer is there, the leader has other workers woken."""
 
@@ -66,18 +66,18 @@ come, and when the answer is there, the leader has other workers woken."""
 class Worker:
     """A process's share of the work: it answers the leader's messages one after the other."""
 
-    def __init__(self, config: Config, words: int) -> None:
+    def __init__(self, config: WorkerConfig, words: int) -> None:
         torch.set_num_threads(config.threads)
         self._socket = WorkerSocket(config.listener.detach(), config.leader)
-        self._words, self._place, self._beats = mmap.mmap(words, 0), config.beats, 0
+        self._crash_log, self._heartbeat_offset, self._heartbeat = mmap.mmap(words, 0), config.heartbeat_offset, 0
         self._denoiser: Denoiser | None = None
         self._weights = Weights(None)
         self._arenas: dict[int, Arena] = {}
-        self._mapped = Mapped()
-        self._kept: tuple[Arena, Any] | None = None
+        self._memory_cache = SharedMemoryCache()
+        self._retained: tuple[Arena, Any] | None = None
         self._timed = _timed
-        self._seat: Seat | None = None
-        self._ahead: Ahead | None = None
+        self._device: CudaDevice | None = None
+        self._executor: AsyncExecutor | None = None
 
     def run(self) -> None:
         """Answer messages until Stop; an error is told to the leader, and ends the worker."""
@@ -89,27 +89,29 @@ class Worker:
                 answer = self._answer(message) if message is not None else None
                 if answer is not None:
                     answers.append(answer)
-                if isinstance(message, Bind | Again) and self._arenas[message.run].bind.order is not None:
+                if isinstance(message, Bind | Rebind) and self._arenas[message.run].bind.async_config is not None:
                     continue  # A draft to be queued may be there, or about to come: that goes first.
                 for answer in answers:
                     self._socket.send(answer)
                 answers.clear()
-                for draft, error in self._ahead.failed() if self._ahead is not None else ():
-                    self._socket.send(self._fault(draft, error))
+                for draft, error in self._executor.take_failures() if self._executor is not None else ():
+                    self._socket.send(self._evaluation_error(draft, error))
         except BaseException as error:  # SystemExit too: a model's factory may parse arguments
-            self._socket.send(Failed(_doing(message), *_told(error)))
+            self._socket.send(WorkerFailed(_activity(message), *_describe(error)))
         finally:
-            if self._ahead is not None:
-                self._ahead.close()
+            if self._executor is not None:
+                self._executor.close()
             self._socket.close()
 
     def _receive(self, holds: bool) -> ToWorker | None:
         """Return the next message, or None after a while; let the leader see that this thread comes round."""
-        self._beats += 1
-        struct.pack_into("Q", self._words, self._place, self._beats)
+        self._heartbeat += 1
+        struct.pack_into("Q", self._crash_log, self._heartbeat_offset, self._heartbeat)
         if holds:
-            return self._socket.receive(HELD, AWAKE)
-        return self._socket.receive(BUSY if self._ahead is not None and self._ahead.busy else PATIENCE)
+            return self._socket.receive(ANSWER_HOLD_TIME, ANSWER_SPIN_TIME)
+        return self._socket.receive(
+            BUSY_RECEIVE_TIMEOUT if self._executor is not None and self._executor.busy else RECEIVE_TIMEOUT
+        )
 
     def _answer(self, message: ToWorker) -> ToLeader | None:
         match message:
@@ -117,48 +119,48 @@ class Worker:
                 return self._evaluate(message)
             case Bind():
                 self._bind(message)
-                return Bound(message.run) if message.answer else None
-            case Again():
-                self._bind_again(message.run)
-                return Bound(message.run) if message.answer else None
+                return Bound(message.run) if message.acknowledge else None
+            case Rebind():
+                self._rebind(message.run)
+                return Bound(message.run) if message.acknowledge else None
             case Unbind():
                 self._unbind(message)
             case Load():
                 return self._load(message)
             case Share():
                 return self._share(message)
-            case Warm() if self._seat is not None and self._denoiser is not None:
-                self._denoiser = self._seat.warm(self._denoiser)
-                return Warmed()
+            case WarmUp() if self._device is not None and self._denoiser is not None:
+                self._denoiser = self._device.warm(self._denoiser)
+                return WarmedUp()
         return None
 
     def _load(self, how: Load) -> Loaded:
         """Load the model, in the dtype in which it will run; its weights may yet have to move."""
         unreached = ""
         if how.gpu is not None:
-            from drp.workers.seat import Seat  # only now: nothing of CUDA without a GPU
+            from drp.workers.cuda_device import CudaDevice  # only now: nothing of CUDA without a GPU
 
-            self._seat = Seat(how.gpu)  # before the model: to a factory that says "cuda", this GPU is meant
+            self._device = CudaDevice(how.gpu)  # before the model: to a factory that says "cuda", this GPU is meant
             if how.gpu.nvtx:
-                put_ranges(self, _receive="drp receive", _evaluate="drp evaluate")
-                put_ranges(self._socket, send="drp answer")
-            unreached = self._seat.answer_probe()
+                annotate_methods(self, _receive="drp receive", _evaluate="drp evaluate")
+                annotate_methods(self._socket, send="drp answer")
+            unreached = self._device.answer_probe()
         self._denoiser = load(how.model)
-        if self._seat is not None:
-            self._denoiser = self._seat.in_dtype(self._denoiser)
+        if self._device is not None:
+            self._denoiser = self._device.in_dtype(self._denoiser)
         if how.emulated is not None:
             self._timed = EmulatedDevice(how.emulated).run
             if how.emulated.values == "cheap":
                 self._denoiser = replace(self._denoiser, predict=cheap)
         self._weights = Weights(self._denoiser.module)
         if how.emulated is not None and how.emulated.values == "recorded":
-            self._denoiser = replace(self._denoiser, predict=Recorded(self._denoiser.predict))
+            self._denoiser = replace(self._denoiser, predict=PredictionCache(self._denoiser.predict))
         return Loaded(self._denoiser.spec, self._weights.nbytes, self._weights.layout, unreached)
 
     def _share(self, share: Share) -> Shared:
         """Use the weights in the leader's memory, bringing them if this worker is to."""
-        if self._seat is not None and share.gpu is not None and share.memory is None:
-            return Shared(self._seat.share(self._weights, share.gpu, share.publish))
+        if self._device is not None and share.gpu is not None and share.memory is None:
+            return Shared(self._device.share(self._weights, share.gpu, share.publish))
         if share.memory is None or share.gpu is not None:
             raise ProtocolError("weights lie either in shared memory or, for a worker on one, in a GPU's")
         if share.publish:
@@ -174,85 +176,85 @@ class Worker:
 
     def _bind(self, bind: Bind) -> None:
         """Open a run's memory."""
-        arena = Arena.open(bind, self._seat.reach if self._seat is not None else None, self._mapped.open)
-        if self._seat is not None:
-            self._seat.bind(bind.run, arena)
-        if bind.order is not None:
-            if self._ahead is None:
-                self._ahead = self._make_ahead()
-            self._ahead.bind(bind.run, arena)
+        arena = Arena.open(bind, self._device.open_ipc if self._device is not None else None, self._memory_cache.open)
+        if self._device is not None:
+            self._device.bind(bind.run, arena)
+        if bind.async_config is not None:
+            if self._executor is None:
+                self._executor = self._make_executor()
+            self._executor.bind(bind.run, arena)
         self._arenas[bind.run] = arena
 
-    def _bind_again(self, run: int) -> None:
+    def _rebind(self, run: int) -> None:
         """Go on with the memory that was kept, which is on the host."""
-        if self._kept is None or self._seat is not None:
+        if self._retained is None or self._device is not None:
             raise ProtocolError(f"run {run} is to begin again with what was kept, and there is nothing")
-        arena, bound = self._kept
-        if self._ahead is not None and bound is not None:
-            self._ahead.bind_again(run, bound)
+        arena, bound = self._retained
+        if self._executor is not None and bound is not None:
+            self._executor.rebind(run, bound)
         self._arenas[run] = arena
-        self._kept = None
+        self._retained = None
 
     def _unbind(self, unbind: Unbind) -> None:
         """Let go of a run's memory, or keep it."""
-        if self._seat is not None:
-            self._seat.unbind(unbind.run)
-        bound = self._ahead.unbind(unbind.run) if self._ahead is not None else None
+        if self._device is not None:
+            self._device.unbind(unbind.run)
+        bound = self._executor.unbind(unbind.run) if self._executor is not None else None
         arena = self._arenas.pop(unbind.run, None)
         if unbind.keep and arena is not None:
-            self._kept = arena, bound
+            self._retained = arena, bound
 
-    def _make_ahead(self) -> Ahead:
-        if self._seat is None:
-            return HostAhead(self._compute)
-        from drp.workers.seat_ahead import GpuAhead  # only now: nothing of CUDA without a GPU
+    def _make_executor(self) -> AsyncExecutor:
+        if self._device is None:
+            return HostExecutor(self._compute)
+        from drp.workers.cuda_executor import CudaExecutor  # only now: nothing of CUDA without a GPU
 
         assert self._denoiser is not None
-        return GpuAhead(self._seat, self._denoiser)
+        return CudaExecutor(self._device, self._denoiser)
 
     @torch.inference_mode()
-    def _evaluate(self, draft: Draft) -> Prediction | Fault | None:
+    def _evaluate(self, draft: Draft) -> Prediction | EvaluationError | None:
         received = time.perf_counter()
         work = self._work(draft)
-        if draft.sequence and (self._ahead is None or work.arena.bind.order is None):
+        if draft.sequence and (self._executor is None or work.arena.bind.async_config is None):
             raise ProtocolError(f"draft {draft.sequence} of run {draft.run}, which was bound without an order")
         try:
             if draft.sequence:
-                assert self._ahead is not None
-                assert work.arena.bind.order is not None
-                self._ahead.put(work)
-                heard = work.arena.bind.order.heard
+                assert self._executor is not None
+                assert work.arena.bind.async_config is not None
+                self._executor.submit(work)
+                heard = work.arena.bind.async_config.acknowledge
                 return Prediction(draft.run, draft.index, draft.row, 0.0, received) if heard else None
-            if self._ahead is not None:
-                self._ahead.settle()
+            if self._executor is not None:
+                self._executor.synchronize()
             began, predicted, ended, _ = self._compute(work)
         except BaseException as error:  # whatever the denoiser raises, SystemExit and KeyboardInterrupt too
-            return self._fault(draft, error)
+            return self._evaluation_error(draft, error)
         return Prediction(draft.run, draft.index, draft.row, ended - began, received, began, predicted, ended)
 
-    def _work(self, draft: Draft) -> Work:
+    def _work(self, draft: Draft) -> WorkItem:
         """Find a draft's tensors."""
         arena = self._arenas.get(draft.run)
         if arena is None:
             raise ProtocolError(f"a draft of run {draft.run}, which is not bound")
-        drafts: tuple[Draft | Also, ...] = (draft, *draft.also)
+        drafts: tuple[Draft | BatchedDraft, ...] = (draft, *draft.batched)
         for each in drafts:
             if each.slot >= arena.bind.slots or each.row >= arena.bind.rows:
                 raise ProtocolError(
                     f"slot {each.slot} and row {each.row}; the run has {arena.bind.slots} and {arena.bind.rows}"
                 )
         inputs = [arena.draft(each.slot) for each in drafts]
-        return Work(draft, arena, inputs, [arena.prediction(each.row) for each in drafts])
+        return WorkItem(draft, arena, inputs, [arena.prediction(each.row) for each in drafts])
 
-    def _compute(self, work: Work, since: float | None = None) -> Times:
+    def _compute(self, work: WorkItem, since: float | None = None) -> EvaluationTimes:
         """Evaluate a draft; `since` says that it is queued, and since when it might have been evaluated."""
 
         def evaluate() -> float:
             assert self._denoiser is not None
-            if self._seat is None:
+            if self._device is None:
                 predicted = self._denoiser.evaluate_batch(work.inputs, work.timesteps, work.arena.cond, work.outputs)
             else:
-                predicted = self._seat.evaluate(self._denoiser, work.arena, work.inputs, work.timesteps, work.outputs)
+                predicted = self._device.evaluate(self._denoiser, work.arena, work.inputs, work.timesteps, work.outputs)
             for given, made in zip(work.inputs, work.outputs, strict=True) if not work.draft.sequence else ():
                 _check(made, given)  # else the stamp says so
             return predicted
@@ -260,17 +262,17 @@ class Worker:
         nbytes = sum(tensor.nbytes for each in work.inputs for tensor in each.values())
         return self._timed(work.draft, nbytes, evaluate, since)
 
-    def _fault(self, draft: Draft, error: BaseException) -> Fault:
+    def _evaluation_error(self, draft: Draft, error: BaseException) -> EvaluationError:
         """Say that a draft cannot be evaluated; raise the error, and so end the worker, if no other could be either."""
-        if is_lasting(error) or (self._seat is not None and self._seat.is_lost):
+        if is_unrecoverable(error) or (self._device is not None and self._device.is_context_lost):
             raise error
-        return Fault(draft.run, draft.index, draft.row, *_told(error))
+        return EvaluationError(draft.run, draft.index, draft.row, *_describe(error))
 
 
-def _timed(draft: Draft, nbytes: int, evaluate: Callable[[], float], since: float | None) -> Times:
+def _timed(draft: Draft, nbytes: int, evaluate: Callable[[], float], since: float | None) -> EvaluationTimes:
     began = time.perf_counter()
     predicted, ended = evaluate(), time.perf_counter()
-    return Times(began, predicted, ended, ended)
+    return EvaluationTimes(began, predicted, ended, ended)
 
 
 def _check(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
@@ -282,7 +284,7 @@ def _check(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
             raise FloatingPointError(f"the denoiser returned {wrong} in {name!r}{given}")
 
 
-def _told(error: BaseException) -> tuple[str, str]:
+def _describe(error: BaseException) -> tuple[str, str]:
     """Return an error in a line, and its traceback, as text that any message can hold."""
     try:
         words = f"{type(error).__name__}: {error}"
@@ -296,13 +298,13 @@ def _printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _doing(message: ToWorker | None) -> str:
+def _activity(message: ToWorker | None) -> str:
     match message:
         case Draft():
             return f"evaluating step {message.index} of run {message.run}"
         case Load():
             return f"loading model {message.model!r}"[:200]
-        case Warm():
+        case WarmUp():
             return "compiling, capturing or warming its model"
         case None:
             return "waiting"

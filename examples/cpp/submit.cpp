@@ -66,7 +66,7 @@ void submit(const std::string& address, const std::string& labels, const std::st
 
 int main(int count, char** arguments) {
     if (count != 4) {
-        std::cerr << "submit ADDRESS LABELS FILE, as in: submit ipc:///tmp/drp/door 3,1,4 samples.pgm\n";
+        std::cerr << "submit ADDRESS LABELS FILE, as in: submit ipc:///tmp/drp/server 3,1,4 samples.pgm\n";
         return 2;
     }
     try {

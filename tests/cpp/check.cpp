@@ -13,9 +13,9 @@
 
 namespace {
 
-using namespace drp::door;
-using Any = std::variant<Open, Submit, Taken, Cancel, Ask, Opened, Accepted, Refused, Progress, Finished, Ended, Status,
-                         Metrics, Beat>;
+using namespace drp::protocol;
+using Any = std::variant<Open, Submit, Ack, Cancel, Query, Welcome, Accepted, Refused, Progress, Finished, Ended,
+                         Status, Metrics, Heartbeat>;
 
 std::string hex(const std::vector<char>& bytes) {
     std::ostringstream out;
@@ -104,7 +104,7 @@ void vectors() {
     while (std::cin >> name >> digits) {
         const std::string bytes = unhex(digits);
         try {
-            const Any message = drp::door::decode<Any>(bytes.data(), bytes.size());
+            const Any message = drp::protocol::decode<Any>(bytes.data(), bytes.size());
             std::visit(
                 [&](const auto& each) {
                     std::cout << name << ' ' << hex(encode(each)) << ' ' << Json::of(each) << '\n';
@@ -133,7 +133,7 @@ void request(std::optional<drp::Client>& client, const std::string& address, std
     request.steps = way == 2 || way == 3 || way == 4 ? 600 : 12;
     request.progress = way != 1;
     request.previews = way == 5 ? 3 : 0;
-    request.shared_from = way % 2 ? 0 : drp::door::kMaxFrame;
+    request.shared_from = way % 2 ? 0 : drp::protocol::kMaxFrameBytes;
     std::cout << label << ' ' << seed << ' ' << request.steps << ' ';
     try {
         const drp::Run run = client->submit(request);

@@ -11,12 +11,12 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["drp.protocol"]):
-    from drp.protocol import door
+    from drp.protocol import client_messages
     from drp.protocol.codec import ProtocolError, decode, encode
     from drp.protocol.messages import TO_LEADER, TO_WORKER
     from drp.protocol.vectors.examples import PROTOCOLS, examples
 
-KINDS = (TO_LEADER, TO_WORKER, door.TO_CLIENT, door.TO_SERVER)
+KINDS = (TO_LEADER, TO_WORKER, client_messages.TO_CLIENT, client_messages.TO_SERVER)
 
 
 def one_input(data: bytes) -> None:

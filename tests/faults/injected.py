@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drp.protocol.messages import Bind, Draft, Fault, Prediction, Stop, Unbind
+from drp.protocol.messages import Bind, Draft, EvaluationError, Prediction, Stop, Unbind
 from drp.protocol.transport import WorkerSocket
 from drp.workers import weights
 from drp.workers.worker import Worker
@@ -78,7 +78,7 @@ def _prepare(where: str) -> None:
         return message
 
     @functools.wraps(evaluate)
-    def on_evaluate(self: Worker, draft: Draft) -> Prediction | Fault | None:
+    def on_evaluate(self: Worker, draft: Draft) -> Prediction | EvaluationError | None:
         answer = evaluate(self, draft)
         if answer is None and draft.index >= AT_STEP and where in ("after", "answered"):  # It is queued.
             time.sleep(0.0 if where == "after" else 0.01)

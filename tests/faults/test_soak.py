@@ -77,7 +77,7 @@ def test_runs_outlive_their_workers() -> None:
         finally:
             end.set()
             killer.join(10)
-        lost = sum(worker.lost for worker in leader.workers)
+        lost = sum(worker.losses for worker in leader.workers)
         deadline = time.monotonic() + 60
         while [w.state for w in leader.workers] != ["ready"] * WORKERS and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -18,9 +18,9 @@ from drp import GpuOptions, Leader
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 
 
-@pytest.mark.parametrize("ordering", ["host", "device"])
-def test_a_callback_may_take_longer_than_a_draft(ordering: str) -> None:
-    gpu = GpuOptions(ordering=ordering)
+@pytest.mark.parametrize("dispatch", ["sync", "async"])
+def test_a_callback_may_take_longer_than_a_draft(dispatch: str) -> None:
+    gpu = GpuOptions(dispatch=dispatch)
     with Leader("tests.denoisers:make_slow_sine", devices=2, draft_timeout=2.0, gpu=gpu) as leader:
         expected = leader.sample(shape=(3, 4), steps=30, seed=1).samples
 
@@ -33,7 +33,7 @@ def test_a_callback_may_take_longer_than_a_draft(ordering: str) -> None:
             result = run.result(60.0)
             assert torch.equal(result.samples, expected)
             assert result.incidents == ()
-        assert [worker.lost for worker in leader.workers] == [0, 0]
+        assert [worker.losses for worker in leader.workers] == [0, 0]
 
 
 def test_a_thread_that_holds_the_interpreters_lock_is_not_the_workers_delay() -> None:
@@ -50,12 +50,12 @@ def test_a_thread_that_holds_the_interpreters_lock_is_not_the_workers_delay() ->
         finally:
             sys.setswitchinterval(interval)
         assert run.result(60.0).incidents == ()
-        assert [worker.lost for worker in leader.workers] == [0, 0]
+        assert [worker.losses for worker in leader.workers] == [0, 0]
 
 
 STOPPED = """
 import drp
-gpu = drp.GpuOptions(ordering=ORDERING)
+gpu = drp.GpuOptions(dispatch=ORDERING)
 with drp.Leader("tests.denoisers:make_slow", devices=2, draft_timeout=2.0, gpu=gpu) as leader:
     for _ in range(2):
         result = leader.sample(shape=(4,), steps=30, callback=lambda k, x: print("step", k, flush=True))
@@ -63,11 +63,11 @@ with drp.Leader("tests.denoisers:make_slow", devices=2, draft_timeout=2.0, gpu=g
 """
 
 
-@pytest.mark.parametrize("ordering", ["host", "device"])
-def test_a_group_that_is_stopped_and_continued_goes_on(tmp_path: Path, ordering: str) -> None:
+@pytest.mark.parametrize("dispatch", ["sync", "async"])
+def test_a_group_that_is_stopped_and_continued_goes_on(tmp_path: Path, dispatch: str) -> None:
     """As by Ctrl-Z and fg, or a container that is frozen for a while."""
     process = subprocess.Popen(
-        [sys.executable, "-c", STOPPED.replace("ORDERING", repr(ordering))],
+        [sys.executable, "-c", STOPPED.replace("ORDERING", repr(dispatch))],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,

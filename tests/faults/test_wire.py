@@ -12,7 +12,7 @@ import torch
 
 import drp
 from drp import Leader
-from drp.protocol import door
+from drp.protocol import client_messages
 from drp.protocol.codec import MAX_MESSAGE, ProtocolError, decode, encode
 from drp.protocol.messages import TO_LEADER, TO_WORKER
 from drp.protocol.vectors.examples import PROTOCOLS, examples
@@ -21,7 +21,7 @@ from tests.test_lost_workers import python
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 
 INPUTS = 1_000_000
-KINDS = (TO_LEADER, TO_WORKER, door.TO_CLIENT, door.TO_SERVER)
+KINDS = (TO_LEADER, TO_WORKER, client_messages.TO_CLIENT, client_messages.TO_SERVER)
 SEEDS = tuple(encode(message) for protocol in PROTOCOLS for message in examples(protocol).values())
 MEMORY = 64 * 1024  # KiB that decoding may take beyond what there was
 
@@ -110,7 +110,7 @@ def test_a_flood_from_strangers_changes_nothing(tmp_path: Path) -> None:
             flood.communicate(timeout=10)
         assert torch.equal(result.samples, expected)
         assert result.incidents == ()
-        assert [worker.lost for worker in leader.workers] == [0, 0]
+        assert [worker.losses for worker in leader.workers] == [0, 0]
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEMORY
 
 

@@ -75,8 +75,8 @@ def test_one_worker(monkeypatch: pytest.MonkeyPatch, where: str, how: str) -> No
             result = sample(leader, mode, seed)
             assert torch.equal(result.samples, expected(mode, seed)), f"run {seed} has other bits"
         if where not in QUIET:
-            until(lambda: leader.workers[1].lost == 1)  # One that stopped with nothing to do is noticed a bit later.
-            assert re.search(r"SIGKILL|draft_timeout|come round", leader.workers[1].last)
+            until(lambda: leader.workers[1].losses == 1)  # One that stopped with nothing to do is noticed a bit later.
+            assert re.search(r"SIGKILL|draft_timeout|come round", leader.workers[1].last_failure)
             until(lambda: [worker.state for worker in leader.workers] == ["ready"] * 3)
         assert torch.equal(sample(leader, mode, 5).samples, expected(mode, 5))
 
@@ -85,11 +85,11 @@ def test_one_worker(monkeypatch: pytest.MonkeyPatch, where: str, how: str) -> No
 @pytest.mark.parametrize("where", [where for where in WHERE if where not in (*STARTING, *QUIET)])
 def test_one_worker_of_those_that_answer_ahead(monkeypatch: pytest.MonkeyPatch, where: str, how: str) -> None:
     mode = ["aggressive", "conservative", "adaptive", "rolling"][WHERE.index(where) % 4]
-    with faulty(monkeypatch, where, how, [1], gpu=GpuOptions(ordering="device")) as leader:
+    with faulty(monkeypatch, where, how, [1], gpu=GpuOptions(dispatch="async")) as leader:
         for seed in range(2):
             result = sample(leader, mode, seed)
             assert torch.equal(result.samples, expected(mode, seed)), f"run {seed} has other bits"
-        until(lambda: leader.workers[1].lost == 1)
+        until(lambda: leader.workers[1].losses == 1)
         until(lambda: [worker.state for worker in leader.workers] == ["ready"] * 3)
         assert torch.equal(sample(leader, mode, 5).samples, expected(mode, 5))
 
@@ -169,8 +169,8 @@ def test_one_that_is_late_is_overtaken(monkeypatch: pytest.MonkeyPatch) -> None:
         leader.timeline = []
         pending = leader.submit(shape=SHAPE, steps=STEPS, mode="conservative", drafts=2)
         assert torch.equal(pending.result(20.0).samples, expected("conservative", drafts=2))
-        assert next(mark.worker for mark in leader.timeline if mark.what == "hedged") == 1
-        assert leader.workers[1].lost == 0
+        assert next(mark.worker for mark in leader.timeline if mark.kind == "hedged") == 1
+        assert leader.workers[1].losses == 0
         os.kill(leader.workers[1].pid or 0, signal.SIGCONT)  # Its late answer is nobody's.
         until(lambda: leader.workers[1].drafts == 0)
         assert torch.equal(sample(leader, "aggressive").samples, expected("aggressive"))
@@ -179,7 +179,7 @@ def test_one_that_is_late_is_overtaken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_none_left_names_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no worker can be started any more, the end comes with every worker's own."""
     with faulty(monkeypatch, "during", "SIGKILL", [0, 1, 2]) as leader:
-        monkeypatch.setattr("drp.leader.staff.MOST_PLACE", {"outside": 1, "own": 1})
+        monkeypatch.setattr("drp.leader.supervision.supervisor.SLOT_RETRY_COST", {"outside": 1, "own": 1})
         with pytest.raises(WorkerError, match=r"no worker is left: worker 0 .*SIGKILL.*; worker 1 .*; worker 2 "):
             sample(leader, "aggressive")
         with pytest.raises(WorkerError, match="closed; make a new one: no worker is left"):
@@ -196,4 +196,4 @@ def test_memory_that_a_worker_does_not_get(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _has_lost(leader: Leader, count: int) -> bool:
-    return leader.workers[1].lost == count
+    return leader.workers[1].losses == count

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from drp import ModelSpec
-from drp.protocol import order
+from drp.protocol import timeline
 
 
 class Small(nn.Module):
@@ -108,13 +108,13 @@ class Stale(Small):
 
     def __init__(self) -> None:
         super().__init__()
-        from drp.workers import seat_ahead
+        from drp.workers import cuda_executor
 
-        seat_ahead.stamp = self._stamp  # type: ignore[assignment, attr-defined]  # the worker's own name for it
+        cuda_executor.write_completion = self._stamp  # type: ignore[assignment, attr-defined]  # the worker's own name for it
 
     def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         self.due = once(t)
         return super().forward(x, t, cond)
 
     def _stamp(self, place: Tensor, sequence: int, prediction: Iterable[Tensor], took: int = 0) -> None:
-        order.stamp(place, sequence - 1 if self.due else sequence, prediction, took)
+        timeline.write_completion(place, sequence - 1 if self.due else sequence, prediction, took)

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from drp.protocol.cuda import GpuMemory, GpuNumbers, OwnNumber, index_of, turn_over
+from drp.protocol.cuda import GpuCounters, GpuMemory, WorkerCounter, index_of, invert_probe
 from drp.protocol.memory import ALIGNMENT
 from drp.protocol.messages import GpuHandle, Handle
 
@@ -24,11 +24,11 @@ def main() -> int:
     torch.cuda.set_device(index_of(handle.device))
     memory = GpuMemory.open(handle)
     if sys.argv[1] == "turn":
-        turn_over(memory)
+        invert_probe(memory)
         print("turned", flush=True)
         return 0
     if sys.argv[1] == "write":
-        own = OwnNumber(GpuNumbers.open(Handle(*fields["numbers"])), 3)
+        own = WorkerCounter(GpuCounters.open(Handle(*fields["numbers"])), 3)
         zero, nine = (torch.full((1,), number, device="cuda") for number in (0, 9))
         # To load code waits for the GPU: that is done before there is something to wait for.
         memory.tensor(ALIGNMENT, (1,), torch.int64).fill_(int(zero[zero]))
@@ -44,7 +44,7 @@ def main() -> int:
         return 0
     print("open", flush=True)
     sys.stdin.readline()
-    memory.follow()
+    memory.wait_event()
     print(int(memory.tensor(0, (1,), torch.int64).cpu()), flush=True)
     return 0
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from drp.protocol.cuda import GpuMemory, GpuNumbers, GpuStream, WorkersNumber, is_turned
+from drp.protocol.cuda import GpuCounters, GpuMemory, GpuStream, WorkerCounterView, is_inverted
 
 SLEEP = 2_000_000_000
 """Cycles for which a stream is kept busy: about a second."""
@@ -33,7 +33,7 @@ def peer(what: str, memory: GpuMemory, *before: str, **more: object) -> subproce
         stderr=subprocess.PIPE,
         text=True,
     )
-    handle = memory.names[1]
+    handle = memory.ipc_handles[1]
     assert handle is not None
     assert process.stdin is not None
     fields = {"device": handle.device, "nbytes": handle.nbytes, "memory": handle.memory.hex()}
@@ -45,7 +45,7 @@ def peer(what: str, memory: GpuMemory, *before: str, **more: object) -> subproce
 def pattern(memory: GpuMemory) -> torch.Tensor:
     numbers = (torch.arange(memory.nbytes) % 251).to(torch.uint8)
     memory.tensor(0, (memory.nbytes,), torch.uint8).copy_(numbers)
-    memory.written()
+    memory.record_event()
     return numbers
 
 
@@ -53,7 +53,7 @@ def test_another_process_reads_and_writes_it(memory: GpuMemory) -> None:
     numbers = pattern(memory)
     out, error = peer("turn", memory).communicate(timeout=120)
     assert out == "turned\n", error
-    assert is_turned(memory, numbers)
+    assert is_inverted(memory, numbers)
 
 
 def test_a_peer_that_follows_sees_what_was_queued_before_the_record(memory: GpuMemory) -> None:
@@ -67,7 +67,7 @@ def test_a_peer_that_follows_sees_what_was_queued_before_the_record(memory: GpuM
     began = time.perf_counter()
     torch.cuda._sleep(SLEEP)  # type: ignore[no-untyped-call]  # torch has no types for it
     number.fill_(42)
-    memory.written()
+    memory.record_event()
     assert not torch.cuda.current_stream().query()  # else there is nothing to wait for
     queued = time.perf_counter() - began
     process.stdin.write("go\n")
@@ -77,16 +77,20 @@ def test_a_peer_that_follows_sees_what_was_queued_before_the_record(memory: GpuM
 
 
 @pytest.fixture
-def numbers() -> Iterator[GpuNumbers]:
-    made = GpuNumbers.create()
+def numbers() -> Iterator[GpuCounters]:
+    made = GpuCounters.create()
     yield made
     made.free()
 
 
 @pytest.mark.parametrize("fate", ["lives", "is killed", "loses its context"])
-def test_the_owner_waits_for_a_number_that_a_peer_writes(memory: GpuMemory, numbers: GpuNumbers, fate: str) -> None:
+def test_the_owner_waits_for_a_number_that_a_peer_writes(memory: GpuMemory, numbers: GpuCounters, fate: str) -> None:
     """On a stream, not on the host; and a peer that is gone is not waited for, once that is known."""
-    number, record, stream = memory.tensor(0, (1,), torch.int64), WorkersNumber(numbers, 3), GpuStream(memory.device)
+    number, record, stream = (
+        memory.tensor(0, (1,), torch.int64),
+        WorkerCounterView(numbers, 3),
+        GpuStream(memory.device),
+    )
     handle, seconds = numbers.handle, 20 if fate == "is killed" else 2
     more = {"numbers": [handle.pid, handle.fd, handle.nbytes], "asserts": fate == "loses its context"}
     process = peer("write", memory, seconds=seconds, **more)
@@ -98,15 +102,15 @@ def test_the_owner_waits_for_a_number_that_a_peer_writes(memory: GpuMemory, numb
     with stream.current():
         record.wait()
         seen.copy_(number, non_blocking=True)
-    mark, queued = stream.mark(), time.perf_counter() - began
-    assert not stream.passed(mark)
+    mark, queued = stream.record(), time.perf_counter() - began
+    assert not stream.query(mark)
     if fate != "lives":
         time.sleep(3.0)
         process.kill()
         process.communicate(timeout=60)
-        assert not stream.passed(mark)
+        assert not stream.query(mark)
         record.release()
-    while not stream.passed(mark):
+    while not stream.query(mark):
         assert time.perf_counter() - began < 60, "the stream still waits"
         time.sleep(0.01)
     print(f"queued in {queued * 1e6:.0f} us, passed after {time.perf_counter() - began:.2f} s, read {int(seen)}")
@@ -138,4 +142,4 @@ def test_the_sanitizer_finds_nothing(memory: GpuMemory) -> None:
     process = peer("turn", memory, sanitizer, "--error-exitcode", "9")
     out, error = process.communicate(timeout=110)
     assert process.returncode == 0, out + error
-    assert is_turned(memory, numbers)
+    assert is_inverted(memory, numbers)

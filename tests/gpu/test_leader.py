@@ -16,7 +16,7 @@ from drp import GpuOptions, Leader
 from drp.models import load
 from drp.models.gpu import Captured, on_device
 from drp.protocol.cuda import index_of
-from drp.protocol.messages import OnGpu
+from drp.protocol.messages import GpuConfig
 from drp.sampling.run import Task
 
 SMALL = "tests.gpu.denoisers:Small"
@@ -91,10 +91,10 @@ def test_a_model_that_looks_at_numbers_cannot_be_captured_and_is_told_so() -> No
 
 def test_graphs_of_several_shapes_share_memory_without_harm(uuid: str) -> None:
     device = torch.device("cuda", index_of(uuid))
-    captured = on_device(load(SMALL), device, OnGpu(uuid, graphs=True, batch=2)).predict
+    captured = on_device(load(SMALL), device, GpuConfig(uuid, graphs=True, batch=2)).predict
     assert isinstance(captured, Captured)
     assert len(captured._graphs) == 2  # alone and as a batch, from the model's examples
-    plain = on_device(load(SMALL), device, OnGpu(uuid)).predict
+    plain = on_device(load(SMALL), device, GpuConfig(uuid)).predict
     with torch.inference_mode():
         for turn, size in enumerate((1, 3, 2, 1, 5, 3, 1)):
             x, t = torch.randn(size, 4, 32, 32, device=device), torch.full((size,), 10.0 * turn, device=device)
@@ -167,7 +167,7 @@ def test_nothing_is_left_on_the_gpu_after_200_sessions() -> None:
     with Leader(SMALL, devices="cuda:0") as leader:
         made, warm = [], 0
         for number in range(200):
-            session = leader.open({"x": x}, {"x": x}, 2, {"unused": torch.ones(1 << 20)})
+            session = leader.open_session({"x": x}, {"x": x}, 2, {"unused": torch.ones(1 << 20)})
             session.arena.draft(1)["x"].copy_(x)
             rows = session.evaluate([Task(3, 250.0, 1)])
             made.append(session.arena.prediction(rows[3])["x"].clone())

@@ -166,8 +166,8 @@ void drp_client_close(drp_client* client) {
 drp_code drp_client_status(const drp_client* client, double timeout, drp_status* status) {
     return guarded([&] {
         const drp::Status now = client->client.status(timeout);
-        *status = {now.healthy,   now.clients, now.requests, now.most,   now.finished,
-                   now.cancelled, now.failed,  now.refused,  now.uptime, now.since_progress};
+        *status = {now.healthy,   now.clients, now.requests, now.max_requests, now.finished,
+                   now.cancelled, now.failed,  now.refused,  now.uptime,       now.since_progress};
         if (!now.healthy) note(DRP_OK, now.reason.c_str());
         return DRP_OK;
     });

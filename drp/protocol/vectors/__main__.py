@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from drp.protocol import door, messages
+from drp.protocol import client_messages, messages
 from drp.protocol.codec import encode, to_fields
 from drp.protocol.vectors import examples
 from drp.protocol.vectors.tables import fill, records
@@ -27,7 +27,7 @@ def rendered() -> dict[Path, str]:
     refused = examples.refused()
     files[HERE / "refused.hex"] = "".join(f"{name} {data.hex() or '-'}\n" for name, (data, _) in refused.items())
     files[HERE / "refused.json"] = _json({name: why for name, (_, why) in refused.items()})
-    versions = {"the door's": door.VERSION, "the workers'": messages.VERSION}
+    versions = {"the client": client_messages.VERSION, "the worker": messages.VERSION}
     files[SPEC] = fill(SPEC.read_text(), spec_records(), versions)
     return files
 

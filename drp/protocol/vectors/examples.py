@@ -10,12 +10,12 @@ from typing import Any
 
 import msgpack
 
-from drp.protocol import door, messages
+from drp.protocol import client_messages, messages
 from drp.protocol.codec import Bounds, Length, encode, to_fields
 
 PROTOCOLS: Mapping[str, tuple[Mapping[str, type], Mapping[str, type]]] = {
     "worker": (messages.TO_WORKER, messages.TO_LEADER),
-    "door": (door.TO_SERVER, door.TO_CLIENT),
+    "client": (client_messages.TO_SERVER, client_messages.TO_CLIENT),
 }
 
 SIZES = ("least", "middle", "most")
@@ -26,11 +26,13 @@ def examples(protocol: str) -> dict[str, Any]:
     """Return messages by name, such as `Draft/least`."""
     kinds = {name: kind for direction in PROTOCOLS[protocol] for name, kind in direction.items()}
     made = {f"{name}/{size}": _record(kind, size) for name, kind in kinds.items() for size in SIZES}
-    if protocol == "door":
+    if protocol == "client":
         values: list[Any] = [3, -1, 0.5, 2.0, "karras", True, (14.6, 0.03)]
-        options = tuple(door.Option(f"option{i}", value) for i, value in enumerate(values))
-        made["Submit/default"] = door.Submit(request=7, labels=(3, 1, 4))
-        made["Submit/options"] = door.Submit(request=8, shape=(1, 8, 8), solver_options=options, rule="paper")
+        options = tuple(client_messages.Option(f"option{i}", value) for i, value in enumerate(values))
+        made["Submit/default"] = client_messages.Submit(request=7, labels=(3, 1, 4))
+        made["Submit/options"] = client_messages.Submit(
+            request=8, shape=(1, 8, 8), solver_options=options, rule="paper"
+        )
     return made
 
 

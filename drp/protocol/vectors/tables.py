@@ -35,7 +35,7 @@ def fill(text: str, kinds: dict[str, type], versions: Mapping[str, int]) -> str:
     return TABLE.sub(table, text)
 
 
-def told(text: str) -> dict[str, dict[str, str]]:
+def meanings(text: str) -> dict[str, dict[str, str]]:
     """Return the meanings in the specification's tables, by class and field."""
     tables: dict[str, dict[str, str]] = {}
     for match in TABLE.finditer(text):

@@ -6,8 +6,8 @@ import math
 from abc import ABC, abstractmethod
 
 from drp.sampling.grids import Grid
+from drp.sampling.linear import LinearCombination
 from drp.sampling.predictions import estimates
-from drp.sampling.rows import Row
 
 
 class Solver(ABC):
@@ -29,7 +29,7 @@ class Solver(ABC):
             estimates(prediction_type, *self.at(k))  # refuses what says nothing of the data
 
     @abstractmethod
-    def step(self, k: int) -> Row:
+    def step(self, k: int) -> LinearCombination:
         """Return x_{k+1} as a row over states, data and epsilon estimates at k and up to `history` before, and noise.
 
         `noise(k)` are standard normal numbers, drawn for this step alone. 0 <= k < N.

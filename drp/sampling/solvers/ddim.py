@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from drp.sampling.grids import Grid
-from drp.sampling.rows import Row, data, epsilon, noise, state
+from drp.sampling.linear import LinearCombination, data, epsilon, noise, state
 from drp.sampling.solvers.base import Solver
 
 
@@ -23,7 +23,7 @@ class DDIM(Solver):
         self.eta = eta
         self.adds_noise = eta > 0
 
-    def step(self, k: int) -> Row:
+    def step(self, k: int) -> LinearCombination:
         """Return the row of x_{k+1}."""
         (alpha, sigma), (alpha_b, sigma_b) = self.at(k), self.grid.landing(k)
         s = self.eta * sigma_b / sigma * math.sqrt(max(0.0, 1 - (alpha / alpha_b) ** 2))
@@ -46,7 +46,7 @@ class DDPM(Solver):
             )
         self.variance = variance
 
-    def step(self, k: int) -> Row:
+    def step(self, k: int) -> LinearCombination:
         """Return the row of x_{k+1}."""
         (alpha, sigma), (alpha_b, sigma_b) = self.at(k), self.at(k + 1)
         beta = 1 - (alpha / alpha_b) ** 2
@@ -61,7 +61,7 @@ class EulerAncestral(Solver):
 
     adds_noise = True
 
-    def step(self, k: int) -> Row:
+    def step(self, k: int) -> LinearCombination:
         """Return the row of x_{k+1}."""
         (alpha, sigma), (alpha_b, sigma_b) = self.at(k), self.at(k + 1)
         rho, rho_b = sigma / alpha, sigma_b / alpha_b

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from drp.sampling.grids import Grid
-from drp.sampling.rows import Row, Term, add, data, epsilon, noise, state
+from drp.sampling.linear import LinearCombination, Symbol, add, data, epsilon, noise, state
 from drp.sampling.solvers.base import Solver, order_at
 
 ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver")
@@ -52,14 +52,14 @@ class DPMSolver(Solver):
         self.adds_noise = algorithm.startswith("sde")
         self._lambdas = grid.lambdas.tolist()
 
-    def step(self, k: int) -> Row:
+    def step(self, k: int) -> LinearCombination:
         """Return the row of x_{k+1}."""
         if self.stands_still(k):
             return {state(k): 1.0}
         (alpha, sigma), (alpha_b, sigma_b) = self.at(k), self.at(k + 1)
         h = self._lambdas[k + 1] - self._lambdas[k]
         shrink = sigma_b * alpha / (alpha_b * sigma)  # e^-h, which stays finite where lambda does not
-        term: Callable[[int], Term] = data
+        term: Callable[[int], Symbol] = data
         match self.algorithm:
             case "dpmsolver++":
                 base, c, weights = sigma_b / sigma, alpha_b * (1 - shrink), _weights(-h)
@@ -75,7 +75,11 @@ class DPMSolver(Solver):
                 fresh, term = sigma_b * math.sqrt(math.expm1(2 * h)), epsilon
         order = self._order_at(k)
         differences = self._differences(k, order, h, term)
-        row: list[tuple[float, Row]] = [(base, {state(k): 1.0}), (c, {term(k): 1.0}), (fresh, {noise(k): 1.0})]
+        row: list[tuple[float, LinearCombination]] = [
+            (base, {state(k): 1.0}),
+            (c, {term(k): 1.0}),
+            (fresh, {noise(k): 1.0}),
+        ]
         if order == 2 and self.variant == "midpoint":
             row.append((c / 2, differences[0]))
         else:
@@ -88,7 +92,7 @@ class DPMSolver(Solver):
             return 1
         return order_at(k, n, self.order, self.lower_order_final and n < SHORT_RUN)
 
-    def _differences(self, k: int, order: int, h: float, term: Callable[[int], Term]) -> list[Row]:
+    def _differences(self, k: int, order: int, h: float, term: Callable[[int], Symbol]) -> list[LinearCombination]:
         """Return D1 and D2, as far as the order goes."""
         if order == 1:
             return []

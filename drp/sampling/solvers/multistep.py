@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from numpy.polynomial import Polynomial
 
 from drp.sampling.grids import Grid
-from drp.sampling.rows import Row, add, epsilon, state
+from drp.sampling.linear import LinearCombination, add, epsilon, state
 from drp.sampling.solvers.base import Solver, order_at
 
 SHORT_RUN = 15
@@ -40,7 +40,7 @@ class LinearMultistep(Solver):
         self.order, self.history = order, order - 1
         self._rhos = (grid.sigmas / grid.alphas).tolist()
 
-    def step(self, k: int) -> Row:
+    def step(self, k: int) -> LinearCombination:
         """Return the row of x_{k+1}."""
         if self.stands_still(k):
             return {state(k): 1.0}
@@ -71,7 +71,7 @@ class DEIS(Solver):
         self.order, self.history, self.lower_order_final = order, order - 1, lower_order_final
         self._logs = (-grid.lambdas).tolist()
 
-    def step(self, k: int) -> Row:
+    def step(self, k: int) -> LinearCombination:
         """Return the row of x_{k+1}."""
         if self.stands_still(k):
             return {state(k): 1.0}
@@ -108,10 +108,10 @@ class IPNDM(Solver):
 
     history = 3
 
-    def step(self, k: int) -> Row:
+    def step(self, k: int) -> LinearCombination:
         """Return the row of x_{k+1}."""
         weights = ADAMS_BASHFORTH[min(k, 3)]
-        mean: Row = {epsilon(k - j): weight for j, weight in enumerate(weights)}
+        mean: LinearCombination = {epsilon(k - j): weight for j, weight in enumerate(weights)}
         return _ddim(self.at(k), self.grid.landing(k), k, mean)
 
 
@@ -131,16 +131,18 @@ class PNDM(Solver):
                 "'epsilon'; choose 'ipndm', which averages noise estimates"
             )
 
-    def step(self, k: int) -> Row:
+    def step(self, k: int) -> LinearCombination:
         """Return the row of x_{k+1}."""
         if k == 1:
             return _ddim(self.at(0), self.grid.landing(1), 0, {epsilon(0): 0.5, epsilon(1): 0.5})
         behind = [j for j in range(k, -1, -1) if j != 1][:4]  # The prediction at 1 was for the Heun step alone.
-        mean: Row = {epsilon(j): weight for j, weight in zip(behind, ADAMS_BASHFORTH[len(behind) - 1], strict=True)}
+        mean: LinearCombination = {
+            epsilon(j): weight for j, weight in zip(behind, ADAMS_BASHFORTH[len(behind) - 1], strict=True)
+        }
         return _ddim(self.at(k), self.grid.landing(k), k, mean)
 
 
-def _ddim(here: tuple[float, float], there: tuple[float, float], k: int, mean: Row) -> Row:
+def _ddim(here: tuple[float, float], there: tuple[float, float], k: int, mean: LinearCombination) -> LinearCombination:
     """Return DDIM's step from x_k with the noise `mean`."""
     (alpha, sigma), (alpha_b, sigma_b) = here, there
     scale = alpha_b / alpha if alpha > 1e-8 else 0.0
@@ -156,12 +158,12 @@ class Heun(Solver):
 
     history = 1
 
-    def step(self, k: int) -> Row:
+    def step(self, k: int) -> LinearCombination:
         """Return the row of x_{k+1}."""
         (alpha_b, sigma_b), start = self.at(k + 1), k - k % 2
         alpha, sigma = self.at(start)
         if k % 2 == 0:
-            mean: Row = {epsilon(k): 1.0}
+            mean: LinearCombination = {epsilon(k): 1.0}
         else:
             mean = {epsilon(start): 0.5, epsilon(k): 0.5}
         change = alpha_b * (sigma_b / alpha_b - sigma / alpha)

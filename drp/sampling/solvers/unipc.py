@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from drp.sampling.grids import Grid
-from drp.sampling.rows import Row, Term, add, data, epsilon, state
+from drp.sampling.linear import LinearCombination, Symbol, add, data, epsilon, state
 from drp.sampling.solvers.base import Solver, order_at
 
 
@@ -46,9 +46,9 @@ class UniPC(Solver):
         self.lower_order_final = lower_order_final
         self.history = order if corrector else order - 1
         self._lambdas = grid.lambdas.tolist()
-        self._term: Callable[[int], Term] = data if of == "data" else epsilon
+        self._term: Callable[[int], Symbol] = data if of == "data" else epsilon
 
-    def step(self, k: int) -> Row:
+    def step(self, k: int) -> LinearCombination:
         """Return the row of x_{k+1}, from the state that the prediction at k has corrected."""
         (alpha, sigma), (alpha_b, sigma_b) = self.at(k), self.at(k + 1)
         if self.of == "data":
@@ -64,14 +64,14 @@ class UniPC(Solver):
         n = self.grid.steps
         return 1 if self.grid.sigmas[k + 1] == 0 else order_at(k, n, self.order, self.lower_order_final)
 
-    def _correction(self, k: int) -> Row:
+    def _correction(self, k: int) -> LinearCombination:
         """Return what the prediction at k adds to the state there: the corrector's residue less the predictor's."""
         if k == 0 or not self.corrector:
             return {}
         order = self._order_at(k - 1)
         return add((1.0, self._residue(k - 1, order, True)), (-1.0, self._residue(k - 1, order, False)))
 
-    def _residue(self, k: int, order: int, corrects: bool) -> Row:
+    def _residue(self, k: int, order: int, corrects: bool) -> LinearCombination:
         """Return what the step from k adds beyond first order, with (`corrects`) or without the estimate at k + 1."""
         if order == 1 and not corrects:
             return {}

@@ -96,15 +96,15 @@ typedef struct drp_request {
     const drp_tensor* image; /* NULL: none */
     double strength;
     const char* mode;
-    int64_t drafts;        /* -1: one a device */
-    double target_speedup; /* NAN: none */
-    int64_t target_rounds; /* -1: none */
-    double stride;         /* NAN: n / 2 + 1 */
+    int64_t drafts;         /* -1: one a device */
+    double target_speedup;  /* NAN: none */
+    int64_t target_rounds;  /* -1: none */
+    double stride;          /* NAN: n / 2 + 1 */
     const int64_t* offsets; /* NULL: those of the name */
     size_t offsets_count;
     const char* offsets_name; /* NULL: dense */
-    const char* rule;      /* NULL: the best measured */
-    double tolerance;      /* INFINITY is allowed */
+    const char* rule;         /* NULL: the best measured */
+    double tolerance;         /* INFINITY is allowed */
     int64_t warmup, sweeps, seed;
     int residuals, progress;
     int64_t previews;
@@ -126,7 +126,7 @@ typedef struct drp_result {
 
 typedef struct drp_status {
     int healthy;
-    int64_t clients, requests, most, finished, cancelled, failed, refused;
+    int64_t clients, requests, max_requests, finished, cancelled, failed, refused;
     double uptime, since_progress;
 } drp_status;
 

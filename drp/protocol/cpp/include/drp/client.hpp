@@ -1,6 +1,6 @@
 // A client of `drp serve`, for C++17, on libzmq and msgpack-cxx: one header, to be included anywhere.
 //
-//     drp::Client client("ipc:///run/user/1000/drp/door");
+//     drp::Client client("ipc:///run/user/1000/drp/server");
 //     drp::Request request;
 //     request.labels = {3, 1, 4};
 //     drp::Run run = client.submit(request);
@@ -149,12 +149,12 @@ struct Tensor {
 
 // -------------------------------------------------------------------------------------------------------- messages
 
-// The door's messages, each with its fields' names and bounds, as in SPEC.md. `fields(self, visit)` calls
+// The client protocol's messages, each with its fields' names and bounds, as in SPEC.md. `fields(self, visit)` calls
 // visit(name, member, bounds) for each field in order: writing, reading and checking are visits.
-namespace door {
+namespace protocol {
 
-inline constexpr std::int64_t kVersion = 2;
-inline constexpr std::size_t kMaxMessage = std::size_t{1} << 20, kMaxFrame = std::size_t{1} << 28, kMostFrames = 62;
+inline constexpr std::int64_t kVersion = 3;
+inline constexpr std::size_t kMaxMessage = std::size_t{1} << 20, kMaxFrameBytes = std::size_t{1} << 28, kMaxFrames = 62;
 
 struct Int {
     std::int64_t low, high;
@@ -207,7 +207,7 @@ struct TensorData {
     static void fields(Self& self, Visit&& visit) {
         visit("dtype", self.dtype, kName);
         visit("shape", self.shape, kShape);
-        visit("frame", self.frame, Int{1, kMostFrames});
+        visit("frame", self.frame, Int{1, kMaxFrames});
         visit("memory", self.memory, Record{});
     }
 };
@@ -288,20 +288,20 @@ struct Open {
     }
 };
 
-struct Opened {
-    static constexpr const char* type = "Opened";
+struct Welcome {
+    static constexpr const char* type = "Welcome";
     std::int64_t version = 0;
     std::string model;
     ModelSpec spec;
     std::vector<std::string> devices;
-    std::int64_t most = 0;
+    std::int64_t max_requests = 0;
     template <class Self, class Visit>
     static void fields(Self& self, Visit&& visit) {
         visit("version", self.version, kCount);
         visit("model", self.model, kName);
         visit("spec", self.spec, Record{});
         visit("devices", self.devices, kNames);
-        visit("most", self.most, kCount);
+        visit("max_requests", self.max_requests, kCount);
     }
 };
 
@@ -445,8 +445,8 @@ struct Finished : Facts {
     }
 };
 
-struct Taken {
-    static constexpr const char* type = "Taken";
+struct Ack {
+    static constexpr const char* type = "Ack";
     std::int64_t request = 0;
     template <class Self, class Visit>
     static void fields(Self& self, Visit&& visit) {
@@ -475,8 +475,8 @@ struct Ended {
     }
 };
 
-struct Ask {
-    static constexpr const char* type = "Ask";
+struct Query {
+    static constexpr const char* type = "Query";
     std::string what;
     template <class Self, class Visit>
     static void fields(Self& self, Visit&& visit) {
@@ -489,7 +489,7 @@ struct Status {
     std::string state;
     bool healthy = false;
     std::string reason;
-    std::int64_t clients = 0, requests = 0, most = 0;
+    std::int64_t clients = 0, requests = 0, max_requests = 0;
     double uptime = 0, since_progress = 0;
     std::int64_t finished = 0, cancelled = 0, failed = 0, refused = 0;
     template <class Self, class Visit>
@@ -499,7 +499,7 @@ struct Status {
         visit("reason", self.reason, kText);
         visit("clients", self.clients, kCount);
         visit("requests", self.requests, kCount);
-        visit("most", self.most, kCount);
+        visit("max_requests", self.max_requests, kCount);
         visit("uptime", self.uptime, kSeconds);
         visit("since_progress", self.since_progress, kSeconds);
         visit("finished", self.finished, kTotal);
@@ -518,14 +518,14 @@ struct Metrics {
     }
 };
 
-struct Beat {
-    static constexpr const char* type = "Beat";
+struct Heartbeat {
+    static constexpr const char* type = "Heartbeat";
     template <class Self, class Visit>
     static void fields(Self&, Visit&&) {}
 };
 
-using ToServer = std::variant<Open, Submit, Taken, Cancel, Ask>;
-using ToClient = std::variant<Opened, Accepted, Refused, Progress, Finished, Ended, Status, Metrics, Beat>;
+using ToServer = std::variant<Open, Submit, Ack, Cancel, Query>;
+using ToClient = std::variant<Welcome, Accepted, Refused, Progress, Finished, Ended, Status, Metrics, Heartbeat>;
 
 // ----- what holds of values, whether they go or come
 
@@ -837,19 +837,19 @@ Messages decode(const void* data, std::size_t size) {
     return *std::move(message);
 }
 
-}  // namespace door
+}  // namespace protocol
 
 // -------------------------------------------------------------------------------------------------------- requests
 
-using door::Evaluation;
-using door::Opened;
-using door::Option;
-using door::Residual;
-using door::Rule;
-using door::Status;
+using protocol::Evaluation;
+using protocol::Option;
+using protocol::Residual;
+using protocol::Rule;
+using protocol::Status;
+using protocol::Welcome;
 
-// What a run is asked for: the fields of door::Settings, and tensors. They are sent from where they are.
-struct Request : door::Settings {
+// What a run is asked for: the fields of protocol::Settings, and tensors. They are sent from where they are.
+struct Request : protocol::Settings {
     std::vector<std::pair<std::string, Tensor>> cond;
     std::optional<Tensor> noise, image;
     // Let samples of this many bytes or more come in shared memory, over ipc://.
@@ -862,7 +862,7 @@ struct Progress {
     std::vector<Evaluation> evaluations;
 };
 
-struct Result : door::Facts {
+struct Result : protocol::Facts {
     Tensor samples;  // float32 [count, ...]
 };
 
@@ -917,8 +917,8 @@ private:
 };
 
 // Maps a tensor that the server shares, to be read.
-inline Tensor map_shared(const door::TensorData& data) {
-    const door::Handle& handle = *data.memory;
+inline Tensor map_shared(const protocol::TensorData& data) {
+    const protocol::Handle& handle = *data.memory;
     const std::size_t bytes = nbytes(data.dtype, data.shape, Code::protocol);
     const std::string path = "/proc/" + std::to_string(handle.pid) + "/fd/" + std::to_string(handle.fd);
     const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
@@ -941,7 +941,7 @@ class Received {
 public:
     explicit Received(std::deque<Frame> frames) : frames_(std::move(frames)) {}
 
-    Tensor take(const door::TensorData& data) {
+    Tensor take(const protocol::TensorData& data) {
         const std::size_t bytes = nbytes(data.dtype, data.shape, Code::protocol);
         const std::size_t place = data.frame ? static_cast<std::size_t>(*data.frame) : 0;
         if (data.memory || place == 0 || place > frames_.size() || !frames_[place - 1].memory)
@@ -994,7 +994,7 @@ public:
         socket_.reset(zmq_socket(context_.get(), ZMQ_DEALER));
         if (!socket_) fail("no socket");
         set(ZMQ_LINGER, 200);  // a last Cancel has a moment to leave
-        const std::int64_t most = static_cast<std::int64_t>(door::kMaxFrame);
+        const std::int64_t most = static_cast<std::int64_t>(protocol::kMaxFrameBytes);
         if (zmq_setsockopt(socket_.get(), ZMQ_MAXMSGSIZE, &most, sizeof most) != 0) fail("ZMQ_MAXMSGSIZE");
         if (keys) {
             set_key(ZMQ_CURVE_SERVERKEY, keys->server);
@@ -1010,7 +1010,7 @@ public:
                 throw Error(Code::invalid, "'" + address_ + "' is no address; give ipc://PATH or tcp://HOST:PORT");
             fail("cannot connect");
         }
-        outgoing_.push_back({frame_of(door::encode(door::Open{door::kVersion, name}))});
+        outgoing_.push_back({frame_of(protocol::encode(protocol::Open{protocol::kVersion, name}))});
         sigset_t all, before;  // signals are for the program's own threads
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -1026,19 +1026,19 @@ public:
     Line& operator=(const Line&) = delete;
     ~Line() { close(); }
 
-    Opened open(double seconds) {
+    Welcome open(double seconds) {
         std::unique_lock lock(mutex_);
-        if (!changed_.wait_for(lock, to_duration(seconds), [&] { return opened_ || error_; }))
+        if (!changed_.wait_for(lock, to_duration(seconds), [&] { return welcome_ || error_; }))
             throw Error(Code::timeout, "no server answers at " + address_ + " in time");
-        if (!opened_) throw Error(*error_);
-        return *opened_;
+        if (!welcome_) throw Error(*error_);
+        return *welcome_;
     }
 
-    std::shared_ptr<RunState> submit(door::Submit submit, std::deque<Frame> tensors) {
+    std::shared_ptr<RunState> submit(protocol::Submit submit, std::deque<Frame> tensors) {
         std::unique_lock lock(mutex_);
-        do submit.request = next_++ % (door::kCount.high + 1);
+        do submit.request = next_++ % (protocol::kCount.high + 1);
         while (runs_.count(submit.request));
-        tensors.push_front(frame_of(door::encode(submit)));
+        tensors.push_front(frame_of(protocol::encode(submit)));
         auto run = std::make_shared<RunState>(submit.request);
         put(std::move(tensors), [&] { runs_[run->number] = run; });
         return run;
@@ -1046,7 +1046,7 @@ public:
 
     void cancel(const RunState& run) {
         const std::lock_guard lock(mutex_);
-        if (!run.over() && !error_ && !closing_) put({frame_of(door::encode(door::Cancel{run.number}))}, [] {});
+        if (!run.over() && !error_ && !closing_) put({frame_of(protocol::encode(protocol::Cancel{run.number}))}, [] {});
     }
 
     // Waits until `true_now()`, which is about `run`; no longer than `seconds`, if that is given.
@@ -1064,7 +1064,7 @@ public:
     Answer ask(const char* what, std::deque<std::shared_ptr<Question<Answer>>> Line::* asked, double seconds) {
         std::unique_lock lock(mutex_);
         const auto question = std::make_shared<Question<Answer>>();
-        put({frame_of(door::encode(door::Ask{what}))}, [&] { (this->*asked).push_back(question); });
+        put({frame_of(protocol::encode(protocol::Query{what}))}, [&] { (this->*asked).push_back(question); });
         if (!changed_.wait_for(lock, to_duration(seconds), [&] { return question->answer || error_; }))
             throw Error(Code::timeout, std::string("no answer to the question for the ") + what + " in time");
         if (!question->answer) throw Error(*error_);
@@ -1084,7 +1084,7 @@ public:
     bool local() const { return address_.rfind("ipc://", 0) == 0; }
 
     std::deque<std::shared_ptr<Question<Status>>> statuses_;
-    std::deque<std::shared_ptr<Question<door::Metrics>>> metrics_;
+    std::deque<std::shared_ptr<Question<protocol::Metrics>>> metrics_;
 
 private:
     using Clock = std::chrono::steady_clock;
@@ -1114,7 +1114,7 @@ private:
         outgoing_.push_back(std::move(message));
         wake();
     }
-    bool waits() const { return !opened_ || !runs_.empty() || !statuses_.empty() || !metrics_.empty(); }
+    bool waits() const { return !welcome_ || !runs_.empty() || !statuses_.empty() || !metrics_.empty(); }
 
     // The thread.
 
@@ -1135,7 +1135,7 @@ private:
         {
             const std::lock_guard lock(mutex_);
             if (closing_) return false;
-            if (opened_ && waits() && Clock::now() - heard_ > kSilence)
+            if (welcome_ && waits() && Clock::now() - heard_ > kSilence)
                 throw Error(Code::lost, "the server at " + address_ + " has been silent for 10 s");
             speaks = !outgoing_.empty();
         }
@@ -1205,9 +1205,9 @@ private:
             frames.push_back(
                 {std::shared_ptr<const void>(message, zmq_msg_data(message.get())), zmq_msg_size(message.get())});
         }
-        const auto message = door::decode<door::ToClient>(frames.front().memory.get(), frames.front().size);
+        const auto message = protocol::decode<protocol::ToClient>(frames.front().memory.get(), frames.front().size);
         frames.pop_front();
-        if (frames.size() > door::kMostFrames) throw Error(Code::protocol, "a message has too many tensors");
+        if (frames.size() > protocol::kMaxFrames) throw Error(Code::protocol, "a message has too many tensors");
         Received tensors(std::move(frames));
         std::visit([&](const auto& each) { on(each, tensors); }, message);
         tensors.done();
@@ -1227,19 +1227,19 @@ private:
             std::memcpy(&what, event, sizeof what);
             const std::lock_guard lock(mutex_);
             // Before the server has answered, libzmq tries again by itself.
-            if (opened_ || what == ZMQ_EVENT_HANDSHAKE_FAILED_AUTH)
+            if (welcome_ || what == ZMQ_EVENT_HANDSHAKE_FAILED_AUTH)
                 throw Error(Code::lost, "the server at " + address_ + " has closed the connection");
         }
     }
 
-    void on(const Opened& message, Received&) {
+    void on(const Welcome& message, Received&) {
         const std::lock_guard lock(mutex_);
-        opened_ = message;
+        welcome_ = message;
         changed_.notify_all();
     }
-    void on(const door::Accepted&, Received&) {}
-    void on(const door::Beat&, Received&) {}
-    void on(const door::Progress& message, Received& tensors) {
+    void on(const protocol::Accepted&, Received&) {}
+    void on(const protocol::Heartbeat&, Received&) {}
+    void on(const protocol::Progress& message, Received& tensors) {
         Progress news{message.step, message.steps, message.rounds, std::nullopt, message.evaluations};
         if (message.preview) news.preview = tensors.take(*message.preview);
         const std::lock_guard lock(mutex_);
@@ -1247,9 +1247,9 @@ private:
         run.news.push_back(std::move(news));
         run.changed.notify_all();
     }
-    void on(const door::Finished& message, Received& tensors) {
+    void on(const protocol::Finished& message, Received& tensors) {
         Result result;
-        static_cast<door::Facts&>(result) = message;
+        static_cast<protocol::Facts&>(result) = message;
         std::optional<Error> error;
         if (!message.samples.memory || !local()) {
             result.samples = tensors.take(message.samples);
@@ -1267,16 +1267,16 @@ private:
             else
                 run.result = std::move(result);
         });
-        if (message.samples.memory) outgoing_.push_back({frame_of(door::encode(door::Taken{message.request}))});
+        if (message.samples.memory) outgoing_.push_back({frame_of(protocol::encode(protocol::Ack{message.request}))});
     }
-    void on(const door::Ended& message, Received&) {
+    void on(const protocol::Ended& message, Received&) {
         static const std::map<std::string, Code> codes = {
             {"cancelled", Code::cancelled}, {"failed", Code::failed}, {"draining", Code::draining}};
         const std::lock_guard lock(mutex_);
         const std::string reason = message.reason.empty() ? message.code : message.reason;
         finish(message.request, [&](RunState& run) { run.error.emplace(codes.at(message.code), reason); });
     }
-    void on(const door::Refused& message, Received&) {
+    void on(const protocol::Refused& message, Received&) {
         static const std::map<std::string, Code> codes = {{"version", Code::version},
                                                           {"protocol", Code::protocol},
                                                           {"invalid", Code::invalid},
@@ -1289,7 +1289,7 @@ private:
         finish(*message.request, [&](RunState& run) { run.error = error; });
     }
     void on(const Status& message, Received&) { answer(statuses_, message); }
-    void on(const door::Metrics& message, Received&) { answer(metrics_, message); }
+    void on(const protocol::Metrics& message, Received&) { answer(metrics_, message); }
 
     template <class Answer>
     void answer(std::deque<std::shared_ptr<Question<Answer>>>& asked, const Answer& message) {
@@ -1328,7 +1328,7 @@ private:
                 metrics_.clear();
                 if (why.code == Code::closed)
                     for (const std::int64_t number : left)
-                        outgoing_.push_back({frame_of(door::encode(door::Cancel{number}))});
+                        outgoing_.push_back({frame_of(protocol::encode(protocol::Cancel{number}))});
                 changed_.notify_all();
             }
             if (why.code == Code::closed) speak();
@@ -1348,7 +1348,7 @@ private:
     std::condition_variable changed_;
     std::deque<std::deque<Frame>> outgoing_;
     std::map<std::int64_t, std::shared_ptr<RunState>> runs_;
-    std::optional<Opened> opened_;
+    std::optional<Welcome> welcome_;
     std::optional<Error> error_;
     std::int64_t next_ = 1;
     bool closing_ = false;
@@ -1420,16 +1420,16 @@ public:
     explicit Client(const std::string& address) : Client(address, Options()) {}
     Client(const std::string& address, const Options& options)
         : line_(std::make_shared<detail::Line>(address, options.name, options.keys)),
-          opened_(line_->open(options.timeout)) {}
+          welcome_(line_->open(options.timeout)) {}
 
     // What is served, and by which devices.
-    const Opened& server() const { return opened_; }
+    const Welcome& server() const { return welcome_; }
 
     // Asks for a run and returns at once. Throws Error (invalid) for what cannot be said in a message; what the server
     // thinks of the request, the run's result says.
     Run submit(const Request& request) const {
-        door::Submit submit;
-        static_cast<door::Settings&>(submit) = request;
+        protocol::Submit submit;
+        static_cast<protocol::Settings&>(submit) = request;
         std::deque<detail::Frame> frames;
         for (const auto& [name, tensor] : request.cond) submit.cond.push_back({name, add(frames, tensor)});
         if (request.noise) submit.noise = add(frames, *request.noise);
@@ -1456,9 +1456,9 @@ public:
     Client& operator=(const Client&) = delete;
 
 private:
-    static door::TensorData add(std::deque<detail::Frame>& frames, const Tensor& tensor) {
+    static protocol::TensorData add(std::deque<detail::Frame>& frames, const Tensor& tensor) {
         const std::size_t bytes = tensor.nbytes();
-        if (bytes > door::kMaxFrame || frames.size() == door::kMostFrames || (bytes > 0 && !tensor.memory))
+        if (bytes > protocol::kMaxFrameBytes || frames.size() == protocol::kMaxFrames || (bytes > 0 && !tensor.memory))
             throw Error(Code::invalid, "a tensor has no memory, is longer than 2^28 bytes, or is one too many");
         frames.push_back({tensor.memory, bytes});
         return {tensor.dtype, tensor.shape, static_cast<std::int64_t>(frames.size()), std::nullopt};
@@ -1469,13 +1469,13 @@ private:
         bytes *= static_cast<double>(request.count    ? *request.count
                                      : request.labels ? std::int64_t(request.labels->size())
                                                       : 1);
-        const auto& shape = request.shape ? request.shape : opened_.spec.sample_shape;
+        const auto& shape = request.shape ? request.shape : welcome_.spec.sample_shape;
         for (const std::int64_t size : shape.value_or(std::vector<std::int64_t>())) bytes *= static_cast<double>(size);
         return static_cast<std::size_t>(std::clamp(bytes, 0.0, 1e15));
     }
 
     std::shared_ptr<detail::Line> line_;
-    Opened opened_;
+    Welcome welcome_;
 };
 
 }  // namespace drp

@@ -1,0 +1,1 @@
+"""Memory: where runs are placed, reused buffers, and the leader's host stream."""

@@ -1,0 +1,1 @@
+"""Runs: the state of synchronous and asynchronous runs and of evaluation sessions."""

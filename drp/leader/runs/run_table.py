@@ -1,0 +1,202 @@
+"""The table of running and draining runs and sessions, and their bindings to workers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+
+from drp.leader.awake import Awake
+from drp.leader.event_recorder import EventRecorder
+from drp.leader.runs.async_run import AsyncRun
+from drp.leader.runs.run_state import InFlightBatch, RunState
+from drp.leader.supervision.supervisor import Supervisor, WorkerLoss, WorkerSlot
+from drp.protocol.memory import MAX_RETAINED_NBYTES
+from drp.protocol.messages import Rebind, Unbind
+
+log = logging.getLogger(__name__)
+
+
+class RunTable:
+    """`under_way` are those that want predictions, by number.
+
+    `leaving` are those that are over, while a worker still has one of their drafts, or has not opened their memory.
+    """
+
+    def __init__(self, supervisor: Supervisor, marks: EventRecorder, awake: Awake, devices: tuple[str, ...]) -> None:
+        self.running: dict[int, RunState] = {}
+        self.draining: dict[int, RunState] = {}
+        self._to_bind: list[RunState] = []
+        self._supervisor, self._recorder, self._awake, self._devices = supervisor, marks, awake, devices
+
+    @contextlib.contextmanager
+    def charge(self, run: RunState) -> Iterator[None]:
+        """Have whatever is raised meanwhile end this run. Code and data of its caller must not end the leader."""
+        try:
+            yield
+        except BaseException as error:
+            if self.running.get(run.number) is run:
+                self.finish(run, error)
+            else:
+                log.debug("run %d, which is over: %r", run.number, error)
+
+    def add(self, run: RunState) -> None:
+        """Take a run. Workers open its memory when they are given its first draft, or with `bind_others`.
+
+        Drafts that run ahead of their devices are given while there is time for that, except the first one: its worker
+        opens the memory while it is formed.
+        """
+        self.running[run.number] = run
+        if isinstance(run, AsyncRun):
+            for worker_slot in self._supervisor.ready[:1]:
+                with self.charge(run):
+                    self.bind(worker_slot, run)
+                self._supervisor.flush([worker_slot])
+        else:
+            self._to_bind.append(run)
+        self._awake.hold()
+
+    def bind(self, worker_slot: WorkerSlot, run: RunState, drafts: bool = False) -> None:
+        """Post to a worker that it open a run's memory, if it was not asked to; `drafts`: some are posted with this.
+
+        Where those are the worker's until they are stamped, it need not say that it has opened the memory.
+        """
+        if worker_slot.number not in run.bound_workers:
+            answer = not (drafts and isinstance(run, AsyncRun))
+            bind, kept = replace(run.bind(worker_slot.number), acknowledge=answer), worker_slot.retained_bind
+            if kept is not None and replace(kept, run=run.number, acknowledge=answer) == bind:
+                self._supervisor.enqueue(worker_slot, Rebind(run.number, answer))
+                worker_slot.retained_bind = None
+            else:
+                self._supervisor.enqueue(worker_slot, bind)
+            worker_slot.binds[run.number] = bind
+            run.bound_workers.add(worker_slot.number)
+            if answer:
+                run.bind_pending.add(worker_slot.number)
+
+    def bind_all(self) -> None:
+        """Have all workers open the memory of the runs that have begun."""
+        while self._to_bind:
+            run = self._to_bind.pop()
+            for worker_slot in self._supervisor.ready:
+                with self.charge(run):
+                    if run.number in self.running:
+                        self.bind(worker_slot, run)
+            self._supervisor.flush(self._supervisor.ready)
+
+    def on_bound(self, worker_slot: WorkerSlot, number: int) -> bool:
+        """Note that a worker has opened a run's memory; return False if it was not asked to."""
+        run = self.running.get(number) or self.draining.get(number)
+        if run is None or worker_slot.number not in run.bind_pending:
+            return False
+        run.bind_pending.remove(worker_slot.number)
+        self._supervisor.flush(self._supervisor.ready)  # What was held back meanwhile.
+        self.release_if_idle(run)
+        return True
+
+    @property
+    def async_runs(self) -> list[AsyncRun]:
+        """Those whose drafts are answered ahead of the devices."""
+        return [run for run in (*self.running.values(), *self.draining.values()) if isinstance(run, AsyncRun)]
+
+    @property
+    def only_async_run(self) -> AsyncRun | None:
+        """The only run that workers have, if its drafts are answered ahead of the devices."""
+        if len(self.running) + len(self.draining) != 1:
+            return None
+        run = next(iter((self.running or self.draining).values()))
+        return run if isinstance(run, AsyncRun) else None
+
+    @property
+    def uses_worker_cores(self) -> bool:
+        """Whether there is one run, and this thread has no core but those that its workers lend it."""
+        return (only := self.only_async_run) is not None and only.stream.uses_worker_cores
+
+    @property
+    def workers_saturated(self) -> bool:
+        """Whether workers have all that they need for now, of all runs."""
+        runs = [*self.running.values(), *self.draining.values()]
+        return bool(runs) and all(run.workers_saturated for run in runs)
+
+    @property
+    def rounds_begun(self) -> int:
+        """How many rounds have begun, of the runs under way."""
+        return sum(run.rounds_begun for run in self.running.values() if isinstance(run, AsyncRun))
+
+    @property
+    def ready_async_runs(self) -> list[AsyncRun]:
+        """Those that are under way, and have drafts to form."""
+        return [run for run in self.running.values() if isinstance(run, AsyncRun) and run.ready]
+
+    def on_worker_lost(self, loss: WorkerLoss) -> list[AsyncRun]:
+        """Note that a worker is gone, whatever it was asked; return runs that were built upon what it had not done."""
+        again = [run for run in self.async_runs if run.drop_worker(loss.worker_slot.number, loss.drafts)]
+        for run in (*self.running.values(), *self.draining.values()):
+            run.tainted = run.tainted or loss.worker_slot.number in run.bound_workers
+            run.bound_workers.discard(loss.worker_slot.number)
+            run.bind_pending.discard(loss.worker_slot.number)
+            run.served_by.discard(loss.worker_slot.number)
+        for run in self.running.values():
+            run.incidents.append(loss.reason)
+        return again
+
+    def is_outstanding(self, sent: InFlightBatch) -> bool:
+        """Return whether the predictions of a batch are still wanted: it may have been sent twice, or its run over."""
+        return sent.run.number in self.running and sent.run.outstanding.get(sent.tasks[0].slot) is sent.tasks[0]
+
+    def finish(self, run: RunState, error: BaseException | None) -> None:
+        """Hand a run's result or error to its caller; let go of its memory once no worker uses it."""
+        del self.running[run.number]
+        self.draining[run.number] = run
+        if not self.running:
+            self._awake.release()
+        run.waiting.clear()
+        run.outstanding.clear()
+        if error is not None:
+            self._recorder.record("failed", run)
+        try:
+            run.cancel_queued()
+        finally:
+            run.finish(error, self._devices)
+        self.release_if_idle(run)
+
+    def release_if_idle(self, run: RunState) -> None:
+        """Give the memory of a run that is over back, if no worker uses it any more."""
+        if run.number in self.draining and not run.rows_in_flight and not run.bind_pending:
+            del self.draining[run.number]
+            for worker_slot in self._supervisor.ready:
+                if (bind := worker_slot.binds.pop(run.number, None)) is not None:
+                    keep = (
+                        bool(bind.number)
+                        and run.arena.memory.nbytes <= MAX_RETAINED_NBYTES
+                        and worker_slot.device.gpu is None
+                    )
+                    worker_slot.retained_bind = bind if keep else worker_slot.retained_bind
+                    self._supervisor.enqueue(worker_slot, Unbind(run.number, keep))
+            self._supervisor.flush(self._supervisor.ready)
+            run.release()
+
+    def release_idle(self) -> None:
+        """Do so for all that are over."""
+        for run in list(self.draining.values()):
+            self.release_if_idle(run)
+
+    def close(self) -> None:
+        """Give all memory back; callers were told."""
+        with contextlib.ExitStack() as rest:
+            rest.callback(self._awake.release)
+            for run in (*self.running.values(), *self.draining.values()):
+                rest.callback(run.release)
+            for worker_slot in self._supervisor.worker_slots:
+                worker_slot.drafts.clear()
+            self.running.clear()
+            self.draining.clear()
+
+
+def release_rows(sent: InFlightBatch) -> None:
+    """Note that a worker no longer writes to the rows."""
+    for row in sent.rows:
+        sent.run.rows_in_flight[row] -= 1
+        if not sent.run.rows_in_flight[row]:
+            del sent.run.rows_in_flight[row]

@@ -1,0 +1,120 @@
+"""Evaluation sessions, for a caller with a sampling loop of its own, such as a diffusers pipeline."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
+
+from drp.leader.runs.run_state import RunState
+from drp.protocol.arena import Arena
+from drp.sampling.run import Task
+
+
+class EvaluationBlock:
+    """Evaluations that were asked for together: by index, the row of each prediction and its seconds."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.tasks = tuple(tasks)
+        self.rows: dict[int, int] = {}
+        self.done: Future[dict[int, int]] = Future()
+
+
+class Session(RunState):
+    """An arena bound to all workers, and blocks of evaluations in it, one block at a time.
+
+    The caller writes drafts to `arena.drafts`, calls `evaluate` in a thread of his own, and reads the predictions from
+    the rows it returns. Lost workers, replay and deadlines are the engine's, as for runs. `close` ends it.
+    """
+
+    def __init__(self, number: int, arena: Arena, poke: Callable[[Session], None], batch: int) -> None:
+        super().__init__(number, arena, batch)
+        self._notify = poke
+        self._gate = threading.Lock()
+        self._blocks: deque[EvaluationBlock] = deque()
+        self._block: EvaluationBlock | None = None
+        self._kept: set[int] = set()
+        self._closed = False
+        self._finished: Future[None] = Future()
+
+    # What the caller calls.
+
+    def evaluate(self, tasks: Sequence[Task]) -> dict[int, int]:
+        """Have the drafts in the tasks' slots evaluated, each index once; return the row of each one's prediction.
+
+        The rows are the caller's to read until the next call. Raises WorkerError if a worker raised or none is left,
+        RuntimeError if the session or its leader is closed.
+        """
+        indices = {task.index for task in tasks}
+        if not tasks or len(indices) < len(tasks):
+            raise ValueError(f"{len(tasks)} tasks with {len(indices)} different indices; give one or more, each once")
+        block = EvaluationBlock(tasks)
+        with self._gate:
+            if self._closed:
+                raise RuntimeError("this session is closed; open another")
+            self._blocks.append(block)
+        self._notify(self)
+        return block.done.result()
+
+    def close(self) -> None:
+        """End it; the workers let go of its memory, which must not be used any more. More calls do nothing."""
+        with self._gate:
+            self._closed = True
+        self._notify(self)
+        self._finished.result()
+
+    # What the engine calls.
+
+    @property
+    def cancel_requested(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    @property
+    def idle(self) -> bool:
+        """Whether no block is under way."""
+        return self._block is None
+
+    def schedule_drafts(self) -> bool | None:
+        """Hand the finished block to its caller, and take the next."""
+        with self._gate:
+            finished, self._block = self._block, None
+            if finished is not None:
+                finished.done.set_result(finished.rows)
+            if not self._blocks:
+                return None
+            self._block = self._blocks.popleft()
+            self._kept.clear()
+        self._queue_drafts(self._block.tasks)
+        return True
+
+    @property
+    def ready(self) -> bool:
+        """Whether the block is finished."""
+        return not self.outstanding
+
+    def rows_in_use(self) -> set[int]:
+        """Return the rows that the caller may read."""
+        return self._kept
+
+    def add_prediction(self, task: Task, row: int) -> None:
+        """Note where a prediction is."""
+        assert self._block is not None
+        self._kept.add(row)
+        self._block.rows[task.index] = row
+
+    def refine(self) -> None:
+        """Do nothing: the states are the caller's."""
+
+    def finish(self, error: BaseException | None, devices: tuple[str, ...]) -> None:
+        """Tell everyone who waits."""
+        with self._gate:
+            self._closed = True
+            blocks = [*([self._block] if self._block else []), *self._blocks]
+            self._block = None
+            self._blocks.clear()
+        for block in blocks:
+            block.done.set_exception(error or CancelledError("the session was closed"))
+        if not self._finished.done():
+            self._finished.set_result(None)

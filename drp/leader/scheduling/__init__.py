@@ -1,0 +1,1 @@
+"""Scheduling: which worker evaluates which draft, and the policies that decide it."""

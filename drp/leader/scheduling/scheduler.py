@@ -1,0 +1,154 @@
+"""The scheduler: which worker evaluates which draft, how many are queued, and which are hedged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+from drp.leader.event_recorder import EventRecorder
+from drp.leader.runs.async_run import AsyncRun
+from drp.leader.runs.run_state import InFlightBatch, RunState
+from drp.leader.runs.run_table import RunTable, release_rows
+from drp.leader.scheduling.sharing import SharingPolicy
+from drp.leader.supervision.supervisor import Supervisor, WorkerSlot
+from drp.protocol.messages import BatchedDraft, Draft
+from drp.protocol.waiting import sched_yield
+from drp.sampling.run import Task
+
+QUEUE_DEPTH = 2
+"""Drafts, or batches of them, for each worker at most: one, and another in advance."""
+
+
+class Scheduler:
+    """Gives the drafts of the runs that are carried to the workers that are ready."""
+
+    depth: int
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        carried: RunTable,
+        marks: EventRecorder,
+        sharing: SharingPolicy,
+        hedge: float | None,
+    ) -> None:
+        self._supervisor, self._runs, self._recorder = supervisor, carried, marks
+        self.configure(sharing, hedge, QUEUE_DEPTH)
+
+    def configure(self, sharing: SharingPolicy, hedge: float | None, depth: int) -> None:
+        """Share, hedge, and give so many drafts in advance from now on; only while no run is under way."""
+        self._sharing, self._hedge, self.depth = sharing, hedge, depth
+
+    def assign_drafts(self) -> None:
+        """Give waiting drafts to workers: one each, and a second in advance if there is only one run.
+
+        Those of a run ahead of its devices are only posted if their workers have others: more may go with them.
+        """
+        runs = [run for run in self._runs.running.values() if run.outstanding]
+        ready = self._supervisor.ready
+        if len(runs) == 1 and isinstance(runs[0], AsyncRun):
+            return self._assign_async(runs[0], ready)
+        for depth in range(1, (self.depth if len(runs) == 1 else 1) + 1):
+            for place, worker_slot in enumerate(ready):
+                while len(worker_slot.drafts) < depth:
+                    run = self._choose(place, len(ready), runs)
+                    if run is None:
+                        return self._hedge_late_drafts(ready)
+                    self._assign(worker_slot, run, run.waiting.popleft())
+                    self._supervisor.flush([worker_slot])
+        return None
+
+    def _choose(self, place: int, workers: int, runs: Sequence[RunState]) -> RunState | None:
+        """Return what the policy chooses. It may be the caller's: if it fails, the runs it was to choose from end."""
+        try:
+            run = self._sharing.choose(place, workers, runs)
+            if run is not None and not run.waiting:
+                raise ValueError(f"{self._sharing!r} chose a run that has no draft waiting; choose one that has")
+        except BaseException as error:
+            for each in runs:
+                with self._runs.charge(each):
+                    raise RuntimeError(f"the policy chose no run for worker {place}: {error!r}") from error
+            return None
+        return run
+
+    def flush(self) -> None:
+        """Send what was posted, but for what has to wait."""
+        only = self._runs.only_async_run
+        if only is None or not only.waits_for_bind:
+            self._supervisor.flush(self._supervisor.ready)
+
+    def _assign_async(self, run: AsyncRun, ready: Sequence[WorkerSlot]) -> None:
+        """Give drafts of some rounds, each to the first worker that has the fewest drafts to be evaluated beside it."""
+        room = run.free_capacity(sum(len(worker_slot.drafts) for worker_slot in ready), self.depth * len(ready))
+        last: tuple[Task, ...] | None = None
+        idle = [worker_slot for worker_slot in ready if not worker_slot.drafts]
+        while run.waiting and (
+            room > 0 or (last is not None and run.joins_last_batch(run.waiting[0], last, len(ready)))
+        ):
+            last = run.waiting.popleft()
+            self._assign(min(ready, key=lambda worker_slot: run.evaluated_before(last, worker_slot.drafts)), run, last)
+            room -= 1
+        if len(idle) == len(ready) or not run.waits_for_bind:
+            self._supervisor.flush(idle)
+        if run.waits_for_bind:
+            sched_yield()  # The thread that sends the message to the first worker may need this thread's core.
+
+    def _assign(self, worker_slot: WorkerSlot, run: RunState, tasks: tuple[Task, ...]) -> None:
+        """Post drafts to a worker, to be delivered, and take note of it."""
+        with self._runs.charge(run):
+            self._post(worker_slot, run, tasks)
+
+    def _post(self, worker_slot: WorkerSlot, run: RunState, tasks: tuple[Task, ...]) -> None:
+        since, rows = time.perf_counter_ns(), []
+        self._runs.bind(worker_slot, run, drafts=True)
+        for task in tasks:
+            rows.append(run.free_row(task.slot))
+            run.rows_in_flight[rows[-1]] += 1
+        task, row = tasks[0], rows[0]
+        sequence, after = run.prepare_dispatch(worker_slot.number)
+        sent = InFlightBatch(run, tasks, tuple(rows), sequence)
+        also = tuple(BatchedDraft(t.index, t.timestep, t.slot, r) for t, r in zip(tasks[1:], rows[1:], strict=True))
+        draft = Draft(run.number, task.index, task.timestep, task.slot, row, sequence, after, also)
+        try:
+            self._supervisor.enqueue(worker_slot, draft)
+        except BaseException:  # It cannot be said in a message: a timestep of somebody's own grid, say.
+            release_rows(sent)
+            raise
+        for task in tasks:
+            self._recorder.record("sent", run, task.index, worker_slot.number, since=since)
+        if not worker_slot.drafts:
+            worker_slot.since = self._supervisor.clock.now()
+        worker_slot.drafts.append(sent)
+        run.on_dispatched(worker_slot.number, sent)
+
+    # Late drafts.
+
+    def _hedge_late_drafts(self, ready: Sequence[WorkerSlot]) -> None:
+        """Give drafts that are late to idle workers too; the first answer counts."""
+        idle = [worker_slot for worker_slot in ready if not worker_slot.drafts] if self._hedge else []
+        for worker_slot in ready if idle else ():
+            if worker_slot.drafts and self._supervisor.clock.now() >= self._late_at(worker_slot):
+                for sent in list(worker_slot.drafts):
+                    if idle and self._runs.is_outstanding(sent) and len(self.copies_of(sent)) == 1:
+                        for task in sent.tasks:
+                            self._recorder.record("hedged", sent.run, task.index, worker_slot.number)
+                        self._assign(idle[-1], sent.run, sent.tasks)
+                        self._supervisor.flush([idle.pop()])
+
+    def _late_at(self, worker_slot: WorkerSlot) -> float:
+        """Return when the first draft of a busy worker slot is late enough to be given to another too."""
+        usual = worker_slot.drafts[0].run.median_latency
+        return worker_slot.since + self._hedge * usual if self._hedge and usual else float("inf")
+
+    def hedge_deadlines(self, busy: Sequence[WorkerSlot]) -> Iterator[float]:
+        """Yield when drafts of busy worker slots will be late, if there is somebody idle to give them to."""
+        if self._hedge and len(busy) < len(self._supervisor.ready):
+            for worker_slot in busy:
+                if any(len(self.copies_of(sent)) == 1 for sent in worker_slot.drafts):
+                    yield self._late_at(worker_slot)
+
+    def copies_of(self, sent: InFlightBatch) -> list[InFlightBatch]:
+        """Return a batch wherever a worker has it."""
+        return [
+            other for worker_slot in self._supervisor.ready for other in worker_slot.drafts if other.tasks is sent.tasks
+        ]

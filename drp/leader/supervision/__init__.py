@@ -1,0 +1,1 @@
+"""Supervision: worker processes, their start-up, health checks and replacement."""

@@ -1,0 +1,237 @@
+"""The supervisor: one worker slot for each device, and a new worker when one is lost."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from drp.errors import WorkerError
+from drp.leader.clock import Clock
+from drp.leader.devices import Device
+from drp.leader.memory.placement import MemoryPlacement
+from drp.leader.runs.run_state import InFlightBatch
+from drp.leader.supervision.startup import WorkerStartup
+from drp.leader.supervision.worker_pool import SHUTDOWN_TIMEOUT, WorkerPool, WorkerProcess, failure
+from drp.protocol.codec import encode
+from drp.protocol.messages import Bind, ToLeader, ToWorker, WorkerFailed
+
+HEALTH_CHECK_INTERVAL = 1.0
+"""Seconds between two looks at whether idle workers come round."""
+MAX_MISSED_HEARTBEATS = 5
+"""Looks at which an idle worker had not come round, after which it counts as lost."""
+BACKOFF = (0.5, 2.0)
+"""Seconds before a lost worker is replaced: at first, twice as long each time, at most."""
+DRAFT_RETRY_COST = {"outside": 1 / 4, "own": 1 / 3}
+"""The share of the losses that a draft is allowed: to a signal from outside, or by the worker's own fault: a crash, a
+hang, an exit. Of one it would be given up after four, of the other after three."""
+SLOT_RETRY_COST = {"shortage": 1 / 60, "outside": 1 / 20, "own": 1 / 8}
+"""Likewise for a place, in a row, none of its workers having answered anything. A shortage: no worker can be started,
+because this process or the machine has no memory, descriptors or processes left; the place is tried for two minutes."""
+CRASH_SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
+
+log = logging.getLogger(__name__)
+SlotState = Literal["starting", "ready", "restarting", "lost"]
+LossCause = Literal["outside", "own"]
+Reason = Literal["shortage", "outside", "own"]
+
+
+@dataclass
+class WorkerSlot:
+    """A device's place: the worker there, and the drafts it has, since when it is busy with the first."""
+
+    number: int
+    device: Device
+    worker: WorkerProcess | None = None
+    state: SlotState = "restarting"
+    generation: int = 0
+    drafts: deque[InFlightBatch] = field(default_factory=deque)
+    outbox: list[bytes] = field(default_factory=list)
+    """What it is to be sent."""
+    binds: dict[int, Bind] = field(default_factory=dict)
+    """What its worker was told of the memory of runs, by number."""
+    retained_bind: Bind | None = None
+    """Likewise, of the one that it keeps."""
+    since: float = 0.0
+    """Of state starting or away too: until when."""
+    retry_budget_used: float = 0.0
+    """How much of the losses allowed it has had since its last answer."""
+    last_failure: str = ""
+    """How its last worker ended."""
+    _last_heartbeat: int = -1
+    _missed_heartbeats: int = 0
+
+    def check_heartbeat(self) -> bool:
+        """Look whether an idle worker has come round since a few looks ago. Time that all processes slept is none."""
+        assert self.worker is not None
+        beats = self.worker.heartbeat
+        self._missed_heartbeats = 0 if self.drafts or beats != self._last_heartbeat else self._missed_heartbeats + 1
+        self._last_heartbeat = beats
+        return self._missed_heartbeats < MAX_MISSED_HEARTBEATS
+
+
+@dataclass(frozen=True)
+class WorkerLoss:
+    """A worker that is gone, why, whose fault it was, and the drafts it had."""
+
+    worker_slot: WorkerSlot
+    reason: str
+    cause: LossCause
+    drafts: tuple[InFlightBatch, ...]
+
+
+class Supervisor:
+    """The worker slots of one leader, each with a worker or waiting for one."""
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        model: str,
+        devices: Sequence[Device],
+        start_timeout: float,
+        placement: MemoryPlacement,
+        clock: Clock,
+    ) -> None:
+        self.clock, self._ground = clock, placement
+        self.worker_slots = [WorkerSlot(number, device) for number, device in enumerate(devices)]
+        self._pool, self._startup, self._start_timeout = (
+            pool,
+            WorkerStartup(pool, model, devices, placement),
+            start_timeout,
+        )
+        self._next_health_check = clock.now() + HEALTH_CHECK_INTERVAL
+        self.ready: tuple[WorkerSlot, ...] = ()
+        """Stations that take drafts."""
+
+    def _set_state(self, worker_slot: WorkerSlot, state: SlotState) -> None:
+        worker_slot.state = state
+        self.ready = tuple(worker_slot for worker_slot in self.worker_slots if worker_slot.state == "ready")
+
+    @property
+    def startup(self) -> WorkerStartup:
+        """Those who bring workers up, and know what the model is."""
+        return self._startup
+
+    def enqueue(self, worker_slot: WorkerSlot, message: ToWorker) -> None:
+        """Have something sent to a worker slot's worker with the next `deliver`, if it is still there then."""
+        if worker_slot.worker is not None:
+            worker_slot.outbox.append(encode(message))
+
+    def flush(self, worker_slots: Iterable[WorkerSlot]) -> None:
+        """Send what was posted, to each worker together; one that is gone shows at the next `poll`."""
+        for worker_slot in worker_slots:
+            if worker_slot.worker is not None and worker_slot.outbox:
+                self._pool.send(worker_slot.worker, *worker_slot.outbox)
+                worker_slot.outbox.clear()
+
+    def start_worker(self, worker_slot: WorkerSlot) -> None:
+        """Put a new worker into a place; OSError or MemoryError if the machine, or this process, has none to give."""
+        worker_slot.since = self.clock.now() + self._start_timeout
+        worker_slot.worker = self._pool.spawn(worker_slot.number, worker_slot.generation, worker_slot.device)
+        worker_slot.generation += 1
+        self._set_state(worker_slot, "starting")
+        self._startup.add_worker(worker_slot.worker)
+
+    def slot_of(self, worker: WorkerProcess) -> WorkerSlot:
+        """Return the place of a worker."""
+        return self.worker_slots[worker.number]
+
+    def on_message(self, worker_slot: WorkerSlot, message: ToLeader | None) -> WorkerLoss | None:
+        """Handle a message of a starting worker, or the failure or end (None) of any."""
+        worker = worker_slot.worker
+        assert worker is not None
+        if message is None:
+            return self.mark_dead(worker_slot, "")
+        if isinstance(message, WorkerFailed):
+            return self.mark_dead(worker_slot, failure(worker, message))
+        try:
+            if self._startup.on_message(worker, message):
+                worker_slot.since = self.clock.now()
+                self._set_state(worker_slot, "ready")
+        except (MemoryError, OSError) as error:
+            return self.mark_dead(worker_slot, f"there is no room for {worker}: {error}", "shortage")
+        except RuntimeError as error:  # WorkerError, and what CUDA and torch say
+            return self.mark_dead(worker_slot, str(error))
+        return None
+
+    def mark_dead(self, worker_slot: WorkerSlot, why: str, reason: Reason | None = None) -> WorkerLoss:
+        """Give a worker up, by force if it is still there; `why` is empty for one that ended. It will be replaced.
+
+        `reason` is that of the loss, by default as its end says.
+        """
+        worker = worker_slot.worker
+        assert worker is not None
+        name, stopped = str(worker), worker.is_stopped
+        how, code = self._pool.retire(worker)
+        self._startup.remove_worker(worker)  # only now: another may be told to write where it has written
+        outside = stopped or (not why and code is not None and code < 0 and -code not in CRASH_SIGNALS)
+        why += "; it was stopped" if stopped else ""
+        worker_slot.last_failure = why or f"{name} {how}"
+        drafts = tuple(worker_slot.drafts)
+        worker_slot.drafts.clear()
+        worker_slot.outbox.clear()
+        worker_slot.binds.clear()
+        worker_slot.retained_bind = None
+        worker_slot.worker = None
+        fault: LossCause = "outside" if outside else "own"
+        self._schedule_restart(worker_slot, reason or fault)
+        log.warning("lost: %s", worker_slot.last_failure)
+        return WorkerLoss(worker_slot, worker_slot.last_failure, fault, drafts)
+
+    def check_health(self) -> list[WorkerLoss]:
+        """Replace workers whose turn has come; return those that did not start in time, or idle and do not move."""
+        now, losses = self.clock.now(), []
+        for worker_slot in self.worker_slots:
+            if worker_slot.state == "restarting" and worker_slot.since <= now:
+                try:
+                    self.start_worker(worker_slot)
+                except (OSError, MemoryError) as error:
+                    worker_slot.last_failure = f"{worker_slot.device.name}: no process can be started: {error}"
+                    log.warning("%s", worker_slot.last_failure)
+                    self._ground.free_unused()
+                    self._schedule_restart(worker_slot, "shortage")
+            elif worker_slot.state == "starting" and worker_slot.since <= now:
+                losses += self._on_start_timeout(worker_slot)
+        if now >= self._next_health_check:
+            self._next_health_check = now + HEALTH_CHECK_INTERVAL
+            for worker_slot in self.ready:
+                if not worker_slot.check_heartbeat():
+                    why = f"{worker_slot.worker} does not come round, though it has nothing to do; is it stopped?"
+                    losses.append(self.mark_dead(worker_slot, why))
+        if all(worker_slot.state == "lost" for worker_slot in self.worker_slots):
+            raise WorkerError(
+                "no worker is left: " + "; ".join(worker_slot.last_failure for worker_slot in self.worker_slots)
+            )
+        return losses
+
+    def _on_start_timeout(self, worker_slot: WorkerSlot) -> list[WorkerLoss]:
+        """Give up a worker that did not start in time; one that waits for another's weights gets its time again."""
+        assert worker_slot.worker is not None
+        if self._startup.blocked_by(worker_slot.worker) is not None:
+            worker_slot.since += self._start_timeout
+            return []
+        late = f"{worker_slot.worker} did not {self._startup.pending_step(worker_slot.worker)}"
+        return [self.mark_dead(worker_slot, f"{late} within {self._start_timeout:g} s (start_timeout)")]
+
+    @property
+    def next_deadline(self) -> float:
+        """When there is something to tend to."""
+        times = [
+            worker_slot.since for worker_slot in self.worker_slots if worker_slot.state in ("starting", "restarting")
+        ]
+        return min([*times, self._next_health_check])
+
+    def _schedule_restart(self, worker_slot: WorkerSlot, reason: Reason) -> None:
+        first, most = BACKOFF
+        pause = first * 2 ** min(10, round(worker_slot.retry_budget_used / SLOT_RETRY_COST["outside"]))
+        worker_slot.retry_budget_used += SLOT_RETRY_COST[reason]
+        self._set_state(worker_slot, "lost" if worker_slot.retry_budget_used > 1 - 1e-9 else "restarting")
+        worker_slot.since = self.clock.now() + min(most, pause)
+
+    def close(self, grace: float = SHUTDOWN_TIMEOUT) -> None:
+        """End all workers and give back the weights."""
+        self._pool.close(grace)
+        self._startup.close()

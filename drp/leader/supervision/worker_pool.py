@@ -1,0 +1,268 @@
+"""The worker processes and the socket to them: starting, messaging, and noticing exits."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import multiprocessing
+import os
+import signal
+import struct
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import zmq
+
+from drp.leader.devices import Device
+from drp.leader.supervision.process import Process, find_interpreter
+from drp.protocol.codec import ProtocolError
+from drp.protocol.memory import SharedMemory, require_openable
+from drp.protocol.messages import Stop, ToLeader, ToWorker, WorkerFailed
+from drp.protocol.transport import LeaderSocket
+
+WORKER_MODULE = "drp.workers.entry"
+CRASH_LOG_NBYTES = 16 * 1024
+"""Bytes for what a worker writes as it crashes; the count of its beats comes after."""
+SHUTDOWN_TIMEOUT = 2.0
+"""Seconds that a worker has to end after Stop, before it is killed."""
+LAST_MESSAGE_TIMEOUT = 0.05
+"""Seconds that the last message of a worker that ended by itself may take to arrive after its end was seen."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerProcess:
+    """One worker as the leader sees it; `identity` is its address on the leader's socket.
+
+    A worker that takes the place of a lost one has its number and the next generation, and so another identity: what
+    the lost one may still send is nobody's.
+    """
+
+    number: int
+    generation: int
+    identity: bytes
+    device: Device
+    process: Process
+    crash_log: SharedMemory
+
+    def __str__(self) -> str:
+        return f"worker {self.number} ({self.device.name}, process {self.process.pid})"
+
+    @property
+    def heartbeat(self) -> int:
+        """How often its main thread has come round; it does at least once in `drp.workers.worker.RECEIVE_TIMEOUT`."""
+        return int(struct.unpack_from("Q", self.crash_log.view(), CRASH_LOG_NBYTES)[0])
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether somebody has stopped it, with SIGSTOP or in a debugger."""
+        try:
+            return psutil.Process(self.process.pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        except (psutil.Error, OSError, MemoryError):  # It is gone, or there is no descriptor to look with.
+            return False
+
+    @property
+    def exit_code(self) -> int | None:
+        """How it ended: 0 or above, or a signal's number below 0; None if it has not."""
+        self.process.join(1.0)
+        return self.process.exitcode
+
+    def describe_exit(self, code: int | None) -> str:
+        """Say how a dead worker ended, with this code: exit code or signal, and its last words."""
+        how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
+        if code is None:
+            how = "was killed, and has not ended yet"
+        words = self.crash_log.read()[:CRASH_LOG_NBYTES].rstrip(b"\0").decode(errors="replace").strip()
+        return f"{how}; " + (f"its last words:\n{words}" if words else "it left no last words")
+
+
+class WorkerPool:
+    """The worker processes of one leader; `close` ends them. One thread uses it, and lives as long as they do."""
+
+    def __init__(self, model: str, threads: int, python: str | os.PathLike[str] | None = None) -> None:
+        _refuse_inside_import()
+        require_openable()
+        self.owner = os.getpid()
+        self._python = find_interpreter(python)
+        self._main = _main_script() if model.startswith("__main__:") else None
+        self.workers: list[WorkerProcess] = []
+        self.dropped = 0
+        """Messages that were none, or from nobody."""
+        self._threads = threads
+        self._ended: set[int] = set()
+        self._dying: list[WorkerProcess] = []
+        """Killed, but not gone: on a machine that is short of memory or time the kernel may take seconds."""
+        self._socket = LeaderSocket()
+
+    def spawn(self, number: int, generation: int, device: Device) -> WorkerProcess:
+        """Start a worker; the kernel ends it with the thread that calls this."""
+        entry = importlib.import_module(WORKER_MODULE)
+        identity = f"worker-{number}-{generation}"
+        words = SharedMemory.create(CRASH_LOG_NBYTES + 8)
+        try:
+            listener = self._socket.invite(identity.encode())
+        except BaseException:
+            words.close()
+            raise
+        try:
+            config = entry.WorkerConfig(
+                identity=identity,
+                listener=listener,
+                leader=os.getpid(),
+                crash_log=f"/proc/{os.getpid()}/fd/{words.handle.fd}",
+                heartbeat_offset=CRASH_LOG_NBYTES,
+                cores=device.cores,
+                threads=self._threads,
+                version=sys.version_info[:2],
+                main=self._main,
+            )
+            process = Process(self._python, identity, entry.main, (config,))
+            process.start()
+        except BaseException:
+            self._socket.dismiss(identity.encode())
+            words.close()
+            raise
+        finally:
+            listener.close()
+        worker = WorkerProcess(number, generation, identity.encode(), device, process, words)
+        try:
+            self._socket.watch(process.sentinel)  # before its first word: a worker that dies unheard is noticed
+        except OSError:  # The kernel has no memory for it.
+            process.kill()
+            self._dying.append(worker)
+            self._socket.dismiss(worker.identity)
+            raise
+        self.workers.append(worker)
+        return worker
+
+    def send(self, worker: WorkerProcess, *messages: ToWorker | bytes) -> None:
+        """Send messages together. A worker that does not take them is killed; `poll` tells of any that is gone."""
+        try:
+            self._socket.send(worker.identity, *messages)
+        except zmq.Again:
+            log.warning("%s does not take its messages and is ended", worker)
+            worker.process.kill()
+        except zmq.ZMQError as error:
+            log.debug("%s is gone: %s", worker, error)
+
+    def watch(self, fd: int) -> None:
+        """Let `poll` also return when a descriptor of the caller's is ready."""
+        self._socket.watch(fd)
+
+    def sleep(self, deadline: float) -> set[int]:
+        """Sleep until `poll` has something to look at, at most; it may also end before. Return what that is."""
+        return self._socket.sleep(deadline - time.monotonic())
+
+    def poll(self, deadline: float, wakeup: int) -> tuple[WorkerProcess, ToLeader | None] | None:
+        """Return the next message, or, with None in its place, a worker that has ended: what it sent comes first.
+
+        Returns None at the deadline, and when `wakeup`, an eventfd, is ready; that is reset.
+        """
+        has_message, ready = self._socket.poll(deadline - time.monotonic())
+        if wakeup in ready:
+            os.eventfd_read(wakeup)
+        if has_message and (got := self.receive_now()):
+            return got
+        for worker in self.workers:
+            if worker.process.sentinel not in ready:
+                continue
+            if worker.number not in self._ended and (worker.exit_code or 0) >= 0:
+                self._ended.add(worker.number)
+                self._socket.wait(LAST_MESSAGE_TIMEOUT)
+                if got := self.receive_now():
+                    return got
+            return worker, None
+        return None
+
+    def wait(self, seconds: float) -> None:
+        """Leave the processor to others for so long, or until something is there to be taken."""
+        self._socket.wait(seconds)
+
+    def receive_now(self) -> tuple[WorkerProcess, ToLeader] | None:
+        """Return a message that is waiting, or None; what is none, or from nobody known, is dropped and counted."""
+        while True:
+            try:
+                identity, message = self._socket.receive()
+            except zmq.Again:
+                return None
+            except ProtocolError as error:
+                self._drop(f"no message: {error}")
+                continue
+            worker = next((w for w in self.workers if w.identity == identity), None)
+            if worker is not None:
+                return worker, message
+            self._drop(f"a {type(message).__name__} from {identity!r}, which is no worker")
+
+    def _drop(self, what: str) -> None:
+        self.dropped += 1
+        if self.dropped & (self.dropped - 1) == 0:  # The first, second, fourth...: a flood does not fill the log.
+            log.warning("dropped %s (%d so far)", what, self.dropped)
+
+    def retire(self, worker: WorkerProcess) -> tuple[str, int | None]:
+        """End a worker by force, if it has not ended; return how it did and its code. Give back what it held."""
+        self.workers.remove(worker)
+        self._ended.discard(worker.number)
+        self._socket.forget(worker.process.sentinel)
+        self._socket.dismiss(worker.identity)
+        worker.process.kill()
+        code = worker.exit_code
+        how = worker.describe_exit(code)
+        self._dying = [other for other in (*self._dying, worker) if not _released(other)]
+        return how, code
+
+    def close(self, grace: float = SHUTDOWN_TIMEOUT) -> None:
+        """End all workers, by Stop and then, after `grace` seconds, by SIGKILL; give back all memory and sockets."""
+        if os.getpid() != self.owner:
+            return  # A forked child holds copies of what is its parent's to end.
+        workers, self.workers = [*self.workers, *self._dying], []
+        deadline = time.monotonic() + grace
+        for worker in workers if grace > 0 else ():
+            self.send(worker, Stop())
+        for worker in workers:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+        for worker in workers:
+            if worker.process.is_alive():
+                worker.process.kill()
+        for worker in workers:
+            worker.process.join(5.0)
+            if not _released(worker):
+                log.warning("%s does not end, though it was killed", worker)
+                worker.crash_log.close()
+        self._socket.close()
+
+
+def _released(worker: WorkerProcess) -> bool:
+    """Give back what a worker held if it is gone; return whether it is."""
+    if worker.process.is_alive():
+        return False
+    worker.process.close()
+    worker.crash_log.close()
+    return True
+
+
+def failure(worker: WorkerProcess, failed: WorkerFailed) -> str:
+    """Say what a worker said before it ended."""
+    return f"{worker} failed {failed.activity}: {failed.error}\n{failed.traceback}"
+
+
+def _main_script() -> str:
+    """Return the path of the main script, for a model that is made there."""
+    path = getattr(sys.modules["__main__"], "__file__", None)
+    if path is None or not Path(path).is_file():
+        raise ValueError(
+            "the model is made in __main__, which no worker can import: it has no file; put it in a module"
+        )
+    return str(Path(path).absolute())
+
+
+def _refuse_inside_import() -> None:
+    """Workers import the main script if the model is made there; unguarded, it would start leaders in them."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "this script starts drp while it is being imported by a worker; put what it does under "
+            "if __name__ == '__main__':"
+        )

@@ -1,0 +1,50 @@
+"""A pipe by which workers wake the leader. It carries no data: the state is in shared memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from drp.protocol.codec import ProtocolError
+from drp.protocol.messages import PipeHandle
+
+
+class WakeupReceiver:
+    """The leader's end: `fd` is ready when somebody rang."""
+
+    def __init__(self) -> None:
+        self.fd, self._write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    @property
+    def handle(self) -> PipeHandle:
+        """What a worker needs to ring it."""
+        return PipeHandle(os.getpid(), self._write_fd)
+
+    def drain(self) -> None:
+        """Let it be silent until somebody rings again."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.fd, 4096)
+
+    def close(self) -> None:
+        """Close both ends."""
+        os.close(self.fd)
+        os.close(self._write_fd)
+
+
+class Wakeup:
+    """A worker's: it opens the pipe through /proc, like memory."""
+
+    def __init__(self, end: PipeHandle) -> None:
+        try:
+            self._fd = os.open(f"/proc/{end.pid}/fd/{end.fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise ProtocolError(f"the bell of process {end.pid} cannot be opened: {error.strerror}") from error
+
+    def notify(self) -> None:
+        """Wake the leader; one that was rung so often that the pipe is full is awake, or gone."""
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            os.write(self._fd, b"!")
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self._fd)

@@ -1,0 +1,40 @@
+"""A timeline of bounded length, for leaders that run for weeks."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from drp.leader.events import Timeline, TraceEvent
+
+CHUNKS: Final = 100
+"""Old marks are dropped this part of `most` at a time: to move the others for each one would cost the leader time."""
+
+
+class RingBuffer(Timeline):
+    """The `max_events` newest marks, and up to a hundredth more; `dropped` counts those that were there before."""
+
+    def __init__(self, max_events: int) -> None:
+        super().__init__()
+        self._most, self._chunk = max_events, max(1, max_events // CHUNKS)
+        self.dropped = 0
+
+    def append(self, mark: TraceEvent) -> None:
+        """Take a mark."""
+        super().append(mark)
+        if len(self) >= self._most + self._chunk:
+            del self[: self._chunk]
+            self.dropped += self._chunk
+
+    def complete_runs(self) -> tuple[Timeline, int]:
+        """Return the marks of runs whose beginning is there too, and how many others there were in all."""
+        marks, dropped = list(self), self.dropped
+        if not dropped:
+            return marks, 0
+        begun: set[int] = set()
+        kept = Timeline()
+        for mark in marks:
+            if mark.kind == "begin":
+                begun.add(mark.run)
+            if mark.run in begun:
+                kept.append(mark)
+        return kept, dropped + len(marks) - len(kept)

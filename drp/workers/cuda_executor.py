@@ -1,0 +1,126 @@
+"""Asynchronous execution on a GPU: drafts are queued on CUDA streams.
+
+A run on a GPU is read and written by the compute stream itself. For one on the host there are
+copy streams beside it: the next draft comes in, and the last prediction goes out, while the GPU computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drp.models.registry import Denoiser
+from drp.protocol.arena import Arena
+from drp.protocol.cuda import ArenaEvent, GpuCounters, WorkerCounter
+from drp.protocol.messages import Draft, Handle
+from drp.protocol.timeline import (
+    COMPLETED,
+    RECHECK_INTERVAL,
+    LeaderEvent,
+    OwnEvent,
+    TimelineSemaphore,
+    write_completion,
+)
+from drp.workers.async_executor import RunBinding, WorkItem, host_timelines
+from drp.workers.cuda_device import CudaDevice
+
+
+class CudaExecutor:
+    """The streams of one GPU. The compute stream is the seat's, the current one of the thread that makes this."""
+
+    def __init__(self, seat: CudaDevice, denoiser: Denoiser) -> None:
+        self._device, self._denoiser, self.device = seat, denoiser, seat.device
+        self._compute = torch.cuda.current_stream(seat.device)
+        self._in, self._out = (torch.cuda.Stream(seat.device) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types for it
+        self._last: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types for it
+        self._counters: dict[Handle, WorkerCounter] = {}
+        self._runs: dict[int, RunBinding] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether the GPU has not come to the end of what was queued; raises what a kernel did wrong."""
+        return not self._last.query()
+
+    def bind(self, run: int, arena: Arena) -> None:
+        """Take up a run's records and stamps; the worker's number is opened once, and counts all runs."""
+        order = arena.bind.async_config
+        assert order is not None
+        leaders: LeaderEvent
+        own: OwnEvent
+        if order.counters is None:
+            lines, workers = host_timelines(arena)
+            leaders, own = (PinnedEvent(each, self) for each in (lines, workers[order.index]))
+        else:
+            if order.counters not in self._counters:
+                self._counters[order.counters] = WorkerCounter(GpuCounters.open(order.counters), order.index)
+            leaders, own = ArenaEvent(arena.memory), self._counters[order.counters]
+        self._runs[run] = RunBinding(arena, leaders, own)
+
+    def unbind(self, run: int) -> RunBinding | None:
+        """Let go of them."""
+        return self._runs.pop(run, None)
+
+    def rebind(self, run: int, bound: RunBinding) -> None:
+        """Never do so: conditions are brought here anew for each run."""
+        raise NotImplementedError(f"run {run} on a GPU is bound again")
+
+    def submit(self, work: WorkItem) -> None:
+        """Queue the copies in, the evaluation, the copies out and the stamps."""
+        bound, apart = self._runs[work.draft.run], work.arena.memory.device.type == "cpu"
+        into, out = (self._in, self._out) if apart else (self._compute, self._compute)
+        with torch.cuda.stream(into):
+            bound.leader_event.wait(work.draft.after)
+            here = self._device.copy_in(work.inputs)
+        self._compute.wait_stream(into)
+        made = [{k: torch.empty_like(v, device=self.device) for k, v in each.items()} for each in work.outputs]
+        self._denoiser.evaluate_batch(here, work.timesteps, work.arena.cond, made)
+        out.wait_stream(self._compute)
+        with torch.cuda.stream(out):
+            self._device.copy_out(made, work.outputs)
+            for row, mine in zip(work.rows, made, strict=True):
+                write_completion(bound.completions[row], work.draft.sequence, mine.values())
+            bound.worker_event.record()
+            self._last.record(out)
+        if apart:  # Each was allocated for one stream and is used by another: not to be used again before that is done.
+            for used, stream in ((here, self._compute), (made, out)):
+                for tensor in (tensor for each in used for tensor in each.values()):
+                    tensor.record_stream(stream)
+
+    def take_failures(self) -> list[tuple[Draft, BaseException]]:
+        """Return nothing: what is raised on a GPU after the answer ends the worker."""
+        return []
+
+    def synchronize(self) -> None:
+        """Wait for the GPU."""
+        self._last.synchronize()
+
+    def close(self) -> None:
+        """Do nothing: the process ends."""
+
+
+class PinnedEvent:
+    """Numbers that lie on the host, pinned, beside a run that the leader's cores compute: the leader's, or its own.
+
+    The GPU cannot wait for the leader's cores, so the worker's thread does, before it queues; the GPU counts itself.
+    """
+
+    def __init__(self, line: Tensor, ahead: CudaExecutor) -> None:
+        self._numbers, self._semaphore, self._executor = line, TimelineSemaphore(line), ahead
+
+    def record(self) -> int:
+        """Count, and have the current stream say when it is there."""
+        count = self._semaphore.next_value()
+        there = torch.full((1,), count, dtype=torch.int64, device=self._executor.device)
+        self._numbers[COMPLETED : COMPLETED + 1].copy_(there, non_blocking=True)
+        return count
+
+    def wait(self, number: int) -> None:
+        """Wait until the leader has come so far; it ends a worker for which that takes too long.
+
+        It may be waiting for this GPU, and in vain: what a kernel did wrong is raised here.
+        """
+        while self._semaphore.completed_at(number) is None:
+            self._semaphore.wait(number, RECHECK_INTERVAL)
+            _ = self._executor.busy

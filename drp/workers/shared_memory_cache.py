@@ -1,0 +1,33 @@
+"""A cache of the leader's shared memory that a worker keeps mapped for later runs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from drp.protocol.memory import MAX_RETAINED_NBYTES, SharedMemory
+from drp.protocol.messages import Handle
+
+MAX_ENTRIES = 4
+"""Pieces of memory that stay mapped."""
+
+
+class SharedMemoryCache:
+    """Opens memory; what was asked for least lately goes first."""
+
+    def __init__(self, max_nbytes: int = MAX_RETAINED_NBYTES) -> None:
+        self._max_nbytes = max_nbytes
+        self._kept: OrderedDict[int, SharedMemory] = OrderedDict()
+
+    def open(self, handle: Handle, number: int) -> SharedMemory:
+        """Return memory of the leader's, by the number that it has there, 0 if it will not come again.
+
+        Raises ProtocolError if it is not as its handle says.
+        """
+        memory = self._kept.pop(number, None)
+        if memory is None or memory.nbytes != handle.nbytes:
+            memory = SharedMemory.open(handle)
+        if number:
+            self._kept[number] = memory
+            while len(self._kept) > MAX_ENTRIES or sum(each.nbytes for each in self._kept.values()) > self._max_nbytes:
+                self._kept.popitem(last=False)
+        return memory

@@ -1,0 +1,518 @@
+"""Answers ahead of the device, `GpuOptions(dispatch="async")`, on the host: threads for streams, real processes.
+
+What these share with a GPU is all but the streams themselves: the order of waits and records, stamps and what is proven
+by them, what happens when they are not what they should be.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import drp
+from drp import GpuOptions, Leader, WorkerError
+from drp.leader.devices import parse_devices
+from drp.leader.events import TraceEvent
+from drp.leader.memory.host_stream import CorePlacement
+from drp.leader.memory.placement import MemoryPlacement
+from drp.leader.request import Request, make_job
+from drp.leader.runs.async_run import PendingCompletion
+from drp.leader.supervision.supervisor import WorkerSlot
+from drp.leader.supervision.worker_pool import WorkerProcess
+from drp.protocol.messages import ModelSpec, ToWorker
+from drp.protocol.timeline import (
+    PENDING,
+)
+from drp.sampling.run import Task
+from drp.workers.cuda_errors import UNRECOVERABLE_ERRORS, is_unrecoverable
+from tests.conftest import leftovers, until, what_stays
+
+pytestmark = pytest.mark.timeout(180)
+
+DEVICE = GpuOptions(dispatch="async")
+TINY = "tests.denoisers:Tiny"
+MODEL = "tests.misbehaving:make"
+PLAIN = "tests.misbehaving:make_plain"
+MODES = ("sequential", "conservative", "aggressive", "window", "rolling", "adaptive")
+STEPS = 20
+DEADLINE = 60.0
+
+
+@pytest.fixture(autouse=True)
+def _leave_nothing_at_all() -> Iterator[None]:
+    before = leftovers()
+    yield
+    assert not what_stays(before)
+
+
+@contextmanager
+def misbehaving(
+    monkeypatch: pytest.MonkeyPatch,
+    path: Path,
+    what: str,
+    gpu: GpuOptions = DEVICE,
+    room: CorePlacement | None = None,
+    **told: object,
+) -> Iterator[Leader]:
+    monkeypatch.setenv("DRP_TEST_ONCE", json.dumps({"what": what, "path": str(path), **told}))
+    with Leader(MODEL, devices=2, draft_timeout=3.0, gpu=gpu) as leader:
+        monkeypatch.delenv("DRP_TEST_ONCE")
+        if room is not None:
+            monkeypatch.setattr(leader._engine._placement, "_core_placement", room)
+        yield leader
+
+
+class Steps:
+    """A callback that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[int, torch.Tensor]] = []
+
+    def __call__(self, k: int, x: torch.Tensor) -> None:
+        self.given.append((k, x.clone()))
+
+    def equals(self, other: Steps) -> bool:
+        same = [k == j and torch.equal(x, y) for (k, x), (j, y) in zip(self.given, other.given, strict=False)]
+        return len(self.given) == len(other.given) and all(same)
+
+
+# What it is to give.
+
+
+@pytest.fixture(params=[False, True], ids=["silent", "heard"])
+def heard(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Workers say that a draft is queued, as those have to whose records have no numbers, or they do not."""
+    monkeypatch.setattr(MemoryPlacement, "workers_acknowledge", request.param)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize(("devices", "batch"), [(1, 1), (2, 3), (4, 1)])
+@pytest.mark.usefixtures("heard")
+def test_bits_callbacks_and_residuals_are_the_references(devices: int, batch: int) -> None:
+    with Leader(TINY, devices=devices, drafts_per_device=batch, gpu=DEVICE) as leader:
+        for mode in MODES:
+            mine, theirs = Steps(), Steps()
+            options = {"labels": [1, 2], "steps": 14, "mode": mode, "residuals": True}
+            run = leader.sample(**options, callback=mine)  # type: ignore[arg-type]  # types are lost in the dict
+            ref = drp.reference(TINY, **options, callback=theirs, devices=devices, drafts_per_device=batch)  # type: ignore[arg-type]  # likewise
+            assert torch.equal(run.samples, ref.samples), mode
+            assert (run.rounds, run.evaluations, run.incidents) == (ref.rounds, ref.evaluations, ())
+            assert (run.residuals, run.cuts) == (ref.residuals, ref.cuts)
+            assert [k for k, _ in mine.given] == list(range(1, 15))
+            assert mine.equals(theirs), mode
+            assert run.device_seconds > 0  # which come with the stamps
+
+
+def test_solvers_with_noise_or_a_memory() -> None:
+    with Leader(TINY, devices=3, gpu=DEVICE) as leader:
+        for solver, mode in itertools.product(("ddpm", "dpmsolver++", "unipc"), ("conservative", "aggressive")):
+            run = leader.sample(labels=[4], steps=15, mode=mode, solver=solver)
+            ref = drp.reference(TINY, labels=[4], steps=15, mode=mode, solver=solver, devices=3)
+            assert torch.equal(run.samples, ref.samples), (solver, mode)
+
+
+@pytest.mark.usefixtures("heard")
+def test_messages_run_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a round under evaluation workers have the drafts of the next, made of what the first one predicts."""
+    job = make_job(Request(shape=(3,), steps=STEPS, drafts=2), ModelSpec(), 2)
+    t = [float(t) for t in job.solver.grid.timesteps]
+    with misbehaving(monkeypatch, tmp_path, "gates", room="shared", closed=[str(t[1]), str(t[2])]) as leader:
+        pending = leader.submit(shape=(3,), steps=STEPS, mode="aggressive", drafts=2)
+        until(lambda: all(worker.drafts >= 2 for worker in leader.workers))  # 1 and 3, 2 and 4
+        for place in (1, 2):
+            (tmp_path / f"open {t[place]}").touch()
+        assert torch.equal(pending.result(DEADLINE).samples, expected(drafts=2))
+
+
+def test_only_workers_on_cores_are_silent() -> None:
+    cores = parse_devices(2, 1)
+    for devices, hears in ((cores, False), ([replace(device, gpu="GPU-0") for device in cores], True)):
+        placement = MemoryPlacement(devices, GpuOptions(dispatch="async", memory="host"), 1)
+        assert placement.workers_acknowledge == hears
+        placement.close()
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(0.0, 4), (1000.0, 16)])
+def test_workers_are_given_more_at_once_where_that_is_soon_done(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seconds: float, most: int
+) -> None:
+    """Of two rounds, or of several times as many; once the run is cancelled, none is begun any more."""
+    monkeypatch.setattr("drp.leader.runs.async_run.MAX_BURST_SECONDS", seconds)
+    job = make_job(Request(shape=(3,), steps=2 * STEPS, drafts=2), ModelSpec(), 2)
+    t = [float(t) for t in job.solver.grid.timesteps]
+    with misbehaving(monkeypatch, tmp_path, "gates", room="shared", closed=[str(t[1]), str(t[2])]) as leader:
+        given = list[int]()
+        leader.timeline = []
+        pending = leader.submit(shape=(3,), steps=2 * STEPS, mode="aggressive", drafts=2)
+
+        def full() -> bool:
+            given.append(sum(worker.drafts for worker in leader.workers))
+            return any(mark.kind == "answer" for mark in leader.timeline or []) and given[-1] == most
+
+        until(full)
+        time.sleep(0.2)
+        assert max(given) == most
+        assert sum(worker.drafts for worker in leader.workers) == most
+        pending.cancel()
+        for place in (1, 2):
+            (tmp_path / f"open {t[place]}").touch()
+        carried = leader._engine._runs
+        until(lambda: pending.done() and not carried.running and not carried.draining)
+        assert {path.name for path in tmp_path.glob("at *")} == {f"at {t[k]}" for k in (0, 1, 2)}
+        assert torch.equal(leader.sample(shape=(3,), steps=STEPS, drafts=2).samples, expected(drafts=2))
+
+
+def test_drafts_of_a_round_do_not_wait_for_one_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The second of three goes out long after the first was answered, and does not wait for that one's worker."""
+    job = make_job(Request(shape=(3,), steps=STEPS, drafts=3), ModelSpec(), 2)
+    t = [float(t) for t in job.solver.grid.timesteps]
+    with misbehaving(monkeypatch, tmp_path, "gates", room="shared", closed=[str(t[0]), str(t[4])]) as leader:
+        pending = leader.submit(shape=(3,), steps=STEPS, mode="aggressive", drafts=3)
+        until(lambda: [worker.drafts for worker in leader.workers] == [3, 1])  # 0, 1 and 3; 2: no room for 4
+        (tmp_path / f"open {t[0]}").touch()
+        until(lambda: (tmp_path / f"at {t[5]}").exists())
+        assert not pending.done()
+        (tmp_path / f"open {t[4]}").touch()
+        run = pending.result(DEADLINE)
+        assert not run.incidents  # and the first was not given up meanwhile
+        assert torch.equal(run.samples, expected(drafts=3))
+
+
+def test_a_round_is_not_divided_where_each_worker_has_one_of_it() -> None:
+    """However little room there is: its last draft would come late, and all wait for that."""
+    with Leader(TINY, devices=3, gpu=DEVICE) as leader:
+        for drafts, mode in itertools.product((2, 3), ("aggressive", "conservative")):
+            timeline = list[TraceEvent]()
+            leader.timeline = timeline
+            leader.sample(labels=[1], steps=30, mode=mode, drafts=drafts)
+            went = [(mark.kind, mark.step) for mark in timeline if mark.kind in ("sent", "answer")]
+            for steps in (mark.steps for mark in timeline if mark.kind == "formed"):
+                first = went.index(("sent", steps[0]))
+                assert went[first : first + len(steps)] == [("sent", step) for step in steps], (mode, drafts)
+
+
+def expected(mode: str = "aggressive", seed: int = 0, drafts: int = 2) -> torch.Tensor:
+    return drp.reference(PLAIN, shape=(3,), steps=STEPS, mode=mode, drafts=drafts, seed=seed).samples
+
+
+def test_several_runs_and_some_that_are_cancelled() -> None:
+    with Leader("tests.denoisers:make_slow_sine", devices=2, gpu=DEVICE) as leader:
+        options = {"shape": (3,), "steps": 12, "mode": "conservative"}
+        pending = [leader.submit(**options, seed=seed) for seed in range(6)]  # type: ignore[arg-type]  # types are lost in the dict
+        for cancelled in pending[1::2]:
+            cancelled.cancel()
+        for seed in (0, 2, 4):
+            ref = drp.reference("tests.denoisers:make_slow_sine", **options, devices=2, seed=seed)  # type: ignore[arg-type]  # likewise
+            assert torch.equal(pending[seed].result(DEADLINE).samples, ref.samples)
+        until(lambda: all(worker.drafts == 0 for worker in leader.workers))
+
+
+def test_a_session_waits_on_the_host_beside_runs() -> None:
+    with Leader(TINY, devices=2, gpu=DEVICE) as leader:
+        pending = leader.submit(labels=[1], steps=30)
+        x = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
+        session = leader.open_session({"x": x}, {"x": x}, 2, {"labels": torch.tensor([3])})
+        for _ in range(5):
+            session.arena.drafts[0] = x.reshape(-1)
+            rows = session.evaluate([Task(0, 400.0, 0)])
+            made = session.arena.predictions[rows[0]].clone()
+        session.close()
+        assert torch.equal(
+            pending.result(DEADLINE).samples, drp.reference(TINY, labels=[1], steps=30, devices=2).samples
+        )
+    with Leader(TINY, devices=1) as leader:
+        session = leader.open_session({"x": x}, {"x": x}, 2, {"labels": torch.tensor([3])})
+        session.arena.drafts[0] = x.reshape(-1)
+        rows = session.evaluate([Task(0, 400.0, 0)])
+        assert torch.equal(session.arena.predictions[rows[0]], made)
+        session.close()
+
+
+def test_emulated_devices_take_their_time_and_say_so() -> None:
+    with Leader(TINY, devices="2xemulated:5ms", gpu=DEVICE) as leader:
+        leader.timeline = []
+        run = leader.sample(labels=[2], steps=10, mode="aggressive")
+        assert torch.equal(run.samples, drp.reference(TINY, labels=[2], steps=10, mode="aggressive", devices=2).samples)
+        assert run.device_seconds == pytest.approx(10 * 0.005, rel=0.5)
+        from drp.trace.summary import summarise
+
+        path = summarise(leader.timeline, leader.devices).paths[0]
+        parts = path.compute + path.transfer + path.leader + path.queue
+        assert parts == pytest.approx(path.wall)
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize(
+    ("what", "words", "mode", "hears"),
+    [
+        ("kill", "SIGKILL", "aggressive", False),
+        ("kill", "SIGKILL", "conservative", True),
+        ("kill", "SIGKILL", "adaptive", False),
+        ("kill", "SIGKILL", "window", False),
+        ("hang", "draft_timeout", "conservative", False),
+        ("stale", "did not stamp it", "rolling", False),
+        ("early", "did not stamp it", "aggressive", False),
+        ("early", "did not stamp it", "adaptive", True),
+        ("assert", "device-side assert", "conservative", False),
+    ],
+)
+def test_what_was_not_proven_is_computed_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str, words: str, mode: str, hears: bool
+) -> None:
+    monkeypatch.setattr(MemoryPlacement, "workers_acknowledge", hears)
+    mine, theirs = Steps(), Steps()
+    with misbehaving(monkeypatch, tmp_path / "once", what) as leader:
+        pending = leader.submit(shape=(3,), steps=STEPS, mode=mode, callback=mine)
+        run = pending.result(DEADLINE)
+        ref = drp.reference(PLAIN, shape=(3,), steps=STEPS, mode=mode, devices=2, callback=theirs)
+        assert (tmp_path / "once").exists()
+        assert torch.equal(run.samples, ref.samples)
+        assert (run.rounds, run.evaluations) == (ref.rounds, ref.evaluations)
+        assert mine.equals(theirs)  # each step once, and no state that was made of what was not there
+        assert re.search(words, run.incidents[0])
+        assert "began again" in run.incidents[1]
+        assert len(run.incidents) == 2  # Who only waited for it is not blamed.
+        until(lambda: [worker.state for worker in leader.workers] == ["ready"] * 2)
+        after = leader.sample(shape=(3,), steps=STEPS, mode=mode)
+        assert torch.equal(after.samples, ref.samples)
+        assert not after.incidents
+
+
+def test_no_state_is_handed_out_before_it_is_proven(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The leader sees late here that a stamp is none: when the states made of what was not there are long computed."""
+    verdict = PendingCompletion.status.fget  # type: ignore[attr-defined]  # of a property
+
+    def late(answer: PendingCompletion) -> int | None:
+        seen: int | None = verdict(answer)
+        return PENDING if seen is None and time.monotonic() < answer.since + 0.3 else seen
+
+    monkeypatch.setattr(PendingCompletion, "status", property(late))
+    mine, theirs = Steps(), Steps()
+    with misbehaving(monkeypatch, tmp_path / "once", "early") as leader:
+        run = leader.submit(shape=(3,), steps=STEPS, callback=mine).result(DEADLINE)
+        drp.reference(PLAIN, shape=(3,), steps=STEPS, devices=2, callback=theirs)
+        assert "did not stamp it" in run.incidents[0]
+        assert mine.equals(theirs)
+
+
+def test_one_that_always_dies_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with misbehaving(monkeypatch, tmp_path / "once", "assert", always=True) as leader:
+        # Those who take their places find the same.
+        monkeypatch.setenv("DRP_TEST_ONCE", json.dumps({"what": "assert", "path": str(tmp_path / "once"), "always": 1}))
+        pending = leader.submit(shape=(3,), steps=STEPS)
+        with pytest.raises(WorkerError, match=r"step \d+ of run 0 was given up(.|\n)*device-side assert"):
+            pending.result(DEADLINE)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("nan", r"worker \d .*failed evaluating step \d+ of run 0: .*the denoiser returned NaN"),
+        ("raise", r"worker \d .*failed evaluating step \d+ of run 0: ArithmeticError: (.|\n)*in predict"),
+        ("memory", r"worker \d .*failed evaluating step \d+ of run 0: OutOfMemoryError: CUDA out of memory"),
+    ],
+)
+def test_what_the_denoiser_does_ends_its_run_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str, words: str
+) -> None:
+    with misbehaving(monkeypatch, tmp_path / "once", what) as leader:
+        with pytest.raises(WorkerError, match=words):
+            leader.submit(shape=(3,), steps=STEPS).result(DEADLINE)
+        assert torch.equal(leader.sample(shape=(3,), steps=STEPS).samples, expected())
+        assert [worker.losses for worker in leader.workers] == [0, 0]
+
+
+def test_a_lost_context_ends_the_worker_with_ordering_host_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with misbehaving(monkeypatch, tmp_path / "once", "assert", GpuOptions()) as leader:
+        run = leader.sample(shape=(3,), steps=STEPS)
+        assert torch.equal(run.samples, expected())
+        assert len(run.incidents) == 1
+        assert "device-side assert triggered" in run.incidents[0]
+        assert sorted(worker.losses for worker in leader.workers) == [0, 1]
+
+
+def test_a_callback_that_raises_ends_its_run_only() -> None:
+    def refuse(k: int, x: torch.Tensor) -> None:
+        if k == 5:
+            raise KeyError("the caller's own")
+
+    with Leader(TINY, devices=2, gpu=DEVICE) as leader:
+        with pytest.raises(KeyError, match="the caller's own"):
+            leader.sample(labels=[1], steps=12, callback=refuse)
+        assert torch.equal(
+            leader.sample(labels=[1], steps=12).samples, drp.reference(TINY, labels=[1], steps=12, devices=2).samples
+        )
+
+
+def test_closing_in_the_middle_waits_for_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with misbehaving(monkeypatch, tmp_path / "never", "wait") as leader:
+        pending = leader.submit(shape=(3,), steps=STEPS)
+        until(lambda: any(worker.drafts > 1 for worker in leader.workers))
+    assert pending.cancelled() or pending.exception(DEADLINE) is not None
+
+
+# What it refuses.
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="dispatch is 'gpu'; give 'sync' or 'async'"):
+        GpuOptions(dispatch="gpu")
+    with pytest.raises(ValueError, match=r"hedge is 2\.0, but with dispatch=\"async\""):
+        Leader(TINY, gpu=DEVICE, hedge=2.0)
+    with pytest.raises(ValueError, match=r"hedge is 1\.25"):
+        Leader(TINY, gpu=DEVICE, policy="hedged")
+    with Leader(TINY, gpu=DEVICE) as leader, pytest.raises(ValueError, match=r"hedge is 1\.25"):
+        leader.policy = "rolling-hedged"
+
+
+# To whom, and who is told.
+
+
+def test_drafts_of_a_round_go_to_different_workers_and_the_first_is_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever they have of other rounds; so one worker is as good as another only if they are needed."""
+    given: dict[int, int] = {}
+    with Leader(TINY, devices=3, gpu=DEVICE) as leader:
+        for mode, drafts in (("conservative", 3), ("aggressive", 2), ("sequential", 1)):
+            timeline = list[TraceEvent]()
+            leader.timeline = timeline
+            leader.sample(labels=[1], steps=30, mode=mode, drafts=drafts)
+            rounds = [mark.steps for mark in timeline if mark.kind == "formed"]
+            given = {mark.step: mark.worker for mark in timeline if mark.kind == "sent"}
+            assert all(len({given[step] for step in steps}) == len(steps) for steps in rounds), mode
+    assert set(given.values()) == {0}
+
+
+def test_workers_are_bound_when_they_are_needed() -> None:
+    with Leader(TINY, devices=2, gpu=DEVICE) as leader:
+        sent = list[tuple[str, int]]()
+        post = leader._engine._supervisor.enqueue
+
+        def watched(worker_slot: WorkerSlot, message: ToWorker) -> None:
+            sent.append((type(message).__name__, worker_slot.number))
+            post(worker_slot, message)
+
+        leader._engine._supervisor.enqueue = watched  # type: ignore[method-assign]  # a spy
+        leader.sample(labels=[1], steps=4, mode="sequential")
+        until(lambda: ("Unbind", 0) in sent)
+    assert [what for what in sent if what[0] == "Bind"] == [("Bind", 0)]
+    assert ("Draft", 1) not in sent
+
+
+def test_others_are_left_alone_until_the_first_worker_has_its_draft() -> None:
+    """What they are told disturbs it, and they have time until its evaluation has ended."""
+    events = list[object]()
+    with Leader(TINY, devices=2, gpu=DEVICE) as leader:
+        send, on_bound = leader._engine._pool.send, leader._engine._runs.on_bound
+
+        def sent(worker: WorkerProcess, *messages: ToWorker | bytes) -> None:
+            if not any(isinstance(message, bytes) and b"Unbind" in message for message in messages):
+                events.append(worker.number)
+            send(worker, *messages)
+
+        def bound(worker_slot: WorkerSlot, number: int) -> bool:
+            events.append("bound")
+            return on_bound(worker_slot, number)
+
+        leader._engine._pool.send = sent  # type: ignore[method-assign]  # spies
+        leader._engine._runs.on_bound = bound  # type: ignore[method-assign]  # likewise
+        for _ in range(3):
+            events.clear()
+            leader.sample(labels=[1], steps=12)
+            until(lambda: not leader._engine._runs.draining)
+            assert events.count("bound") == 1
+            assert events[:3] == [0, 0, "bound"]
+
+
+def test_what_was_held_back_for_a_worker_that_is_lost_is_sent() -> None:
+    """The first worker never has its draft; the others have theirs all the same, and are not taken for dead."""
+    with Leader(TINY, devices=3, gpu=DEVICE, draft_timeout=4.0) as leader:
+        pid = leader.workers[0].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        run = leader.submit(labels=[1], steps=20).result(DEADLINE)
+        assert torch.equal(run.samples, drp.reference(TINY, labels=[1], steps=20, devices=3).samples)
+        assert [worker.losses for worker in leader.workers] == [1, 0, 0]
+
+
+def test_the_leader_does_not_sleep_when_a_round_has_begun_that_it_has_given_nothing_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not even if it was late: other rounds' drafts would be, too."""
+    looks = list[bool]()
+    with Leader(TINY, devices="2xemulated:2ms", gpu=DEVICE) as leader:
+        engine = leader._engine
+        take, refine = engine._receive, engine._refine
+
+        def look() -> None:
+            looks.append(engine._runs.rounds_begun != engine._rounds_seen and not engine._runs.workers_saturated)
+            take()
+
+        def dawdle() -> None:
+            refine()
+            time.sleep(0.003)
+
+        monkeypatch.setattr(engine, "_receive", look)
+        monkeypatch.setattr(engine, "_refine", dawdle)
+        leader.sample(labels=[1], steps=40)
+    assert looks
+    assert not any(looks)
+
+
+@pytest.mark.parametrize(
+    ("devices", "rooms"), [("2xcpu", ("dedicated", "migrating", "shared")), ("4xemulated:2ms", ("dedicated", "shared"))]
+)
+def test_no_record_goes_untold(monkeypatch: pytest.MonkeyPatch, devices: str, rooms: tuple[CorePlacement, ...]) -> None:
+    """Else the leader would look by itself, which takes longer here than the test may."""
+    options: dict[str, Any] = {"labels": [2], "steps": 40, "drafts": 2}
+    several: dict[str, Any] = {"steps": 20, "mode": "conservative", "drafts": 2}
+    refs = {mode: drp.reference(TINY, **options, mode=mode).samples for mode in MODES}
+    together = [drp.reference(TINY, labels=[label], **several).samples for label in range(4)]
+    with Leader(TINY, devices=devices, gpu=DEVICE, draft_timeout=2 * DEADLINE) as leader:
+        monkeypatch.setattr("drp.leader.memory.host_stream.RECHECK_INTERVAL", 2 * DEADLINE)
+        monkeypatch.setattr("drp.leader.supervision.supervisor.HEALTH_CHECK_INTERVAL", 2 * DEADLINE)
+        for room in rooms:
+            monkeypatch.setattr(leader._engine._placement, "_core_placement", room)
+            for mode in MODES:
+                run = leader.submit(**options, mode=mode).result(DEADLINE)
+                assert torch.equal(run.samples, refs[mode]), (room, mode)
+            pending = [leader.submit(labels=[label], **several) for label in range(4)]
+            for run, ref in zip([each.result(DEADLINE) for each in pending], together, strict=True):
+                assert torch.equal(run.samples, ref), room
+
+
+# Errors.
+
+
+def test_errors_after_which_cuda_is_of_no_use() -> None:
+    kinds: list[type[RuntimeError]] = [RuntimeError]
+    if hasattr(torch, "AcceleratorError"):  # from torch 2.8 on
+        kinds.append(torch.AcceleratorError)
+    for kind in kinds:
+        for ending in UNRECOVERABLE_ERRORS:
+            assert is_unrecoverable(kind(f"CUDA error: {ending}\nCUDA kernel errors might be asynchronously reported"))
+        assert not is_unrecoverable(kind("CUDA error: invalid argument"))
+        assert not is_unrecoverable(kind("CUDA error: out of memory"))
+        assert not is_unrecoverable(kind("CUDA error: no kernel image is available for execution on the device"))
+    from drp.protocol.cuda import CudaError
+
+    assert is_unrecoverable(CudaError("cudaEventRecord failed: an illegal memory access was encountered (700)"))
+    assert not is_unrecoverable(CudaError("cudaMalloc failed: out of memory (2)"))
+    assert not is_unrecoverable(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert not is_unrecoverable(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_unrecoverable(ValueError("CUDA error: device-side assert triggered"))

@@ -1,0 +1,197 @@
+"""What a worker keeps of the leader's memory when a run is over."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import drp
+from drp import GpuOptions, Leader
+from drp.leader.supervision.supervisor import WorkerSlot
+from drp.protocol.codec import ProtocolError
+from drp.protocol.memory import SharedMemory
+from drp.protocol.messages import Bind, Rebind, ToWorker, Unbind
+from drp.sampling.run import Task
+from drp.workers.shared_memory_cache import MAX_ENTRIES, SharedMemoryCache
+from tests.conftest import until
+
+PAGE = 4096
+TINY = "tests.denoisers:Tiny"
+DEADLINE = 30.0
+
+
+def made(nbytes: int = PAGE) -> SharedMemory:
+    memory = SharedMemory.create(nbytes, lambda memory: False)
+    memory.tensor(0, (nbytes,), torch.uint8)
+    return memory
+
+
+def test_memory_that_comes_again_is_opened_once() -> None:
+    mapped, memory = SharedMemoryCache(), made()
+    assert memory.number
+    first = mapped.open(memory.handle, memory.number)
+    memory.view()[0] = 7
+    memory.close()  # It cannot be opened any more, and need not be.
+    again = mapped.open(memory.handle, memory.number)
+    assert again is first
+    assert again.tensor(0, (1,), torch.uint8).item() == 7
+    first.close()
+
+
+def test_other_memory_with_the_same_descriptor_is_told_by_its_number() -> None:
+    """The kernel gives the lowest number that is free."""
+    mapped, one = SharedMemoryCache(), made()
+    handle = one.handle
+    found = [mapped.open(handle, one.number)]
+    one.close()
+    other = made()
+    assert other.handle == handle
+    assert other.number != one.number
+    found.append(mapped.open(other.handle, other.number))
+    other.view()[0] = 9
+    assert [memory.view()[0] for memory in found] == [0, 9]
+    other.close()
+    for memory in found:
+        memory.close()
+
+
+def test_no_more_is_kept_than_allowed_nor_what_does_not_come_again() -> None:
+    small, many, memories = (
+        SharedMemoryCache(max_nbytes=3 * PAGE),
+        SharedMemoryCache(),
+        [made() for _ in range(MAX_ENTRIES + 1)],
+    )
+    large, once = made(4 * PAGE), SharedMemory.create(PAGE)
+
+    def find(mapped: SharedMemoryCache, memory: SharedMemory) -> SharedMemory:
+        found = mapped.open(memory.handle, memory.number)
+        found.close()  # as a worker does: the mapping stays
+        return found
+
+    for mapped, most in ((small, 3), (many, MAX_ENTRIES)):
+        found = [find(mapped, memory) for memory in memories]
+        newest = range(MAX_ENTRIES + 1 - most, MAX_ENTRIES + 1)
+        assert all(find(mapped, memories[place]) is found[place] for place in newest)
+        assert find(mapped, memories[0]) is not found[0]
+    assert find(small, large) is not find(small, large)
+    assert once.number == 0
+    assert find(many, once) is not find(many, once)
+    handle = large.handle
+    for memory in (*memories, large, once):
+        memory.close()
+    with pytest.raises(ProtocolError, match="cannot be opened"):
+        many.open(handle, large.number)
+
+
+def test_a_worker_maps_the_memory_of_runs_once() -> None:
+    with Leader(TINY, devices=2, gpu=GpuOptions(dispatch="async")) as leader:
+        pids = [worker.pid for worker in leader.workers]
+
+        def maps() -> list[list[str]]:
+            lines = [Path(f"/proc/{pid}/maps").read_text().splitlines() for pid in pids]
+            return [[line.split()[0] for line in each if "memfd:drp-run" in line] for each in lines]
+
+        leader.sample(labels=[1], steps=6)
+        once = maps()
+        assert [len(each) for each in once] == [1, 1]
+        for _ in range(5):
+            leader.sample(labels=[1], steps=6)
+        assert maps() == once
+
+
+@contextmanager
+def watched(dispatch: str, devices: int = 2) -> Iterator[tuple[Leader, list[tuple[str, int]]]]:
+    """A leader, and what it tells its workers of runs: the message's name and the worker's number."""
+    told: list[tuple[str, int]] = []
+    with Leader(TINY, devices=devices, gpu=GpuOptions(dispatch=dispatch)) as leader:
+        post = leader._engine._supervisor.enqueue
+
+        def watch(worker_slot: WorkerSlot, message: ToWorker) -> None:
+            if isinstance(message, Bind | Rebind | Unbind):
+                told.append((type(message).__name__, worker_slot.number))
+            post(worker_slot, message)
+
+        leader._engine._supervisor.enqueue = watch  # type: ignore[method-assign]  # a spy
+        yield leader, told
+
+
+def settle(leader: Leader) -> None:
+    until(lambda: not leader._engine._runs.draining)
+
+
+@pytest.mark.parametrize("dispatch", ["sync", "async"])
+def test_a_run_like_the_last_one_begins_with_a_word(dispatch: str) -> None:
+    with watched(dispatch) as (leader, told):
+        for label in range(4):  # conditions are not what must be alike
+            run = leader.sample(labels=[label], steps=9, seed=label)
+            assert torch.equal(run.samples, drp.reference(TINY, labels=[label], steps=9, seed=label, devices=2).samples)
+            settle(leader)
+        assert [told.count(("Bind", number)) for number in (0, 1)] == [1, 1]
+        assert [told.count(("Rebind", number)) for number in (0, 1)] == [3, 3]
+        assert [told.count(("Unbind", number)) for number in (0, 1)] == [4, 4]
+
+
+@pytest.mark.parametrize("dispatch", ["sync", "async"])
+def test_another_run_is_described_in_full(dispatch: str) -> None:
+    with watched(dispatch, devices=1) as (leader, told):
+        for count, mode in ((1, "sequential"), (3, "sequential"), (3, "sequential"), (1, "sequential")):
+            asked: dict[str, Any] = {"labels": [1] * count, "steps": 9, "mode": mode}
+            assert torch.equal(leader.sample(**asked).samples, drp.reference(TINY, **asked, devices=1).samples)
+            settle(leader)
+        assert [name for name, _ in told if name != "Unbind"] == ["Bind", "Bind", "Rebind", "Bind"]
+
+
+@pytest.mark.parametrize("dispatch", ["sync", "async"])
+def test_of_several_runs_one_is_kept(dispatch: str) -> None:
+    with watched(dispatch) as (leader, told):
+        for turn in range(3):
+            pending = [leader.submit(labels=[label], steps=9, seed=turn) for label in range(3)]
+            for label, run in enumerate(pending):
+                ref = drp.reference(TINY, labels=[label], steps=9, seed=turn, devices=2)
+                assert torch.equal(run.result(DEADLINE).samples, ref.samples)
+            settle(leader)
+        assert told.count(("Rebind", 0)) <= 2
+        assert told.count(("Bind", 0)) + told.count(("Rebind", 0)) == 9
+
+
+@pytest.mark.parametrize("dispatch", ["sync", "async"])
+def test_nothing_is_left_to_a_lost_workers_successor(dispatch: str) -> None:
+    with watched(dispatch) as (leader, told):
+        samples = leader.sample(labels=[1], steps=9).samples
+        settle(leader)
+        pid = leader.workers[0].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: leader.workers[0].pid not in (None, pid) and leader.workers[0].state == "ready")
+        told.clear()
+        assert torch.equal(leader.sample(labels=[1], steps=9).samples, samples)
+        assert ("Bind", 0) in told
+        assert ("Rebind", 0) not in told
+
+
+def test_memory_that_is_too_large_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("drp.leader.runs.run_table.MAX_RETAINED_NBYTES", PAGE)
+    with watched("async", devices=1) as (leader, told):
+        for _ in range(2):
+            leader.sample(labels=[1] * 8, steps=9)
+            settle(leader)
+        assert [name for name, _ in told if name != "Unbind"] == ["Bind", "Bind"]
+
+
+def test_a_callers_own_memory_is_described_each_time() -> None:
+    x = torch.randn(1, 1, 8, 8)
+    with watched("sync") as (leader, told):
+        for _ in range(2):
+            session = leader.open_session({"x": x}, {"x": x}, 2, {"labels": torch.tensor([1])})
+            session.arena.draft(1)["x"].copy_(x)
+            assert list(session.evaluate([Task(3, 250.0, 1)])) == [3]
+            session.close()
+            settle(leader)
+        assert not [name for name, _ in told if name == "Rebind"]
