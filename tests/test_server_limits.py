@@ -83,7 +83,7 @@ def test_a_client_that_does_not_read_is_no_other_clients_matter(
     free: Leader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clients, "MAX_UNSENT", 100)
-    with serving(free, tmp_path, most=2) as server, Client(server.address) as client:
+    with serving(free, tmp_path, max_requests=2) as server, Client(server.address) as client:
         deaf = Plain(server.address, hwm=1)
         deaf.open()
         for _ in range(1000):
@@ -95,7 +95,7 @@ def test_a_client_that_does_not_read_is_no_other_clients_matter(
 
 
 def test_results_that_a_client_leaves_count_against_its_own_share(free: Leader, tmp_path: Path) -> None:
-    with serving(free, tmp_path, most=2) as server, Client(server.address) as client:
+    with serving(free, tmp_path, max_requests=2) as server, Client(server.address) as client:
         plain = Plain(server.address)
         plain.open()
         for request in range(2):

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from drp.leader.request import Options
 from drp.protocol.client_messages import (
+    MAX_FRAME_NBYTES,
     MAX_INCIDENT_LENGTH,
     MAX_INCIDENTS,
     Finished,
@@ -17,7 +18,8 @@ from drp.protocol.client_messages import (
     Submit,
     TensorData,
 )
-from drp.protocol.frames import Frame
+from drp.protocol.frames import Frame, nbytes_of_samples, shape_of_samples
+from drp.protocol.messages import ModelSpec
 from drp.protocol.tensors import Received
 from drp.sampling.drafts import DraftRule
 from drp.sampling.result import Result
@@ -66,6 +68,17 @@ def options(submit: Submit, frames: Sequence[Frame], callback: Callback) -> Opti
     return cast(Options, given | own)
 
 
+def check_samples(submit: Submit, spec: ModelSpec, local: bool) -> None:
+    """Raise ValueError for samples that no message can bring; `local` says that the client is on this host."""
+    if submit.memory and not local:
+        raise ValueError("memory is true, which an ipc:// address alone allows")
+    nbytes = nbytes_of_samples(submit, spec)
+    if nbytes == 0:
+        raise ValueError(f"samples of shape {list(shape_of_samples(submit, spec))} are none; give sizes from 1")
+    if nbytes > MAX_FRAME_NBYTES:
+        raise ValueError(f"samples of {nbytes} bytes; at most {MAX_FRAME_NBYTES}: ask for fewer")
+
+
 def _named(what: str, given: Sequence[Option]) -> dict[str, Any]:
     named = {option.name: option.value for option in given}
     if len(named) < len(given):
@@ -101,3 +114,8 @@ def _told(incidents: Sequence[str]) -> tuple[str, ...]:
     if len(incidents) > len(first):
         told.append(f"and {len(incidents) - len(first)} more")
     return tuple(told)
+
+
+def words(error: BaseException, most: int) -> str:
+    """Return what an error says as a message can hold it: in Unicode, and at most so long."""
+    return (str(error) or repr(error)).encode(errors="backslashreplace").decode()[:most]

@@ -18,7 +18,6 @@ from drp.errors import WorkerError
 from drp.leader.leader import Leader
 from drp.protocol.client_messages import (
     HEARTBEAT_INTERVAL,
-    MAX_FRAME_NBYTES,
     TO_SERVER,
     VERSION,
     Accepted,
@@ -37,7 +36,7 @@ from drp.protocol.client_messages import (
     Welcome,
 )
 from drp.protocol.codec import ProtocolError, decode
-from drp.protocol.frames import Frame, nbytes_of_samples, shape_of_samples
+from drp.protocol.frames import Frame, shape_of_samples
 from drp.protocol.keys import Keys
 from drp.protocol.tensors import Frames, shared
 from drp.sampling.result import Result
@@ -80,10 +79,8 @@ class Server:
         stall: float = 30.0,
     ) -> None:
         if max_requests < 1 or max_clients < 1 or not 0 < stall < math.inf:
-            raise ValueError(
-                f"max_requests is {max_requests}, max_clients {max_clients} and stall {stall}; give 1 or more and "
-                "seconds above 0"
-            )
+            limits = f"max_requests is {max_requests}, max_clients {max_clients}"
+            raise ValueError(f"{limits} and stall {stall}; give 1 or more, and seconds above 0")
         self._leader, self._model, self._max_requests, self._stall = leader, model, max_requests, stall
         self._max_clients = max_clients
         self._endpoint = Endpoint(address, keys, check_descriptors(max_clients))
@@ -173,7 +170,7 @@ class Server:
                 self._on_message(address, decode(bytes(head), TO_SERVER), frames)
             except ProtocolError as error:
                 self._counts.bad_messages += 1
-                self._clients.reply(address, Refused(None, "protocol", _words(error, 2000)))
+                self._clients.reply(address, Refused(None, "protocol", options.words(error, 2000)))
 
     def _on_message(self, address: bytes, message: ToServer, frames: Sequence[Frame]) -> None:
         client = self._clients.get(address)
@@ -217,7 +214,7 @@ class Server:
             refused = self._refusal(client, submit, ahead) or self._begin(ticket, frames)
         except ProtocolError as error:
             self._counts.bad_messages += 1
-            refused = Refused(submit.request, "protocol", _words(error, 2000))
+            refused = Refused(submit.request, "protocol", options.words(error, 2000))
         if refused is not None:
             ticket.release()
             self._counts.refused += 1
@@ -239,22 +236,13 @@ class Server:
         if client.requests >= self._max_requests:
             reason = f"{client.requests} results and requests of this client are there; read and take them first"
             return Refused(submit.request, "busy", reason)
-        if submit.memory and not self._endpoint.local:
-            return Refused(submit.request, "invalid", "memory is true, which an ipc:// address alone allows")
-        nbytes = nbytes_of_samples(submit, self._leader.spec)
-        if nbytes == 0:
-            shape = shape_of_samples(submit, self._leader.spec)
-            return Refused(submit.request, "invalid", f"samples of shape {list(shape)} are none; give sizes from 1")
-        if nbytes > MAX_FRAME_NBYTES:
-            return Refused(
-                submit.request, "invalid", f"samples of {nbytes} bytes; at most {MAX_FRAME_NBYTES}: ask for fewer"
-            )
         return None
 
     def _begin(self, ticket: ServerRequest, frames: Sequence[Frame]) -> Refused | None:
         """Hand a request to the leader, or return why it does not take it."""
         self._listen(self._listening or ticket.submit.timeline)
         try:
+            options.check_samples(ticket.submit, self._leader.spec, self._endpoint.local)
             given = options.options(ticket.submit, frames, ticket.on_step)
             if ticket.submit.memory:
                 ticket.memory, given["out"] = shared(shape_of_samples(ticket.submit, self._leader.spec))
@@ -262,9 +250,9 @@ class Server:
         except ProtocolError:
             raise
         except WorkerError as error:
-            return Refused(ticket.request, "draining", _words(error, 2000))
+            return Refused(ticket.request, "draining", options.words(error, 2000))
         except ValueError as error:
-            return Refused(ticket.request, "invalid", _words(error, 2000))
+            return Refused(ticket.request, "invalid", options.words(error, 2000))
         except Exception as error:  # Whatever options can bring about is their sender's to hear, not the server's end.
             log.warning("a request raised", exc_info=True)
             return Refused(ticket.request, "invalid", repr(error)[:2000])
@@ -333,7 +321,7 @@ class Server:
         """Count a run without samples; return what its client is told."""
         if not isinstance(error, CancelledError):
             self._counts.failed += 1
-            return Ended(ticket.request, "failed", _words(error, 20_000))
+            return Ended(ticket.request, "failed", options.words(error, 20_000))
         self._counts.cancelled += 1
         if ticket.cancelled:
             return Ended(ticket.request, "cancelled", "")
@@ -410,8 +398,3 @@ class Server:
             "uptime_seconds": ("Since the door opened.", now.uptime),
         }
         return prometheus(self._counts, gauges)
-
-
-def _words(error: BaseException, most: int) -> str:
-    """Return what an error says as a message can hold it: in Unicode, and at most so long."""
-    return (str(error) or repr(error)).encode(errors="backslashreplace").decode()[:most]
