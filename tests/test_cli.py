@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from safetensors.torch import load_file
 
+import drp as package
 from drp.cli import main
 from drp.cli.options import default_devices
 from drp.cli.output import check_output, check_trace, write_samples
@@ -112,6 +113,14 @@ def test_bad_input_is_a_line(
     assert not what_stays(before)
 
 
+def test_options_are_checked_before_a_model_of_ones_own_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("drp.leader.leader.Leader.__init__", never)
+    wrong: dict[str, Any] = {"mode": "agressive", "steps": 0, "solver": "dim", "rule": "best", "noise": torch.zeros(1)}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=name):
+            package.sample("slow:make", shape=(4, 16, 16), **{name: value})
+
+
 def test_bad_input_is_a_line_of_the_program(tmp_path: Path) -> None:
     done = drp("sample", "--labels", "11", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
@@ -158,8 +167,6 @@ def test_samples_that_are_no_pictures_are_kept(tmp_path: Path, monkeypatch: pyte
     assert (shown["steps"], shown["rounds"], len(shown["devices"])) == (4, 3, 2)
     made = load_file("samples.safetensors")["samples"]
     assert made.shape == (2, 4, 16, 16)
-    import drp as package
-
     expected = package.reference("tests.denoisers:make_free", shape=(4, 16, 16), count=2, steps=4, devices=2)
     assert torch.equal(made, expected.samples)
 

@@ -79,6 +79,15 @@ def test_the_metadata_says_what_a_user_looks_for(wheel: Path) -> None:
     assert not [line for line in found.get_all("Requires-Dist", []) if " @ " in line]
 
 
+def test_extras_allow_no_version_that_diffusers_refuses(wheel: Path) -> None:
+    from diffusers.utils.constants import MIN_PEFT_VERSION
+    from packaging.requirements import Requirement
+
+    wanted = [Requirement(line) for line in metadata(wheel).get_all("Requires-Dist", [])]
+    (peft,) = (each for each in wanted if each.name == "peft")
+    assert str(peft.specifier) == f">={MIN_PEFT_VERSION.removesuffix('.0')}"
+
+
 def test_the_version_is_that_of_the_tag(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     run("git", "clone", "-q", "--no-local", ROOT, clone, cwd=tmp_path)
