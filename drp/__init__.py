@@ -13,21 +13,38 @@ from drp.platforms import require_linux
 if TYPE_CHECKING:
     from drp.api import reference, sample
     from drp.client import Client
-    from drp.errors import WorkerError
+    from drp.errors import CudaError, DRPError, ProtocolError, RefusedError, WorkerError
     from drp.leader import GpuOptions, Leader
     from drp.models import ModelSpec
     from drp.sampling.result import Result
 
     __version__: str
 
-__all__ = ["Client", "GpuOptions", "Leader", "ModelSpec", "Result", "WorkerError", "reference", "sample"]
+__all__ = [
+    "Client",
+    "CudaError",
+    "DRPError",
+    "GpuOptions",
+    "Leader",
+    "ModelSpec",
+    "ProtocolError",
+    "RefusedError",
+    "Result",
+    "WorkerError",
+    "reference",
+    "sample",
+]
 
 # Loaded at first use: a worker must be pinned before torch is imported, and it imports this package first.
 _HOMES = {
     "Client": "drp.client",
+    "CudaError": "drp.errors",
+    "DRPError": "drp.errors",
     "GpuOptions": "drp.leader",
     "Leader": "drp.leader",
     "ModelSpec": "drp.models",
+    "ProtocolError": "drp.errors",
+    "RefusedError": "drp.errors",
     "Result": "drp.sampling.result",
     "WorkerError": "drp.errors",
     "reference": "drp.api",

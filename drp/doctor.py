@@ -18,11 +18,11 @@ import psutil
 import torch
 
 from drp import doctor_peer
+from drp.errors import ProtocolError
 from drp.leader import awake
 from drp.leader.devices import parse_devices
 from drp.leader.gpus import ALLOCATOR, Gpu, find_gpus, parse_cores
 from drp.leader.supervision.process import Process, find_interpreter
-from drp.protocol.codec import ProtocolError
 from drp.protocol.cuda import GpuMemory, is_inverted
 from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import GpuHandle

@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from drp.protocol.codec import ProtocolError
+from drp.errors import ProtocolError
 from drp.protocol.cuda import GpuMemory, index_of, invert_probe
 from drp.protocol.messages import GpuHandle
 

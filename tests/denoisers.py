@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from drp import ModelSpec
-from drp.protocol.codec import ProtocolError
+from drp.errors import ProtocolError
 from drp.protocol.messages import VERSION, Hello
 from drp.protocol.transport import WorkerSocket
 

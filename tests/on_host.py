@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.cuda import nvtx
 
 from drp import ModelSpec, doctor_peer
+from drp.errors import CudaError
 from drp.leader import leader
 from drp.leader.devices import parse_devices
 from drp.leader.gpus import Gpu
 from drp.leader.memory import placement
 from drp.leader.supervision import startup
 from drp.protocol.arena import Arena
-from drp.protocol.cuda import CudaError
 from drp.protocol.memory import Memory, SharedMemory
 from drp.protocol.messages import GpuConfig, GpuHandle, Handle
 from drp.workers import cuda_device, weights

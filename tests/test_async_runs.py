@@ -509,7 +509,7 @@ def test_errors_after_which_cuda_is_of_no_use() -> None:
         assert not is_unrecoverable(kind("CUDA error: invalid argument"))
         assert not is_unrecoverable(kind("CUDA error: out of memory"))
         assert not is_unrecoverable(kind("CUDA error: no kernel image is available for execution on the device"))
-    from drp.protocol.cuda import CudaError
+    from drp.errors import CudaError
 
     assert is_unrecoverable(CudaError("cudaEventRecord failed: an illegal memory access was encountered (700)"))
     assert not is_unrecoverable(CudaError("cudaMalloc failed: out of memory (2)"))

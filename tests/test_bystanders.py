@@ -92,7 +92,7 @@ def test_what_no_message_can_hold_ends_the_run_that_asks_for_it(leader: Leader, 
     grid = scaled_linear(12)
     grid = replace(grid, timesteps=np.where(np.arange(12) < 5, grid.timesteps, 1e12))
     bystander = leader.submit(**OPTIONS)
-    with pytest.raises(drp.protocol.codec.ProtocolError, match="1000000000000"):
+    with pytest.raises(drp.ProtocolError, match="1000000000000"):
         leader.submit(shape=(3, 4), solver=DDIM(grid)).result(DEADLINE)
     assert torch.equal(bystander.result(DEADLINE).samples, expected)
 

@@ -22,8 +22,9 @@ from torch import Tensor
 
 import drp
 from drp import Client, Leader
+from drp.errors import ProtocolError
 from drp.protocol import client_messages, vectors
-from drp.protocol.codec import ProtocolError, decode
+from drp.protocol.codec import decode
 from drp.protocol.keys import Keys, make, pair, public
 from tests.cpp_build import build
 from tests.test_server import Served, serving, until

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from drp import GpuOptions
+from drp.errors import ProtocolError
 from drp.leader.devices import parse_devices
 from drp.leader.memory import placement
 from drp.leader.memory.placement import MemoryPlacement
-from drp.protocol.codec import ProtocolError
 from drp.protocol.cuda import MAX_COUNTERS, WorkerCounter, WorkerCounterView
 from drp.protocol.timeline import CANCEL_ALL
 from tests.on_host import GPUS, Lent

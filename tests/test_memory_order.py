@@ -14,8 +14,8 @@ import torch
 
 import drp
 from drp import Leader
+from drp.errors import ProtocolError
 from drp.protocol.arena import Arena
-from drp.protocol.codec import ProtocolError
 from drp.protocol.memory import Memory, SharedMemory
 from drp.protocol.messages import GpuHandle, Handle
 

@@ -22,6 +22,7 @@ from drp import Leader
 from drp.leader.supervision.process import Process, find_interpreter
 from drp.protocol.memory import SharedMemory
 from drp.workers import entry
+from drp.workers.config import WorkerConfig
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_no_interpreter_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_an_interpreter_of_another_version_is_a_clear_error() -> None:
     words, listener = SharedMemory.create(4096), socket.socket(socket.AF_UNIX)
-    config = entry.WorkerConfig(
+    config = WorkerConfig(
         identity="worker-0",
         listener=listener,
         leader=words.handle.pid,

@@ -21,9 +21,10 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
+from drp.errors import ProtocolError
 from drp.protocol import client_messages, codec, messages
 from drp.protocol.arena import Arena
-from drp.protocol.codec import ProtocolError, decode, encode
+from drp.protocol.codec import decode, encode
 from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import TO_LEADER, TO_WORKER, Bind, Draft, Handle, Load, Prediction, Stop, TensorSpec, Unbind
 from drp.protocol.transport import LeaderSocket, WorkerSocket

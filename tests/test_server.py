@@ -28,11 +28,11 @@ from drp import Client, Leader
 from drp.cli import main
 from drp.client import RefusedError
 from drp.client.arrays import Library, open_array
-from drp.errors import WorkerError
+from drp.errors import ProtocolError, WorkerError
 from drp.leader.runs.run_state import RunFuture
 from drp.protocol import client_messages
 from drp.protocol.client_messages import TensorData
-from drp.protocol.codec import ProtocolError, decode, encode
+from drp.protocol.codec import decode, encode
 from drp.protocol.keys import Keys, make
 from drp.protocol.messages import Handle
 from drp.sampling.drafts import PAPER, DraftRule

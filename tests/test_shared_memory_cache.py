@@ -14,8 +14,8 @@ import torch
 
 import drp
 from drp import GpuOptions, Leader
+from drp.errors import ProtocolError
 from drp.leader.supervision.supervisor import WorkerSlot
-from drp.protocol.codec import ProtocolError
 from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import Bind, Rebind, ToWorker, Unbind
 from drp.sampling.run import Task

@@ -12,9 +12,10 @@ import pytest
 
 from drp.client.options import WAYS
 from drp.client.options import Options as ClientOptions
+from drp.errors import ProtocolError
 from drp.leader.request import Options
 from drp.protocol import client_messages, messages
-from drp.protocol.codec import ProtocolError, decode, encode, to_fields
+from drp.protocol.codec import decode, encode, to_fields
 from drp.protocol.vectors import __main__ as vectors
 from drp.protocol.vectors.examples import PROTOCOLS
 from drp.protocol.vectors.tables import meanings

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from drp import GpuOptions
+from drp.errors import ProtocolError
 from drp.leader.devices import parse_devices
 from drp.leader.memory.host_stream import CorePlacement, HostEvent, HostStream, _Signal
 from drp.leader.memory.placement import MemoryPlacement
 from drp.protocol.arena import Arena
-from drp.protocol.codec import ProtocolError
 from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import AsyncConfig, Draft
 from drp.protocol.timeline import (

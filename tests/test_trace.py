@@ -202,7 +202,7 @@ def test_the_command_line_writes_and_reads(tmp_path: Path) -> None:
     assert "How each device spent the time" in said.output
     shown = json.loads(CliRunner().invoke(main, ["trace", "summary", str(tmp_path / "run.json"), "--json"]).stdout)
     assert [(path["evaluations"], path["rounds"]) for path in shown["paths"]] == [(6, 4)]
-    assert sum(lane["evaluations"] for lane in shown["lanes"]) == 6
+    assert sum(each["evaluations"] for each in shown["workers"]) == 6
     (tmp_path / "other.json").write_text('{"traceEvents": []}')
     refused = CliRunner().invoke(main, ["trace", "summary", str(tmp_path / "other.json")])
     assert refused.exit_code == 1

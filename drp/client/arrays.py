@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from drp.errors import ProtocolError
 from drp.protocol.client_messages import TensorData
-from drp.protocol.codec import ProtocolError
 from drp.protocol.frames import ITEM_SIZES, FrameReader, FrameWriter, count_bytes
 from drp.protocol.memfd import open_memfd
 

@@ -16,9 +16,10 @@ from drp.client.arrays import Library, find_library
 from drp.client.connection import Connection, Curve
 from drp.client.options import Options, to_submit
 from drp.client.run import RemoteRun, Update
+from drp.errors import ProtocolError
 from drp.protocol import keys
 from drp.protocol.client_messages import Metrics, Query, Status
-from drp.protocol.codec import ProtocolError, encode
+from drp.protocol.codec import encode
 from drp.protocol.frames import nbytes_of_samples
 from drp.protocol.messages import ModelSpec
 from drp.sampling.result import Result

@@ -16,7 +16,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from drp.client.run import RemoteRun
-from drp.errors import RefusedError
+from drp.errors import ProtocolError, RefusedError
 from drp.protocol.client_messages import (
     MAX_FRAME_NBYTES,
     SILENCE_TIMEOUT,
@@ -38,7 +38,7 @@ from drp.protocol.client_messages import (
     ToServer,
     Welcome,
 )
-from drp.protocol.codec import ProtocolError, decode, encode
+from drp.protocol.codec import decode, encode
 from drp.protocol.frames import Frame
 
 POLL_TIMEOUT_MS = 1000

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from drp.client import Client, RemoteRun, Update
+from drp.errors import ProtocolError
 from drp.http.jobs import ImageRequest, Images, Previews, ProgressEvent, Report, check_work
 from drp.pictures import encode_grid
-from drp.protocol.codec import ProtocolError
 from drp.sampling.result import Result
 
 SCALE = 1

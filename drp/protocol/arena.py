@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from drp.protocol.codec import ProtocolError
+from drp.errors import ProtocolError
 from drp.protocol.memory import ALIGNMENT, DTYPES, NAMES, Memory, SharedMemory, aligned
 from drp.protocol.messages import Bind, GpuHandle, Handle, TensorSpec
 

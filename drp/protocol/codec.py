@@ -26,6 +26,8 @@ from typing import Annotated, Any, TypeVar
 
 import msgpack
 
+from drp.errors import ProtocolError
+
 MAX_MESSAGE = 1 << 20
 """Bytes of the longest message, and so of everything in it."""
 
@@ -33,10 +35,6 @@ _SCALARS = frozenset({int, float, str, bool, type(None)})
 
 Checker = Callable[[Any], Any]
 Record = TypeVar("Record")
-
-
-class ProtocolError(Exception):
-    """Bytes that are no message, or a message that breaks the protocol."""
 
 
 @dataclasses.dataclass(frozen=True)

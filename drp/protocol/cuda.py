@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drp.protocol.codec import ProtocolError
+from drp.errors import CudaError, ProtocolError
 from drp.protocol.memory import Memory, SharedMemory, check_fit
 from drp.protocol.messages import GpuHandle, Handle
 from drp.protocol.timeline import CANCEL_ALL, TIMELINE_NBYTES
@@ -32,10 +32,6 @@ LAZY_PEER_ACCESS = 1
 PORTABLE_AND_MAPPED = 1 | 2
 MAX_COUNTERS = 1024
 """How many numbers there are in one memory: one for each worker that is started."""
-
-
-class CudaError(RuntimeError):
-    """A call of the CUDA runtime that failed."""
 
 
 class _Opaque(ctypes.Structure):

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Final, TypeAlias
 
+from drp.errors import ProtocolError
 from drp.protocol.client_messages import MAX_FRAME_NBYTES, MAX_FRAMES, Submit, TensorData
-from drp.protocol.codec import ProtocolError
 from drp.protocol.messages import ModelSpec
 
 Frame: TypeAlias = bytes | memoryview

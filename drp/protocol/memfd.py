@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from drp.protocol.codec import ProtocolError
+from drp.errors import ProtocolError
 from drp.protocol.messages import Handle
 
 

@@ -19,7 +19,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from drp.protocol.codec import ProtocolError
+from drp.errors import ProtocolError
 from drp.protocol.memfd import open_memfd
 from drp.protocol.messages import GpuHandle, Handle
 

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from drp.errors import ProtocolError
 from drp.protocol.client_messages import TensorData
-from drp.protocol.codec import ProtocolError
 from drp.protocol.frames import FrameReader, FrameWriter
 from drp.protocol.memory import DTYPES, NAMES, SharedMemory
 

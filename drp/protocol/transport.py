@@ -16,7 +16,8 @@ from pathlib import Path
 
 import zmq
 
-from drp.protocol.codec import MAX_MESSAGE, ProtocolError, decode, encode
+from drp.errors import ProtocolError
+from drp.protocol.codec import MAX_MESSAGE, decode, encode
 from drp.protocol.messages import TO_LEADER, TO_WORKER, ToLeader, ToWorker
 from drp.protocol.waiting import sched_yield, wait_readable
 

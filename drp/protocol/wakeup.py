@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 
-from drp.protocol.codec import ProtocolError
+from drp.errors import ProtocolError
 from drp.protocol.messages import PipeHandle
 
 

@@ -14,7 +14,7 @@ from typing import Final
 
 import zmq
 
-from drp.errors import WorkerError
+from drp.errors import ProtocolError, WorkerError
 from drp.leader.leader import Leader
 from drp.protocol.client_messages import (
     HEARTBEAT_INTERVAL,
@@ -35,7 +35,7 @@ from drp.protocol.client_messages import (
     ToServer,
     Welcome,
 )
-from drp.protocol.codec import ProtocolError, decode
+from drp.protocol.codec import decode
 from drp.protocol.frames import Frame, shape_of_samples
 from drp.protocol.keys import Keys
 from drp.protocol.tensors import Frames, shared

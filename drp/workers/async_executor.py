@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from drp.errors import ProtocolError
 from drp.protocol.arena import Arena
-from drp.protocol.codec import ProtocolError
 from drp.protocol.messages import AsyncConfig, Draft, PipeHandle
 from drp.protocol.timeline import (
     CANCELLED,

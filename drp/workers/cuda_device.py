@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drp.errors import CudaError
 from drp.models.gpu import in_dtype, warmed
 from drp.models.registry import Denoiser
 from drp.nvtx import annotate, annotate_methods
 from drp.protocol.arena import Arena
-from drp.protocol.cuda import CudaError, GpuMemory, index_of, invert_probe
+from drp.protocol.cuda import GpuMemory, index_of, invert_probe
 from drp.protocol.messages import GpuConfig, GpuHandle
 from drp.workers.cuda_errors import is_unrecoverable
 from drp.workers.weights import Weights

@@ -26,7 +26,7 @@ def is_unrecoverable(error: BaseException) -> bool:
     """Whether an error has left the process's CUDA context unusable, so that only another process can go on.
 
     torch raises these as torch.AcceleratorError, before 2.8 as RuntimeError, with CUDA's own text behind "CUDA error";
-    `drp.protocol.cuda.CudaError` has it behind the call's name. Being out of memory is none: what was allocated for the
+    `drp.errors.CudaError` has it behind the call's name. Being out of memory is none: what was allocated for the
     draft is freed.
     """
     if isinstance(error, torch.cuda.OutOfMemoryError) or not isinstance(error, RuntimeError):

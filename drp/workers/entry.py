@@ -7,33 +7,12 @@ import faulthandler
 import multiprocessing.spawn
 import os
 import signal
-import socket
 import sys
 import traceback
-from dataclasses import dataclass
 from typing import NoReturn
 
 from drp.workers import parent_death
-
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """What a worker is told when it is started; the rest comes by message.
-
-    `listener` is the socket on which it is reached. `words` is a file for its last words, and from
-    `beats` bytes on a count (uint64) of how often it has come round.
-    """
-
-    identity: str
-    listener: socket.socket
-    leader: int
-    crash_log: str
-    heartbeat_offset: int
-    cores: tuple[int, ...]
-    threads: int
-    version: tuple[int, ...]
-    main: str | None
-    """The main script, if the model is made there."""
+from drp.workers.config import WorkerConfig
 
 
 def main(config: WorkerConfig) -> None:

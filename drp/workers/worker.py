@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from drp.errors import ProtocolError
 from drp.models import Denoiser, load
 from drp.nvtx import annotate_methods
 from drp.protocol.arena import Arena
-from drp.protocol.codec import ProtocolError
 from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import (
     VERSION,
@@ -44,9 +44,9 @@ from drp.protocol.messages import (
 from drp.protocol.timeline import is_finite
 from drp.protocol.transport import WorkerSocket
 from drp.workers.async_executor import AsyncExecutor, HostExecutor, WorkItem
+from drp.workers.config import WorkerConfig
 from drp.workers.cuda_errors import is_unrecoverable
 from drp.workers.emulated import EmulatedDevice, EvaluationTimes, cheap
-from drp.workers.entry import WorkerConfig
 from drp.workers.prediction_cache import PredictionCache
 from drp.workers.shared_memory_cache import SharedMemoryCache
 from drp.workers.weights import Weights

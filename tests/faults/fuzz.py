@@ -11,8 +11,9 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["drp.protocol"]):
+    from drp.errors import ProtocolError
     from drp.protocol import client_messages
-    from drp.protocol.codec import ProtocolError, decode, encode
+    from drp.protocol.codec import decode, encode
     from drp.protocol.messages import TO_LEADER, TO_WORKER
     from drp.protocol.vectors.examples import PROTOCOLS, examples
 

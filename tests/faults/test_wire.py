@@ -12,8 +12,9 @@ import torch
 
 import drp
 from drp import Leader
+from drp.errors import ProtocolError
 from drp.protocol import client_messages
-from drp.protocol.codec import MAX_MESSAGE, ProtocolError, decode, encode
+from drp.protocol.codec import MAX_MESSAGE, decode, encode
 from drp.protocol.messages import TO_LEADER, TO_WORKER
 from drp.protocol.vectors.examples import PROTOCOLS, examples
 from tests.test_lost_workers import python

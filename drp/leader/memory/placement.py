@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
+from drp.errors import CudaError
 from drp.leader.devices import Device
 from drp.leader.memory.buffer_pool import BufferPool
 from drp.leader.memory.host_stream import CorePlacement, HostEvent, HostStream
 from drp.protocol.cuda import (
     MAX_COUNTERS,
     ArenaEvent,
-    CudaError,
     GpuCounters,
     GpuMemory,
     GpuStream,

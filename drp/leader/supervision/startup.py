@@ -6,11 +6,11 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
-from drp.errors import WorkerError
+from drp.errors import CudaError, WorkerError
 from drp.leader.devices import Device
 from drp.leader.memory.placement import MemoryPlacement
 from drp.leader.supervision.worker_pool import WorkerPool, WorkerProcess
-from drp.protocol.cuda import CudaError, GpuMemory
+from drp.protocol.cuda import GpuMemory
 from drp.protocol.memory import Memory, SharedMemory
 from drp.protocol.messages import VERSION, Hello, Load, Loaded, Share, Shared, ToLeader, WarmedUp, WarmUp
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import psutil
 import zmq
 
+from drp.errors import ProtocolError
 from drp.leader.devices import Device
 from drp.leader.supervision.process import Process, find_interpreter
-from drp.protocol.codec import ProtocolError
 from drp.protocol.memory import SharedMemory, require_openable
 from drp.protocol.messages import Stop, ToLeader, ToWorker, WorkerFailed
 from drp.protocol.transport import LeaderSocket
