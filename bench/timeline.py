@@ -21,7 +21,7 @@ from drp.trace.evaluations import Evaluation, evaluations
 from drp.trace.record import record
 
 LABELS = tuple(range(10))
-RUNS = 5
+RUNS = 3
 STEPS = 48
 
 
