@@ -33,7 +33,7 @@ from drp.sampling.modes import (
     make_mode,
 )
 from drp.sampling.plan import Predict
-from drp.sampling.run import Run, Task, _Known, _Plan, slots
+from drp.sampling.run import Checkpoint, Run, Task, _Known, _Plan, slots
 from drp.sampling.solvers import DDIM, DPMSolver, Solver
 
 
@@ -119,6 +119,52 @@ def test_eager_drafts_are_the_same_and_wait_for_less(mode: Mode, solver: Solver)
     for seed in range(5):
         assert torch.equal(sample(solver, Eager(mode), random.Random(seed))[0], expected), seed
         assert torch.equal(sample(solver, mode, random.Random(seed))[0], expected), seed
+
+
+def sample_with_setbacks(solver: Solver, mode: Mode, order: random.Random) -> tuple[Tensor, int, int]:
+    """Run, going back to a checkpoint now and then; return the state, how often, and how many were still kept then."""
+    noise = torch.randn(2, 33, generator=torch.Generator().manual_seed(1))
+    drafts, predictions = (torch.full((slots(solver, mode, True), 66), torch.nan) for _ in range(2))
+    run = Run(solver, mode, noise, drafts, predictions, checkpoints=True)
+    rounds, out, setbacks = run.rounds(), list[Task](), 0
+    kept: list[tuple[Checkpoint, list[Task]]] = []
+    while True:
+        while run.ready:
+            tasks = next(rounds, None)
+            if tasks is None:
+                run.refine()
+                return run.state.clone(), setbacks, sum(checkpoint.kept for checkpoint, _ in kept)
+            for task in tasks:
+                predictions[task.slot] = torch.nan
+            out += tasks
+            if len(kept) == 2 and (mode.feedback or order.random() < 0.4):
+                if kept[0][0].kept:
+                    run.drop(kept[0][0])
+                kept.pop(0)
+            if len(kept) < 2:
+                kept.append((run.checkpoint(), list(out)))
+        run.refine()
+        task = out.pop(order.randrange(len(out)))
+        predictions[task.slot] = denoise(drafts[task.slot], task)
+        run.accumulate(task.slot)
+        if setbacks < 8 and order.random() < 0.1:
+            place = len(kept) - 1 if mode.feedback else order.randrange(len(kept))
+            checkpoint, then = kept[place]
+            if checkpoint.kept:
+                run.restore(checkpoint)
+                setbacks += 1
+                rounds, out, kept = run.rounds(), list(then), kept[: place + 1]
+                assert not any(later.kept for later, _ in kept[place + 1 :])
+
+
+@pytest.mark.parametrize("mode", [*SCHEDULES, Conservative(5), Rolling(4), Eager(PicardSweeps(Aggressive(4), 2))])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_run_that_went_back_to_a_checkpoint_has_the_same_bits(mode: Mode, solver: Solver) -> None:
+    expected, _ = sample_in_turn(solver, mode)
+    found = [sample_with_setbacks(solver, mode, random.Random(seed)) for seed in range(6)]
+    assert all(torch.equal(state, expected) for state, _, _ in found)
+    assert sum(setbacks for _, setbacks, _ in found) > 5
+    assert any(kept for _, _, kept in found)
 
 
 def test_drafts_of_several_sweeps_are_out_at_the_same_time() -> None:

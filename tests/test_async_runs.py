@@ -284,7 +284,7 @@ def test_what_was_not_proven_is_computed_again(
         assert (run.rounds, run.evaluations) == (ref.rounds, ref.evaluations)
         assert mine.equals(theirs)  # each step once, and no state that was made of what was not there
         assert re.search(words, run.incidents[0])
-        assert "began again" in run.incidents[1]
+        assert "went back to step" in run.incidents[1]
         assert len(run.incidents) == 2  # Who only waited for it is not blamed.
         until(lambda: [worker.state for worker in leader.workers] == ["ready"] * 2)
         after = leader.sample(shape=(3,), steps=STEPS, mode=mode)

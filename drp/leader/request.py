@@ -141,14 +141,17 @@ class Job:
     watch: bool
     out: Tensor | None
 
-    @property
-    def slots(self) -> int:
-        """The slots that the run needs for drafts, and as many for predictions."""
-        return slots(self.solver, self.mode)
+    def slots(self, checkpoints: bool) -> int:
+        """Return the slots that the run needs for drafts, and as many for predictions."""
+        return slots(self.solver, self.mode, checkpoints)
 
     def run(self, drafts: Tensor, predictions: Tensor, queue: OperationQueue | None = None) -> Run:
-        """Return the run, its drafts and predictions in these matrices [slots, D], its arithmetic given to a queue."""
-        return Run(self.solver, self.mode, self.start, drafts, predictions, self.fresh, self.watch, queue)
+        """Return the run, its drafts and predictions in these matrices [slots, D].
+
+        Its arithmetic is given to a queue if there is one; it then has checkpoints.
+        """
+        checkpoints = queue is not None
+        return Run(self.solver, self.mode, self.start, drafts, predictions, self.fresh, self.watch, queue, checkpoints)
 
     def to(self, device: torch.device) -> Job:
         """Return the job with its states on a device."""

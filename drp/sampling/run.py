@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -58,9 +58,12 @@ def batches(tasks: Sequence[Task], size: int) -> list[tuple[Task, ...]]:
     return [tuple(tasks[first : first + size]) for first in range(0, len(tasks), size)]
 
 
-def slots(solver: Solver, mode: Mode) -> int:
-    """Return how many slots a run needs for drafts, and rows for as many predictions that are in use at once."""
-    return _room(solver, mode, mode.width).rows
+def slots(solver: Solver, mode: Mode, checkpoints: bool = False) -> int:
+    """Return how many slots a run needs for drafts, and rows for as many predictions that are in use at once.
+
+    With `checkpoints`, there is room for what two of them keep beside that, of the last few rounds.
+    """
+    return _room(solver, mode, mode.width, checkpoints).rows
 
 
 def _rounds_kept(solver: Solver, mode: Mode) -> int:
@@ -73,10 +76,37 @@ def _rounds_kept(solver: Solver, mode: Mode) -> int:
     return max(usual, 1 + most_in_use(mode, solver.grid.steps, solver.history)) if mode.gaps else usual
 
 
-def _room(solver: Solver, mode: Mode, width: int) -> SlotAllocator:
+def _room(solver: Solver, mode: Mode, width: int, checkpoints: bool) -> SlotAllocator:
     """Return room for what is in use at once; in a mode that lags, of rounds of any length."""
     kept = _rounds_kept(solver, mode)
-    return SlotAllocator(2 * kept * width, 1) if mode.pipelined else SlotAllocator(kept, width)
+    more = ROUNDS_BACK if checkpoints else 0
+    return SlotAllocator((2 * kept + more) * width, 1) if mode.pipelined else SlotAllocator(kept + more, width)
+
+
+ROUNDS_BACK = 4
+"""Rounds that a run can go back to a checkpoint by, as far as memory is concerned."""
+
+
+@dataclass(eq=False)
+class Checkpoint:
+    """What a run had when it had formed the drafts of a round: `Run.restore` goes on from there again.
+
+    Nothing is copied: as long as the run keeps it, the rows that it refers to are not used for anything else. `kept` is
+    False once it was dropped.
+    """
+
+    position: int
+    slots: dict[int, int]
+    answers: dict[int, int]
+    rows: dict[int, int]
+    ahead: tuple[int, list[float]]
+    to_refine: tuple[tuple[_Advance, int], ...]
+    out: tuple[_InFlightRound, ...]
+    rounds_done: int
+    steps_done: int
+    residuals: dict[int, float]
+    cuts: tuple[int, ...]
+    kept: bool = True
 
 
 class _InFlightRound:
@@ -84,6 +114,12 @@ class _InFlightRound:
 
     def __init__(self, slots: dict[int, int], depth: int) -> None:
         self.slots, self.outstanding, self.depth = slots, set(slots.values()), depth
+
+    def copy(self) -> _InFlightRound:
+        """Return the round as it is now."""
+        copied = _InFlightRound(self.slots, self.depth)
+        copied.outstanding = set(self.outstanding)
+        return copied
 
 
 class Run:
@@ -112,6 +148,7 @@ class Run:
         noise: Noise | None = None,
         watch: bool = False,
         queue: OperationQueue | None = None,
+        checkpoints: bool = False,
     ) -> None:
         self._queue = queue
         self._add: Add = _add if queue is None else lambda *terms: queue.enqueue(partial(_add, *terms))
@@ -122,7 +159,10 @@ class Run:
         # Rows are worked out while the round before is being evaluated, or, with feedback, when that is known.
         self._plan = _plan(solver, mode, start, self._measure)
         self._position = 0  # in the plan, of what comes next
-        self._slot_banks, self._state_banks = (_room(solver, mode, width) for width in (mode.width, self._plan.longest))
+        self._slot_banks, self._state_banks = (
+            _room(solver, mode, width, checkpoints) for width in (mode.width, self._plan.longest)
+        )
+        self._checkpoints: list[Checkpoint] = []
         self._slots: dict[int, int] = {}  # index -> row of drafts
         self._answers: dict[int, int] = {}  # that -> row of predictions
         self._rows: dict[int, int] = {}  # index -> row of states
@@ -191,8 +231,10 @@ class Run:
     @property
     def rows(self) -> set[int]:
         """The rows of `predictions` that are in use."""
-        there = {slot for out in self._in_flight for slot in out.slots.values() if slot not in out.outstanding}
-        return {self._answers[slot] for slot in there.union(self._slots.values())}
+        rows = {self._answers[slot] for slot in _answered(self._in_flight).union(self._slots.values())}
+        for kept in self._checkpoints:
+            rows.update(kept.answers[slot] for slot in _answered(kept.out).union(kept.slots.values()))
+        return rows
 
     def accumulate(self, slot: int, row: int | None = None) -> None:
         """Take note of a draft's prediction, in `row`, and add it to the states that the next drafts start from.
@@ -240,6 +282,47 @@ class Run:
 
         fold.accumulate(lambda term: self._vector(term, newest), there)
 
+    def checkpoint(self) -> Checkpoint:
+        """Keep what the run has now, when `rounds` has just yielded; a run made with `checkpoints` has room for two."""
+        kept = Checkpoint(
+            self._position,
+            dict(self._slots),
+            dict(self._answers),
+            dict(self._rows),
+            self._measured,
+            tuple(self._to_refine),
+            tuple(out.copy() for out in self._in_flight),
+            self.rounds_done,
+            self.steps_done,
+            dict(self.residuals),
+            tuple(self.cuts),
+        )
+        self._checkpoints.append(kept)
+        return kept
+
+    def drop(self, checkpoint: Checkpoint) -> None:
+        """Keep it no longer."""
+        checkpoint.kept = False
+        self._checkpoints.remove(checkpoint)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to a checkpoint that is kept; those after it are dropped. Ask for the `rounds` anew.
+
+        With feedback, only the last round can be gone back to: what follows others was decided by what came of them.
+        The drafts that had no prediction then are where they were. What was queued since must not matter any more.
+        """
+        for later in self._checkpoints[self._checkpoints.index(checkpoint) + 1 :]:
+            self.drop(later)
+        self._position = checkpoint.position
+        self._slots, self._answers = dict(checkpoint.slots), dict(checkpoint.answers)
+        self._rows, self._measured = dict(checkpoint.rows), checkpoint.ahead
+        self._to_refine = deque(checkpoint.to_refine)
+        self._in_flight = deque(out.copy() for out in checkpoint.out)
+        self._partial_states = self._partial_drafts = None
+        self.rounds_done, self.steps_done = checkpoint.rounds_done, checkpoint.steps_done
+        self.residuals = dict(checkpoint.residuals)
+        self.cuts[:] = checkpoint.cuts
+
     def refine(self, callback: Callback | None = None, between: bool | None = None) -> None:
         """Compute the states that finished rounds have passed; call `callback` for each, in order.
 
@@ -270,11 +353,20 @@ class Run:
 
     @property
     def _slots_in_use(self) -> Iterator[int]:
-        return itertools.chain(self._slots.values(), *(out.slots.values() for out in self._in_flight))
+        for slots, rounds in ((self._slots, self._in_flight), *((kept.slots, kept.out) for kept in self._checkpoints)):
+            yield from slots.values()
+            for out in rounds:
+                yield from out.slots.values()
+
+    def _make_room(self, banks: SlotAllocator, rows: int, used: Callable[[], Iterable[int]]) -> int:
+        """Return where there is room for so many rows, at the cost of the checkpoints if there is none beside them."""
+        while self._checkpoints and banks.find(rows, used()) is None:
+            self.drop(self._checkpoints[0])
+        return banks.allocate(rows, used())
 
     def _draft(self, event: _Predict) -> _PartialSum:
         """Find slots for drafts, and begin to form them."""
-        self._first_slot = self._slot_banks.allocate(len(event.indices), self._slots_in_use)
+        self._first_slot = self._make_room(self._slot_banks, len(event.indices), lambda: self._slots_in_use)
         slots = self._drafts[self._first_slot : self._first_slot + len(event.indices)]
         return _PartialSum(event.drafts, slots, self._add)
 
@@ -304,8 +396,15 @@ class Run:
         return _PartialSum(event.last, self._eager(event, self._first), self._add)
 
     def _take_states(self, count: int) -> int:
-        behind = (first + i for event, first in self._to_refine for i in range(len(event)))
-        return self._state_banks.allocate(count, itertools.chain(self._rows.values(), behind))
+        return self._make_room(self._state_banks, count, lambda: self._states_in_use)
+
+    @property
+    def _states_in_use(self) -> Iterator[int]:
+        kept = ((each.rows, each.to_refine) for each in self._checkpoints)
+        for rows, to_refine in ((self._rows, self._to_refine), *kept):
+            yield from rows.values()
+            for event, first in to_refine:
+                yield from range(first, first + len(event))
 
     def _eager(self, event: _Advance, first: int) -> Tensor:
         return self._states[first + len(event) - event.eager : first + len(event)]
@@ -342,6 +441,10 @@ class Run:
             assert self._noise is not None
             self._fresh[k] = self._noise(k).reshape(-1)
         return self._fresh[k]
+
+
+def _answered(rounds: Iterable[_InFlightRound]) -> set[int]:
+    return {slot for out in rounds for slot in out.slots.values() if slot not in out.outstanding}
 
 
 def residual(x: Tensor, given: Tensor, samples: int) -> float:

@@ -4,7 +4,7 @@ A prediction is folded in as soon as the worker has queued it, or, if it is on c
 run's stream waits for the worker's, reads the stamp behind the prediction, and only then the prediction itself. The
 leader looks at what was read when it comes to it. Until then the draft is still the worker's, with its row and its
 deadline, and nothing that was made of it leaves the leader, neither a callback's state nor samples. If a worker is lost
-with answers that were not stamped, the run begins again.
+with answers that were not stamped, the run goes back to the last round all of whose predecessors were.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from drp.protocol.timeline import (
     encode_status,
 )
 from drp.sampling.result import Result
-from drp.sampling.run import Run, Task, residual
+from drp.sampling.run import Checkpoint, Run, Task, batches, residual
 
 MAX_BURST_SECONDS, MAX_BURST_BATCHES, MAX_BURST_NBYTES = 0.08, 16, 1 << 24
 """Seconds, drafts and bytes that workers have at most beyond two rounds: what another run has for them comes behind."""
@@ -91,6 +91,15 @@ class KeptState:
     event: Any
 
 
+@dataclass(frozen=True)
+class Proven:
+    """A round's beginning to which a run can go back once `needs` answers are proven: the batches that were out."""
+
+    checkpoint: Checkpoint
+    needs: int
+    out: tuple[tuple[Task, ...], ...]
+
+
 class AsyncRun(SyncRun):
     """A run on a stream of its own, so that no run waits for another's workers."""
 
@@ -120,6 +129,12 @@ class AsyncRun(SyncRun):
         """By index, which round the draft there was formed with."""
         self._reserved: dict[int, int] = {}
         """By slot, the row that the draft in it will be given."""
+        self._batch_of: dict[int, tuple[Task, ...]] = {}
+        """By slot, the batch of the draft in it."""
+        self._proven: deque[Proven] = deque()
+        """At most two: one that can be gone back to, and one that will be."""
+        self._evaluated: list[tuple[int, float]] = []
+        """Of each answer that is proven, in their order, how many evaluations it was and how long they took."""
         self._rounds_formed = self._batches_added = self._batches_verified = self._last_recorded = 0
         self._exhausted = False
         self._last_progress = clock.now()
@@ -130,19 +145,13 @@ class AsyncRun(SyncRun):
         self._burst_factor = max(1, min(MAX_BURST_BATCHES // few, MAX_BURST_NBYTES // (few * job.start.nbytes)))
         """How many times the drafts of two rounds workers may have, where evaluations are short."""
         spare = max(spare, self._burst_factor * few) + job.mode.width  # A round is not divided.
-        rows = job.slots + spare
+        rows = job.slots(checkpoints=True) + spare
         lines = aligned(rows * COMPLETION_SIZE * 8)
         try:
             with self.stream.current():
+                more = lines + (1 + places) * TIMELINE_NBYTES
                 super().__init__(
-                    number,
-                    job,
-                    request,
-                    pending,
-                    spare,
-                    batch,
-                    placement.allocate_ordered,
-                    lines + (1 + places) * TIMELINE_NBYTES,
+                    number, job, request, pending, spare, batch, placement.allocate_ordered, more, checkpoints=True
                 )
         except BaseException:
             self.stream.close()
@@ -198,6 +207,11 @@ class AsyncRun(SyncRun):
             self._rounds_of[task.index] = self._rounds_formed
             # Now, and not when it is sent: by then there may be waits in between, for others that were formed with it.
             self._reserved[task.slot] = super().free_row(task.slot)
+        for some in batches(tasks, self._batch):
+            self._batch_of.update((task.slot, some) for task in some)
+        if len(self._proven) < 2:
+            out = {id(some): some for some in (self._batch_of[slot] for slot in self.outstanding)}
+            self._proven.append(Proven(self.run.checkpoint(), self._batches_added, tuple(out.values())))
 
     def free_capacity(self, out: int, few: int) -> int:
         """Return how many drafts, or batches of them, to give to workers that have `out` of them.
@@ -363,8 +377,11 @@ class AsyncRun(SyncRun):
         del self._in_flight[answer.batch.sequence]
         if answer.counts:
             self._batches_verified += 1
-            self.device_seconds += seconds
+            self._evaluated.append((len(answer.batch.tasks), seconds))
             self.evaluations += len(answer.batch.tasks)
+            self.device_seconds += seconds
+            while len(self._proven) > 1 and self._proven[1].needs <= self._batches_verified:
+                self._drop(self._proven.popleft())
             for task in answer.batch.tasks:
                 self.retry_budget_used.pop(task.index, None)
             self.needs_refine = self.needs_refine or bool(self._steps)
@@ -392,20 +409,44 @@ class AsyncRun(SyncRun):
         for answer in self._pending:
             answer.counts = False
 
-    def restart(self) -> None:
-        """Begin again. Callbacks that were called are not called again; what is still out is nobody's."""
+    def _drop(self, proven: Proven) -> None:
+        if proven.checkpoint.kept:
+            self.run.drop(proven.checkpoint)
+
+    def restart(self) -> int:
+        """Go back to what is proven, if it was kept, else to the beginning; return from which step on it is done again.
+
+        Callbacks that were called are not called again; what is still out is nobody's.
+        """
         self.waiting.clear()
         self.outstanding.clear()
         self._reserved.clear()
-        self._steps.clear()
         self._leader_event.cancel_before(self._last_recorded + 1)
         for answer in self._pending:
             answer.counts = False
-        self._batches_added = self._batches_verified = 0
         self._exhausted = False
-        self.evaluations, self.device_seconds = 0, 0.0
+        usable = [each for each in self._proven if each.checkpoint.kept and each.needs <= self._batches_verified]
+        last = usable[-1] if usable else None
+        self._batches_added = self._batches_verified = last.needs if last is not None else 0
+        self._steps = deque(step for step in self._steps if last is not None and step.needs <= last.needs)
+        del self._evaluated[self._batches_added :]
+        self.evaluations = sum(count for count, _ in self._evaluated)
+        self.device_seconds = sum(seconds for _, seconds in self._evaluated)
+        self._proven.clear()
         with self.stream.current():
-            self._begin()
+            if last is None:
+                self._begin()
+                return 0
+            self.run.restore(last.checkpoint)
+            self._rounds = self.run.rounds()
+            self._proven.append(last)
+            for some in last.out:
+                tasks = tuple(map(replace, some))  # other objects: what workers still have of the old ones is nobody's
+                self.waiting.append(tasks)
+                for task in tasks:
+                    self.outstanding[task.slot] = task
+                    self._reserved[task.slot] = super().free_row(task.slot)
+            return self.run.steps_done
 
     def due_since(self, sequence: int, since: float) -> float:
         """Return since when a worker owes a draft: only the one that the run's stream waits for, or comes to next."""

@@ -247,9 +247,10 @@ class SyncRun(RunState):
         batch: int,
         make: Allocate,
         more: int = 0,
+        checkpoints: bool = False,
     ) -> None:
-        self._began = time.perf_counter()
-        arena = Arena.create(number, job.start, job.slots, job.slots + spare, job.cond, make, more)
+        self._began, slots = time.perf_counter(), job.slots(checkpoints)
+        arena = Arena.create(number, job.start, slots, slots + spare, job.cond, make, more)
         super().__init__(number, arena, batch)
         self.job, self.future = job.to(arena.memory.device), pending
         pending.number, pending.steps = number, job.solver.grid.steps
