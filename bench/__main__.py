@@ -12,10 +12,9 @@ from typing import Any
 import click
 import torch
 
-from bench import client_overhead, interleaved, overlap, plot, real_model, side_by_side, speedup
+from bench import client_overhead, interleaved, plot, real_model, side_by_side, speedup
 from bench import figures as facts
 from bench.transports.base import Work
-from drp.leader.awake import Awake
 
 RESULTS = Path(__file__).with_name("results")
 DEVICES = {"emulated:20ms": 4, "emulated:5ms": 8}
@@ -24,9 +23,8 @@ DEVICES = {"emulated:20ms": 4, "emulated:5ms": 8}
 
 @click.command()
 @click.option("-d", "--devices", default=8, show_default=True, help="Emulated devices.")
-@click.option("--awake", is_flag=True, help="Keep the cores from sleeping; the host may throttle a virtual machine.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="JSON; a picture is written beside it.")
-def main(devices: int, awake: bool, out: Path | None) -> None:
+def main(devices: int, out: Path | None) -> None:
     """Measure drp on this machine."""
     torch.set_num_threads(1)
     console, began = facts.console(), time.perf_counter()
@@ -34,9 +32,6 @@ def main(devices: int, awake: bool, out: Path | None) -> None:
         "machine": facts.machine(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(),
     }
-    wish = Awake(awake)
-    wish.hold()  # for all that is measured, the other transports too
-    figures["machine"]["awake"] = wish.held
     console.print_json(data=figures["machine"])
 
     figures["speedup"] = {}
@@ -49,8 +44,6 @@ def main(devices: int, awake: bool, out: Path | None) -> None:
     figures["side_by_side"] = {"device": f"{devices} x {work.device}", "transports": side_by_side.measure(work)}
     console.print(side_by_side.table(figures["side_by_side"]["transports"], work))
 
-    figures["overlap"] = overlap.measure()
-    console.print(overlap.table(figures["overlap"]))
     figures["interleaved"] = interleaved.measure()
     console.print(interleaved.table(figures["interleaved"]))
 

@@ -79,9 +79,7 @@ def evaluations(denoiser: Denoiser, device: torch.device, turns: int) -> dict[st
     return found
 
 
-def runs(
-    name: str, denoiser: Denoiser, device: torch.device, gpu: GpuOptions, turns: int, awake: bool
-) -> dict[str, Any]:
+def runs(name: str, denoiser: Denoiser, device: torch.device, gpu: GpuOptions, turns: int) -> dict[str, Any]:
     """Return the seconds of whole runs by each way, and what each is worth against the plain loop.
 
     `cost_us` is what an evaluation takes longer by way of a worker than in the plain loop, in microseconds.
@@ -102,7 +100,6 @@ def runs(
                     devices=where,
                     drafts_per_device=max(DRAFTS),
                     gpu=replace(gpu, dispatch=dispatch),
-                    awake=awake,
                     start_timeout=900,
                     draft_timeout=600,
                 )
@@ -129,13 +126,13 @@ def runs(
     return found
 
 
-def rounds(device: torch.device, turns: int, memory: str, awake: bool) -> dict[str, dict[str, float]]:
+def rounds(device: torch.device, turns: int, memory: str) -> dict[str, dict[str, float]]:
     """Return the microseconds of a round with one worker and with four, on this device, that have nothing to do."""
     where = f"cuda:{device.index}" if device.type == "cuda" else "cpu:0"
     found: dict[str, dict[str, float]] = {dispatch: {} for dispatch in DISPATCHES}
     for workers, dispatch in itertools.product((1, 4), DISPATCHES):
         gpu = GpuOptions(dispatch=dispatch, memory=memory)
-        with Leader("bench.gpu_models:Tiny", devices=f"{workers}x{where}", gpu=gpu, awake=awake) as leader:
+        with Leader("bench.gpu_models:Tiny", devices=f"{workers}x{where}", gpu=gpu) as leader:
             times = []
             for turn in range(turns + 1):
                 run = leader.sample(steps=201, seed=turn, mode="aggressive" if workers > 1 else "sequential")
@@ -234,10 +231,9 @@ def write(out: Path, figures: dict[str, Any]) -> None:
     type=click.Choice(["auto", "host"]),
     help="Where runs lie: on the host, the leader takes no time of the GPU.",
 )
-@click.option("--awake", is_flag=True, help="Keep the cores from sleeping.")
 @click.option("--turns", default=5, show_default=True)
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=RESULTS / "gpu.json", show_default=True)
-def main(device: str, models: str, ways: str, memory: str, awake: bool, turns: int, out: Path) -> None:
+def main(device: str, models: str, ways: str, memory: str, turns: int, out: Path) -> None:
     """Measure on one GPU."""
     torch.set_num_threads(1)
     for option, given, known in (("--models", models, ("unet", "dit")), ("--ways", ways, tuple(WAYS))):
@@ -263,7 +259,6 @@ def main(device: str, models: str, ways: str, memory: str, awake: bool, turns: i
         "date": now.isoformat(),
         "device": what,
         "memory": memory,
-        "awake": awake,
     }
     for name in names:
         figures[name] = {}
@@ -273,11 +268,11 @@ def main(device: str, models: str, ways: str, memory: str, awake: bool, turns: i
                 denoiser = on_device(denoiser, place, how.worker_config(placed.gpu, max(DRAFTS)))
             figures[name][way] = {
                 "evaluations": evaluations(denoiser, place, turns),
-                "runs": runs(name, denoiser, place, replace(how, memory=memory), turns, awake),
+                "runs": runs(name, denoiser, place, replace(how, memory=memory), turns),
             }
             console().print(*tables(f"{name}, {way}", figures[name][way]))
             write(out, figures)
-    figures["round_us"] = rounds(place, turns, memory, awake)
+    figures["round_us"] = rounds(place, turns, memory)
     console().print(f"a round with nothing to evaluate, us, by workers on the one device: {figures['round_us']}")
     figures["promises"] = judge(figures, names)
     if figures["promises"]:

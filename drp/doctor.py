@@ -19,7 +19,6 @@ import torch
 
 from drp import doctor_peer
 from drp.errors import ProtocolError
-from drp.leader import awake
 from drp.leader.devices import parse_devices
 from drp.leader.gpus import ALLOCATOR, Gpu, find_gpus, parse_cores
 from drp.leader.supervision.process import Process, find_interpreter
@@ -299,7 +298,6 @@ def _limits() -> list[Finding]:
         ),
         Finding(SHM, f"{_size(shm.free)} free of {_size(shm.total)}; drp puts nothing there"),
         Finding("memory", f"{_size(memory.available)} available of {_size(memory.total)}"),
-        Finding("Leader(awake=True)", awake.why_not() or f"can be: {awake.PATH} can be written"),
         Finding("cgroup: processors", _cgroup_cpus()),
         Finding("cgroup: memory", _cgroup_memory()),
     ]

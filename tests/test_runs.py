@@ -135,18 +135,6 @@ def test_a_pending_run_can_be_awaited(tiny: Leader) -> None:
     assert torch.equal(first, second)
 
 
-def test_overlap_changes_no_bit(tiny: Leader) -> None:
-    seen: list[int] = []
-    overlapped = tiny.sample(labels=[1], steps=20).samples
-    tiny.overlap = False
-    try:
-        without = tiny.sample(labels=[1], steps=20, callback=lambda k, x: seen.append(k)).samples
-    finally:
-        tiny.overlap = True
-    assert torch.equal(overlapped, without)
-    assert seen == list(range(1, 21))
-
-
 class Waiting:
     """What a policy looks at of a run."""
 

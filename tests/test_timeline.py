@@ -111,7 +111,7 @@ def test_a_record_waits_for_what_was_recorded_when_it_was_asked() -> None:
     lane, stream, seen = HostStream(), ThreadStream(), list[str]()
     mine, theirs = HostEvent(leaders, lane), HostEvent(workers, lane, told=True)
     bell = Wakeup(rung.handle)
-    its_leaders, its_own = HostLeaderEvent(leaders, stream, 0.0), own(workers, stream, bell)
+    its_leaders, its_own = HostLeaderEvent(leaders, stream), own(workers, stream, bell)
     its_leaders.wait(0)  # Nothing was recorded: it is none.
     stream.synchronize()
     lane.enqueue(lambda: seen.append("written"))
@@ -140,7 +140,7 @@ def test_what_a_device_does_later_is_waited_for_and_taken_over() -> None:
     """A worker's thread goes on with the device's time, and the leader's waits for it: even if it was seen late."""
     leaders, workers = zeros(), zeros()
     stream, lane = ThreadStream(), HostStream()
-    HostLeaderEvent(leaders, stream, 0.0).wait(0)
+    HostLeaderEvent(leaders, stream).wait(0)
     its, theirs = own(workers, stream), HostEvent(workers, lane, told=True)
     began = time.perf_counter_ns()
     for turn in range(3):
@@ -182,7 +182,7 @@ def test_a_wait_ends_with_a_release_or_with_its_stream() -> None:
     assert lane.run_ready() is None
     assert workers[COMPLETED] == 5  # from where another goes on
     stream, leaders = ThreadStream(), zeros()
-    HostLeaderEvent(leaders, stream, 0.0).wait(9)
+    HostLeaderEvent(leaders, stream).wait(9)
     time.sleep(0.05)
     assert stream.busy
     stream.close()
@@ -205,8 +205,8 @@ class Three:
             self.lane.enqueue_wait(self.lines[worker], self.counts[worker], told=True)
         self.lane.enqueue(_Signal(self.leaders, self.leaders.next_value()))
 
-    def reach(self, worker: int) -> str:
-        """Have a worker come to its next record; return whom it tells, and why."""
+    def reach(self, worker: int) -> bool:
+        """Have a worker come to its next record; return whether it tells."""
         self.reached[worker] += 1
         self.lines[worker].signal(self.reached[worker], time.perf_counter_ns())
         return self.seen.notification(worker, self.reached[worker])
@@ -218,8 +218,7 @@ def test_a_leader_with_a_core_of_its_own_is_told_of_each_record_in_turn() -> Non
         three.wait(*order)
         for worker in order:
             assert three.lane.run_ready() is not None
-            assert not three.lane.on_worker_core
-            assert three.reach(worker) == "alone", order
+            assert three.reach(worker), order
         assert three.lane.run_ready() is None
 
 
@@ -228,81 +227,20 @@ def test_a_leader_that_shares_cores_is_told_once_all_are_done() -> None:
     for order in ((0, 1, 2), (2, 0, 1), (1, 2)):
         three.wait(*order)
         assert three.lane.run_ready() is not None
-        assert [three.reach(worker) for worker in order] == [*[""] * (len(order) - 1), "last"], order
+        assert [three.reach(worker) for worker in order] == [*[False] * (len(order) - 1), True], order
         assert three.lane.run_ready() is None
 
 
-def test_a_leader_is_lent_the_cores_of_the_first_that_is_done() -> None:
-    """Who is done later tells nobody, however late the leader wakes up; if that takes too long, the last one does."""
-    three = Three("migrating")
-    for group, order in (((0, 1, 2), (1, 0, 2)), ((0, 2), (2, 0)), ((1, 2), (1, 2)), ((0, 1, 2), (0, 1, 2))):
-        three.wait(*group)
-        assert three.lane.run_ready(alone=True) is not None
-        assert not three.lane.on_worker_core
-        assert three.reach(order[0]) == "alone", group
-        assert three.lane.on_worker_core
-        assert [three.reach(worker) for worker in order[1:-1]] == [""] * (len(order) - 2)
-        assert not three.lane.spin(0.0)
-        assert three.lane.on_worker_core
-        if group == (0, 2):
-            three.lane.leave_worker_core()
-            assert not three.lane.on_worker_core
-            assert three.lane.run_ready(alone=True) is not None
-            assert three.reach(order[-1]) == "last"
-        else:
-            assert three.reach(order[-1]) == ""
-            assert three.lane.spin(0.0)
-        assert not three.lane.on_worker_core
-        assert three.lane.run_ready(alone=True) is None
-    three.wait(1)  # Nobody else is waited for, so nobody's cores are free.
-    assert three.lane.run_ready(alone=True) is not None
-    assert three.reach(1) == "last"
-    assert three.lane.run_ready(alone=True) is None
-    three.wait(0, 1)  # Nor if workers may have another run.
-    assert three.lane.run_ready(alone=False) is not None
-    assert [three.reach(0), three.reach(1)] == ["", "last"]
-
-
-def test_of_workers_that_are_done_at_the_same_time_just_one_tells() -> None:
-    three = Three("migrating")
-    three.wait(0, 1, 2)
-    three.lane.run_ready(alone=True)
-    for worker in (0, 1, 2):
-        three.lines[worker].signal(1, 1000)
-    assert [three.seen.notification(worker, 1) for worker in (0, 1, 2)] == ["alone", "", ""]
-
-
 def test_where_the_leader_runs_follows_from_the_cores() -> None:
-    """Workers lend their cores only where each has its own and there are no others, and awake only on their own."""
     cores = len(os.sched_getaffinity(0))
-    for names, room, awake in (
-        (f"{cores}xcpu", "migrating" if cores > 1 else "shared", True),
-        (f"{cores + 1}xcpu", "shared", False),
-        (f"{cores}xemulated:1ms", "shared", False),
-        (f"{cores - 1 or 1}xcpu", "dedicated" if cores > 1 else "shared", True),
+    for names, room in (
+        (f"{cores}xcpu", "shared"),
+        (f"{cores}xemulated:1ms", "shared"),
+        (f"{cores - 1 or 1}xcpu", "dedicated" if cores > 1 else "shared"),
     ):
         placement = MemoryPlacement(parse_devices(names, 1), DEVICE, 1)
-        assert (placement._core_placement, placement.spin_seconds > 0) == (room, awake), names
+        assert placement._core_placement == room, names
         placement.close()
-
-
-def test_the_leaders_thread_is_moved_where_a_worker_lends_it_its_cores() -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    moved = list[set[int]]()
-    stop = threading.Event()
-    thread = threading.Thread(target=stop.wait, args=(DEADLINE,))
-    thread.start()
-    try:
-        assert thread.native_id is not None
-        for core in (cores[0], cores[-1]):
-            code = f"import os; os.sched_setaffinity(0, {{{core}}}); from drp.protocol import waiting; "
-            code += f"[waiting.migrate_to_own_cores(t) for t in ({thread.native_id}, 2**22 + 1)]"  # one does not exist
-            subprocess.run([sys.executable, "-c", code], timeout=DEADLINE, check=True)
-            moved.append(os.sched_getaffinity(thread.native_id))
-    finally:
-        stop.set()
-        thread.join()
-    assert moved == [{cores[0]}, {cores[-1]}]
 
 
 def test_a_bell_rings_in_another_process_and_never_blocks() -> None:

@@ -57,7 +57,6 @@ SECONDS = Number(0, min_open=True)
     help="Give drafts that take this many times the usual to idle workers too.",
 )
 @click.option("--max-clients", type=click.IntRange(1), default=128, show_default=True, help="Clients at once.")
-@click.option("--awake", is_flag=True, help="Keep all cores from sleeping while there are requests; docs/round.md.")
 @trace_option
 @trace_most_option
 @force_option
@@ -75,7 +74,6 @@ def serve(
     start_timeout: float,
     draft_timeout: float | None,
     hedge: float | None,
-    awake: bool,
     trace: Path | None,
     trace_most: int,
     force: bool,
@@ -113,7 +111,6 @@ def serve(
                 start_timeout=start_timeout,
                 draft_timeout=draft_timeout,
                 hedge=hedge,
-                awake=awake,
             ) as leader,
             record(leader, trace, trace_most) if trace is not None else nullcontext(),
         ):

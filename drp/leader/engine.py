@@ -19,7 +19,6 @@ from concurrent.futures import CancelledError, Future
 import torch
 
 from drp.errors import WorkerError
-from drp.leader.awake import Awake
 from drp.leader.clock import Clock
 from drp.leader.devices import Device
 from drp.leader.event_recorder import EventRecorder
@@ -38,13 +37,6 @@ from drp.protocol.arena import Arena
 from drp.protocol.messages import Bound, EvaluationError, ModelSpec, Prediction, ToLeader
 from drp.protocol.timeline import OK
 from drp.protocol.waiting import set_timer_slack
-
-HEAD_START = 0.0005
-"""Seconds that workers have to pick up their drafts before the leader refines: it may be using one of their cores."""
-
-SHORT_SPIN, LONG_SPIN = 100e-6, 2e-3
-"""Seconds that the thread stays awake on the core of a worker that is done: before it does anything else there, since
-others may be done soon, and at most."""
 
 RUNS_PER_WORKER = 4
 """Runs at once, for each worker: enough to keep it busy. Others wait, and take no memory meanwhile."""
@@ -70,10 +62,8 @@ class Engine:
         hedge: float | None,
         batch: int,
         gpu: GpuOptions,
-        awake: Awake,
     ) -> None:
         self.recorder, self._clock = EventRecorder(), Clock()
-        self.overlap = True
         self._batch, self._draft_timeout = batch, draft_timeout
         self._devices = tuple(device.name for device in devices)
         self._numbers = itertools.count()
@@ -91,7 +81,7 @@ class Engine:
             self._pool = WorkerPool(model, threads, python)
             undo.callback(self._pool.close)
             self._supervisor = Supervisor(self._pool, model, devices, start_timeout, self._placement, self._clock)
-            self._runs = RunTable(self._supervisor, self.recorder, awake, self._devices)
+            self._runs = RunTable(self._supervisor, self.recorder, self._devices)
             self._scheduler = Scheduler(self._supervisor, self._runs, self.recorder, sharing or LoadBalanced(), hedge)
             self._pool.watch(self._requests.wakeup_fd)
             if self._placement.wakeup is not None:
@@ -181,15 +171,12 @@ class Engine:
                 self._run_ready()
                 if not self._runs.workers_saturated:
                     self._poll_completions()
-                    lent = self._runs.uses_worker_cores
                     for _ in self._assign():  # before anything else: the workers are waiting
                         self._run_ready()
-                        if lent and self._runs.workers_saturated:
-                            break  # It may be a worker's core that this thread is on, and there will be time.
                     self._refine()  # the states behind, while they compute
                     self._runs.bind_all()
                     self._run_ready()
-                    if self._runs.rounds_begun != self._rounds_seen and not (lent or self._runs.workers_saturated):
+                    if self._runs.rounds_begun != self._rounds_seen and not self._runs.workers_saturated:
                         continue  # A round has begun meanwhile, so that more can be given.
                 self._receive()
         except WorkerError as lost:
@@ -254,8 +241,6 @@ class Engine:
                 self._runs.finish(run, CancelledError())
 
     def _begin(self, what: NewWork) -> RunState | None:
-        with contextlib.suppress(OSError):  # It may not be moved, as where its cores were taken away meanwhile.
-            self._placement.choose_core(alone=not (self._runs.running or self._runs.draining))
         if isinstance(what, Session):
             return what
         job, request, pending = what
@@ -282,10 +267,8 @@ class Engine:
         """Form a run's next drafts, or end it."""
         since, cuts, formed = time.perf_counter_ns(), len(run.cuts), len(run.waiting)
         with self._runs.charge(run):
-            if run.needs_refine and not self.overlap:
-                run.refine()
             more = run.schedule_drafts()
-            if not self.overlap or more is False:
+            if more is False:
                 run.refine()
             if more is not None and self.recorder.timelines:
                 for cut in run.cuts[cuts:]:
@@ -315,8 +298,6 @@ class Engine:
 
     def _refine(self) -> None:
         behind = [run for run in self._runs.running.values() if run.needs_refine]
-        if self.overlap and not all(isinstance(run, AsyncRun) for run in behind):
-            self._pool.wait(HEAD_START)
         for run in behind:
             since = time.perf_counter_ns()
             with self._runs.charge(run):
@@ -350,27 +331,12 @@ class Engine:
             return False, True
         ready: set[int] = set()
         while ready <= {bell.fd} and self._next_ready_time < math.inf and time.monotonic() < timer:
-            if (run := self._runs.only_async_run) is not None and run.stream.on_worker_core:
-                self._use_worker_core(run)
-            else:
-                ready = self._pool.sleep(min(timer, self._next_ready_time))
-                self._clock.resume(min(timer, self._next_ready_time))
-                self._run_ready()
+            ready = self._pool.sleep(min(timer, self._next_ready_time))
+            self._clock.resume(min(timer, self._next_ready_time))
+            self._run_ready()
             if not self._runs.workers_saturated:
                 break
         return True, not ready <= {bell.fd}
-
-    def _use_worker_core(self, run: AsyncRun) -> None:
-        """Do what there is to be done on the core of a worker that is done, as long as others are not."""
-        if run.queue_low or not run.stream.spin(SHORT_SPIN):
-            self._poll_completions()
-            for _ in self._assign() if not run.wants_states else ():
-                self._run_ready()
-                if not run.stream.on_worker_core:
-                    return
-            if not run.stream.spin(LONG_SPIN):
-                run.stream.leave_worker_core()
-        self._run_ready()
 
     def _next_deadline(self) -> float:
         """Return when something is due."""
@@ -465,10 +431,9 @@ class Engine:
         self._next_ready_time = math.inf
         if self._placement.wakeup is not None:
             self._placement.wakeup.drain()
-            alone = self._runs.only_async_run is not None
             for run in self._runs.async_runs:
                 with self._runs.charge(run):
-                    due = run.run_ready(alone)
+                    due = run.run_ready()
                     if due is None:  # Nothing is waited for.
                         due = 0.0 if run.has_completions else math.inf
                     self._next_ready_time = min(self._next_ready_time, due)
@@ -516,9 +481,10 @@ class Engine:
                     self._runs.finish(run, WorkerError(f"{several} was lost; the last: {loss.reason}"))
         for behind in again:
             if behind.number in self._runs.running:
-                behind.incidents.append(f"run {behind.number} began again: answers that it was built upon were lost")
                 with self._runs.charge(behind):
-                    behind.restart()
+                    step = behind.restart()
+                    words = f"run {behind.number} went back to step {step}: answers that it was built upon were lost"
+                    behind.incidents.append(words)
                     self._schedule_drafts(behind)
         self._runs.release_idle()
         self._scheduler.flush()  # What was held back for the one that is gone.

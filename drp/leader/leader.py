@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from drp.leader.awake import Awake
 from drp.leader.devices import parse_devices
 from drp.leader.engine import Engine
 from drp.leader.events import Timeline
@@ -87,8 +86,6 @@ class Leader:
     drafts_per_device: evaluate so many drafts of a round as one batch; see docs/gpus.md. A run then has this many times
         the devices as its `drafts`, unless told otherwise. The samples are those of `drp.reference` with the same.
     gpu: how workers use their GPUs, a `drp.GpuOptions`.
-    awake: keep all cores of the machine from sleeping while runs are under way. A round loses up to a third less, and
-        the machine takes more power; needs root or the right to write /dev/cpu_dma_latency; see docs/round.md.
 
     Raises ValueError for arguments that cannot be, WorkerError if a worker cannot start.
     """
@@ -107,7 +104,6 @@ class Leader:
         python: str | os.PathLike[str] | None = None,
         drafts_per_device: int = 1,
         gpu: GpuOptions | None = None,
-        awake: bool = False,
     ) -> None:
         for name, value in (("start_timeout", start_timeout), ("draft_timeout", draft_timeout)):
             if value is not None and not 0 < value < math.inf:
@@ -132,7 +128,6 @@ class Leader:
             hedge,
             drafts_per_device,
             gpu or GpuOptions(),
-            Awake(awake),
         )
         self._policy: Policy | None = None
         if own is not None:
@@ -176,15 +171,6 @@ class Leader:
         check_hedge(self._gpu, found.hedge)
         self._policy = found
         self._engine.configure_scheduling(self._policy, self._policy.hedge, self._policy.depth)
-
-    @property
-    def overlap(self) -> bool:
-        """Refine while the workers compute; False, for comparison, before the next drafts go out."""
-        return self._engine.overlap
-
-    @overlap.setter
-    def overlap(self, overlap: bool) -> None:
-        self._engine.overlap = overlap
 
     @property
     def workers(self) -> tuple[WorkerStatus, ...]:

@@ -208,7 +208,6 @@ class GpuStream:
     """A stream of torch's, and another aside: `drp.protocol.timeline.Stream` on a GPU."""
 
     pending_waits = 0
-    uses_worker_cores = on_worker_core = False
 
     def __init__(self, device: torch.device) -> None:
         self._stream, self._aside = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -217,15 +216,8 @@ class GpuStream:
         """Queue what `do` queues; this is the current stream."""
         do()
 
-    def run_ready(self, alone: bool = False) -> None:
+    def run_ready(self) -> None:
         """Do nothing: the GPU does."""
-
-    def spin(self, seconds: float) -> bool:
-        """Do nothing."""
-        return True
-
-    def leave_worker_core(self) -> None:
-        """Do nothing."""
 
     def current(self) -> AbstractContextManager[object]:
         """Make it the current stream for a while."""

@@ -25,7 +25,7 @@ from typing import Annotated, Literal
 
 from drp.protocol.codec import Bounds, Length, numbers
 
-VERSION = 7
+VERSION = 8
 MAX_TENSORS = 1024
 """In a slot, or as conditions."""
 MAX_BATCHED = 255
@@ -204,11 +204,10 @@ class AsyncConfig:
     """How a worker answers drafts of a run before its device has evaluated them; see `drp.protocol.timeline`.
 
     From `stamps` on the arena has three int64 for each row. For an arena on the host the leader's line of records is
-    at `lines`, and after it those of its `workers`, of which this one has the line number `own`, from 0 on. It looks at
-    the leader's for `awake` seconds before it sleeps, and rings the `bell` when that is wanted; if it then is the first
-    to be done, it moves the `thread` of the leader's, if there is one, to its own cores, and sleeps. For an arena on a
-    GPU the leader records the event of that, and the lines are in the memory `numbers`, on the host: there `own` is the
-    worker's for good. `heard`: the worker says so when a draft is queued; else it says nothing of it.
+    at `lines`, and after it those of its `workers`, of which this one has the line number `own`, from 0 on. It rings
+    the `bell` when that is wanted. For an arena on a GPU the leader records the event of that; the lines are in the
+    memory `numbers`, on the host: there `own` is the worker's for good. `heard`: the worker says so when a draft is
+    queued; else it says nothing of it.
     """
 
     completions: Bytes
@@ -216,8 +215,6 @@ class AsyncConfig:
     workers: Count
     index: Count
     acknowledge: bool
-    spin_seconds: Seconds = 0.0
-    leader_thread: Count | None = None
     counters: Handle | None = None
     wakeup: PipeHandle | None = None
 

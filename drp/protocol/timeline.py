@@ -18,19 +18,17 @@ Here are the numbers that both sides have on the host; `drp.protocol.cuda` has w
 from __future__ import annotations
 
 import cmath
-import math
 import threading
-import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from drp.protocol.memory import ALIGNMENT
-from drp.protocol.waiting import Futex, sched_yield
+from drp.protocol.waiting import Futex
 
 POLL_INTERVAL = 50e-6
 """Seconds between two looks at a number that a device writes."""
@@ -69,30 +67,11 @@ class Stream(Protocol):
         """Have this done after what was given before; on a GPU, what `do` queues on the current stream."""
         ...
 
-    def run_ready(self, alone: bool = False) -> float | None:
+    def run_ready(self) -> float | None:
         """Do what can be done now, if that takes this thread; return when there is more, in seconds of perf_counter.
 
-        None if there is not, or not for this thread. `alone` says that workers have nothing to do but what this is for.
-        Raises what something given raised.
+        None if there is not, or not for this thread. Raises what something given raised.
         """
-        ...
-
-    @property
-    def uses_worker_cores(self) -> bool:
-        """Whether this thread has no core but those that workers lend it."""
-        ...
-
-    @property
-    def on_worker_core(self) -> bool:
-        """Whether this thread may take the core of a worker that waits for it, until others are done."""
-        ...
-
-    def leave_worker_core(self) -> None:
-        """Have it no more; it is waited for others asleep."""
-        ...
-
-    def spin(self, seconds: float) -> bool:
-        """Stay there, awake, until they are, at most; return whether they are."""
         ...
 
     def current(self) -> AbstractContextManager[object]:
@@ -209,14 +188,10 @@ class TimelineSemaphore:
         """
         self._numbers[NOTIFY_ALL], self._numbers[NOTIFY_FIRST] = (0, count) if alone else (count, 0)
 
-    def wait(self, count: int, seconds: float, awake: float = 0.0) -> None:
-        """Wait until so much of it is done, at most; it may also end before. For a while it is looked at, awake."""
-        until = time.perf_counter() + awake
-        while (reached := self._numbers[COMPLETED]) < count:
-            if time.perf_counter() >= until:
-                self._futex.wait(reached, seconds)
-                return
-            sched_yield()
+    def wait(self, count: int, seconds: float) -> None:
+        """Wait until so much of it is done, at most; it may also end before."""
+        if (reached := self._numbers[COMPLETED]) < count:
+            self._futex.wait(reached, seconds)
 
     def is_cancelled(self, count: int) -> bool:
         """Whether nobody wants what waits for this record any more."""
@@ -240,24 +215,14 @@ class WorkerTimelines:
         self._numbers = numbers.numpy().data
         self._all = range(len(numbers))
 
-    def notification(self, own: int, count: int) -> Literal["", "alone", "last"]:
-        """Say whether the worker of the line `own` is to tell of its record: for it is wanted alone, or the last.
-
-        Of those that are wanted alone the earliest tells, and nobody else who sees that it was earlier. Of workers that
-        are done at the same time each sees that the other is, or one does.
-        """
+    def notification(self, own: int, count: int) -> bool:
+        """Say whether the worker of the line `own` is to tell of its record: as wanted alone, or as the last of all."""
         memory_barrier()
         numbers = self._numbers
         if numbers[own, NOTIFY_FIRST] == count:
-            return "" if any(self._completion_time(i) < self._completion_time(own) for i in self._all) else "alone"
+            return True
         wanted = numbers[own, NOTIFY_ALL] == count
-        return "last" if wanted and all(numbers[i, COMPLETED] >= numbers[i, NOTIFY_ALL] for i in self._all) else ""
-
-    def _completion_time(self, line: int) -> tuple[float, int]:
-        """Return since when a record that is wanted alone is done, if it is; of two no two have the same."""
-        count = self._numbers[line, NOTIFY_FIRST]
-        done = 0 < count <= self._numbers[line, COMPLETED]
-        return (self._numbers[line, TIMESTAMPS + count % RING_SIZE] if done else math.inf), line
+        return bool(wanted and all(numbers[i, COMPLETED] >= numbers[i, NOTIFY_ALL] for i in self._all))
 
 
 def encode_status(sequence: int, verdict: int) -> int:

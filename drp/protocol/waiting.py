@@ -6,9 +6,7 @@ read, and whoever has written it wakes all who sleep with one call.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import os
 import platform
 import select
 import time
@@ -60,17 +58,6 @@ def wait_readable(fd: int, seconds: float) -> None:
 def sched_yield() -> None:
     """Let others have the core that want it; the interpreter's lock is given up meanwhile."""
     _libc.sched_yield()
-
-
-def current_core() -> int:
-    """Return the core that this thread is on now."""
-    return int(_libc.sched_getcpu())
-
-
-def migrate_to_own_cores(thread: int) -> None:
-    """Have a thread, of another process too, run on the cores of this one; if it may not be moved, let it be."""
-    with contextlib.suppress(OSError):
-        os.sched_setaffinity(thread, os.sched_getaffinity(0))
 
 
 def sleep_until(deadline: float) -> float:

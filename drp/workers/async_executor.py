@@ -35,7 +35,7 @@ from drp.protocol.timeline import (
     encode_status,
     write_completion_now,
 )
-from drp.protocol.waiting import migrate_to_own_cores, set_timer_slack, sleep_until
+from drp.protocol.waiting import set_timer_slack, sleep_until
 from drp.protocol.wakeup import Wakeup
 from drp.workers.emulated import EvaluationTimes
 
@@ -144,8 +144,6 @@ class ThreadStream:
         self._enqueued_count = self._done_count = 0
         self._error: BaseException | None = None
         self.device_time = 0
-        self.core_migrated = False
-        """Whether somebody else has the thread's cores until it has what it waits for."""
         self.closed = False
         self._thread = threading.Thread(target=self._serve, name="drp-worker", daemon=True)
         self._thread.start()
@@ -193,12 +191,12 @@ class ThreadStream:
 class HostWorkerEvent:
     """A worker's own records, as its thread makes them: among the `lines` of all, as the `order` says.
 
-    It rings the leader's bell where that is wanted, and may lend the leader its cores.
+    It rings the leader's bell where that is wanted.
     """
 
     def __init__(self, lines: Tensor, order: AsyncConfig, stream: ThreadStream, bell: Wakeup | None) -> None:
         self._semaphore, self._all_workers = TimelineSemaphore(lines[order.index]), WorkerTimelines(lines)
-        self._index, self._leader_thread, self._stream, self._wakeup = order.index, order.leader_thread, stream, bell
+        self._index, self._stream, self._wakeup = order.index, stream, bell
 
     def restart(self) -> None:
         """Count from what the memory says."""
@@ -215,19 +213,15 @@ class HostWorkerEvent:
         if last is not None and not self._stream.closed:
             sleep_until(last / 1e9)  # Whoever waits for the record that had this place must have seen it.
         self._semaphore.signal(count, max(self._stream.device_time, time.perf_counter_ns()))
-        told = self._all_workers.notification(self._index, count)
-        if told and self._wakeup is not None:
-            if told == "alone" and self._leader_thread is not None:
-                migrate_to_own_cores(self._leader_thread)
-                self._stream.core_migrated = True
+        if self._all_workers.notification(self._index, count) and self._wakeup is not None:
             self._wakeup.notify()
 
 
 class HostLeaderEvent:
-    """The leader's records, for which a worker's thread waits: at first awake, for some seconds."""
+    """The leader's records, for which a worker's thread waits."""
 
-    def __init__(self, line: Tensor, stream: ThreadStream, awake: float) -> None:
-        self._semaphore, self._stream, self._spin_seconds = TimelineSemaphore(line), stream, awake
+    def __init__(self, line: Tensor, stream: ThreadStream) -> None:
+        self._semaphore, self._stream = TimelineSemaphore(line), stream
 
     def wait(self, number: int) -> None:
         """Have the thread wait until the leader has come so far."""
@@ -241,8 +235,7 @@ class HostLeaderEvent:
         while (since := self._semaphore.completed_at(count)) is None:
             if self._stream.closed:
                 return
-            self._semaphore.wait(count, RECHECK_INTERVAL, 0.0 if self._stream.core_migrated else self._spin_seconds)
-        self._stream.core_migrated = False
+            self._semaphore.wait(count, RECHECK_INTERVAL)
         self._stream.device_time = max(self._stream.device_time, since)
 
 
@@ -275,7 +268,7 @@ class HostExecutor:
         leaders, workers = host_timelines(arena)
         bell = self._wakeups[order.wakeup] if order.wakeup is not None else None
         own = HostWorkerEvent(workers, order, self._stream, bell)
-        self._runs[run] = HostRunBinding(arena, HostLeaderEvent(leaders, self._stream, order.spin_seconds), own)
+        self._runs[run] = HostRunBinding(arena, HostLeaderEvent(leaders, self._stream), own)
 
     def unbind(self, run: int) -> HostRunBinding | None:
         """Let go of them."""

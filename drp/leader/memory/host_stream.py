@@ -13,23 +13,22 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from drp.protocol.timeline import POLL_INTERVAL, RECHECK_INTERVAL, TimelineSemaphore, memory_barrier
 from drp.protocol.waiting import sched_yield
 
 EARLY_WAKEUP = 800e-6
-"""Seconds before a time that is known at which the thread wakes up, since it may do so late, and warms up until then.
+"""Seconds before a time that is known at which the thread wakes up, since it may do so late, and looks until then.
 
-Measured on 2 cores, 20 ms a round of 8: 300 us have 0.05 ms more lost a round, and 100 us 0.1 ms (docs/round.md).
+Only emulated devices say when they will be done. On 2 cores a run of 7 rounds on 8 of them takes 1.04 times as long
+without at 5 ms an evaluation, and 1.02 times at 20 ms (docs/round.md).
 """
 
 
-CorePlacement = Literal["dedicated", "migrating", "shared"]
-"""Where the thread runs while workers compute. Own: on a core that is no worker's; it is told of each record. Lent:
-each worker has its cores, and there are no others; it is told of the first that is done, and has its cores until all
-are. Shared: workers share cores, or do not use any; it is told once all are done."""
+CorePlacement = Literal["own", "shared"]
+"""Where the thread runs while workers compute. Own: on a core that is no worker's; it is told of each record. Shared:
+there is none; it is told once all are done."""
 
 
 class HostStream:
@@ -38,14 +37,9 @@ class HostStream:
     def __init__(self, room: CorePlacement = "dedicated") -> None:
         self._core_placement = room
         self._operations: deque[Callable[[], object] | _Wait | _Signal] = deque()
-        self._waited_on: set[TimelineSemaphore] = set()
-        """Workers' lines that were waited for since this thread recorded last."""
         self._notified_by: set[TimelineSemaphore] = set()
         """Those of which this thread wanted to be told last."""
-        self._single_run = self._stopped_spinning = False
         self._enqueued_count = self._done_count = self.pending_waits = 0
-        like = torch.zeros((), dtype=torch.float32, device="cpu")  # whatever the program's defaults are
-        self._sum, self._weights, self._term = like.new_zeros(8, 256), like.new_zeros(8, 1), like.new_zeros(256)
 
     def enqueue(self, do: Callable[[], object]) -> None:
         """Have this done after what was given before."""
@@ -58,14 +52,13 @@ class HostStream:
         self.pending_waits += 1
         self._operations.append(_Wait(line, count, told))
 
-    def run_ready(self, alone: bool = False) -> float | None:
+    def run_ready(self) -> float | None:
         """Do what can be done; return when to go on, in seconds of perf_counter, or None if nothing is left."""
-        self._single_run = alone
         while self._operations:
             first = self._operations[0]
             if isinstance(first, _Wait):
                 since = first.completed_at()
-                asked = since is None and first.notifies and not self.on_worker_core
+                asked = since is None and first.notifies
                 if asked:
                     self._request_wakeup()
                     since = first.completed_at()
@@ -74,20 +67,16 @@ class HostStream:
                 if since / 1e9 > time.perf_counter() + EARLY_WAKEUP:
                     return since / 1e9 - EARLY_WAKEUP
                 while time.perf_counter_ns() < since:
-                    self._warm_caches()
+                    sched_yield()
                 self.pending_waits -= 1
-                self._waited_on.add(first.semaphore)
             self._operations.popleft()
             self._done_count += 1
-            if isinstance(first, _Signal):
-                self._waited_on.clear()
-                self._stopped_spinning = False
             if not isinstance(first, _Wait):
                 first()
         return None
 
     def _request_wakeup(self) -> None:
-        """Have this thread woken: for the first wait, for whichever is done first, or once all are done.
+        """Have this thread woken: for the first wait, or once all are done.
 
         Look again after this: it may be so already, and then nobody tells.
         """
@@ -97,11 +86,8 @@ class HostStream:
             line.request_notification(
                 0, alone=True
             )  # Else it would seem to have been told of already, by somebody who was earlier.
-        alone = self._core_placement == "dedicated" or (
-            self.uses_worker_cores and not self._stopped_spinning and len(lines) > 1
-        )
         for wait in waits:
-            wait.semaphore.request_notification(wait.value, alone)
+            wait.semaphore.request_notification(wait.value, alone=self._core_placement == "dedicated")
         self._notified_by = lines
         memory_barrier()
 
@@ -109,38 +95,6 @@ class HostStream:
         """Return the waits that come before this thread records again."""
         before = itertools.takewhile(lambda each: not isinstance(each, _Signal), self._operations)
         return [each for each in before if isinstance(each, _Wait)]
-
-    @property
-    def uses_worker_cores(self) -> bool:
-        """Whether this thread has no core but those that workers lend it."""
-        return self._core_placement == "migrating" and self._single_run
-
-    @property
-    def on_worker_core(self) -> bool:
-        """Whether a worker waits for this thread, and this thread for another: then the first one's core is free."""
-        if not self.uses_worker_cores or self._stopped_spinning:
-            return False
-        waits = self._waits_before_signal()
-        missing = {wait.semaphore for wait in waits if wait.completed_at() is None}
-        return bool(missing) and bool(self._waited_on.union(wait.semaphore for wait in waits) - missing)
-
-    def spin(self, seconds: float) -> bool:
-        """Stay on that core, awake, until the others are done, at most; return whether they are."""
-        missing = [wait for wait in self._waits_before_signal() if wait.completed_at() is None]
-        for wait in missing:
-            wait.semaphore.request_notification(0, alone=True)  # This thread is awake.
-        until = time.perf_counter() + seconds
-        while (missing := [wait for wait in missing if wait.completed_at() is None]) and time.perf_counter() < until:
-            self._warm_caches()
-        return not missing
-
-    def leave_worker_core(self) -> None:
-        """Sleep from now on, until all are done."""
-        self._stopped_spinning = True
-
-    def _warm_caches(self) -> None:
-        """Do what will be done in earnest, on next to nothing: code that has not run for 20 ms takes its time."""
-        self._sum.addcmul_(self._weights, self._term)
 
     def record(self) -> int:
         """Return how much was given."""

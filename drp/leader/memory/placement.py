@@ -6,7 +6,6 @@ import itertools
 import logging
 import os
 import platform
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,7 +27,6 @@ from drp.protocol.cuda import (
 from drp.protocol.memory import Memory
 from drp.protocol.messages import GpuConfig, GpuHandle, Half
 from drp.protocol.timeline import TIMELINE_NBYTES, LeaderOwnEvent, Stream, WorkerEvent
-from drp.protocol.waiting import current_core
 from drp.protocol.wakeup import WakeupReceiver
 
 PROBE_NBYTES = 4096
@@ -36,9 +34,6 @@ ORDERED = ("x86_64", "AMD64")
 """Processors whose stores are seen in the order in which they were made, as `drp.protocol.timeline` needs it."""
 MIN_BLOCK_NBYTES = 1 << 21
 """Bytes of the smallest block; cudaMalloc gives no less."""
-
-SPIN_SECONDS = 1e-3
-"""Seconds: as long as another worker and the leader take if all goes well."""
 
 log = logging.getLogger(__name__)
 
@@ -105,17 +100,7 @@ class MemoryPlacement:
         self.wakeup = WakeupReceiver() if self.asynchronous else None
         """With which workers wake the leader."""
         cores = [core for device in devices for core in device.cores]
-        apart = len(set(cores)) == len(cores) and not any(device.emulated or device.gpu for device in devices)
-        self.spin_seconds = SPIN_SECONDS if apart else 0.0
-        """Seconds that workers look for a record without sleeping: not on cores that others could use."""
-        self._cores = os.sched_getaffinity(0)
-        own = bool(self._cores - set(cores))
-        self._core_placement: CorePlacement = (
-            "dedicated" if own else "migrating" if apart and len(devices) > 1 else "shared"
-        )
-        self._first, self._last = devices[0].cores, devices[-1].cores
-        self.leader_thread: int | None = None
-        """Of the leader's, if workers lend it their cores."""
+        self._core_placement: CorePlacement = "dedicated" if os.sched_getaffinity(0) - set(cores) else "shared"
         self._sequences = itertools.count()
         self._counters: list[GpuCounters] = []
         self._counters_by_worker: dict[int, WorkerCounterView] = {}
@@ -125,8 +110,6 @@ class MemoryPlacement:
 
     def init_device(self) -> None:
         """Compute on the GPU, in a stream of its own, from here on in this thread; or on the host, if that fails."""
-        if self._core_placement == "migrating" and self.asynchronous:
-            self.leader_thread = threading.get_native_id()
         if self._uuid is None:
             return
         try:
@@ -138,21 +121,6 @@ class MemoryPlacement:
                 self._counters.append(GpuCounters.create())
         except (CudaError, MemoryError, RuntimeError) as error:
             self._fall_back_to_host(f"the leader cannot share memory of {self._uuid}: {error}")
-
-    def choose_core(self, alone: bool) -> None:
-        """Leave the first worker's cores, which has something to do first, if this thread has none of its own.
-
-        Where workers lend it theirs it begins with the last one's, if there is no other run, and else is anywhere.
-        """
-        if self.leader_thread is not None:
-            os.sched_setaffinity(0, self._last if alone else self._cores)
-        elif (
-            self._core_placement == "shared"
-            and (others := self._cores - set(self._first))
-            and current_core() not in others
-        ):
-            os.sched_setaffinity(0, others)
-            os.sched_setaffinity(0, self._cores)
 
     def worker_config(self, number: int, device: Device) -> GpuConfig | None:
         """Return what a worker is told of its GPU, None without one; with a probe, if it has to reach the leader's."""

@@ -40,9 +40,6 @@ from drp.protocol.timeline import (
 from drp.sampling.result import Result
 from drp.sampling.run import Checkpoint, Run, Task, batches, residual
 
-MAX_BURST_SECONDS, MAX_BURST_BATCHES, MAX_BURST_NBYTES = 0.08, 16, 1 << 24
-"""Seconds, drafts and bytes that workers have at most beyond two rounds: what another run has for them comes behind."""
-
 
 @dataclass(eq=False)
 class PendingCompletion:
@@ -138,13 +135,10 @@ class AsyncRun(SyncRun):
         self._rounds_formed = self._batches_added = self._batches_verified = self._last_recorded = 0
         self._exhausted = False
         self._last_progress = clock.now()
-        self._base_depth, self._filling, self._round_begun = MAX_BURST_BATCHES, False, False
+        self._base_depth, self._round_begun = 0, False
         self.rounds_begun = 0
         """How many rounds have begun: their drafts are written."""
-        few = min(spare, 2 * -(-job.mode.width // batch) * batch)
-        self._burst_factor = max(1, min(MAX_BURST_BATCHES // few, MAX_BURST_NBYTES // (few * job.start.nbytes)))
-        """How many times the drafts of two rounds workers may have, where evaluations are short."""
-        spare = max(spare, self._burst_factor * few) + job.mode.width  # A round is not divided.
+        spare += job.mode.width  # A round is not divided.
         rows = job.slots(checkpoints=True) + spare
         lines = aligned(rows * COMPLETION_SIZE * 8)
         try:
@@ -179,8 +173,6 @@ class AsyncRun(SyncRun):
             workers=self._worker_count,
             index=worker,
             acknowledge=placement.workers_acknowledge,
-            spin_seconds=placement.spin_seconds,
-            leader_thread=placement.leader_thread,
             wakeup=bell,
         )
         if isinstance(record, WorkerCounterView):
@@ -216,21 +208,11 @@ class AsyncRun(SyncRun):
     def free_capacity(self, out: int, few: int) -> int:
         """Return how many drafts, or batches of them, to give to workers that have `out` of them.
 
-        They have `few`, and not more than two rounds'. Where evaluations are short they are given several times that,
-        in one go when no more than that is left, or half of it while this thread has a core: code that has just run
-        takes a fraction of the time, and so do messages that are sent together.
+        They have `few`, and not more than two rounds'.
         """
         self._round_begun = False
         self._base_depth = min(few, 2 * -(-self.job.mode.width // self._batch))
-        usual = self.median_latency if not self._placement.workers_acknowledge else None
-        most = (
-            self._base_depth * int(max(1, min(self._burst_factor, MAX_BURST_SECONDS / (2 * usual))))
-            if usual
-            else self._base_depth
-        )
-        least = max(self._base_depth, most // 2) if self.stream.on_worker_core else self._base_depth
-        self._filling = out <= least or (self._filling and out < most)
-        return most - out if self._filling else 0
+        return self._base_depth - out
 
     def joins_last_batch(self, tasks: Sequence[Task], last: Sequence[Task], workers: int) -> bool:
         """Whether drafts go out with the last ones: of the same round, if that has no more than one for each worker."""
@@ -304,13 +286,10 @@ class AsyncRun(SyncRun):
         opening = self._rounds_formed > 2 and self.rounds_begun == 1
         return self.run.ready and not (opening or waits)
 
-    def run_ready(self, alone: bool) -> float | None:
-        """Do what can be done of what was queued, if that takes this thread; return when to go on.
-
-        `alone` says that workers have no other run.
-        """
+    def run_ready(self) -> float | None:
+        """Do what can be done of what was queued, if that takes this thread; return when to go on."""
         with self.stream.current():
-            return self.stream.run_ready(alone)
+            return self.stream.run_ready()
 
     @property
     def waits_for_bind(self) -> bool:
@@ -318,22 +297,11 @@ class AsyncRun(SyncRun):
         return bool(self.bind_pending)
 
     @property
-    def queue_low(self) -> bool:
-        """Whether workers have no more than a round and a half beyond the one at which they are."""
-        return self.stream.pending_waits <= self._base_depth + self._base_depth // 4
-
-    @property
     def workers_saturated(self) -> bool:
-        """Whether workers have the next round too. If none has just begun, one is about to end: that comes first.
-
-        Where they lend their cores, there is time for anything else when they do.
-        """
-        least = (
-            self._base_depth // 2 + 1 if self.stream.uses_worker_cores or not self._round_begun else self._base_depth
-        )
+        """Whether workers have the next round too. If none has just begun, one is about to end: that comes first."""
+        least = self._base_depth if self._round_begun else self._base_depth // 2 + 1
         wanted = self._round_begun and self.wants_states
-        ready = self.ready and not self.stream.uses_worker_cores  # Then there will be a core for that.
-        return not (ready or wanted) and self.stream.pending_waits >= max(1, least)
+        return not (self.ready or wanted) and self.stream.pending_waits >= max(1, least)
 
     def _on_round_begun(self) -> None:
         self._round_begun = True

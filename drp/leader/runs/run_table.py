@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
-from drp.leader.awake import Awake
 from drp.leader.event_recorder import EventRecorder
 from drp.leader.runs.async_run import AsyncRun
 from drp.leader.runs.run_state import InFlightBatch, RunState
@@ -24,11 +23,11 @@ class RunTable:
     `leaving` are those that are over, while a worker still has one of their drafts, or has not opened their memory.
     """
 
-    def __init__(self, supervisor: Supervisor, marks: EventRecorder, awake: Awake, devices: tuple[str, ...]) -> None:
+    def __init__(self, supervisor: Supervisor, marks: EventRecorder, devices: tuple[str, ...]) -> None:
         self.running: dict[int, RunState] = {}
         self.draining: dict[int, RunState] = {}
         self._to_bind: list[RunState] = []
-        self._supervisor, self._recorder, self._awake, self._devices = supervisor, marks, awake, devices
+        self._supervisor, self._recorder, self._devices = supervisor, marks, devices
 
     @contextlib.contextmanager
     def charge(self, run: RunState) -> Iterator[None]:
@@ -55,7 +54,6 @@ class RunTable:
                 self._supervisor.flush([worker_slot])
         else:
             self._to_bind.append(run)
-        self._awake.hold()
 
     def bind(self, worker_slot: WorkerSlot, run: RunState, drafts: bool = False) -> None:
         """Post to a worker that it open a run's memory, if it was not asked to; `drafts`: some are posted with this.
@@ -109,11 +107,6 @@ class RunTable:
         return run if isinstance(run, AsyncRun) else None
 
     @property
-    def uses_worker_cores(self) -> bool:
-        """Whether there is one run, and this thread has no core but those that its workers lend it."""
-        return (only := self.only_async_run) is not None and only.stream.uses_worker_cores
-
-    @property
     def workers_saturated(self) -> bool:
         """Whether workers have all that they need for now, of all runs."""
         runs = [*self.running.values(), *self.draining.values()]
@@ -149,8 +142,6 @@ class RunTable:
         """Hand a run's result or error to its caller; let go of its memory once no worker uses it."""
         del self.running[run.number]
         self.draining[run.number] = run
-        if not self.running:
-            self._awake.release()
         run.waiting.clear()
         run.outstanding.clear()
         if error is not None:
@@ -185,7 +176,6 @@ class RunTable:
     def close(self) -> None:
         """Give all memory back; callers were told."""
         with contextlib.ExitStack() as rest:
-            rest.callback(self._awake.release)
             for run in (*self.running.values(), *self.draining.values()):
                 rest.callback(run.release)
             for worker_slot in self._supervisor.worker_slots:

@@ -178,10 +178,6 @@ class WorkerPool:
             return worker, None
         return None
 
-    def wait(self, seconds: float) -> None:
-        """Leave the processor to others for so long, or until something is there to be taken."""
-        self._socket.wait(seconds)
-
     def receive_now(self) -> tuple[WorkerProcess, ToLeader] | None:
         """Return a message that is waiting, or None; what is none, or from nobody known, is dropped and counted."""
         while True:
