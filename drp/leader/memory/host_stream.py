@@ -27,8 +27,8 @@ without at 5 ms an evaluation, and 1.02 times at 20 ms (docs/round.md).
 
 
 CorePlacement = Literal["dedicated", "shared"]
-"""Where the thread runs while workers compute. Dedicated: on a core that no worker uses; it is told of each record. Shared:
-there is none; it is told once all are done."""
+"""Where the thread runs while workers compute. Dedicated: on a core that no worker uses; it is told of each record.
+Shared: there is none; it is told once all are done."""
 
 
 class HostStream:
