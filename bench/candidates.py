@@ -52,34 +52,38 @@ TAPERED = (1, 2, 3, 4, 6, 8, 10, 12)
 HALF = DraftRule((0.4, 0.1), 0.5)
 ANGLE = DraftRule((0.4, 0.1), 0.5, "angle")
 
+STRONG = DraftRule((0.5, 0.1), 0.5)
+SINGLE: Mapping[str, DraftRule] = {
+    "secant": SECANT,
+    "damped": DAMPED,
+    "carry 0.4 / 0.1, slope 0.5": HALF,
+    "carry 0.5 / 0.1, slope 0.5": STRONG,
+    "carry 0.4 / 0.1, slope 0.5, angle": ANGLE,
+}
+
 CANDIDATES: Mapping[str, tuple[str, Mapping[str, Mode]]] = {
     "rules, window 5 of 8": ("conservative 8", {name: Window(8, 5, rule) for name, rule in _rules().items()}),
-    "rules, aggressive 4": ("aggressive 4", {name: Aggressive(4, rule) for name, rule in _rules().items()}),
-    "rules, aggressive 8": ("aggressive 8", {name: Aggressive(8, rule) for name, rule in _rules().items()}),
+    "rules, aggressive 4": ("aggressive 4", {name: Aggressive(4, rule) for name, rule in SINGLE.items()}),
+    "rules, aggressive 8": ("aggressive 8", {name: Aggressive(8, rule) for name, rule in SINGLE.items()}),
     "strides of 8": (
         "conservative 8",
         {
-            **{f"window {s:g} of 8": Window(8, s) for s in (4, 4.5, 4.7, 5, 6)},
-            **{f"warped 11 rounds, {p}": Warped(8, 11, p) for p in (1.0, 1.2, 1.4)},
+            **{f"window {s:g} of 8": Window(8, s) for s in (4, 4.7, 5, 6)},
+            "window 5 of 8, carry 0.5 / 0.1, slope 0.5": Window(8, 5, STRONG),
+            "warped, power 1.3": Warped(8, 11, 1.3),
             "tapered, stride 5": Sparse(8, 5, HALF, TAPERED),
-            "even, stride 5": Sparse(8, 5, HALF, EVEN),
             "adaptive": Adaptive(8, 0.0025),
         },
     ),
     "strides of 4": (
         "conservative 4",
-        {
-            **{f"window {s:g} of 4": Window(4, s) for s in (2.5, 3, 3.5)},
-            "even, stride 3": Sparse(4, 3, HALF, (2, 4, 6, 8)),
-        },
+        {**{f"window {s:g} of 4": Window(4, s) for s in (2.5, 3)}, "even, stride 3": Sparse(4, 3, HALF, (2, 4, 6, 8))},
     ),
     "seven rounds": (
         "aggressive 8",
         {
             "window 7 of 8": Window(8, 7),
-            "aggressive damped": Aggressive(8),
             "even, stride 8": Sparse(8, 8, HALF, EVEN),
-            "even, stride 8, angle": Sparse(8, 8, ANGLE, EVEN),
             "tapered, stride 8": Sparse(8, 8, HALF, TAPERED),
             "1-6, 8, 10, stride 8": Sparse(8, 8, HALF, (1, 2, 3, 4, 5, 6, 8, 10)),
         },
@@ -87,11 +91,13 @@ CANDIDATES: Mapping[str, tuple[str, Mapping[str, Mode]]] = {
     "thirteen rounds": (
         "aggressive 4",
         {
-            "aggressive damped": Aggressive(4),
             "even, stride 4": Sparse(4, 4, HALF, (2, 4, 6, 8)),
             "1, 2, 4, 6, stride 4": Sparse(4, 4, HALF, (1, 2, 4, 6)),
             "window 3.9 of 8": Window(8, 47 / 12),
         },
     ),
-    "two": ("aggressive 2", {"window 2 of 2": Window(2, 2), "secant": Window(2, 2, SECANT), "1.5": Window(2, 1.5)}),
+    "two": ("aggressive 2", {name: Window(2, 2, rule) for name, rule in SINGLE.items()}),
+    "default": ("conservative 8", {"window 5 of 8": Window(8, 5)}),
+    "default 4": ("conservative 4", {"window 3 of 4": Window(4, 3)}),
+    "default 2": ("aggressive 2", {"window 2 of 2": Window(2, 2)}),
 }

@@ -135,7 +135,7 @@ class Bench:
 
     def distances(self, setting: Setting, name: str, mode: Mode) -> list[float]:
         """Return the distance of each sample from its sequential run."""
-        key = f"{setting}; {name}; {self._first}+{self._samples}"
+        key = f"{setting}; {name}; {mode}; {self._first}+{self._samples}"
         if key not in self._known:
             if setting not in self._exact:
                 self._exact = {setting: self.run(setting, Sequential())}

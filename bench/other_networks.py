@@ -26,8 +26,8 @@ from bench.quality import STEPS, distances, draw, summary
 from drp.models.classifier import load_classifier
 from drp.models.digits import Digits
 from drp.models.unet import UNet
-from drp.sampling.drafts import PAPER, DraftRule
-from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Sequential
+from drp.sampling.drafts import DAMPED, PAPER, DraftRule
+from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Sequential, Window
 from drp.sampling.reference import run_reference
 from drp.sampling.registry import make_solver
 from drp.sampling.result import Result
@@ -35,9 +35,10 @@ from drp.sampling.solvers import Solver
 
 RULES = {
     "paper": PAPER,
-    "carry 0.5": DraftRule(carry=0.5),
-    "carry 0.25": DraftRule(carry=0.25),
-    "carry 0": DraftRule(carry=0.0),
+    "carry 0.5": DraftRule(carry=0.5, slope=1.0),
+    "carry 0.25": DraftRule(carry=0.25, slope=1.0),
+    "carry 0": DraftRule(carry=0.0, slope=1.0),
+    "damped": DAMPED,
 }
 TOLERANCE = 0.01
 
@@ -65,6 +66,7 @@ def modes(rule: DraftRule) -> Iterator[tuple[str, Mode]]:
     yield "aggressive n=4", Aggressive(4, rule)
     yield "aggressive n=8", Aggressive(8, rule)
     yield "conservative n=8", Conservative(8, rule)
+    yield "window 5 of 8", Window(8, 5, rule)
     yield f"adaptive n=8, tolerance {TOLERANCE}", Adaptive(8, TOLERANCE, rule)
 
 

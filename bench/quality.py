@@ -27,8 +27,18 @@ from torch import Tensor
 from bench.figures import machine
 from drp import models
 from drp.models.classifier import load_classifier
-from drp.sampling.drafts import PAPER, SECANT
-from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Sequential
+from drp.sampling.drafts import DAMPED, PAPER, SECANT
+from drp.sampling.modes import (
+    PATTERNS,
+    Adaptive,
+    Aggressive,
+    Conservative,
+    Mode,
+    Sequential,
+    Sparse,
+    Window,
+    default_stride,
+)
 from drp.sampling.reference import run_reference
 from drp.sampling.registry import make_solver
 
@@ -70,10 +80,14 @@ def ways(solution_steps: int) -> list[Way]:
     for n in (2, 4, 8):
         found += [
             Way(f"aggressive n={n}, paper", "ddim", STEPS, Aggressive(n, PAPER)),
-            Way(f"aggressive n={n}", "ddim", STEPS, Aggressive(n, SECANT)),
+            Way(f"aggressive n={n}, secant", "ddim", STEPS, Aggressive(n, SECANT)),
+            Way(f"aggressive n={n}", "ddim", STEPS, Aggressive(n)),
+            Way(f"window n={n}", "ddim", STEPS, Window(n, default_stride(n))),
+            Way(f"sparse n={n}", "ddim", STEPS, Sparse(n, n, DAMPED, PATTERNS["even"](n))),
             Way(f"conservative n={n}, paper", "ddim", STEPS, Conservative(n, PAPER)),
-            Way(f"conservative n={n}", "ddim", STEPS, Conservative(n, SECANT)),
-            Way(f"aggressive n={n}", "dpmsolver++", STEPS, Aggressive(n, SECANT)),
+            Way(f"conservative n={n}", "ddim", STEPS, Conservative(n)),
+            Way(f"aggressive n={n}", "dpmsolver++", STEPS, Aggressive(n)),
+            Way(f"window n={n}", "dpmsolver++", STEPS, Window(n, default_stride(n))),
         ]
     for tolerance in (0.0025, 0.005, 0.01):
         found.append(Way(f"adaptive n=8, tolerance {tolerance}", "ddim", STEPS, Adaptive(8, tolerance), alone=True))
@@ -229,6 +243,8 @@ def draw_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         "aggressive": lambda r: r["way"].startswith("aggressive") and r["way"][-1].isdigit() and r["solver"] == "ddim",
         "conservative, paper": lambda r: r["way"].startswith("conservative") and r["way"].endswith("paper"),
         "conservative": lambda r: r["way"].startswith("conservative") and r["way"][-1].isdigit(),
+        "window": lambda r: r["way"].startswith("window") and r["solver"] == "ddim",
+        "window with gaps": lambda r: r["way"].startswith("sparse"),
         "adaptive": lambda r: r["way"].startswith("adaptive"),
         "aggressive, refined with DPM-Solver++ 2M": lambda r: (
             r["way"].startswith("aggressive") and r["solver"] == "dpmsolver++"

@@ -53,8 +53,8 @@ class DraftRule:
     do the same: plans are kept for the next run.
     """
 
-    carry: float | Pair = (0.4, 0.1)
-    slope: float | Pair = (0.3, 0.3)
+    carry: float | Pair = (0.45, 0.1)
+    slope: float | Pair = (0.4, 0.5)
     axis: str = "index"
 
     def __post_init__(self) -> None:
