@@ -16,7 +16,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch import Tensor
 from bench.candidates import CANDIDATES, PAPERS
 from bench.other_networks import load
 from drp import models
-from drp.sampling.modes import Mode, Sequential
+from drp.sampling.modes import Mode, Sequential, Window, default_rule
 from drp.sampling.reference import Denoiser, run_reference
 from drp.sampling.registry import make_solver
 
@@ -133,6 +133,12 @@ class Bench:
 
         return run_reference(denoiser, solver, mode, x * solver.grid.start, cond, fresh=fresh).samples
 
+    def with_default_rule(self, setting: Setting, mode: Mode) -> Mode:
+        """Return a window with the rule that it has with the setting's solver unless told."""
+        assert isinstance(mode, Window)
+        noise = make_solver(setting.solver, 2, self._networks[setting.network][1]).adds_noise
+        return replace(mode, rule=default_rule("window", mode.n, mode.stride, noise))
+
     def distances(self, setting: Setting, name: str, mode: Mode) -> list[float]:
         """Return the distance of each sample from its sequential run."""
         key = f"{setting}; {name}; {mode}; {self._first}+{self._samples}"
@@ -198,7 +204,8 @@ def main(
     for setting in settings:
         for name, (paper, candidates) in groups.items():
             base = mean(bench.distances(setting, f"paper {paper}", PAPERS[paper]))
-            for label, mode in candidates.items():
+            for label, given in candidates.items():
+                mode = bench.with_default_rule(setting, given) if name.startswith("default") else given
                 found[name][label][setting] = mean(bench.distances(setting, label, mode)) / base
     for name, (paper, _) in groups.items():
         print(f"\n{name}: error over that of the paper's {paper}, {len(settings)} settings, {samples} samples each\n")

@@ -14,7 +14,7 @@ import drp
 from drp.leader.request import Job, Request, make_job
 from drp.protocol.messages import ModelSpec
 from drp.sampling import advice
-from drp.sampling.drafts import DAMPED, PAPER, SECANT, DraftRule
+from drp.sampling.drafts import DAMPED, PAPER, SECANT, STEADY, DraftRule
 from drp.sampling.mode_selection import choose_rounds, choose_speedup
 from drp.sampling.modes import (
     Adaptive,
@@ -45,6 +45,10 @@ def job(devices: int = 4, **options: Any) -> Job:
 def test_modes_by_option() -> None:
     assert job().mode == Window(4, 3, DAMPED)
     assert job(devices=1).mode == Window(1, 1)
+    assert job(solver="ddpm").mode == Window(4, 3, STEADY)
+    assert job(solver="ddpm", devices=2).mode == Window(2, 2, PAPER)
+    assert job(solver="ddpm", mode="aggressive").mode == Aggressive(4, PAPER)
+    assert job(solver="ddpm", rule="damped").mode == Window(4, 3, DAMPED)
     assert job(stride=2.5, drafts=6).mode == Window(6, 2.5)
     assert job(offsets="even").mode == Sparse(4, 4, DAMPED, (2, 4, 6, 8))
     assert job(offsets="tapered", drafts=8).mode == Sparse(8, 8, DAMPED, (1, 2, 3, 4, 6, 8, 10, 12))

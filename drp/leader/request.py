@@ -17,7 +17,7 @@ from drp.protocol.memory import DTYPES, NAMES
 from drp.protocol.messages import ModelSpec
 from drp.sampling.drafts import DraftRule, find_rule
 from drp.sampling.mode_selection import Choice, choose_rounds, choose_speedup
-from drp.sampling.modes import Mode, PicardSweeps, Warmup, Window, make_mode
+from drp.sampling.modes import Mode, PicardSweeps, Warmup, Window, default_rule, make_mode
 from drp.sampling.registry import make_solver
 from drp.sampling.run import Callback, Noise, OperationQueue, Run, slots
 from drp.sampling.solvers import Solver
@@ -178,7 +178,7 @@ def make_job(request: Request, spec: ModelSpec, devices: int) -> Job:
     """Return the job for a model and a number of devices; raise ValueError, naming value and remedy, if it can't be."""
     _refuse_autocast()
     solver = _solver(request)
-    mode = _mode(request, devices, solver.grid.steps)
+    mode = _mode(request, devices, solver.grid.steps, solver.adds_noise)
     labels = _labels(request.labels, spec)
     count = _count(request.count, labels)
     shape = _shape(request.shape, spec)
@@ -278,7 +278,7 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
-def _mode(request: Request, devices: int, steps: int) -> Mode:
+def _mode(request: Request, devices: int, steps: int, noise: bool) -> Mode:
     if isinstance(request.mode, str):
         limited = request.drafts is not None
         drafts = _whole("drafts", request.drafts, 1, MAX_DRAFTS) if limited else min(devices, MAX_DRAFTS)
@@ -287,7 +287,8 @@ def _mode(request: Request, devices: int, steps: int) -> Mode:
             stride = _number("stride", stride, 1, MAX_STEPS)
         if request.target_speedup is not None or request.target_rounds is not None:
             name, drafts, stride = _choice(request, steps, drafts)
-        mode = make_mode(name, drafts, tolerance, find_rule(request.rule), stride, _offsets(request.offsets))
+        rule = find_rule(request.rule) if request.rule is not None else default_rule(name, drafts, stride, noise)
+        mode = make_mode(name, drafts, tolerance, rule, stride, _offsets(request.offsets))
         if isinstance(mode, Window) and steps / mode.stride * drafts > MAX_EVALUATIONS:
             raise ValueError(
                 f"stride is {mode.stride:g} with {drafts} drafts and {steps} steps, more than {MAX_EVALUATIONS} "

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from drp.sampling.drafts import DAMPED, DraftRule
+from drp.sampling.drafts import DAMPED, PAPER, STEADY, DraftRule
 
 MODE_NAMES = ("sequential", "conservative", "aggressive", "window", "adaptive", "rolling")
 PATTERNS: Mapping[str, Callable[[int], tuple[int, ...]]] = {
@@ -368,6 +368,18 @@ def default_stride(n: int) -> float:
     it, rounds are spent on errors that are small already (docs/drafts.md).
     """
     return min(n, n / 2 + 1)
+
+
+def default_rule(name: str, n: int, stride: float | None, adds_noise: bool) -> DraftRule:
+    """Return the rule of the mode called `name` unless told, which depends on whether the solver adds noise.
+
+    With noise, carrying anything but the network's output loses where each prediction is used as it was first made. In
+    a window, whose predictions are made again at refined states, it still gains (docs/quality.md).
+    """
+    if not adds_noise:
+        return DAMPED
+    again = name == "window" and (default_stride(n) if stride is None else stride) < n
+    return STEADY if again or name == "adaptive" else PAPER
 
 
 def make_mode(
