@@ -2,11 +2,11 @@
 PYTHON ?= python3
 DEVICES ?= 2
 # What depends on the dependencies: noise, arithmetic, codec, sockets, command line.
-OLDEST := tests/test_sampling_options.py tests/test_protocol.py tests/test_cli.py::test_sample_draws_a_picture
+OLDEST := tests/unit/test_sampling_options.py tests/unit/test_protocol.py tests/e2e/test_cli.py::test_sample_draws_a_picture
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test test-cpp test-diffusers test-gpu test-faults test-oldest package docs soak fuzz check bench \
+.PHONY: help demo test test-fast test-cpp test-diffusers test-gpu test-faults test-oldest package docs soak fuzz check bench \
         bench-gpu study bench-pipelines quality micro clean
 
 help: ## Show this list
@@ -22,8 +22,11 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## Draw digits with two worker processes, into digits.png
 	$(BIN)/drp sample digits --labels 0-9 --rows 4 --steps 48 --devices 2 --mode aggressive --out digits.png
 
-test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest
+test: $(READY) ## Run the tests, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: $(READY) ## Run what needs no worker processes, under a minute: while editing
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
 
 test-cpp: $(READY) ## Build the client and the examples in C++, and run them
 	$(BIN)/python -m pytest -m cpp

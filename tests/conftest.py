@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -43,10 +44,21 @@ def leftovers() -> dict[str, set[str]]:
     """Return what a leader could leave: worker processes, shared memory, socket directories."""
     children = psutil.Process().children(recursive=True)
     workers = {str(child.pid) for child in children if "resource_tracker" not in " ".join(_command(child))}
-    memory = {path.name for path in Path("/dev/shm").iterdir() if not path.name.startswith("cuda.shm.")}  # a driver's
+    memory = {path.name for path in Path("/dev/shm").iterdir() if _is_ours(path.name, workers)}
     sockets = {path.name for path in Path(tempfile.gettempdir()).glob("drp-*")}
     descriptors = {str(target) for target in _descriptors() if "memfd:drp" in target}
     return {"processes": workers, "/dev/shm": memory, "sockets": sockets, "memory": descriptors}
+
+
+def _is_ours(name: str, workers: set[str]) -> bool:
+    """Whether a file in /dev/shm is drp's or of torch in one of these processes: those of other programs do not count.
+
+    torch calls its files torch_PID_..., so one of a worker that is gone is known by a process that there is no more.
+    """
+    pid = re.match(r"torch_(\d+)_", name)
+    return name.startswith("drp") or (
+        pid is not None and (pid[1] in {*workers, str(os.getpid())} or not psutil.pid_exists(int(pid[1])))
+    )
 
 
 def _command(process: psutil.Process) -> list[str]:
@@ -95,7 +107,7 @@ def what_stays(before: dict[str, set[str]]) -> dict[str, set[str]]:
     while True:
         gc.collect()  # memory stays mapped while a tensor in it lives
         new = {what: left - before[what] for what, left in leftovers().items()}
-        # Other programs come and go in /dev/shm too: what counts is what was there every time.
+        # Other programs may come and go too: what counts is what was there every time.
         stays = new if stays is None else {what: left & new[what] for what, left in stays.items()}
         stays = {what: left for what, left in stays.items() if left}
         if not stays or time.monotonic() > deadline:

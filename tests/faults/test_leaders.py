@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.conftest import leftovers, what_stays
-from tests.test_lost_workers import python, wait_for_end
+from tests.integration.test_lost_workers import python, wait_for_end
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 

@@ -19,7 +19,7 @@ import torch
 
 import drp
 from drp import Client
-from tests.test_server import LONG, ROOT, Served, until
+from tests.e2e.test_server import LONG, ROOT, Served, until
 
 CLIENTS = 8
 SEEDS = 12

@@ -17,7 +17,7 @@ from drp.protocol import client_messages
 from drp.protocol.codec import MAX_MESSAGE, decode, encode
 from drp.protocol.messages import TO_LEADER, TO_WORKER
 from drp.protocol.vectors.examples import PROTOCOLS, examples
-from tests.test_lost_workers import python
+from tests.integration.test_lost_workers import python
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 

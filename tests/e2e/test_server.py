@@ -43,9 +43,9 @@ from drp.server.options import finished
 from drp.server.server import Server
 from drp.server.server_request import ServerRequest
 from tests.plain_client import Plain
-from tests.test_spec import facts, lines
+from tests.unit.test_spec import facts, lines
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEADLINE = 20.0
 LONG: dict[str, Any] = {"steps": 900, "sweeps": 50}
 

@@ -20,7 +20,7 @@ from drp.simulate import Load, make_devices, simulate
 from drp.trace import record, summarise
 from examples import own_policy as spare
 from examples.own_policy import Spare
-from tests.test_trace import check_format, names
+from tests.integration.test_trace import check_format, names
 
 LATE = "emulated:1ms:jitter=50%:straggler=8x@20%"
 TINY = "tests.denoisers:Tiny"

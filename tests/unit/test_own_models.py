@@ -86,7 +86,7 @@ def test_what_torch_makes_of_a_module_computes_the_same(factory: object) -> None
 @pytest.mark.parametrize("factory", ["make_layer", "make_scripted", "make_compiled", "make_exported", "Hollow"])
 def test_its_weights_are_shared(factory: str) -> None:
     """The second has other weights, and takes the first one's."""
-    first, second = (models.load(f"tests.test_own_models:{factory}") for _ in range(2))
+    first, second = (models.load(f"tests.unit.test_own_models:{factory}") for _ in range(2))
     assert second.module is not None
     for parameter in second.module.parameters():
         parameter.add_(1.0)

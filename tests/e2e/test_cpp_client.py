@@ -27,7 +27,7 @@ from drp.protocol import client_messages, vectors
 from drp.protocol.codec import decode
 from drp.protocol.keys import Keys, make, pair, public
 from tests.cpp_build import build
-from tests.test_server import Served, serving, until
+from tests.e2e.test_server import Served, serving, until
 
 HERE = Path(vectors.__file__).parent
 MODEL = "tests.denoisers:Tiny"

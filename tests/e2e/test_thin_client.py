@@ -18,7 +18,7 @@ from drp import Client
 from drp.client.arrays import add_array, find_library
 from drp.protocol.frames import FrameReader, FrameWriter
 from drp.protocol.tensors import Received
-from tests.test_server import ROOT, Served
+from tests.e2e.test_server import ROOT, Served
 
 BARE = """
 import sys, time

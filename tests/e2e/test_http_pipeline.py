@@ -20,9 +20,9 @@ from drp.errors import RefusedError
 from drp.http.jobs import ImageRequest, ProgressEvent
 from drp.http.pipeline import PipelineBackend, load
 from drp.trace import read
-from tests.test_trace import check_format
+from tests.integration.test_trace import check_format
 
-EXAMPLES = str(Path(__file__).parent.parent / "examples" / "pipelines")
+EXAMPLES = str(Path(__file__).parents[2] / "examples" / "pipelines")
 DEADLINE = 60.0
 SPREAD: dict[str, Any] = {"devices": 2, "mode": "aggressive"}
 

@@ -14,7 +14,7 @@ from PIL import Image
 from drp.cli import main
 from drp.trace import read
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "examples" / "pipelines"
 
 

@@ -79,7 +79,7 @@ def test_a_summary_takes_only_rounds_of_so_many_drafts() -> None:
 
 
 def test_results_in_the_repository_say_emulated_and_name_their_machine() -> None:
-    found = list(Path(__file__).parent.parent.joinpath("bench", "results").glob("emulated-*.json"))
+    found = list(Path(__file__).parents[2].joinpath("bench", "results").glob("emulated-*.json"))
     assert found
     for path in found:
         results = json.loads(path.read_text())

@@ -33,7 +33,7 @@ from drp.sampling.solvers import DDIM
 from drp.simulate import Costs, Load, make_devices, simulate
 from drp.simulate.devices import repeated
 from drp.trace import summarise, write
-from tests.test_trace import check_format, names
+from tests.integration.test_trace import check_format, names
 
 STEADY = "8xemulated:20ms"
 

@@ -33,7 +33,7 @@ from drp.http.app import _explain
 from drp.pictures import encode_grid
 from drp.trace import read
 from tests.browser import PROGRAM, browser
-from tests.test_server import DEADLINE, ROOT, Served, until
+from tests.e2e.test_server import DEADLINE, ROOT, Served, until
 
 SLOW: dict[str, Any] = {"steps": 900, "mode": "sequential"}
 

@@ -118,7 +118,7 @@ def program(text: str, folder: Path, *options: str) -> subprocess.Popen[str]:
 
 def python(arguments: list[str], folder: Path, **more: str) -> subprocess.Popen[str]:
     """Start an interpreter in a folder, which is also where its temporary files go."""
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "TMPDIR": str(folder)} | more
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(folder)} | more
     return subprocess.Popen(
         [sys.executable, *arguments],
         env=env,
