@@ -83,7 +83,6 @@ class Client:
 
     @property
     def spec(self) -> ModelSpec:
-        """What the model expects."""
         return self._welcome.spec
 
     @property

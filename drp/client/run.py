@@ -75,7 +75,6 @@ class RemoteRun(Future[Result[Any]]):
     # What the line does with it.
 
     def on_progress(self, message: Progress, frames: Sequence[Frame]) -> None:
-        """Take an update."""
         received = FrameReader(frames)
         preview = take_array(received, message.preview, self._library) if message.preview is not None else None
         received.done()
@@ -89,7 +88,6 @@ class RemoteRun(Future[Result[Any]]):
             log.exception("on_update has raised")
 
     def on_finished(self, message: Finished, frames: Sequence[Frame]) -> None:
-        """Take the samples."""
         received, data = FrameReader(frames), message.samples
         try:
             if data.memory is not None:

@@ -122,7 +122,6 @@ class PipelineCall:
         return stepped
 
     def close(self) -> None:
-        """Give all memory back."""
         lesson, self._traced = self._traced, None
         if lesson is not None:
             lesson.predictions.close()

@@ -69,7 +69,6 @@ class InProcess:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """One name."""
         return ("this process",)
 
     def bind(
@@ -81,7 +80,6 @@ class InProcess:
         slots: int,
         cond: Mapping[str, Tensor],
     ) -> Session:
-        """Return a session in this process."""
         arena = Arena.lay_out(0, inputs, outputs, slots, slots, {**cond, PROGRAM: to_tensor(program, sources)})
         return _InProcessSession(arena, program, self._modules, self._threads)
 
@@ -95,7 +93,6 @@ class _InProcessSession:
         self._state = ModuleState(*(cast("nn.Module", forward.__self__) for forward in modules.values()))
 
     def evaluate(self, tasks: Sequence[Task]) -> Mapping[int, int]:
-        """Evaluate one after the other."""
         with torch_threads(self._threads), torch.no_grad():
             for task in tasks:
                 began = time.perf_counter()
@@ -108,5 +105,4 @@ class _InProcessSession:
         return {task.index: task.slot for task in tasks}
 
     def close(self) -> None:
-        """Give the memory back."""
         self.arena.close()

@@ -149,7 +149,6 @@ class Hook:
         functools.update_wrapper(self, original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Answer."""
         return self._evaluate(*args, **kwargs)
 
 

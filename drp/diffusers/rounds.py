@@ -85,7 +85,6 @@ class Predictions:
         return True
 
     def close(self) -> None:
-        """Give the memory back."""
         self._tell()
         self._session.close()
 

@@ -83,7 +83,6 @@ class _Describer:
         self._alive: list[Any] = []  # an id is an object's only while it lives
 
     def value(self, value: Any, path: str) -> Json:
-        """Describe anything."""
         kind = type(value)
         if kind in PLAIN:
             return value

@@ -56,7 +56,6 @@ class Workers:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The names of the workers' places."""
         return self._leader.devices
 
     def bind(
@@ -68,7 +67,6 @@ class Workers:
         slots: int,
         cond: Mapping[str, Tensor],
     ) -> Session:
-        """Return a session on the workers."""
         return self._leader.open_session(inputs, outputs, slots, {**cond, PROGRAM: to_tensor(program, sources)})
 
     def record(self, path: str | os.PathLike[str], most: int | None = None) -> AbstractContextManager[Timeline]:
@@ -76,7 +74,6 @@ class Workers:
         return record(self._leader, path, most)
 
     def close(self) -> None:
-        """End the workers."""
         self._leader.close()
 
     def __enter__(self) -> Workers:

@@ -71,7 +71,6 @@ class PipelineBackend:
         self._known = self._ready.result(START)
 
     def begin(self, request: ImageRequest, report: Report | None = None) -> PipelineJob:
-        """Queue a request."""
         arguments: dict[str, Any] = {"prompt": request.prompt, "num_images_per_prompt": request.n}
         arguments |= {NAMES.get(name, name): value for name, value in request.options.items() if name != "seed"}
         if request.size not in (None, "auto"):
@@ -108,18 +107,15 @@ class PipelineBackend:
         return work
 
     def health(self) -> tuple[bool, Mapping[str, Any]]:
-        """Say whether there was progress lately, or nothing to do."""
         unfinished = self._unfinished()
         still = time.monotonic() - self._last_progress if unfinished else 0.0
         alive = self._thread.is_alive()
         return alive and still <= self._stall, {"alive": alive, "requests": unfinished, "since_progress": still}
 
     def metrics(self) -> str:
-        """Return what was counted."""
         return prometheus(self._counts, {"requests": ("Requests that are not over.", self._unfinished())})
 
     def close(self) -> None:
-        """Cancel what waits and what is under way; wait until the pipeline is let go."""
         with self._changed:
             self._closing = True
             unwanted = [*self._waiting, *([self._current] if self._current is not None else [])]
@@ -141,7 +137,6 @@ class PipelineBackend:
             return True
 
     def _next(self) -> PipelineJob | None:
-        """Wait for a request; return None at the end."""
         with self._changed:
             self._current = None
             self._changed.wait_for(lambda: self._waiting or self._closing)
@@ -181,7 +176,6 @@ class PipelineBackend:
         return False
 
     def _draw(self, pipe: Any, work: PipelineJob, report: Calls) -> bool:
-        """Carry a request out; return whether it lost a worker."""
         began = time.monotonic()
         try:
             images = work.draw(pipe, report)
@@ -216,7 +210,6 @@ class PipelineJob:
         self._unwanted = False
 
     def cancel(self) -> None:
-        """End it at once if it waits, else with its next step."""
         self._unwanted = True
         if self._withdraw(self):
             self.images.set_exception(CancelledError())

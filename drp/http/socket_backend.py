@@ -54,7 +54,6 @@ class SocketBackend:
             return self._held
 
     def begin(self, request: ImageRequest, report: Report | None = None) -> SocketJob:
-        """Submit a run."""
         pattern = r"[0-9]" if self._classes <= 10 else r"[0-9]+"
         labels = [int(found) for found in re.findall(pattern, request.prompt)]
         if not labels or re.sub(pattern, "", request.prompt).strip(" ,"):
@@ -89,16 +88,13 @@ class SocketBackend:
         return SocketJob(run, len(labels))
 
     def health(self) -> tuple[bool, Mapping[str, Any]]:
-        """Ask the server."""
         status = self._client.status()
         return status.healthy, vars(status)
 
     def metrics(self) -> str:
-        """Ask the server."""
         return self._client.metrics()
 
     def close(self) -> None:
-        """Close the client."""
         self._held.close()
 
 
@@ -120,7 +116,6 @@ class SocketJob:
         run.add_done_callback(self._finish)
 
     def cancel(self) -> None:
-        """End the run."""
         self._run.cancel()
 
     def _finish(self, run: Future[Result]) -> None:

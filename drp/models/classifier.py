@@ -40,7 +40,6 @@ class Classifier(nn.Module):
         return out
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, 10]."""
         out: Tensor = self.head(self.features(images))
         return out
 

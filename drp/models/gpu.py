@@ -102,7 +102,6 @@ class Compiled:
         self._seen: set[object] = set()
 
     def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Predict."""
         with torch.inference_mode(mode=False), torch.no_grad():
             arguments = _ordinary(x), _ordinary(t), {name: _ordinary(value) for name, value in cond.items()}
             key = _shapes(_named(x, t, cond))
@@ -140,7 +139,6 @@ class Captured:
         self._pool: Any = None
 
     def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Replay, or capture first."""
         given = _named(x, t, cond)
         key = _shapes(given)
         with torch.inference_mode(mode=False), torch.no_grad():  # The inputs are written to by calls in either mode.

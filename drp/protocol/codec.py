@@ -138,7 +138,6 @@ class _Flat:
 
     @property
     def size(self) -> int:
-        """The bytes of each."""
         return self._struct.size
 
     def pack(self, record: object) -> bytes | None:

@@ -108,16 +108,13 @@ class GpuMemory:
 
     @property
     def ipc_handles(self) -> tuple[Handle | None, GpuHandle | None]:
-        """No file's handle, and its own."""
         return None, self._handle
 
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return a view; raise ProtocolError if it does not fit."""
         count = check_fit(offset, shape, dtype, self.nbytes)
         return self._bytes[offset : offset + count * dtype.itemsize].view(dtype).view(tuple(shape))
 
     def record_event(self) -> None:
-        """Record the event on the current stream of its device."""
         stream = torch.cuda.current_stream(self.device).cuda_stream
         _call("cudaEventRecord", ctypes.c_void_p(self._event), ctypes.c_void_p(stream))
 
@@ -194,7 +191,6 @@ class GpuCounters:
         _drive("cuStreamWaitValue64_v2", self._address + line * TIMELINE_NBYTES, number)
 
     def set(self, line: int, number: int) -> None:
-        """Write a number, now."""
         self._numbers[line, 0] = number
 
     def free(self) -> None:
@@ -213,32 +209,26 @@ class GpuStream:
         self._stream, self._aside = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types for it
 
     def enqueue(self, do: Callable[[], object]) -> None:
-        """Queue what `do` queues; this is the current stream."""
         do()
 
     def run_ready(self) -> None:
         """Do nothing: the GPU does."""
 
     def current(self) -> AbstractContextManager[object]:
-        """Make it the current stream for a while."""
         return torch.cuda.stream(self._stream)
 
     def side_stream(self) -> AbstractContextManager[object]:
-        """Make the other the current stream for a while."""
         return torch.cuda.stream(self._aside)
 
     def record(self) -> Any:
-        """Return an event behind what was queued so far."""
         event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types for it
         event.record(self._stream)
         return event
 
     def query(self, mark: Any) -> bool:
-        """Whether the GPU has come to the mark."""
         return bool(mark.query())
 
     def synchronize(self) -> None:
-        """Wait for the GPU."""
         self._stream.synchronize()
 
     def close(self) -> None:
@@ -252,7 +242,6 @@ class ArenaEvent:
         self._memory = memory
 
     def record(self) -> int:
-        """Record the event on the current stream."""
         self._memory.record_event()
         return 0
 
@@ -260,7 +249,6 @@ class ArenaEvent:
         """Do nothing: what is queued on a GPU is done."""
 
     def wait(self, number: int) -> None:
-        """Have the current stream wait for it, as it was last recorded."""
         self._memory.wait_event()
 
 
@@ -273,7 +261,6 @@ class WorkerCounter:
         self._counters, self._index, self._count = numbers, line, 0
 
     def record(self) -> int:
-        """Have the current stream write it."""
         self._count += 1
         self._counters.write(self._index, self._count)
         return self._count
@@ -291,7 +278,6 @@ class WorkerCounterView:
         self.counters.wait(self.index, self._count)
 
     def release(self) -> None:
-        """Let all streams go on: the worker is gone."""
         self.counters.set(self.index, CANCEL_ALL)
 
 

@@ -181,12 +181,10 @@ class SharedMemory:
 
     @property
     def handle(self) -> Handle:
-        """What a peer needs to open it, while the owner lives and has not closed it."""
         return Handle(os.getpid(), self._fd, self.nbytes)
 
     @property
     def ipc_handles(self) -> tuple[Handle | None, GpuHandle | None]:
-        """The handle, and no GPU's."""
         return self.handle, None
 
     def record_event(self) -> None:
@@ -196,7 +194,6 @@ class SharedMemory:
         """Do nothing: whoever said so had written."""
 
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return a view; raise ProtocolError if it does not fit."""
         count = check_fit(offset, shape, dtype, self.nbytes)
         if count == 0:
             return torch.empty(tuple(shape), dtype=dtype, device="cpu")
@@ -204,11 +201,9 @@ class SharedMemory:
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(tuple(shape))
 
     def view(self) -> mmap.mmap:
-        """Return the mapping itself, for numbers that are read and written in place."""
         return self._map
 
     def read(self) -> bytes:
-        """Return a copy of everything."""
         return self._map[:]
 
     def close(self, reuse: bool = True) -> None:

@@ -155,7 +155,6 @@ class LeaderSocket:
         return identity, decode(parts[0], TO_LEADER)
 
     def close(self) -> None:
-        """Close; nothing unsent is waited for."""
         self._epoll.close()
         self._context.destroy(linger=0)
         while self._places:
@@ -210,7 +209,6 @@ class WorkerSocket:
         self._received: deque[bytes] = deque()
 
     def send(self, message: ToLeader) -> None:
-        """Send at once."""
         self._socket.send(encode(message), zmq.NOBLOCK)
 
     def receive(self, seconds: float, awake: float = 0.0) -> ToWorker | None:

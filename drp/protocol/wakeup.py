@@ -26,7 +26,6 @@ class WakeupReceiver:
             os.read(self.fd, 4096)
 
     def close(self) -> None:
-        """Close both ends."""
         os.close(self.fd)
         os.close(self._write_fd)
 
@@ -46,5 +45,4 @@ class Wakeup:
             os.write(self._fd, b"!")
 
     def close(self) -> None:
-        """Close it."""
         os.close(self._fd)

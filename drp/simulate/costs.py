@@ -31,7 +31,6 @@ class LinearCost:
     apart: Samples = (0.0,)
 
     def draw(self, count: int, draws: random.Random) -> float:
-        """Return a time for so many."""
         return max(0.0, self.fixed + self.each * count + draws.choice(self.apart))
 
     @classmethod
@@ -107,7 +106,6 @@ class _Fit:
         self._busy = sorted((mark.since, mark.ns) for mark in marks if mark.kind in spans and mark.since)
 
     def costs(self) -> Costs:
-        """Return all."""
         start, end, form, refine = self._leader()
         send = self._sends()
         down, following, late = self._workers()

@@ -92,7 +92,6 @@ class Outcome:
 
     @property
     def throughput(self) -> float:
-        """Runs a second."""
         return len(self.runs) / self.duration
 
     @property
@@ -112,7 +111,6 @@ class Outcome:
 
     @property
     def mean(self) -> float:
-        """The mean of that."""
         return statistics.fmean(run.seconds for run in self.runs)
 
     def cost(self, price: float) -> float:

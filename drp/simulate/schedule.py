@@ -39,7 +39,6 @@ class Schedule:
 
     @property
     def base(self) -> int:
-        """The index of the state."""
         return self._progress.base
 
     @property
@@ -50,7 +49,6 @@ class Schedule:
         return not any(missing for missing, _ in (self._out[i] for i in range(used)))
 
     def arrive(self, ticket: ScheduledDraft) -> None:
-        """Take a prediction."""
         for missing, _ in self._out:
             missing.discard(ticket)
         self._distance[ticket.step] = ticket.distance

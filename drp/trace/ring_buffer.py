@@ -19,7 +19,6 @@ class RingBuffer(Timeline):
         self.dropped = 0
 
     def append(self, mark: TraceEvent) -> None:
-        """Take a mark."""
         super().append(mark)
         if len(self) >= self._most + self._chunk:
             del self[: self._chunk]

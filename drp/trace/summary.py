@@ -59,7 +59,6 @@ class WorkerSummary:
 
     @property
     def total(self) -> float:
-        """All of it."""
         return self.compute + self.transfer + self.waiting + self.leader + self.idle
 
 
@@ -73,7 +72,6 @@ class Summary:
 
     @property
     def text(self) -> str:
-        """Say where the time went."""
         return self._runs + (f" {self.dropped} older marks were dropped as it was recorded." if self.dropped else "")
 
     @property

@@ -54,12 +54,10 @@ class WorkItem:
 
     @property
     def timesteps(self) -> list[float]:
-        """One a draft."""
         return [self.draft.timestep, *(also.timestep for also in self.draft.batched)]
 
     @property
     def rows(self) -> list[int]:
-        """One a draft."""
         return [self.draft.row, *(also.row for also in self.draft.batched)]
 
 
@@ -199,11 +197,9 @@ class HostWorkerEvent:
         self._index, self._stream, self._wakeup = order.index, stream, bell
 
     def restart(self) -> None:
-        """Count from what the memory says."""
         self._semaphore.restart()
 
     def record(self) -> int:
-        """Count, and have the thread say when it is there."""
         count = self._semaphore.next_value()
         self._stream.enqueue(functools.partial(self._signal, count))
         return count
@@ -224,11 +220,9 @@ class HostLeaderEvent:
         self._semaphore, self._stream = TimelineSemaphore(line), stream
 
     def wait(self, number: int) -> None:
-        """Have the thread wait until the leader has come so far."""
         self._stream.enqueue(functools.partial(self._wait_for, number))
 
     def is_cancelled(self, number: int) -> bool:
-        """Whether nobody wants what waits for this record any more."""
         return self._semaphore.is_cancelled(number)
 
     def _wait_for(self, count: int) -> None:
@@ -256,11 +250,9 @@ class HostExecutor:
 
     @property
     def busy(self) -> bool:
-        """Whether something was given that is not done."""
         return self._stream.busy or bool(self._failed)
 
     def bind(self, run: int, arena: Arena) -> None:
-        """Take up a run's records and stamps."""
         order = arena.bind.async_config
         assert order is not None
         if order.wakeup is not None and order.wakeup not in self._wakeups:
@@ -271,24 +263,19 @@ class HostExecutor:
         self._runs[run] = HostRunBinding(arena, HostLeaderEvent(leaders, self._stream), own)
 
     def unbind(self, run: int) -> HostRunBinding | None:
-        """Let go of them."""
         return self._runs.pop(run, None)
 
     def rebind(self, run: int, bound: HostRunBinding) -> None:
-        """Take up those of another run."""
         bound.worker_event.restart()
         self._runs[run] = bound
 
     def take_failures(self) -> list[tuple[Draft, BaseException]]:
-        """Return what could not be evaluated, each draft once."""
         return [self._failed.popleft() for _ in range(len(self._failed))]
 
     def synchronize(self) -> None:
-        """Wait for the thread, and for the device that it stands for."""
         self._stream.synchronize()
 
     def close(self) -> None:
-        """End the thread."""
         self._stream.close()
         for bell in self._wakeups.values():
             bell.close()

@@ -98,7 +98,6 @@ class CudaDevice:
         self._synchronize()
 
     def unbind(self, run: int) -> None:
-        """Let go of a run's memory."""
         if run in self._pinned:
             self._runtime.cudaHostUnregister(self._pinned.pop(run))
 

@@ -59,15 +59,12 @@ class CudaExecutor:
         self._runs[run] = RunBinding(arena, leaders, own)
 
     def unbind(self, run: int) -> RunBinding | None:
-        """Let go of them."""
         return self._runs.pop(run, None)
 
     def rebind(self, run: int, bound: RunBinding) -> None:
-        """Never do so: conditions are brought here anew for each run."""
         raise NotImplementedError(f"run {run} on a GPU is bound again")
 
     def submit(self, work: WorkItem) -> None:
-        """Queue the copies in, the evaluation, the copies out and the stamps."""
         bound, apart = self._runs[work.draft.run], work.arena.memory.device.type == "cpu"
         into, out = (self._in, self._out) if apart else (self._compute, self._compute)
         with torch.cuda.stream(into):
@@ -89,11 +86,9 @@ class CudaExecutor:
                     tensor.record_stream(stream)
 
     def take_failures(self) -> list[tuple[Draft, BaseException]]:
-        """Return nothing: what is raised on a GPU after the answer ends the worker."""
         return []
 
     def synchronize(self) -> None:
-        """Wait for the GPU."""
         self._last.synchronize()
 
     def close(self) -> None:
@@ -110,7 +105,6 @@ class PinnedEvent:
         self._numbers, self._semaphore, self._executor = line, TimelineSemaphore(line), ahead
 
     def record(self) -> int:
-        """Count, and have the current stream say when it is there."""
         count = self._semaphore.next_value()
         there = torch.full((1,), count, dtype=torch.int64, device=self._executor.device)
         self._numbers[COMPLETED : COMPLETED + 1].copy_(there, non_blocking=True)

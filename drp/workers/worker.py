@@ -175,7 +175,6 @@ class Worker:
         return Shared()
 
     def _bind(self, bind: Bind) -> None:
-        """Open a run's memory."""
         arena = Arena.open(bind, self._device.open_ipc if self._device is not None else None, self._memory_cache.open)
         if self._device is not None:
             self._device.bind(bind.run, arena)
@@ -233,7 +232,6 @@ class Worker:
         return Prediction(draft.run, draft.index, draft.row, ended - began, received, began, predicted, ended)
 
     def _work(self, draft: Draft) -> WorkItem:
-        """Find a draft's tensors."""
         arena = self._arenas.get(draft.run)
         if arena is None:
             raise ProtocolError(f"a draft of run {draft.run}, which is not bound")

@@ -24,7 +24,6 @@ class DDIM(Solver):
         self.adds_noise = eta > 0
 
     def step(self, k: int) -> LinearCombination:
-        """Return the row of x_{k+1}."""
         (alpha, sigma), (alpha_b, sigma_b) = self.at(k), self.grid.landing(k)
         s = self.eta * sigma_b / sigma * math.sqrt(max(0.0, 1 - (alpha / alpha_b) ** 2))
         return {data(k): alpha_b, epsilon(k): math.sqrt(max(0.0, sigma_b**2 - s**2)), noise(k): s}
@@ -47,7 +46,6 @@ class DDPM(Solver):
         self.variance = variance
 
     def step(self, k: int) -> LinearCombination:
-        """Return the row of x_{k+1}."""
         (alpha, sigma), (alpha_b, sigma_b) = self.at(k), self.at(k + 1)
         beta = 1 - (alpha / alpha_b) ** 2
         kept = (sigma_b / sigma) ** 2
@@ -62,7 +60,6 @@ class EulerAncestral(Solver):
     adds_noise = True
 
     def step(self, k: int) -> LinearCombination:
-        """Return the row of x_{k+1}."""
         (alpha, sigma), (alpha_b, sigma_b) = self.at(k), self.at(k + 1)
         rho, rho_b = sigma / alpha, sigma_b / alpha_b
         up = rho_b * math.sqrt(max(0.0, 1 - (rho_b / rho) ** 2))

@@ -53,7 +53,6 @@ class DPMSolver(Solver):
         self._lambdas = grid.lambdas.tolist()
 
     def step(self, k: int) -> LinearCombination:
-        """Return the row of x_{k+1}."""
         if self.stands_still(k):
             return {state(k): 1.0}
         (alpha, sigma), (alpha_b, sigma_b) = self.at(k), self.at(k + 1)

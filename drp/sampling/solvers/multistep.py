@@ -41,7 +41,6 @@ class LinearMultistep(Solver):
         self._rhos = (grid.sigmas / grid.alphas).tolist()
 
     def step(self, k: int) -> LinearCombination:
-        """Return the row of x_{k+1}."""
         if self.stands_still(k):
             return {state(k): 1.0}
         (alpha, _), (alpha_b, _) = self.at(k), self.at(k + 1)
@@ -72,7 +71,6 @@ class DEIS(Solver):
         self._logs = (-grid.lambdas).tolist()
 
     def step(self, k: int) -> LinearCombination:
-        """Return the row of x_{k+1}."""
         if self.stands_still(k):
             return {state(k): 1.0}
         (alpha, sigma), (alpha_b, sigma_b) = self.at(k), self.at(k + 1)
@@ -109,7 +107,6 @@ class IPNDM(Solver):
     history = 3
 
     def step(self, k: int) -> LinearCombination:
-        """Return the row of x_{k+1}."""
         weights = ADAMS_BASHFORTH[min(k, 3)]
         mean: LinearCombination = {epsilon(k - j): weight for j, weight in enumerate(weights)}
         return _ddim(self.at(k), self.grid.landing(k), k, mean)
@@ -132,7 +129,6 @@ class PNDM(Solver):
             )
 
     def step(self, k: int) -> LinearCombination:
-        """Return the row of x_{k+1}."""
         if k == 1:
             return _ddim(self.at(0), self.grid.landing(1), 0, {epsilon(0): 0.5, epsilon(1): 0.5})
         behind = [j for j in range(k, -1, -1) if j != 1][:4]  # The prediction at 1 was for the Heun step alone.
@@ -159,7 +155,6 @@ class Heun(Solver):
     history = 1
 
     def step(self, k: int) -> LinearCombination:
-        """Return the row of x_{k+1}."""
         (alpha_b, sigma_b), start = self.at(k + 1), k - k % 2
         alpha, sigma = self.at(start)
         if k % 2 == 0:
