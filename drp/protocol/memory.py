@@ -1,6 +1,6 @@
-"""Memory that processes share: anonymous files, owned by the leader, opened by the workers through /proc.
+"""Shared memory: anonymous files (memfd), owned by the leader and opened by the workers through /proc.
 
-A memfd has no name in any file system: when its owner and all who opened it are gone, however they went, so is it.
+A memfd has no name in any file system. The kernel frees it when its owner and all openers have ended, however they ended.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 
 MAX_RETAINED_NBYTES: Final = 64 << 20
-"""Bytes of the leader's memory that a worker may keep mapped for a run to come: the machine does not have them then."""
+"""Bytes of the leader's memory that a worker may keep mapped for later runs, which occupies them meanwhile."""
 
 
 GET_DUMPABLE: Final = 3
@@ -85,30 +85,31 @@ def require_openable() -> None:
 
 
 class Memory(Protocol):
-    """What an arena asks of the memory it lies in, on the host or on a GPU.
+    """The interface of the memory of an arena, on the host or on a GPU.
 
-    Its owner calls `written` before it tells a peer to read, and the peer calls `follow` before it reads. On the host
-    both are nothing: what was called has been done. A peer waits for its own work before it answers.
+    The owner calls `record_event` before it tells a peer to read, and the peer calls `wait_event` before it reads. On
+    the host both do nothing, because writes are complete when the call returns. A peer waits for its own work before it
+    answers.
     """
 
     @property
     def nbytes(self) -> int:
-        """Its length."""
+        """The size in bytes."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where it lies, as this process counts."""
+        """The device, by the numbering of this process."""
         ...
 
     @property
     def ipc_handles(self) -> tuple[Handle | None, GpuHandle | None]:
-        """What a peer needs to open it: one of the two."""
+        """The handle with which a peer opens the memory: one of the two is None."""
         ...
 
     @property
     def number(self) -> int:
-        """No other memory's of its owner, if a handle does not tell whether it is the same again; else 0."""
+        """A number unique among the owner's memory, if handles can be reused for other memory; else 0."""
         ...
 
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -116,15 +117,15 @@ class Memory(Protocol):
         ...
 
     def record_event(self) -> None:
-        """Have peers that call `follow` from now on see what this process has queued so far."""
+        """Record an event after what this process has queued so far."""
         ...
 
     def wait_event(self) -> None:
-        """Let what this process queues from now on come after what the owner had queued when it last said so."""
+        """Make what this process queues from now on wait for the event as the owner last recorded it."""
         ...
 
     def close(self, reuse: bool = True) -> None:
-        """Let go of it; `reuse` says that nobody writes to it any more."""
+        """Release the memory. `reuse`: no process writes to it any more, so it may be used again."""
         ...
 
 
@@ -133,7 +134,7 @@ _numbers = itertools.count()
 
 
 class SharedMemory:
-    """A stretch of shared memory. It stays mapped while a tensor made from it lives."""
+    """A block of shared memory. It stays mapped as long as a tensor in it exists."""
 
     device: Final = torch.device("cpu")
 

@@ -1,18 +1,20 @@
 """Asynchronous dispatch: work, and waits for other processes' work, are queued on streams.
 
-A *stream* does what it is given in order, after the caller has gone on: on a GPU it is CUDA's; on the host a worker's
-is a thread, and the leader's a list that its one thread works off: a second would wait for the interpreter's lock. A
-*record* joins streams: one side's `record` says that what was queued so far is to count as done once it is, and `wait`
-has another's stream wait for that. On the host records have numbers, known beforehand, so that either side can wait for
-what the other was not yet asked to do; what the leader records on a GPU is an event, which has none, and is waited for
-as it was last recorded. A *stamp* is written behind a prediction, and read before it is used: it proves that what was
-read was finished, whatever became of the records.
+A *stream* executes operations in order, after the caller has returned. On a GPU it is a CUDA stream. On the host a
+worker's stream is a thread, and the leader's is a queue that the engine's own thread executes, since a second thread
+would contend for the interpreter's lock.
 
-What is recorded counts as done from a *time* on. That is now, for a thread that works; for one that stands for an
-emulated device, which knows how long it takes, it may be later: whoever waits for it waits until then, and no thread
-has to wake up on the device's side to say so, as none does on a GPU's.
+An *event* joins two streams: `record` marks what one stream has queued so far, and `wait` makes another stream wait for
+it. On the host, events have numbers that are known in advance, so either side can wait for an event that the other has
+not recorded yet. The leader's events on a GPU are CUDA events, which have no numbers: a wait refers to the last record.
 
-Here are the numbers that both sides have on the host; `drp.protocol.cuda` has what a GPU has instead.
+A *completion record* is written after a prediction and read before the prediction is used. It proves that what was read
+was finished, whatever happened to the events.
+
+An event completes at a *time*. A thread that emulates a device knows in advance when its work will be finished, and
+writes that time; a waiter then waits until that time, and no thread has to wake up on the device's side.
+
+This module has the semaphores and completion records on the host; `drp.protocol.cuda` has their counterparts on a GPU.
 """
 
 from __future__ import annotations
@@ -31,107 +33,106 @@ from drp.protocol.memory import ALIGNMENT
 from drp.protocol.waiting import Futex
 
 POLL_INTERVAL = 50e-6
-"""Seconds between two looks at a number that a device writes."""
+"""Seconds between two polls of a number that a device writes."""
 
 RECHECK_INTERVAL = 0.05
-"""Seconds after which a number of another process is looked at again, though nobody said that it has changed."""
+"""Seconds after which another process's number is read again without a notification."""
 
 COMPLETION_SIZE = 3
-"""int64 numbers of a stamp: its word; the nanoseconds that the evaluation took, 0 if they are not known; and when it
-ended, in nanoseconds of CLOCK_MONOTONIC, 0 likewise."""
+"""Numbers (int64) of a completion record: the status word; the evaluation's nanoseconds, 0 if unknown; and the time of
+its end in nanoseconds of CLOCK_MONOTONIC, 0 if unknown."""
 PENDING = -1
-"""In place of a word: no stamp was read yet."""
+"""In place of a status word: the completion record was not read yet."""
 OK, NOT_FINITE, RAISED, CANCELLED = 0, 1, 2, 3
-"""What a word says of a prediction beside the draft's sequence number; of the last two there is none."""
+"""The status in a status word, beside the draft's sequence number. With the last two there is no prediction."""
 STATUS_COUNT = 4
 
 TIMELINE_NBYTES = ALIGNMENT
-"""Bytes of one side's records on the host."""
+"""Bytes of a timeline semaphore in shared memory."""
 COMPLETED, NOTIFY_ALL, NOTIFY_FIRST, CANCELLED_BELOW, TIMESTAMPS, RING_SIZE = 0, 1, 2, 3, 8, 8
-"""The int64 there: how many of its records are done; of a worker's, of which the leader wants to be told once all are
-done of which it wants to be told so, and of which as soon as that one is; of the leader's, the least number that a
-draft still wanted waits for; and since when the last RING of the records are done."""
+"""Indices of its int64 numbers; the layout is drawn in `TimelineSemaphore`."""
 CANCEL_ALL = 2**62
-"""As LEAST: no draft is wanted any more."""
+"""A value of CANCELLED_BELOW that cancels all drafts."""
 
 
 class Stream(Protocol):
-    """Does what it is given in order. One thread gives.
+    """Executes operations in order. One thread enqueues.
 
-    `waits`: how many waits are still to come for this thread, if they are its; 0 if they are not.
+    `pending_waits`: how many queued waits this thread itself still has to execute; 0 if another one executes them.
     """
 
     pending_waits: int
 
     def enqueue(self, do: Callable[[], object]) -> None:
-        """Have this done after what was given before; on a GPU, what `do` queues on the current stream."""
+        """Execute `do` after what was enqueued before; on a GPU, `do` queues work on the current stream."""
         ...
 
     def run_ready(self) -> float | None:
-        """Do what can be done now, if that takes this thread; return when there is more, in seconds of perf_counter.
+        """Execute what is ready, if this thread executes the stream.
 
-        None if there is not, or not for this thread. Raises what something given raised.
+        Return when to call it again, in seconds of `time.perf_counter`; None if nothing is left for this thread. Raises
+        what an operation raised.
         """
         ...
 
     def current(self) -> AbstractContextManager[object]:
-        """Make it the current stream of this thread for a while: what is queued on the GPU is queued here."""
+        """Return a context in which this is the thread's current CUDA stream."""
         ...
 
     def record(self) -> Any:
-        """Return a mark behind what was given so far."""
+        """Return an event after what was enqueued so far."""
         ...
 
     def query(self, mark: Any) -> bool:
-        """Whether everything before the mark was done; never waits."""
+        """Whether everything before the event was executed; does not wait."""
         ...
 
     def synchronize(self) -> None:
-        """Wait until everything was done. Only where nothing that was given waits for another process."""
+        """Wait until everything was executed. Only allowed if no operation waits for another process."""
         ...
 
     def side_stream(self) -> AbstractContextManager[object]:
-        """Make another stream the current one for a while, for those who look at what was done before a mark."""
+        """Return a context with another current stream, for reading what was computed before an event."""
         ...
 
     def close(self) -> None:
-        """Do no more."""
+        """Execute nothing more."""
         ...
 
 
 class OwnEvent(Protocol):
-    """A side's own records."""
+    """An event that this process records."""
 
     def record(self) -> int:
-        """Let the others wait for all that was queued here so far; return the record's number, 0 if it has none."""
+        """Record what was queued so far, for others to wait for; return the event's number, 0 if it has none."""
         ...
 
 
 class LeaderOwnEvent(OwnEvent, Protocol):
-    """The leader's own."""
+    """The leader's event, in the leader."""
 
     def cancel_before(self, least: int) -> None:
-        """Let workers that look at that not begin a draft that waits for a record below this one."""
+        """Cancel drafts that wait for an event with a number below `least`, where workers can see it."""
         ...
 
 
 class LeaderEvent(Protocol):
-    """The leader's, as a worker has them."""
+    """The leader's event, in a worker."""
 
     def wait(self, number: int) -> None:
-        """Have the stream wait for the record of this number, or, where they have none, for the last one."""
+        """Make the stream wait for the event of this number; where events have no numbers, for the last one."""
         ...
 
 
 class WorkerEvent(Protocol):
-    """A worker's, as the leader has them: they outlive the worker."""
+    """A worker's event, in the leader; it outlives the worker."""
 
     def wait(self) -> None:
-        """Have the stream wait for the next one; where they have no numbers, for the last, after a message."""
+        """Make the stream wait for the worker's next event."""
         ...
 
     def release(self) -> None:
-        """Let the stream go on: the worker is gone, and what it was to record will not be done."""
+        """Release the stream from waits for a worker that is gone."""
         ...
 
 
@@ -139,33 +140,41 @@ _BARRIER = threading.Lock()
 
 
 def memory_barrier() -> None:
-    """Have what this thread has written be there before it looks at anything else: a lock sees to that."""
+    """Order the writes before this call before the reads after it; acquiring a lock does so."""
     with _BARRIER:
         pass
 
 
 class TimelineSemaphore:
-    """One side's records on the host: int64 [LINE / 8] in memory that both sides have mapped.
+    """A timeline semaphore in memory that leader and workers map: int64 [TIMELINE_NBYTES / 8].
 
-    Each counts for itself how many there are to be, from what there is when it begins.
+        int64     in the leader's                        in a worker's
+        [0]       completed: number of the last event    completed: number of the last event
+        [1]       unused                                 notify when all workers have reached their [1]; 0: never
+        [2]       unused                                 notify when this worker reaches this number; 0: never
+        [3]       drafts that wait for an event below    unused
+                  this number are cancelled
+        [8 + i]   completion time of the event whose number modulo 8 is i, ns of CLOCK_MONOTONIC
+
+    Both sides count events for themselves, from the number that is completed when they start.
     """
 
     def __init__(self, numbers: Tensor) -> None:
         self._array = numbers.numpy()
-        self._numbers = self._array.data  # which is read and written in a fraction of an array's time
+        self._numbers = self._array.data  # faster to index than an array
         self.restart()
 
     def restart(self) -> None:
-        """Count from what there is now."""
+        """Continue counting from the completed number."""
         self._last_value = self._numbers[COMPLETED]
 
     def next_value(self) -> int:
-        """Count one more; return its number."""
+        """Return the number of the next event."""
         self._last_value += 1
         return self._last_value
 
     def signal(self, count: int, ns: int) -> None:
-        """Say that so much of it is done, or will be at a time."""
+        """Complete the event `count` at the time `ns`, which may lie ahead."""
         self._numbers[TIMESTAMPS + count % RING_SIZE] = ns
         self._numbers[COMPLETED] = count
 
@@ -174,49 +183,49 @@ class TimelineSemaphore:
         return Futex(self._array, COMPLETED)
 
     def wake_waiters(self) -> None:
-        """Wake those that sleep until it has come further."""
+        """Wake the processes that sleep in `wait`."""
         self._futex.wake()
 
     def completed_at(self, count: int) -> int | None:
-        """Return since when so much of it is done, in nanoseconds of CLOCK_MONOTONIC; None if it is not."""
+        """Return when the event `count` completed, in nanoseconds of CLOCK_MONOTONIC; None if it has not."""
         return self._numbers[TIMESTAMPS + count % RING_SIZE] if self._numbers[COMPLETED] >= count else None
 
     def request_notification(self, count: int, alone: bool) -> None:
-        """Want to be told when so much of it is done, `alone` or with all others; of 0 never.
+        """Ask the worker to notify the leader at the event `count`, `alone` or once all workers reached theirs; 0: never.
 
-        Look again after a `fence`: it may be done already.
+        Read the completed number again after a `memory_barrier`: the worker may have completed the event already.
         """
         self._numbers[NOTIFY_ALL], self._numbers[NOTIFY_FIRST] = (0, count) if alone else (count, 0)
 
     def wait(self, count: int, seconds: float) -> None:
-        """Wait until so much of it is done, at most; it may also end before."""
+        """Sleep until the event `count` completes, for at most `seconds`; spurious returns are possible."""
         if (reached := self._numbers[COMPLETED]) < count:
             self._futex.wait(reached, seconds)
 
     def is_cancelled(self, count: int) -> bool:
-        """Whether nobody wants what waits for this record any more."""
+        """Whether drafts that wait for the event `count` are cancelled."""
         return self._numbers[CANCELLED_BELOW] > count
 
     def cancel_before(self, least: int) -> None:
-        """Want nothing any more that waits for a record below this one."""
+        """Cancel drafts that wait for an event below `least`."""
         self._numbers[CANCELLED_BELOW] = least
 
     def release(self) -> None:
-        """Count all of it as done: who was to record it is gone."""
+        """Complete all events that were counted, for a process that is gone."""
         for place in range(TIMESTAMPS, TIMESTAMPS + RING_SIZE):
             self._numbers[place] = 0
         self._numbers[COMPLETED] = self._last_value
 
 
 class WorkerTimelines:
-    """All workers' lines of a run, int64 [workers, LINE / 8], as one of them looks at them."""
+    """The semaphores of all workers of a run, int64 [workers, TIMELINE_NBYTES / 8], as mapped by one of them."""
 
     def __init__(self, numbers: Tensor) -> None:
         self._numbers = numbers.numpy().data
         self._all = range(len(numbers))
 
     def notification(self, own: int, count: int) -> bool:
-        """Say whether the worker of the line `own` is to tell of its record: as wanted alone, or as the last of all."""
+        """Return whether the worker at index `own` has to notify the leader of its event `count`."""
         memory_barrier()
         numbers = self._numbers
         if numbers[own, NOTIFY_FIRST] == count:
@@ -225,37 +234,37 @@ class WorkerTimelines:
         return bool(wanted and all(numbers[i, COMPLETED] >= numbers[i, NOTIFY_ALL] for i in self._all))
 
 
-def encode_status(sequence: int, verdict: int) -> int:
-    """Return a stamp's word."""
-    return sequence * STATUS_COUNT + verdict
+def encode_status(sequence: int, status: int) -> int:
+    """Return the status word of a completion record."""
+    return sequence * STATUS_COUNT + status
 
 
-def decode_status(said: int, sequence: int) -> int | None:
-    """Return what a word says of the draft with this sequence number; None if it is another's, or none."""
-    verdict = said - encode_status(sequence, 0)
-    return verdict if 0 <= verdict < STATUS_COUNT else None
+def decode_status(word: int, sequence: int) -> int | None:
+    """Return the status in a word; None if the word is not of the draft with this sequence number."""
+    status = word - encode_status(sequence, 0)
+    return status if 0 <= status < STATUS_COUNT else None
 
 
 def write_completion(
     place: Tensor, sequence: int, prediction: Iterable[Tensor], nanoseconds: int = 0, ended: int = 0
 ) -> None:
-    """Write the stamp of a prediction, on its device and by its current stream, to `place`, int64 [STAMP]."""
+    """Write a completion record to `place`, int64 [COMPLETION_SIZE], on the prediction's device and current stream."""
     finite = torch.stack([tensor.isfinite().all() for tensor in prediction]).all()
-    said = encode_status(sequence, NOT_FINITE) - finite.long()
-    place.copy_(torch.stack([said, *(torch.full_like(said, n) for n in (nanoseconds, ended))]), non_blocking=True)
+    word = encode_status(sequence, NOT_FINITE) - finite.long()
+    place.copy_(torch.stack([word, *(torch.full_like(word, n) for n in (nanoseconds, ended))]), non_blocking=True)
 
 
 def write_completion_now(
     places: memoryview, row: int, sequence: int, prediction: Iterable[Tensor], nanoseconds: int, ended: int
 ) -> None:
-    """Do as `stamp` does, on the host and at once: somebody waits for it. `places` are int64 [rows, STAMP]."""
-    verdict = OK if all(map(is_finite, prediction)) else NOT_FINITE
-    places[row, 0], places[row, 1], places[row, 2] = encode_status(sequence, verdict), nanoseconds, ended
+    """Write a completion record on the host, immediately. `places` are int64 [rows, COMPLETION_SIZE]."""
+    status = OK if all(map(is_finite, prediction)) else NOT_FINITE
+    places[row, 0], places[row, 1], places[row, 2] = encode_status(sequence, status), nanoseconds, ended
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers of a tensor on the host are.
+    """Whether all numbers of a tensor on the host are finite.
 
-    Their sum tells in one pass, since what is not finite stays so in a sum; a sum may also be too large, though.
+    The sum is finite only if all terms are, and takes one pass; if it is not, it may have overflowed, so look closer.
     """
     return cmath.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())

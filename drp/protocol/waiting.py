@@ -1,7 +1,7 @@
-"""Waiting: of a thread, for a number that another process writes, and for a time.
+"""Waiting for a number that another process writes, for a file descriptor, and for a time.
 
-A number in shared memory can be slept on with Linux's futex, in any process that maps it: nothing is sent, no socket is
-read, and whoever has written it wakes all who sleep with one call.
+With Linux's futex, any process that maps a number in shared memory can sleep until it changes. The process that writes
+the number wakes all sleepers with one system call; no message is sent.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ class _Timespec(ctypes.Structure):
 
 
 class Futex:
-    """Those that sleep on one of the int64 in `line`, which several processes map: on its lower half."""
+    """A futex on the lower half of one int64 of `line`, which several processes map."""
 
     def __init__(self, line: npt.NDArray[np.int64], place: int) -> None:
         half = 0 if line.dtype.byteorder in "=<" and np.little_endian else 4
         self._array, self._address = line, line.ctypes.data + 8 * place + half
 
     def wake(self) -> None:
-        """Have all of them look at it, and at whatever else they look at."""
+        """Wake all sleepers."""
         _libc.syscall(SYS_FUTEX, self._address, WAKE, ALL, None)
 
     def wait(self, value: int, seconds: float) -> None:
-        """Sleep while it is `value`, at most; it may also end before."""
+        """Sleep while the number is `value`, for at most `seconds`; spurious returns are possible."""
         least = ctypes.byref(_Timespec(int(seconds), int(seconds % 1 * 1e9)))
         _libc.syscall(SYS_FUTEX, self._address, WAIT, value & 0xFFFFFFFF, least)
 
@@ -50,23 +50,23 @@ class _Pollfd(ctypes.Structure):
 
 
 def wait_readable(fd: int, seconds: float) -> None:
-    """Sleep until something is to be read, at most; poll and epoll count whole milliseconds. It may also end before."""
+    """Sleep until `fd` is readable, for at most `seconds`, to the nanosecond: poll and epoll count milliseconds."""
     what, most = _Pollfd(fd, select.POLLIN), _Timespec(int(seconds), int(seconds % 1 * 1e9))
     _libc.ppoll(ctypes.byref(what), 1, ctypes.byref(most), None)
 
 
 def sched_yield() -> None:
-    """Let others have the core that want it; the interpreter's lock is given up meanwhile."""
+    """Yield the core to other threads; the interpreter's lock is released meanwhile."""
     _libc.sched_yield()
 
 
 def sleep_until(deadline: float) -> float:
-    """Sleep until `time.perf_counter()` reaches `deadline`; return what it then is."""
+    """Sleep until `time.perf_counter()` reaches `deadline`; return the time of waking up."""
     while (left := deadline - time.perf_counter()) > 0:
         time.sleep(left)
     return time.perf_counter()
 
 
 def set_timer_slack() -> None:
-    """Let the kernel end this thread's sleeps when they are over: else it may be 50 us late, to save power."""
+    """Set this thread's timer slack to 1 ns; by default sleeps may end 50 us late, to save power."""
     _libc.prctl(PR_SET_TIMERSLACK, 1)

@@ -10,18 +10,18 @@ from drp.protocol.messages import PipeHandle
 
 
 class WakeupReceiver:
-    """The leader's end: `fd` is ready when somebody rang."""
+    """The leader's end of the pipe: `fd` is readable after a notification."""
 
     def __init__(self) -> None:
         self.fd, self._write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     @property
     def handle(self) -> PipeHandle:
-        """What a worker needs to ring it."""
+        """What a worker needs to open its end."""
         return PipeHandle(os.getpid(), self._write_fd)
 
     def drain(self) -> None:
-        """Let it be silent until somebody rings again."""
+        """Discard all notifications so far."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.fd, 4096)
 
@@ -31,16 +31,16 @@ class WakeupReceiver:
 
 
 class Wakeup:
-    """A worker's: it opens the pipe through /proc, like memory."""
+    """A worker's end of the pipe, which it opens through /proc, like shared memory."""
 
     def __init__(self, end: PipeHandle) -> None:
         try:
             self._fd = os.open(f"/proc/{end.pid}/fd/{end.fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise ProtocolError(f"the bell of process {end.pid} cannot be opened: {error.strerror}") from error
+            raise ProtocolError(f"the wake-up pipe of process {end.pid} cannot be opened: {error.strerror}") from error
 
     def notify(self) -> None:
-        """Wake the leader; one that was rung so often that the pipe is full is awake, or gone."""
+        """Wake the leader. If the pipe is full, the leader is awake or gone, so the byte is dropped."""
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             os.write(self._fd, b"!")
 

@@ -257,7 +257,7 @@ def test_a_bell_rings_in_another_process_and_never_blocks() -> None:
     mine.drain()  # Nobody rang.
     end = mine.handle
     mine.close()
-    with pytest.raises(ProtocolError, match="bell"):
+    with pytest.raises(ProtocolError, match="wake-up pipe"):
         Wakeup(end)
 
 
