@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drp.diffusers.drafting import OWN, Drafter, scale_of
+from drp.diffusers.arguments import results_of
+from drp.diffusers.drafting import Drafter, scale_of
 from drp.diffusers.evaluators import Evaluator
-from drp.diffusers.forms import OfState
+from drp.diffusers.forms import OfState, Point
 from drp.diffusers.learned import Learned, RecordedCall, UnrecognisedError, learn
+from drp.diffusers.numbers import alike
 from drp.diffusers.program import PART, Program
 from drp.diffusers.pytree import Json, UnknownValueError, flatten
 from drp.diffusers.report import CallReport
 from drp.diffusers.rounds import Predictions
 from drp.diffusers.scheduler import copy_of
+from drp.diffusers.settings import read_settings
+from drp.diffusers.structure import Described
+from drp.diffusers.watch import METHODS
 from drp.sampling.modes import Mode
 
 MAX_RETRACES = 6
 """How often in one call a step may turn out otherwise than those before it, and be learned from anew."""
+
+MOST_CALLS = 256
+"""How many calls of the denoiser are recorded while no step comes."""
 
 log = logging.getLogger(__name__)
 
@@ -32,15 +41,18 @@ log = logging.getLogger(__name__)
 class PipelineContext:
     """What all calls of a pipeline have in common: `modules` by name, and for each what workers find it by.
 
-    `split`: the branches of guidance are to be evaluated on different devices.
+    `split`: the branches of guidance are to be evaluated on different devices. `describe` returns a module's present
+    state, the same object as long as nothing has changed; `unchanged` whether it is still as it was described last.
     """
 
     pipe: Any
     mode: Mode
-    modules: Mapping[str, Callable[..., Any]]
+    modules: Mapping[str, types.MethodType]
     evaluator: Evaluator
     split: bool
-    publish: Callable[[str], Json]
+    always_draft: bool
+    describe: Callable[[str], Described]
+    publish: Callable[[str, Described], Json]
     unchanged: Callable[[str], bool]
     config_of: Callable[[str], Mapping[str, Any]]
 
@@ -81,16 +93,23 @@ class PipelineCall:
     """
 
     def __init__(self, work: PipelineContext, scheduler: Any, report: CallReport) -> None:
-        self._context, self._scheduler, self._report = work, scheduler, report
-        self._drafter = Drafter(scheduler, work.mode.rule)
+        self._context, self._report = work, report
         self._traced: TracedStep | None = None
         self._retraces = 0
-        self._suspects: set[str] = set()
+        self._suspects: dict[str, set[str]] = {}
         self._step = StepState()
         self._index: int | None = None
         self._end: int | None = None
         self._stepped: Tensor | None = None
         self._began = time.perf_counter()
+        self._steps_with(scheduler)
+
+    def _steps_with(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        try:
+            self._drafter = Drafter(scheduler, self._context.mode.rule)
+        except Exception as error:  # a scheduler of a kind that nobody has thought of
+            self._fail(error)
 
     # What the pipeline does.
 
@@ -100,19 +119,42 @@ class PipelineCall:
             try:
                 return self._answer(self._traced, module, args, kwargs)
             except UnrecognisedError as error:
-                self._suspects.add(error.path)
-                self._on_mismatch(str(error))
+                self._suspects.setdefault(error.path, set()).update(error.refuted)
+                self._on_mismatch(error)
+            except Exception as error:  # The untouched pipeline would go on, and so does this call.
+                self._fail(error)
         return self._evaluate_in_process(module, args, kwargs)
 
-    def step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def belongs(self, scheduler: Any) -> bool:
+        """Return whether a step of this scheduler is one of this call's, which has one scheduler.
+
+        It is that whose step follows the first evaluation. Further kinds of latents may be stepped along with another.
+        """
+        if scheduler is not self.scheduler and self._report.steps == 0 and self._step.recorded:
+            self._steps_with(scheduler)
+        return scheduler is self.scheduler
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether steps are still to come, as far as is known."""
+        return self._index is None or self._end is None or self._index < self._end
+
+    def step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Let the scheduler take a step, and learn from it."""
         if not self._report.sequential:
             try:
                 self._before_step(args, kwargs)
             except UnrecognisedError as error:
                 self._give_up(str(error))
+            except Exception as error:  # as above
+                self._fail(error)
         stepped = original(*args, **kwargs)
-        self._stepped = stepped[0]
+        if not self._report.sequential:
+            try:
+                self._drafter.stepped = results_of(stepped)
+                self._stepped = self._drafter.stepped[0]
+            except Exception as error:  # as above
+                self._fail(error)
         if self._index is not None:
             self._index += 1
         self._report.steps += 1
@@ -130,37 +172,63 @@ class PipelineCall:
 
     def _evaluate_in_process(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Evaluate in this process, as the pipeline would have done."""
+        recorded = None if self._report.sequential else self._record(module, args, kwargs)
         began = time.perf_counter()
-        result = self._context.modules[module](*args, **kwargs)
+        owner: Any = self._context.modules[module].__self__
+        result = type(owner).forward(owner, *args, **kwargs)  # The class may have been patched since.
         self._report.device_seconds += time.perf_counter() - began
         self._report.evaluations += not self._step.in_process
         self._step.in_process = True
-        if not self._report.sequential:
-            self._step.recorded.append(RecordedCall(module, args, kwargs, result))
+        if recorded is not None:
+            try:
+                recorded.after(result, self._context.describe(module))
+            except Exception as error:  # as above
+                self._fail(error)
         return result
 
-    def _before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _record(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedCall | None:
+        """Begin to record a call that is about to be made here."""
+        if len(self._step.recorded) >= MOST_CALLS:
+            self._give_up(f"the denoiser was called {MOST_CALLS} times without a step of the scheduler")
+            return None
+        try:
+            recorded = RecordedCall.before(module, args, kwargs, self._context.describe(module), read_settings())
+        except ValueError as error:
+            self._give_up(str(error))
+            return None
+        except Exception as error:  # The untouched pipeline would go on, and so does this call.
+            self._fail(error)
+            return None
+        self._step.recorded.append(recorded)
+        return recorded
+
+    def _before_step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Check the step that ends, or learn from it."""
         arguments = self._drafter.read(args, kwargs)
         x, output = arguments["sample"], arguments["model_output"]
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             raise UnrecognisedError("the scheduler's step takes no tensors")
         k = self._index = self._drafter.find(arguments["timestep"], self._index)
+        self._drafter.follow(k, arguments)
         step = self._step
         if self._traced is not None and not step.mismatch:
             calls = self._traced.learned.program.calls
             if step.position < len(calls):
-                self._on_mismatch(f"{calls[step.position].module} was not called")
+                self._on_mismatch(UnrecognisedError(f"{calls[step.position].module} was not called"))
             elif step.x is None or not _agree(step.x, x, step.exact):
-                self._on_mismatch("the scheduler was given other latents than the denoiser")
+                self._on_mismatch(UnrecognisedError("the scheduler was given other latents than the denoiser"))
+        why_not = self._drafter.why_not(k, x, output) if self._context.mode.width > 1 else ""
+        if why_not and not self._context.always_draft:
+            raise UnrecognisedError(f"{why_not}; always_draft=True drafts all the same")
         if self._traced is None and step.recorded:
             self._learn(k, x, output)
         elif step.mismatch:
             self._forget()
         self._drafter.note(k, x, output)
 
-    def _on_mismatch(self, why: str) -> None:
+    def _on_mismatch(self, error: UnrecognisedError) -> None:
         """Take the rest of this step without the program."""
+        why = str(error)
         self._report.notes[f"a step was evaluated anew: {why}"] += 1
         self._retraces += 1
         if self._step.position == 0:  # Nothing of it was answered yet: it can be learned from.
@@ -168,30 +236,46 @@ class PipelineCall:
         else:
             self._step.mismatch = True
             self._retraces += 2  # It costs more: what was answered of the step has been evaluated for nothing.
-        if self._retraces >= MAX_RETRACES:
+        if error.final:
+            self._give_up(why)
+        elif self._retraces >= MAX_RETRACES:
             self._give_up(f"steps differ from one another: {why}")
 
     def _forget(self) -> None:
-        self.close()
+        try:
+            self.close()
+        except Exception:  # of what has failed already
+            log.debug("a session could not be closed", exc_info=True)
         self._step.mismatch = False
 
     def _give_up(self, why: str) -> None:
         """Take the remaining steps without drafts."""
         self._forget()
+        self._step.recorded.clear()
         self._report.sequential = why
+
+    def _fail(self, error: Exception) -> None:
+        """Take the remaining steps without drafts because drafting itself has failed."""
+        log.warning("drafting failed; the call goes on without", exc_info=error)
+        self._give_up(f"drafting failed: {type(error).__name__}: {error}")
 
     def _learn(self, k: int, x: Tensor, output: Tensor) -> None:
         """Make a program of the step whose calls were recorded, and begin rounds with it."""
-        work, t = self._context, self._drafter.timesteps[k]
-        if torch.is_autocast_enabled("cpu"):
-            raise UnrecognisedError("the pipeline runs under torch.autocast, which workers do not")
-        if torch.get_default_dtype() != torch.float32:
-            raise UnrecognisedError(f"torch's default dtype is {torch.get_default_dtype()}; workers have float32")
+        work = self._context
+        if not (bool(x.isfinite().all()) and bool(output.isfinite().all())):
+            raise UnrecognisedError("the latents or the denoiser's output are not finite")
         recorded = self._step.recorded
+        states: dict[str, Described] = {}
+        for record in recorded:
+            if states.get(record.module, record.state) is not record.state or record.state_after is None:
+                raise UnrecognisedError(f"{record.module} itself is changed between two calls of one step")
+            if record.settings != recorded[0].settings:
+                raise UnrecognisedError("torch's settings, or the choice of attention kernels, change within one step")
+            states[record.module] = record.state_after
         configs = {record.module: work.config_of(record.module) for record in recorded}
-        learned = learn(recorded, x, t, scale_of(copy_of(self._scheduler, OWN), t), configs, self._suspects)
+        learned = learn(recorded, self._point(k, x), configs, self._suspects)
         try:
-            sources = {name: work.publish(name) for name in configs}
+            sources = {name: work.publish(name, state) for name, state in states.items()}
         except UnknownValueError as error:
             raise UnrecognisedError(str(error)) from None
         if self._end is None:
@@ -204,8 +288,8 @@ class PipelineCall:
         predictions = self._split(learned, sources, k) if work.split else None
         if predictions is None:
             predictions = self._bind(learned, learned.program, sources, k)
-        predictions.fit_guidance(x, output)
         self._traced = TracedStep(learned, predictions)
+        predictions.fit_guidance(x, output)
         if self._drafter.assumes:
             self._report.notes[self._drafter.assumes] = 1
 
@@ -250,10 +334,12 @@ class PipelineCall:
         if step.x is None:
             step.x = self._expect(learned, tensors, k, self._stepped)
         learned.check(number, tensors, step.inputs, step.answered)
+        for name in {call.module for call in learned.program.calls} if number == 0 else (module,):
+            if not self._context.unchanged(name):
+                raise UnrecognisedError(f"{name} itself was changed")
         if number == 0:
-            for name in {call.module for call in learned.program.calls}:
-                if not self._context.unchanged(name):
-                    raise UnrecognisedError(f"{name} itself was changed")
+            if read_settings() != learned.program.settings:
+                raise UnrecognisedError("torch's settings, or the choice of attention kernels, were changed")
             stepped = None if step.exact else self._stepped
             step.outputs = lesson.predictions.at(k, step.x, step.inputs, stepped)
         step.position += 1
@@ -261,34 +347,37 @@ class PipelineCall:
         step.answered.update({(number, place): tensor for place, tensor in enumerate(flatten(result)[1])})
         return result
 
+    def _point(self, k: int, x: Tensor) -> Point:
+        scale = scale_of(copy_of(self.scheduler, METHODS), self._drafter.timesteps[k])
+        return Point(x, scale, self._drafter.numbers(k))
+
     def _expect(self, learned: Learned, tensors: list[Tensor], k: int, stepped: Tensor) -> Tensor:
         """Return the latents that the denoiser is given; find the arguments that follow from them."""
-        step, t = self._step, self._drafter.timesteps[k]
-        scale = scale_of(copy_of(self._scheduler, OWN), t)
-        x = stepped
+        step, point = self._step, self._point(k, stepped)
         leaves = learned.program.calls[0].leaves
         for leaf, tensor in zip(leaves, tensors, strict=True):
             varying = learned.inputs[leaf.name] if leaf.kind == "input" else None
-            if varying is None or not isinstance(varying.form, OfState) or varying.form.item is not None:
+            if varying is None or not isinstance(varying.form, OfState):
                 continue
             if tensor.shape != varying.like.shape or tensor.dtype != varying.like.dtype:
                 raise UnrecognisedError("the denoiser is given latents of another shape")
-            if not torch.equal(varying.form.apply(x, scale, varying.like), tensor):
+            if not alike(varying.at(point), tensor):
                 # The pipeline, or a callback, changed the latents after the scheduler's step.
                 step.exact = False
-                x = varying.form.read(tensor, x, scale)
-                if not varying.form.same_elsewhere(varying.like, tensor, x):
+                point = self._point(k, varying.form.read(tensor, point))
+                if not alike(varying.at(point), tensor):
                     raise UnrecognisedError("what is added to the latents has changed")
                 step.inputs[leaf.name] = tensor
-            break
+            if varying.form.item is None:
+                break
         for name, varying in learned.inputs.items():
             if name not in step.inputs:
-                step.inputs[name] = varying.at(x, t, scale)
-        return x
+                step.inputs[name] = varying.at(point)
+        return point.x
 
 
 def _agree(read: Tensor, x: Tensor, exact: bool) -> bool:
     """Return whether the latents are those that were read from the denoiser's arguments, exactly or to rounding."""
     if exact or read.shape != x.shape:
-        return torch.equal(read, x)
+        return alike(read, x)
     return float((read.double() - x.double()).norm()) <= 0.02 * float(x.double().norm())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,11 +48,13 @@ class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]  # nor has this
         nothing = torch.full_like(asked, self.unet.label.num_embeddings - 1)
         both = torch.cat([nothing, asked])
         self._num_timesteps = len(self.scheduler.timesteps)
+        drawn = "generator" in inspect.signature(self.scheduler.step).parameters
+        options = {"generator": generator} if drawn else {}  # Some schedulers add no noise, or draw it by themselves.
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             model_input = self.scheduler.scale_model_input(torch.cat([x] * 2), t)
             without, with_label = self.unet(model_input, t.expand(len(both)), both).chunk(2)
             noise = without + guidance_scale * (with_label - without)
-            x = self.scheduler.step(noise, t, x, generator=generator).prev_sample
+            x = self.scheduler.step(noise, t, x, **options).prev_sample
             if callback_on_step_end is not None:
                 x = callback_on_step_end(self, i, t, {"latents": x}).pop("latents", x)
         return DigitsOutput(images=x)

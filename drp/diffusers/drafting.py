@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from drp.diffusers.arguments import Argument, argument_of, results_of
 from drp.diffusers.forms import Scale
 from drp.diffusers.learned import UnrecognisedError
-from drp.diffusers.scheduler import Levels, copy_generators, copy_of
+from drp.diffusers.scheduler import Levels, copy_of, why_drafts_differ
+from drp.diffusers.watch import METHODS, exchanged_method
 from drp.sampling.drafts import PAPER, DraftRule
 
-OWN = ("step", "set_timesteps")
-"""Attributes of a scheduler that are ours while a pipeline is parallelised."""
 KNOWN = ("model_output", "timestep", "sample")
 
 
@@ -57,48 +57,88 @@ class Drafter:
         self._kind = type(scheduler)
         self._signature = inspect.signature(self._kind.step)
         self._levels = Levels(scheduler, self.timesteps)
-        self._arguments: dict[str, Any] = {}
+        self._arguments: dict[str, Argument] = {}
+        self._time: Any = None
+        self.stepped: Sequence[Any] = ()
+        """What the scheduler's last step returned."""
         self.taken: dict[int, StepRecord] = {}
         self.base = 0
         self.previous_base = 0
 
-    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments of the scheduler's `step` by name.
-
-        Raises UnrecognisedError if there are some that a copy could not be given for later steps.
-        """
-        exchanged = [n for n in vars(self._scheduler) if n not in OWN and callable(getattr(self._kind, n, None))]
-        if exchanged:
-            raise UnrecognisedError(
-                f"the scheduler's {exchanged[0]} was exchanged on the object, so no copy has its own"
-            )
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the scheduler's `step` by name; raise UnrecognisedError if they can't be drafted."""
+        if (name := exchanged_method(self._scheduler)) is not None:
+            raise UnrecognisedError(f"the scheduler's {name} was exchanged on the object, so no copy has its own")
         arguments: dict[str, Any] = dict(self._signature.bind(self._scheduler, *args, **kwargs).arguments)
         missing = [name for name in KNOWN if name not in arguments]
-        more = [
-            name
-            for name, value in arguments.items()
-            if name not in ("self", *KNOWN) and (isinstance(value, Tensor) or name not in self._optional())
-        ]
-        if missing or more:
+        if missing:
             raise UnrecognisedError(
-                f"{self._kind.__name__}.step takes {', '.join(more or missing)}, which cannot be drafted"
+                f"{self._kind.__name__}.step takes {', '.join(missing)}, which cannot be drafted", final=True
             )
-        self._arguments = {name: value for name, value in arguments.items() if name not in ("self", *KNOWN)}
         return arguments
 
-    def _optional(self) -> set[str]:
-        return {n for n, p in self._signature.parameters.items() if p.default is not p.empty}
+    def follow(self, k: int, arguments: Mapping[str, Any]) -> None:
+        """Find out how the arguments of a step are to be for a copy of the scheduler at later indices.
+
+        Raises UnrecognisedError if that is unknown.
+        """
+        self._time = arguments["timestep"]
+        self._arguments = {}
+        for name, value in arguments.items():
+            if name not in ("self", *KNOWN):
+                argument = argument_of(name, value, self.numbers(k), self.stepped)
+                if argument is None:
+                    kind = self._kind.__name__
+                    raise UnrecognisedError(f"{kind}.step takes {name}, which cannot be drafted", final=True)
+                self._arguments[name] = argument
 
     def find(self, t: Any, index: int | None) -> int:
         """Return the index of a step's timestep, which is `index` if that is known."""
+        if isinstance(t, Tensor) and t.dim() > 0:  # one a sample or a token
+            if t.numel() == 0 or not bool((t == t.flatten()[0]).all()):
+                raise UnrecognisedError("the scheduler's step is given several timesteps at once", final=True)
+            t = t.flatten()[0]
         if index is None:
-            same = (self.timesteps == t).nonzero()
-            if len(same) == 0:
-                raise UnrecognisedError(f"timestep {t} is none of the scheduler's")
-            return int(same[0])
+            return self._first(t)
         if index >= len(self.timesteps) or not bool(self.timesteps[index] == t):
             raise UnrecognisedError(f"timestep {t} does not follow the one before in the scheduler's order")
         return index
+
+    def _first(self, t: Any) -> int:
+        """Return the index of the first step's timestep; second-order schedulers have each timestep twice."""
+        same: list[int] = (self.timesteps == t).nonzero().flatten().tolist()
+        if not same:
+            raise UnrecognisedError(f"timestep {t} is none of the scheduler's")
+        if len(same) > 1 and hasattr(self._scheduler, "_init_step_index"):
+            asked = copy_of(self._scheduler, METHODS)
+            asked._init_step_index(t)
+            same.insert(0, asked.step_index)
+        elif len(same) > 1 and isinstance(t, Tensor) and t.dtype == self.timesteps.dtype:
+            # Pipelines go through a slice of the timesteps, and hand on views of them.
+            apart = t.data_ptr() - self.timesteps.data_ptr()
+            same.insert(0, apart // (t.element_size() * self.timesteps.stride(0)))
+        return next(k for k in same if 0 <= k < len(self.timesteps) and bool(self.timesteps[k] == t))
+
+    def numbers(self, k: int) -> dict[str, Tensor]:
+        """Return what arguments may be made of at an index: the timestep and the noise level there and after it."""
+        numbers = {"t": self.timesteps[k]}
+        numbers["next t"] = self.timesteps[k + 1] if k + 1 < len(self.timesteps) else torch.zeros_like(numbers["t"])
+        if k > 0:
+            numbers["last t"] = self.timesteps[k - 1]
+        sigmas = getattr(self._scheduler, "sigmas", None)
+        if isinstance(sigmas, Tensor) and sigmas.dim() == 1 and len(self.timesteps) <= len(sigmas):
+            numbers["sigma"] = sigmas[k]
+            if k + 1 < len(sigmas):
+                numbers["next sigma"] = sigmas[k + 1]
+        return numbers
+
+    def why_not(self, k: int, x: Tensor, output: Tensor) -> str:
+        """Return why drafts from a step would not lead to the sequential samples however short steps are, if so."""
+        self._levels.clips(k, x, output)
+        if self._levels.jumps:
+            name = self._kind.__name__
+            return f"{name} clips the estimate of the data, whose jumps do not become smaller with shorter steps"
+        return why_drafts_differ(self._scheduler)
 
     def note(self, k: int, x: Tensor, output: Tensor) -> None:
         """Remember a step, for the drafts that look back on it."""
@@ -117,20 +157,24 @@ class Drafter:
         Where a prediction was kept the draft is the state refined through it; beyond, what the rule assumes.
         """
         newest, known = k - 1, self.taken[k - 1]
-        ahead = copy_of(self._scheduler, OWN)
-        arguments = copy_generators(self._arguments)
+        ahead = copy_of(self._scheduler, METHODS)
+        arguments = {name: argument.copied() for name, argument in self._arguments.items()}
+        stepped: Sequence[Any] = self.stepped
         drawn = torch.get_rng_state()
         try:
             for i in range(k, last + 1):
                 t = self.timesteps[i]
                 yield DraftState(i, x, scale_of(ahead, t))
                 if i < last:
+                    numbers = self.numbers(i)
+                    given = {name: argument.at(numbers, stepped) for name, argument in arguments.items()}
+                    time = t.expand(self._time.shape) if isinstance(self._time, Tensor) else t
                     output = kept(i, x)
                     if output is None:
                         output = self._extrapolate(newest, known, i, x)
                     else:
                         newest, known = i, StepRecord(x, output)
-                    stepped = ahead.step(model_output=output, timestep=t, sample=x, **arguments)
+                    stepped = results_of(ahead.step(model_output=output, timestep=time, sample=x, **given))
                     x = stepped[0].to(x.dtype)
         finally:
             torch.set_rng_state(drawn)  # A scheduler without a generator draws from the common one.

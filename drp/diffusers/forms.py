@@ -1,13 +1,11 @@
-"""Forms: how a tensor that a pipeline hands to its denoiser follows from the latents, or from the timestep.
+"""Forms: how an argument of a denoiser follows from the latents.
 
-They are recognised once, at the first step of a pipeline's call, where the tensor, the latents and the timestep are all
-known, and by equality of every bit. They are verified at every step after it.
+They are recognised at a step whose latents and arguments are known: by the values in them. They are verified at every
+step after it.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +13,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drp.diffusers.numbers import Number, Numbers, numbers_of, tolerance
+
 Scale = Callable[[Tensor], Tensor]
 """The scheduler's `scale_model_input` at some step."""
+
+FEW = 16
+"""So many numbers that are equal bit for bit, not 0, are no accident."""
+SAMPLE = 4096
+"""How many numbers a factor is looked for in."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A step of a pipeline's call: its latents, and its numbers."""
+
+    x: Tensor
+    scale: Scale
+    numbers: Numbers
+
+
+@dataclass(frozen=True)
+class Source:
+    """The latents themselves; or as the scheduler scales them; or times a number of the step."""
+
+    scaled: bool = False
+    factor: Number | None = None
+
+    def at(self, point: Point) -> Tensor:
+        """Return the latents at a step, scaled."""
+        if self.factor is not None:
+            return point.x * self.factor.at(point.numbers, _working(point.x.dtype))
+        return point.scale(point.x) if self.scaled else point.x
+
+    def undo(self, y: Tensor, point: Point) -> Tensor:
+        """Return what was scaled to y."""
+        if self.factor is not None:
+            return y / self.factor.at(point.numbers, _working(point.x.dtype))
+        return y / point.scale(torch.ones_like(y)) if self.scaled else y.clone()
 
 
 @dataclass(frozen=True)
@@ -26,115 +60,149 @@ class OfState:
     axis, offset: they are a part of the tensor, from `offset` along `axis`; the rest stays the same (inpainting's mask
         and masked image, the tokens of a reference image).
     item: only this sample of the batch, for pipelines that hand over a list.
+    part: where the tensor, of the latents' own form, is latents; elsewhere it stays the same (the frames of an image
+        that a video begins with).
+    places: for each number of the tensor the place in the latents that it comes from, -1 if it stays the same: they
+        are packed, folded, transposed, or some of them are chosen.
     """
 
-    scaled: bool
+    source: Source = Source()
     repeats: int = 1
     axis: int | None = None
     offset: int = 0
     item: int | None = None
+    part: Tensor | None = None
+    places: Tensor | None = None
 
-    def apply(self, x: Tensor, scale: Scale, like: Tensor) -> Tensor:
-        """Return the tensor that the latents `x` lead to; `like` is one of the same form, for what stays the same."""
-        y = (scale(x) if self.scaled else x).to(like.dtype)
+    def apply(self, point: Point, like: Tensor) -> Tensor:
+        """Return the tensor that the latents lead to; `like` is one of the same form, for what stays the same."""
+        y = self.source.at(point).to(like.dtype)
+        if self.places is not None:
+            return torch.where(self.places < 0, like.reshape(-1), y.reshape(-1)[self.places]).reshape(like.shape)
         if self.item is not None:
             return y[self.item].reshape(like.shape)
         y = _repeat(y, self.repeats)
-        if self.axis is None:
-            return y.reshape(like.shape)
-        out = like.clone()
-        out.narrow(self.axis, self.offset, y.shape[self.axis]).copy_(y)
-        return out
-
-    def read(self, tensor: Tensor, x: Tensor, scale: Scale) -> Tensor:
-        """Return the latents in a tensor of this form, like `x`, to rounding: the reverse of `apply`."""
         if self.axis is not None:
-            tensor = tensor.narrow(self.axis, self.offset, x.shape[self.axis])
-        y = tensor.reshape(self.repeats, *x.shape)[0].to(x.dtype)
-        return y / scale(torch.ones_like(x)) if self.scaled else y.clone()
+            out = like.clone()
+            out.narrow(self.axis, self.offset, y.shape[self.axis]).copy_(y)
+            return out
+        y = y.reshape(like.shape)
+        return y if self.part is None else torch.where(self.part, y, like)
 
-    def same_elsewhere(self, like: Tensor, tensor: Tensor, x: Tensor) -> bool:
-        """Return whether what is not latents in a tensor is as in `like`."""
-        if self.axis is None:
-            return True
-        size = x.shape[self.axis]
-        wanted = like.clone()
-        wanted.narrow(self.axis, self.offset, size).copy_(tensor.narrow(self.axis, self.offset, size))
-        return torch.equal(wanted, tensor)
+    def read(self, tensor: Tensor, point: Point) -> Tensor:
+        """Return the latents in a tensor of this form, to rounding: the reverse of `apply`.
+
+        What of them the tensor does not hold is as in `point.x`.
+        """
+        x = point.x
+        y = self.source.at(point).clone()
+        if self.item is not None:
+            y[self.item] = tensor.reshape(y[self.item].shape).to(y.dtype)
+        elif self.places is not None:
+            held = self.places >= 0
+            y.view(-1)[self.places[held]] = tensor.reshape(-1)[held].to(y.dtype)
+        else:
+            if self.axis is not None:
+                tensor = tensor.narrow(self.axis, self.offset, x.shape[self.axis])
+            held_part = None if self.part is None else self.part.reshape(self.repeats, *x.shape)[0]
+            first = tensor.reshape(self.repeats, *x.shape)[0].to(y.dtype)
+            y = first if held_part is None else torch.where(held_part, first, y)
+        return self.source.undo(y, point).to(x.dtype)
+
+
+def _working(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _repeat(y: Tensor, times: int) -> Tensor:
     return y if times == 1 else y.repeat(times, *[1] * (y.dim() - 1))
 
 
-def of_state(tensor: Tensor, x: Tensor, scale: Scale) -> OfState | None:
-    """Return the form in which `tensor` holds the latents `x`, None if it does not."""
-    if not tensor.is_floating_point() or tensor.numel() == 0 or x.dim() == 0:
+def of_state(tensor: Tensor, point: Point, config: Mapping[str, Any]) -> OfState | None:
+    """Return the form in which `tensor` holds the latents, None if it does not."""
+    if not tensor.is_floating_point() or tensor.numel() == 0 or point.x.dim() == 0:
         return None
-    return next((form for form in _candidates(tensor, x) if _same(tensor, form, x, scale)), None)
+    sources = (Source(), Source(scaled=True))
+    for source in sources:
+        for form in _whole(tensor, point.x, source):
+            if torch.equal(form.apply(point, tensor), tensor):
+                return form
+    for source in sources:
+        found = _in_places(tensor, point, source) or _in_part(tensor, point, source)
+        if found is not None:
+            return found
+    return _times_a_number(tensor, point, config)
 
 
-def _candidates(tensor: Tensor, x: Tensor) -> Iterator[OfState]:
-    for scaled in (False, True):
-        if tensor.numel() % x.numel() == 0:
-            yield OfState(scaled, tensor.numel() // x.numel())
-        if tensor.dim() == x.dim() and tensor.shape[0] % x.shape[0] == 0:
-            repeats = tensor.shape[0] // x.shape[0]
-            wider = [a for a in range(1, x.dim()) if tensor.shape[a] != x.shape[a]]
-            if len(wider) == 1 and tensor.shape[wider[0]] > x.shape[wider[0]]:
-                for offset in (0, tensor.shape[wider[0]] - x.shape[wider[0]]):
-                    yield OfState(scaled, repeats, wider[0], offset)
-        if x.shape[0] > 1 and tensor.numel() * x.shape[0] == x.numel():
-            for item in range(x.shape[0]):
-                yield OfState(scaled, item=item)
+def _whole(tensor: Tensor, x: Tensor, source: Source) -> Iterator[OfState]:
+    """Yield the forms in which all latents may be in a tensor."""
+    if tensor.numel() % x.numel() == 0:
+        yield OfState(source, tensor.numel() // x.numel())
+    if tensor.dim() == x.dim() and tensor.shape[0] % x.shape[0] == 0:
+        repeats = tensor.shape[0] // x.shape[0]
+        wider = [a for a in range(1, x.dim()) if tensor.shape[a] != x.shape[a]]
+        if len(wider) == 1 and tensor.shape[wider[0]] > x.shape[wider[0]]:
+            for offset in (0, tensor.shape[wider[0]] - x.shape[wider[0]]):
+                yield OfState(source, repeats, wider[0], offset)
+    if x.shape[0] > 1 and tensor.numel() * x.shape[0] == x.numel():
+        for item in range(x.shape[0]):
+            yield OfState(source, item=item)
 
 
-def _same(tensor: Tensor, form: OfState, x: Tensor, scale: Scale) -> bool:
-    made = form.apply(x, scale, tensor)
-    return torch.equal(made, tensor)
-
-
-@dataclass(frozen=True)
-class OfTime:
-    """A number that follows from the timestep, everywhere or, elsewhere being 0, in part of the tensor."""
-
-    name: str
-    number: Callable[[Tensor, torch.dtype], Tensor]
-
-    def apply(self, t: Tensor, like: Tensor, part: Tensor | None) -> Tensor:
-        """Return the tensor at a timestep; `part` says where it is not 0."""
-        number = self.number(t, like.dtype).to(like.dtype)
-        return number.expand(like.shape) if part is None else torch.where(part, number, torch.zeros_like(number))
-
-
-def numbers_of_time(config: Mapping[str, Any]) -> Iterator[OfTime]:
-    """Yield what pipelines make of a timestep; `config` is the module's, which may hold a factor."""
-    yield OfTime("t", lambda t, d: t)
-    for name, factor in config.items():
-        if "scale" in name and isinstance(factor, (int, float)) and not isinstance(factor, bool):
-            yield OfTime(f"t * {name}", functools.partial(_times, float(factor), False))
-            yield OfTime(f"t * {name}, cast first", functools.partial(_times, float(factor), True))
-    yield OfTime("t / 1000", lambda t, d: t / 1000)
-    yield OfTime("t / 1000, cast first", lambda t, d: t.to(d) / 1000)
-    yield OfTime("(1000 - t) / 1000", lambda t, d: (1000 - t) / 1000)
-    yield OfTime("(1000 - t) / 1000, cast first", lambda t, d: (1000 - t.to(d)) / 1000)
-    yield OfTime("1 - t / 1000", lambda t, d: 1 - t / 1000)
-
-
-def _times(factor: float, cast: bool, t: Tensor, dtype: torch.dtype) -> Tensor:
-    return (t.to(dtype) if cast else t) * factor
-
-
-def of_time(tensor: Tensor, t: Tensor, config: Mapping[str, Any]) -> tuple[OfTime, Tensor | None] | None:
-    """Return how `tensor` follows from the timestep and in what part of it (None: everywhere), None if it does not."""
-    if tensor.dtype == torch.bool or tensor.is_complex() or tensor.numel() == 0:
+def _in_part(tensor: Tensor, point: Point, source: Source) -> OfState | None:
+    """Return the form of a tensor that is the latents in part and in the same order."""
+    if tensor.numel() % point.x.numel():
         return None
-    for form in numbers_of_time(config):
-        if torch.equal(form.apply(t, tensor, None), tensor):
-            return form, None
-    part = tensor != 0
-    if 0 < int(part.sum()) < tensor.numel() and not math.isclose(float(t), 0.0):
-        for form in numbers_of_time(config):
-            if torch.equal(form.apply(t, tensor, part), tensor):
-                return form, part
+    repeats = tensor.numel() // point.x.numel()
+    made = _repeat(source.at(point), repeats).reshape(tensor.shape)
+    exact = source.factor is None
+    made = made.to(tensor.dtype)
+    same = made == tensor if exact else (made - tensor).abs() <= tolerance(tensor.dtype) * (tensor.abs() + 1e-6)
+    if not _enough(same, tensor, point.x):
+        return None
+    return OfState(source, repeats, part=None if bool(same.all()) else same)
+
+
+def _enough(same: Tensor, tensor: Tensor, x: Tensor) -> bool:
+    """Return whether it is no accident that a tensor has the latents' numbers there."""
+    count = int((same & (tensor != 0)).sum())
+    return count >= min(FEW, x.numel()) and 10 * count >= x.numel()
+
+
+def _in_places(tensor: Tensor, point: Point, source: Source) -> OfState | None:
+    """Return the form of a tensor in which numbers of the latents are found at other places.
+
+    Each is found by its value. In dtypes of few digits, where many numbers are equal, nothing is.
+    """
+    y = source.at(point).to(tensor.dtype).reshape(-1)
+    if tensor.dtype not in (torch.float32, torch.float64) or y.numel() < FEW:
+        return None
+    ordered, order = y.sort()
+    values = tensor.reshape(-1)
+    at = torch.searchsorted(ordered, values).clamp_max(len(ordered) - 1)
+    found = ordered[at] == values
+    alone = ordered.diff().ne(0)  # from the one before
+    alone = torch.cat([alone.new_ones(1), alone]) & torch.cat([alone, alone.new_ones(1)])
+    if not _enough(found & alone[at], values, y):
+        return None
+    places = torch.where(found, order[at], -1)
+    if values.numel() % y.numel() == 0:  # Of several equal numbers it is the one at the same place.
+        here = torch.arange(y.numel()).repeat(values.numel() // y.numel())
+        places = torch.where(y[here] == values, here, places)
+    return OfState(source, places=places)
+
+
+def _times_a_number(tensor: Tensor, point: Point, config: Mapping[str, Any]) -> OfState | None:
+    """Return the form of a tensor that is the latents times a number of the step."""
+    x = point.x
+    if tensor.numel() % x.numel():
+        return None
+    some = _repeat(x, tensor.numel() // x.numel()).reshape(-1)
+    spread = torch.linspace(0, some.numel() - 1, min(SAMPLE, some.numel())).long()
+    some, wanted = some[spread], tensor.reshape(-1)[spread]
+    for number in numbers_of(point.numbers, config):
+        made = (some * number.at(point.numbers, _working(x.dtype))).to(wanted.dtype)
+        close = (made - wanted).abs() <= tolerance(tensor.dtype) * wanted.abs()
+        if _enough(close, wanted, wanted):
+            return _in_part(tensor, point, Source(factor=number))
     return None

@@ -9,29 +9,80 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drp.diffusers.forms import OfState, OfTime, Scale, of_state, of_time
+from drp.diffusers.forms import OfState, Point, of_state
+from drp.diffusers.numbers import OfTime, alike, of_time
 from drp.diffusers.program import Call, Leaf, Program, output_name, stride_of, with_zeros
 from drp.diffusers.pytree import Json, UnknownValueError, flatten, rebuild
+from drp.diffusers.structure import Described
 from drp.protocol.memory import NAMES
 from drp.protocol.messages import MAX_TENSORS
 
 
 class UnrecognisedError(Exception):
-    """Why a pipeline's steps cannot be drafted; or what of a step is not as expected, and which argument it is."""
+    """Why a pipeline's steps cannot be drafted; or what of a step is not as expected, and which argument it is.
 
-    def __init__(self, why: str, path: str = "") -> None:
+    `final`: later steps will not be otherwise, so that it is no use to learn from them. `refuted`: the names of the
+    numbers that the argument was taken for.
+    """
+
+    def __init__(self, why: str, path: str = "", final: bool = False, refuted: Collection[str] = ()) -> None:
         super().__init__(why)
-        self.path = path
+        self.path, self.final, self.refuted = path, final, refuted
+
+
+@dataclass
+class Tensors:
+    """What the arguments or the results of a call are, and copies of the tensors in them at that moment.
+
+    The pipeline, or the module itself, may write to them afterwards. `originals` tell whether two are one object.
+    """
+
+    description: Json
+    originals: list[Tensor]
+    paths: list[str]
+    values: list[Tensor]
+
+    @classmethod
+    def of(cls, value: Any) -> Tensors:
+        """Describe a value; raise UnknownValueError if it cannot be described."""
+        description, tensors, paths = flatten(value)
+        return cls(description, tensors, paths, [tensor.detach().clone() for tensor in tensors])
 
 
 @dataclass
 class RecordedCall:
-    """A call that the pipeline made and that was answered in this process."""
+    """A call that the pipeline made and that was answered in this process.
+
+    `state` is the module's before the call, `state_after` after it: a module may write to itself. They are one object
+    if nothing has changed. `settings` are this process's. `problem` says why the call has no description, if it has
+    none.
+    """
 
     module: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: Any
+    state: Described
+    settings: Json
+    arguments: Tensors | None = None
+    results: Tensors | None = None
+    state_after: Described | None = None
+    problem: str = ""
+
+    @classmethod
+    def before(
+        cls, module: str, args: tuple[Any, ...], kwargs: dict[str, Any], state: Described, settings: Json
+    ) -> RecordedCall:
+        """Record a call that is about to be made; the module may empty the lists that it is given."""
+        try:
+            return cls(module, state, settings, arguments=Tensors.of((list(args), kwargs)))
+        except UnknownValueError as error:
+            return cls(module, state, settings, problem=f"{module}: {error}")
+
+    def after(self, result: Any, state: Described) -> None:
+        """Record what the call returned, and the module's state now."""
+        self.state_after = state
+        try:
+            self.results = Tensors.of(result)
+        except UnknownValueError as error:
+            self.problem = self.problem or f"{self.module}'s result: {error}"
 
 
 @dataclass(frozen=True)
@@ -39,14 +90,13 @@ class Varying:
     """An argument that is another one at every step: `like` is that of the step that was learned from."""
 
     form: OfState | OfTime
-    part: Tensor | None
     like: Tensor
 
-    def at(self, x: Tensor, t: Tensor, scale: Scale) -> Tensor:
-        """Return the argument for latents x at timestep t."""
+    def at(self, point: Point) -> Tensor:
+        """Return the argument at a step."""
         if isinstance(self.form, OfState):
-            return self.form.apply(x, scale, self.like)
-        return self.form.apply(t, self.like, self.part)
+            return self.form.apply(point, self.like)
+        return self.form.apply(point.numbers, self.like)
 
 
 @dataclass
@@ -92,20 +142,30 @@ class Learned:
         self,
         number: int,
         tensors: Sequence[Tensor],
-        inputs: Mapping[str, Tensor],
+        inputs: dict[str, Tensor],
         answered: Mapping[tuple[int, int], Tensor],
     ) -> None:
-        """Raise UnrecognisedError unless every argument of a call is what the program will take it to be."""
+        """Raise UnrecognisedError unless every argument of a call is what the program will take it to be.
+
+        What the first call of a step is given may differ from what was expected by rounding: `inputs` become what it
+        is given.
+        """
         call = self.program.calls[number]
         for leaf, tensor, path in zip(call.leaves, tensors, self.paths[number], strict=True):
             if leaf.kind == "output":
-                result = answered[leaf.call, leaf.place]
-                same = tensor is result if leaf.zeros == 0 else _equal(tensor, with_zeros(result, leaf.zeros))
+                same = _equal(tensor, with_zeros(answered[leaf.call, leaf.place], leaf.zeros))
+            elif leaf.kind == "cond":
+                same = _equal(tensor, self.cond[leaf.name])
+            elif number == 0:
+                same = alike(inputs[leaf.name], tensor)
+                inputs[leaf.name] = tensor
             else:
-                same = _equal(tensor, (inputs if leaf.kind == "input" else self.cond)[leaf.name])
+                same = _equal(tensor, inputs[leaf.name])
             if not same:
+                form = self.inputs[leaf.name].form if leaf.kind == "input" else None
+                refuted = [part.name for part, _ in form.parts] if isinstance(form, OfTime) else ()
                 raise UnrecognisedError(
-                    f"{call.module}'s argument {path} is not what follows from the steps before", path
+                    f"{call.module}'s argument {path} is not what follows from the steps before", path, refuted=refuted
                 )
 
 
@@ -115,39 +175,37 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def learn(
     recorded: Sequence[RecordedCall],
-    x: Tensor,
-    t: Tensor,
-    scale: Scale,
+    point: Point,
     configs: Mapping[str, Mapping[str, Any]],
-    suspects: Collection[str],
+    suspects: Mapping[str, Collection[str]],
 ) -> Learned:
-    """Return what the calls of one step show, the latents x and the timestep t being known.
+    """Return what the calls of one step show, its latents and its numbers being known.
 
     Of the arguments, those that are named so, those without a name and the `suspects` may follow from the timestep: a
-    mask full of ones would else be taken for it now and then.
+    mask full of ones would else be taken for it now and then. With each goes what has been taken for it wrongly.
 
     Raises UnrecognisedError if there is something that a worker could not be asked to do for other latents.
     """
     learned = Learned(Program(()))
-    results: dict[tuple[int, int], Tensor] = {}
+    results: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    kept: list[tuple[Tensor, str]] = []
     calls = []
     for number, record in enumerate(recorded):
-        try:
-            arguments, tensors, paths = flatten((list(record.args), record.kwargs))
-            described, returned, _ = flatten(record.result)
-        except UnknownValueError as error:
-            raise UnrecognisedError(f"{record.module}: {error}") from None
-        paths = [_plain(path) for path in paths]
+        if record.problem or record.arguments is None or record.results is None:
+            raise UnrecognisedError(record.problem or f"{record.module} did not return", final=True)
+        paths = [_plain(path) for path in record.arguments.paths]
         leaves = tuple(
-            _of_result(tensor, results)
-            or _leaf(learned, tensor, x, t, scale, configs[record.module], path in suspects or _of_time(path))
-            for tensor, path in zip(tensors, paths, strict=True)
+            _of_result(original, tensor, results)
+            or _leaf(learned, kept, number, original, tensor, point, configs[record.module], path, suspects)
+            for original, tensor, path in zip(record.arguments.originals, record.arguments.values, paths, strict=True)
         )
-        calls.append(Call(record.module, arguments, leaves, len(returned)))
+        returned = record.results
+        calls.append(Call(record.module, record.arguments.description, leaves, len(returned.values)))
         learned.paths.append(paths)
-        learned.results.append((described, returned))
-        results.update({(number, place): tensor for place, tensor in enumerate(returned)})
-    learned.program = Program(tuple(calls))
+        learned.results.append((returned.description, returned.values))
+        pairs = zip(returned.originals, returned.values, strict=True)
+        results.update({(number, place): pair for place, pair in enumerate(pairs)})
+    learned.program = Program(tuple(calls), settings=recorded[0].settings)
     if not any(isinstance(varying.form, OfState) for varying in learned.inputs.values()):
         raise UnrecognisedError("no argument of the denoiser is made from the latents in a way that drp knows")
     most = max(len(learned.inputs), len(learned.outputs), len(learned.cond) + 1)
@@ -169,39 +227,48 @@ def _of_time(path: str) -> bool:
     return "time" in path or "sigma" in path or path.startswith("number")
 
 
-def _of_result(tensor: Tensor, results: Mapping[tuple[int, int], Tensor]) -> Leaf | None:
+def _of_result(
+    original: Tensor, tensor: Tensor, results: Mapping[tuple[int, int], tuple[Tensor, Tensor]]
+) -> Leaf | None:
     """Say where a tensor comes from that is a result of a call before, itself or with zeros for the unguided half."""
-    for (number, place), result in results.items():
-        if tensor is result:
+    for (number, place), (returned, result) in results.items():
+        if original is returned and _equal(tensor, result):
             return Leaf("output", call=number, place=place)
         doubled = result.dim() > 0 and tensor.shape == (2 * len(result), *result.shape[1:])
-        if doubled and torch.equal(tensor, with_zeros(result, len(result))):
+        if doubled and _equal(tensor, with_zeros(result, len(result))):
             return Leaf("output", call=number, place=place, zeros=len(result))
     return None
 
 
 def _leaf(
     learned: Learned,
+    kept: list[tuple[Tensor, str]],
+    number: int,
+    original: Tensor,
     tensor: Tensor,
-    x: Tensor,
-    t: Tensor,
-    scale: Scale,
+    point: Point,
     config: Mapping[str, Any],
-    may_be_time: bool,
+    path: str,
+    suspects: Mapping[str, Collection[str]],
 ) -> Leaf:
     """Say where a tensor among the arguments comes from, and remember it there."""
-    stride = stride_of(tensor)
+    stride = stride_of(original)
+    may_be_time = path in suspects or _of_time(path)
     for name, varying in learned.inputs.items():
-        if _equal(varying.like, tensor) and isinstance(varying.form, OfState):
+        if _equal(varying.like, tensor) and (may_be_time or isinstance(varying.form, OfState)):
             return Leaf("input", name, stride=stride)
-    form: OfState | OfTime | None = of_state(tensor, x, scale)
-    part = None
-    if form is None and may_be_time and (timed := of_time(tensor, t, config)) is not None:
-        form, part = timed
+    form: OfState | OfTime | None = of_state(tensor, point, config)
+    if form is None and may_be_time:
+        form = of_time(tensor, point.numbers, config, suspects.get(path, ()))
     if form is not None:
-        name = f"input{len(learned.inputs)}"
-        learned.inputs[name] = Varying(form, part, tensor)
-        return Leaf("input", name, stride=stride)
-    name = next((name for name, known in learned.cond.items() if known is tensor), f"cond{len(learned.cond)}")
+        varying = Varying(form, tensor)
+        # Only the first call's arguments are known when a step is evaluated, so others must be right to the bit.
+        if number == 0 or _equal(varying.at(point), tensor):
+            name = f"input{len(learned.inputs)}"
+            learned.inputs[name] = varying
+            return Leaf("input", name, stride=stride)
+    same = (name for known, name in kept if known is original and _equal(learned.cond[name], tensor))
+    name = next(same, f"cond{len(learned.cond)}")
     learned.cond[name] = tensor
+    kept.append((original, name))
     return Leaf("cond", name, stride=stride)

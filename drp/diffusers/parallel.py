@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -17,7 +19,8 @@ from drp.diffusers.evaluators import Evaluator, InProcess
 from drp.diffusers.publish import Publisher
 from drp.diffusers.pytree import Json
 from drp.diffusers.report import CallReport, Report
-from drp.diffusers.structure import Described, describe
+from drp.diffusers.structure import Described, PatchedClassError, describe, has_own_forward
+from drp.diffusers.watch import WatchedMethod, schedulers_of
 from drp.diffusers.workers import Workers
 from drp.leader.devices import expand_count, parse_devices
 from drp.sampling.drafts import DraftRule, find_rule
@@ -25,79 +28,132 @@ from drp.sampling.modes import Mode, Warmup, make_mode
 from drp.trace.record import check
 
 DENOISERS = ("unet", "transformer", "transformer_2", "controlnet", "prior")
-"""Components of a pipeline that its steps call."""
+"""Components of a pipeline that its steps call; besides them, whatever takes a timestep."""
+TIMES = ("timestep", "timesteps", "timestep_ratio", "sigma", "t", "r")
+"""How the parameter of a module's forward is called that says which noise level its input has."""
 
 
 class Parallel:
     """A pipeline while it is parallelised. `report` says what happened in each of its calls."""
 
-    def __init__(self, pipe: Any, mode: Mode, names: Sequence[str], split: bool) -> None:
+    def __init__(self, pipe: Any, mode: Mode, names: Sequence[str], split: bool, always_draft: bool) -> None:
         self.report = Report()
-        self._split = split
+        self._split, self._always_draft = split, always_draft
         self._pipe, self._mode = pipe, mode
         self._modules = {name: getattr(pipe, name) for name in names}
-        self._schedulers: list[Any] = []
+        self._watched: list[Any] = []
+        self._methods: list[WatchedMethod] = []
+        self._hooks: dict[str, Hook] = {}
+        self.originals: dict[str, types.MethodType] = {}
+        """The modules' own forward methods; another module's if that is exchanged for it."""
+        for name, module in self._modules.items():
+            self.originals[name] = types.MethodType(type(module).forward, module)
         self._call: PipelineCall | None = None
+        self._latest: Any = None
         self._fresh = True
+        self._thread: int | None = None
+        self._lock = threading.RLock()
+        self._overtaken: set[int] = set()
         self._described: dict[str, Described] = {}
         self._publisher: Publisher | None = None
         self._evaluator: Evaluator | None = None
 
-    @property
-    def originals(self) -> dict[str, types.MethodType]:
-        """The modules' own forward methods."""
-        return {name: types.MethodType(type(module).forward, module) for name, module in self._modules.items()}
-
     def enter(self, evaluator: Evaluator, publisher: Publisher | None) -> None:
         """Begin to answer the denoiser's calls."""
-        if any("forward" in vars(module) for module in self._modules.values()):
+        if any("forward" in vars(module) and not has_own_forward(module) for module in self._modules.values()):
             raise ValueError(
                 f"{type(self._pipe).__name__} is parallelised already, or a hook took its denoiser's forward; "
                 "leave that first"
             )
         self._evaluator, self._publisher = evaluator, publisher
-        self._originals = self.originals
-        for name, module in self._modules.items():
-            module.forward = Hook(functools.partial(self._evaluate, name), self._originals[name])
-        self._watch(self._pipe.scheduler)
+        for name in self._modules:
+            self._hook(name)
+        self._watch()
 
     def leave(self) -> None:
         """Make the pipeline what it was."""
-        for module in self._modules.values():
-            vars(module).pop("forward", None)
-        for scheduler in self._schedulers:
-            for name in ("step", "set_timesteps"):
-                vars(scheduler).pop(name, None)
+        for name in self._hooks:
+            self._unhook(name)
+        for method in reversed(self._methods):
+            method.undo()
         if self._call is not None:
             self._call.close()
 
-    def _watch(self, scheduler: Any) -> None:
-        """Be told of a scheduler's steps."""
-        self._schedulers.append(scheduler)
-        step, set_timesteps = scheduler.step, scheduler.set_timesteps
+    def _hook(self, name: str) -> None:
+        module = self._modules[name]
+        hook = Hook(functools.partial(self._evaluate, name), self.originals[name])
+        self._hooks[name] = module.forward = hook
 
-        @functools.wraps(step)
-        def watched_step(*args: Any, **kwargs: Any) -> Any:
-            return self._call.step(step, args, kwargs) if self._call is not None else step(*args, **kwargs)
+    def _unhook(self, name: str) -> None:
+        module, hook = self._modules[name], self._hooks[name]
+        hook.over = True  # What was put around it meanwhile still calls it.
+        if vars(module).get("forward") is hook:
+            del module.forward
 
-        @functools.wraps(set_timesteps)
-        def watched_set_timesteps(*args: Any, **kwargs: Any) -> Any:
-            self._fresh = True
-            return set_timesteps(*args, **kwargs)
+    def _follow_exchanges(self) -> None:
+        """Answer for the modules that the pipeline has now, if some were exchanged."""
+        for name, known in self._modules.items():
+            module = getattr(self._pipe, name, None)
+            if module is not known and isinstance(module, nn.Module) and "forward" not in vars(module):
+                self._unhook(name)
+                self._modules[name] = module
+                self._described.pop(name, None)
+                self.originals[name] = types.MethodType(type(module).forward, module)
+                self._hook(name)
 
-        scheduler.step, scheduler.set_timesteps = watched_step, watched_set_timesteps
+    def _watch(self) -> None:
+        """Be told of the steps of the pipeline's schedulers, also of those that were exchanged meanwhile."""
+        for scheduler in schedulers_of(self._pipe):
+            if not any(scheduler is watched for watched in self._watched):
+                self._watched.append(scheduler)
+                self._fresh = True
+                for name, notify in (("step", self._step), ("set_timesteps", self._set_timesteps)):
+                    notified = functools.partial(notify, scheduler)
+                    self._methods.append(WatchedMethod(scheduler, name, notified))
+
+    def _step(
+        self, scheduler: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        with self._lock:
+            if self._call is not None and self._call.belongs(scheduler):
+                self._check_thread()
+                try:
+                    return self._call.step(original, args, kwargs)
+                finally:
+                    self._follow_exchanges()
+        return original(*args, **kwargs)
+
+    def _set_timesteps(
+        self, scheduler: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        with self._lock:
+            here = threading.get_ident()
+            if self._thread not in (None, here) and self._call is not None and self._call.goes_on:
+                self._overtaken.add(self._thread)
+            self._overtaken.discard(here)
+            self._thread, self._latest, self._fresh = here, scheduler, True
+            self._follow_exchanges()
+            return original(*args, **kwargs)
+
+    def _check_thread(self) -> None:
+        """Raise RuntimeError if another thread has begun a call while this thread's is under way."""
+        if threading.get_ident() in self._overtaken:
+            raise RuntimeError(
+                f"{type(self._pipe).__name__} was called from another thread before this call has ended; its scheduler "
+                "holds the state of one call. Let calls follow one another, or give each thread a pipeline of its own "
+                "(they may share Workers)"
+            )
 
     def _evaluate(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        scheduler = self._pipe.scheduler
-        if not any(scheduler is watched for watched in self._schedulers):
-            self._watch(scheduler)  # It was exchanged.
-            self._fresh = True
-        if self._fresh:
-            self._begin(scheduler)
-        assert self._call is not None
-        return self._call.evaluate(name, args, kwargs)
+        with self._lock:
+            self._check_thread()
+            self._watch()
+            if self._fresh:
+                self._begin()
+            assert self._call is not None
+            return self._call.evaluate(name, args, kwargs)
 
-    def _begin(self, scheduler: Any) -> None:
+    def _begin(self) -> None:
         assert self._evaluator is not None
         if self._call is not None:
             self._call.close()
@@ -108,33 +164,44 @@ class Parallel:
         work = PipelineContext(
             self._pipe,
             mode,
-            self._originals,
+            self.originals,
             self._evaluator,
             self._split,
-            self._publish,
+            self._always_draft,
+            self._describe,
+            self.publish,
             self._unchanged,
             self._config,
         )
+        known = [*schedulers_of(self._pipe)]
+        scheduler = next((s for s in known if s is self._latest), known[0])
         self._call = PipelineCall(work, scheduler, report)
 
-    def publish(self, publisher: Publisher | None, name: str) -> Json:
-        """Describe a module, and put it where workers find it; raise ValueError if it cannot be described."""
-        module = self._modules[name]
-        described = self._described[name] = describe(module, lambda value: isinstance(value, Hook))
-        return None if publisher is None else publisher.publish(name, module, described)
+    def publish(self, name: str, described: Described) -> Json:
+        """Put a module where workers find it."""
+        return None if self._publisher is None else self._publisher.publish(name, self._modules[name], described)
 
-    def _publish(self, name: str) -> Json:
-        return self.publish(self._publisher, name)
+    def _describe(self, name: str) -> Described:
+        """Describe a module as it is, which is the description before if nothing has changed."""
+        if name not in self._described or not self._unchanged(name):
+            self._described[name] = self.describe(name)
+        return self._described[name]
+
+    def describe(self, name: str) -> Described:
+        """Describe a module; raise UnknownValueError, a ValueError, if it cannot be described."""
+        return describe(self._modules[name], lambda value: isinstance(value, Hook))
 
     def _unchanged(self, name: str) -> bool:
         """Return whether a module is still as it was described last."""
-        described = self._described[name]
+        described = self._described.get(name)
+        if described is None:
+            return False
         if described.untouched():
             return True
-        now = describe(self._modules[name], lambda value: isinstance(value, Hook))
+        now = self.describe(name)
         if not now.same(described):
             return False
-        self._described[name] = now
+        described.take(now)
         return True
 
     def _config(self, name: str) -> Mapping[str, Any]:
@@ -142,14 +209,15 @@ class Parallel:
 
 
 class Hook:
-    """Stands in for a module's `forward`."""
+    """Stands in for a module's `forward`, until it is `over`."""
 
     def __init__(self, evaluate: Callable[..., Any], original: Callable[..., Any]) -> None:
-        self._evaluate = evaluate
+        self._evaluate, self._original = evaluate, original
+        self.over = False
         functools.update_wrapper(self, original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluate(*args, **kwargs)
+        return self._original(*args, **kwargs) if self.over else self._evaluate(*args, **kwargs)
 
 
 @contextmanager
@@ -164,6 +232,7 @@ def parallelize(
     tolerance: float = 0.0025,
     warmup: int = 0,
     split_guidance: bool = False,
+    always_draft: bool = False,
     threads: int | None = None,
     denoisers: Sequence[str] | None = None,
     start_timeout: float = 120.0,
@@ -187,6 +256,9 @@ def parallelize(
         were taken, or leave some out, are refused: rolling, windows with gaps, and those with sweeps.
     split_guidance: evaluate the two branches of classifier-free guidance on two devices, so that a round has half as
         many drafts as devices. Where they are one doubled batch, halves may have other bits than the whole.
+    always_draft: draft also where drafted samples do not come nearer to the sequential ones as steps become shorter:
+        with schedulers that clip the data estimate, or make new noise at every step, as LCM. By default such calls
+        are sequential, and the report says why.
     threads: of each worker; by default an equal share of this process's. Bits may depend on it.
     denoisers: the names of the components that the steps call, if they are called unusually.
     start_timeout, draft_timeout: as of `drp.Leader`.
@@ -204,11 +276,12 @@ def parallelize(
         devices = expand_count(devices, _kind(pipe, names))
     count = len(own.devices if own else parse_devices(cast("str | Sequence[str]", devices), 1))
     drafts = _drafts(drafts, count, split_guidance)
-    parallel = Parallel(pipe, make(mode, drafts, rule, tolerance, warmup, stride), names, split_guidance)
+    parallel = Parallel(pipe, make(mode, drafts, rule, tolerance, warmup, stride), names, split_guidance, always_draft)
     with ExitStack() as stack:
         publisher = stack.enter_context(closing(Publisher()))
         for name in names:  # Before workers start: what cannot be described is refused.
-            parallel.publish(publisher, name)
+            with suppress(PatchedClassError):  # Each call will be sequential, and say so.
+                publisher.publish(name, getattr(pipe, name), parallel.describe(name))
         workers = own or stack.enter_context(
             Workers(
                 cast("str | Sequence[str]", devices),
@@ -236,6 +309,7 @@ def reference(
     tolerance: float = 0.0025,
     warmup: int = 0,
     split_guidance: bool = False,
+    always_draft: bool = False,
     threads: int | None = None,
     denoisers: Sequence[str] | None = None,
 ) -> Iterator[Parallel]:
@@ -247,7 +321,7 @@ def reference(
     placed = parse_devices(expand_count(devices, _kind(pipe, names)), 1)
     own = threads or max(1, torch.get_num_threads() // len(placed))
     drafts = _drafts(drafts, len(placed), split_guidance)
-    parallel = Parallel(pipe, make(mode, drafts, rule, tolerance, warmup, stride), names, split_guidance)
+    parallel = Parallel(pipe, make(mode, drafts, rule, tolerance, warmup, stride), names, split_guidance, always_draft)
     parallel.enter(InProcess(parallel.originals, own), None)
     try:
         yield parallel
@@ -308,9 +382,14 @@ def _kind(pipe: Any, names: Sequence[str]) -> str:
 
 def _denoisers(pipe: Any, denoisers: Sequence[str] | None) -> list[str]:
     """Return the names of the components that the pipeline's steps call."""
-    if not hasattr(pipe, "scheduler"):
-        raise ValueError(f"{type(pipe).__name__} has no scheduler, whose steps drp would draft")
-    names = [n for n in denoisers or DENOISERS if isinstance(getattr(pipe, n, None), nn.Module)]
+    if not any(True for _ in schedulers_of(pipe)):
+        raise ValueError(f"{type(pipe).__name__} has no scheduler with a step method, whose steps drp would draft")
+    modules = {n: getattr(pipe, n) for n in denoisers or DENOISERS if isinstance(getattr(pipe, n, None), nn.Module)}
+    if not denoisers:
+        for name, component in getattr(pipe, "components", {}).items():
+            if isinstance(component, nn.Module) and any(t in signature(component.forward).parameters for t in TIMES):
+                modules.setdefault(name, component)
+    names = list(modules)
     if not names or (denoisers and len(names) < len(denoisers)):
         wanted = ", ".join(denoisers or DENOISERS)
         raise ValueError(f"{type(pipe).__name__} lacks {wanted}; name its denoising modules in `denoisers`")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from drp.diffusers.pytree import Json, flatten, rebuild
+from drp.diffusers.settings import applied
 
 PROGRAM = "program"
 """The condition that holds a program, as the bytes of its JSON."""
@@ -54,12 +56,13 @@ class Program:
     """A step's calls, in order.
 
     It may be run in `parts`, each on another device: of a doubled batch, of `batch` samples, a part of the samples; or
-    else one of the calls.
+    else one of the calls. `settings` are those of torch and diffusers that it is run with (None: as they are).
     """
 
     calls: tuple[Call, ...]
     parts: int = 1
     batch: int = 0
+    settings: Json = None
 
     def in_branches(self, sizes: Collection[int]) -> Program | None:
         """Return the program in parts, one a branch of guidance; None if there are none that are known.
@@ -96,6 +99,16 @@ class Program:
         outputs: Mapping[str, Tensor],
     ) -> None:
         """Make the calls for the draft `inputs`; write every tensor of the results into `outputs`."""
+        with applied(self.settings) if self.settings is not None else nullcontext():
+            self._run(modules, inputs, cond, outputs)
+
+    def _run(
+        self,
+        modules: Mapping[str, Callable[..., Any]],
+        inputs: Mapping[str, Tensor],
+        cond: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
+    ) -> None:
         known: dict[tuple[int, int], Tensor] = {}
         part = int(inputs[PART]) if self.parts > 1 else 0
         for number, call in enumerate(self.calls):
@@ -164,6 +177,7 @@ def to_tensor(program: Program, sources: Mapping[str, Json]) -> Tensor:
         ],
         "parts": program.parts,
         "batch": program.batch,
+        "settings": program.settings,
         "modules": dict(sources),
     }
     return torch.frombuffer(bytearray(json.dumps(fields).encode()), dtype=torch.uint8)
@@ -176,4 +190,4 @@ def from_bytes(text: bytes) -> tuple[Program, dict[str, Json]]:
         Call(c["module"], c["arguments"], tuple(Leaf(**leaf) for leaf in c["leaves"]), c["results"])
         for c in fields["calls"]
     )
-    return Program(calls, fields["parts"], fields["batch"]), fields["modules"]
+    return Program(calls, fields["parts"], fields["batch"], fields["settings"]), fields["modules"]

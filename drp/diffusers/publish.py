@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from drp.diffusers.pytree import Json
-from drp.diffusers.structure import Described
+from drp.diffusers.structure import Described, equal_bits
 from drp.protocol.memory import NAMES, SharedMemory, aligned
 
 _numbers = itertools.count(1)
@@ -88,12 +88,15 @@ class Publisher:
         block, offset = self._block(sum(map(aligned, sizes))), 0
         filled = []
         for tensor, size in zip(tensors, sizes, strict=True):
-            flat = block.tensor(offset, (_count(tensor),), tensor.dtype)
+            # Messages never name the dtypes of 8 bits that weights may be stored in, so the protocol has none.
+            known = tensor.dtype if tensor.dtype in NAMES else torch.uint8
+            flat = block.tensor(offset, (_count(tensor),), known).view(tensor.dtype)
             shape, stride = list(tensor.shape), list(tensor.stride())
             shared = flat.as_strided(shape, stride) if len(flat) else flat.view(shape)
             shared.copy_(tensor.detach())
-            place = {"memory": _fields(block), "offset": offset, "dtype": NAMES[tensor.dtype]}
-            filled.append((shared, {**place, "shape": shape, "stride": stride}))
+            place = {"memory": _fields(block), "offset": offset, "dtype": NAMES[known]}
+            view = str(tensor.dtype).removeprefix("torch.")
+            filled.append((shared, {**place, "view": view, "shape": shape, "stride": stride}))
             offset += aligned(size)
         return filled
 
@@ -128,7 +131,7 @@ def _key(tensor: Tensor) -> Key:
 
 
 def _equal(copy: Tensor, tensor: Tensor) -> bool:
-    return _key(copy)[1:] == _key(tensor)[1:] and torch.equal(copy, tensor)
+    return _key(copy)[1:] == _key(tensor)[1:] and equal_bits(copy, tensor)
 
 
 def _count(tensor: Tensor) -> int:

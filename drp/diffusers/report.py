@@ -13,7 +13,8 @@ class CallReport:
     `steps`, `rounds` (evaluations that had to follow one another) and `evaluations` (of all the step's modules
     together) are counted. `seconds` is the wall time from the first evaluation to the last step, `device_seconds` the
     time spent in evaluations by the evaluating processes' clocks. `sequential` says why steps were taken without drafts
-    though the mode has them, `notes` what else is worth knowing, each with how often.
+    though the mode has them, `notes` what else is worth knowing, each with how often, and `reason` why nothing was
+    gained, if nothing was.
     """
 
     mode: str
@@ -27,6 +28,19 @@ class CallReport:
     sequential: str = ""
     notes: Counter[str] = field(default_factory=Counter)
     residuals: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def reason(self) -> str:
+        """Why no round had more than one step, though the mode has drafts; nothing if some had."""
+        if self.sequential or self.drafts < 2 or self.rounds < self.steps:
+            return self.sequential
+        if self.steps == 0:
+            return "no step of the pipeline's scheduler has followed the denoiser's calls" if self.evaluations else ""
+        if self.steps <= 2:
+            return "there are too few steps: the first two are taken one by one"
+        if self.notes:
+            return "no draft was of use: " + "; ".join(self.notes)
+        return "no round of the mode has had more than one step"
 
     @property
     def theory(self) -> float:
@@ -46,8 +60,8 @@ class CallReport:
             f"{self.rounds} rounds, {self.evaluations} evaluations, {self.seconds:.2f} s; speed-up "
             f"{self.speedup:.2f} of {self.theory:.2f} in theory"
         )
-        if self.sequential:
-            line += f"\n  without drafts: {self.sequential}"
+        if self.reason:
+            line += f"\n  without drafts: {self.reason}"
         return line + "".join(f"\n  {note}" + (f" ({n} times)" if n > 1 else "") for note, n in self.notes.items())
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from drp.diffusers.drafting import Drafter, gain_of, outputs_as_branches, weights_of
 from drp.diffusers.evaluators import Session
+from drp.diffusers.forms import Point
 from drp.diffusers.learned import Learned, UnrecognisedError
 from drp.diffusers.program import PART, Program, output_name
 from drp.diffusers.report import CallReport
@@ -19,6 +20,9 @@ from drp.sampling.run import Task
 
 JUMP = 0.25
 """The change of the latents between two steps, over their norm, beyond which drafts are given up for new ones."""
+
+MOST_JUMPS = 2
+"""How often drafts are given up for that before the call goes on without."""
 
 
 class Predictions:
@@ -44,7 +48,7 @@ class Predictions:
         self._drafts: dict[int, Tensor] = {}
         self._residuals: list[float] | None = None
         self._weights: list[float] | None = None
-        self._gain = self._told = 0
+        self._gain = self._told = self._jumps = 0
         self._final = _final_results(learned)
         for doubt in doubts(end - first, mode.width, False).values():
             report.notes[doubt] = 1
@@ -115,6 +119,9 @@ class Predictions:
         self._report.residuals[k] = residual
         if stepped is not None and _apart(x, stepped) > JUMP:
             self._report.notes["drafts were given up: the latents were exchanged between two steps"] += 1
+            self._jumps += 1
+            if self._jumps > MOST_JUMPS:
+                raise UnrecognisedError("the latents are exchanged between steps again and again", final=True)
             self._begin(k)
             return True
         if self._residuals is not None:
@@ -140,10 +147,10 @@ class Predictions:
         kept = dict(self._drafts)
         drafts = []
         for state in self._drafter.states(k, last, x, lambda i, at: self._kept(i, at, kept)):
-            t = self._drafter.timesteps[state.index]
+            point = Point(state.x, state.scale, self._drafter.numbers(state.index))
             varying = self._learned.inputs
-            drafted = inputs if state.index == k else {n: v.at(state.x, t, state.scale) for n, v in varying.items()}
-            drafts.append((state.index, float(t), drafted))
+            drafted = inputs if state.index == k else {name: v.at(point) for name, v in varying.items()}
+            drafts.append((state.index, float(self._drafter.timesteps[state.index]), drafted))
             self._drafts[state.index] = state.x
         self._rows = self._evaluate(drafts)
         self._tell()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from drp.sampling import drafts
 from drp.sampling.predictions import PREDICTION_TYPES, estimates
 
+BROWNIAN = ("BrownianTreeNoiseSampler", "BatchedBrownianTree")
+"""Classes of noise samplers that cannot be deep-copied and need not be."""
 IN_SIGMA = ("Euler", "Heun", "LMS")
 """Beginnings of the names of schedulers whose state is data + sigma noise, with sigma from 0 up."""
 OTHERWISE = ("EDM", "Cosine", "KDPM2")
@@ -27,40 +27,53 @@ BY_TIMESTEP = (
     "PNDMScheduler",
     "LCMScheduler",
     "TCDScheduler",
+    "UnCLIPScheduler",
 )
 """Schedulers that look alpha-bar up by the timestep."""
+
+
+RENOISING = ("LCM", "TCD", "FlowMatchLCM", "CMStochastic", "SCM", "HeliosDMD")
+"""Beginnings of the names of those that make new noise of the whole estimate of the data at every step."""
+
+
+def why_drafts_differ(scheduler: Any) -> str:
+    """Return why drafted samples do not come nearer to the sequential ones as steps grow; nothing if they do.
+
+    Where a step's result depends on the model's output by more than the step is long, an output that was predicted at
+    a draft is as wrong at 1000 steps as it is at 10. `python -m bench.convergence` measures it.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    if name.startswith(RENOISING) or config.get("stochastic_sampling"):
+        return f"{name} makes new noise of its estimate of the data at every step"
+    return ""
 
 
 def copy_of(scheduler: Any, hidden: tuple[str, ...]) -> Any:
     """Return a scheduler that goes on from where this one is, without the attributes `hidden`."""
     made = object.__new__(type(scheduler))
-    memo: dict[int, Any] = {}
+    # A Brownian tree gives the same noise for the same interval in whatever order it is asked: copies may share it.
+    memo: dict[int, Any] = {id(v): v for v in vars(scheduler).values() if type(v).__name__ in BROWNIAN}
     for name, value in vars(scheduler).items():
         if name not in hidden:
             made.__dict__[name] = value if name == "_internal_dict" else copy.deepcopy(value, memo)
     return made
 
 
-def copy_generators(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments with copies of the random generators in them, which then draw the numbers that these will."""
-    return {name: _copy_generator(value) for name, value in arguments.items()}
+JUMPING = ("DDIMScheduler", "DDIMParallelScheduler")
+"""Schedulers whose next state has a clipped estimate of the data and the model's output in full, so that it jumps.
 
-
-def _copy_generator(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_copy_generator(item) for item in value]
-    if isinstance(value, torch.Generator):
-        made = torch.Generator(value.device)
-        made.set_state(value.get_state())
-        return made
-    return value
+In the step of others, DDPM's or DPM-Solver's, an estimate that is clipped has a weight that shrinks with the step.
+"""
+FEW_CLIPPED = 1e-3
+"""The share of the estimate's numbers that may be clipped without making a difference."""
 
 
 class Levels:
     """The estimate of the data by a scheduler: c_x times the state and c_p times the model's output, at each index.
 
-    `known` is False for schedulers whose noise levels drp does not know, and those that clip the estimate: their drafts
-    assume that the model's output stays.
+    `known` is False for schedulers whose noise levels drp does not know: their drafts assume that the model's output
+    stays. `limit` is what the scheduler clips the estimate to, None if it does not; `clipped` says that it has, which
+    is then no longer a sum.
     """
 
     def __init__(self, scheduler: Any, timesteps: Tensor) -> None:
@@ -71,9 +84,12 @@ class Levels:
         self._type: str = {"v_prediction": "v", "flow_prediction": "flow"}.get(kind, kind)
         if flow:
             self._type = "flow" if kind == "flow_prediction" or "FlowMatch" in name else ""
-        clips = bool(config.get("clip_sample")) or bool(config.get("thresholding"))
-        linear = self._type in PREDICTION_TYPES and not clips
-        levels = self._read(scheduler, name, flow, timesteps) if linear else []
+        self.limit: float | None = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else None
+        if config.get("thresholding"):
+            self.limit = 1.0
+        self.clipped = False
+        self._name = name
+        levels = self._read(scheduler, name, flow, timesteps) if self._type in PREDICTION_TYPES else []
         # Where there is no signal, noise says nothing of the data; where there is no noise, nothing is left to predict.
         usable = all(sigma > 0 and (alpha > 0 or self._type != "epsilon") for alpha, sigma, _ in levels)
         self._levels = levels if usable else []
@@ -98,6 +114,23 @@ class Levels:
             return [(a, s * a, a) for s, a in zip(values, scale, strict=True)]
         return []
 
+    def clips(self, k: int, x: Tensor, output: Tensor) -> bool:
+        """Return whether the scheduler clips the estimate of the data at a step, and take that for the rule if so."""
+        if self.limit is None or self.clipped:
+            return self.clipped
+        if not self._levels or output.shape != x.shape:
+            self.clipped = True  # as far as is known
+        else:
+            at_state, at_output = self.factors(k)
+            data = at_state * x.double() + at_output * output.double()
+            self.clipped = float((data.abs() > self.limit).double().mean()) > FEW_CLIPPED
+        return self.clipped
+
+    @property
+    def jumps(self) -> bool:
+        """Whether the latents have jumped because the estimate was clipped."""
+        return self.clipped and self._name in JUMPING
+
     @property
     def prediction_type(self) -> str:
         """What the model predicts: "epsilon", "v", "sample" or "flow"."""
@@ -112,7 +145,7 @@ class Levels:
     @property
     def known(self) -> bool:
         """Whether `factors` says anything."""
-        return bool(self._levels)
+        return bool(self._levels) and not self.clipped
 
     def factors(self, k: int) -> tuple[float, float]:
         """Return c_x and c_p at index k of the timesteps."""

@@ -11,18 +11,25 @@ import functools
 import operator
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from drp.diffusers.features import LEFT_OUT, add_cast, casts_of
+from drp.diffusers.patched import methods_of, patched_method
 from drp.diffusers.pytree import PLAIN, Json, UnknownValueError, find, name_of
+
+
+class PatchedClassError(UnknownValueError):
+    """A class was changed in this process, which workers would not see."""
+
 
 HOOKS = tuple(name for name, value in vars(nn.Module()).items() if name.endswith("hooks") and isinstance(value, dict))
 PARTS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 FORBIDDEN = {
-    "_hf_hook": "it is offloaded or dispatched by accelerate; keep it in memory",
+    "_hf_hook": "it is offloaded or dispatched by accelerate; keep it in memory, and call remove_all_hooks()",
     "hf_quantizer": "it is quantised",
     "quantization_config": "it is quantised",
 }
@@ -41,6 +48,7 @@ class Described:
     def note_pointers(self) -> None:
         """Take it that the tensors are where they belong."""
         self._pointers = [tensor.data_ptr() for tensor in self.tensors]
+        self._noted = [tensor.detach() for tensor in self.tensors]
 
     def untouched(self) -> bool:
         """Return whether every attribute is still the same object, and every tensor where it was: a quick look."""
@@ -48,12 +56,46 @@ class Described:
         return here and all(_identical(_items(container), items) for container, items in self._containers)
 
     def same(self, other: Described) -> bool:
-        """Return whether two descriptions are of the same structure and the same tensors."""
-        return self.json == other.json and self._pointers == other._pointers
+        """Return whether a later description is of the same structure and the same tensors, or of equal ones."""
+        if self.json != other.json:
+            return False
+        pairs = zip(self._noted, other.tensors, strict=True)
+        return all(a.data_ptr() == b.data_ptr() or equal_bits(a, b) for a, b in pairs)
+
+    def take(self, other: Described) -> None:
+        """Take over what a later look at the same structure has found; this stays the same object.
+
+        Parameters that lie elsewhere with the same values (they were cast to and fro, say) are put back.
+        """
+        for noted, tensor in zip(self._noted, other.tensors, strict=True):
+            if isinstance(tensor, nn.Parameter) and tensor.data_ptr() != noted.data_ptr():
+                tensor.data = noted
+        other.note_pointers()
+        self._noted = other._noted
+        self.json, self.tensors = other.json, other.tensors
+        self._containers, self._pointers = other._containers, other._pointers
+
+
+def equal_bits(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are the same, also of dtypes that torch does not compare."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.element_size() == 1 and a.dtype.is_floating_point:
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    return torch.equal(a, b)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Return whether a module's forward is its class's, also if the object holds it: removed hooks leave it there."""
+    forward = vars(module).get("forward")
+    if forward is None:
+        return True
+    own = getattr(forward, "__self__", None) is module
+    return own and getattr(forward, "__func__", None) is type(module).forward
 
 
 def _items(container: Any) -> list[Any]:
-    return list(container.values()) if isinstance(container, dict) else list(container)
+    return list(container.values()) if isinstance(container, Mapping) else list(container)
 
 
 def _identical(a: list[Any], b: list[Any]) -> bool:
@@ -80,6 +122,7 @@ class _Describer:
         self._ours = ours
         self._places: dict[int, int] = {}
         self._tensor_places: dict[int, int] = {}
+        self._kinds: set[type] = set()
         self._alive: list[Any] = []  # an id is an object's only while it lives
 
     def value(self, value: Any, path: str) -> Json:
@@ -130,8 +173,21 @@ class _Describer:
             self.objects[self._places[id(value)]] = self._describe(value, path)
         return {"object": self._places[id(value)]}
 
+    def _check_class(self, kind: type, path: str) -> None:
+        """See that a class is as its module has defined it, and note its methods to see later changes."""
+        if kind in self._kinds:
+            return
+        self._kinds.add(kind)
+        if (method := patched_method(kind)) is not None:
+            raise PatchedClassError(
+                f"{path}: {method} was exchanged in the class after its module was imported, and workers import the "
+                "class without that; undo it, or make a subclass in a module of its own"
+            )
+        self.containers += methods_of(kind)
+
     def _describe(self, value: Any, path: str) -> Json:
         kind = type(value)
+        self._check_class(kind, path)
         if isinstance(value, nn.Module):
             return self._module(value, path)
         name = _named(kind, path)
@@ -147,6 +203,7 @@ class _Describer:
 
     def _module(self, module: nn.Module, path: str) -> Json:
         state = []
+        casts = casts_of(module, path)
         self.containers += [vars(module), *(getattr(module, part) for part in PARTS[:3])]
         for name, value in vars(module).items():
             if name in FORBIDDEN and value is not None:
@@ -157,16 +214,19 @@ class _Describer:
             elif name == "_compiled_call_impl":
                 if value is not None:
                     raise UnknownValueError(f"{path} is compiled; leave that to the workers' own process")
-            elif name == "forward" and not self._ours(value):
+            elif name == "forward":
+                if self._ours(value) or casts or has_own_forward(module):
+                    continue
                 raise UnknownValueError(f"{path}.forward was exchanged on the object, by a hook or by hand; undo that")
-            elif name not in PARTS and not self._ours(value):
+            elif name not in (*PARTS, *LEFT_OUT) and not self._ours(value):
                 state.append([name, self.value(value, f"{path}.{name}")])
         parts = {
             part: [[name, self.value(value, f"{path}.{name}")] for name, value in getattr(module, part).items()]
             for part in PARTS[:3]
         }
         fleeting = sorted(module._non_persistent_buffers_set)
-        return {"module": _named(type(module), path), "state": state, "fleeting": fleeting, **parts}
+        kind = _named(type(module), path)
+        return {"module": kind, "state": state, "fleeting": fleeting, "casts": casts, **parts}
 
 
 def _named(thing: Any, path: str) -> str:
@@ -269,3 +329,5 @@ class _Maker:
             getattr(made, part).update({name: self.value(value) for name, value in description[part]})
         made._non_persistent_buffers_set.update(description["fleeting"])
         made.__dict__.update({name: self.value(value) for name, value in description["state"]})
+        for storage, compute in description["casts"]:
+            add_cast(made, getattr(torch, storage), getattr(torch, compute))

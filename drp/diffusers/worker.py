@@ -83,7 +83,7 @@ def _weights(places: Json) -> list[Tensor]:
         block = blocks[key]
         shape, stride = place["shape"], place["stride"]
         count = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-        flat = block.tensor(place["offset"], (count,), DTYPES[place["dtype"]])
+        flat = block.tensor(place["offset"], (count,), DTYPES[place["dtype"]]).view(getattr(torch, place["view"]))
         tensors.append(flat.as_strided(shape, stride) if count else flat.view(shape))
     for block in blocks.values():
         block.close()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +32,9 @@ from diffusers import (
     TCDScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import drp
 from drp.diffusers import Workers, parallelize, reference
@@ -215,6 +218,11 @@ SCHEDULERS: dict[str, Any] = {
 }
 
 UNKNOWN = ("DDIM, clipped", "KDPM2")
+REFUSED = {
+    "DDIM, clipped": "DDIMScheduler clips the estimate of the data",
+    "LCM": "LCMScheduler makes new noise",
+    "TCD": "TCDScheduler makes new noise",
+}
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -222,13 +230,17 @@ def test_every_scheduler_drafts(name: str, workers: Workers) -> None:
     pipe = sdxl()
     pipe.scheduler = SCHEDULERS[name]()
     untouched = run(pipe, CHEAP, steps=9)
-    with reference(pipe, devices=3):
+    with reference(pipe, devices=3, mode="aggressive", always_draft=True):
         expected = run(pipe, CHEAP, steps=9)
-    with parallelize(pipe, workers) as parallel:
+    with parallelize(pipe, workers, "aggressive", always_draft=True) as parallel:
         assert torch.equal(run(pipe, CHEAP, steps=9), expected)
     (report,) = parallel.report.calls
     assert report.rounds == rounds_of("aggressive", report.steps, 3)
     assert not report.sequential
+    with reference(pipe, devices=3, mode="aggressive") as parallel:
+        assert torch.equal(run(pipe, CHEAP, steps=9), untouched if name in REFUSED else expected)
+    assert REFUSED.get(name, "") in parallel.report.calls[0].sequential
+    assert bool(parallel.report.calls[0].sequential) == (name in REFUSED)
     assert not torch.equal(expected, untouched)
     assert bool(report.notes) == (name in UNKNOWN)
 
@@ -748,25 +760,48 @@ def test_what_is_not_recognised_runs_sequentially_and_says_why(workers: Workers)
     assert "without drafts" in str(parallel.report)
 
 
-def test_a_scheduler_that_wants_more_than_latents_runs_sequentially(workers: Workers) -> None:
+def test_a_scheduler_that_takes_the_estimate_of_the_step_before(workers: Workers) -> None:
     pipe = cogvideo()
     pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
     options = PIPELINES["CogVideoX"][1]
     untouched = run(pipe, options)
-    with parallelize(pipe, workers) as parallel:
+    with parallelize(pipe, workers, drafts=1):
         assert torch.equal(run(pipe, options), untouched)
-    assert "old_pred_original_sample" in parallel.report.calls[0].sequential
+    with reference(pipe, devices=3, mode="aggressive"):
+        expected = run(pipe, options)
+    with parallelize(pipe, workers, "aggressive") as parallel:
+        assert torch.equal(run(pipe, options), expected)
+    (report,) = parallel.report.calls
+    assert report.rounds == rounds_of("aggressive", report.steps, 3)
 
 
-def test_another_default_dtype_runs_sequentially_and_says_why(workers: Workers) -> None:
-    pipe = sdxl()
+def in_double(call: Callable[[], torch.Tensor]) -> torch.Tensor:
     torch.set_default_dtype(torch.float64)
     try:
-        with parallelize(pipe, workers) as parallel:
-            run(pipe, CHEAP)
+        return call()
     finally:
         torch.set_default_dtype(torch.float32)
-    assert "default dtype" in parallel.report.calls[0].sequential
+
+
+def with_exact_attention(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return call()
+
+
+def with_diffusers_attention(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    with attention_backend("_native_math"):
+        return call()
+
+
+@pytest.mark.parametrize("setting", [in_double, with_exact_attention, with_diffusers_attention])
+def test_torchs_settings_are_carried_over(setting: Any, workers: Workers) -> None:
+    pipe = sd3()
+    options = PIPELINES["SD 3"][1]
+    untouched = setting(lambda: run(pipe, options))
+    with parallelize(pipe, workers, drafts=1) as parallel:
+        assert torch.equal(setting(lambda: run(pipe, options)), untouched)
+        run(pipe, options)  # Those of the workers are theirs again.
+    assert not any(call.sequential for call in parallel.report.calls)
 
 
 def test_autocast_runs_sequentially_and_says_why(workers: Workers) -> None:
@@ -788,7 +823,7 @@ def test_what_cannot_be_handed_to_workers_is_refused() -> None:
     with pytest.raises(ValueError, match="compiled"), parallelize(pipe, 2):
         pass
     pipe = sdxl()
-    pipe.unet.conv_in.forward = pipe.unet.conv_in.forward
+    pipe.unet.conv_in.forward = functools.partial(pipe.unet.conv_in.forward)
     with pytest.raises(ValueError, match=r"conv_in\.forward was exchanged"), parallelize(pipe, 2):
         pass
     pipe = sdxl()

@@ -1,0 +1,116 @@
+"""Convergence: whether drafted samples come nearer to the sequential ones as steps become shorter, by scheduler.
+
+python -m bench.convergence prints the table of docs/diffusers.md; with --write it puts it there. The sample is a
+digit of the trained model, drafted two steps at a time, from 24 steps to 192. With schedulers of flow matching, whose
+models predict a velocity, the model's noise prediction is turned into that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drp.diffusers import reference
+from drp.diffusers.digits import digits_pipeline
+from tests.tiny.schedulers import SCHEDULERS
+
+STEPS = (24, 48, 96, 192)
+ENOUGH = 0.75
+"""The factor by which each doubling of the steps must shrink the distance, on average."""
+PAGE = Path(__file__).parent.parent / "docs" / "diffusers.md"
+BEGIN, END = "<!-- convergence -->\n", "<!-- end of convergence -->\n"
+
+
+class Velocity(nn.Module):
+    """A model of flow matching made of a model of noise: x = (1 - s) data + s noise, at t = 1000 s."""
+
+    ratios: Tensor
+
+    def __init__(self, inner: nn.Module, bars: Tensor) -> None:
+        super().__init__()
+        self.inner, self.label = inner, inner.label
+        self.register_buffer("ratios", ((1 - bars) / bars).sqrt())  # noise over signal at each of the timesteps
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """Return noise - data."""
+        sigma = (t / 1000).clamp(1e-4, 1 - 1e-4)[:, None, None, None]
+        ratio = sigma / (1 - sigma)
+        step = torch.searchsorted(self.ratios, ratio.flatten()).clamp_max(len(self.ratios) - 1)
+        scale = (1 + ratio**2).sqrt() * (1 - sigma)
+        noise: Tensor = self.inner(x / scale, step.to(x.dtype), labels)
+        return (noise - x) / (1 - sigma)
+
+
+def pipeline(name: str) -> Any:
+    """Return the digits with a scheduler."""
+    pipe = digits_pipeline()
+    if name.startswith("flow"):
+        pipe.unet = Velocity(pipe.unet, pipe.scheduler.alphas_cumprod).eval()
+    pipe.scheduler = SCHEDULERS[name]()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe: Any, steps: int) -> Tensor:
+    """Return a digit."""
+    torch.manual_seed(0)
+    images: Tensor = pipe([3], steps, generator=torch.Generator().manual_seed(0)).images
+    return images
+
+
+def measure(name: str, steps: tuple[int, ...] = STEPS) -> tuple[list[float], str]:
+    """Return the relative distances of drafted samples to sequential ones, and why drafts are refused by default."""
+    pipe, distances, reason = pipeline(name), [], ""
+    for count in steps:
+        wanted = sample(pipe, count)
+        with reference(pipe, devices=2, mode="aggressive", always_draft=True):
+            distances.append(float((sample(pipe, count) - wanted).norm() / wanted.norm()))
+    with reference(pipe, devices=2) as parallel:
+        sample(pipe, steps[0])
+    reason = parallel.report.calls[0].sequential.partition("; always_draft")[0]
+    return distances, reason
+
+
+def converges(distances: list[float]) -> bool:
+    """Return whether distances shrink as they should; those that are nothing but rounding do."""
+    return distances[-1] < 1e-5 or (distances[-1] / distances[0]) ** (1 / (len(distances) - 1)) < ENOUGH
+
+
+def table() -> str:
+    """Return the table of all schedulers."""
+    lines = [
+        f"| scheduler | distance at {', '.join(map(str, STEPS))} steps | drafted |",
+        "|---|---|---|",
+    ]
+    for name in SCHEDULERS:
+        distances, reason = measure(name)
+        if converges(distances) == bool(reason):
+            print(f"{name}: converges is {converges(distances)}, and it is refused because {reason or 'of nothing'}")
+        lines.append(
+            f"| {name} | {', '.join(f'{d:.2g}' for d in distances)} | {'no: sequential' if reason else 'yes'} |"
+        )
+        print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Print the table, and perhaps put it into the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/diffusers.md")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    made = table()
+    if options.write:
+        text = PAGE.read_text()
+        head, _, rest = text.partition(BEGIN)
+        PAGE.write_text(head + BEGIN + made + END + rest.partition(END)[2])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Coverage: every pipeline class of diffusers that a small configuration is known for, with one draft and with three.
+
+python -m bench.coverage [NAMES] prints whether one draft a round has the bits of the untouched pipeline, and whether
+three are drafted, or what is in the way; with --write it puts the table into docs/diffusers.md. It ends with 1 if
+anything is wrong or crashes. Drafts are evaluated in this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+
+from drp.diffusers import reference
+from tests.pipelines import run
+from tests.tiny import flux, others, stable_diffusion
+
+STEPS = 7
+CASES = {**stable_diffusion.CASES, **flux.CASES, **others.CASES}
+PAGE = Path(__file__).parent.parent / "docs" / "diffusers.md"
+BEGIN, END = "<!-- pipeline classes -->\n", "<!-- end of pipeline classes -->\n"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was seen of a class: `exact` says of one draft, `steps` and `rounds` of three, `why` what is in the way."""
+
+    name: str
+    exact: bool
+    steps: int
+    rounds: int
+    why: str
+
+    def __str__(self) -> str:
+        """Return the row of the table."""
+        drafted = "sequential" if self.rounds == self.steps else f"{self.steps} steps in {self.rounds} rounds"
+        name = self.name.removesuffix("Pipeline")
+        return f"| {name} | {'yes' if self.exact else '**no**'} | {drafted} | {self.why} |"
+
+
+def look_at(name: str) -> Row:
+    """Run a class untouched, with one draft a round, and with three."""
+    case = CASES[name]
+    pipe = case.make(name)
+    untouched = run(pipe, case.options, STEPS)
+    try:
+        with reference(pipe):
+            exact = torch.equal(run(pipe, case.options, STEPS), untouched)
+        with reference(pipe, devices=3, mode="aggressive") as parallel:
+            drafted = run(pipe, case.options, STEPS)
+    except ValueError as error:
+        return Row(name, True, 0, 0, f"refused: {error}")
+    report = parallel.report.calls[-1]
+    notes = [note for note in report.notes if "few to draft" not in note]
+    if report.sequential:
+        exact = exact and torch.equal(drafted, untouched)
+    return Row(name, exact, report.steps, report.rounds, report.reason or "; ".join(notes))
+
+
+def main() -> None:
+    """Print the table, and perhaps put it into the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="parts of the names of classes (all)")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/diffusers.md")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    diffusers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    lines = ["| pipeline | one draft is exact | three drafts | why |", "|---|---|---|---|"]
+    wrong = False
+    for name in CASES:
+        if options.names and not any(part in name for part in options.names):
+            continue
+        row = look_at(name)
+        wrong |= not row.exact
+        lines.append(str(row))
+        print(row, flush=True)
+    if options.write:
+        head, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(head + BEGIN + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
+    sys.exit(int(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Features: what diffusers puts around a module's forward by hooks: casts, which workers make too, and caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from drp.diffusers.pytree import UnknownValueError
+
+LEFT_OUT = (
+    "_diffusers_hook",  # what was removed leaves a registry behind
+    "_gradient_checkpointing_func",  # only where gradients are recorded
+)
+"""Attributes of modules that make no difference to workers."""
+CASTS = ("LayerwiseCastingHook", "PeftInputAutocastDisableHook")
+"""Classes of hooks that store weights in a dtype of few digits, and compute in another."""
+REMEDIES = {
+    "Offload": "group offloading moves its weights to and fro; load the pipeline without it",
+    "Prefetch": "group offloading moves its weights to and fro; load the pipeline without it",
+    "ContextParallel": "context parallelism spreads its calls over processes already; leave that out",
+    "TensorParallel": "tensor parallelism spreads its calls over processes already; leave that out",
+}
+"""What is said of hooks by a part of their class's name."""
+
+
+def casts_of(module: nn.Module, path: str) -> list[list[str]]:
+    """Return the storage and computation dtypes that diffusers' layerwise casting has for a module, if it has any.
+
+    Raises UnknownValueError, with the feature and the remedy, for hooks that carry something from step to step.
+    """
+    if (config := getattr(module, "_cache_config", None)) is not None:
+        name = type(config).__name__.removesuffix("Config")
+        raise UnknownValueError(
+            f"{path} has {name} enabled, which takes results over from one step to the next; call disable_cache()"
+        )
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    for name, hook in hooks.items():
+        kind = type(hook).__name__
+        if kind not in CASTS:
+            known = next((remedy for part, remedy in REMEDIES.items() if part in kind), None)
+            other = f"{kind} ({name}) is around its forward; remove it, with disable_cache() if it is a cache"
+            raise UnknownValueError(f"{path}: {known or other}")
+    found = [hook for hook in hooks.values() if hasattr(hook, "storage_dtype")]
+    return [[_name(hook.storage_dtype), _name(hook.compute_dtype)] for hook in found]
+
+
+def add_cast(module: nn.Module, storage: torch.dtype, compute: torch.dtype) -> None:
+    """Give a module layerwise casting, as it has it in the pipeline's process."""
+    from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
+
+    apply_layerwise_casting_hook(module, storage, compute, non_blocking=False)
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

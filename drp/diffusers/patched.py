@@ -1,0 +1,45 @@
+"""Patched: classes whose methods were exchanged after their module was imported; a worker imports them unpatched."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+LIBRARIES = {"torch", "diffusers", "transformers", "peft", "accelerate", "huggingface_hub", "typing_extensions"}
+"""Packages whose functions are in classes from the beginning: decorators, and methods that are taken over."""
+
+
+def patched_method(kind: type) -> str | None:
+    """Return the name of a method of a class that was not defined with the class, None if there is none.
+
+    A method is the class's own if it was defined in the class's module under the class's name. Decorators may come
+    from the same package or from a library. What `functools.wraps` makes a function say of itself is not believed.
+    """
+    for cls in kind.__mro__[:-1]:
+        for name, value in vars(cls).items():
+            if isinstance(value, types.FunctionType) and not _is_own(cls, name, value):
+                return f"{cls.__qualname__}.{name}"
+    return None
+
+
+def methods_of(kind: type) -> Iterator[Mapping[str, Any]]:
+    """Yield the tables of a class's attributes, and of those that it inherits from."""
+    for cls in kind.__mro__[:-1]:
+        yield vars(cls)
+
+
+def _is_own(cls: type, name: str, function: types.FunctionType) -> bool:
+    package = cls.__module__.partition(".")[0]
+    chain = [function]
+    while isinstance(inner := getattr(chain[-1], "__wrapped__", None), types.FunctionType):
+        chain.append(inner)
+    *wrappers, innermost = (f.__globals__.get("__name__", "") for f in chain)
+    known = LIBRARIES | sys.stdlib_module_names - {"__main__"}
+    if any(w.partition(".")[0] not in known | {package} for w in wrappers):
+        return False
+    if innermost.partition(".")[0] in known:
+        return True
+    # Methods that dataclasses and the like generate have the class's module too.
+    return innermost == cls.__module__ and chain[-1].__qualname__ in (f"{cls.__qualname__}.{name}", name)

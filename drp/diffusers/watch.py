@@ -1,0 +1,73 @@
+"""Watch: a scheduler's methods, replaced on the object so that every call of them is noticed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+METHODS = ("step", "set_timesteps")
+"""The methods that are watched."""
+
+Notify = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
+"""Called with the original method and the arguments of a call, in place of the method."""
+
+
+class WatchedMethod:
+    """Stands in for one method of one scheduler.
+
+    A deep copy of the scheduler gets its class's own method: a pipeline that copies its scheduler (for a second kind
+    of latents, say) steps the copy, and must not step the original in its place.
+    """
+
+    def __init__(self, scheduler: Any, name: str, notify: Notify) -> None:
+        self._scheduler, self._name, self._notify = scheduler, name, notify
+        self.own = vars(scheduler).get(name)
+        """What the object had in the place of its class's method before."""
+        self._original = getattr(scheduler, name)
+        functools.update_wrapper(self, self._original)
+        setattr(scheduler, name, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Notify, which calls the original."""
+        return self._notify(self._original, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        owner = memo.get(id(self._scheduler))
+        return self if owner is None else getattr(type(owner), self._name).__get__(owner)
+
+    def undo(self) -> None:
+        """Make the object what it was."""
+        vars(self._scheduler).pop(self._name, None)
+        if self.own is not None:
+            setattr(self._scheduler, self._name, self.own)
+
+
+def is_scheduler(component: Any) -> bool:
+    """Return whether a pipeline's component is a scheduler whose steps can be watched."""
+    return all(callable(getattr(component, name, None)) for name in METHODS) and hasattr(component, "config")
+
+
+def schedulers_of(pipe: Any) -> Iterator[Any]:
+    """Yield a pipeline's schedulers, the one that is called so first."""
+    named = dict(getattr(pipe, "components", {}))
+    first = [getattr(pipe, "scheduler", None)]
+    for component in (*first, *(c for c in named.values() if c is not first[0])):
+        if is_scheduler(component):
+            yield component
+
+
+def exchanged_method(scheduler: Any) -> str | None:
+    """Return the name of a method that the object has in the place of its class's, None if there is none."""
+    kind = type(scheduler)
+    name: str
+    for name, value in vars(scheduler).items():
+        own = value.own if isinstance(value, WatchedMethod) else value
+        if own is not None and callable(getattr(kind, name, None)) and not _is_own(scheduler, name, own):
+            return name
+    return None
+
+
+def _is_own(scheduler: Any, name: str, value: Any) -> bool:
+    """Return whether a value is the method that the object has from its class anyway."""
+    return getattr(value, "__self__", None) is scheduler and value.__func__ is getattr(type(scheduler), name, None)
