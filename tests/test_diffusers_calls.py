@@ -28,7 +28,7 @@ from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffu
 )
 from peft import LoraConfig
 
-from drp.diffusers import Parallel, parallelize, reference
+from drp.diffusers import Parallel, Workers, parallelize, reference
 from drp.diffusers.digits import digits_pipeline
 from tests.pipelines import (
     BETAS,
@@ -287,11 +287,12 @@ def test_layerwise_casting_and_gradient_checkpointing_are_no_hindrance() -> None
     with reference(pipe, devices=2, mode="aggressive") as parallel:
         expected = run(pipe, options)
     assert parallel.report.calls[0].rounds < parallel.report.calls[0].steps
-    with parallelize(pipe, 2, "aggressive", threads=1) as parallel:
-        assert torch.equal(run(pipe, options), expected)
-        assert not parallel.report.calls[0].reason
-    with parallelize(pipe, 1, threads=1) as parallel:
-        assert torch.equal(run(pipe, options), untouched)
+    with Workers(2, threads=1) as workers:
+        with parallelize(pipe, workers, "aggressive") as parallel:
+            assert torch.equal(run(pipe, options), expected)
+            assert not parallel.report.calls[0].reason
+        with parallelize(pipe, workers, drafts=1):
+            assert torch.equal(run(pipe, options), untouched)
 
 
 def test_a_denoiser_may_be_exchanged_for_another() -> None:
@@ -307,7 +308,8 @@ def test_a_denoiser_may_be_exchanged_for_another() -> None:
         pipe.unet = first
         return run(pipe, {**CHEAP, "callback_on_step_end": exchange})
 
-    assert "a step was evaluated anew: unet itself was changed" in exact(pipe, call).report.calls[0].notes
+    # The callback comes after the scheduler's step: one step is not seen.
+    assert list(exact(pipe, call).report.calls[0].notes) == ["a step was evaluated anew: unet was not called"]
     with reference(pipe, devices=2, mode="aggressive") as parallel:
         call(pipe)
     assert not parallel.report.calls[0].sequential
@@ -323,7 +325,8 @@ def test_a_modular_pipeline_with_a_guider() -> None:
     pipe.set_progress_bar_config(disable=True)
 
     def call(pipe: Any) -> torch.Tensor:
-        options = {**prompts(1, 6, 8), **pooled(), **IMAGE, "num_inference_steps": 7, "output": "latents"}
+        size = {"height": 16, "width": 16}
+        options = {**prompts(1, 6, 8), **pooled(), **size, "num_inference_steps": 7, "output": "latents"}
         return torch.as_tensor(pipe(**options, generator=torch.Generator().manual_seed(0)))
 
     assert not exact(pipe, call).report.calls[0].sequential
