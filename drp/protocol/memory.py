@@ -1,6 +1,6 @@
 """Shared memory: anonymous files (memfd), owned by the leader and opened by the workers through /proc.
 
-A memfd has no name in any file system. The kernel frees it when its owner and all openers have ended, however they ended.
+A memfd has no name in any file system. The kernel frees it when its owner and all openers have ended.
 """
 
 from __future__ import annotations

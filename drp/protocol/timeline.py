@@ -191,7 +191,7 @@ class TimelineSemaphore:
         return self._numbers[TIMESTAMPS + count % RING_SIZE] if self._numbers[COMPLETED] >= count else None
 
     def request_notification(self, count: int, alone: bool) -> None:
-        """Ask the worker to notify the leader at the event `count`, `alone` or once all workers reached theirs; 0: never.
+        """Ask for a notification at the event `count`, `alone` or once all workers reached theirs; 0: never.
 
         Read the completed number again after a `memory_barrier`: the worker may have completed the event already.
         """

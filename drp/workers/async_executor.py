@@ -1,6 +1,6 @@
 """Asynchronous execution in a worker: drafts are queued and executed in order, here by a thread.
 
-It stands in for a stream of a GPU, in order and asynchronous like one, so that everything around it runs anywhere.
+The thread stands in for a CUDA stream: it executes in order and asynchronously, so asynchronous dispatch runs anywhere.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from drp.protocol.wakeup import Wakeup
 from drp.workers.emulated import EvaluationTimes
 
 CLOSE_TIMEOUT = 1.0
-"""Seconds that what a closed stream is doing may still take: it cannot be broken off."""
+"""Seconds to wait for the operation that a closed stream is executing, which cannot be interrupted."""
 
 
 @dataclass(frozen=True)
 class WorkItem:
-    """A draft, or a batch of them: the tensors given, and those to be written, of each."""
+    """A draft or a batch of drafts, with the input and output tensors of each."""
 
     draft: Draft
     arena: Arena
@@ -62,44 +62,44 @@ class WorkItem:
 
 
 class AsyncExecutor(Protocol):
-    """What a worker that answers ahead of its device asks of it."""
+    """Executes drafts in order, after the worker has received them."""
 
     @property
     def busy(self) -> bool:
-        """Whether something that was queued is not done. Raises what makes it impossible to go on."""
+        """Whether queued work is unfinished. Raises an error that makes it impossible to continue."""
         ...
 
     def bind(self, run: int, arena: Arena) -> None:
-        """Take up a run's records and stamps."""
+        """Open the events and completion records of a run."""
         ...
 
     def submit(self, work: WorkItem) -> None:
-        """Queue an evaluation, and the stamp behind it; what is raised here is raised before anything was answered."""
+        """Queue an evaluation and its completion record. What this raises is raised before the draft was answered."""
         ...
 
     def unbind(self, run: int) -> Any:
-        """Let go of them; return what `bind_again` takes, None if there are none."""
+        """Release the run; return its binding, for `rebind`, or None if it has none."""
         ...
 
     def rebind(self, run: int, bound: Any) -> None:
-        """Take up those of another run for this one, whose memory is the same, and was cleared."""
+        """Use another run's binding for this one, which has the same memory, cleared."""
         ...
 
     def take_failures(self) -> list[tuple[Draft, BaseException]]:
-        """Return the drafts that were answered, and then could not be evaluated; each once."""
+        """Return drafts whose evaluation failed after they were queued, each once."""
         ...
 
     def synchronize(self) -> None:
-        """Wait for what was queued."""
+        """Wait until all queued work is finished."""
         ...
 
     def close(self) -> None:
-        """Queue no more."""
+        """Accept no more work."""
         ...
 
 
 class RunBinding:
-    """What the leader records of a run, what this worker does, and its stamps, as the run's Bind says."""
+    """The events and completion records of one run, as its Bind describes them."""
 
     def __init__(self, arena: Arena, leaders: LeaderEvent, own: OwnEvent) -> None:
         assert arena.bind.async_config is not None
@@ -110,7 +110,7 @@ class RunBinding:
 
 
 class HostRunBinding(RunBinding):
-    """Likewise, on the host; `places` are the stamps."""
+    """A RunBinding on the host; `completion_view` are the completion records as a memoryview."""
 
     leader_event: HostLeaderEvent
     worker_event: HostWorkerEvent
@@ -121,20 +121,20 @@ class HostRunBinding(RunBinding):
 
 
 def host_timelines(arena: Arena) -> tuple[Tensor, Tensor]:
-    """Return the leader's numbers [LINE / 8], and the workers' [workers, LINE / 8], for an arena on the host."""
-    order = arena.bind.async_config
-    assert order is not None
-    if order.index >= order.workers:
-        raise ProtocolError(f"the line {order.index} of {order.workers}")
-    lines = arena.memory.tensor(order.timelines, (1 + order.workers, TIMELINE_NBYTES // 8), torch.int64)
+    """Return the memory of the leader's semaphore, int64 [TIMELINE_NBYTES / 8], and of the workers', [workers, ...]."""
+    config = arena.bind.async_config
+    assert config is not None
+    if config.index >= config.workers:
+        raise ProtocolError(f"the line {config.index} of {config.workers}")
+    lines = arena.memory.tensor(config.timelines, (1 + config.workers, TIMELINE_NBYTES // 8), torch.int64)
     return lines[0], lines[1:]
 
 
 class ThreadStream:
-    """A thread that does what it is given in order: on the host what a stream is on a GPU.
+    """A thread that executes operations in order, as a CUDA stream does on a GPU.
 
-    `time`, in nanoseconds of CLOCK_MONOTONIC, is when what was done counts as done, if that is not at once: what it
-    waits for, and what it says of itself, is as of then.
+    `device_time`, in nanoseconds of CLOCK_MONOTONIC, is the time at which the executed operations complete on an
+    emulated device, which may lie ahead. Waits and events refer to it.
     """
 
     def __init__(self) -> None:
@@ -147,7 +147,7 @@ class ThreadStream:
         self._thread.start()
 
     def enqueue(self, do: Callable[[], object]) -> None:
-        """Have this done after what was given before; raise what something given before has raised."""
+        """Execute `do` after what was enqueued before; raise the error of an earlier operation."""
         if self._error is not None:
             raise self._error
         self._enqueued_count += 1
@@ -155,46 +155,46 @@ class ThreadStream:
 
     @property
     def busy(self) -> bool:
-        """Whether not all of it was done; raises what something given has raised."""
+        """Whether operations are left; raises the error of one."""
         if self._error is not None:
             raise self._error
         return self._done_count < self._enqueued_count
 
     def synchronize(self) -> None:
-        """Wait until all was done, and counts as done."""
+        """Wait until all operations are executed and complete."""
         while self.busy:
             time.sleep(POLL_INTERVAL)
         sleep_until(self.device_time / 1e9)
 
     def close(self) -> None:
-        """Drop what was not done; a wait is given up."""
+        """Drop the operations that are left, and abandon a wait."""
         self.closed = True
         self._operations.put(None)
         self._thread.join(CLOSE_TIMEOUT)
 
     def _serve(self) -> None:
-        torch.get_num_threads()  # At its first call a thread takes the process's number, which its sums then have.
+        torch.get_num_threads()  # The first call gives this thread the process's number of threads for its sums.
         set_timer_slack()
         with torch.inference_mode():
             while (do := self._operations.get()) is not None and not self.closed:
                 try:
                     do()
-                except BaseException as error:  # told to the thread that gives
+                except BaseException as error:  # raised in the thread that enqueues
                     self._error = error
                     return
                 self._done_count += 1
-                del do  # It holds tensors, and the next may be long in coming.
+                del do  # It holds tensors, and the next operation may come much later.
 
 
 class HostWorkerEvent:
-    """A worker's own records, as its thread makes them: among the `lines` of all, as the `order` says.
+    """The event of this worker: its semaphore among those of all workers, signalled by the worker's thread.
 
-    It rings the leader's bell where that is wanted.
+    It notifies the leader where the leader has asked for that.
     """
 
-    def __init__(self, lines: Tensor, order: AsyncConfig, stream: ThreadStream, bell: Wakeup | None) -> None:
-        self._semaphore, self._all_workers = TimelineSemaphore(lines[order.index]), WorkerTimelines(lines)
-        self._index, self._stream, self._wakeup = order.index, stream, bell
+    def __init__(self, lines: Tensor, config: AsyncConfig, stream: ThreadStream, wakeup: Wakeup | None) -> None:
+        self._semaphore, self._all_workers = TimelineSemaphore(lines[config.index]), WorkerTimelines(lines)
+        self._index, self._stream, self._wakeup = config.index, stream, wakeup
 
     def restart(self) -> None:
         self._semaphore.restart()
@@ -207,14 +207,14 @@ class HostWorkerEvent:
     def _signal(self, count: int) -> None:
         last = self._semaphore.completed_at(count - RING_SIZE)
         if last is not None and not self._stream.closed:
-            sleep_until(last / 1e9)  # Whoever waits for the record that had this place must have seen it.
+            sleep_until(last / 1e9)  # Waiters must have seen the event whose time was here.
         self._semaphore.signal(count, max(self._stream.device_time, time.perf_counter_ns()))
         if self._all_workers.notification(self._index, count) and self._wakeup is not None:
             self._wakeup.notify()
 
 
 class HostLeaderEvent:
-    """The leader's records, for which a worker's thread waits."""
+    """The leader's event, for which the worker's thread waits."""
 
     def __init__(self, line: Tensor, stream: ThreadStream) -> None:
         self._semaphore, self._stream = TimelineSemaphore(line), stream
@@ -234,11 +234,11 @@ class HostLeaderEvent:
 
 
 class HostExecutor:
-    """A thread that evaluates what was answered, in order.
+    """A thread that evaluates queued drafts in order.
 
-    `evaluate` is given since when it might have, in seconds of perf_counter, and says when it had begun, had the
-    prediction, had it in its row, and when it was there for whoever waits. An emulated device is at work until then,
-    while this thread goes on: it starts the next evaluation when it is done with the last, not when the thread is.
+    `evaluate` takes the earliest time to begin, in seconds of `time.perf_counter`, and returns the times of
+    the evaluation. An emulated device is busy until the last of them while the thread continues, so its next evaluation
+    begins when the device is free, not when the thread is.
     """
 
     def __init__(self, evaluate: Callable[[WorkItem, float], EvaluationTimes]) -> None:
@@ -253,13 +253,13 @@ class HostExecutor:
         return self._stream.busy or bool(self._failed)
 
     def bind(self, run: int, arena: Arena) -> None:
-        order = arena.bind.async_config
-        assert order is not None
-        if order.wakeup is not None and order.wakeup not in self._wakeups:
-            self._wakeups[order.wakeup] = Wakeup(order.wakeup)
+        config = arena.bind.async_config
+        assert config is not None
+        if config.wakeup is not None and config.wakeup not in self._wakeups:
+            self._wakeups[config.wakeup] = Wakeup(config.wakeup)
         leaders, workers = host_timelines(arena)
-        bell = self._wakeups[order.wakeup] if order.wakeup is not None else None
-        own = HostWorkerEvent(workers, order, self._stream, bell)
+        wakeup = self._wakeups[config.wakeup] if config.wakeup is not None else None
+        own = HostWorkerEvent(workers, config, self._stream, wakeup)
         self._runs[run] = HostRunBinding(arena, HostLeaderEvent(leaders, self._stream), own)
 
     def unbind(self, run: int) -> HostRunBinding | None:
@@ -277,11 +277,11 @@ class HostExecutor:
 
     def close(self) -> None:
         self._stream.close()
-        for bell in self._wakeups.values():
-            bell.close()
+        for wakeup in self._wakeups.values():
+            wakeup.close()
 
     def submit(self, work: WorkItem) -> None:
-        """Have the thread evaluate a draft and stamp it, once the leader has written it."""
+        """Queue the evaluation of a draft and its completion record, after the leader's event."""
         bound = self._runs[work.draft.run]
         bound.leader_event.wait(work.draft.after)
         self._stream.enqueue(functools.partial(self._run, bound, work, time.perf_counter_ns()))
@@ -295,7 +295,9 @@ class HostExecutor:
             return
         try:
             times = self._evaluate(work, max(self._stream.device_time, given) / 1e9)
-        except BaseException as error:  # the denoiser's: the stamp says that there is none, and a Fault says why
+        except (
+            BaseException
+        ) as error:  # the denoiser's: the status says that there is no prediction, and an EvaluationError says why
             self._failed.append((draft, error))
             for row in work.rows:
                 bound.completion_view[row, 0] = encode_status(draft.sequence, RAISED)
