@@ -25,8 +25,8 @@ from drp.leader.event_recorder import EventRecorder
 from drp.leader.memory.placement import GpuOptions, MemoryPlacement
 from drp.leader.request import Job, Request
 from drp.leader.request_queue import NewWork, RequestQueue
-from drp.leader.runs.async_run import AsyncRun, PendingCompletion
-from drp.leader.runs.run_state import InFlightBatch, RunFuture, RunState, SyncRun
+from drp.leader.runs.factory import make_run
+from drp.leader.runs.run_state import Completion, InFlightBatch, RunFuture, RunState
 from drp.leader.runs.run_table import RunTable, release_rows
 from drp.leader.runs.session import Session
 from drp.leader.scheduling.scheduler import Scheduler
@@ -40,9 +40,6 @@ from drp.protocol.waiting import set_timer_slack
 
 RUNS_PER_WORKER = 4
 """Runs at once, for each worker: enough to keep it busy. Others wait, and take no memory meanwhile."""
-
-COMPLETION_POLL_INTERVAL = 0.001
-"""Seconds between two looks at stamps."""
 
 log = logging.getLogger(__name__)
 
@@ -247,18 +244,9 @@ class Engine:
         if pending.done():  # cancelled while it waited
             return None
         try:
-            number, placement = next(self._numbers) % 2**31, self._placement
-            run: SyncRun
-            if placement.asynchronous:
-                places = len(self._devices)
-                run = AsyncRun(
-                    number, job, request, pending, self._spare_rows, self._batch, placement, places, self._clock
-                )
-            else:
-                run = SyncRun(number, job, request, pending, self._spare_rows, self._batch, placement.allocate)
-            if placement.nvtx:
-                run.annotate_nvtx()
-            return run
+            number, workers = next(self._numbers) % 2**31, len(self._devices)
+            spare, placement = self._spare_rows, self._placement
+            return make_run(number, job, request, pending, spare, self._batch, placement, workers, self._clock)
         except BaseException as error:  # no memory, or a mode of somebody's own: the caller's to hear
             pending.set_exception(error)
             return None
@@ -284,11 +272,11 @@ class Engine:
             while True:
                 self._rounds_seen = self._runs.rounds_begun
                 self._scheduler.assign_drafts()
-                if not self._runs.ready_async_runs:
+                if not self._runs.schedulable_runs:
                     return
                 yield
                 self._refine()  # A round's states are seen to before the next is formed.
-                for run in self._runs.ready_async_runs:
+                for run in self._runs.schedulable_runs:
                     self._schedule_drafts(run)
                 yield
                 self._refine()  # What is known is added before anything that waits for what these drafts predict.
@@ -308,20 +296,20 @@ class Engine:
         """Wait for an answer, and take what has come until a worker can be given more."""
         self._clock.resume()
         timer = self._clock.to_monotonic(self._next_deadline())
-        ahead, others = self._follow_async_runs(timer)
+        ahead, others = self._follow_streams(timer)
         got = self._pool.poll(0.0 if ahead else timer, self._requests.wakeup_fd) if others else None
         self._clock.resume(timer)
         while got is not None:
             self._on_message(self._supervisor.slot_of(got[0]), got[1])
-            waiting = self._runs.ready_async_runs or any(run.waiting for run in self._runs.running.values())
+            waiting = self._runs.schedulable_runs or any(run.waiting for run in self._runs.running.values())
             if waiting or self._next_ready_time <= time.monotonic():
                 break
             got = self._pool.receive_now()
         if time.monotonic() >= timer:
             self._on_deadline()
 
-    def _follow_async_runs(self, timer: float) -> tuple[bool, bool]:
-        """Sleep and work for runs ahead of their devices, and look at nothing else while there is nothing else to do.
+    def _follow_streams(self, timer: float) -> tuple[bool, bool]:
+        """Sleep, run what becomes ready on runs' streams, and look at nothing else while there is nothing else to do.
 
         Return whether there was such a run, and whether there may be anything else to be taken. In between, workers may
         want the core that this thread is on.
@@ -342,12 +330,7 @@ class Engine:
         """Return when something is due."""
         busy = [worker_slot for worker_slot in self._supervisor.ready if worker_slot.drafts]
         times = [self._deadline(worker_slot) for worker_slot in busy]
-        if (
-            self._placement.asynchronous
-            and self._placement.on_gpu
-            and any(run.has_unverified for run in self._runs.async_runs)
-        ):
-            times.append(self._clock.now() + COMPLETION_POLL_INTERVAL)
+        times += [self._clock.now() + run.poll_interval for run in self._runs.all_runs]
         return min([*times, *self._scheduler.hedge_deadlines(busy), self._supervisor.next_deadline])
 
     def _deadline(self, worker_slot: WorkerSlot) -> float:
@@ -379,11 +362,10 @@ class Engine:
     def _on_message(self, worker_slot: WorkerSlot, message: ToLeader | None) -> None:
         """Take a message, or the end of a worker."""
         match message:
-            case Prediction() if (sent := _find_batch(worker_slot, message)) and isinstance(sent.run, AsyncRun):
-                self._on_queued(worker_slot, sent.run, sent)
             case Prediction() | EvaluationError() if sent := _find_batch(worker_slot, message):
-                self._done(worker_slot, sent)
-                self._on_prediction(worker_slot, sent, message)
+                if isinstance(message, EvaluationError) or not self._runs.on_queued(worker_slot, sent):
+                    self._done(worker_slot, sent)
+                    self._on_prediction(worker_slot, sent, message)
             case Bound(number) if self._runs.on_bound(worker_slot, number):
                 return
             case Prediction() | EvaluationError() | Bound():
@@ -421,30 +403,21 @@ class Engine:
                     self._schedule_drafts(run)
         self._runs.release_if_idle(run)
 
-    def _on_queued(self, worker_slot: WorkerSlot, run: AsyncRun, sent: InFlightBatch) -> None:
-        """Take an answer whose prediction is to come; the draft stays the worker's until it is stamped."""
-        with self._runs.charge(run):
-            run.on_queued(worker_slot.number, sent, self._runs.is_outstanding(sent))
-
     def _run_ready(self) -> None:
-        """Work off what is due of the arithmetic of runs ahead of their devices, where this thread computes."""
+        """Run what is due of the arithmetic that runs have queued for this thread."""
         self._next_ready_time = math.inf
-        if self._placement.wakeup is not None:
-            self._placement.wakeup.drain()
-            for run in self._runs.async_runs:
-                with self._runs.charge(run):
-                    due = run.run_ready()
-                    if due is None:  # Nothing is waited for.
-                        due = 0.0 if run.has_completions else math.inf
-                    self._next_ready_time = min(self._next_ready_time, due)
+        self._placement.drain_wakeups()
+        for run in self._runs.all_runs:
+            with self._runs.charge(run):
+                self._next_ready_time = min(self._next_ready_time, run.run_ready())
 
     def _poll_completions(self) -> None:
-        """Look at the stamps that were read meanwhile."""
-        for run in self._runs.async_runs if self._placement.asynchronous else ():
+        """Look at the completion records that were read meanwhile."""
+        for run in self._runs.all_runs:
             for answer, verdict in run.poll_completions():
                 self._on_completion(run, answer, verdict)
 
-    def _on_completion(self, run: AsyncRun, answer: PendingCompletion, verdict: int | None) -> None:
+    def _on_completion(self, run: RunState, answer: Completion, verdict: int | None) -> None:
         worker_slot, sent = self._supervisor.worker_slots[answer.worker], answer.batch
         if verdict is None:
             words = f"{worker_slot.worker} answered step {sent.tasks[0].index} of run {run.number}"

@@ -170,6 +170,11 @@ class MemoryPlacement:
         """Give back what is kept on the host for runs to come: something else is short of memory or descriptors."""
         self._buffer_pool.clear()
 
+    def drain_wakeups(self) -> None:
+        """Reset the descriptor by which workers wake the leader, if there is one."""
+        if self.wakeup is not None:
+            self.wakeup.drain()
+
     @property
     def on_gpu(self) -> bool:
         """Whether runs lie on a GPU: its streams go on by themselves, and have to be looked at."""

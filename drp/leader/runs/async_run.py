@@ -97,8 +97,14 @@ class Proven:
     out: tuple[tuple[Task, ...], ...]
 
 
+COMPLETION_POLL_INTERVAL = 0.001
+"""Seconds between two looks at completion records that a GPU writes."""
+
+
 class AsyncRun(SyncRun):
     """A run on a stream of its own, so that no run waits for another's workers."""
+
+    binds_with_drafts = schedules_ahead = True
 
     def __init__(
         self,
@@ -205,21 +211,29 @@ class AsyncRun(SyncRun):
             out = {id(some): some for some in (self._batch_of[slot] for slot in self.outstanding)}
             self._proven.append(Proven(self.run.checkpoint(), self._batches_added, tuple(out.values())))
 
-    def free_capacity(self, out: int, few: int) -> int:
-        """Return how many drafts, or batches of them, to give to workers that have `out` of them.
-
-        They have `few`, and not more than two rounds'.
-        """
+    def place_drafts(
+        self, queues: Sequence[Sequence[InFlightBatch]], depth: int
+    ) -> Iterator[tuple[int, tuple[Task, ...]]] | None:
+        """Yield drafts of two rounds at most, each for the first worker that would evaluate the fewest before it."""
         self._round_begun = False
-        self._base_depth = min(few, 2 * -(-self.job.mode.width // self._batch))
-        return self._base_depth - out
+        self._base_depth = min(depth * len(queues), 2 * -(-self.job.mode.width // self._batch))
+        return self._place(queues, self._base_depth - sum(map(len, queues)))
 
-    def joins_last_batch(self, tasks: Sequence[Task], last: Sequence[Task], workers: int) -> bool:
+    def _place(self, queues: Sequence[Sequence[InFlightBatch]], room: int) -> Iterator[tuple[int, tuple[Task, ...]]]:
+        last: tuple[Task, ...] | None = None
+        while self.waiting and (
+            room > 0 or (last is not None and self._joins_last_batch(self.waiting[0], last, len(queues)))
+        ):
+            last, room = self.waiting.popleft(), room - 1
+            before = [self._evaluated_before(last, queue) for queue in queues]
+            yield before.index(min(before)), last
+
+    def _joins_last_batch(self, tasks: Sequence[Task], last: Sequence[Task], workers: int) -> bool:
         """Whether drafts go out with the last ones: of the same round, if that has no more than one for each worker."""
         mine = self._rounds_of[tasks[0].index]
         return self._rounds_of[last[0].index] == mine and self.job.mode.width <= workers * self._batch
 
-    def evaluated_before(self, tasks: Sequence[Task], drafts: Sequence[InFlightBatch]) -> int:
+    def _evaluated_before(self, tasks: Sequence[Task], drafts: Sequence[InFlightBatch]) -> int:
         """Count the drafts that a device would evaluate first: formed with these, if rounds wait for each other."""
         mine = self._rounds_of[tasks[0].index]
         return sum(
@@ -240,7 +254,7 @@ class AsyncRun(SyncRun):
         """Return the rows that the arithmetic may still read, and those that were promised."""
         return super().rows_in_use() | set(self._reserved.values())
 
-    def on_queued(self, worker: int, sent: InFlightBatch, counts: bool) -> None:
+    def on_queued(self, worker: int, sent: InFlightBatch, counts: bool) -> bool:
         """Queue the wait for a worker's stream, the reading of the stamps, and, if it counts, the arithmetic."""
         sent.completion_pending = True
         with self.stream.current():
@@ -252,6 +266,7 @@ class AsyncRun(SyncRun):
                 del self.outstanding[task.slot]
                 self.run.accumulate(task.slot, row)
         self._batches_added += counts
+        return True
 
     def _read_completions(self, rows: Sequence[int]) -> Callable[[], list[list[int]]]:
         """Queue the reading of stamps; return what tells them."""
@@ -268,9 +283,8 @@ class AsyncRun(SyncRun):
         """Form all drafts whose predictions are queued; at the end wait, with None, until all stamps were seen."""
         with self.stream.current():
             if super().schedule_drafts():
-                self._last_recorded = (
-                    self._leader_event.record()
-                )  # What is sent from now on waits for what was queued so far.
+                # What is sent from now on waits for what was queued so far.
+                self._last_recorded = self._leader_event.record()
                 self.stream.enqueue(self._on_round_begun)
                 return True
         self._exhausted = True
@@ -286,10 +300,14 @@ class AsyncRun(SyncRun):
         opening = self._rounds_formed > 2 and self.rounds_begun == 1
         return self.run.ready and not (opening or waits)
 
-    def run_ready(self) -> float | None:
+    def run_ready(self) -> float:
         """Do what can be done of what was queued, if that takes this thread; return when to go on."""
         with self.stream.current():
-            return self.stream.run_ready()
+            due = self.stream.run_ready()
+        if due is None:  # Nothing is waited for; what was read may be looked at.
+            read = bool(self._pending) and self._pending[0].status not in (PENDING, RAISED)
+            return 0.0 if read else math.inf
+        return due
 
     @property
     def waits_for_bind(self) -> bool:
@@ -308,14 +326,10 @@ class AsyncRun(SyncRun):
         self.rounds_begun += 1
 
     @property
-    def has_unverified(self) -> bool:
-        """Whether there are stamps to be seen, or states to be handed out."""
-        return bool(self._pending) or self.needs_refine
-
-    @property
-    def has_completions(self) -> bool:
-        """Whether there are stamps to be seen that were read, so that there is more to be done than to wait."""
-        return bool(self._pending) and self._pending[0].status not in (PENDING, RAISED)
+    def poll_interval(self) -> float:
+        """Seconds to the next look at stamps, or at states to be handed out: a GPU announces nothing."""
+        looks = self._placement.on_gpu and (bool(self._pending) or self.needs_refine)
+        return COMPLETION_POLL_INTERVAL if looks else math.inf
 
     def poll_completions(self) -> Iterator[tuple[PendingCompletion, int | None]]:
         """Yield answers whose stamps were read, in their order, with the verdict; None is for one that is not proven.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from torch import Tensor
 
@@ -87,12 +89,52 @@ class InFlightBatch:
     completion_pending: bool = False
 
 
+class Completion(Protocol):
+    """What is known of a batch that a worker's device has come to, which the worker has announced before."""
+
+    @property
+    def batch(self) -> InFlightBatch:
+        """The batch."""
+        ...
+
+    @property
+    def worker(self) -> int:
+        """The worker's number."""
+        ...
+
+    @property
+    def counts(self) -> bool:
+        """Whether the run uses the predictions."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """How long the evaluation took, 0 if the device does not tell."""
+        ...
+
+    @property
+    def ended_at(self) -> float:
+        """When the evaluation ended, in seconds of perf_counter, 0 if the device does not tell."""
+        ...
+
+    def failed_index(self, verdict: int) -> int:
+        """Return the index of the first draft of the batch with this status."""
+        ...
+
+
 class RunState(ABC):
     """Memory and accounts. `waiting` are the drafts formed but not given to any worker, in batches for one each.
 
-    `batch` is how many drafts there are in one at most.
+    `batch` is how many drafts there are in one at most. What engine, scheduler and run table ask of a run has defaults
+    here for runs whose predictions are there when a worker says so.
     """
 
+    binds_with_drafts = False
+    """Workers open the memory when they are given the first draft, and need not say that they have."""
+    schedules_ahead = False
+    """Drafts can be formed before the predictions that they are made of are there."""
+    rounds_begun = 0
+    """How many rounds devices have begun, where that is known."""
     needs_refine = False
     """States are to be refined, callbacks to be called."""
     steps_done = 0
@@ -177,6 +219,46 @@ class RunState(ABC):
 
     def on_dispatched(self, worker: int, sent: InFlightBatch) -> None:  # noqa: B027  # most have nothing to do
         """Take note of what a worker was given."""
+
+    @property
+    def waits_for_bind(self) -> bool:
+        """Whether messages to other workers are to wait: a worker opens the memory, and its device waits for that."""
+        return False
+
+    @property
+    def poll_interval(self) -> float:
+        """Seconds to the next look at completions, where nobody announces them."""
+        return math.inf
+
+    def place_drafts(
+        self, queues: Sequence[Sequence[InFlightBatch]], depth: int
+    ) -> Iterator[tuple[int, tuple[Task, ...]]] | None:
+        """Take waiting drafts, and yield for which worker each batch is, where the run says so itself.
+
+        `queues` are the batches that workers have, of which each may have `depth`; they grow meanwhile. Return None to
+        leave it to the policy.
+        """
+        return None
+
+    def on_queued(self, worker: int, sent: InFlightBatch, counts: bool) -> bool:
+        """Take the message that a batch is queued; return False if its predictions are there when it comes."""
+        return False
+
+    def run_ready(self) -> float:
+        """Run the arithmetic that was queued for this thread; return when there is more, in seconds of perf_counter."""
+        return math.inf
+
+    def poll_completions(self) -> Iterator[tuple[Completion, int | None]]:
+        """Yield batches that devices have come to, with their status, None for one that the worker has not done."""
+        return iter(())
+
+    def drop_worker(self, worker: int, drafts: tuple[InFlightBatch, ...]) -> bool:
+        """Go on without a worker and what it had; return whether `restart` is needed."""
+        return False
+
+    def restart(self) -> int:
+        """Go back to what is proven; return the step."""
+        raise NotImplementedError(f"run {self.number} uses nothing that is not proven")
 
     def due_since(self, sequence: int, since: float) -> float:
         """Return since when a worker owes a draft that it has had first since then."""

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from drp.leader.event_recorder import EventRecorder
-from drp.leader.runs.async_run import AsyncRun
 from drp.leader.runs.run_state import InFlightBatch, RunState
 from drp.leader.supervision.supervisor import Supervisor, WorkerLoss, WorkerSlot
 from drp.protocol.memory import MAX_RETAINED_NBYTES
@@ -47,7 +46,7 @@ class RunTable:
         opens the memory while it is formed.
         """
         self.running[run.number] = run
-        if isinstance(run, AsyncRun):
+        if run.binds_with_drafts:
             for worker_slot in self._supervisor.ready[:1]:
                 with self.charge(run):
                     self.bind(worker_slot, run)
@@ -61,7 +60,7 @@ class RunTable:
         Where those are the worker's until they are stamped, it need not say that it has opened the memory.
         """
         if worker_slot.number not in run.bound_workers:
-            answer = not (drafts and isinstance(run, AsyncRun))
+            answer = not (drafts and run.binds_with_drafts)
             bind, kept = replace(run.bind(worker_slot.number), acknowledge=answer), worker_slot.retained_bind
             if kept is not None and replace(kept, run=run.number, acknowledge=answer) == bind:
                 self._supervisor.enqueue(worker_slot, Rebind(run.number, answer))
@@ -94,38 +93,42 @@ class RunTable:
         return True
 
     @property
-    def async_runs(self) -> list[AsyncRun]:
-        """Those whose drafts are answered ahead of the devices."""
-        return [run for run in (*self.running.values(), *self.draining.values()) if isinstance(run, AsyncRun)]
+    def all_runs(self) -> list[RunState]:
+        """Those that are running, and those that are draining."""
+        return [*self.running.values(), *self.draining.values()]
 
     @property
-    def only_async_run(self) -> AsyncRun | None:
-        """The only run that workers have, if its drafts are answered ahead of the devices."""
-        if len(self.running) + len(self.draining) != 1:
-            return None
-        run = next(iter((self.running or self.draining).values()))
-        return run if isinstance(run, AsyncRun) else None
+    def only_run(self) -> RunState | None:
+        """The only run that workers have; None if there are several, or there is none."""
+        runs = self.all_runs
+        return runs[0] if len(runs) == 1 else None
+
+    def on_queued(self, worker_slot: WorkerSlot, sent: InFlightBatch) -> bool:
+        """Take the message that a batch is queued; return False if it says that its predictions are there."""
+        with self.charge(sent.run):
+            return sent.run.on_queued(worker_slot.number, sent, self.is_outstanding(sent))
+        return True  # It raised, and the run has ended.
 
     @property
     def workers_saturated(self) -> bool:
         """Whether workers have all that they need for now, of all runs."""
-        runs = [*self.running.values(), *self.draining.values()]
+        runs = self.all_runs
         return bool(runs) and all(run.workers_saturated for run in runs)
 
     @property
     def rounds_begun(self) -> int:
         """How many rounds have begun, of the runs under way."""
-        return sum(run.rounds_begun for run in self.running.values() if isinstance(run, AsyncRun))
+        return sum(run.rounds_begun for run in self.running.values())
 
     @property
-    def ready_async_runs(self) -> list[AsyncRun]:
-        """Those that are under way, and have drafts to form."""
-        return [run for run in self.running.values() if isinstance(run, AsyncRun) and run.ready]
+    def schedulable_runs(self) -> list[RunState]:
+        """Those that are running, and have drafts to form before any message comes."""
+        return [run for run in self.running.values() if run.schedules_ahead and run.ready]
 
-    def on_worker_lost(self, loss: WorkerLoss) -> list[AsyncRun]:
+    def on_worker_lost(self, loss: WorkerLoss) -> list[RunState]:
         """Note that a worker is gone, whatever it was asked; return runs that were built upon what it had not done."""
-        again = [run for run in self.async_runs if run.drop_worker(loss.worker_slot.number, loss.drafts)]
-        for run in (*self.running.values(), *self.draining.values()):
+        again = [run for run in self.all_runs if run.drop_worker(loss.worker_slot.number, loss.drafts)]
+        for run in self.all_runs:
             run.tainted = run.tainted or loss.worker_slot.number in run.bound_workers
             run.bound_workers.discard(loss.worker_slot.number)
             run.bind_pending.discard(loss.worker_slot.number)
@@ -176,7 +179,7 @@ class RunTable:
     def close(self) -> None:
         """Give all memory back; callers were told."""
         with contextlib.ExitStack() as rest:
-            for run in (*self.running.values(), *self.draining.values()):
+            for run in self.all_runs:
                 rest.callback(run.release)
             for worker_slot in self._supervisor.worker_slots:
                 worker_slot.drafts.clear()

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 
 from drp.leader.event_recorder import EventRecorder
-from drp.leader.runs.async_run import AsyncRun
 from drp.leader.runs.run_state import InFlightBatch, RunState
 from drp.leader.runs.run_table import RunTable, release_rows
 from drp.leader.scheduling.sharing import SharingPolicy
@@ -42,12 +41,12 @@ class Scheduler:
     def assign_drafts(self) -> None:
         """Give waiting drafts to workers: one each, and a second in advance if there is only one run.
 
-        Those of a run ahead of its devices are only posted if their workers have others: more may go with them.
+        A single run may place its drafts itself.
         """
         runs = [run for run in self._runs.running.values() if run.outstanding]
         ready = self._supervisor.ready
-        if len(runs) == 1 and isinstance(runs[0], AsyncRun):
-            return self._assign_async(runs[0], ready)
+        if len(runs) == 1 and (placed := runs[0].place_drafts([slot.drafts for slot in ready], self.depth)) is not None:
+            return self._assign_placed(runs[0], ready, placed)
         for depth in range(1, (self.depth if len(runs) == 1 else 1) + 1):
             for place, worker_slot in enumerate(ready):
                 while len(worker_slot.drafts) < depth:
@@ -73,21 +72,20 @@ class Scheduler:
 
     def flush(self) -> None:
         """Send what was posted, but for what has to wait."""
-        only = self._runs.only_async_run
+        only = self._runs.only_run
         if only is None or not only.waits_for_bind:
             self._supervisor.flush(self._supervisor.ready)
 
-    def _assign_async(self, run: AsyncRun, ready: Sequence[WorkerSlot]) -> None:
-        """Give drafts of some rounds, each to the first worker that has the fewest drafts to be evaluated beside it."""
-        room = run.free_capacity(sum(len(worker_slot.drafts) for worker_slot in ready), self.depth * len(ready))
-        last: tuple[Task, ...] | None = None
+    def _assign_placed(
+        self, run: RunState, ready: Sequence[WorkerSlot], placed: Iterator[tuple[int, tuple[Task, ...]]]
+    ) -> None:
+        """Give drafts to the workers that the run has chosen.
+
+        They are sent at once to those that have no others; to the rest with what else there will be for them.
+        """
         idle = [worker_slot for worker_slot in ready if not worker_slot.drafts]
-        while run.waiting and (
-            room > 0 or (last is not None and run.joins_last_batch(run.waiting[0], last, len(ready)))
-        ):
-            last = run.waiting.popleft()
-            self._assign(min(ready, key=lambda worker_slot: run.evaluated_before(last, worker_slot.drafts)), run, last)
-            room -= 1
+        for place, tasks in placed:
+            self._assign(ready[place], run, tasks)
         if len(idle) == len(ready) or not run.waits_for_bind:
             self._supervisor.flush(idle)
         if run.waits_for_bind:
