@@ -296,8 +296,6 @@ CASES: dict[str, Case] = {
             "prompt_embeds_pooled": normal(1, 1, 8),
             "negative_prompt_embeds": normal(1, 6, 8, seed=2),
             "negative_prompt_embeds_pooled": normal(1, 1, 8, seed=2),
-            "image_embeds": normal(1, 1, 8, seed=3),
-            "negative_image_embeds": normal(1, 1, 8, seed=4),
             "height": 168,
             "width": 168,
             "output_type": "pt",
