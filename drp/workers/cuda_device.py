@@ -26,7 +26,7 @@ from drp.workers.weights import Weights
 
 
 class CudaDevice:
-    """One GPU, for the thread that makes this: its stream is the current one from here on."""
+    """One GPU. Its stream becomes the current one of the constructing thread."""
 
     def __init__(self, how: GpuConfig) -> None:
         self.config = how
@@ -39,11 +39,11 @@ class CudaDevice:
         self._pinned: dict[int, int] = {}
 
     def in_dtype(self, denoiser: Denoiser) -> Denoiser:
-        """Return a denoiser in the dtype asked for, its weights where they were made, most likely on the host."""
+        """Return the denoiser in the requested dtype, its weights still on the device where they were made."""
         return in_dtype(denoiser, self.config)
 
     def share(self, weights: Weights, handle: GpuHandle, publish: bool) -> str:
-        """Have weights lie in the leader's memory here; return why they cannot, empty if they do."""
+        """Move the weights into the leader's memory on this GPU; return the error, or an empty string."""
         try:
             memory = self.open_ipc(handle)
         except (CudaError, RuntimeError) as error:
@@ -54,7 +54,7 @@ class CudaDevice:
         return ""
 
     def warm(self, denoiser: Denoiser) -> Denoiser:
-        """Return a denoiser that is here with all its weights, ready for its first draft."""
+        """Return the denoiser on this GPU, compiled, captured and warmed up as configured."""
         ready = warmed(denoiser, self.device, self.config)
         self._synchronize()
         if not self.config.nvtx:
@@ -64,7 +64,7 @@ class CudaDevice:
 
     @property
     def is_context_lost(self) -> bool:
-        """Whether the GPU can no longer be used by this process: libraries name such an error by one of their own."""
+        """Whether this process's CUDA context is unusable, whatever error a library raised for it."""
         try:
             torch.cuda.synchronize(self.device)
         except RuntimeError as error:
@@ -72,7 +72,7 @@ class CudaDevice:
         return False
 
     def answer_probe(self) -> str:
-        """Write to the leader's probe; return why that cannot be done, empty if it was or there is none."""
+        """Write to the leader's probe, if there is one; return the error, or an empty string."""
         if self.config.probe is None:
             return ""
         try:
@@ -82,13 +82,13 @@ class CudaDevice:
         return ""
 
     def open_ipc(self, handle: GpuHandle) -> GpuMemory:
-        """Open the leader's memory; it stays open, and is found again when it comes with another run."""
+        """Open the leader's memory by CUDA IPC. It stays open, and is reused when it comes with another run."""
         if handle.memory not in self._opened:
             self._opened[handle.memory] = GpuMemory.open(handle)
         return self._opened[handle.memory]
 
     def bind(self, run: int, arena: Arena) -> None:
-        """Bring a run's conditions here; pin the memory of one that lies on the host, for copies that do not wait."""
+        """Copy a run's conditions to this GPU; pin an arena on the host, for asynchronous copies."""
         arena.memory.wait_event()
         if arena.memory.device.type == "cpu":
             start = arena.drafts.untyped_storage().data_ptr()
@@ -109,7 +109,7 @@ class CudaDevice:
         timesteps: Sequence[float],
         outputs: Sequence[Mapping[str, Tensor]],
     ) -> float:
-        """Do as `Denoiser.evaluate_batch` does, wherever the drafts lie; return when all was done."""
+        """Evaluate as `Denoiser.evaluate_batch` does, wherever the drafts lie; return when everything is finished."""
         arena.memory.wait_event()
         made = [{name: torch.empty_like(value, device=self.device) for name, value in each.items()} for each in outputs]
         denoiser.evaluate_batch(self.copy_in(inputs), timesteps, arena.cond, made)
@@ -118,17 +118,17 @@ class CudaDevice:
         return time.perf_counter()
 
     def copy_in(self, inputs: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """Return drafts here, copied if they lie elsewhere."""
+        """Return the drafts on this GPU, copied if they lie elsewhere."""
         return [{name: value.to(self.device, non_blocking=True) for name, value in each.items()} for each in inputs]
 
     def copy_out(self, made: Sequence[Mapping[str, Tensor]], outputs: Sequence[Mapping[str, Tensor]]) -> None:
-        """Copy predictions to where they are wanted."""
+        """Copy the predictions to the arena."""
         for output, mine in zip(outputs, made, strict=True):
             for name, value in output.items():
                 value.copy_(mine[name], non_blocking=True)
 
     def _synchronize(self) -> None:
-        """Wait for what was queued, without giving the core away: to be woken would take longer."""
+        """Wait for queued work by spinning, because waking up would take longer."""
         self._done.record()
         self._done.synchronize()
 

@@ -28,7 +28,7 @@ from drp.workers.cuda_device import CudaDevice
 
 
 class CudaExecutor:
-    """The streams of one GPU. The compute stream is the seat's, the current one of the thread that makes this."""
+    """The streams of one GPU. The compute stream is the current one of the constructing thread."""
 
     def __init__(self, seat: CudaDevice, denoiser: Denoiser) -> None:
         self._device, self._denoiser, self.device = seat, denoiser, seat.device
@@ -40,11 +40,11 @@ class CudaExecutor:
 
     @property
     def busy(self) -> bool:
-        """Whether the GPU has not come to the end of what was queued; raises what a kernel did wrong."""
+        """Whether queued work is unfinished; raises the error of a kernel."""
         return not self._last.query()
 
     def bind(self, run: int, arena: Arena) -> None:
-        """Take up a run's records and stamps; the worker's number is opened once, and counts all runs."""
+        """Open the events and completion records of a run; the worker's counter is opened once, for all runs."""
         order = arena.bind.async_config
         assert order is not None
         leaders: LeaderEvent
@@ -96,7 +96,7 @@ class CudaExecutor:
 
 
 class PinnedEvent:
-    """Numbers that lie on the host, pinned, beside a run that the leader's cores compute: the leader's, or its own.
+    """A semaphore in pinned host memory, for a run whose arena is on the host: the leader's, or the worker's own.
 
     The GPU cannot wait for the leader's cores, so the worker's thread does, before it queues; the GPU counts itself.
     """
@@ -111,7 +111,7 @@ class PinnedEvent:
         return count
 
     def wait(self, number: int) -> None:
-        """Wait until the leader has come so far; it ends a worker for which that takes too long.
+        """Wait until the leader's event completes; the leader ends a worker that takes too long.
 
         It may be waiting for this GPU, and in vain: what a kernel did wrong is raised here.
         """
