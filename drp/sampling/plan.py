@@ -120,9 +120,9 @@ def transition(
 class Progress:
     """How far a run has come while its rounds are gone through: by rounds alone, without any numbers.
 
-    `base` is the index of its state, `known` are those of the predictions that may be used and `last` the last of them,
-    `out` are the rounds whose predictions may not be used yet, oldest first, and `taken_at_state` the indices whose
-    prediction is the state's own.
+    `base` is the index of its state. `known` are the indices of the predictions that may be used, `last` is the last of
+    them. `in_flight` are the rounds whose predictions may not be used yet, oldest first. `predicted_at_state` are the
+    indices whose prediction is the state's own.
     """
 
     def __init__(self) -> None:
