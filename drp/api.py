@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from typing_extensions import Unpack
 
 from drp import models
@@ -16,6 +17,7 @@ from drp.leader.devices import parse_devices
 from drp.leader.leader import Leader, check_batch, model_name
 from drp.leader.memory.placement import GpuOptions
 from drp.leader.request import Options, Request, make_job
+from drp.models.finite import check_finite
 from drp.protocol.messages import ModelSpec
 from drp.sampling.advice import warn
 from drp.sampling.reference import run_reference
@@ -93,6 +95,7 @@ def reference(
     `devices` only counts, for the drafts a round. torch runs on `threads` threads meanwhile, as a worker would. Drafts
     are evaluated in the same batches of `drafts_per_device`. With GPUs for devices, all is done on the first of them.
     torch has its default settings meanwhile, as in a worker; a denoiser that needs others sets them itself.
+    Raises FloatingPointError if the denoiser returns NaN or infinity, as a worker does.
     """
     placed = parse_devices(devices, threads)
     request = Request(**options)
@@ -111,9 +114,15 @@ def reference(
             )
         job = job.to(device)
         cond = {name: value.to(device).contiguous() for name, value in job.cond.items()}
+
+        def predict(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+            predicted = denoiser(x, t, cond)
+            check_finite({"x": predicted}, {"x": x})
+            return predicted
+
         with torch_threads(threads):
             result = run_reference(
-                denoiser,
+                predict,
                 job.solver,
                 job.mode,
                 job.start,

@@ -94,8 +94,8 @@ class Request:
     sweeps: how many times more each block of drafts is evaluated, each time refined through the last. A run has at most
         100,000 evaluations.
     seed: of the noise; sample i has the same whatever the count.
-    callback: called as callback(k, state) once for each step k = 1..N, in order; the state [B, ...] is a view, valid
-        during the call. It runs while the workers compute. What it raises ends the run.
+    callback: called as callback(k, state) once for each step k = 1..N, in order; the state [B, ...] is a copy, which
+        the callback may keep or write to. It runs while the workers compute. What it raises ends the run.
     residuals: put the residual of every draft into the result, in modes that would not compute them.
     out: a tensor [B, ...] float32 that the samples are written into; then `result.samples` is this one.
     """

@@ -37,10 +37,11 @@ def run_reference(
     drafts, predictions = (start.new_empty((slots(solver, mode), start.numel())) for _ in range(2))
     run = Run(solver, mode, start, drafts, predictions, fresh, watch)
     evaluations, device_seconds = 0, 0.0
+    own = None if callback is None else _with_copies(callback)
     began = time.perf_counter()
     with torch.inference_mode():
         for tasks in run.rounds():
-            run.refine(callback)
+            run.refine(own)
             for some in batches(tasks, batch):
                 started = time.perf_counter()
                 ts = [
@@ -48,8 +49,8 @@ def run_reference(
                 ]
                 if len(some) == 1:
                     slot = some[0].slot
-                    own = {name: value.clone() for name, value in cond.items()}
-                    predictions[slot] = denoiser(drafts[slot].view(start.shape).clone(), ts[0], own).reshape(-1)
+                    given = {name: value.clone() for name, value in cond.items()}
+                    predictions[slot] = denoiser(drafts[slot].view(start.shape).clone(), ts[0], given).reshape(-1)
                 else:
                     x = torch.cat([drafts[task.slot].view(start.shape) for task in some])
                     given = {name: repeat(value, len(start), len(some)) for name, value in cond.items()}
@@ -57,7 +58,7 @@ def run_reference(
                         predictions[task.slot] = predicted.reshape(-1)
                 device_seconds += time.perf_counter() - started
                 evaluations += len(some)
-        run.refine(callback)
+        run.refine(own)
     return Result(
         samples=run.state.clone(),
         mode=type(mode).__name__.lower(),
@@ -72,6 +73,11 @@ def run_reference(
         cuts=tuple(run.cuts),
         evaluated=tuple(run.evaluated),
     )
+
+
+def _with_copies(callback: Callback) -> Callback:
+    """Return the callback, given a state of its own each time."""
+    return lambda k, state: callback(k, state.clone())
 
 
 def repeat(value: Tensor, samples: int, times: int) -> Tensor:

@@ -24,7 +24,7 @@ from drp.sampling.slot_allocator import SlotAllocator
 from drp.sampling.solvers import Solver
 
 Callback = Callable[[int, Tensor], None]
-"""Called with the number of steps done, 1..N in order, and that state [B, ...]: a view, valid during the call."""
+"""Called with the number of steps done, 1..N in order, and that state [B, ...]."""
 
 Noise = Callable[[int], Tensor]
 """Called with a step's index; returns standard normal numbers like the state, the same ones whenever it is asked."""

@@ -62,10 +62,10 @@ class ServerRequest:
             self.memory = None
 
     def on_step(self, step: int, state: Tensor) -> None:
-        """Note a step, and its state if it is to be shown. The state is only valid now."""
+        """Note a step, and its state if it is to be shown."""
         self._on_progress()
         if self.submit.previews and step % self.submit.previews == 0:
-            self._preview = step, state.to("cpu", copy=True)
+            self._preview = step, state.cpu()
         self._step = step  # after the preview, and read before it: whoever sees the step sees its preview
         if self._wanted:
             self._report(self)

@@ -7,15 +7,15 @@ import os
 import struct
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from drp.errors import ProtocolError
 from drp.models import Denoiser, load
+from drp.models.finite import check_finite
 from drp.nvtx import annotate_methods
 from drp.protocol.arena import Arena
 from drp.protocol.memory import SharedMemory
@@ -41,7 +41,6 @@ from drp.protocol.messages import (
     WarmUp,
     WorkerFailed,
 )
-from drp.protocol.timeline import is_finite
 from drp.protocol.transport import WorkerSocket
 from drp.workers.async_executor import AsyncExecutor, HostExecutor, WorkItem
 from drp.workers.config import WorkerConfig
@@ -254,7 +253,7 @@ class Worker:
             else:
                 predicted = self._device.evaluate(self._denoiser, work.arena, work.inputs, work.timesteps, work.outputs)
             for given, made in zip(work.inputs, work.outputs, strict=True) if not work.draft.sequence else ():
-                _check(made, given)  # else the stamp says so
+                check_finite(made, given)  # else the stamp says so
             return predicted
 
         nbytes = sum(tensor.nbytes for each in work.inputs for tensor in each.values())
@@ -271,15 +270,6 @@ def _timed(draft: Draft, nbytes: int, evaluate: Callable[[], float], since: floa
     began = time.perf_counter()
     predicted, ended = evaluate(), time.perf_counter()
     return EvaluationTimes(began, predicted, ended, ended)
-
-
-def _check(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
-    """Refuse what is no number; the shapes are those of the memory it lies in."""
-    for name, output in outputs.items():
-        if not is_finite(output):
-            wrong = "NaN" if output.isnan().any() else "infinity"
-            given = "" if all(tensor.isfinite().all() for tensor in inputs.values()) else ", as it was given"
-            raise FloatingPointError(f"the denoiser returned {wrong} in {name!r}{given}")
 
 
 def _describe(error: BaseException) -> tuple[str, str]:

@@ -140,11 +140,11 @@ with drp.Leader("tests.denoisers:make_slow", devices=2) as leader:
     resource.setrlimit(LIMIT, (SOFT, before[1]))
     os.kill(leader.workers[0].pid, signal.SIGKILL)
     deadline = time.monotonic() + 30
-    while leader.workers[0].lost == 0 or leader.workers[0].state == "ready":
+    while leader.workers[0].losses == 0 or leader.workers[0].state == "ready":
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(1.5)  # until it was to be replaced, at least twice
-    print(leader.workers[0].state, leader.workers[0].last)
+    print(leader.workers[0].state, leader.workers[0].last_failure)
     resource.setrlimit(LIMIT, before)
     assert run.result(60).incidents
     while leader.workers[0].state != "ready":
@@ -168,7 +168,7 @@ def test_a_worker_lost_while_its_leader_is_short_of_something_is_replaced_later(
     process = program(SHORT.replace("LIMIT", limit).replace("SOFT", soft), tmp_path)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
-    assert re.search("^away .*no process can be started", out), out
+    assert re.search("^restarting .*no process can be started", out), out
 
 
 @pytest.mark.parametrize("kind", ["read-only", "full", "missing"])

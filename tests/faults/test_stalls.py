@@ -59,7 +59,7 @@ gpu = drp.GpuOptions(dispatch=ORDERING)
 with drp.Leader("tests.denoisers:make_slow", devices=2, draft_timeout=2.0, gpu=gpu) as leader:
     for _ in range(2):
         result = leader.sample(shape=(4,), steps=30, callback=lambda k, x: print("step", k, flush=True))
-        print("incidents", result.incidents, [worker.lost for worker in leader.workers], flush=True)
+        print("incidents", result.incidents, [worker.losses for worker in leader.workers], flush=True)
 """
 
 

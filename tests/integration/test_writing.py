@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import drp
 from drp import GpuOptions, Leader
@@ -79,6 +80,30 @@ def test_the_callers_noise_and_module_stay_as_they_are(kind: str) -> None:
 def test_a_result_of_another_kind_is_refused_by_the_reference_as_by_workers() -> None:
     with pytest.raises(TypeError, match=r"returned torch.float32 \[1, 1, 3, 4\]; it must return torch.float32"):
         drp.reference("tests.denoisers:make_misshapen", shape=(1, 4, 4), steps=3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_result_that_is_no_number_is_refused_by_the_reference_as_by_workers(value: float, batch: int) -> None:
+    noise = torch.zeros(1, 4)
+    noise[0, 2] = value
+    with pytest.raises(FloatingPointError, match=r"^the denoiser returned (NaN|infinity) in 'x', as it was given$"):
+        drp.reference("tests.denoisers:make_free", shape=(4,), noise=noise, steps=3, drafts=2, drafts_per_device=batch)
+
+
+def test_a_callback_may_write_to_its_state(way: tuple[Leader, int]) -> None:
+    leader, batch = way
+    run: dict[str, Any] = {"shape": SHAPE, "steps": 9, "drafts": 3, "cond": cond("view")}
+    expected = leader.sample(**run).samples
+    kept = []
+
+    def spoil(k: int, state: Tensor) -> None:
+        kept.append(state)
+        state.fill_(float(k))
+
+    assert torch.equal(leader.sample(**run, callback=spoil).samples, expected)
+    assert torch.equal(drp.reference(MODEL, drafts_per_device=batch, **run, callback=spoil).samples, expected)
+    assert [float(state.mean()) for state in kept] == [*range(1, 10)] * 2
 
 
 def test_a_denoiser_is_evaluated_in_inference_mode_unless_it_takes_gradients() -> None:

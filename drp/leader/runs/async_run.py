@@ -480,8 +480,7 @@ class AsyncRun(SyncRun):
             if step.draft is not None:
                 self._residuals[step.k] = residual(step.state, step.draft, len(self.job.start))
             if self._callback is not None:
-                call = self._timed_callback if self.callback_recorder else self._callback
-                call(step.k, step.state.view(self.job.start.shape))
+                self._call_back(step.k, step.state.view(self.job.start.shape))
 
     def _result(self, devices: tuple[str, ...]) -> Result:
         with self.stream.side_stream():

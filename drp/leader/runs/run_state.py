@@ -385,15 +385,19 @@ class SyncRun(RunState):
         """Compute the states that the last round has passed, and call the callback for each."""
         self.needs_refine = False
         self.future.rounds = self.run.rounds_done
-        self.run.refine(self._timed_callback if self.callback_recorder and self._callback else self._callback)
+        self.run.refine(self._on_state if self._callback else None)
         self.steps_done = self.run.steps_done
 
-    def _timed_callback(self, step: int, state: Tensor) -> None:
+    def _on_state(self, step: int, state: Tensor) -> None:
+        """Call the callback with a copy: it may write to it, and the run goes on from the state."""
+        self._call_back(step, state.clone())
+
+    def _call_back(self, step: int, state: Tensor) -> None:
         assert self._callback is not None
-        assert self.callback_recorder is not None
         since = time.perf_counter_ns()
         self._callback(step, state)
-        self.callback_recorder(step, since)
+        if self.callback_recorder is not None:
+            self.callback_recorder(step, since)
 
     def finish(self, error: BaseException | None, devices: tuple[str, ...]) -> None:
         """Resolve the future: with the error if there is one, or if there is no result, with the reason."""
