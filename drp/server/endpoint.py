@@ -25,10 +25,6 @@ from drp.protocol.transport import MAX_PATH
 
 OUT: Final = 64
 """Messages that wait in a connection, each way, for a peer that is slower."""
-LAST_READ: Final = 1.0
-"""Seconds for which what clients are still sending is read away at the end."""
-QUIET: Final = 30
-"""Milliseconds without a message after which there are none."""
 WARN_EVERY: Final = 60.0
 """Seconds between two warnings of connections that are too many."""
 
@@ -60,9 +56,13 @@ class Endpoint:
             self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # Sending to a client that is gone is an error.
             self.socket.setsockopt(zmq.SNDHWM, OUT)
             self.socket.setsockopt(zmq.RCVHWM, OUT)
-            # A peer that does not answer these, dead or stopped, is disconnected.
-            self.socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
-            self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 5000)
+            # A host that is gone is disconnected. Not by ZMTP heartbeats: libzmq aborts the process when one is due on
+            # a connection that broke while its messages were unread (`stream_engine_base.cpp`, "!_io_error").
+            self.socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+            self.socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 5)
+            self.socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 1)
+            self.socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 5)
+            self.socket.setsockopt(zmq.TCP_MAXRT, 5000)
             self.socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
             if keys is not None and not self.local:
                 self._admit(keys)
@@ -137,11 +137,6 @@ class Endpoint:
         """Close; what was sent last has a moment to leave."""
         if self._authenticator is not None:
             self._authenticator.stop()
-        # libzmq aborts the process where a heartbeat is due on a connection that broke while its messages were unread
-        # (`stream_engine_base.cpp`, "Assertion failed: !_io_error"): so they are read, and its own thread has a moment.
-        deadline = time.monotonic() + LAST_READ
-        while self.socket.poll(QUIET) and time.monotonic() < deadline:
-            self.receive()
         self.socket.disable_monitor()
         self.monitor.close()
         self.socket.close()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import resource
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -155,6 +157,38 @@ def test_more_connections_than_it_takes_are_closed(served: Served) -> None:
         until(lambda: served.descriptors() < 100, "connections beyond the limit are closed")
         assert client.sample(labels=[1], steps=3).steps == 3
     until(lambda: served.descriptors() < 50, "all connections are closed")
+
+
+UNREAD = """
+import sys, time, zmq
+from drp.server.endpoint import Endpoint
+
+endpoint = Endpoint("ipc://" + sys.argv[1])
+peer = zmq.Context().socket(zmq.DEALER)
+peer.linger = 0
+peer.connect(endpoint.address)
+for _ in range(500):
+    peer.send(b"x" * 2000)
+time.sleep(0.2)
+peer.close()
+time.sleep(1.2)
+while endpoint.socket.poll(100):
+    assert endpoint.receive() is not None
+endpoint.close()
+"""
+
+
+def test_a_connection_that_breaks_with_messages_unread_ends_nothing(tmp_path: Path) -> None:
+    """libzmq aborted the process here, for as long as it was to send ZMTP heartbeats every second."""
+    tmp_path.chmod(0o700)
+    ended = subprocess.run(
+        [sys.executable, "-c", UNREAD, str(tmp_path / "server")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_what_an_error_says_is_told_whatever_it_says(free: Leader, tmp_path: Path) -> None:

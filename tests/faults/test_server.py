@@ -115,7 +115,7 @@ def test_every_answer_is_right_and_nothing_is_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.faults
-def test_the_runs_of_a_stopped_client_are_cancelled(tmp_path: Path) -> None:
+def test_a_stopped_client_is_no_other_clients_matter_and_its_runs_end_with_it(tmp_path: Path) -> None:
     served = Served(tmp_path, "-d", "2")
     program = [sys.executable, str(ROOT / "tests" / "plain_client.py"), served.address]
     try:
@@ -123,10 +123,12 @@ def test_the_runs_of_a_stopped_client_are_cancelled(tmp_path: Path) -> None:
             assert stopped.stdout is not None
             assert stopped.stdout.readline() == "accepted\n"
             stopped.send_signal(signal.SIGSTOP)
-            until(lambda: client.status().clients == 1, "it does not answer the heartbeats")
-            status = client.status()
+            assert client.sample(labels=[1], steps=3).steps == 3
+            assert client.status().clients == 2
             stopped.kill()
-        assert (status.requests, status.cancelled, status.finished) == (0, 1, 0)
+            until(lambda: client.status().clients == 1, "its connection is closed")
+            status = client.status()
+        assert (status.requests, status.cancelled, status.finished) == (0, 1, 1)
     finally:
         ended = served.end()
     assert ended == (0, "")
