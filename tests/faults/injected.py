@@ -30,8 +30,11 @@ AT_STEP = 5
 def fault() -> dict[str, Any]:
     """Return what is to happen to this worker, nothing if nothing is."""
     told: dict[str, Any] = json.loads(os.environ.get("DRP_TEST_FAULT", "{}"))
-    _, number, generation = multiprocessing.current_process().name.split("-")
-    return told if told and int(generation) == 0 and int(number) in told["who"] else {}
+    name = multiprocessing.current_process().name
+    if not told or not name.startswith("worker-"):
+        return {}
+    _, number, generation = name.split("-")
+    return told if int(generation) == 0 and int(number) in told["who"] else {}
 
 
 def strike() -> None:
@@ -96,10 +99,10 @@ def _prepare(where: str) -> None:
             strike()
 
     @functools.wraps(share)
-    def on_share(self: weights.Weights, *arguments: Any) -> None:
+    def on_share(self: weights.Weights, *arguments: Any, **named: Any) -> None:
         if where == "sharing":
             strike()
-        share(self, *arguments)
+        share(self, *arguments, **named)
 
     Worker._receive = on_receive  # type: ignore[method-assign]  # the worker's own code, in the worker's own process
     Worker._evaluate = on_evaluate  # type: ignore[method-assign]  # likewise
