@@ -159,7 +159,7 @@ class Parallel:
             self._call.close()
         self._fresh = False
         mode = self._mode
-        report = CallReport(type(mode).__name__.lower(), mode.width, self._evaluator.devices)
+        report = CallReport(mode.name, mode.width, self._evaluator.devices)
         self.report.calls.append(report)
         work = PipelineContext(
             self._pipe,

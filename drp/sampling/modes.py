@@ -65,6 +65,11 @@ class Mode(ABC):
     rule: DraftRule = DAMPED
 
     @property
+    def name(self) -> str:
+        """The name by which a caller selects the mode, as results and reports state it."""
+        return type(self).__name__.lower()
+
+    @property
     @abstractmethod
     def width(self) -> int:
         """The most indices that one round predicts."""
@@ -161,6 +166,11 @@ class Sparse(Window):
     offsets: tuple[int, ...] = ()
     rule: DraftRule = DAMPED
 
+    @property
+    def name(self) -> str:
+        """`window`: offsets are an option of that mode."""
+        return "window"
+
     def __post_init__(self) -> None:
         offsets = self.offsets
         if not (len(offsets) == self.n and offsets[0] >= 1 and list(offsets) == sorted(set(offsets))):
@@ -256,6 +266,11 @@ class ModeWrapper(Mode):
     """A mode that does something to the rounds of another."""
 
     mode: Mode
+
+    @property
+    def name(self) -> str:
+        """That of `mode`."""
+        return self.mode.name
 
     @property
     def feedback(self) -> bool:  # type: ignore[override]  # it is that of the mode inside

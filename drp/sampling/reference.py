@@ -61,7 +61,7 @@ def run_reference(
         run.refine(own)
     return Result(
         samples=run.state.clone(),
-        mode=type(mode).__name__.lower(),
+        mode=mode.name,
         drafts=mode.width,
         steps=solver.grid.steps,
         devices=("this process",),

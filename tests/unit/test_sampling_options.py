@@ -17,6 +17,7 @@ from drp.sampling import advice
 from drp.sampling.drafts import DAMPED, PAPER, SECANT, STEADY, DraftRule
 from drp.sampling.mode_selection import choose_rounds, choose_speedup
 from drp.sampling.modes import (
+    MODE_NAMES,
     Adaptive,
     Aggressive,
     Conservative,
@@ -40,6 +41,16 @@ FLOW: dict[str, Any] = {"solver": "euler", "prediction_type": "flow"}
 
 def job(devices: int = 4, **options: Any) -> Job:
     return make_job(Request(count=2, **options), SPEC, devices)
+
+
+@pytest.mark.parametrize("wrapper", [{}, {"warmup": 2}, {"sweeps": 1}])
+@pytest.mark.parametrize("mode", [*MODE_NAMES])
+def test_a_mode_is_named_as_it_is_selected(mode: str, wrapper: dict[str, int]) -> None:
+    assert job(mode=mode, **wrapper).mode.name == mode
+
+
+def test_offsets_are_of_the_mode_window() -> None:
+    assert job(mode="window", offsets="even").mode.name == "window"
 
 
 def test_modes_by_option() -> None:

@@ -415,7 +415,7 @@ class SyncRun(RunState):
         seconds = time.perf_counter() - self._began
         return Result(
             samples=self.job.samples(self.run.state),
-            mode=type(self.job.mode).__name__.lower(),
+            mode=self.job.mode.name,
             drafts=self.job.mode.width,
             steps=self.job.solver.grid.steps,
             devices=devices,
