@@ -107,4 +107,4 @@ def _prepare(where: str) -> None:
     Worker._receive = on_receive  # type: ignore[method-assign]  # the worker's own code, in the worker's own process
     Worker._evaluate = on_evaluate  # type: ignore[method-assign]  # likewise
     WorkerSocket.send = on_send  # type: ignore[method-assign]  # likewise
-    weights.Weights.share = on_share  # type: ignore[assignment, method-assign]  # likewise
+    weights.Weights.share = on_share  # type: ignore[method-assign]  # likewise
