@@ -60,7 +60,8 @@ class Connection:
     def __init__(self, address: str, name: str, curve: Curve | None) -> None:
         self.address = address
         self.opened: Future[Welcome] = Future()
-        self._outgoing: deque[list[Frame]] = deque([[encode(Open(VERSION, name))]])
+        self._open = encode(Open(VERSION, name))
+        self._outgoing: deque[list[Frame]] = deque([[self._open]])
         self._runs: dict[int, RemoteRun] = {}
         self._queries: dict[str, deque[Future[Any]]] = {"status": deque(), "metrics": deque()}
         self._gate = threading.Lock()
@@ -143,8 +144,10 @@ class Connection:
                 if self._wakeup in ready:
                     os.eventfd_read(self._wakeup)
                 self._receive_messages(socket)
-                if monitor in ready and (self.opened.done() or _refused(monitor)):
-                    raise ConnectionError(f"the server at {self.address} has closed the connection")
+                if monitor in ready:
+                    if self.opened.done() or _refused(monitor):
+                        raise ConnectionError(f"the server at {self.address} has closed the connection")
+                    self._outgoing.append([self._open])  # A server with too many connections may have closed it unread.
                 with self._gate:
                     if self.opened.done() and self._waits() and time.monotonic() - self._heard > SILENCE_TIMEOUT:
                         raise ConnectionError(f"the server at {self.address} has been silent for {SILENCE_TIMEOUT:g} s")

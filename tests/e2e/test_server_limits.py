@@ -159,6 +159,17 @@ def test_more_connections_than_it_takes_are_closed(served: Served) -> None:
     until(lambda: served.descriptors() < 50, "all connections are closed")
 
 
+def test_a_client_waits_while_a_server_has_too_many_connections(served: Served) -> None:
+    """Those that say nothing are closed after 5 s."""
+    path = served.address.removeprefix("ipc://")
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            until(lambda: stack.enter_context(socket.socket(socket.AF_UNIX)).connect_ex(path) == 0, "connected")
+        until(lambda: served.descriptors() < 100, "connections beyond the limit are closed")
+        with Client(served.address, timeout=30) as client:
+            assert client.sample(labels=[1], steps=3).steps == 3
+
+
 UNREAD = """
 import sys, time, zmq
 from drp.server.endpoint import Endpoint
