@@ -1,18 +1,18 @@
-"""Clock: the time by which the leader judges whether workers are late."""
+"""The clock by which the leader decides whether workers are late."""
 
 from __future__ import annotations
 
 import time
 
 STALL = 0.25
-"""Seconds that the leader's thread may be kept from looking at its workers; what takes longer is left out."""
+"""Seconds for which the leader's thread may be unable to check its workers; longer stalls are not counted."""
 
 
 class Clock:
-    """A monotonic clock that leaves out the time in which the leader's thread did not look at what workers send.
+    """A monotonic clock that does not count the time in which the leader's thread could not receive messages.
 
-    A callback may take long, another thread may hold the interpreter's lock, the machine or the process group may be
-    stopped: none of that is a delay of the workers, which may have answered, or may have been stopped too.
+    A callback may take long, another thread may hold the GIL, the machine or the process group may be suspended. None
+    of these is a delay of the workers, which may have answered or may have been suspended as well.
     """
 
     def __init__(self) -> None:
@@ -20,17 +20,18 @@ class Clock:
         self._last = time.monotonic()
 
     def now(self) -> float:
-        """Return the seconds of `time.monotonic()` without those left out so far."""
+        """Return `time.monotonic()` less the stalls so far, in seconds."""
         return time.monotonic() - self._left_out
 
     def to_monotonic(self, when: float) -> float:
-        """Return when it is `when` by this clock, in seconds of `time.monotonic()`."""
+        """Convert a time of this clock to `time.monotonic()`, in seconds."""
         return when + self._left_out
 
     def resume(self, planned: float = 0.0) -> None:
-        """Leave out all time since the last call if the thread stalled: call it before and after each wait.
+        """Exclude the time since the last call if the thread has stalled. Call this before and after each wait.
 
-        `planned`: when the wait that is over was to end at the latest, in seconds of `time.monotonic()`.
+        Args:
+            planned: the deadline of the wait that has just ended, in seconds of `time.monotonic()`.
         """
         now = time.monotonic()
         if now - max(self._last, planned) > STALL:

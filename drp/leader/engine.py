@@ -1,7 +1,23 @@
-"""Engine: the leader's thread. It alone uses the socket, and it carries all runs forward. One role, one loop.
+"""The engine: the leader's thread, which executes all runs. No other thread uses the socket to the workers.
 
-What other threads ask is in the inbox, the runs it has are those carried, dispatch gives out their drafts, and what
-happens goes to the marks.
+Other threads submit runs and sessions to the request queue. Each iteration of the loop does the following; the steps
+marked * are skipped while every run has `workers_saturated`.
+
+      _admit            start queued runs while there is room, end cancelled ones
+      _run_ready        execute the arithmetic that asynchronous runs queued for this thread, as far as it is ready
+    * _poll_completions check the completion records of asynchronous runs
+    * _assign           send waiting drafts to workers, and schedule the drafts that need no further message
+    * _refine           compute the final states of the last rounds, call callbacks, while the workers compute
+    * bind_all          have the remaining workers open the memory of new runs
+      _receive          wait for messages, wake-ups or a deadline, and handle them
+
+The engine's state is held by:
+
+    RequestQueue   new work from other threads, and whether the engine is to close
+    RunTable       running and draining runs
+    Supervisor     worker slots and their states; see `drp.leader.supervision.supervisor.WorkerSlot`
+    Scheduler      which worker evaluates which draft
+    EventRecorder  subscribed timelines
 """
 
 from __future__ import annotations
@@ -39,13 +55,13 @@ from drp.protocol.timeline import OK
 from drp.protocol.waiting import set_timer_slack
 
 RUNS_PER_WORKER = 4
-"""Runs at once, for each worker: enough to keep it busy. Others wait, and take no memory meanwhile."""
+"""Concurrent runs per worker, enough to keep it busy. Further runs stay in the queue and use no memory."""
 
 log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Runs submitted from any thread, on the workers of one pool, in a thread of its own."""
+    """Executes runs, submitted from any thread, on the workers of one pool. It has its own thread."""
 
     def __init__(
         self,
@@ -64,8 +80,8 @@ class Engine:
         self._batch, self._draft_timeout = batch, draft_timeout
         self._devices = tuple(device.name for device in devices)
         self._numbers = itertools.count()
-        self._next_ready_time = math.inf  # when lanes go on
-        self._rounds_seen = 0  # of rounds, when drafts were given last
+        self._next_ready_time = math.inf  # when a run's stream has more to execute
+        self._rounds_seen = 0  # `rounds_begun` when drafts were last assigned
         self._started: Future[ModelSpec] = Future()
         self._thread_ready = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="drp-leader", daemon=True)
@@ -84,36 +100,42 @@ class Engine:
             if self._placement.wakeup is not None:
                 self._pool.watch(self._placement.wakeup.fd)
             self._thread.start()
-            undo.pop_all()  # From now on all of it is the thread's, and closed there.
+            undo.pop_all()  # From here on the thread owns all of these and closes them.
         self._thread_ready.wait()
-        torch.set_num_threads(torch_threads)  # A thread keeps its own number; what others start with is as it was.
+        torch.set_num_threads(torch_threads)  # The engine's thread keeps its own setting; restore the default.
         try:
             self.spec = self._started.result()
         except BaseException:  # a worker's failure, or an interrupt of this thread
             self.close(grace=0.0)
             raise
 
-    # What other threads call.
+    # Called by other threads.
 
     @property
     def supervisor(self) -> Supervisor:
-        """The workers' places."""
+        """The supervisor, which holds the worker slots."""
         return self._supervisor
 
     @property
     def dropped(self) -> int:
-        """How many messages were none, or from nobody."""
+        """Number of messages dropped because they were malformed or from an unknown sender."""
         return self._pool.dropped
 
     def submit(self, job: Job, request: Request) -> RunFuture:
-        """Begin a run at once; raise RuntimeError if the engine was closed, WorkerError if it has no worker left."""
+        """Queue a run and return its future.
+
+        Raises RuntimeError if the engine is closed, WorkerError if no worker is left.
+        """
         pending = RunFuture(self._requests.wake)
         pending.set_running_or_notify_cancel()
         self._requests.put((job, request, pending))
         return pending
 
     def open_session(self, make_arena: Callable[[int, int], Arena]) -> Session:
-        """Begin a session; `make_arena` is given its number, and how many rows beyond those that it reads it needs."""
+        """Start a session. `make_arena(number, spare_rows)` is called with the session's number and its spare rows.
+
+        Spare rows are those that workers may write to beyond the rows that the session reads.
+        """
         session = Session(*self._numbered(make_arena), self._requests.notify, self._batch)
         try:
             self._requests.put(session)
@@ -123,23 +145,23 @@ class Engine:
         return session
 
     def configure_scheduling(self, sharing: SharingPolicy, hedge: float | None, depth: int) -> None:
-        """Share, hedge, and give so many drafts in advance from now on; only while no run is under way."""
+        """Set the sharing policy, the hedge factor and the queue depth. Only valid while no run is running."""
         self._scheduler.configure(sharing, hedge, depth)
 
     @property
     def in_engine_thread(self) -> bool:
-        """Whether the caller is a callback."""
+        """Whether the calling thread is the engine's thread, that is, whether the caller is a callback."""
         return threading.current_thread() is self._thread
 
     @property
     def closed(self) -> bool:
-        """Whether it takes no more runs."""
+        """Whether the engine accepts no more runs."""
         return self._requests.closing is not None
 
     def close(self, grace: float = SHUTDOWN_TIMEOUT) -> None:
-        """Cancel all runs and end the workers, by force after `grace` seconds; wait until that is done."""
+        """Cancel all runs, end the workers (killing them after `grace` seconds), and wait until they have ended."""
         if self._requests.is_forked_copy:
-            return  # A forked child has no such thread, and the workers are its parent's.
+            return  # A forked child does not have this thread, and the workers belong to its parent.
         self._requests.close(grace)
         if not self.in_engine_thread:
             self._thread.join(grace + 10.0)
@@ -156,8 +178,8 @@ class Engine:
 
     def _serve(self) -> None:
         error: WorkerError | None = None
-        # Sums of rows are too small to share out, and the threads that would share them spin on the workers' cores.
-        torch.get_num_threads()  # At its first call a thread takes the common number: not after the next line.
+        # Sums of rows are too small to parallelize, and torch's idle threads would spin on the workers' cores.
+        torch.get_num_threads()  # A thread's first call resets it to the process-wide number: make it before setting.
         torch.set_num_threads(1)
         self._thread_ready.set()
         set_timer_slack()
@@ -168,22 +190,22 @@ class Engine:
                 self._run_ready()
                 if not self._runs.workers_saturated:
                     self._poll_completions()
-                    for _ in self._assign():  # before anything else: the workers are waiting
+                    for _ in self._assign():  # First, because workers may be idle.
                         self._run_ready()
-                    self._refine()  # the states behind, while they compute
+                    self._refine()  # Final states of the previous round, while the workers compute.
                     self._runs.bind_all()
                     self._run_ready()
                     if self._runs.rounds_begun != self._rounds_seen and not self._runs.workers_saturated:
-                        continue  # A round has begun meanwhile, so that more can be given.
+                        continue  # A round has begun in the meantime, so more drafts can be assigned.
                 self._receive()
         except WorkerError as lost:
-            error = WorkerError(*lost.args)  # without its traceback, whose frames hold the runs' memory
+            error = WorkerError(*lost.args)  # Drop the traceback, whose frames keep the runs' memory alive.
         except BaseException as bug:
             log.exception("the leader's thread failed")
             error = WorkerError(f"the leader's thread failed, and its workers were ended: {bug!r}")
         finally:
             grace = self._requests.reject_new(error)
-            with contextlib.ExitStack() as end:  # Each is called even if another raises, the last one first.
+            with contextlib.ExitStack() as end:  # All are called even if one raises, in reverse order.
                 end.callback(self._tell_starter, error)
                 end.callback(self._requests.close_descriptor)
                 end.callback(self._placement.close)
@@ -196,7 +218,7 @@ class Engine:
             self._started.set_exception(error or RuntimeError("this leader was closed while it started"))
 
     def _start(self) -> None:
-        """Bring all workers up; until then, whatever goes wrong with one is an error."""
+        """Start all workers. Any worker failure before all are ready is an error."""
         self._placement.init_device()
         for worker_slot in self._supervisor.worker_slots:
             self._supervisor.start_worker(worker_slot)
@@ -214,7 +236,7 @@ class Engine:
             self._started.set_result(self._supervisor.startup.loaded_model.spec)
 
     def _admit(self) -> None:
-        """Begin runs that were submitted, as many as there is room for, and end those that are unwanted."""
+        """Start queued runs while there is room, let sessions continue, and end cancelled runs."""
         asked, under_way = self._requests.new, self._runs.running
         for what in list(asked):
             if not isinstance(what, Session) and what[2].cancel_requested and not what[2].done():
@@ -247,12 +269,12 @@ class Engine:
             number, workers = next(self._numbers) % 2**31, len(self._devices)
             spare, placement = self._spare_rows, self._placement
             return make_run(number, job, request, pending, spare, self._batch, placement, workers, self._clock)
-        except BaseException as error:  # no memory, or a mode of somebody's own: the caller's to hear
+        except BaseException as error:  # For example no memory, or an error of a user's mode: report it to the caller.
             pending.set_exception(error)
             return None
 
     def _schedule_drafts(self, run: RunState) -> None:
-        """Form a run's next drafts, or end it."""
+        """Schedule a run's next drafts, or finish the run if there are none."""
         since, cuts, formed = time.perf_counter_ns(), len(run.cuts), len(run.waiting)
         with self._runs.charge(run):
             more = run.schedule_drafts()
@@ -267,7 +289,10 @@ class Engine:
                 self._runs.finish(run, None)
 
     def _assign(self) -> Iterator[None]:
-        """Give drafts to workers, and form those that can be formed without hearing of them; in small steps."""
+        """Send drafts to workers and schedule the drafts that do not depend on further messages.
+
+        Yields between small steps, so that the caller can execute ready arithmetic.
+        """
         try:
             while True:
                 self._rounds_seen = self._runs.rounds_begun
@@ -275,11 +300,11 @@ class Engine:
                 if not self._runs.schedulable_runs:
                     return
                 yield
-                self._refine()  # A round's states are seen to before the next is formed.
+                self._refine()  # Refine a round's states before scheduling the next round.
                 for run in self._runs.schedulable_runs:
                     self._schedule_drafts(run)
                 yield
-                self._refine()  # What is known is added before anything that waits for what these drafts predict.
+                self._refine()  # Queue known sums before operations that wait for the predictions of these drafts.
                 yield
         finally:
             self._scheduler.flush()
@@ -293,7 +318,7 @@ class Engine:
                 self.recorder.record("refined", run, run.steps_done, since=since)
 
     def _receive(self) -> None:
-        """Wait for an answer, and take what has come until a worker can be given more."""
+        """Wait for a message, a wake-up or a deadline; handle messages until a worker can be assigned more drafts."""
         self._clock.resume()
         timer = self._clock.to_monotonic(self._next_deadline())
         ahead, others = self._follow_streams(timer)
@@ -309,10 +334,12 @@ class Engine:
             self._on_deadline()
 
     def _follow_streams(self, timer: float) -> tuple[bool, bool]:
-        """Sleep, run what becomes ready on runs' streams, and look at nothing else while there is nothing else to do.
+        """Sleep and execute what becomes ready on the runs' streams, for as long as nothing else needs this thread.
 
-        Return whether there was such a run, and whether there may be anything else to be taken. In between, workers may
-        want the core that this thread is on.
+        Sleeping between the steps leaves this thread's core to the workers.
+
+        Returns:
+            Whether a run's stream had operations pending, and whether a message or another wake-up may be waiting.
         """
         bell = self._placement.wakeup
         if bell is None or self._next_ready_time == math.inf:
@@ -327,14 +354,14 @@ class Engine:
         return True, not ready <= {bell.fd}
 
     def _next_deadline(self) -> float:
-        """Return when something is due."""
+        """Return the time of the next deadline, on the leader's clock."""
         busy = [worker_slot for worker_slot in self._supervisor.ready if worker_slot.drafts]
         times = [self._deadline(worker_slot) for worker_slot in busy]
         times += [self._clock.now() + run.poll_interval for run in self._runs.all_runs]
         return min([*times, *self._scheduler.hedge_deadlines(busy), self._supervisor.next_deadline])
 
     def _deadline(self, worker_slot: WorkerSlot) -> float:
-        """Return when a busy worker slot's first draft is given up, and the worker with it."""
+        """Return when the first draft of a busy worker slot times out and its worker counts as lost."""
         first = worker_slot.drafts[0]
         return first.run.due_since(first.sequence, worker_slot.since) + self._timeout_of(worker_slot)
 
@@ -342,9 +369,9 @@ class Engine:
         return self._draft_timeout or worker_slot.drafts[0].run.timeout(worker_slot.number)
 
     def _on_deadline(self) -> None:
-        while (got := self._pool.receive_now()) is not None:  # What has come is not late.
+        while (got := self._pool.receive_now()) is not None:  # A message that has arrived is not late.
             self._on_message(self._supervisor.slot_of(got[0]), got[1])
-        self._poll_completions()  # It may be a while since.
+        self._poll_completions()  # The last check may be some time ago.
         for loss in self._supervisor.check_health():
             self._on_worker_lost(loss)
         now = self._clock.now()
@@ -360,7 +387,7 @@ class Engine:
                 )
 
     def _on_message(self, worker_slot: WorkerSlot, message: ToLeader | None) -> None:
-        """Take a message, or the end of a worker."""
+        """Handle a worker's message, or its exit (None)."""
         match message:
             case Prediction() | EvaluationError() if sent := _find_batch(worker_slot, message):
                 if isinstance(message, EvaluationError) or not self._runs.on_queued(worker_slot, sent):
@@ -379,7 +406,7 @@ class Engine:
                     self._on_worker_lost(loss)
 
     def _done(self, worker_slot: WorkerSlot, sent: InFlightBatch) -> None:
-        """Note that a worker has done with a draft."""
+        """Remove a batch that a worker has finished from its slot, and reset the slot's retry budget."""
         worker_slot.drafts.remove(sent)
         worker_slot.since, worker_slot.retry_budget_used = self._clock.now(), 0.0
         release_rows(sent)
@@ -388,7 +415,7 @@ class Engine:
         self, worker_slot: WorkerSlot, sent: InFlightBatch, message: Prediction | EvaluationError
     ) -> None:
         run, index, since = sent.run, sent.tasks[0].index, time.perf_counter_ns()
-        # It may be the second of two copies, or its run over.
+        # The batch may be the second of two copies, or its run may be over.
         counts = self._runs.is_outstanding(sent) or (run.withdraw(sent) and run.number in self._runs.running)
         self.recorder.record_predictions("answer" if counts else "late", sent, worker_slot.number, message)
         if counts and isinstance(message, EvaluationError):
@@ -404,7 +431,7 @@ class Engine:
         self._runs.release_if_idle(run)
 
     def _run_ready(self) -> None:
-        """Run what is due of the arithmetic that runs have queued for this thread."""
+        """Execute the operations that runs have queued for this thread, as far as they are ready."""
         self._next_ready_time = math.inf
         self._placement.drain_wakeups()
         for run in self._runs.all_runs:
@@ -412,7 +439,7 @@ class Engine:
                 self._next_ready_time = min(self._next_ready_time, run.run_ready())
 
     def _poll_completions(self) -> None:
-        """Look at the completion records that were read meanwhile."""
+        """Handle the completion records that have been read since the last call."""
         for run in self._runs.all_runs:
             for answer, verdict in run.poll_completions():
                 self._on_completion(run, answer, verdict)
@@ -434,7 +461,7 @@ class Engine:
         self._runs.release_if_idle(run)
 
     def _on_worker_lost(self, loss: WorkerLoss) -> None:
-        """Have a lost worker's drafts evaluated by others: they are what they were, and so will the predictions be."""
+        """Reassign a lost worker's drafts to other workers. The drafts and so the predictions are unchanged."""
         number = loss.worker_slot.number
         again = self._runs.on_worker_lost(loss)
         for place, sent in reversed([*enumerate(loss.drafts)]):
@@ -460,10 +487,10 @@ class Engine:
                     behind.incidents.append(words)
                     self._schedule_drafts(behind)
         self._runs.release_idle()
-        self._scheduler.flush()  # What was held back for the one that is gone.
+        self._scheduler.flush()  # Messages that were held back because of the lost worker.
 
     def _finish_all(self, error: WorkerError | None) -> None:
-        """Tell every caller; each gets an error of its own, since a traceback is added where it is raised."""
+        """Resolve all futures with an error. Each gets its own instance, since raising one adds a traceback to it."""
 
         def reason() -> BaseException:
             return WorkerError(*error.args) if error else CancelledError("the leader was closed")
@@ -484,7 +511,11 @@ def _key_of(message: Prediction | EvaluationError) -> tuple[int, int, int]:
 
 
 def _find_batch(worker_slot: WorkerSlot, message: Prediction | EvaluationError) -> InFlightBatch | None:
-    """Return what an answer is to: the first draft that has none, or, if it is a fault, one that is not stamped."""
+    """Return the batch that a message answers, None if it answers none.
+
+    A prediction, or the message that a batch is queued, answers the first batch without a pending completion. An error
+    may also answer a batch whose completion is pending.
+    """
     for sent in worker_slot.drafts:
         if _key_of(message) == (sent.run.number, sent.tasks[0].index, sent.rows[0]):
             return None if sent.completion_pending and isinstance(message, Prediction) else sent

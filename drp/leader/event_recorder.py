@@ -11,17 +11,17 @@ from drp.protocol.messages import EvaluationError, Prediction
 
 
 class EventRecorder:
-    """Marks go to every timeline that somebody listens with; while nobody does, one is a look at an empty tuple."""
+    """Appends events to all subscribed timelines. Without subscribers an event costs one check of an empty tuple."""
 
     def __init__(self) -> None:
         self.timelines: tuple[Timeline, ...] = ()
 
     def subscribe(self, timeline: Timeline) -> None:
-        """Let marks go to a timeline too."""
+        """Append events to a timeline from now on."""
         self.timelines = (*self.timelines, timeline)
 
     def unsubscribe(self, timeline: Timeline) -> None:
-        """Let no more go to it."""
+        """Stop appending events to a timeline."""
         self.timelines = tuple(other for other in self.timelines if other is not timeline)
 
     def record(
@@ -33,7 +33,7 @@ class EventRecorder:
         since: int = 0,
         steps: tuple[int, ...] = (),
     ) -> None:
-        """Put down that something happened now; `since` when it began, if it took time."""
+        """Record an event at the current time. `since` is when it began, in ns of perf_counter, if it took time."""
         for timeline in self.timelines:
             timeline.append(
                 TraceEvent(what, time.perf_counter_ns(), run.number, step, worker, since=since, steps=steps)
@@ -42,10 +42,10 @@ class EventRecorder:
     def record_predictions(
         self, what: EventKind, sent: InFlightBatch, worker: int, message: Prediction | EvaluationError
     ) -> None:
-        """Put down the answer to a batch of drafts, if it is one."""
+        """Record the predictions of a batch of drafts; an EvaluationError is not recorded here."""
         if isinstance(message, Prediction):
             for place, task in enumerate(sent.tasks if self.timelines else ()):
-                # A batch's time is that of its first draft; the others' predictions are there at its end.
+                # The batch's time is recorded with its first draft; the other predictions are complete at its end.
                 seconds = message.seconds if place == 0 else 0.0
                 received, began = (message.received, message.began) if place == 0 else (message.predicted,) * 2
                 times = (received, began, message.predicted, message.ended)
@@ -56,7 +56,7 @@ class EventRecorder:
     def record_completion(
         self, what: EventKind, sent: InFlightBatch, worker: int, seconds: float, ended: float
     ) -> None:
-        """Put down that the stamps of a batch were seen, which was answered before it was evaluated."""
+        """Record that the completion records of a batch of an asynchronous run were read."""
         if self.timelines:
             ended = ended or time.perf_counter()
             times = (ended - seconds, ended - seconds, ended, ended)
@@ -65,5 +65,5 @@ class EventRecorder:
                 self.record("folded", sent.run, task.index, worker)
 
     def callback_recorder(self, run: RunState) -> Callable[[int, int], None] | None:
-        """Return what puts a run's callbacks down, if anybody listens."""
+        """Return a function that records the callbacks of a run, None without subscribers."""
         return (lambda step, since: self.record("callback", run, step, since=since)) if self.timelines else None

@@ -22,16 +22,27 @@ EventKind = Literal[
 
 
 class TraceEvent(NamedTuple):
-    """Something happened at `ns` of time.perf_counter_ns, in the leader; if it took time, it began at `since`.
+    """An event in the leader at `ns` of time.perf_counter_ns. If it took time, it began at `since`.
 
-    begin: the run's clock starts. formed: the drafts of `steps` are written. sent: the draft of `step` went to
-    `worker`. hedged: the draft of `step` is late at `worker`, and is sent to another too. answer: the prediction of
-    `step` came from `worker`, whose own clock says `seconds`, and that it was received, began, had its prediction
-    and ended at `times`, seconds of time.perf_counter. With dispatch="async" it is when its stamp was seen. late:
-    one that nobody needs any more. folded: the answer is added to what the next drafts are made of. refined: the
-    states up to `step` are done, callbacks called. callback: the caller's, of the state at `step`. cut: a mode with
-    feedback went on from `step` though it had predictions beyond. lost: `worker` is gone, and with it what it had
-    been given; `step` is to be evaluated by another. end: the run's clock stops. failed: instead of end.
+    The kinds of events:
+
+        begin     the run starts
+        formed    the drafts of `steps` are written
+        sent      the draft of `step` was sent to `worker`
+        hedged    the draft of `step` is late at `worker` and is sent to another worker as well
+        answer    the prediction of `step` arrived from `worker`; with dispatch="async", its completion record was read
+        late      as answer, for a prediction that is no longer needed
+        folded    the prediction of `step` is added to the sums from which the next drafts are made
+        refined   the states up to `step` are final and their callbacks were called
+        callback  the user's callback ran for the state at `step`
+        cut       a mode with feedback continued from `step` and discarded predictions beyond it
+        lost      `worker` was lost; the draft of `step` is evaluated by another worker
+        end       the run ends
+        failed    the run ends with an error
+
+    For answer and late, `seconds` is the evaluation time by the worker's clock, and `times` are the times at which the
+    draft was received, its evaluation began, its prediction was computed, and the worker was done with it, in seconds
+    of time.perf_counter.
     """
 
     kind: EventKind

@@ -1,4 +1,4 @@
-"""Leader: what a user holds; the work is the engine's."""
+"""The public Leader. It checks arguments and submits runs to the engine."""
 
 from __future__ import annotations
 
@@ -32,17 +32,22 @@ from drp.sampling.advice import warn
 from drp.sampling.result import Result
 
 MOST_CHARACTERS = 200
-"""Of a model's name, as the protocol has it."""
+"""Maximum length of a model's name in the protocol."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class WorkerStatus:
-    """A worker as it is now. `state`: "starting", "ready", "restarting" (lost, to be replaced) or "lost" (given up).
+    """The current status of a worker.
 
-    `pid` is None while there is no process. `lost` counts those that were in its place before. `drafts` are those that
-    it has. `last` says how the one before ended.
+    number: the worker's number.
+    device: the device's name.
+    state: "starting", "ready", "restarting" (lost, to be replaced) or "lost" (given up).
+    pid: the process, None while there is none.
+    losses: how many processes this worker has lost so far.
+    drafts: how many drafts the worker has been sent and has not finished.
+    last_failure: how its previous process ended; empty if there was none.
     """
 
     number: int
@@ -55,7 +60,7 @@ class WorkerStatus:
 
     @classmethod
     def of(cls, worker_slot: WorkerSlot) -> WorkerStatus:
-        """Describe what is at a worker slot."""
+        """Return the status of a worker slot."""
         process = worker_slot.worker
         pid = process.process.pid if process else None
         lost = worker_slot.generation - (process is not None)
@@ -69,25 +74,27 @@ class Leader:
         with drp.Leader("digits", devices=2) as leader:
             result = leader.sample(labels=[3, 1, 4], steps=48, mode="aggressive")
 
-    model: the name of one in the package, `"package.module:factory"`, or such a factory itself.
+    model: the name of a built-in model, `"package.module:factory"`, or such a factory itself.
     devices: a count, of GPUs where CUDA shows any, else of cores, or names (`"cpu"`, `["cpu:0", "cpu:1"]`, `"4xcuda"`,
         `"8xemulated:20ms"`); see `drp.leader.devices`.
-    threads: of each worker.
-    start_timeout: seconds that all workers together have to start and load the model.
-    draft_timeout: seconds that a worker has to evaluate a draft, after which it counts as lost; by default a minute for
-        its first of a run, and then 20 times what the slowest of that run took, at least 5.
-    hedge: give a draft that takes this many times the usual to an idle worker too; the first answer counts. By default
-        drafts are given twice only when a worker is lost.
-    sharing: which run a free worker serves of several; by default by load, see `drp.leader.scheduling.sharing`.
-    policy: instead of `hedge` and `sharing`, a name or an object that says all of when drafts go out, to whom, and
-        whether twice; see `drp.leader.scheduling.policies`.
-    python: the interpreter that the workers run; by default this program's, or in a program that embeds Python the one
-        in the environment's folder. It must have the same version.
-    drafts_per_device: evaluate so many drafts of a round as one batch; see docs/gpus.md. A run then has this many times
-        the devices as its `drafts`, unless told otherwise. The samples are those of `drp.reference` with the same.
+    threads: the number of threads of each worker.
+    start_timeout: seconds within which every worker must start and load the model.
+    draft_timeout: seconds within which a worker must evaluate a draft, after which it counts as lost. By default a
+        minute for its first draft of a run, and then 20 times the run's slowest evaluation so far, at least 5 seconds.
+    hedge: send a draft that takes this many times the median latency to an idle worker as well; the first prediction to
+        arrive is used. By default a draft is sent to a second worker only when the first one is lost.
+    sharing: which of several runs a free worker serves; by default depends on the load, see
+        `drp.leader.scheduling.sharing`.
+    policy: instead of `hedge` and `sharing`, a policy object or its name, which decides when drafts are sent, to which
+        worker, and whether to a second one; see `drp.leader.scheduling.policies`.
+    python: the workers' Python interpreter; by default this program's, or, in a program that embeds Python, the one in
+        the environment's folder. It must have the same version.
+    drafts_per_device: evaluate this many drafts of a round as one batch; see docs/gpus.md. By default the `drafts` of a
+        run are then this many times the number of devices. The samples equal those of `drp.reference` with the same
+        number.
     gpu: how workers use their GPUs, a `drp.GpuOptions`.
 
-    Raises ValueError for arguments that cannot be, WorkerError if a worker cannot start.
+    Raises ValueError for invalid arguments, WorkerError if a worker cannot start.
     """
 
     def __init__(
@@ -138,7 +145,7 @@ class Leader:
 
     @property
     def timeline(self) -> Timeline | None:
-        """Give it a list, and runs append their marks."""
+        """A list to which runs append their events, None by default. Assign a list to begin."""
         return self._timeline
 
     @timeline.setter
@@ -150,18 +157,18 @@ class Leader:
             self.subscribe(timeline)
 
     def subscribe(self, timeline: Timeline) -> None:
-        """Let runs append their marks to a list beside others, until `leave`."""
+        """Append the events of runs to a list, in addition to other lists, until `unsubscribe`."""
         self._engine.recorder.subscribe(timeline)
 
     def unsubscribe(self, timeline: Timeline) -> None:
-        """Append no more marks to a list."""
+        """Stop appending events to a list."""
         self._engine.recorder.unsubscribe(timeline)
 
     @property
     def policy(self) -> Policy | None:
-        """When drafts go out, to whom, and whether twice; None for what `hedge` and `sharing` say.
+        """The policy, which decides when and to which worker drafts are sent; None if `hedge` and `sharing` are used.
 
-        Another, or its name, may be set while no run is under way.
+        A policy object, or its name, may be assigned while no run is running.
         """
         return self._policy
 
@@ -174,37 +181,37 @@ class Leader:
 
     @property
     def workers(self) -> tuple[WorkerStatus, ...]:
-        """What every worker is doing."""
+        """The status of every worker."""
         return tuple(WorkerStatus.of(worker_slot) for worker_slot in self._engine.supervisor.worker_slots)
 
     @property
     def dropped(self) -> int:
-        """How many messages were dropped because they were none, or from nobody known."""
+        """Number of messages dropped because they were malformed or from an unknown sender."""
         return self._engine.dropped
 
     @property
     def spec(self) -> ModelSpec:
-        """What the model expects."""
+        """The model's specification: its sample shape, classes and default guidance."""
         return self._engine.spec
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The names of the workers' places, by number."""
+        """The names of the workers' devices, by worker number."""
         return tuple(device.name for device in self._devices)
 
     @property
     def closed(self) -> bool:
-        """Whether it takes no more runs: it was closed, or its workers were lost."""
+        """Whether the leader accepts no more runs, because it was closed or all its workers were lost."""
         return self._engine.closed
 
     def submit(self, **options: Unpack[Options]) -> RunFuture:
-        """Begin a run and return at once; the options are the fields of `drp.leader.request.Request`.
+        """Start a run and return its future; the options are the fields of `drp.leader.request.Request`.
 
-        What is returned is a `concurrent.futures.Future` with a `drp.Result`, and can be cancelled at any time. Runs
-        under way at the same time share the workers, and each has the samples that it would have alone. Callbacks are
-        called in the leader's thread; what they raise ends their run.
+        The future is a `concurrent.futures.Future` of a `drp.Result` and can be cancelled at any time. Concurrent runs
+        share the workers, and each run has the samples that it would have alone. Callbacks are called in the leader's
+        thread; an exception in a callback ends its run.
 
-        Raises ValueError for options that cannot be.
+        Raises ValueError for invalid options.
         """
         return self._submit(Request(**options))
 
@@ -221,23 +228,27 @@ class Leader:
     def sample(self, **options: Unpack[Options]) -> Result:
         """Sample once; the options are the fields of `drp.leader.request.Request`. Any thread may call this.
 
-        A worker that dies or does not answer in time is replaced, others evaluate its drafts meanwhile, and the samples
-        are the same; `result.incidents` says so. Raises ValueError for options that cannot be, WorkerError if the
-        denoiser raises, if every worker that evaluates a draft is lost, or if no worker is left: only then the leader
-        is closed. Logs a warning, once, where drafting is not worth it (docs/drafts.md).
+        A worker that dies or does not answer in time is replaced. Other workers evaluate its drafts in the meantime,
+        and the samples are the same; `result.incidents` reports the loss. Raises ValueError for invalid options,
+        WorkerError if the denoiser raises, if every worker that evaluates a draft is lost, or if no worker is left. The
+        leader is closed only in the last case. Logs a warning, once, where drafting is not worthwhile (docs/drafts.md).
         """
         pending = self._submit(Request(**options), advise=True)
         try:
             return pending.result()
         finally:
-            pending.cancel()  # for an interrupt of this thread: nobody wants the run any more
+            pending.cancel()  # If this thread was interrupted, the run is no longer needed.
 
     def open_session(
         self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], slots: int, cond: Mapping[str, Tensor]
     ) -> Session:
-        """Begin a session: evaluations for a caller who does the arithmetic himself, see `drp.leader.runs.session`.
+        """Start a session, which evaluates drafts for a caller with its own arithmetic; see `drp.leader.runs.session`.
 
-        Its `slots` hold drafts, tensors like `inputs`, for predictions like `outputs`; `cond` is copied.
+        Args:
+            inputs: tensors by name whose shapes and dtypes a draft has.
+            outputs: tensors by name whose shapes and dtypes a prediction has.
+            slots: the number of drafts that the session's memory holds.
+            cond: tensors by name that are copied to the session's memory, the same for all evaluations.
         """
         if self._engine.in_engine_thread:
             raise RuntimeError("a callback must not use the leader that calls it")
@@ -246,7 +257,7 @@ class Leader:
         )
 
     def close(self) -> None:
-        """Cancel the runs, end the workers and give back all memory; more calls do nothing."""
+        """Cancel all runs, end the workers and free all memory. Further calls do nothing."""
         if self._engine.in_engine_thread:
             raise RuntimeError("a callback must not use the leader that calls it")
         self._end()
@@ -262,13 +273,13 @@ class Leader:
 
 
 def check_hedge(gpu: GpuOptions | None, hedge: float | None) -> None:
-    """Raise ValueError for drafts given twice where the leader's GPU would wait for the later of the two."""
+    """Raise ValueError for hedging with asynchronous dispatch, which would wait for the later of two predictions."""
     if gpu is not None and gpu.dispatch == "async" and hedge is not None:
         raise ValueError(f'hedge is {hedge}, but with dispatch="async" no draft is given twice; leave one of them out')
 
 
 def check_batch(drafts_per_device: int) -> int:
-    """Return it; raise ValueError if no worker can take so many."""
+    """Return `drafts_per_device`; raise ValueError if it is not a valid batch size."""
     if (
         isinstance(drafts_per_device, bool)
         or not isinstance(drafts_per_device, int)
@@ -279,7 +290,7 @@ def check_batch(drafts_per_device: int) -> int:
 
 
 def model_name(model: str | Callable[[], Any]) -> str:
-    """Return the name by which a worker can import a factory; raise ValueError if there is none."""
+    """Return the name by which a worker can import the model's factory; raise ValueError if there is none."""
     if isinstance(model, str):
         return _check_name(model)
     module, name = getattr(model, "__module__", None), getattr(model, "__qualname__", None)

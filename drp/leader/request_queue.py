@@ -15,9 +15,10 @@ NewWork = tuple[Job, Request, RunFuture] | Session
 
 
 class RequestQueue:
-    """Runs and sessions that are to begin, sessions that have more to do, and whether it is time to end.
+    """Runs and sessions to start, sessions with new evaluations, and whether the engine is to close.
 
-    `put`, `poke`, `wake` and `close` are for any thread of the process that made it, the rest for the engine's.
+    `put`, `notify`, `wake` and `close` may be called from any thread of the process that created the queue. The other
+    methods are for the engine's thread only.
     """
 
     def __init__(self) -> None:
@@ -25,18 +26,18 @@ class RequestQueue:
         self.new: deque[NewWork] = deque()
         self.notified: deque[Session] = deque()
         self.closing: float | None = None
-        """Seconds that workers are given to end, once it was closed."""
+        """Seconds that workers have to end; None until the queue is closed."""
         self.wakeup_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._lost: WorkerError | None = None
         self._gate = threading.Lock()
 
     @property
     def is_forked_copy(self) -> bool:
-        """Whether this process was forked from the one that has the engine's thread, and the workers."""
+        """Whether this process was forked from the one that owns the engine's thread and the workers."""
         return os.getpid() != self._owner
 
     def put(self, what: NewWork) -> None:
-        """Ask for a run or a session; raise RuntimeError if it was closed, WorkerError if no worker was left."""
+        """Queue a run or a session. Raises RuntimeError if the queue is closed, WorkerError if no worker is left."""
         if self.is_forked_copy:
             raise RuntimeError(
                 f"this leader is process {self._owner}'s, which this one was forked from; make a new one"
@@ -50,32 +51,36 @@ class RequestQueue:
         self.wake()
 
     def notify(self, session: Session) -> None:
-        """Say that a session has something to do."""
+        """Notify the engine that a session has new evaluations or was closed."""
         self.notified.append(session)
         self.wake()
 
     def close(self, grace: float) -> None:
-        """Ask for the end; the first to ask says how long workers have."""
+        """Request the engine to close. Only the `grace` of the first call counts, in seconds."""
         with self._gate:
             if self.closing is None:
                 self.closing = grace
         self.wake()
 
     def wake(self) -> None:
-        """Have the engine look, if it is still there."""
+        """Wake the engine's thread; does nothing once the descriptor is closed."""
         with self._gate:
             if self.wakeup_fd >= 0:
                 os.eventfd_write(self.wakeup_fd, 1)
 
     def reject_new(self, error: WorkerError | None) -> float:
-        """Take nothing more, because it was closed or for an error; return the seconds that workers have to end."""
+        """Reject all further requests and return the seconds that workers have to end.
+
+        Args:
+            error: why the engine ended, None if it was closed.
+        """
         with self._gate:
             self._lost = error
             self.closing = 0.0 if error or self.closing is None else self.closing
             return self.closing
 
     def close_descriptor(self) -> None:
-        """Close the descriptor: its number may be another file's at once, and nobody may write to it any more."""
+        """Close the descriptor. Its number may be reused at once, so `wake` must not write to it afterwards."""
         with self._gate:
             os.close(self.wakeup_fd)
             self.wakeup_fd = -1
