@@ -1,4 +1,4 @@
-"""Devices: what a user may call them, and the processor cores behind each."""
+"""Device names, and the processor cores to which each device's worker is pinned."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from drp.leader.gpus import Gpu, find_gpus, has_gpus, visible
 from drp.protocol.messages import Emulated, Values
 
 MAX_WORKERS = 256
-"""Workers of one leader."""
+"""Maximum number of workers of one leader."""
 
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 MAX_SECONDS = 3600
@@ -24,38 +24,39 @@ NUMBER = r"(\d{1,9}(?:\.\d{1,9})?)"
 
 @dataclass(frozen=True)
 class Device:
-    """One worker's place: a name, the cores it is pinned to, and what it emulates, if it does."""
+    """The device of one worker: its name, the cores to which the worker is pinned, and what it emulates, if any."""
 
     name: str
     cores: tuple[int, ...]
     emulated: Emulated | None = None
     gpu: str | None = None
-    """Its UUID: a number may be another GPU's in another process."""
+    """The GPU's UUID, None for other devices. A GPU's number may differ between processes."""
 
 
 def parse_devices(
     devices: int | str | Sequence[str], threads: int, find: Callable[[], tuple[Gpu, ...]] = find_gpus
 ) -> tuple[Device, ...]:
-    """Return a device for each worker.
+    """Return one device for each worker.
 
-    `devices` is a count, a name, several names, or names with commas between; `8xNAME` is eight of a name. A count is
-    that of GPUs where CUDA shows any, else of cores; see `expand_count`. A name is
+    `devices` is a count, a name, a sequence of names, or names separated by commas; `8xNAME` repeats a name eight
+    times. A count means GPUs if CUDA shows any, else cores; see `expand_count`. The names are:
 
-    - `cpu:I`, the I-th of the cores that this process may use, or `cpu`, the next in turn. A worker with several
-      threads has the cores after it too. More workers than cores share them.
-    - `emulated:TIME`, a worker on the next core in turn that takes TIME (`20ms`, `500us`, `1s`) for each evaluation,
-      with options after more colons, any of them: `emulated:20ms:jitter=10%:straggler=3x@5%:link=50us@10GB/s`.
-      jitter: the standard deviation of a normal distribution, as a share of TIME.
-      straggler: three times as long, for 5 % of the evaluations.
-      link: a draft and a prediction each travel for 50 us and, after the @, if given, their bytes at this rate.
-      values: `model` (the default: the evaluation's own, within TIME if that is long enough), `recorded`: the model is
-      evaluated once for each draft, and its prediction given again when the draft comes again, or `cheap`, a function
-      of the draft and the timestep at next to no cost; see `drp.workers.emulated`, `drp.workers.prediction_cache`.
-    - `cuda:I`, the I-th GPU that CUDA shows, `cuda:UUID`, the one of this UUID or its beginning, or `cuda`, the next in
-      turn. Its worker runs on the cores of that GPU's NUMA node. Several workers may be on one GPU; `4xcuda` with one
-      GPU is four. GPUs and other devices do not mix in one leader. `find` says what GPUs there are.
+    - `cpu:I`, the I-th of the cores that this process may use, or `cpu`, the next core in turn. A worker with several
+      threads uses the following cores as well. If there are more workers than cores, they share cores.
+    - `emulated:TIME`, a worker on the next core in turn that takes TIME (`20ms`, `500us`, `1s`) for each evaluation.
+      Any of these options may follow: `emulated:20ms:jitter=10%:straggler=3x@5%:link=50us@10GB/s`.
+      jitter: the standard deviation of the normally distributed time, as a share of TIME.
+      straggler: the factor by which the given share of the evaluations takes longer.
+      link: the latency of each draft and each prediction and, after the @, optionally the bandwidth.
+      values: `model` (the default) evaluates the model, within TIME if that is long enough. `recorded` evaluates the
+      model once for each draft and repeats its prediction when the same draft is sent again. `cheap` computes a
+      function of the draft and the timestep at almost no cost. See `drp.workers.emulated` and
+      `drp.workers.prediction_cache`.
+    - `cuda:I`, the I-th GPU that CUDA shows, `cuda:UUID`, the GPU whose UUID is or begins with this, or `cuda`, the
+      next GPU in turn. Its worker runs on the cores of the GPU's NUMA node. Several workers may share a GPU: `4xcuda`
+      with one GPU starts four workers on it. One leader uses either GPUs or other devices. `find` returns the GPUs.
 
-    Raises ValueError for what is no device, saying what there is.
+    Raises ValueError for an unknown device; the message lists the available ones.
     """
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
         raise ValueError(f"threads is {threads!r}; a worker needs 1 or more")
@@ -89,10 +90,10 @@ def parse_devices(
 def expand_count(
     devices: int | str | Sequence[str], kind: str | None, find: Callable[[], tuple[Gpu, ...]] = find_gpus
 ) -> str | Sequence[str]:
-    """Return the names that a count stands for: so many of a kind of torch's, "cpu" or "cuda"; names as they are.
+    """Expand a count to that many device names of a kind, "cpu" or "cuda"; return names unchanged.
 
-    None is "cuda" where CUDA shows a GPU, else "cpu". Workers may share a core, but GPUs are counted: raises
-    ValueError if there are fewer, or for another kind.
+    The kind None means "cuda" if CUDA shows a GPU, else "cpu". Workers may share a core, but a count of GPUs means
+    distinct ones: raises ValueError if there are fewer, and for any other kind.
     """
     if isinstance(devices, str) and re.fullmatch(r"-?\d{1,6}", devices):
         devices = int(devices)
@@ -119,7 +120,7 @@ def _is_gpu(name: str) -> bool:
 
 
 def _on_gpu(name: str, turn: int, find: Callable[[], tuple[Gpu, ...]], cores: Sequence[int]) -> Device:
-    """Return the place on the GPU that a name says."""
+    """Return the device for a GPU's name."""
     wanted = name.partition(":")[2]
     if not re.fullmatch(r"cuda(:(\d{1,4}|(GPU-|MIG-)?[0-9a-fA-F-]{4,40}))?", name):
         raise ValueError(f"device {name!r} is none; write cuda, cuda:0, or cuda: and a UUID as nvidia-smi -L prints it")
@@ -141,7 +142,7 @@ def _on_gpu(name: str, turn: int, find: Callable[[], tuple[Gpu, ...]], cores: Se
 
 
 def parse_emulated(name: str, number: int) -> Emulated:
-    """Return what `emulated:TIME[:OPTION...]` says, for the worker of this number; see `parse_devices`."""
+    """Parse `emulated:TIME[:OPTION...]` for the worker with this number; see `parse_devices`."""
     _, time, *options = name.split(":") if ":" in name else (name, "")
     fields: dict[str, Any] = {}
     for option in options:
@@ -170,7 +171,7 @@ def parse_emulated(name: str, number: int) -> Emulated:
 
 
 def parse_time(text: str) -> float:
-    """Return the seconds that text such as `20ms`, `500us` or `1s` says; raise ValueError if it says none."""
+    """Parse a time such as `20ms`, `500us` or `1s`, in seconds; raise ValueError if the text is not a time."""
     return _seconds(text, text)
 
 

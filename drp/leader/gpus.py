@@ -1,4 +1,4 @@
-"""GPUs: what there is here, or in plain words why there is none. Nothing is looked for until it is asked."""
+"""Discovery of GPUs, and the reason if none can be used. GPUs are queried only on request."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from drp.protocol.cuda import uuid_of
 
 PCI = Path("/sys/bus/pci/devices")
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Where torch reads its allocator's options from: the new name and the old."""
+"""The environment variables from which torch reads its allocator's options: the new name and the old one."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU that CUDA shows this process: its number there, the name that is its own, and the cores next to it."""
+    """A GPU that CUDA shows this process: its index in this process, its UUID, and the cores of its NUMA node."""
 
     index: int
     uuid: str
-    """With its prefix, as nvidia-smi -L prints it."""
+    """The UUID with its prefix, as nvidia-smi -L prints it."""
     name: str = ""
     nbytes: int = 0
     bus: str = ""
-    """Its PCI address, such as 0000:17:00.0; empty if torch does not say."""
+    """The PCI address, such as 0000:17:00.0; empty if torch does not report it."""
     cores: tuple[int, ...] = ()
-    """Those of its NUMA node that this process may use; empty if the kernel does not say."""
+    """The cores of the GPU's NUMA node that this process may use; empty if the kernel does not report them."""
     node: int | None = None
-    """That NUMA node's number; None if the kernel does not say, or there is but one."""
+    """The NUMA node's number; None if the kernel does not report it or has only one node."""
 
 
 def has_gpus() -> bool:
@@ -40,7 +40,7 @@ def has_gpus() -> bool:
 
 
 def find_gpus() -> tuple[Gpu, ...]:
-    """Return the GPUs in CUDA's order; raise ValueError, with cause and remedy, if none can be used."""
+    """Return the GPUs in CUDA's order; raise ValueError, naming cause and remedy, if none can be used."""
     if not has_gpus():
         raise ValueError(why_none(torch.__version__, torch.version.cuda, _has_driver(), os.environ))
     refuse_allocator(os.environ)
@@ -48,7 +48,7 @@ def find_gpus() -> tuple[Gpu, ...]:
 
 
 def why_none(version: str, cuda: str | None, driver: bool, environ: Mapping[str, str]) -> str:
-    """Say why there is no GPU for a torch of this version, built for this CUDA."""
+    """Explain why a torch of this version, built for this CUDA version, finds no GPU."""
     if cuda is None:
         return f"torch {version} is built without CUDA; install a build with it, or use cpu devices"
     if not driver:
@@ -69,7 +69,7 @@ def why_none(version: str, cuda: str | None, driver: bool, environ: Mapping[str,
 
 
 def refuse_allocator(environ: Mapping[str, str]) -> None:
-    """Raise ValueError if torch's allocator is told to use expandable segments."""
+    """Raise ValueError if torch's allocator is configured to use expandable segments."""
     for name in ALLOCATOR:
         options = environ.get(name, "").replace(" ", "").lower().split(",")
         if "expandable_segments:true" in options:
@@ -80,7 +80,7 @@ def refuse_allocator(environ: Mapping[str, str]) -> None:
 
 
 def visible(environ: Mapping[str, str], gpus: tuple[Gpu, ...]) -> str:
-    """Say what the GPUs are called, and what CUDA_VISIBLE_DEVICES has to do with it."""
+    """Describe the names of the GPUs, and how CUDA_VISIBLE_DEVICES affects them."""
     names = ", ".join(f"cuda:{gpu.index} ({gpu.uuid})" for gpu in gpus)
     said = environ.get("CUDA_VISIBLE_DEVICES")
     if said is None:
@@ -96,7 +96,7 @@ def visible(environ: Mapping[str, str], gpus: tuple[Gpu, ...]) -> str:
 
 
 def near_cores(bus: str, allowed: set[int], pci: Path = PCI) -> tuple[int, ...]:
-    """Return the cores next to a PCI device, as far as this process may use them; none if the kernel does not say."""
+    """Return the cores local to a PCI device that this process may use; empty if the kernel does not report them."""
     try:
         text = (pci / bus.lower() / "local_cpulist").read_text().strip()
     except OSError:
@@ -105,7 +105,7 @@ def near_cores(bus: str, allowed: set[int], pci: Path = PCI) -> tuple[int, ...]:
 
 
 def near_node(bus: str, pci: Path = PCI) -> int | None:
-    """Return the number of a PCI device's NUMA node, None if the kernel does not say."""
+    """Return the number of a PCI device's NUMA node, None if the kernel does not report it."""
     try:
         node = int((pci / bus.lower() / "numa_node").read_text())
     except (OSError, ValueError):
@@ -114,7 +114,7 @@ def near_node(bus: str, pci: Path = PCI) -> int | None:
 
 
 def parse_cores(text: str) -> set[int]:
-    """Return what the kernel's list `0-3,8` names."""
+    """Parse a list of cores in the kernel's format, such as `0-3,8`."""
     cores: set[int] = set()
     for part in text.split(",") if text else ():
         first, _, last = part.partition("-")

@@ -1,4 +1,4 @@
-"""Request: what a caller asks of one sampling run, checked before any work."""
+"""The options of one sampling run, validated before any work is done."""
 
 from __future__ import annotations
 
@@ -60,44 +60,45 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Request:
-    """One run as asked for.
+    """The options of one run.
 
-    labels: classes, one a sample, for a model that has classes.
-    count: how many samples, at most 16,384; by default as many as labels, else 1.
-    shape: one sample's shape, without the batch, for a model that does not say.
-    cond: tensors handed to the denoiser by name, as they are.
-    guidance: scale of classifier-free guidance; by default the model's.
-    steps: N, the steps of the solver, at most 10,000.
-    solver: its name (`drp.sampling.registry.SOLVER_NAMES`), or a Solver, which has its grid, its prediction type
-        and its steps already. See docs/schedulers.md.
-    solver_options: of the solver, by name: {"order": 3}, {"eta": 1.0}.
-    grid: options of `drp.sampling.grids.make_grid`, or of `flow_grid` for prediction type "flow", by name:
-        {"spacing": "leading", "sigmas": "karras"}, {"shift": 3.0}.
+    labels: class labels, one per sample, for a model with classes.
+    count: the number of samples B, at most 16,384; by default the number of labels, else 1.
+    shape: the shape of one sample, without the batch, for a model that does not define it.
+    cond: tensors by name that are passed to the denoiser unchanged.
+    guidance: the scale of classifier-free guidance; by default the model's.
+    steps: N, the number of solver steps, at most 10,000.
+    solver: the solver's name (`drp.sampling.registry.SOLVER_NAMES`), or a Solver, which already defines its grid, its
+        prediction type and its steps. See docs/schedulers.md.
+    solver_options: options of the solver by name, such as {"order": 3} or {"eta": 1.0}.
+    grid: options of `drp.sampling.grids.make_grid`, or of `flow_grid` for prediction type "flow", by name, such as
+        {"spacing": "leading", "sigmas": "karras"} or {"shift": 3.0}.
     prediction_type: what the model predicts: "epsilon", "v", "sample" or "flow".
-    noise: standard normal numbers [B, ...] float32 to start from in place of the seed's. They are read where they lie,
-        in every round, so they must stay as they are until the run is over.
-    image: a sample [B, ...] to start from in the middle, noised as far as `strength` says.
-    strength: the share of the steps that is taken, above 0 to 1.
-    mode: "window", "aggressive", "conservative", "adaptive", "rolling", "sequential", or a mode object of your own. See
+    noise: standard normal numbers [B, ...] float32 to start from, instead of noise drawn from the seed. The tensor is
+        not copied and is read in every round, so it must not change until the run is over.
+    image: samples [B, ...] to start from at an intermediate step, noised according to `strength`.
+    strength: the share of the steps that is taken, greater than 0 and at most 1.
+    mode: "window", "aggressive", "conservative", "adaptive", "rolling", "sequential", or a mode object. See
         docs/drafts.md.
-    drafts: n, the drafts a round, at most 256; by default one a device. The samples depend on it, and not on the
-        devices.
-    target_speedup: choose a window so that steps over rounds come to this, with at most `drafts`.
-    target_rounds: choose a window that takes so many rounds, likewise.
-    stride: of mode "window": the steps by which it moves on, 1 to n; by default n / 2 + 1.
-    offsets: of mode "window": how far ahead its n drafts lie, rising; or "dense", which is 1 to n, "even", 2 to 2n, or
-        "tapered", dense and then even. With gaps the stride is n by default.
-    rule: how drafts are made: "paper", "secant", "damped" or a `drp.sampling.drafts.DraftRule`; by default the best
-        measured.
-    tolerance: of mode "adaptive": the relative residual at which predictions are given up; 0 is sequential.
-    warmup: steps taken sequentially first.
-    sweeps: how many times more each block of drafts is evaluated, each time refined through the last. A run has at most
-        100,000 evaluations.
-    seed: of the noise; sample i has the same whatever the count.
-    callback: called as callback(k, state) once for each step k = 1..N, in order; the state [B, ...] is a copy, which
-        the callback may keep or write to. It runs while the workers compute. What it raises ends the run.
-    residuals: put the residual of every draft into the result, in modes that would not compute them.
-    out: a tensor [B, ...] float32 that the samples are written into; then `result.samples` is this one.
+    drafts: n, the number of drafts per round, at most 256; by default one per device. The samples depend on this number
+        but not on the devices.
+    target_speedup: choose a window with at most `drafts` drafts so that steps divided by rounds reach this number.
+    target_rounds: choose a window with at most `drafts` drafts that takes this number of rounds.
+    stride: for mode "window", the number of steps by which the window advances per round, 1 to n; by default n / 2 + 1.
+    offsets: for mode "window", how many steps ahead each of the n drafts lies, in ascending order; or "dense" (1 to n),
+        "even" (2 to 2n) or "tapered" (dense, then even). If the offsets have gaps, the stride is n by default.
+    rule: the draft rule, "paper", "secant", "damped" or a `drp.sampling.drafts.DraftRule`; the default is the rule that
+        measured best.
+    tolerance: for mode "adaptive", the relative residual above which predictions are discarded; 0 means sequential
+        sampling.
+    warmup: the number of steps taken sequentially at the start.
+    sweeps: how many additional times each block of drafts is evaluated; each sweep refines through the previous one's
+        predictions. A run has at most 100,000 evaluations.
+    seed: the seed of the noise. Sample i has the same noise for every count.
+    callback: called as callback(k, state) once for each step k = 1..N, in order. The state [B, ...] is a copy, which
+        the callback may keep or write to. It runs while the workers compute. An exception ends the run.
+    residuals: report the residual of every draft in the result, even in modes that do not need residuals.
+    out: a tensor [B, ...] float32 to which the samples are written; `result.samples` is then this tensor.
     """
 
     labels: Sequence[int] | Tensor | None = None
@@ -131,7 +132,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Job:
-    """A request worked out for a model: all that a run needs. `start` [B, ...] is the state at index 0."""
+    """A validated request for one model, with everything that a run needs. `start` [B, ...] is the state at index 0."""
 
     solver: Solver
     mode: Mode
@@ -142,13 +143,13 @@ class Job:
     out: Tensor | None
 
     def slots(self, checkpoints: bool) -> int:
-        """Return the slots that the run needs for drafts, and as many for predictions."""
+        """Return the number of slots that the run needs for drafts; it needs as many for predictions."""
         return slots(self.solver, self.mode, checkpoints)
 
     def run(self, drafts: Tensor, predictions: Tensor, queue: OperationQueue | None = None) -> Run:
-        """Return the run, its drafts and predictions in these matrices [slots, D].
+        """Return the run, whose drafts and predictions are rows of these matrices [slots, D].
 
-        Its arithmetic is given to a queue if there is one; it then has checkpoints.
+        If a queue is given, the run's arithmetic is enqueued there, and the run has checkpoints.
         """
         checkpoints = queue is not None
         return Run(self.solver, self.mode, self.start, drafts, predictions, self.fresh, self.watch, queue, checkpoints)
@@ -160,22 +161,22 @@ class Job:
         fresh = self.fresh
 
         def there(k: int) -> Tensor:
-            noise = fresh(k)  # pinned on its way to a GPU, so that the host does not wait for what is queued there
+            noise = fresh(k)  # Pinned for the copy to a GPU, so that the host does not wait for the GPU's queue.
             return (noise.pin_memory() if device.type == "cuda" else noise).to(device, non_blocking=True)
 
         return replace(self, start=self.start.to(device), fresh=there)
 
     def samples(self, state: Tensor) -> Tensor:
-        """Return a finished run's state in host memory that is the caller's."""
+        """Copy a finished run's state to host memory: to `out` if given, else to a new tensor."""
         if self.out is None:
             return state.clone() if state.is_cpu else state.cpu()
-        with torch.inference_mode():  # the only way to write into a tensor that was made in it
+        with torch.inference_mode():  # `out` may be an inference tensor, which can be written to only here.
             self.out.copy_(state)
         return self.out
 
 
 def make_job(request: Request, spec: ModelSpec, devices: int) -> Job:
-    """Return the job for a model and a number of devices; raise ValueError, naming value and remedy, if it can't be."""
+    """Validate a request for a model and a number of devices; raise ValueError naming the value and the remedy."""
     _refuse_autocast()
     solver = _solver(request)
     mode = _mode(request, devices, solver.grid.steps, solver.adds_noise)
@@ -196,7 +197,7 @@ def make_job(request: Request, spec: ModelSpec, devices: int) -> Job:
 
 
 def _refuse_autocast() -> None:
-    """Raise ValueError if this thread is under torch.autocast, which does not reach the workers."""
+    """Raise ValueError if torch.autocast is active in this thread, since it does not apply to worker processes."""
     for kind in ("cpu", "cuda"):
         if torch.is_autocast_enabled(kind):
             raise ValueError(
@@ -218,12 +219,12 @@ def _solver(request: Request) -> Solver:
         raise ValueError(f"strength is {request.strength}, but there is no image to start from; give image")
     grid, options = request.grid, request.solver_options
     try:
-        with np.errstate(all="ignore"):  # What comes of it is looked at below.
+        with np.errstate(all="ignore"):  # The resulting numbers are checked below.
             solver = make_solver(request.solver, steps, request.prediction_type, grid, options, strength)
     except (ArithmeticError, IndexError, TypeError) as error:
         raise ValueError(f"grid {dict(grid)!s:.200} and solver_options {dict(options)!s:.200}: {error}") from None
     own = solver.grid
-    if own.steps > MAX_STEPS:  # Heun's method has twice as many as were asked for.
+    if own.steps > MAX_STEPS:  # Heun's method takes twice as many steps as requested.
         raise ValueError(f"steps is {steps}, of which {request.solver} makes {own.steps}; at most {MAX_STEPS}")
     numbers = np.concatenate((own.timesteps, own.alphas, own.sigmas, [own.start]))
     if not np.all(np.isfinite(numbers)) or np.max(np.abs(numbers)) > MAX_TIMESTEP:
@@ -235,7 +236,7 @@ def _solver(request: Request) -> Solver:
 
 
 def _start(request: Request, solver: Solver, noise: Tensor) -> Tensor:
-    """Return the state at index 0: noise, or the image with some."""
+    """Return the state at index 0: noise, or the image with noise added."""
     if request.image is None:
         return noise * solver.grid.start if solver.grid.start != 1.0 else noise
     image = request.image
@@ -247,7 +248,7 @@ def _start(request: Request, solver: Solver, noise: Tensor) -> Tensor:
 
 
 def _given(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-    """Return a tensor of the caller's, which is used where it lies: so it must be just as it is wanted."""
+    """Check a tensor of the caller's that is used without a copy, so its dtype, shape and layout must match exactly."""
     if tensor is None:
         return None
     if not isinstance(tensor, Tensor):
@@ -262,7 +263,7 @@ def _given(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor |
 
 
 def _seed_of(seed: int, k: int) -> int:
-    """Return the seed of the noise that step k adds: by index alone, so neither mode nor arrival change it."""
+    """Return the seed of the noise that step k adds. It depends on the index only, not on the mode or on timing."""
     return int(np.random.SeedSequence([seed, k]).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -311,7 +312,7 @@ def _mode(request: Request, devices: int, steps: int, noise: bool) -> Mode:
 
 
 def _choice(request: Request, steps: int, drafts: int) -> Choice:
-    """Return the window that reaches the speed-up or the rounds asked for."""
+    """Return the window that reaches the requested speed-up or number of rounds."""
     for name in ("stride", "offsets"):
         if getattr(request, name) is not None:
             raise ValueError(
@@ -326,7 +327,7 @@ def _choice(request: Request, steps: int, drafts: int) -> Choice:
 
 
 def _offsets(offsets: Any) -> str | tuple[int, ...] | None:
-    """Return offsets as make_mode takes them, each a whole number from 1 on."""
+    """Validate offsets for make_mode; each must be a whole number of at least 1."""
     if offsets is None or isinstance(offsets, str):
         return offsets
     if not isinstance(offsets, Sequence) or len(offsets) > MAX_DRAFTS:
@@ -401,7 +402,7 @@ def _cond(request: Request, spec: ModelSpec) -> dict[str, Tensor]:
 
 
 def _noise(seed: int, count: int, shape: tuple[int, ...]) -> Tensor:
-    """Draw one sample after the other, so that a sample's noise does not depend on how many are asked for."""
+    """Draw noise [count, *shape] sample by sample, so that a sample's noise does not depend on the count."""
     generator = torch.Generator("cpu").manual_seed(seed)
     samples = torch.empty((count, *shape), dtype=torch.float32, device="cpu")
     for sample in samples:
