@@ -1,17 +1,20 @@
-"""A pool of shared memory: that of finished runs is reused, already allocated and mapped."""
+"""A pool of shared memory, which reuses the memory of finished runs, already allocated and mapped."""
 
 from __future__ import annotations
 
 from drp.protocol.memory import SharedMemory
 
 MAX_FREE_NBYTES = 1 << 28
-"""Bytes that are kept at most; what was given back first goes first."""
+"""Maximum number of bytes kept in the pool; the buffers released first are freed first."""
 MANY = 8
-"""Pieces that are kept at most: each takes two descriptors of this process, its own and its mapping's."""
+"""Maximum number of buffers kept in the pool. Each uses two descriptors of this process, its own and its mapping's."""
 
 
 class BufferPool:
-    """For one thread. Memory comes back when it is closed, unless somebody may still write to it."""
+    """Shared memory for reuse, for one thread only.
+
+    A buffer returns to the pool when it is closed, unless a worker may still write to it.
+    """
 
     def __init__(self, max_nbytes: int = MAX_FREE_NBYTES) -> None:
         self._max_nbytes = max_nbytes
@@ -20,16 +23,19 @@ class BufferPool:
 
     @property
     def nbytes(self) -> int:
-        """How much is kept now."""
+        """Number of bytes in the pool."""
         return sum(memory.nbytes for memory in self._free)
 
     def acquire(self, nbytes: int) -> SharedMemory:
-        """Return memory at least so long, and less than four times that or a page; what is in it is anybody's guess."""
+        """Return uninitialized memory of at least `nbytes` bytes.
+
+        Reused memory is smaller than four times that, or than four pages.
+        """
         fits = [memory for memory in self._free if nbytes <= memory.nbytes < 4 * max(nbytes, 4096)]
         if not fits:
             try:
                 return SharedMemory.create(nbytes, self._keep)
-            except MemoryError:  # It may be what is kept here that takes the memory, or the descriptors.
+            except MemoryError:  # The pool itself may be using the memory or the descriptors.
                 if not self._free:
                     raise
                 self.clear()
@@ -39,12 +45,12 @@ class BufferPool:
         return best
 
     def close(self) -> None:
-        """Let go of all of it, and of what comes back from now on."""
+        """Free all buffers, and from now on free buffers that are released."""
         self._closed = True
         self.clear()
 
     def clear(self) -> None:
-        """Let go of what is kept now."""
+        """Free all buffers in the pool."""
         while self._free:
             self._free.pop().close(reuse=False)
 

@@ -1,6 +1,7 @@
-"""The leader's stream on the host: a queue of operations that the engine's thread executes.
+"""The leader's stream on the host: a queue of operations that the engine's thread executes in order.
 
-It does what it is given as far as no worker has to be waited for, and says when to go on.
+It plays the part of a CUDA stream for runs in host memory. Execution stops at the first wait for a worker that is not
+complete, and the caller learns when to try again.
 """
 
 from __future__ import annotations
@@ -19,41 +20,58 @@ from drp.protocol.timeline import POLL_INTERVAL, RECHECK_INTERVAL, TimelineSemap
 from drp.protocol.waiting import sched_yield
 
 EARLY_WAKEUP = 800e-6
-"""Seconds before a time that is known at which the thread wakes up, since it may do so late, and looks until then.
+"""Seconds before a known completion time at which the thread wakes up and polls, since a timer may fire late.
 
-Only emulated devices say when they will be done. On 2 cores a run of 7 rounds on 8 of them takes 1.04 times as long
-without at 5 ms an evaluation, and 1.02 times at 20 ms (docs/round.md).
+Only emulated devices announce their completion times. On 2 cores, without this a run of 7 rounds on 8 emulated devices
+takes 1.04 times as long at 5 ms per evaluation, and 1.02 times at 20 ms (docs/round.md).
 """
 
 
 CorePlacement = Literal["dedicated", "shared"]
-"""Where the thread runs while workers compute. Dedicated: on a core that no worker uses; it is told of each record.
-Shared: there is none; it is told once all are done."""
+"""The core on which the leader's thread runs while workers compute.
+
+dedicated: a core that no worker uses. The thread is notified of the completion that it waits for next.
+shared: every core has a worker. The thread is notified only once all the completions that it waits for have occurred.
+"""
 
 
 class HostStream:
-    """`put` and `wait` give, in one thread; `go` does."""
+    """A queue of operations: `enqueue` and `enqueue_wait` append to it, `run_ready` executes it, all in one thread.
+
+    Operations are of three kinds: functions, waits for a worker's timeline semaphore (`_Wait`), and signals of the
+    leader's own (`_Signal`).
+    """
 
     def __init__(self, room: CorePlacement = "dedicated") -> None:
         self._core_placement = room
         self._operations: deque[Callable[[], object] | _Wait | _Signal] = deque()
         self._notified_by: set[TimelineSemaphore] = set()
-        """Those of which this thread wanted to be told last."""
+        """The semaphores from which this thread last requested a notification."""
         self._enqueued_count = self._done_count = self.pending_waits = 0
 
     def enqueue(self, do: Callable[[], object]) -> None:
-        """Have this done after what was given before."""
+        """Append a function, to be called after all earlier operations."""
         self._enqueued_count += 1
         self._operations.append(do)
 
     def enqueue_wait(self, line: TimelineSemaphore, count: int, told: bool) -> None:
-        """Have what is given from now on wait for a record; `told`: its process says so if that is wanted."""
+        """Have all later operations wait until a semaphore reaches a value.
+
+        Args:
+            line: the worker's semaphore.
+            count: the value to wait for.
+            told: whether the worker sends a notification on request; otherwise the semaphore is polled.
+        """
         self._enqueued_count += 1
         self.pending_waits += 1
         self._operations.append(_Wait(line, count, told))
 
     def run_ready(self) -> float | None:
-        """Do what can be done; return when to go on, in seconds of perf_counter, or None if nothing is left."""
+        """Execute all operations that are ready.
+
+        Returns:
+            When to call this again, in seconds of perf_counter; None if the queue is empty.
+        """
         while self._operations:
             first = self._operations[0]
             if isinstance(first, _Wait):
@@ -76,79 +94,79 @@ class HostStream:
         return None
 
     def _request_wakeup(self) -> None:
-        """Have this thread woken: for the first wait, or once all are done.
+        """Request a notification for the first wait, or, on a shared core, once all waits before a signal are complete.
 
-        Look again after this: it may be so already, and then nobody tells.
+        The caller must check the semaphore again afterwards: if it completed before the request, no notification comes.
         """
         waits = self._waits_before_signal()[: 1 if self._core_placement == "dedicated" else None]
         lines = {wait.semaphore for wait in waits}
         for line in self._notified_by - lines:
             line.request_notification(
                 0, alone=True
-            )  # Else it would seem to have been told of already, by somebody who was earlier.
+            )  # Withdraw the old request, which would otherwise take part in deciding which worker notifies.
         for wait in waits:
             wait.semaphore.request_notification(wait.value, alone=self._core_placement == "dedicated")
         self._notified_by = lines
         memory_barrier()
 
     def _waits_before_signal(self) -> list[_Wait]:
-        """Return the waits that come before this thread records again."""
+        """Return the waits that precede this thread's next signal."""
         before = itertools.takewhile(lambda each: not isinstance(each, _Signal), self._operations)
         return [each for each in before if isinstance(each, _Wait)]
 
     def record(self) -> int:
-        """Return how much was given."""
+        """Return an event for all operations enqueued so far, as a count."""
         return self._enqueued_count
 
     def query(self, mark: int) -> bool:
-        """Whether so much was done."""
+        """Whether the operations up to an event were executed."""
         return self._done_count >= mark
 
     def synchronize(self) -> None:
-        """Do all of it; only where nothing that was given waits for another process."""
+        """Execute all operations; only valid if none of them waits for another process."""
         if self.run_ready() is not None:
             raise RuntimeError("what was given waits for another process")
 
     def current(self) -> AbstractContextManager[object]:
-        """Do nothing: it is used by `put`."""
+        """Return a context that does nothing: operations are enqueued explicitly."""
         return contextlib.nullcontext()
 
     def side_stream(self) -> AbstractContextManager[object]:
-        """Do nothing: what was done is there."""
+        """Return a context that does nothing: executed operations are complete, so no other stream is needed."""
         return contextlib.nullcontext()
 
     def close(self) -> None:
-        """Drop what was not done."""
+        """Discard the operations that were not executed."""
         self._operations.clear()
 
 
 class HostEvent:
-    """A side's records as a lane sees them: the leader's own, or a worker's, which it waits for."""
+    """An event on a host stream, backed by a timeline semaphore: the leader's own, or a worker's to wait for."""
 
     def __init__(self, line: Tensor, lane: HostStream, told: bool = False) -> None:
         self._semaphore, self._stream, self._notifies = TimelineSemaphore(line), lane, told
 
     def record(self) -> int:
-        """Count, and have the lane say when it is there."""
+        """Enqueue a signal of the next value, and return the value."""
         count = self._semaphore.next_value()
         self._stream.enqueue(_Signal(self._semaphore, count))
         return count
 
     def wait(self) -> None:
-        """Have the lane wait for the next."""
+        """Have later operations of the stream wait for the next value."""
         self._stream.enqueue_wait(self._semaphore, self._semaphore.next_value(), self._notifies)
 
     def cancel_before(self, least: int) -> None:
-        """Let workers not begin what waits for a record below this one."""
+        """Have workers skip evaluations that wait for a value below `least`."""
         self._semaphore.cancel_before(least)
 
     def release(self) -> None:
-        """Count what was recorded as done."""
+        """Mark all requested values as complete, so that nothing waits for them any longer."""
         self._semaphore.release()
 
 
 class _Signal:
-    """A record of the leader's own."""
+    """An operation that signals the leader's own semaphore."""
 
     def __init__(self, line: TimelineSemaphore, count: int) -> None:
         self._semaphore, self._value = line, count
@@ -156,15 +174,18 @@ class _Signal:
     def __call__(self) -> None:
         self._semaphore.signal(self._value, time.perf_counter_ns())
         self._semaphore.wake_waiters()
-        sched_yield()  # What else there is to be done can wait: it may be a worker's core that this thread is on.
+        sched_yield()  # A worker that was just signalled may need the core that this thread runs on.
 
 
 class _Wait:
-    """For a record of a worker."""
+    """An operation that waits for a worker's semaphore."""
 
     def __init__(self, line: TimelineSemaphore, count: int, told: bool) -> None:
         self.semaphore, self.value, self.notifies = line, count, told
 
     def completed_at(self) -> int | None:
-        """Return since when it is done, in nanoseconds of CLOCK_MONOTONIC, None if it is not."""
+        """Return the completion time, in ns of CLOCK_MONOTONIC; None if the value is not reached.
+
+        An emulated device announces its completion time in advance, so the time may lie in the future.
+        """
         return self.semaphore.completed_at(self.value)

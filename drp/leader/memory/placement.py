@@ -1,4 +1,4 @@
-"""Memory placement: where runs are computed and stored, on the host or on the first worker's GPU."""
+"""Placement of runs: in host memory, or in the memory of the first worker's GPU, where the leader then computes."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ from drp.protocol.wakeup import WakeupReceiver
 
 PROBE_NBYTES = 4096
 ORDERED = ("x86_64", "AMD64")
-"""Processors whose stores are seen in the order in which they were made, as `drp.protocol.timeline` needs it."""
+"""Processors on which stores become visible in program order, which `drp.protocol.timeline` relies on."""
 MIN_BLOCK_NBYTES = 1 << 21
-"""Bytes of the smallest block; cudaMalloc gives no less."""
+"""Bytes of the smallest block, which is the granularity of cudaMalloc."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class GpuOptions:
-    """How workers use their GPUs: see docs/gpus.md.
+    """How workers use their GPUs; see docs/gpus.md.
 
-    dtype: of the weights and of what they are applied to, "float16" or "bfloat16"; by default the model's own. States
+    dtype: the dtype of the weights and of the evaluation, "float16" or "bfloat16"; by default the model's own. States
         and predictions stay float32.
-    compile: send the model through torch.compile.
-    graphs: capture its evaluations as CUDA graphs, one for each shape.
-    nvtx: name what leader and workers do in ranges, for Nsight Systems.
-    memory: "auto": runs lie in the memory of the first worker's GPU if all workers can reach it, else on the host.
-        "host": on the host, in any case: workers copy drafts to their GPU and predictions back.
-    dispatch: "sync": a worker waits for its GPU before it answers. "async": it answers at once, and waits are queued
-        on the GPUs; stamps prove what was read, see docs/gpus.md. Workers on cores do the same with threads, and do not
-        even answer. Not with `hedge`.
+    compile: compile the model with torch.compile.
+    graphs: capture evaluations as CUDA graphs, one for each shape.
+    nvtx: annotate the work of the leader and the workers with NVTX ranges, for Nsight Systems.
+    memory: "auto" places runs in the memory of the first worker's GPU if all workers can access it, else on the host.
+        "host" always places them on the host; workers then copy drafts to their GPU and predictions back.
+    dispatch: with "sync", a worker waits for its GPU before it answers. With "async", it answers at once, and waits are
+        queued on the GPUs; completion records prove that predictions are finished, see docs/gpus.md. Workers on cores
+        do the same with threads, without answering. "async" cannot be combined with `hedge`.
     """
 
     dtype: Half | None = None
@@ -75,15 +75,16 @@ class GpuOptions:
             )
 
     def worker_config(self, uuid: str, batch: int, probe: GpuHandle | None = None) -> GpuConfig:
-        """Return what a worker on this GPU is told."""
+        """Return the configuration of a worker on this GPU."""
         return GpuConfig(uuid, self.dtype, self.compile, self.graphs, batch, probe, self.nvtx)
 
 
 class MemoryPlacement:
-    """Memory for runs, lent as often as it is asked for and freed at the end: workers keep what they have opened.
+    """Allocates memory for runs and creates their streams and events.
 
-    It begins on the GPU of the first device, if that is one, and moves to the host for good as soon as a worker cannot
-    reach it. `enter` is called in the thread that computes.
+    Placement starts on the GPU of the first device, if that is a GPU, and falls back to the host permanently as soon as
+    a worker cannot access that GPU's memory. Blocks of GPU memory are reused and freed only in `close`, since workers
+    keep the blocks that they have opened. `init_device` is called in the thread that computes.
     """
 
     def __init__(self, devices: Sequence[Device], options: GpuOptions, batch: int) -> None:
@@ -96,20 +97,20 @@ class MemoryPlacement:
         self._free: list[GpuMemory] = []
         self._probes: dict[int, GpuMemory] = {}
         self.asynchronous = options.dispatch == "async"
-        """Whether answers run ahead of the devices."""
+        """Whether workers dispatch asynchronously."""
         self.wakeup = WakeupReceiver() if self.asynchronous else None
-        """With which workers wake the leader."""
+        """The descriptor by which workers wake the leader; None with synchronous dispatch."""
         cores = [core for device in devices for core in device.cores]
         self._core_placement: CorePlacement = "dedicated" if os.sched_getaffinity(0) - set(cores) else "shared"
         self._sequences = itertools.count()
         self._counters: list[GpuCounters] = []
         self._counters_by_worker: dict[int, WorkerCounterView] = {}
         self._all_counters: list[WorkerCounterView] = []
-        """Of all workers that were ever started, in order."""
+        """The counters of all workers that were ever started, in order."""
         self._pattern = (torch.arange(PROBE_NBYTES, device="cpu") % 251).to(torch.uint8)
 
     def init_device(self) -> None:
-        """Compute on the GPU, in a stream of its own, from here on in this thread; or on the host, if that fails."""
+        """Make this thread compute on the GPU, in a stream of its own; fall back to the host if that fails."""
         if self._uuid is None:
             return
         try:
@@ -123,16 +124,19 @@ class MemoryPlacement:
             self._fall_back_to_host(f"the leader cannot share memory of {self._uuid}: {error}")
 
     def worker_config(self, number: int, device: Device) -> GpuConfig | None:
-        """Return what a worker is told of its GPU, None without one; with a probe, if it has to reach the leader's."""
+        """Return the configuration of a worker's GPU, None without a GPU.
+
+        It contains a probe if runs lie on the leader's GPU, whose memory the worker must be able to access.
+        """
         if device.gpu is None:
             return None
         if (
             self.asynchronous and self._uuid is not None
-        ):  # another for each worker: there may yet be waits for the last one's
+        ):  # Each worker process gets new counters: waits for its predecessor's may still be queued.
             if number in self._counters_by_worker:
                 self._counters_by_worker[
                     number
-                ].release()  # Once more: one that took its time may have written since it was lost.
+                ].release()  # Repeat the release: the previous process may have written after it was lost.
             batch, line = divmod(len(self._all_counters), MAX_COUNTERS)
             if batch == len(self._counters):
                 self._counters.append(GpuCounters.create())
@@ -141,9 +145,9 @@ class MemoryPlacement:
         return self._options.worker_config(device.gpu, self._batch, self._probe(number))
 
     def check_peer_access(self, number: int, worker: str, unreached: str) -> str:
-        """Look at what a worker has made of its probe; return why it cannot be used, empty if it can.
+        """Check what a worker wrote to its probe; return why the worker cannot be used, empty if it can.
 
-        As long as no run lies on the GPU there is a remedy: they all go to the host.
+        As long as no run lies on the GPU, a worker without access makes all runs fall back to the host instead.
         """
         if self._uuid is None or number not in self._probes:
             return ""
@@ -156,7 +160,7 @@ class MemoryPlacement:
         return ""
 
     def allocate(self, nbytes: int) -> Memory:
-        """Return memory for a run, at least so long; closing it gives it back."""
+        """Return memory for a run, of at least `nbytes` bytes. Closing it makes it available again."""
         if self._uuid is None:
             return self._buffer_pool.acquire(nbytes)
         size = max(MIN_BLOCK_NBYTES, 1 << (nbytes - 1).bit_length())
@@ -167,7 +171,7 @@ class MemoryPlacement:
         return memory
 
     def free_unused(self) -> None:
-        """Give back what is kept on the host for runs to come: something else is short of memory or descriptors."""
+        """Free the host memory kept for future runs, when memory or descriptors are needed elsewhere."""
         self._buffer_pool.clear()
 
     def drain_wakeups(self) -> None:
@@ -177,38 +181,44 @@ class MemoryPlacement:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether runs lie on a GPU: its streams go on by themselves, and have to be looked at."""
+        """Whether runs lie on a GPU, whose streams execute by themselves and must be polled."""
         return self._uuid is not None
 
     @property
     def workers_acknowledge(self) -> bool:
-        """Whether workers say that a draft is queued: GPUs may fail at that, and their events have no numbers."""
+        """Whether workers send a message once a draft is queued.
+
+        Workers on GPUs do, because queuing may fail there, and because CUDA events have no numbers to wait for.
+        """
         return self._has_gpus
 
     def next_sequence(self) -> int:
-        """Return a sequence number for a draft, which none of the last four billion has."""
+        """Return a sequence number for a draft. Numbers repeat after 2**32 - 1 drafts and are never 0."""
         return 1 + next(self._sequences) % (2**32 - 1)
 
     def allocate_ordered(self, nbytes: int) -> Memory:
-        """Do as `make` does, for a run with a stream of its own: it comes after the run that had the memory before."""
+        """Allocate memory for a run with its own stream, which is ordered after the previous run in that memory."""
         memory = self.allocate(nbytes)
         memory.wait_event()
         return memory
 
     def new_stream(self) -> Stream:
-        """Return a stream for one run, to be closed with it."""
+        """Return a new stream for one run; the caller closes it with the run."""
         if self._uuid is None:
             return HostStream(self._core_placement)
         return GpuStream(torch.device("cuda", torch.cuda.current_device()))
 
     def leader_event(self, memory: Memory, place: int, stream: Stream) -> LeaderOwnEvent:
-        """Return what the leader records of a run; on the host its numbers are at this place of the run's memory."""
+        """Return the leader's event of a run. On the host, its semaphore is at byte `place` of the run's memory."""
         if isinstance(stream, HostStream):
             return HostEvent(memory.tensor(place, (TIMELINE_NBYTES // 8,), torch.int64), stream)
         return ArenaEvent(memory)
 
     def worker_event(self, number: int, memory: Memory, place: int, stream: Stream) -> WorkerEvent:
-        """Return what a worker records of a run: on a GPU of all, and on the host as above."""
+        """Return a worker's event of a run. On a GPU, a worker has one event for all runs.
+
+        On the host, the event's semaphore is at byte `place` of the run's memory.
+        """
         if isinstance(stream, HostStream):
             return HostEvent(
                 memory.tensor(place, (TIMELINE_NBYTES // 8,), torch.int64), stream, told=not self._has_gpus
@@ -216,9 +226,9 @@ class MemoryPlacement:
         return self._counters_by_worker[number]
 
     def close(self) -> None:
-        """Free everything; the workers must have ended."""
+        """Free all memory; the workers must have ended."""
         for record in self._all_counters:
-            record.release()  # There may be waits for what they had queued, and to free memory waits for those.
+            record.release()  # Waits for the workers' events may still be queued, and freeing memory waits for them.
         self._buffer_pool.close()
         if self.wakeup is not None:
             self.wakeup.close()

@@ -1,4 +1,4 @@
-"""The kind of run that carries out a request: one of few places that know both."""
+"""The choice between synchronous and asynchronous runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ def make_run(
     workers: int,
     clock: Clock,
 ) -> SyncRun:
-    """Return a run whose memory has `spare` rows beside those that it reads; `batch` drafts are evaluated as one."""
+    """Create the run for a job.
+
+    Args:
+        spare: rows in the run's memory beyond those that it reads, to which workers may write.
+        batch: the number of drafts that a worker evaluates as one batch.
+    """
     run: SyncRun
     if placement.asynchronous:
         run = AsyncRun(number, job, request, pending, spare, batch, placement, workers, clock)

@@ -1,4 +1,4 @@
-"""The state of a run, or of a caller's evaluation session, while the engine executes it."""
+"""The state of a run, or of an evaluation session, while the engine executes it."""
 
 from __future__ import annotations
 
@@ -24,20 +24,22 @@ from drp.sampling.result import Result
 from drp.sampling.run import Run, Task, batches
 
 LATENCY_HISTORY = 32
-"""Evaluations whose times are kept."""
+"""Number of recent evaluations whose times are kept, for the median."""
 FIRST_TIMEOUT = 60.0
-"""Seconds that a worker's first evaluation of a run may take, if nothing else was said."""
+"""Default timeout of a worker's first evaluation of a run, in seconds."""
 MIN_TIMEOUT, TIMEOUT_FACTOR = 5.0, 20.0
-"""Seconds that any evaluation may take, and how many times the longest so far, if nothing else was said."""
+"""Default timeout of later evaluations: at least so many seconds, and so many times the longest evaluation so far."""
 
 
 log = logging.getLogger(__name__)
 
 
 class RunFuture(Future[Result]):
-    """A run that was submitted: a `concurrent.futures.Future` whose `cancel` also ends a run that is under way.
+    """The future of a submitted run: a `concurrent.futures.Future` whose `cancel` also ends a run that is running.
 
-    `number` is its own in the timeline, `steps` those of its grid; both from when it begins. `rounds` are those done.
+    number: the run's number in timelines, None until the run starts.
+    steps: the number of steps of the run's grid, 0 until the run starts.
+    rounds: the number of rounds done so far.
     """
 
     number: int | None = None
@@ -50,9 +52,9 @@ class RunFuture(Future[Result]):
         self.cancel_requested = False
 
     def cancel(self) -> bool:
-        """Ask for the end of the run, after which `result` raises CancelledError; return False if it is over already.
+        """Request cancellation of the run, after which `result` raises CancelledError; return False if it is over.
 
-        It ends within a round; its workers are free for other runs as soon as they have answered.
+        The run ends within a round. Its workers are free for other runs as soon as they have answered.
         """
         over = self.done()
         self.cancel_requested = True
@@ -61,9 +63,9 @@ class RunFuture(Future[Result]):
         return not over
 
     def add_done_callback(self, fn: Callable[[Future[Result]], object]) -> None:
-        """Have `fn` called with this future once it is done, in the leader's thread, or at once if it is done already.
+        """Call `fn` with this future once it is done, in the leader's thread, or immediately if it is done already.
 
-        What it raises in the leader's thread is logged, and does not keep other callbacks from being called.
+        An exception in the leader's thread is logged and does not prevent other callbacks from being called.
         """
         super().add_done_callback(fn if self.done() else partial(_call_done_callback, fn))
 
@@ -71,15 +73,20 @@ class RunFuture(Future[Result]):
 def _call_done_callback(fn: Callable[[Future[Result]], object], future: Future[Result]) -> None:
     try:
         fn(future)
-    except BaseException:  # Future itself logs an Exception only; SystemExit would end the leader's thread.
+    except BaseException:  # Future itself only handles Exception; SystemExit would end the leader's thread.
         log.exception("a done-callback raised")
 
 
 @dataclass(eq=False)
 class InFlightBatch:
-    """Drafts that a worker has as one batch: of a run, each to be answered in a row of its predictions.
+    """Drafts of one run that were sent to a worker as one batch.
 
-    With a sequence number they may be `answered`, and are the worker's until they are stamped.
+    run: the run.
+    tasks: the drafts.
+    rows: for each draft, the row of the run's predictions to which the worker writes.
+    sequence: the sequence number of an asynchronous batch, 0 for a synchronous one.
+    completion_pending: whether an asynchronous batch is queued and its completion record was not read yet. The worker
+        has the batch until then.
     """
 
     run: RunState
@@ -90,11 +97,11 @@ class InFlightBatch:
 
 
 class Completion(Protocol):
-    """What is known of a batch that a worker's device has come to, which the worker has announced before."""
+    """A batch that was queued at a worker, and what its completion records say about it."""
 
     @property
     def batch(self) -> InFlightBatch:
-        """The batch."""
+        """The batch that was queued."""
         ...
 
     @property
@@ -109,12 +116,12 @@ class Completion(Protocol):
 
     @property
     def seconds(self) -> float:
-        """How long the evaluation took, 0 if the device does not tell."""
+        """The evaluation's time in seconds, 0 if unknown."""
         ...
 
     @property
     def ended_at(self) -> float:
-        """When the evaluation ended, in seconds of perf_counter, 0 if the device does not tell."""
+        """When the evaluation ended, in seconds of perf_counter, 0 if unknown."""
         ...
 
     def failed_index(self, verdict: int) -> int:
@@ -123,47 +130,58 @@ class Completion(Protocol):
 
 
 class RunState(ABC):
-    """Memory and accounts. `waiting` are the drafts formed but not given to any worker, in batches for one each.
+    """The state of a run or session: its memory, its drafts by state, and its statistics.
 
-    `batch` is how many drafts there are in one at most. What engine, scheduler and run table ask of a run has defaults
-    here for runs whose predictions are there when a worker says so.
+    A draft passes through these states:
+
+        state      where it is kept                     left by
+        waiting    `waiting`, `outstanding`             being sent to a worker
+        in flight  `outstanding`, the worker's slot,    the prediction's arrival, or the worker's loss,
+                   its row in `rows_in_flight`          after which the draft is waiting again
+        added      the run's arithmetic                 `refine`
+
+    In an asynchronous run a draft is added as soon as the worker has it, and is verified later; see `AsyncRun`.
+
+    `waiting` has the drafts in batches of at most `batch`, each of which is sent to one worker. The methods that the
+    engine, the scheduler and the run table call have defaults here for synchronous runs, whose predictions are complete
+    when the worker's message arrives.
     """
 
     binds_with_drafts = False
-    """Workers open the memory when they are given the first draft, and need not say that they have."""
+    """Whether workers open the run's memory with their first draft, without acknowledging it."""
     schedules_ahead = False
-    """Drafts can be formed before the predictions that they are made of are there."""
+    """Whether drafts can be scheduled before the predictions that they depend on are complete."""
     rounds_begun = 0
-    """How many rounds devices have begun, where that is known."""
+    """The number of rounds that devices have begun; 0 where that is unknown."""
     needs_refine = False
-    """States are to be refined, callbacks to be called."""
+    """Whether `refine` has states to compute or callbacks to call."""
     steps_done = 0
     cuts: Sequence[int] = ()
-    """Of a run, those of its arithmetic."""
+    """The steps from which a mode with feedback continued, discarding predictions beyond them."""
     callback_recorder: Callable[[int, int], None] | None = None
-    """Called with the step of each callback and since when it ran, in ns of perf_counter."""
+    """Called after each callback of the user with its step and its start, in ns of perf_counter."""
 
     def __init__(self, number: int, arena: Arena, batch: int = 1) -> None:
         self.number, self.arena, self._batch = number, arena, batch
         self.waiting: deque[tuple[Task, ...]] = deque()
         self.outstanding: dict[int, Task] = {}
-        """By slot, the drafts formed whose predictions are not in."""
+        """By slot, the scheduled drafts whose predictions have not arrived."""
         self.rows_in_flight: Counter[int] = Counter()
-        """Rows that workers may write to: of drafts that they have, late ones too."""
+        """Rows to which workers may still write, with the number of drafts that may do so, including late ones."""
         self._reassigned_rows: set[int] = set()
-        """Rows that another slot than that of their number was given at some time."""
+        """Rows that were used at some time for a slot with another number."""
         self.bound_workers: set[int] = set()
-        """Numbers of the workers that were sent Bind."""
+        """Numbers of the workers that were sent a Bind."""
         self.bind_pending: set[int] = set()
-        """Those of them that have not answered: until then the memory's descriptor stays open."""
+        """Numbers of the workers that must acknowledge a Bind; until then the memory's descriptor stays open."""
         self.retry_budget_used: defaultdict[int, float] = defaultdict(float)
-        """By index, how much of the losses allowed it has had."""
+        """By draft index, the share of the draft's retry budget that lost workers have used."""
         self.served_by: set[int] = set()
-        """Numbers of the workers that have answered."""
+        """Numbers of the workers that have returned a prediction of this run."""
         self.incidents: list[str] = []
-        """What happened to workers meanwhile."""
+        """Descriptions of workers lost during the run."""
         self.tainted = False
-        """Whether a worker was lost that may have used the memory: a killed process may yet be at its last write."""
+        """Whether a worker that had bound the memory was lost: a killed process may still complete its last write."""
         self.evaluations = 0
         self.device_seconds = 0.0
         self._slowest = 0.0
@@ -172,21 +190,26 @@ class RunState(ABC):
     @property
     @abstractmethod
     def cancel_requested(self) -> bool:
-        """Whether its caller has given it up."""
+        """Whether the caller has cancelled the run or closed the session."""
 
     @abstractmethod
     def schedule_drafts(self) -> bool | None:
-        """Form the next drafts; return False if there is none and it is over but for `refine`, None if not yet."""
+        """Schedule the next drafts.
+
+        Returns:
+            True if drafts were scheduled or predictions are outstanding, False if the run is finished except for
+            `refine`, None if there is nothing to schedule yet.
+        """
 
     @property
     def workers_saturated(self) -> bool:
-        """Whether workers have all that they need for now, so that this thread would only take their cores."""
+        """Whether workers have enough queued work that this thread should leave the cores to them."""
         return False
 
     @property
     @abstractmethod
     def ready(self) -> bool:
-        """Whether `form` has something to do."""
+        """Whether `schedule_drafts` has something to do."""
 
     @abstractmethod
     def rows_in_use(self) -> set[int]:
@@ -194,92 +217,106 @@ class RunState(ABC):
 
     @abstractmethod
     def add_prediction(self, task: Task, row: int) -> None:
-        """Take a prediction."""
+        """Add the prediction of a draft, which is in this row."""
 
     @abstractmethod
     def refine(self) -> None:
-        """Do what nobody waits for."""
+        """Compute the final states that no worker waits for, and call the callback."""
 
     @abstractmethod
     def finish(self, error: BaseException | None, devices: tuple[str, ...]) -> None:
-        """Tell the caller that it is over."""
+        """Resolve the caller's futures: with the error, or without one with the result."""
 
     def bind(self, worker: int) -> Bind:
-        """Return what a worker is told of the memory."""
+        """Return the message that describes the run's memory to a worker."""
         self.arena.memory.record_event()
         return self.arena.bind
 
     def prepare_dispatch(self, worker: int) -> tuple[int, int]:
-        """Let a worker that is given a draft now see what was written.
+        """Make what was written to the memory visible to a worker that is about to be sent a draft.
 
-        Return the draft's sequence number, and that of the record that it is to wait for, 0 if it has none.
+        Returns:
+            The draft's sequence number, and the number of the leader's event that the draft waits for; 0 for none.
         """
-        self.arena.memory.record_event()  # on a GPU; elsewhere it is nothing
+        self.arena.memory.record_event()  # It does nothing on the host.
         return 0, 0
 
     def on_dispatched(self, worker: int, sent: InFlightBatch) -> None:  # noqa: B027  # most have nothing to do
-        """Take note of what a worker was given."""
+        """Update the run after a batch was enqueued for a worker."""
 
     @property
     def waits_for_bind(self) -> bool:
-        """Whether messages to other workers are to wait: a worker opens the memory, and its device waits for that."""
+        """Whether messages to other workers are held back while a worker opens the memory and its device is idle."""
         return False
 
     @property
     def poll_interval(self) -> float:
-        """Seconds to the next look at completions, where nobody announces them."""
+        """Seconds to the next poll of the completion records; infinite if workers notify the leader."""
         return math.inf
 
     def place_drafts(
         self, queues: Sequence[Sequence[InFlightBatch]], depth: int
     ) -> Iterator[tuple[int, tuple[Task, ...]]] | None:
-        """Take waiting drafts, and yield for which worker each batch is, where the run says so itself.
+        """Assign waiting batches to workers, if the run does so itself; return None to leave it to the policy.
 
-        `queues` are the batches that workers have, of which each may have `depth`; they grow meanwhile. Return None to
-        leave it to the policy.
+        Args:
+            queues: for each ready worker, the batches that it has. They grow during the iteration.
+            depth: the maximum number of batches per worker.
+
+        Yields:
+            The index of a worker in `queues`, and the batch for it.
         """
         return None
 
     def on_queued(self, worker: int, sent: InFlightBatch, counts: bool) -> bool:
-        """Take the message that a batch is queued; return False if its predictions are there when it comes."""
+        """Handle the message that a batch is queued; return False if the message means that it is evaluated."""
         return False
 
     def run_ready(self) -> float:
-        """Run the arithmetic that was queued for this thread; return when there is more, in seconds of perf_counter."""
+        """Execute queued arithmetic that is ready; return when to call this again, in seconds of perf_counter."""
         return math.inf
 
     def poll_completions(self) -> Iterator[tuple[Completion, int | None]]:
-        """Yield batches that devices have come to, with their status, None for one that the worker has not done."""
+        """Yield batches whose completion records were read, with their status.
+
+        The status is None if a record is not that of the batch, so that the worker has not evaluated it.
+        """
         return iter(())
 
     def drop_worker(self, worker: int, drafts: tuple[InFlightBatch, ...]) -> bool:
-        """Go on without a worker and what it had; return whether `restart` is needed."""
+        """Remove a lost worker and its batches; return whether `restart` is needed."""
         return False
 
     def restart(self) -> int:
-        """Go back to what is proven; return the step."""
+        """Return to the last verified checkpoint; return its step."""
         raise NotImplementedError(f"run {self.number} uses nothing that is not proven")
 
     def due_since(self, sequence: int, since: float) -> float:
-        """Return since when a worker owes a draft that it has had first since then."""
+        """Return the time from which a draft's timeout counts, or infinity if it does not count yet.
+
+        Args:
+            sequence: the sequence number of the first batch in the worker's queue.
+            since: when that batch became the first in the queue.
+        """
         return since
 
     def withdraw(self, sent: InFlightBatch) -> bool:
-        """Forget a draft that cannot be evaluated; return whether its prediction was taken already."""
+        """Remove a batch that will not be evaluated; return whether its predictions were added already."""
         return False
 
     def cancel_queued(self) -> None:  # noqa: B027  # most have nothing to do
-        """Have workers not begin what they were given, where they can be told."""
+        """Cancel drafts that workers have not begun, where that is possible."""
 
     def release(self) -> None:
-        """Let go of the memory: no worker uses it any more."""
+        """Release the memory, which no worker uses any more."""
         self.arena.close(reuse=not self.tainted)
 
     def free_row(self, slot: int) -> int:
-        """Return a row for a draft's prediction: one that nobody reads, and that no late worker may write to.
+        """Return a row for a draft's prediction that is not read and that no late worker may write to.
 
-        It is the one of the slot's number, or else a spare one, or else another slot's. There always is one: a slot has
-        one row that is promised, written or read, and beside those there are as many as workers can write to at once.
+        It is the row with the slot's number if that is free, else a spare row, else another slot's row. A free row
+        always exists: each slot has at most one row that is reserved, written or read, and there are as many spare rows
+        as workers can write to at once.
         """
         if slot not in self.rows_in_flight and slot not in self._reassigned_rows:
             return slot
@@ -291,7 +328,7 @@ class RunState(ABC):
         return row
 
     def on_predictions(self, worker: int, tasks: Sequence[Task], rows: Sequence[int], seconds: float) -> None:
-        """Account for the predictions of a batch and take them."""
+        """Add the predictions of a batch and update the statistics."""
         self.served_by.add(worker)
         self.device_seconds += seconds
         self._slowest = max(self._slowest, seconds)
@@ -307,17 +344,17 @@ class RunState(ABC):
         self.outstanding.update((task.slot, task) for task in tasks)
 
     def timeout(self, worker: int) -> float:
-        """Return the seconds that a worker may take for a draft: many times what the slowest took so far."""
+        """Return a worker's timeout for a draft, in seconds: a multiple of the slowest evaluation so far."""
         return max(MIN_TIMEOUT, TIMEOUT_FACTOR * self._slowest) if worker in self.served_by else FIRST_TIMEOUT
 
     @property
     def median_latency(self) -> float | None:
-        """The median of the seconds that evaluations took lately, once there are some."""
+        """The median time of recent evaluations in seconds; None before the first."""
         return statistics.median(self._recent) if self._recent else None
 
 
 class SyncRun(RunState):
-    """One run's arithmetic with it, and the future that its caller holds."""
+    """A run with synchronous dispatch: its arithmetic, and the future that its caller holds."""
 
     def __init__(
         self,
@@ -353,13 +390,13 @@ class SyncRun(RunState):
         return self.future.cancel_requested
 
     def annotate_nvtx(self) -> None:
-        """Name in NVTX ranges what is done here."""
+        """Annotate this run's work with NVTX ranges."""
         annotate_methods(self, schedule_drafts="drp draft", refine="drp refine")
         if self._callback is not None:
             self._callback = annotate("drp callback", self._callback)
 
     def schedule_drafts(self) -> bool | None:
-        """Form all drafts whose predictions are in."""
+        """Schedule all drafts whose predictions have arrived."""
         self.needs_refine = True
         while self.run.ready:
             tasks = next(self._rounds, None)
@@ -370,7 +407,7 @@ class SyncRun(RunState):
 
     @property
     def ready(self) -> bool:
-        """Whether there are drafts to form, or nothing is left."""
+        """Whether there are drafts to schedule, or the run is finished."""
         return self.run.ready
 
     def rows_in_use(self) -> set[int]:
@@ -378,18 +415,18 @@ class SyncRun(RunState):
         return self.run.rows
 
     def add_prediction(self, task: Task, row: int) -> None:
-        """Fold a prediction in."""
+        """Add a prediction to the sums of the arithmetic."""
         self.run.accumulate(task.slot, row)
 
     def refine(self) -> None:
-        """Compute the states that the last round has passed, and call the callback for each."""
+        """Compute the states that the last round has made final, and call the callback for each."""
         self.needs_refine = False
         self.future.rounds = self.run.rounds_done
         self.run.refine(self._on_state if self._callback else None)
         self.steps_done = self.run.steps_done
 
     def _on_state(self, step: int, state: Tensor) -> None:
-        """Call the callback with a copy: it may write to it, and the run goes on from the state."""
+        """Call the callback with a copy of the state, since it may write to it and the run continues from the state."""
         self._call_back(step, state.clone())
 
     def _call_back(self, step: int, state: Tensor) -> None:
@@ -400,11 +437,11 @@ class SyncRun(RunState):
             self.callback_recorder(step, since)
 
     def finish(self, error: BaseException | None, devices: tuple[str, ...]) -> None:
-        """Resolve the future: with the error if there is one, or if there is no result, with the reason."""
+        """Resolve the future with the error if there is one, else with the result or the error that prevented it."""
         if error is None:
             try:
                 result = self._result(devices)
-            except BaseException as own:  # such as an `out` that its owner has resized meanwhile
+            except BaseException as own:  # For example, the caller has resized `out` in the meantime.
                 error = own
         if error is None:
             self.future.set_result(result)

@@ -17,9 +17,13 @@ log = logging.getLogger(__name__)
 
 
 class RunTable:
-    """`under_way` are those that want predictions, by number.
+    """All runs and sessions that have memory, by number.
 
-    `leaving` are those that are over, while a worker still has one of their drafts, or has not opened their memory.
+        state      table       left when
+        running    `running`   the run has its result, an error, or was cancelled (`finish`)
+        draining   `draining`  no worker has a draft of the run, or is still to acknowledge its Bind (`release_if_idle`)
+
+    The memory of a run is released when it leaves `draining`.
     """
 
     def __init__(self, supervisor: Supervisor, marks: EventRecorder, devices: tuple[str, ...]) -> None:
@@ -30,7 +34,7 @@ class RunTable:
 
     @contextlib.contextmanager
     def charge(self, run: RunState) -> Iterator[None]:
-        """Have whatever is raised meanwhile end this run. Code and data of its caller must not end the leader."""
+        """Return a context in which any exception ends this run. Code and data of a caller must not end the leader."""
         try:
             yield
         except BaseException as error:
@@ -40,10 +44,10 @@ class RunTable:
                 log.debug("run %d, which is over: %r", run.number, error)
 
     def add(self, run: RunState) -> None:
-        """Take a run. Workers open its memory when they are given its first draft, or with `bind_others`.
+        """Add a run. Workers open its memory with their first draft, or in `bind_all`.
 
-        Drafts that run ahead of their devices are given while there is time for that, except the first one: its worker
-        opens the memory while it is formed.
+        Workers of an asynchronous run have time to open the memory with their first draft, except the first worker: it
+        opens the memory now, while the first draft is computed.
         """
         self.running[run.number] = run
         if run.binds_with_drafts:
@@ -55,9 +59,13 @@ class RunTable:
             self._to_bind.append(run)
 
     def bind(self, worker_slot: WorkerSlot, run: RunState, drafts: bool = False) -> None:
-        """Post to a worker that it open a run's memory, if it was not asked to; `drafts`: some are posted with this.
+        """Enqueue a Bind, by which a worker opens a run's memory, unless one was sent.
 
-        Where those are the worker's until they are stamped, it need not say that it has opened the memory.
+        Args:
+            worker_slot: the slot of the worker.
+            run: the run.
+            drafts: whether drafts follow in the same flush. An asynchronous run then needs no acknowledgement, which
+                the drafts' completion records imply.
         """
         if worker_slot.number not in run.bound_workers:
             answer = not (drafts and run.binds_with_drafts)
@@ -73,7 +81,7 @@ class RunTable:
                 run.bind_pending.add(worker_slot.number)
 
     def bind_all(self) -> None:
-        """Have all workers open the memory of the runs that have begun."""
+        """Have all workers open the memory of new runs."""
         while self._to_bind:
             run = self._to_bind.pop()
             for worker_slot in self._supervisor.ready:
@@ -83,50 +91,50 @@ class RunTable:
             self._supervisor.flush(self._supervisor.ready)
 
     def on_bound(self, worker_slot: WorkerSlot, number: int) -> bool:
-        """Note that a worker has opened a run's memory; return False if it was not asked to."""
+        """Record that a worker has opened a run's memory; return False if no acknowledgement was due."""
         run = self.running.get(number) or self.draining.get(number)
         if run is None or worker_slot.number not in run.bind_pending:
             return False
         run.bind_pending.remove(worker_slot.number)
-        self._supervisor.flush(self._supervisor.ready)  # What was held back meanwhile.
+        self._supervisor.flush(self._supervisor.ready)  # Messages that were held back in the meantime.
         self.release_if_idle(run)
         return True
 
     @property
     def all_runs(self) -> list[RunState]:
-        """Those that are running, and those that are draining."""
+        """All running and draining runs."""
         return [*self.running.values(), *self.draining.values()]
 
     @property
     def only_run(self) -> RunState | None:
-        """The only run that workers have; None if there are several, or there is none."""
+        """The run, if there is exactly one; else None."""
         runs = self.all_runs
         return runs[0] if len(runs) == 1 else None
 
     def on_queued(self, worker_slot: WorkerSlot, sent: InFlightBatch) -> bool:
-        """Take the message that a batch is queued; return False if it says that its predictions are there."""
+        """Handle the message that a batch is queued; return False if the message means that it is evaluated."""
         with self.charge(sent.run):
             return sent.run.on_queued(worker_slot.number, sent, self.is_outstanding(sent))
-        return True  # It raised, and the run has ended.
+        return True  # An exception has ended the run.
 
     @property
     def workers_saturated(self) -> bool:
-        """Whether workers have all that they need for now, of all runs."""
+        """Whether there are runs, and the workers have enough queued work of each."""
         runs = self.all_runs
         return bool(runs) and all(run.workers_saturated for run in runs)
 
     @property
     def rounds_begun(self) -> int:
-        """How many rounds have begun, of the runs under way."""
+        """The number of rounds that have begun in all running runs."""
         return sum(run.rounds_begun for run in self.running.values())
 
     @property
     def schedulable_runs(self) -> list[RunState]:
-        """Those that are running, and have drafts to form before any message comes."""
+        """Running runs whose next drafts can be scheduled without waiting for a message."""
         return [run for run in self.running.values() if run.schedules_ahead and run.ready]
 
     def on_worker_lost(self, loss: WorkerLoss) -> list[RunState]:
-        """Note that a worker is gone, whatever it was asked; return runs that were built upon what it had not done."""
+        """Remove a lost worker from all runs; return the runs that have used predictions which it had not finished."""
         again = [run for run in self.all_runs if run.drop_worker(loss.worker_slot.number, loss.drafts)]
         for run in self.all_runs:
             run.tainted = run.tainted or loss.worker_slot.number in run.bound_workers
@@ -138,11 +146,11 @@ class RunTable:
         return again
 
     def is_outstanding(self, sent: InFlightBatch) -> bool:
-        """Return whether the predictions of a batch are still wanted: it may have been sent twice, or its run over."""
+        """Return whether the predictions of a batch are still needed: it may be a second copy, or its run be over."""
         return sent.run.number in self.running and sent.run.outstanding.get(sent.tasks[0].slot) is sent.tasks[0]
 
     def finish(self, run: RunState, error: BaseException | None) -> None:
-        """Hand a run's result or error to its caller; let go of its memory once no worker uses it."""
+        """Resolve a run with its result or an error, and release its memory once no worker uses it."""
         del self.running[run.number]
         self.draining[run.number] = run
         run.waiting.clear()
@@ -156,7 +164,7 @@ class RunTable:
         self.release_if_idle(run)
 
     def release_if_idle(self, run: RunState) -> None:
-        """Give the memory of a run that is over back, if no worker uses it any more."""
+        """Release the memory of a draining run if no worker uses it any more."""
         if run.number in self.draining and not run.rows_in_flight and not run.bind_pending:
             del self.draining[run.number]
             for worker_slot in self._supervisor.ready:
@@ -172,12 +180,12 @@ class RunTable:
             run.release()
 
     def release_idle(self) -> None:
-        """Do so for all that are over."""
+        """Release all draining runs whose memory no worker uses any more."""
         for run in list(self.draining.values()):
             self.release_if_idle(run)
 
     def close(self) -> None:
-        """Give all memory back; callers were told."""
+        """Release all memory; the runs' futures must have been resolved."""
         with contextlib.ExitStack() as rest:
             for run in self.all_runs:
                 rest.callback(run.release)
@@ -188,7 +196,7 @@ class RunTable:
 
 
 def release_rows(sent: InFlightBatch) -> None:
-    """Note that a worker no longer writes to the rows."""
+    """Record that a worker no longer writes to the rows of a batch."""
     for row in sent.rows:
         sent.run.rows_in_flight[row] -= 1
         if not sent.run.rows_in_flight[row]:
