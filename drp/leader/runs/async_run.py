@@ -1,10 +1,17 @@
-"""Ahead: runs whose drafts are answered before a device has evaluated them: `GpuOptions(dispatch="async")`.
+"""Asynchronous runs, whose predictions are added before a device has computed them: `GpuOptions(dispatch="async")`.
 
-A prediction is folded in as soon as the worker has queued it, or, if it is on cores, as soon as it is asked for: the
-run's stream waits for the worker's, reads the stamp behind the prediction, and only then the prediction itself. The
-leader looks at what was read when it comes to it. Until then the draft is still the worker's, with its row and its
-deadline, and nothing that was made of it leaves the leader, neither a callback's state nor samples. If a worker is lost
-with answers that were not stamped, the run goes back to the last round all of whose predecessors were.
+A worker on a GPU answers as soon as it has queued a batch; for a worker on cores, a batch counts as queued when it is
+sent. The run's arithmetic continues at once: its stream waits for the worker's event, reads the batch's completion
+records, and only then reads the predictions. The leader verifies the records when it next polls them. Until then the
+batch remains in the worker's slot, with its rows and its deadline, and nothing that depends on it leaves the leader:
+no callback is called with such a state, and no samples are returned. If a worker is lost with batches that were added
+but not verified, the run returns to the last checkpoint that depends on verified batches only.
+
+    state of a batch  kept in                           changed by
+    waiting           `waiting`, `outstanding`          `prepare_dispatch`, when it is sent
+    sent              `outstanding`, `_in_flight`       `on_queued`; immediately for workers on cores
+    added             `_pending`, `_in_flight`          `poll_completions`, when its completion records were read
+    verified          `_evaluated`                      `restart` may discard it if it follows the checkpoint
 """
 
 from __future__ import annotations
@@ -43,7 +50,14 @@ from drp.sampling.run import Checkpoint, Run, Task, batches, residual
 
 @dataclass(eq=False)
 class PendingCompletion:
-    """An answer whose stamps are being read, a list of STAMP numbers each; it `counts` if it was folded in."""
+    """A queued batch whose completion records are being read.
+
+    batch: the batch.
+    worker: the worker's number.
+    read: returns the completion records read so far, a list of COMPLETION_SIZE numbers for each draft.
+    counts: whether the batch's predictions were added to the run.
+    since: when the batch was queued, on the leader's clock.
+    """
 
     batch: InFlightBatch
     worker: int
@@ -53,7 +67,10 @@ class PendingCompletion:
 
     @property
     def status(self) -> int | None:
-        """What the stamps say, the worst of a batch; None if one is not the draft's, UNREAD if one was not read yet."""
+        """The worst status of the batch's records.
+
+        None if a record is not of this batch, PENDING if one was not read yet.
+        """
         words = [stamp[0] for stamp in self.read()]
         if PENDING in words:
             return PENDING
@@ -63,23 +80,30 @@ class PendingCompletion:
 
     @property
     def seconds(self) -> float:
-        """How long the evaluation took, 0 if the device does not tell."""
+        """The evaluation's time in seconds, 0 if unknown."""
         return sum(stamp[1] for stamp in self.read()) / 1e9
 
     @property
     def ended_at(self) -> float:
-        """When the evaluation ended, in seconds of perf_counter, 0 if the device does not tell."""
+        """When the evaluation ended, in seconds of perf_counter, 0 if unknown."""
         return max(stamp[2] for stamp in self.read()) / 1e9
 
     def failed_index(self, verdict: int) -> int:
-        """Return the index of the first draft of the batch whose stamp says so."""
+        """Return the index of the first draft of the batch whose record has this status."""
         words = [stamp[0] for stamp in self.read()]
         return self.batch.tasks[words.index(encode_status(self.batch.sequence, verdict))].index
 
 
 @dataclass(frozen=True)
 class KeptState:
-    """A state [B * D] kept for the caller, the draft at its index, both if asked for; behind so many answers."""
+    """A state that is handed to the caller once the batches that it depends on are verified.
+
+    k: the step.
+    state: a copy of the state [B * D]; None if the caller wants no states.
+    draft: a copy of the draft at this step, for its residual; None if no residuals are wanted.
+    needs: the number of batches that must be verified first.
+    event: the run's stream has computed the copies at this event; None without copies.
+    """
 
     k: int
     state: Tensor | None
@@ -90,7 +114,10 @@ class KeptState:
 
 @dataclass(frozen=True)
 class Proven:
-    """A round's beginning to which a run can go back once `needs` answers are proven: the batches that were out."""
+    """A checkpoint at the start of a round, to which a run can return once `needs` batches are verified.
+
+    `out` are the batches whose predictions were outstanding at the checkpoint.
+    """
 
     checkpoint: Checkpoint
     needs: int
@@ -98,11 +125,18 @@ class Proven:
 
 
 COMPLETION_POLL_INTERVAL = 0.001
-"""Seconds between two looks at completion records that a GPU writes."""
+"""Seconds between two polls of completion records that a GPU writes."""
 
 
 class AsyncRun(SyncRun):
-    """A run on a stream of its own, so that no run waits for another's workers."""
+    """A run with asynchronous dispatch. It has its own stream, so that no run waits for another run's workers.
+
+    Layout of its memory, after the arena's drafts, predictions and conditions:
+
+        completion records  int64 [rows, COMPLETION_SIZE], one for each row of predictions
+        semaphores          [1 + workers, TIMELINE_NBYTES] bytes: the leader's, then one for each worker; see
+                            `drp.protocol.timeline.TimelineSemaphore`. On a GPU, events are used in their place.
+    """
 
     binds_with_drafts = schedules_ahead = True
 
@@ -121,30 +155,30 @@ class AsyncRun(SyncRun):
         self._clock = clock
         self._placement, self.stream, self._worker_count = placement, placement.new_stream(), places
         self._worker_events: dict[int, WorkerEvent] = {}
-        """What each records."""
+        """By worker number, the worker's event."""
         self._in_flight: dict[int, None] = {}
-        """Sequence numbers of the drafts that workers have, in order."""
+        """Sequence numbers of the batches that workers have, in the order in which they were sent."""
         self._pending: deque[PendingCompletion] = deque()
-        """In the order in which they were folded in, which is that in which their stamps are read."""
+        """In the order in which the batches were added, in which their completion records are also read."""
         self._steps: deque[KeptState] = deque()
         self._residuals: dict[int, float] = {}
         self._rounds_of: dict[int, int] = {}
-        """By index, which round the draft there was formed with."""
+        """By draft index, the number of the round in which the draft was scheduled."""
         self._reserved: dict[int, int] = {}
-        """By slot, the row that the draft in it will be given."""
+        """By slot, the row reserved for the prediction of the draft in it."""
         self._batch_of: dict[int, tuple[Task, ...]] = {}
-        """By slot, the batch of the draft in it."""
+        """By slot, the batch to which the draft in it belongs."""
         self._proven: deque[Proven] = deque()
-        """At most two: one that can be gone back to, and one that will be."""
+        """At most two checkpoints: the one to return to, and the next, whose batches are not all verified."""
         self._evaluated: list[tuple[int, float]] = []
-        """Of each answer that is proven, in their order, how many evaluations it was and how long they took."""
+        """For each verified batch, in order, the number of evaluations and their time in seconds."""
         self._rounds_formed = self._batches_added = self._batches_verified = self._last_recorded = 0
         self._exhausted = False
         self._last_progress = clock.now()
         self._base_depth, self._round_begun = 0, False
         self.rounds_begun = 0
-        """How many rounds have begun: their drafts are written."""
-        spare += job.mode.width  # A round is not divided.
+        """The number of rounds that have begun, whose drafts are written."""
+        spare += job.mode.width  # All rows of a round are reserved at once.
         rows = job.slots(checkpoints=True) + spare
         lines = aligned(rows * COMPLETION_SIZE * 8)
         try:
@@ -163,13 +197,13 @@ class AsyncRun(SyncRun):
         self._leader_event = placement.leader_event(self.arena.memory, self._timelines_offset, self.stream)
 
     def _make_run(self) -> Run:
-        job = replace(self.job, watch=False)  # Residuals are computed when the states are looked at.
+        job = replace(self.job, watch=False)  # Residuals are computed when the states are handed out.
         return job.run(self.arena.drafts, self.arena.predictions, self.stream)
 
-    # What the engine calls, in the order of a draft's life.
+    # Called by the engine, in the order of a draft's states.
 
     def bind(self, worker: int) -> Bind:
-        """Join this run's stream to a worker's; return what it is told."""
+        """Create the worker's event; return the message that describes the run's memory and semaphores to it."""
         placement, place = self._placement, self._timelines_offset + (1 + worker) * TIMELINE_NBYTES
         record = self._worker_events[worker] = placement.worker_event(worker, self.arena.memory, place, self.stream)
         bell = placement.wakeup.handle if placement.wakeup is not None else None
@@ -188,13 +222,13 @@ class AsyncRun(SyncRun):
         return replace(self.arena.bind, async_config=order)
 
     def prepare_dispatch(self, worker: int) -> tuple[int, int]:
-        """Return the numbers of the next draft that a worker is given, and of the last record."""
+        """Return the sequence number of the batch to be sent, and the number of the leader's last event."""
         sequence = self._placement.next_sequence()
         self._in_flight[sequence] = None
         return sequence, self._last_recorded
 
     def on_dispatched(self, worker: int, sent: InFlightBatch) -> None:
-        """Take it as answered, if nothing will be heard of it."""
+        """Treat the batch as queued if the worker sends no acknowledgement."""
         if not self._placement.workers_acknowledge:
             self.on_queued(worker, sent, counts=True)
 
@@ -203,7 +237,7 @@ class AsyncRun(SyncRun):
         self._rounds_formed += 1
         for task in tasks:
             self._rounds_of[task.index] = self._rounds_formed
-            # Now, and not when it is sent: by then there may be waits in between, for others that were formed with it.
+            # Reserve the row now: at send time the waits for other drafts of the round may be queued ahead of it.
             self._reserved[task.slot] = super().free_row(task.slot)
         for some in batches(tasks, self._batch):
             self._batch_of.update((task.slot, some) for task in some)
@@ -214,7 +248,7 @@ class AsyncRun(SyncRun):
     def place_drafts(
         self, queues: Sequence[Sequence[InFlightBatch]], depth: int
     ) -> Iterator[tuple[int, tuple[Task, ...]]] | None:
-        """Yield drafts of two rounds at most, each for the first worker that would evaluate the fewest before it."""
+        """Yield batches of at most two rounds, each for the worker that would evaluate the fewest batches before it."""
         self._round_begun = False
         self._base_depth = min(depth * len(queues), 2 * -(-self.job.mode.width // self._batch))
         return self._place(queues, self._base_depth - sum(map(len, queues)))
@@ -229,12 +263,15 @@ class AsyncRun(SyncRun):
             yield before.index(min(before)), last
 
     def _joins_last_batch(self, tasks: Sequence[Task], last: Sequence[Task], workers: int) -> bool:
-        """Whether drafts go out with the last ones: of the same round, if that has no more than one for each worker."""
+        """Whether a batch is sent together with the last one: both are of a round with at most one batch per worker."""
         mine = self._rounds_of[tasks[0].index]
         return self._rounds_of[last[0].index] == mine and self.job.mode.width <= workers * self._batch
 
     def _evaluated_before(self, tasks: Sequence[Task], drafts: Sequence[InFlightBatch]) -> int:
-        """Count the drafts that a device would evaluate first: formed with these, if rounds wait for each other."""
+        """Count the batches that a device would evaluate before these drafts.
+
+        If rounds wait for each other, only batches of the same round count, since earlier ones are finished by then.
+        """
         mine = self._rounds_of[tasks[0].index]
         return sum(
             self.job.mode.pipelined or sent.run is not self or self._rounds_of.get(sent.tasks[0].index) == mine
@@ -242,20 +279,20 @@ class AsyncRun(SyncRun):
         )
 
     def free_row(self, slot: int) -> int:
-        """Return a row for a draft's prediction, which nobody reads once what was recorded is done."""
+        """Return the row for a draft's prediction, which is free once the leader's last event is complete."""
         row = self._reserved.pop(slot, None)
-        if row is None:  # It is given again, after a loss.
+        if row is None:  # The draft is sent again after a loss.
             row = super().free_row(slot)
             with self.stream.current():
                 self._last_recorded = self._leader_event.record()
         return row
 
     def rows_in_use(self) -> set[int]:
-        """Return the rows that the arithmetic may still read, and those that were promised."""
+        """Return the rows that the arithmetic may still read, and the reserved rows."""
         return super().rows_in_use() | set(self._reserved.values())
 
     def on_queued(self, worker: int, sent: InFlightBatch, counts: bool) -> bool:
-        """Queue the wait for a worker's stream, the reading of the stamps, and, if it counts, the arithmetic."""
+        """Queue the wait for the worker's event, the reading of the records and, if `counts`, the arithmetic."""
         sent.completion_pending = True
         with self.stream.current():
             self._worker_events[worker].wait()
@@ -269,7 +306,7 @@ class AsyncRun(SyncRun):
         return True
 
     def _read_completions(self, rows: Sequence[int]) -> Callable[[], list[list[int]]]:
-        """Queue the reading of stamps; return what tells them."""
+        """Queue the reading of completion records; return a function that returns them."""
         if isinstance(self._completions, Tensor):
             pinned = torch.full((len(rows), COMPLETION_SIZE), PENDING, dtype=torch.int64, pin_memory=True)
             for place, row in zip(pinned, rows, strict=True):
@@ -280,10 +317,13 @@ class AsyncRun(SyncRun):
         return lambda: seen
 
     def schedule_drafts(self) -> bool | None:
-        """Form all drafts whose predictions are queued; at the end wait, with None, until all stamps were seen."""
+        """Schedule all drafts whose predictions are queued.
+
+        After the last drafts, returns None until all completion records were read, then False.
+        """
         with self.stream.current():
             if super().schedule_drafts():
-                # What is sent from now on waits for what was queued so far.
+                # Batches sent from now on wait for what was queued so far.
                 self._last_recorded = self._leader_event.record()
                 self.stream.enqueue(self._on_round_begun)
                 return True
@@ -292,31 +332,38 @@ class AsyncRun(SyncRun):
 
     @property
     def ready(self) -> bool:
-        """Whether there are drafts to form, or nothing is left. Feedback is made of numbers, which must be there.
+        """Whether there are drafts to schedule, or the run is finished.
 
-        Until the first device is done there are only drafts of three rounds: workers open the memory meanwhile.
+        A mode with feedback decides by the values of predictions, so all pending batches must be verified first. Until
+        the drafts of the second round are written, three rounds are scheduled, while workers open the memory.
         """
         waits = self._pending and (self._exhausted or self.job.mode.feedback)
         opening = self._rounds_formed > 2 and self.rounds_begun == 1
         return self.run.ready and not (opening or waits)
 
     def run_ready(self) -> float:
-        """Do what can be done of what was queued, if that takes this thread; return when to go on."""
+        """Execute the operations of the run's stream that are ready, if this thread executes it.
+
+        Returns when to call this again, in seconds of perf_counter.
+        """
         with self.stream.current():
             due = self.stream.run_ready()
-        if due is None:  # Nothing is waited for; what was read may be looked at.
+        if due is None:  # The stream is empty; a completion record that was read can be verified.
             read = bool(self._pending) and self._pending[0].status not in (PENDING, RAISED)
             return 0.0 if read else math.inf
         return due
 
     @property
     def waits_for_bind(self) -> bool:
-        """Whether others are to be left alone: a worker opens the memory, and its device waits for that."""
+        """Whether messages to other workers are held back: a worker opens the memory, and its device is idle."""
         return bool(self.bind_pending)
 
     @property
     def workers_saturated(self) -> bool:
-        """Whether workers have the next round too. If none has just begun, one is about to end: that comes first."""
+        """Whether workers have the next round queued as well.
+
+        If no round has just begun, one is about to end, and half the queue is enough: its end is handled first.
+        """
         least = self._base_depth if self._round_begun else self._base_depth // 2 + 1
         wanted = self._round_begun and self.wants_states
         return not (self.ready or wanted) and self.stream.pending_waits >= max(1, least)
@@ -327,14 +374,15 @@ class AsyncRun(SyncRun):
 
     @property
     def poll_interval(self) -> float:
-        """Seconds to the next look at stamps, or at states to be handed out: a GPU announces nothing."""
+        """Seconds to the next poll of completion records or of states to be handed out; a GPU sends no notification."""
         looks = self._placement.on_gpu and (bool(self._pending) or self.needs_refine)
         return COMPLETION_POLL_INTERVAL if looks else math.inf
 
     def poll_completions(self) -> Iterator[tuple[PendingCompletion, int | None]]:
-        """Yield answers whose stamps were read, in their order, with the verdict; None is for one that is not proven.
+        """Yield batches whose completion records were read, in order, with their status.
 
-        One whose evaluation raised is left: a Fault follows. So is one that is not proven, to be lost with its worker.
+        The status is None if a record does not prove the batch; the batch then stays pending, to be lost with its
+        worker. A batch whose evaluation raised also stays pending, since an EvaluationError follows.
         """
         while self._pending:
             answer = self._pending[0]
@@ -342,7 +390,7 @@ class AsyncRun(SyncRun):
             if verdict in (PENDING, RAISED):
                 return
             if verdict == CANCELLED and answer.counts:
-                verdict = None  # It is.
+                verdict = None  # The run has used the predictions, so the batch must not have been cancelled.
             if verdict is not None:
                 self._verify(self._pending.popleft())
             yield answer, verdict
@@ -369,7 +417,7 @@ class AsyncRun(SyncRun):
             self.needs_refine = self.needs_refine or bool(self._steps)
 
     def withdraw(self, sent: InFlightBatch) -> bool:
-        """Forget a draft that cannot be evaluated; return whether its prediction was folded in."""
+        """Remove a batch that will not be evaluated; return whether its predictions were added."""
         self._in_flight.pop(sent.sequence, None)
         found = [answer for answer in self._pending if answer.batch is sent]
         for answer in found:
@@ -377,8 +425,8 @@ class AsyncRun(SyncRun):
         return any(answer.counts for answer in found)
 
     def drop_worker(self, worker: int, drafts: tuple[InFlightBatch, ...]) -> bool:
-        """Go on without a worker and the drafts that it had; return whether one was folded in that was not proven."""
-        self._last_progress = self._clock.now()  # Others may have waited for it, and have their time from now on.
+        """Remove a lost worker and its batches; return whether an unverified one was added to the run."""
+        self._last_progress = self._clock.now()  # Other workers may have waited for it: restart their timeouts.
         record = self._worker_events.pop(worker, None)
         if record is not None:
             record.release()
@@ -386,7 +434,7 @@ class AsyncRun(SyncRun):
         return any(folded)
 
     def cancel_queued(self) -> None:
-        """Have workers not begin what they were given."""
+        """Cancel the batches that workers have not begun."""
         self._leader_event.cancel_before(CANCEL_ALL)
         for answer in self._pending:
             answer.counts = False
@@ -396,9 +444,9 @@ class AsyncRun(SyncRun):
             self.run.drop(proven.checkpoint)
 
     def restart(self) -> int:
-        """Go back to what is proven, if it was kept, else to the beginning; return from which step on it is done again.
+        """Return to the last verified checkpoint that is still kept, else to the start; return its step.
 
-        Callbacks that were called are not called again; what is still out is nobody's.
+        Callbacks are not called again for steps already handed out. Predictions of batches sent before are ignored.
         """
         self.waiting.clear()
         self.outstanding.clear()
@@ -423,7 +471,7 @@ class AsyncRun(SyncRun):
             self._rounds = self.run.rounds()
             self._proven.append(last)
             for some in last.out:
-                tasks = tuple(map(replace, some))  # other objects: what workers still have of the old ones is nobody's
+                tasks = tuple(map(replace, some))  # New objects, so that batches that workers still have do not count.
                 self.waiting.append(tasks)
                 for task in tasks:
                     self.outstanding[task.slot] = task
@@ -431,16 +479,16 @@ class AsyncRun(SyncRun):
             return self.run.steps_done
 
     def due_since(self, sequence: int, since: float) -> float:
-        """Return since when a worker owes a draft: only the one that the run's stream waits for, or comes to next."""
+        """Return the time from which a batch's timeout counts: only for the batch that the run's stream reads next."""
         first = self._pending[0].batch.sequence if self._pending else next(iter(self._in_flight))
         return max(since, self._last_progress) if sequence == first else math.inf
 
     def refine(self) -> None:
-        """Queue what nobody waits for, and hand out the states that are proven."""
+        """Queue the computation of final states, and hand out the states whose batches are verified."""
         with self.stream.current():
             self.run.refine(self._keep_state, between=self.wants_states)
         if self._exhausted and not self._pending:
-            self.stream.synchronize()  # Nothing in it waits for a worker any more.
+            self.stream.synchronize()  # No operation waits for a worker any more.
         self.future.rounds = max(self.future.rounds, self.run.rounds_done)
         while self._steps and self._steps[0].needs <= self._batches_verified:
             if self._steps[0].event is not None and not self.stream.query(self._steps[0].event):
@@ -451,11 +499,11 @@ class AsyncRun(SyncRun):
 
     @property
     def wants_states(self) -> bool:
-        """Whether somebody is given the states between."""
+        """Whether intermediate states are needed, for a callback or for residuals."""
         return self._callback is not None or self.job.watch
 
     def _keep_state(self, k: int, x: Tensor) -> None:
-        """Note a state that is being computed; the next round may be computed in its place, so keep it if need be."""
+        """Record a state that is being computed, and copy it if it is wanted: the next round may overwrite it."""
         state = given = mark = None
         if k > self.steps_done and self.wants_states:
             draft = self.run.draft_at(k) if self.job.watch else None
@@ -474,7 +522,7 @@ class AsyncRun(SyncRun):
         self.steps_done = step.k
         if step.state is None:
             return
-        with self.stream.side_stream():  # The run's own stream may be waiting for workers, for as long as they take.
+        with self.stream.side_stream():  # The run's own stream may be waiting for workers.
             if step.state.is_cuda:
                 step.state.record_stream(torch.cuda.current_stream())
             if step.draft is not None:
@@ -487,7 +535,7 @@ class AsyncRun(SyncRun):
             return super()._result(devices)
 
     def release(self) -> None:
-        """Let go of the memory; whoever has it next comes after what is still queued."""
+        """Release the memory; its next user is ordered after what is still queued."""
         with self.stream.current():
             self.arena.memory.record_event()
         self.stream.close()
@@ -495,6 +543,6 @@ class AsyncRun(SyncRun):
 
 
 def _copy_completions(stamps: memoryview, rows: Sequence[int], seen: list[list[int]]) -> None:
-    """Read stamps where they lie, int64 [rows, STAMP], one for one."""
+    """Copy completion records, int64 [rows, COMPLETION_SIZE], to lists."""
     for place, row in enumerate(rows):
         seen[place] = [stamps[row, number] for number in range(COMPLETION_SIZE)]

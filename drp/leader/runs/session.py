@@ -1,4 +1,4 @@
-"""Evaluation sessions, for a caller with a sampling loop of its own, such as a diffusers pipeline."""
+"""Evaluation sessions, for callers with their own sampling loop, such as a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from drp.sampling.run import Task
 
 
 class EvaluationBlock:
-    """Evaluations that were asked for together: by index, the row of each prediction and its seconds."""
+    """Evaluations requested by one call. `rows` has, by draft index, the row of each prediction."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = tuple(tasks)
@@ -22,10 +22,10 @@ class EvaluationBlock:
 
 
 class Session(RunState):
-    """An arena bound to all workers, and blocks of evaluations in it, one block at a time.
+    """An arena that all workers open, in which blocks of drafts are evaluated, one block at a time.
 
-    The caller writes drafts to `arena.drafts`, calls `evaluate` in a thread of his own, and reads the predictions from
-    the rows it returns. Lost workers, replay and deadlines are the engine's, as for runs. `close` ends it.
+    The caller writes drafts to `arena.drafts`, calls `evaluate` in its own thread, and reads the predictions from the
+    rows that are returned. The engine handles lost workers and timeouts as for runs. `close` ends the session.
     """
 
     def __init__(self, number: int, arena: Arena, poke: Callable[[Session], None], batch: int) -> None:
@@ -38,13 +38,15 @@ class Session(RunState):
         self._closed = False
         self._finished: Future[None] = Future()
 
-    # What the caller calls.
+    # Called by the caller.
 
     def evaluate(self, tasks: Sequence[Task]) -> dict[int, int]:
-        """Have the drafts in the tasks' slots evaluated, each index once; return the row of each one's prediction.
+        """Evaluate the drafts in the tasks' slots; each index may occur once.
 
-        The rows are the caller's to read until the next call. Raises WorkerError if a worker raised or none is left,
-        RuntimeError if the session or its leader is closed.
+        Returns:
+            By index, the row of the prediction in `arena.predictions`. The rows are valid until the next call.
+
+        Raises WorkerError if a worker raised or none is left, RuntimeError if the session is closed.
         """
         indices = {task.index for task in tasks}
         if not tasks or len(indices) < len(tasks):
@@ -58,26 +60,26 @@ class Session(RunState):
         return block.done.result()
 
     def close(self) -> None:
-        """End it; the workers let go of its memory, which must not be used any more. More calls do nothing."""
+        """End the session and release its memory, which must not be used any more. Further calls do nothing."""
         with self._gate:
             self._closed = True
         self._notify(self)
         self._finished.result()
 
-    # What the engine calls.
+    # Called by the engine.
 
     @property
     def cancel_requested(self) -> bool:
-        """Whether it was closed."""
+        """Whether the session was closed."""
         return self._closed
 
     @property
     def idle(self) -> bool:
-        """Whether no block is under way."""
+        """Whether no block is being evaluated."""
         return self._block is None
 
     def schedule_drafts(self) -> bool | None:
-        """Hand the finished block to its caller, and take the next."""
+        """Return the finished block to its caller, and schedule the next block if there is one."""
         with self._gate:
             finished, self._block = self._block, None
             if finished is not None:
@@ -91,7 +93,7 @@ class Session(RunState):
 
     @property
     def ready(self) -> bool:
-        """Whether the block is finished."""
+        """Whether the current block is finished."""
         return not self.outstanding
 
     def rows_in_use(self) -> set[int]:
@@ -99,16 +101,16 @@ class Session(RunState):
         return self._kept
 
     def add_prediction(self, task: Task, row: int) -> None:
-        """Note where a prediction is."""
+        """Record the row of a prediction."""
         assert self._block is not None
         self._kept.add(row)
         self._block.rows[task.index] = row
 
     def refine(self) -> None:
-        """Do nothing: the states are the caller's."""
+        """Do nothing, since the caller computes the states."""
 
     def finish(self, error: BaseException | None, devices: tuple[str, ...]) -> None:
-        """Tell everyone who waits."""
+        """Resolve the futures of all blocks, and let `close` return."""
         with self._gate:
             self._closed = True
             blocks = [*([self._block] if self._block else []), *self._blocks]

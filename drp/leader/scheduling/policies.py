@@ -1,7 +1,7 @@
-"""Policies: when drafts go out, to whom, and whether twice. The same objects drive the engine and the simulator.
+"""Policies: when drafts are sent, to which worker, and whether to a second one.
 
-Notation of the theory: N steps, n drafts, tau an evaluation's time, independent from one to the next; a run's time
-without what the leader and the wires add.
+The same objects drive the engine and the simulator. Notation: N steps, n drafts per round, tau the time of an
+evaluation; evaluation times are independent. Run times exclude the overhead of the leader and of communication.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from drp.sampling.modes import Rolling as RollingWindow
 
 @dataclass(frozen=True)
 class Policy:
-    """What a policy decides; one of one's own overrides what it changes (examples/own_policy.py).
+    """Base class of policies. A custom policy overrides what it changes (examples/own_policy.py).
 
-    `schedule` may put another mode in the place of the one that was asked for: it says what drafts are made of, and so
-    what they wait for. The samples depend on that alone. `choose` says whose draft a free worker gets. `hedge`: a draft
-    that takes this many times the usual is given to an idle worker too, and the first answer counts. `depth`: drafts
-    that a worker has at most while there is one run alone; with 2 the second spares it a wait for the leader.
+    `schedule` may replace the requested mode. The mode determines which predictions a draft depends on, and the samples
+    depend on the mode only. `choose` selects the run whose draft a free worker evaluates.
+
+    hedge: a draft that takes this many times the median latency is sent to an idle worker as well; the first prediction
+        to arrive is used. None disables hedging.
+    depth: the maximum number of batches of a worker while there is only one run. With 2, a worker does not have to wait
+        for the leader between evaluations.
     """
 
     hedge: float | None = None
     depth: int = 2
 
     def schedule(self, mode: Mode) -> Mode:
-        """Return the mode that takes the place of `mode`."""
+        """Return the mode to use in place of `mode`."""
         return mode
 
     def choose(self, worker: int, workers: int, runs: Sequence[Waiting]) -> Waiting | None:
@@ -39,56 +42,61 @@ class Policy:
 
 @dataclass(frozen=True)
 class Barrier(Policy):
-    """Rounds: the next drafts go out when the last prediction of a round is in. It is what the mode says.
+    """Rounds with a barrier: the next drafts are sent when the last prediction of a round has arrived.
 
-    A round takes the largest of its n times: with R rounds a run takes R E[max of n], for normally distributed times of
-    standard deviation s about R (tau + s sqrt(2 ln n)). If a share p of the evaluations takes f times as long, a round
-    does with probability 1 - (1 - p)^n, and the run loses that many times R (f - 1) tau.
+    The mode is unchanged. A round takes the maximum of its n evaluation times: a run of R rounds takes R E[max of n],
+    which for normally distributed times with standard deviation s is about R (tau + s sqrt(2 ln n)). If a share p of
+    the evaluations takes f times as long, a round is slow with probability 1 - (1 - p)^n, and the run loses
+    R (f - 1) tau times this probability.
     """
 
 
 @dataclass(frozen=True)
 class Eager(Policy):
-    """Each draft goes out as soon as what it is made of is there. The samples are those of the mode asked for.
+    """Each draft is sent as soon as the predictions that it depends on are there. The samples are unchanged.
 
-    In sweeps, the draft at place j of a block waits for those before it alone: a block of n with s sweeps takes the
-    slowest sequence of s evaluations whose places do not fall, which is at most the sum of the s slowest. In the
-    aggressive and the conservative mode every draft is made of all predictions: it is the barrier, and takes as long.
+    In Picard sweeps, the draft at position j of a block depends only on the positions before it: a block of n drafts
+    with s sweeps takes the slowest sequence of s evaluations at non-decreasing positions, which is at most the sum of
+    the s slowest. In the aggressive and the conservative mode every draft depends on all predictions, so the policy
+    equals the barrier.
     """
 
     def schedule(self, mode: Mode) -> Mode:
-        """Return the mode with its rounds divided."""
+        """Return the mode with each round divided into drafts that are sent separately."""
         return EagerRounds(mode)
 
 
 @dataclass(frozen=True)
 class Rolling(Policy):
-    """A window of as many drafts as the mode has, without a barrier: `drp.sampling.modes.Rolling` in its place.
+    """A rolling window of the mode's width, without a barrier: replaces the mode by `drp.sampling.modes.Rolling`.
 
-    A run takes the slowest sequence of evaluations whose indices lie at least n apart, of which there are at most
-    1 + ceil((N - 1) / n). A barrier may take the slowest of each block, whichever they are; here one that is slow holds
-    up only what lies n and more behind it, so slow evaluations less than n apart cost once. With rare stragglers of f
-    times the time, few lie so near: each costs (f - 1) tau, as with a barrier. With m more drafts than devices the
-    others go on meanwhile for m / (devices - 1) tau, at the price of drafts that are m further ahead. No draft is given
-    to a worker in advance: it would wait there for a slow one, while others are idle.
+    A run takes the slowest sequence of evaluations whose indices are at least n apart, which has at most
+    1 + ceil((N - 1) / n) evaluations. With a barrier, the slowest evaluation of every block counts. Here a slow
+    evaluation delays only indices that are n or more further, so slow evaluations less than n apart cost only once.
+    Rare stragglers that take f times as long are seldom so near to each other: each costs (f - 1) tau, as with a
+    barrier. With m more drafts than devices the other devices can continue for m / (devices - 1) tau in the meantime,
+    at the price of drafts that are m steps further ahead. No draft is queued at a busy worker, where it could wait for
+    a slow evaluation while other workers are idle.
     """
 
     depth: int = 1
 
     def schedule(self, mode: Mode) -> Mode:
-        """Return a window of the mode's width, with its rule."""
+        """Return a rolling window with the mode's width and draft rule."""
         return RollingWindow(mode.width, mode.rule)
 
 
 @dataclass(frozen=True)
 class Hedged(Policy):
-    """A barrier, but what is late is also given to an idle worker.
+    """A barrier with hedging: late drafts are also sent to an idle worker.
 
-    A draft that takes f times as long is answered after min(f, h + 1) tau, h being `hedge`: of the (f - 1) tau that a
-    barrier loses, h tau are lost. For f = 3 and h just above 1 that is half: until one tau has passed nobody knows. The
-    device that is late goes on computing what nobody needs. With a draft a device the next round lacks it, and has lost
-    what this one gained; hedging wants a device to spare, or a window. Devices compute a draft more for each that is
-    later than h tau: with normal times, a share 1 - Phi((h - 1) tau / s) of all.
+    With h = `hedge`, the prediction of a draft that takes f times as long arrives after min(f, h + 1) tau: the run
+    loses h tau instead of the barrier's (f - 1) tau. For f = 3 and h slightly above 1 that is half, since lateness
+    shows only after one tau. The late device continues to compute a prediction that is no longer needed. With one draft
+    per device it is then missing in the next round, which loses what this round gained, so hedging needs a spare device
+    or a window.
+    Each evaluation that takes longer than h tau causes an additional one: with normally distributed times, a share
+    1 - Phi((h - 1) tau / s) of all evaluations.
     """
 
     hedge: float | None = 1.25
@@ -96,11 +104,12 @@ class Hedged(Policy):
 
 @dataclass(frozen=True)
 class RollingHedged(Rolling):
-    """A window whose late drafts are also given to an idle worker.
+    """A rolling window with hedging: late drafts are also sent to an idle worker.
 
-    The window goes on while a device is late, and while that device computes what nobody needs, without a round that
-    wants all devices. What is left is the time that N evaluations and those made twice take on all devices: 50 steps on
-    8 devices leave 7 evaluations' room in 8 tau, 48 steps one in 7 tau.
+    No round needs all devices, so the window advances while a device is late and while that device computes a
+    prediction that is no longer needed. The remaining limit is the time that N evaluations and the additional ones take
+    on all devices. The first evaluation is made alone, so with 8 devices, 50 steps leave room for 7 additional
+    evaluations in 8 tau, and 48 steps for 1 in 7 tau.
     """
 
     hedge: float | None = 1.25
@@ -108,16 +117,17 @@ class RollingHedged(Rolling):
 
 @dataclass(frozen=True)
 class LoadAdaptive(Policy):
-    """All workers on the oldest run while there are fewer runs than workers; beyond that, a run a worker.
+    """All workers serve the oldest run while there are fewer runs than workers; otherwise each worker serves one run.
 
-    Drafts spread over n devices make a run about n times as fast, and leave devices idle for what rounds wait: for the
-    slowest, the leader and the wires. Drafts of a run on one device leave none idle, for each evaluation is needed
-    anyway: throughput is devices / (N tau), which spreading reaches only as far as other runs fill its gaps. Below that
-    load latency counts, above it throughput: a queue grows without bounds as soon as more arrives than is served.
+    Spreading a run's drafts over n devices makes the run about n times as fast, but devices are idle while a round
+    waits for its slowest evaluation, for the leader and for communication. A run on a single device leaves that device
+    never idle, since every evaluation is needed: the throughput is devices / (N tau) runs per second, which spreading
+    reaches only if other runs fill its gaps. Below that load latency matters, and above it throughput, because the
+    queue grows without bound once more runs arrive than are served.
     """
 
     def choose(self, worker: int, workers: int, runs: Sequence[Waiting]) -> Waiting | None:
-        """Return what the policy for this load chooses."""
+        """Return the choice of the policy for the current load."""
         return LoadBalanced().choose(worker, workers, runs)
 
 
@@ -132,7 +142,7 @@ POLICIES: dict[str, Policy] = {
 
 
 def find_policy(policy: str | Policy) -> Policy:
-    """Return the policy of that name, or the one given; raise ValueError if there is none."""
+    """Return the policy with this name, or a given policy itself; raise ValueError for an unknown one."""
     if isinstance(policy, Policy):
         return policy
     if policy not in POLICIES:

@@ -1,4 +1,4 @@
-"""The scheduler: which worker evaluates which draft, how many are queued, and which are hedged."""
+"""The scheduler: assigns drafts to workers, limits how many each has queued, and hedges late drafts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from drp.protocol.waiting import sched_yield
 from drp.sampling.run import Task
 
 QUEUE_DEPTH = 2
-"""Drafts, or batches of them, for each worker at most: one, and another in advance."""
+"""Maximum number of batches per worker: one being evaluated, and one queued behind it."""
 
 
 class Scheduler:
-    """Gives the drafts of the runs that are carried to the workers that are ready."""
+    """Assigns the waiting drafts of running runs to ready workers."""
 
     depth: int
 
@@ -35,13 +35,13 @@ class Scheduler:
         self.configure(sharing, hedge, QUEUE_DEPTH)
 
     def configure(self, sharing: SharingPolicy, hedge: float | None, depth: int) -> None:
-        """Share, hedge, and give so many drafts in advance from now on; only while no run is under way."""
+        """Set the sharing policy, the hedge factor and the queue depth. Only valid while no run is running."""
         self._sharing, self._hedge, self.depth = sharing, hedge, depth
 
     def assign_drafts(self) -> None:
-        """Give waiting drafts to workers: one each, and a second in advance if there is only one run.
+        """Assign waiting batches to workers: one each, or, if there is only one run, up to `depth` each.
 
-        A single run may place its drafts itself.
+        A single run may assign its batches itself; see `RunState.place_drafts`.
         """
         runs = [run for run in self._runs.running.values() if run.outstanding]
         ready = self._supervisor.ready
@@ -58,7 +58,7 @@ class Scheduler:
         return None
 
     def _choose(self, place: int, workers: int, runs: Sequence[RunState]) -> RunState | None:
-        """Return what the policy chooses. It may be the caller's: if it fails, the runs it was to choose from end."""
+        """Return the run that the policy chooses. If a user's policy fails, the runs that it could choose from end."""
         try:
             run = self._sharing.choose(place, workers, runs)
             if run is not None and not run.waiting:
@@ -71,7 +71,7 @@ class Scheduler:
         return run
 
     def flush(self) -> None:
-        """Send what was posted, but for what has to wait."""
+        """Send all enqueued messages, except while they are held back for a worker that opens a run's memory."""
         only = self._runs.only_run
         if only is None or not only.waits_for_bind:
             self._supervisor.flush(self._supervisor.ready)
@@ -79,9 +79,9 @@ class Scheduler:
     def _assign_placed(
         self, run: RunState, ready: Sequence[WorkerSlot], placed: Iterator[tuple[int, tuple[Task, ...]]]
     ) -> None:
-        """Give drafts to the workers that the run has chosen.
+        """Assign batches to the workers that the run has chosen.
 
-        They are sent at once to those that have no others; to the rest with what else there will be for them.
+        Idle workers are sent their batches at once; busy workers receive them with the next flush.
         """
         idle = [worker_slot for worker_slot in ready if not worker_slot.drafts]
         for place, tasks in placed:
@@ -92,7 +92,7 @@ class Scheduler:
             sched_yield()  # The thread that sends the message to the first worker may need this thread's core.
 
     def _assign(self, worker_slot: WorkerSlot, run: RunState, tasks: tuple[Task, ...]) -> None:
-        """Post drafts to a worker, to be delivered, and take note of it."""
+        """Enqueue a batch for a worker; an exception ends the run."""
         with self._runs.charge(run):
             self._post(worker_slot, run, tasks)
 
@@ -109,7 +109,7 @@ class Scheduler:
         draft = Draft(run.number, task.index, task.timestep, task.slot, row, sequence, after, also)
         try:
             self._supervisor.enqueue(worker_slot, draft)
-        except BaseException:  # It cannot be said in a message: a timestep of somebody's own grid, say.
+        except BaseException:  # The message cannot be encoded, for example because of a user's timestep.
             release_rows(sent)
             raise
         for task in tasks:
@@ -122,7 +122,7 @@ class Scheduler:
     # Late drafts.
 
     def _hedge_late_drafts(self, ready: Sequence[WorkerSlot]) -> None:
-        """Give drafts that are late to idle workers too; the first answer counts."""
+        """Send late drafts to idle workers as well; the first prediction to arrive is used."""
         idle = [worker_slot for worker_slot in ready if not worker_slot.drafts] if self._hedge else []
         for worker_slot in ready if idle else ():
             if worker_slot.drafts and self._supervisor.clock.now() >= self._late_at(worker_slot):
@@ -134,19 +134,19 @@ class Scheduler:
                         self._supervisor.flush([idle.pop()])
 
     def _late_at(self, worker_slot: WorkerSlot) -> float:
-        """Return when the first draft of a busy worker slot is late enough to be given to another too."""
+        """Return when the first draft of a busy worker slot is late enough to be hedged; infinity if never."""
         usual = worker_slot.drafts[0].run.median_latency
         return worker_slot.since + self._hedge * usual if self._hedge and usual else float("inf")
 
     def hedge_deadlines(self, busy: Sequence[WorkerSlot]) -> Iterator[float]:
-        """Yield when drafts of busy worker slots will be late, if there is somebody idle to give them to."""
+        """Yield the times at which drafts of busy worker slots are to be hedged, if a worker is idle."""
         if self._hedge and len(busy) < len(self._supervisor.ready):
             for worker_slot in busy:
                 if any(len(self.copies_of(sent)) == 1 for sent in worker_slot.drafts):
                     yield self._late_at(worker_slot)
 
     def copies_of(self, sent: InFlightBatch) -> list[InFlightBatch]:
-        """Return a batch wherever a worker has it."""
+        """Return the copies of a batch that ready workers have, including itself."""
         return [
             other for worker_slot in self._supervisor.ready for other in worker_slot.drafts if other.tasks is sent.tasks
         ]

@@ -7,11 +7,11 @@ from typing import Protocol, TypeVar
 
 
 class HasDrafts(Protocol):
-    """What a policy looks at of a run: the drafts that no worker has been given."""
+    """A run as a policy sees it: its drafts that are not assigned to a worker."""
 
     @property
     def waiting(self) -> Sized:
-        """The drafts."""
+        """The unassigned drafts."""
         ...
 
 
@@ -19,7 +19,7 @@ Waiting = TypeVar("Waiting", bound=HasDrafts)
 
 
 class SharingPolicy(Protocol):
-    """A policy. Whatever it chooses, samples are the same: only who waits for whom depends on it."""
+    """A sharing policy. It affects only how long runs wait, never their samples."""
 
     def choose(self, worker: int, workers: int, runs: Sequence[Waiting]) -> Waiting | None:
         """Return the run whose next draft worker number `worker` of `workers` evaluates; `runs` are oldest first."""
@@ -27,7 +27,7 @@ class SharingPolicy(Protocol):
 
 
 class FirstComeFirstServed:
-    """Latency: every worker serves the oldest run that has drafts waiting; later runs fill what it leaves idle."""
+    """For latency: every worker serves the oldest run with waiting drafts. Later runs use otherwise idle workers."""
 
     def choose(self, worker: int, workers: int, runs: Sequence[Waiting]) -> Waiting | None:
         """Return the oldest run with a draft waiting."""
@@ -35,7 +35,7 @@ class FirstComeFirstServed:
 
 
 class RunAffinity:
-    """Throughput: a worker serves one run as long as that has drafts, then the oldest."""
+    """For throughput: each worker serves its own run while that has waiting drafts, else the oldest."""
 
     def choose(self, worker: int, workers: int, runs: Sequence[Waiting]) -> Waiting | None:
         """Return the worker's own run, or the oldest with a draft waiting."""
@@ -44,12 +44,12 @@ class RunAffinity:
 
 
 class LoadBalanced:
-    """All workers on the oldest run while there are fewer runs than workers; beyond that, a run a worker."""
+    """FirstComeFirstServed while there are fewer runs than workers, else RunAffinity."""
 
     def __init__(self) -> None:
         self._few, self._many = FirstComeFirstServed(), RunAffinity()
 
     def choose(self, worker: int, workers: int, runs: Sequence[Waiting]) -> Waiting | None:
-        """Return what the policy for this load chooses."""
+        """Return the choice of the policy for the current load."""
         policy: SharingPolicy = self._few if len(runs) < workers else self._many
         return policy.choose(worker, workers, runs)
