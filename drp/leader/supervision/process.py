@@ -1,4 +1,4 @@
-"""Process: a worker's process, a `torch.multiprocessing` one that leaves the program it is started from as it was."""
+"""Worker processes: `torch.multiprocessing` processes whose start does not affect the parent program."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ BOOT = (
     "import os, sys; os.set_inheritable({sentinel}, False); sys.path[:] = filter(None, sys.path); "
     "from multiprocessing.spawn import spawn_main; spawn_main(pipe_handle={pipe})"
 )
-"""What the interpreter runs. The working directory is not on its path: its files must not hide the standard library."""
+"""The interpreter's command. The working directory is not on sys.path, where its files could hide standard modules."""
 
 
 def find_interpreter(python: str | os.PathLike[str] | None = None) -> str:
     """Return the path of the interpreter for the workers; raise ValueError if there is none.
 
-    It is `python` if that is given, else what `multiprocessing.set_executable` was told, else this program, if it is an
-    interpreter. In a program that embeds one it is not: then the one in this environment's folder.
+    It is `python` if given, else the executable set by `multiprocessing.set_executable`, else this program if it is an
+    interpreter. In a program that embeds Python, it is the interpreter in the environment's folder.
     """
     if python is not None:
         if not os.access(python, os.X_OK) or Path(python).is_dir():
@@ -55,12 +55,12 @@ def find_interpreter(python: str | os.PathLike[str] | None = None) -> str:
 
 
 class Process(SpawnProcess):
-    """A process that calls `target(*args)` in a fresh interpreter `python`.
+    """A process that calls `target(*args)` in a new interpreter `python`.
 
-    It is `multiprocessing`'s, with what a library must not do left out: the program's start method stays unset, no
-    resource tracker is started, the main script is not run again, and the process is not among the program's
-    `active_children`, which are the program's to join. It may be started from a daemonic process too: it is the target
-    that sees to it that it ends with its parent.
+    It differs from `multiprocessing`'s process where a library must not have side effects on the program: the start
+    method stays unset, no resource tracker is started, the main script is not run again, and the process is not listed
+    in `active_children`, which the program may join. It can also be started from a daemonic process; the target must
+    ensure that the process ends with its parent.
     """
 
     def __init__(self, python: str, name: str, target: Callable[..., object], args: tuple[Any, ...]) -> None:
@@ -68,26 +68,26 @@ class Process(SpawnProcess):
         self.python = python
 
     def start(self) -> None:
-        """Start the process; raise OSError if the machine has none to give."""
+        """Start the process; raise OSError if the machine cannot create one."""
         self._popen = _Popen(self)
         self._sentinel = self._popen.sentinel
-        del self._target, self._args, self._kwargs  # type: ignore[attr-defined]  # which may hold memory
+        del self._target, self._args, self._kwargs  # type: ignore[attr-defined]  # They may keep memory alive.
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Arrive as the plain class: the new process is pinned before it imports torch, which this module does."""
+        """Unpickle as the base class: the new process is pinned before it imports torch, which this module imports."""
         return BaseProcess, (), {**self.__dict__, "_start_method": None}
 
 
 class _Popen(popen_spawn_posix.Popen):
-    """The launch of a `Process`; comments say where and why it differs from its base class."""
+    """The launch of a `Process`. Comments explain where and why it differs from its base class."""
 
     def __init__(self, process: Process) -> None:
         self._fds: list[int] = []
         self.returncode: int | None = None
-        self._launch(process)  # The program's streams are not flushed before, which may block: nothing is forked.
+        self._launch(process)  # Without flushing the program's streams first, which may block: nothing is forked.
 
     def _launch(self, process: Process) -> None:
-        # spawn.get_preparation_data would fix the start method, and have the main script run.
+        # spawn.get_preparation_data would fix the start method and run the main script again.
         path = [os.path.abspath(folder) for folder in sys.path]  # noqa: PTH100  # "" is the working directory
         data = {"name": process.name, "sys_path": path, "sys_argv": getattr(sys, "argv", [""])}
         self.sentinel, sentinel = os.pipe()
@@ -101,7 +101,7 @@ class _Popen(popen_spawn_posix.Popen):
                 reduction.dump(process, buffer)
             finally:
                 context.set_spawning_popen(None)
-            # No resource tracker among the descriptors; the interpreter is the process's, the same for all threads.
+            # Pass no resource tracker's descriptor, and use the process's own interpreter, not a global setting.
             command = [process.python, *util._args_from_interpreter_flags(), "-c"]  # type: ignore[attr-defined]  # as spawn does
             command += [BOOT.format(sentinel=sentinel, pipe=pipe), "--multiprocessing-fork"]
             self.pid = util.spawnv_passfds(os.fsencode(process.python), command, [*self._fds, pipe, sentinel])
@@ -109,24 +109,24 @@ class _Popen(popen_spawn_posix.Popen):
             self.finalizer()
             raise
         finally:
-            os.close(pipe)  # before anything is written, so that a process that has died already is seen by that
+            os.close(pipe)  # Close before writing, so that the write fails if the process has died already.
             os.close(sentinel)
         with suppress(BrokenPipeError), open(ours, "wb", closefd=False) as file:
             file.write(buffer.getbuffer())
 
     def poll(self, flag: int = os.WNOHANG) -> int | None:
-        """Return the exit code, None while the process runs; 0 where the program ignores or reaps all its children."""
+        """Return the exit code, None while the process runs; 0 if the program ignores or reaps all its children."""
         if self.returncode is None:
             try:
                 pid, status = os.waitpid(self.pid, flag)
-            except ChildProcessError:  # Its end has been taken note of, and how it ended is not known any more.
+            except ChildProcessError:  # The process was reaped elsewhere, so its exit code is unknown.
                 self.returncode = 0
             else:
                 self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait for the end; never in waitpid: a process that has closed its end of the sentinel may go on running."""
+        """Wait for the process to end, without blocking in waitpid: it may have closed its sentinel and still run."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         wait([self.sentinel], timeout)
         while self.poll() is None and time.monotonic() < deadline:

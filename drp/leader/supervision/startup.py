@@ -18,7 +18,11 @@ log = logging.getLogger(__name__)
 
 
 class SharedWeights:
-    """One copy of the weights, in memory of the leader's, for those workers that can use it there."""
+    """A copy of the weights in the leader's memory, shared by the workers that can access it.
+
+    `publisher` is the worker that is copying its weights there. `waiting` are workers that have loaded the model and
+    wait until the copy is `published`.
+    """
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
@@ -28,12 +32,18 @@ class SharedWeights:
 
 
 class WorkerStartup:
-    """What workers are told before their first draft: the model, and where its weights lie.
+    """The handshake of a worker before its first draft: loading the model and sharing its weights.
 
-    There is one copy on the host for all workers there, and one on each GPU that has several workers. The first of them
-    that has loaded the model copies its weights there; all use them from there. A GPU's only worker keeps its own, for
-    a copy of the leader's would take a context of the leader's on that GPU. Those on GPUs then compile, capture and
-    warm: the addresses must be final.
+        leader sends  worker answers  workers
+        -             Hello           all
+        Load          Loaded          all
+        Share         Shared          those that use a shared copy of the weights
+        WarmUp        WarmedUp        those on GPUs
+
+    There is one copy of the weights on the host for all workers on cores, and one on each GPU that has several workers.
+    The first of these workers to load the model copies its weights there, and all of them use the copy. A GPU's only
+    worker keeps its own weights, since a shared copy would need a CUDA context of the leader on that GPU. Workers on
+    GPUs compile, capture and warm up last, because the addresses of the weights must be final.
     """
 
     def __init__(self, pool: WorkerPool, model: str, devices: Sequence[Device], placement: MemoryPlacement) -> None:
@@ -43,20 +53,20 @@ class WorkerStartup:
         self._loaded_model: Loaded | None = None
         self._first_worker = ""
         self._shared_weights: dict[str | None, SharedWeights | None] = {}
-        """By GPU, None for the host; None where each worker keeps its own."""
+        """By GPU, with the key None for the host; the value is None where each worker keeps its own weights."""
 
     @property
     def loaded_model(self) -> Loaded:
-        """What the model is, once a worker has loaded it."""
+        """The description of the model, once a worker has loaded it."""
         assert self._loaded_model is not None
         return self._loaded_model
 
     def add_worker(self, worker: WorkerProcess) -> None:
-        """Begin with a worker that was just started."""
+        """Begin the handshake with a worker that was just started."""
         self._expected[worker.identity] = Hello
 
     def pending_step(self, worker: WorkerProcess) -> str:
-        """Say what a worker has not done yet."""
+        """Describe the step that a worker has not completed."""
         return {
             Hello: "start",
             Loaded: f"load {self._model!r} and start",
@@ -64,12 +74,12 @@ class WorkerStartup:
         }.get(self._expected[worker.identity], "compile, capture or warm its model and start")
 
     def blocked_by(self, worker: WorkerProcess) -> WorkerProcess | None:
-        """Return the worker that another waits for, which has done all that it can."""
+        """Return the worker whose copy of the weights another worker waits for, None if it does not wait."""
         copy = self._shared_weights.get(worker.device.gpu)
         return copy.publisher if copy is not None and worker in copy.waiting else None
 
     def on_message(self, worker: WorkerProcess, message: ToLeader) -> bool:
-        """Take a worker's next word; return whether it is ready. Raise WorkerError for one that cannot be used."""
+        """Handle a worker's message; return whether the worker is ready. Raises WorkerError if it cannot be used."""
         due = self._expected.get(worker.identity)
         if due is None:
             raise WorkerError(f"{worker} sent {type(message).__name__}, which it does not owe")
@@ -92,7 +102,7 @@ class WorkerStartup:
         return worker.identity not in self._expected
 
     def remove_worker(self, worker: WorkerProcess) -> None:
-        """Forget a worker that has ended; if it was copying the weights, another does."""
+        """Remove a worker that has ended. If it was copying its weights, another worker does so instead."""
         self._expected.pop(worker.identity, None)
         copy = self._shared_weights.get(worker.device.gpu)
         if copy is None:
@@ -104,14 +114,14 @@ class WorkerStartup:
             self._share_on(copy)
 
     def close(self) -> None:
-        """Give the weights' memory back; the workers must have ended."""
+        """Free the weights' memory; the workers must have ended."""
         for copy in self._shared_weights.values():
             if copy is not None:
                 copy.memory.close()
         self._shared_weights.clear()
 
     def _on_loaded(self, worker: WorkerProcess, loaded: Loaded) -> None:
-        """Have a worker bring or take the weights, or, where each has its own, go on."""
+        """Have a worker share or use the weights, or continue where each worker keeps its own."""
         if self._loaded_model is None:
             self._loaded_model, self._first_worker = loaded, str(worker)
         if loaded.layout != self._loaded_model.layout:
@@ -134,7 +144,7 @@ class WorkerStartup:
         self._share_on(copy)
 
     def _create_shared_weights(self, gpu: str | None, nbytes: int) -> SharedWeights | None:
-        """Return a place for the weights; None where each worker had better keep its own."""
+        """Allocate memory for the weights; return None where each worker keeps its own."""
         if gpu is None:
             return SharedWeights(SharedMemory.create(nbytes))
         if self._workers[gpu] < 2 or not nbytes:
@@ -153,7 +163,7 @@ class WorkerStartup:
             copy.publisher = None
             if unreached:
                 self._shared_weights[gpu] = None
-                copy.memory.close()  # Nobody else was told of it.
+                copy.memory.close()  # No other worker knows this memory yet.
                 for other in copy.waiting:
                     self._continue(other)
             else:
@@ -164,7 +174,7 @@ class WorkerStartup:
         self._continue(worker)
 
     def _share_on(self, copy: SharedWeights) -> None:
-        """Let those that wait have the weights, or one of them bring them."""
+        """Have the waiting workers use the published copy, or one of them publish it."""
         handle, gpu = copy.memory.ipc_handles
         if not copy.published and copy.publisher is None and copy.waiting:
             copy.publisher = copy.waiting.pop(0)
@@ -173,7 +183,7 @@ class WorkerStartup:
             self._send(copy.waiting.pop(0), Share(handle, False, gpu), Shared)
 
     def _continue(self, worker: WorkerProcess) -> None:
-        """Have a worker whose weights are where they will stay do what is left."""
+        """Continue with a worker whose weights are at their final address: warm up on a GPU, else finish."""
         if worker.device.gpu is None:
             del self._expected[worker.identity]
         else:

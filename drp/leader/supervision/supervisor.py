@@ -20,17 +20,18 @@ from drp.protocol.codec import encode
 from drp.protocol.messages import Bind, ToLeader, ToWorker, WorkerFailed
 
 HEALTH_CHECK_INTERVAL = 1.0
-"""Seconds between two looks at whether idle workers come round."""
+"""Seconds between two checks of the heartbeats of idle workers."""
 MAX_MISSED_HEARTBEATS = 5
-"""Looks at which an idle worker had not come round, after which it counts as lost."""
+"""Consecutive checks without a new heartbeat after which an idle worker counts as lost."""
 BACKOFF = (0.5, 2.0)
-"""Seconds before a lost worker is replaced: at first, twice as long each time, at most."""
+"""Seconds before a lost worker is replaced: the first delay, which doubles each time, and the maximum."""
 DRAFT_RETRY_COST = {"outside": 1 / 4, "own": 1 / 3}
-"""The share of the losses that a draft is allowed: to a signal from outside, or by the worker's own fault: a crash, a
-hang, an exit. Of one it would be given up after four, of the other after three."""
+"""The share of a draft's retry budget that the loss of its worker uses. A draft is given up once the budget is used:
+after four losses by a signal from outside ("outside"), or three by a crash, a hang or an exit ("own")."""
 SLOT_RETRY_COST = {"shortage": 1 / 60, "outside": 1 / 20, "own": 1 / 8}
-"""Likewise for a place, in a row, none of its workers having answered anything. A shortage: no worker can be started,
-because this process or the machine has no memory, descriptors or processes left; the place is tried for two minutes."""
+"""The share of a worker slot's retry budget that a loss uses. The budget is restored when a worker finishes a draft.
+"shortage" means that no worker can be started because this process or the machine has no memory, descriptors or
+processes left; starting is tried for about two minutes."""
 CRASH_SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,16 @@ Reason = Literal["shortage", "outside", "own"]
 
 @dataclass
 class WorkerSlot:
-    """A device's place: the worker there, and the drafts it has, since when it is busy with the first."""
+    """The slot of one device: its worker, and the drafts that the worker has.
+
+        state        meaning                          `worker`  next state
+        restarting   a worker is to be started        None      starting, at the time `since`
+        starting     the worker loads the model       set       ready; restarting or lost if it fails, or at `since`
+        ready        the worker evaluates drafts      set       restarting or lost, if the worker is lost
+        lost         the retry budget is used         None      none
+
+    A slot whose worker is lost, or cannot be started, goes to restarting while it has retry budget, else to lost.
+    """
 
     number: int
     device: Device
@@ -50,22 +60,26 @@ class WorkerSlot:
     generation: int = 0
     drafts: deque[InFlightBatch] = field(default_factory=deque)
     outbox: list[bytes] = field(default_factory=list)
-    """What it is to be sent."""
+    """Encoded messages to be sent with the next flush."""
     binds: dict[int, Bind] = field(default_factory=dict)
-    """What its worker was told of the memory of runs, by number."""
+    """By run number, the Bind that describes the run's memory to the worker."""
     retained_bind: Bind | None = None
-    """Likewise, of the one that it keeps."""
+    """The Bind of the finished run whose memory the worker keeps mapped, for a `Rebind`."""
     since: float = 0.0
-    """Of state starting or away too: until when."""
+    """When the worker became ready, finished its last draft, or was sent one while idle; in the states starting and
+    restarting, the time at which the state ends."""
     retry_budget_used: float = 0.0
-    """How much of the losses allowed it has had since its last answer."""
+    """The share of the retry budget used since a worker last finished a draft."""
     last_failure: str = ""
-    """How its last worker ended."""
+    """How the slot's last worker ended."""
     _last_heartbeat: int = -1
     _missed_heartbeats: int = 0
 
     def check_heartbeat(self) -> bool:
-        """Look whether an idle worker has come round since a few looks ago. Time that all processes slept is none."""
+        """Count missed heartbeats of an idle worker; return False if there are too many.
+
+        A suspended system does not count as missed heartbeats.
+        """
         assert self.worker is not None
         beats = self.worker.heartbeat
         self._missed_heartbeats = 0 if self.drafts or beats != self._last_heartbeat else self._missed_heartbeats + 1
@@ -75,7 +89,7 @@ class WorkerSlot:
 
 @dataclass(frozen=True)
 class WorkerLoss:
-    """A worker that is gone, why, whose fault it was, and the drafts it had."""
+    """The loss of a worker: its slot, the reason, the cause for the retry budgets, and the drafts that it had."""
 
     worker_slot: WorkerSlot
     reason: str
@@ -84,7 +98,7 @@ class WorkerLoss:
 
 
 class Supervisor:
-    """The worker slots of one leader, each with a worker or waiting for one."""
+    """The worker slots of one leader; starts, checks and replaces their workers."""
 
     def __init__(
         self,
@@ -104,7 +118,7 @@ class Supervisor:
         )
         self._next_health_check = clock.now() + HEALTH_CHECK_INTERVAL
         self.ready: tuple[WorkerSlot, ...] = ()
-        """Stations that take drafts."""
+        """Worker slots whose workers accept drafts."""
 
     def _set_state(self, worker_slot: WorkerSlot, state: SlotState) -> None:
         worker_slot.state = state
@@ -112,23 +126,23 @@ class Supervisor:
 
     @property
     def startup(self) -> WorkerStartup:
-        """Those who bring workers up, and know what the model is."""
+        """The start-up handshake, which also knows the model's specification."""
         return self._startup
 
     def enqueue(self, worker_slot: WorkerSlot, message: ToWorker) -> None:
-        """Have something sent to a worker slot's worker with the next `deliver`, if it is still there then."""
+        """Queue a message for a worker, to be sent with the next `flush`; it is dropped if there is no worker."""
         if worker_slot.worker is not None:
             worker_slot.outbox.append(encode(message))
 
     def flush(self, worker_slots: Iterable[WorkerSlot]) -> None:
-        """Send what was posted, to each worker together; one that is gone shows at the next `poll`."""
+        """Send the queued messages, those of a worker together. A worker that has exited is noticed by `poll`."""
         for worker_slot in worker_slots:
             if worker_slot.worker is not None and worker_slot.outbox:
                 self._pool.send(worker_slot.worker, *worker_slot.outbox)
                 worker_slot.outbox.clear()
 
     def start_worker(self, worker_slot: WorkerSlot) -> None:
-        """Put a new worker into a place; OSError or MemoryError if the machine, or this process, has none to give."""
+        """Start a new worker in a slot; raise OSError or MemoryError if the machine or this process lacks resources."""
         worker_slot.since = self.clock.now() + self._start_timeout
         worker_slot.worker = self._pool.spawn(worker_slot.number, worker_slot.generation, worker_slot.device)
         worker_slot.generation += 1
@@ -136,11 +150,11 @@ class Supervisor:
         self._startup.add_worker(worker_slot.worker)
 
     def slot_of(self, worker: WorkerProcess) -> WorkerSlot:
-        """Return the place of a worker."""
+        """Return a worker's slot."""
         return self.worker_slots[worker.number]
 
     def on_message(self, worker_slot: WorkerSlot, message: ToLeader | None) -> WorkerLoss | None:
-        """Handle a message of a starting worker, or the failure or end (None) of any."""
+        """Handle a message of a starting worker, or the failure or exit (None) of any worker."""
         worker = worker_slot.worker
         assert worker is not None
         if message is None:
@@ -158,15 +172,18 @@ class Supervisor:
         return None
 
     def mark_dead(self, worker_slot: WorkerSlot, why: str, reason: Reason | None = None) -> WorkerLoss:
-        """Give a worker up, by force if it is still there; `why` is empty for one that ended. It will be replaced.
+        """Remove a worker, killing it if it still runs, and schedule its replacement.
 
-        `reason` is that of the loss, by default as its end says.
+        Args:
+            worker_slot: the slot of the worker.
+            why: why the worker is lost; empty if its process ended, which is then described.
+            reason: the cause for the slot's retry budget; by default it follows from how the process ended.
         """
         worker = worker_slot.worker
         assert worker is not None
         name, stopped = str(worker), worker.is_stopped
         how, code = self._pool.retire(worker)
-        self._startup.remove_worker(worker)  # only now: another may be told to write where it has written
+        self._startup.remove_worker(worker)  # After the process has ended: another worker may reuse its memory.
         outside = stopped or (not why and code is not None and code < 0 and -code not in CRASH_SIGNALS)
         why += "; it was stopped" if stopped else ""
         worker_slot.last_failure = why or f"{name} {how}"
@@ -182,7 +199,7 @@ class Supervisor:
         return WorkerLoss(worker_slot, worker_slot.last_failure, fault, drafts)
 
     def check_health(self) -> list[WorkerLoss]:
-        """Replace workers whose turn has come; return those that did not start in time, or idle and do not move."""
+        """Start replacements that are due; return the workers lost to a start timeout or to missed heartbeats."""
         now, losses = self.clock.now(), []
         for worker_slot in self.worker_slots:
             if worker_slot.state == "restarting" and worker_slot.since <= now:
@@ -208,7 +225,7 @@ class Supervisor:
         return losses
 
     def _on_start_timeout(self, worker_slot: WorkerSlot) -> list[WorkerLoss]:
-        """Give up a worker that did not start in time; one that waits for another's weights gets its time again."""
+        """Give up a worker that did not start in time; extend its deadline if it waits for another worker's weights."""
         assert worker_slot.worker is not None
         if self._startup.blocked_by(worker_slot.worker) is not None:
             worker_slot.since += self._start_timeout
@@ -218,7 +235,7 @@ class Supervisor:
 
     @property
     def next_deadline(self) -> float:
-        """When there is something to tend to."""
+        """The time of the next `check_health`, on the leader's clock."""
         times = [
             worker_slot.since for worker_slot in self.worker_slots if worker_slot.state in ("starting", "restarting")
         ]
@@ -232,6 +249,6 @@ class Supervisor:
         worker_slot.since = self.clock.now() + min(most, pause)
 
     def close(self, grace: float = SHUTDOWN_TIMEOUT) -> None:
-        """End all workers and give back the weights."""
+        """End all workers and free the shared weights."""
         self._pool.close(grace)
         self._startup.close()

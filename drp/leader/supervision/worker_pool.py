@@ -1,4 +1,4 @@
-"""The worker processes and the socket to them: starting, messaging, and noticing exits."""
+"""The worker processes and the socket to them: starting workers, sending messages, and detecting exits."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from drp.protocol.transport import LeaderSocket
 
 WORKER_MODULE = "drp.workers.entry"
 CRASH_LOG_NBYTES = 16 * 1024
-"""Bytes for what a worker writes as it crashes; the count of its beats comes after."""
+"""Bytes of the log that a worker writes when it crashes. The heartbeat, an unsigned 64-bit count, follows it."""
 SHUTDOWN_TIMEOUT = 2.0
-"""Seconds that a worker has to end after Stop, before it is killed."""
+"""Seconds that a worker has to exit after Stop, before it is killed."""
 LAST_MESSAGE_TIMEOUT = 0.05
-"""Seconds that the last message of a worker that ended by itself may take to arrive after its end was seen."""
+"""Seconds to wait for the last message of a worker whose process has exited by itself."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class WorkerProcess:
-    """One worker as the leader sees it; `identity` is its address on the leader's socket.
+    """A worker process as the leader sees it. `identity` is its address on the leader's socket.
 
-    A worker that takes the place of a lost one has its number and the next generation, and so another identity: what
-    the lost one may still send is nobody's.
+    A replacement has the number of the lost worker and the next generation, and therefore another identity. Late
+    messages of the previous process are ignored.
     """
 
     number: int
@@ -54,25 +54,25 @@ class WorkerProcess:
 
     @property
     def heartbeat(self) -> int:
-        """How often its main thread has come round; it does at least once in `drp.workers.worker.RECEIVE_TIMEOUT`."""
+        """The count of the main thread's loop iterations, at least one per `drp.workers.worker.RECEIVE_TIMEOUT`."""
         return int(struct.unpack_from("Q", self.crash_log.view(), CRASH_LOG_NBYTES)[0])
 
     @property
     def is_stopped(self) -> bool:
-        """Whether somebody has stopped it, with SIGSTOP or in a debugger."""
+        """Whether the process is stopped, by SIGSTOP or by a debugger."""
         try:
             return psutil.Process(self.process.pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-        except (psutil.Error, OSError, MemoryError):  # It is gone, or there is no descriptor to look with.
+        except (psutil.Error, OSError, MemoryError):  # The process is gone, or there is no free descriptor.
             return False
 
     @property
     def exit_code(self) -> int | None:
-        """How it ended: 0 or above, or a signal's number below 0; None if it has not."""
+        """The exit code, or minus the number of the signal that ended the process; None if it has not ended."""
         self.process.join(1.0)
         return self.process.exitcode
 
     def describe_exit(self, code: int | None) -> str:
-        """Say how a dead worker ended, with this code: exit code or signal, and its last words."""
+        """Describe how a worker ended with this exit code, including its crash log."""
         how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
         if code is None:
             how = "was killed, and has not ended yet"
@@ -81,7 +81,10 @@ class WorkerProcess:
 
 
 class WorkerPool:
-    """The worker processes of one leader; `close` ends them. One thread uses it, and lives as long as they do."""
+    """The worker processes of one leader, which `close` ends.
+
+    Only one thread may use it. That thread must live as long as the workers, which end with it.
+    """
 
     def __init__(self, model: str, threads: int, python: str | os.PathLike[str] | None = None) -> None:
         _refuse_inside_import()
@@ -91,15 +94,15 @@ class WorkerPool:
         self._main = _main_script() if model.startswith("__main__:") else None
         self.workers: list[WorkerProcess] = []
         self.dropped = 0
-        """Messages that were none, or from nobody."""
+        """Number of messages dropped because they were malformed or from an unknown sender."""
         self._threads = threads
         self._ended: set[int] = set()
         self._dying: list[WorkerProcess] = []
-        """Killed, but not gone: on a machine that is short of memory or time the kernel may take seconds."""
+        """Workers that were killed and have not ended: the kernel may take seconds on an overloaded machine."""
         self._socket = LeaderSocket()
 
     def spawn(self, number: int, generation: int, device: Device) -> WorkerProcess:
-        """Start a worker; the kernel ends it with the thread that calls this."""
+        """Start a worker, which the kernel ends together with the calling thread."""
         entry = importlib.import_module(WORKER_MODULE)
         identity = f"worker-{number}-{generation}"
         words = SharedMemory.create(CRASH_LOG_NBYTES + 8)
@@ -130,8 +133,8 @@ class WorkerPool:
             listener.close()
         worker = WorkerProcess(number, generation, identity.encode(), device, process, words)
         try:
-            self._socket.watch(process.sentinel)  # before its first word: a worker that dies unheard is noticed
-        except OSError:  # The kernel has no memory for it.
+            self._socket.watch(process.sentinel)  # Before its first message, so that an early exit is noticed.
+        except OSError:  # The kernel has no memory for the watch.
             process.kill()
             self._dying.append(worker)
             self._socket.dismiss(worker.identity)
@@ -140,7 +143,7 @@ class WorkerPool:
         return worker
 
     def send(self, worker: WorkerProcess, *messages: ToWorker | bytes) -> None:
-        """Send messages together. A worker that does not take them is killed; `poll` tells of any that is gone."""
+        """Send messages together. A worker whose queue is full is killed; `poll` reports workers that have ended."""
         try:
             self._socket.send(worker.identity, *messages)
         except zmq.Again:
@@ -150,17 +153,18 @@ class WorkerPool:
             log.debug("%s is gone: %s", worker, error)
 
     def watch(self, fd: int) -> None:
-        """Let `poll` also return when a descriptor of the caller's is ready."""
+        """Make `poll` also return when this descriptor is ready."""
         self._socket.watch(fd)
 
     def sleep(self, deadline: float) -> set[int]:
-        """Sleep until `poll` has something to look at, at most; it may also end before. Return what that is."""
+        """Sleep until the deadline or until `poll` has work; return the ready descriptors. May return early."""
         return self._socket.sleep(deadline - time.monotonic())
 
     def poll(self, deadline: float, wakeup: int) -> tuple[WorkerProcess, ToLeader | None] | None:
-        """Return the next message, or, with None in its place, a worker that has ended: what it sent comes first.
+        """Return the next message with its worker, or a worker that has ended, with None in place of the message.
 
-        Returns None at the deadline, and when `wakeup`, an eventfd, is ready; that is reset.
+        A worker's messages are returned before its end. Returns None at the deadline, and when the eventfd `wakeup` is
+        ready, which is then reset.
         """
         has_message, ready = self._socket.poll(deadline - time.monotonic())
         if wakeup in ready:
@@ -179,7 +183,7 @@ class WorkerPool:
         return None
 
     def receive_now(self) -> tuple[WorkerProcess, ToLeader] | None:
-        """Return a message that is waiting, or None; what is none, or from nobody known, is dropped and counted."""
+        """Return a waiting message with its worker, or None. Malformed messages and unknown senders are dropped."""
         while True:
             try:
                 identity, message = self._socket.receive()
@@ -195,11 +199,11 @@ class WorkerPool:
 
     def _drop(self, what: str) -> None:
         self.dropped += 1
-        if self.dropped & (self.dropped - 1) == 0:  # The first, second, fourth...: a flood does not fill the log.
+        if self.dropped & (self.dropped - 1) == 0:  # Log the 1st, 2nd, 4th, ... only, so that a flood is not logged.
             log.warning("dropped %s (%d so far)", what, self.dropped)
 
     def retire(self, worker: WorkerProcess) -> tuple[str, int | None]:
-        """End a worker by force, if it has not ended; return how it did and its code. Give back what it held."""
+        """Kill a worker if it still runs, and free its resources; return how it ended and its exit code."""
         self.workers.remove(worker)
         self._ended.discard(worker.number)
         self._socket.forget(worker.process.sentinel)
@@ -211,9 +215,9 @@ class WorkerPool:
         return how, code
 
     def close(self, grace: float = SHUTDOWN_TIMEOUT) -> None:
-        """End all workers, by Stop and then, after `grace` seconds, by SIGKILL; give back all memory and sockets."""
+        """End all workers with Stop and, after `grace` seconds, with SIGKILL; free all memory and sockets."""
         if os.getpid() != self.owner:
-            return  # A forked child holds copies of what is its parent's to end.
+            return  # In a forked child, the workers belong to the parent.
         workers, self.workers = [*self.workers, *self._dying], []
         deadline = time.monotonic() + grace
         for worker in workers if grace > 0 else ():
@@ -232,7 +236,7 @@ class WorkerPool:
 
 
 def _released(worker: WorkerProcess) -> bool:
-    """Give back what a worker held if it is gone; return whether it is."""
+    """Free a worker's resources if its process has ended; return whether it has."""
     if worker.process.is_alive():
         return False
     worker.process.close()
@@ -241,12 +245,12 @@ def _released(worker: WorkerProcess) -> bool:
 
 
 def failure(worker: WorkerProcess, failed: WorkerFailed) -> str:
-    """Say what a worker said before it ended."""
+    """Describe the failure that a worker reported before it ended."""
     return f"{worker} failed {failed.activity}: {failed.error}\n{failed.traceback}"
 
 
 def _main_script() -> str:
-    """Return the path of the main script, for a model that is made there."""
+    """Return the path of the main script, for a model that is defined there."""
     path = getattr(sys.modules["__main__"], "__file__", None)
     if path is None or not Path(path).is_file():
         raise ValueError(
@@ -256,7 +260,7 @@ def _main_script() -> str:
 
 
 def _refuse_inside_import() -> None:
-    """Workers import the main script if the model is made there; unguarded, it would start leaders in them."""
+    """Raise RuntimeError in a process that is importing the main script, where it would start leaders recursively."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError(
             "this script starts drp while it is being imported by a worker; put what it does under "
