@@ -1,1 +1,1 @@
-"""Server: a leader behind a socket. `drp serve` runs it; drp/protocol/SPEC.md says what it speaks."""
+"""The server: a leader behind a socket, run by `drp serve`. Its protocol is specified in drp/protocol/SPEC.md."""

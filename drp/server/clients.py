@@ -17,18 +17,21 @@ from drp.server.endpoint import Endpoint
 from drp.server.server_request import ServerRequest
 
 RETRY_INTERVAL: Final = 0.02
-"""Seconds after which a client that had no room for a message is tried again."""
+"""Seconds after which sending to a client whose connection was full is tried again."""
 MAX_UNSENT: Final = 1024
-"""Messages that one client may leave unread."""
+"""Maximum number of unread messages of one client."""
 MAX_BYTES: Final = 4 << 30
-"""Bytes that all clients together may leave unread, or in shared memory that they have not taken."""
+"""Maximum number of bytes of unread messages and unacknowledged shared memory, of all clients together."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class ClientSession:
-    """A session: its requests under way, the results that it has to take, and the messages it has had no room for."""
+    """A client's session: its open requests, its unacknowledged results, and its unsent messages.
+
+    `unacknowledged` has, by request, the shared memory of a result and the deadline of its Ack.
+    """
 
     address: bytes
     name: str
@@ -36,27 +39,31 @@ class ClientSession:
     unacknowledged: dict[int, tuple[SharedMemory, float]] = field(default_factory=dict)
     outbox: deque[list[Frame]] = field(default_factory=deque)
     last_sent: float = 0.0
-    """When it last took something."""
+    """When a message was last accepted by the client's connection."""
 
     @property
     def requests(self) -> int:
-        """How many requests count against its share: those under way, and what it has not read or taken of others."""
+        """Number that counts against the client's limit: open requests, unacknowledged results and unread messages."""
         return len(self.open_requests) + len(self.unacknowledged) + len(self.outbox)
 
     @property
     def nbytes(self) -> int:
-        """The bytes that are kept for it."""
+        """Number of bytes that are kept for the client."""
         unsent = sum(memoryview(frame).nbytes for frames in self.outbox for frame in frames)
         return unsent + sum(memory.nbytes for memory, _ in self.unacknowledged.values())
 
     @property
     def expects_messages(self) -> bool:
-        """Whether it may count on hearing something."""
+        """Whether the client expects messages, and therefore heartbeats."""
         return bool(self.open_requests or self.unacknowledged or self.outbox)
 
 
 class ClientSessions:
-    """The sessions of one endpoint; `on_gone` is called with each that ends, `on_untaken` with each result left."""
+    """The sessions of one endpoint.
+
+    on_gone: called with each session that ends.
+    on_untaken: called with the session for each result that was not acknowledged in time.
+    """
 
     def __init__(
         self, endpoint: Endpoint, on_gone: Callable[[ClientSession], None], on_untaken: Callable[[ClientSession], None]
@@ -69,30 +76,30 @@ class ClientSessions:
         return len(self._all)
 
     def get(self, address: bytes) -> ClientSession | None:
-        """Return the session at an address, if it has one."""
+        """Return the session of an address, None if there is none."""
         return self._all.get(address)
 
     def open(self, address: bytes, name: str) -> ClientSession:
-        """Begin a session, or go on with it."""
+        """Begin a session, or return the existing one."""
         return self._all.setdefault(address, ClientSession(address, name, last_sent=time.monotonic()))
 
     @property
     def unsent(self) -> int:
-        """How many messages clients have had no room for."""
+        """Number of unsent messages of all clients."""
         return sum(len(client.outbox) for client in self._all.values())
 
     @property
     def unacknowledged(self) -> int:
-        """How many results wait in shared memory."""
+        """Number of results in shared memory that were not acknowledged."""
         return sum(len(client.unacknowledged) for client in self._all.values())
 
     @property
     def poll_timeout(self) -> float:
-        """Seconds until something has to be tried again, or looked at."""
+        """Seconds until `flush` or `check` must be called."""
         return RETRY_INTERVAL if self.unsent else HEARTBEAT_INTERVAL
 
     def send(self, client: ClientSession, message: ToClient, frames: Sequence[Frame] = ()) -> None:
-        """Send a message, or keep it until the client has room; forget a client that leaves too much unread."""
+        """Send a message, or queue it while the client's connection is full; drop a client with too many of them."""
         if self._all.get(client.address) is not client:
             return
         client.outbox.append([encode(message), *frames])
@@ -105,38 +112,38 @@ class ClientSessions:
             self._limit_bytes()
 
     def reply(self, address: bytes, message: ToClient) -> None:
-        """Answer somebody who has no session, if they listen."""
+        """Answer a peer without a session, if it is still connected."""
         self._endpoint.send(address, [encode(message)])
 
     def keep(self, client: ClientSession, request: int, memory: SharedMemory) -> None:
-        """Hold the shared memory of a result until it is taken."""
+        """Keep the shared memory of a result until the client acknowledges it."""
         client.unacknowledged[request] = memory, time.monotonic() + ACK_TIMEOUT
         self._limit_bytes()
 
     def acknowledge(self, client: ClientSession, request: int) -> None:
-        """Give the memory of a result back."""
+        """Free the shared memory of a result."""
         memory, _ = client.unacknowledged.pop(request, (None, 0.0))
         if memory is not None:
             memory.close()
 
     def flush(self) -> None:
-        """Send what clients have room for now."""
+        """Send queued messages as far as connections accept them."""
         for client in [client for client in self._all.values() if client.outbox]:
             self._flush(client)
 
     def lost(self) -> None:
-        """Find out who is gone: a connection was lost, or is about to be."""
-        self._probes = 2  # Now, and at the next look: the news may be there before the connection is gone.
+        """Find the sessions whose connection is lost, after the endpoint has reported that one was."""
+        self._probes = 2  # Probe now and at the next check: the report may precede the actual disconnection.
         self._probe()
 
     def check(self) -> None:
-        """Send heartbeats and check deadlines; to be called every `HEARTBEAT_INTERVAL`."""
+        """Send heartbeats and check deadlines. Call this every `HEARTBEAT_INTERVAL`."""
         if self._probes:
             self._probe()
         now = time.monotonic()
         for client in list(self._all.values()):
             if client.outbox and now - client.last_sent > SILENCE_TIMEOUT:
-                self.forget(client)  # It does not read.
+                self.forget(client)  # The client does not read.
             elif client.expects_messages and not client.outbox and now - client.last_sent >= HEARTBEAT_INTERVAL * 0.9:
                 self.send(client, Heartbeat())
             for request in [request for request, (_, until) in client.unacknowledged.items() if now > until]:
@@ -144,7 +151,7 @@ class ClientSessions:
                 self._on_unacknowledged(client)
 
     def forget(self, client: ClientSession) -> None:
-        """End a session, and give back what was meant for it."""
+        """End a session, and free what was kept for it."""
         self._all.pop(client.address, None)
         client.outbox.clear()
         for request in list(client.unacknowledged):
@@ -157,7 +164,7 @@ class ClientSessions:
             self.forget(client)
 
     def _limit_bytes(self) -> None:
-        """Forget the clients that most is kept for, while more is kept than may be."""
+        """Drop the clients with the most kept bytes until the total is within the limit."""
         kept = {
             client.address: client.nbytes for client in self._all.values() if client.outbox or client.unacknowledged
         }
@@ -171,7 +178,7 @@ class ClientSessions:
         self._probes -= 1
         for client in [client for client in self._all.values() if not client.outbox]:
             if self._endpoint.send(client.address, [encode(Heartbeat())]) == "gone":
-                self.forget(client)  # "full" is no matter: who waits for nothing need not read.
+                self.forget(client)  # "full" is allowed: a client that expects no messages need not read.
 
     def _flush(self, client: ClientSession) -> None:
         while client.outbox and (sent := self._endpoint.send(client.address, client.outbox[0])) != "full":

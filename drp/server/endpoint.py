@@ -1,4 +1,4 @@
-"""The server's socket, for its own user only (ipc://) or for clients with known keys (tcp://)."""
+"""The server's socket: accessible to the same user only (ipc://), or to clients with known keys (tcp://)."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from drp.protocol.keys import Keys
 from drp.protocol.transport import MAX_PATH
 
 OUT: Final = 64
-"""Messages that wait in a connection, each way, for a peer that is slower."""
+"""Messages queued per connection in each direction, for a slower peer."""
 WARN_EVERY: Final = 60.0
-"""Seconds between two warnings of connections that are too many."""
+"""Seconds between two warnings about too many connections."""
 
 log = logging.getLogger(__name__)
 
 Sent = Literal["sent", "full", "gone"]
-"""What became of a message: the client may have no room for it now, or may be there no more."""
+"""The outcome of sending a message: sent, the client's queue is full, or the client is gone."""
 
 
 class Endpoint:
-    """A ROUTER bound to `address`. One thread uses it.
+    """A ROUTER socket bound to `address`, for use by one thread.
 
-    max_connections: beyond so many, new ones are closed. libzmq aborts the process that has no descriptor left when it
-        accepts a connection (`ipc_listener.cpp` does not expect EMFILE), so this must lie below the process's limit.
+    max_connections: further connections are closed. libzmq aborts the process if there is no descriptor left when it
+        accepts a connection (`ipc_listener.cpp` does not handle EMFILE), so this must be below the process's limit.
     """
 
     def __init__(self, address: str, keys: Keys | None = None, max_connections: int = 272) -> None:
@@ -51,12 +51,12 @@ class Endpoint:
         self.socket = self._context.socket(zmq.ROUTER)
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         try:
-            self.socket.setsockopt(zmq.LINGER, 1000)  # Last answers have a second to leave.
+            self.socket.setsockopt(zmq.LINGER, 1000)  # ms in which the last messages are sent after closing
             self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_NBYTES)
             self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # Sending to a client that is gone is an error.
             self.socket.setsockopt(zmq.SNDHWM, OUT)
             self.socket.setsockopt(zmq.RCVHWM, OUT)
-            # A host that is gone is disconnected. Not by ZMTP heartbeats: libzmq aborts the process when one is due on
+            # Disconnect unreachable hosts. ZMTP heartbeats cannot be used: libzmq aborts the process when one is due on
             # a connection that broke while its messages were unread (`stream_engine_base.cpp`, "!_io_error").
             self.socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
             self.socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 5)
@@ -86,7 +86,7 @@ class Endpoint:
         self._authenticator.configure_curve(domain="*", location=str(keys.clients))
 
     def send(self, client: bytes, parts: Sequence[Frame]) -> Sent:
-        """Send a message's frames at once, all or none."""
+        """Send all frames of a message, or none, without waiting."""
         try:
             self.socket.send_multipart([client, *parts], zmq.NOBLOCK, copy=False)
         except zmq.Again:
@@ -98,7 +98,7 @@ class Endpoint:
         return "sent"
 
     def receive(self) -> tuple[bytes, list[Frame]] | None:
-        """Return a waiting message and who sent it, or None."""
+        """Return the sender and the frames of a waiting message, or None."""
         try:
             client, *frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
         except zmq.Again:
@@ -106,7 +106,7 @@ class Endpoint:
         return client.bytes, [frame.buffer for frame in frames]
 
     def has_lost(self) -> bool:
-        """Return whether a connection was lost since the last call; close new ones that are too many."""
+        """Return whether a connection was lost since the last call; close new connections beyond the limit."""
         lost = False
         while self.monitor.poll(0):
             event = parse_monitor_message(self.monitor.recv_multipart(zmq.NOBLOCK))
@@ -118,23 +118,23 @@ class Endpoint:
             self._connections.add(descriptor)
             if len(self._connections) > self._max_connections:
                 self._disconnect(descriptor)
-                if time.monotonic() - self._warned > WARN_EVERY:  # however many come
+                if time.monotonic() - self._warned > WARN_EVERY:
                     self._warned = time.monotonic()
                     log.warning("%d connections are open; those beyond are closed", self._max_connections)
         return lost
 
     def _disconnect(self, descriptor: int) -> None:
-        """Shut a connection down, which libzmq then closes. A descriptor that is another's by now is left alone."""
+        """Shut a connection down, which libzmq then closes. A descriptor that was reused in the meantime is ignored."""
         try:
             with socket.socket(fileno=os.dup(descriptor)) as connection:
                 own = connection.getsockname()
                 if own == str(self._path) if self.local else own[1:2] == (int(self.address.rpartition(":")[2]),):
                     connection.shutdown(socket.SHUT_RDWR)
-        except OSError:  # It is closed already, or is no socket.
+        except OSError:  # The descriptor is closed already, or is not a socket.
             pass
 
     def close(self) -> None:
-        """Close; what was sent last has a moment to leave."""
+        """Close the socket; the last messages are sent for up to the linger time."""
         if self._authenticator is not None:
             self._authenticator.stop()
         self.socket.disable_monitor()
@@ -146,15 +146,16 @@ class Endpoint:
 
 
 def raise_descriptor_limit() -> None:
-    """Let this process have as many descriptors as it may: the soft limit of 1,024 is for users of select."""
+    """Raise this process's soft limit of descriptors to the hard limit; the default of 1,024 only matters to select."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def check_descriptors(clients: int) -> int:
-    """Return how many connections a server for so many clients lets in; ValueError if it has no descriptors for them.
+    """Return the number of connections that a server for this many clients accepts.
 
-    Twice as many connections as clients are let in: a client that is one too many can be told so.
+    It is more than twice the number of clients, so that a client beyond the limit can be sent a refusal. Raises
+    ValueError if the process's limit of descriptors is too low.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     connections = 2 * clients + 16
@@ -167,13 +168,13 @@ def check_descriptors(clients: int) -> int:
 
 
 def default_address() -> str:
-    """Return where `drp serve` listens unless told otherwise: in the user's runtime directory, or one in /tmp."""
+    """Return the default address of `drp serve`, in the user's runtime directory or in /tmp."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return f"ipc://{runtime}/drp/server" if runtime else f"ipc:///tmp/drp-{os.getuid()}/server"
 
 
 def check_address(address: str, keys: Keys | None) -> Path | None:
-    """Return the path of an ipc address; raise ValueError for an address that a server must not have."""
+    """Return the path of an ipc address, None for tcp; raise ValueError for an address that is not allowed."""
     if address.startswith("ipc://"):
         return _private(address)
     if not address.startswith("tcp://") or keys is None:
@@ -184,7 +185,7 @@ def check_address(address: str, keys: Keys | None) -> Path | None:
 
 
 def _private(address: str) -> Path:
-    """Return an ipc address's path, in a directory that only this user can enter; make that if it is missing."""
+    """Return the path of an ipc address; its directory, created if missing, must be accessible to this user only."""
     path = Path(address.removeprefix("ipc://")).absolute()
     if len(str(path)) > MAX_PATH:
         raise ValueError(f"{address!r} is no address; give ipc:// and a path of at most {MAX_PATH} characters")
@@ -198,7 +199,7 @@ def _private(address: str) -> Path:
 
 
 def _answers(path: Path) -> bool:
-    """Return whether a process listens on a Unix socket; binding would take its name away."""
+    """Return whether a process listens on a Unix socket, whose path binding would replace."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:

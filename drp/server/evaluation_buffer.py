@@ -1,4 +1,4 @@
-"""A buffer of evaluations by run, for the clients that asked for them."""
+"""A buffer of evaluations by run, for clients that requested them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_RUNS: Final = 1024
 
 
 class EvaluationBuffer(list[TraceEvent]):
-    """A timeline that keeps of each run when which worker evaluated what. The leader's thread appends to it."""
+    """A timeline that keeps each run's evaluations: step, worker and times. The leader's thread appends to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,9 +20,9 @@ class EvaluationBuffer(list[TraceEvent]):
         self._evaluations: dict[int, deque[Evaluation]] = {}
 
     def append(self, mark: TraceEvent) -> None:
-        """Take a mark."""
+        """Add an event."""
         if mark.kind == "begin":
-            if len(self._began) == MAX_RUNS:  # of somebody who shares the leader, and tells nobody when they end
+            if len(self._began) == MAX_RUNS:  # Runs of other users of the leader are never forgotten explicitly.
                 self.forget(next(iter(self._began)))
             self._evaluations[mark.run] = deque()
             self._began[mark.run] = mark.ns
@@ -32,11 +32,11 @@ class EvaluationBuffer(list[TraceEvent]):
             self._evaluations[mark.run].append(Evaluation(mark.step, mark.worker, began - zero, ended - zero))
 
     def take(self, run: int, most: int) -> tuple[Evaluation, ...]:
-        """Return a run's evaluations that were not taken yet, at most so many."""
+        """Return and remove a run's evaluations, at most `most` of them."""
         found = self._evaluations.get(run)
         return tuple(found.popleft() for _ in range(min(most, len(found)))) if found else ()
 
     def forget(self, run: int) -> None:
-        """Let go of a run."""
+        """Remove a run."""
         self._began.pop(run, None)
         self._evaluations.pop(run, None)

@@ -1,4 +1,4 @@
-"""Metrics: what the server counts, in the text format of Prometheus (version 0.0.4)."""
+"""The server's metrics, in the text format of Prometheus (version 0.0.4)."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Final
 from drp.sampling.result import Result
 
 EDGES: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-"""Seconds up to which each bucket of a histogram counts."""
+"""Upper bounds of the histograms' buckets, in seconds."""
 
 
 @dataclass
 class Histogram:
-    """How often something took how long."""
+    """A histogram of durations."""
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(EDGES) + 1))
     total: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """Count one."""
+        """Count a duration."""
         self.counts[bisect_left(EDGES, seconds)] += 1
         self.total += seconds
 
     def lines(self, name: str) -> list[str]:
-        """Return its samples."""
+        """Return the histogram's lines in the text format."""
         found, so_far = [], 0
         for edge, count in zip([*map(str, EDGES), "+Inf"], self.counts, strict=True):
             so_far += count
@@ -36,7 +36,7 @@ class Histogram:
 
 @dataclass
 class Counts:
-    """Everything that only grows while the server runs."""
+    """The server's counters, which only grow."""
 
     finished: int = 0
     cancelled: int = 0
@@ -53,7 +53,7 @@ class Counts:
     waited_seconds: Histogram = field(default_factory=Histogram)
 
     def add(self, result: Result, taken: float, waited: float) -> None:
-        """Count a finished run: seconds from Submit to its end, and those before it began."""
+        """Count a finished run. `taken` are the seconds from Submit to its end, `waited` those before it started."""
         self.finished += 1
         self.steps += result.steps
         self.rounds += result.rounds
@@ -64,7 +64,7 @@ class Counts:
 
 
 def prometheus(counts: Counts, gauges: Mapping[str, tuple[str, float]]) -> str:
-    """Return the text; `gauges` are what others count: name -> (what it is, value)."""
+    """Return the metrics as text. `gauges` are additional metrics: name -> (description, value)."""
     lines: list[str] = []
 
     def metric(name: str, kind: str, what: str, samples: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Options: what a Submit asks for, as the leader takes it; and a result, as a client is told."""
+"""Conversion of a Submit message to the leader's options, and of a result to a message."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ AS_THEY_ARE = (
 
 
 def options(submit: Submit, frames: Sequence[Frame], callback: Callback) -> Options:
-    """Return a leader's options; raise ProtocolError if the tensors are not as the message says."""
+    """Return the leader's options for a Submit; raise ProtocolError if the tensors do not match the message."""
     received = Received(frames)
     cond = {each.name: received.take(each.tensor) for each in submit.cond}
     noise, image = (None if each is None else received.take(each) for each in (submit.noise, submit.image))
@@ -69,7 +69,7 @@ def options(submit: Submit, frames: Sequence[Frame], callback: Callback) -> Opti
 
 
 def check_samples(submit: Submit, spec: ModelSpec, local: bool) -> None:
-    """Raise ValueError for samples that no message can bring; `local` says that the client is on this host."""
+    """Raise ValueError for samples that cannot be sent in a message. `local` means that the client is on this host."""
     if submit.memory and not local:
         raise ValueError("memory is true, which an ipc:// address alone allows")
     nbytes = nbytes_of_samples(submit, spec)
@@ -87,7 +87,7 @@ def _named(what: str, given: Sequence[Option]) -> dict[str, Any]:
 
 
 def finished(request: int, result: Result, samples: TensorData, waited: float) -> Finished:
-    """Return a result as a message."""
+    """Return the message for a result."""
     return Finished(
         request=request,
         samples=samples,
@@ -108,7 +108,7 @@ def finished(request: int, result: Result, samples: TensorData, waited: float) -
 
 
 def _told(incidents: Sequence[str]) -> tuple[str, ...]:
-    """Return as many incidents, and of each as much, as a message holds; the last says how many there are beyond."""
+    """Truncate incidents to what a message holds; the last entry gives the number of omitted ones."""
     first = incidents if len(incidents) <= MAX_INCIDENTS else incidents[: MAX_INCIDENTS - 1]
     told = [incident[:MAX_INCIDENT_LENGTH] for incident in first]
     if len(incidents) > len(first):
@@ -117,5 +117,5 @@ def _told(incidents: Sequence[str]) -> tuple[str, ...]:
 
 
 def words(error: BaseException, most: int) -> str:
-    """Return what an error says as a message can hold it: in Unicode, and at most so long."""
+    """Return an error's text in valid Unicode, truncated to `most` characters."""
     return (str(error) or repr(error)).encode(errors="backslashreplace").decode()[:most]

@@ -1,4 +1,4 @@
-"""The server of one leader: one role, one loop; the client protocol is in drp/protocol/SPEC.md."""
+"""The server of one leader, which executes clients' requests. The client protocol is in drp/protocol/SPEC.md."""
 
 from __future__ import annotations
 
@@ -48,23 +48,23 @@ from drp.server.metrics import Counts, prometheus
 from drp.server.server_request import ServerRequest
 
 MAX_MESSAGES_PER_TURN: Final = 100
-"""Messages that are taken before anything else is looked at again."""
+"""Maximum number of messages handled in one iteration of the loop."""
 CANCEL_TIMEOUT: Final = 5.0
-"""Seconds that runs have to end after they were cancelled for the end of the server."""
+"""Seconds that runs have to end after they were cancelled at the end of draining."""
 
 log = logging.getLogger(__name__)
 
 
 class Server:
-    """Takes requests at `address` and hands them to `leader`, until it is drained.
+    """Accepts requests at `address` and submits them to `leader`, until it is drained.
 
-    model: the name that clients are told.
+    model: the model's name as reported to clients.
     address: ipc://PATH, in a directory of mode 0700, or tcp://HOST:PORT, with `keys`.
-    max_requests: requests at once, of all clients together, waiting ones included.
-    max_clients: sessions at once.
-    stall: seconds without progress of any request after which the server is not healthy.
+    max_requests: the maximum number of concurrent requests of all clients together, including waiting ones.
+    max_clients: the maximum number of concurrent sessions.
+    stall: seconds without progress of any request after which the server reports itself unhealthy.
 
-    Raises ValueError for an address that cannot be, OSError if it is taken.
+    Raises ValueError for an invalid address, OSError if it is in use.
     """
 
     def __init__(
@@ -87,9 +87,9 @@ class Server:
         self._clients = ClientSessions(self._endpoint, self._on_gone, self._on_unacknowledged)
         self._requests: set[ServerRequest] = set()
         self._reports: deque[ServerRequest] = deque()
-        """Those that the leader's thread has news of."""
+        """Requests with updates reported by the leader's thread."""
         self._unreported: set[ServerRequest] = set()
-        """Those with news that their clients had no room for."""
+        """Requests with updates that could not be sent yet because the client's connection was full."""
         self._counts = Counts()
         self._evaluation_buffer, self._listening = EvaluationBuffer(), False
         self._began = self._last_progress = self._looked = time.monotonic()
@@ -102,13 +102,13 @@ class Server:
 
     @property
     def address(self) -> str:
-        """Where it listens; of tcp://HOST:* with the port that was free."""
+        """The address at which the server listens; for tcp://HOST:* with the port that was chosen."""
         return self._endpoint.address
 
     def drain(self, seconds: float) -> None:
-        """Refuse new requests, finish those there are within `seconds`, then end `run`. Called again, only sooner.
+        """Refuse new requests, finish the current ones within `seconds`, then let `run` return.
 
-        Any thread may call it, and any signal handler.
+        A second call can only shorten the time. May be called from any thread and from signal handlers.
         """
         until = time.monotonic() + seconds
         self._draining = until if self._draining is None else min(until, self._draining)
@@ -128,12 +128,12 @@ class Server:
             raise WorkerError("the leader has lost its workers, and every client was told")
 
     def close(self) -> None:
-        """Cancel what is left and close the door. The leader stays as it is."""
+        """Cancel the remaining requests and close the socket. The leader is not closed."""
         self._clients.close()
         self._listen(False)
         self._endpoint.close()
-        with self._gate:  # Runs that were cancelled just now still report.
-            wakeup, self._wakeup = self._wakeup, -1  # in this order: a signal's handler may come between
+        with self._gate:  # Runs that were just cancelled still report.
+            wakeup, self._wakeup = self._wakeup, -1  # Before closing, since a signal handler may run in between.
             os.close(wakeup)
 
     def _is_over(self) -> bool:
@@ -158,7 +158,7 @@ class Server:
         if self._endpoint.monitor in ready and self._endpoint.has_lost():
             self._clients.lost()
 
-    # What clients say.
+    # Messages of clients.
 
     def _receive_messages(self) -> None:
         for _ in range(MAX_MESSAGES_PER_TURN):
@@ -228,7 +228,7 @@ class Server:
         ticket.future.add_done_callback(ticket.on_end)
 
     def _refusal(self, client: ClientSession, submit: Submit, ahead: int) -> Refused | None:
-        """Return why a request is refused, whatever the leader would say of it."""
+        """Return why the server refuses a request before it is passed to the leader, None if it does not."""
         if self._draining is not None or self._leader.closed:
             return Refused(submit.request, "draining", "this server is about to end")
         if ahead >= self._max_requests:
@@ -239,7 +239,7 @@ class Server:
         return None
 
     def _begin(self, ticket: ServerRequest, frames: Sequence[Frame]) -> Refused | None:
-        """Hand a request to the leader, or return why it does not take it."""
+        """Submit a request to the leader, or return why the leader does not accept it."""
         self._listen(self._listening or ticket.submit.timeline)
         try:
             options.check_samples(ticket.submit, self._leader.spec, self._endpoint.local)
@@ -253,18 +253,18 @@ class Server:
             return Refused(ticket.request, "draining", options.words(error, 2000))
         except ValueError as error:
             return Refused(ticket.request, "invalid", options.words(error, 2000))
-        except Exception as error:  # Whatever options can bring about is their sender's to hear, not the server's end.
+        except Exception as error:  # Any error caused by the options is reported to the client; the server goes on.
             log.warning("a request raised", exc_info=True)
             return Refused(ticket.request, "invalid", repr(error)[:2000])
         return None
 
     def _listen(self, wanted: bool) -> None:
-        """Have the leader tell what its workers do, if a client wants to know; it costs a little of its time."""
+        """Subscribe to the leader's events while a client wants them, since recording them costs a little time."""
         if wanted != self._listening:
             self._listening = wanted
             (self._leader.subscribe if wanted else self._leader.unsubscribe)(self._evaluation_buffer)
 
-    # What the leader's thread says.
+    # Called in the leader's thread.
 
     def _report(self, ticket: ServerRequest) -> None:
         with self._gate:
@@ -276,14 +276,14 @@ class Server:
     def _note_progress(self) -> None:
         self._last_progress = time.monotonic()
 
-    # What clients are told.
+    # Messages to clients.
 
     def _report_updates(self) -> None:
         self._clients.flush()
         tickets, self._unreported = self._unreported, set()
         while self._reports:
             ticket = self._reports.popleft()
-            ticket.reported = False  # before it is looked at: what comes later is reported again
+            ticket.reported = False  # Reset before reading the request, so that later updates are reported again.
             tickets.add(ticket)
         for ticket in tickets & self._requests:
             client, over = self._clients.get(ticket.client), ticket.future.done()
@@ -300,7 +300,7 @@ class Server:
         return self._evaluation_buffer.take(number, most) if number is not None and ticket.submit.timeline else ()
 
     def _end(self, ticket: ServerRequest, client: ClientSession | None) -> None:
-        """Hand a finished run's result, or what became of it, to its client; forget it."""
+        """Send a finished run's result, or its error, to the client, and remove the request."""
         self._requests.remove(ticket)
         if ticket.future.number is not None:
             self._evaluation_buffer.forget(ticket.future.number)
@@ -308,7 +308,7 @@ class Server:
         self._note_progress()
         if client is not None:
             del client.open_requests[ticket.request]
-        client = self._clients.get(ticket.client)  # It may be gone since.
+        client = self._clients.get(ticket.client)  # The session may have ended in the meantime.
         try:
             self._finish(ticket, client, ticket.future.result(timeout=0))
         except (Exception, CancelledError) as error:
@@ -318,7 +318,7 @@ class Server:
         ticket.release()
 
     def _ended(self, ticket: ServerRequest, error: BaseException) -> Ended:
-        """Count a run without samples; return what its client is told."""
+        """Count a run that ended without samples; return the message for its client."""
         if not isinstance(error, CancelledError):
             self._counts.failed += 1
             return Ended(ticket.request, "failed", options.words(error, 20_000))
@@ -343,7 +343,7 @@ class Server:
         self._clients.send(client, options.finished(ticket.request, result, samples, waited), frames.frames)
 
     def _on_gone(self, client: ClientSession) -> None:
-        """Cancel what a client that is gone wanted."""
+        """Cancel the requests of a session that has ended."""
         log.info("client %r is gone, with %d requests under way", client.name, len(client.open_requests))
         self._counts.lost_clients += bool(client.open_requests)
         for ticket in client.open_requests.values():
@@ -352,10 +352,10 @@ class Server:
     def _on_unacknowledged(self, client: ClientSession) -> None:
         self._counts.unacknowledged += 1
 
-    # How it is.
+    # Status and metrics.
 
     def status(self) -> Status:
-        """Return how the server is."""
+        """Return the server's status."""
         now, counts = time.monotonic(), self._counts
         still = now - self._last_progress if self._requests else 0.0
         state = "lost" if self._leader.closed else "serving" if self._draining is None else "draining"

@@ -1,4 +1,4 @@
-"""One request, from Submit until its run is over, and the messages due to its client."""
+"""A request of a client, from Submit until its run is over, and the progress messages for the client."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ Evaluations = tuple[Evaluation, ...]
 
 
 class ServerRequest:
-    """`on_step` is called in the leader's thread, everything else in the server's.
+    """A client's request.
 
-    `report` is called in either when there is something to tell; `lively` whenever a step was done.
+    `on_step` is called in the leader's thread; all other methods are called in the server's thread, except `on_end`,
+    which may be called in either.
+
+    report: called in either thread when there is an update for the client.
+    lively: called after every step.
     """
 
     future: RunFuture
@@ -33,9 +37,9 @@ class ServerRequest:
         self.began = time.monotonic()
         self.reported = False
         self.cancelled = False
-        """By its client, or because that is gone."""
+        """Whether the request was cancelled by its client, or because the client's session ended."""
         self.memory: SharedMemory | None = None
-        """That the samples are written into, if they are to be shared."""
+        """The shared memory to which the samples are written, if the client requested it."""
         self._report, self._on_progress = report, lively
         self._step = self._last_reported = 0
         self._preview: tuple[int, Tensor | None] = (0, None)
@@ -43,18 +47,19 @@ class ServerRequest:
 
     @property
     def request(self) -> int:
-        """The client's number for it."""
+        """The client's number of the request."""
         return self.submit.request
 
     def cancel(self) -> None:
-        """End the run: its client does not want it any more."""
+        """Cancel the run on behalf of the client."""
         self.cancelled = True
         self.future.cancel()
 
     def release(self) -> None:
-        """Give back the memory, if nobody else has it in keeping by now, and let go of the run.
+        """Free the shared memory, unless it is kept until the client's Ack, and drop the run's future.
 
-        That holds this ticket by its callbacks, and the samples: without a circle they go at once.
+        The future refers to this request by its callbacks, and to the samples. Breaking the reference cycle frees them
+        immediately.
         """
         self.__dict__.pop("future", None)
         if self.memory is not None:
@@ -62,20 +67,23 @@ class ServerRequest:
             self.memory = None
 
     def on_step(self, step: int, state: Tensor) -> None:
-        """Note a step, and its state if it is to be shown."""
+        """Record a step, and its state if a preview is due."""
         self._on_progress()
         if self.submit.previews and step % self.submit.previews == 0:
             self._preview = step, state.cpu()
-        self._step = step  # after the preview, and read before it: whoever sees the step sees its preview
+        self._step = step  # Written after the preview and read before it, so that a step's preview is always seen.
         if self._wanted:
             self._report(self)
 
     def on_end(self, _: object) -> None:
-        """Note that the run is over."""
+        """Report that the run is over."""
         self._report(self)
 
     def updates(self, take: Callable[[ServerRequest, int], Evaluations]) -> Iterator[tuple[Progress, list[Frame]]]:
-        """Yield what is new since it was asked last; `take` returns so many evaluations, at most."""
+        """Yield progress messages since the last call, with their frames.
+
+        `take(request, most)` returns up to `most` new evaluations of a request.
+        """
         step = self._step
         shown, state = self._preview
         if state is not None and shown > self._last_reported:
