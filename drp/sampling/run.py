@@ -1,4 +1,4 @@
-"""Run: the arithmetic of one sampling run, without processes: it forms drafts, takes predictions, refines."""
+"""The arithmetic of one sampling run, without processes: schedules drafts, adds predictions and refines states."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ Callback = Callable[[int, Tensor], None]
 """Called with the number of steps done, 1..N in order, and that state [B, ...]."""
 
 Noise = Callable[[int], Tensor]
-"""Called with a step's index; returns standard normal numbers like the state, the same ones whenever it is asked."""
+"""Called with a step's index; returns standard normal numbers shaped like the state, the same on every call."""
 
 Add = Callable[[Tensor, Tensor, Tensor, bool], None]
 
 
 class OperationQueue(Protocol):
-    """What does a run's arithmetic later than it is given, in that order."""
+    """Executes a run's arithmetic later, in the order in which it was enqueued."""
 
     def enqueue(self, do: Callable[[], object]) -> None:
-        """Have this done after what was given before."""
+        """Execute `do` after what was enqueued before."""
         ...
 
     def synchronize(self) -> None:
-        """Wait until all was done."""
+        """Wait until everything was executed."""
         ...
 
 
@@ -54,45 +54,45 @@ class Task:
 
 
 def batches(tasks: Sequence[Task], size: int) -> list[tuple[Task, ...]]:
-    """Return a round's tasks in their order, `size` of them together: what one device evaluates as one batch."""
+    """Split a round's tasks, in order, into batches of up to `size`, each of which one device evaluates at once."""
     return [tuple(tasks[first : first + size]) for first in range(0, len(tasks), size)]
 
 
 def slots(solver: Solver, mode: Mode, checkpoints: bool = False) -> int:
-    """Return how many slots a run needs for drafts, and rows for as many predictions that are in use at once.
+    """Return the number of slots that a run needs for drafts; it needs as many rows for predictions.
 
-    With `checkpoints`, there is room for what two of them keep beside that, of the last few rounds.
+    With `checkpoints`, this includes the slots that two checkpoints within the last few rounds keep in use.
     """
     return _room(solver, mode, mode.width, checkpoints).rows
 
 
 def _rounds_kept(solver: Solver, mode: Mode) -> int:
-    """Count the rounds that are in use at once.
+    """Return the maximum number of rounds that are in use at once.
 
-    They are the one being evaluated, the one being refined, and its base's; the one the draft rule looks back on; and
-    one for each index before that the solver uses.
+    These are the round being evaluated, the round being refined and the round of its base; the round that the draft
+    rule looks back on; and one round for each earlier index that the solver uses.
     """
     usual = 3 + mode.rule.looks_back + solver.history
     return max(usual, 1 + most_in_use(mode, solver.grid.steps, solver.history)) if mode.gaps else usual
 
 
 def _room(solver: Solver, mode: Mode, width: int, checkpoints: bool) -> SlotAllocator:
-    """Return room for what is in use at once; in a mode that lags, of rounds of any length."""
+    """Return an allocator for the slots in use at once; in a pipelined mode, rounds may have any length."""
     kept = _rounds_kept(solver, mode)
     more = ROUNDS_BACK if checkpoints else 0
     return SlotAllocator((2 * kept + more) * width, 1) if mode.pipelined else SlotAllocator(kept + more, width)
 
 
 ROUNDS_BACK = 4
-"""Rounds that a run can go back to a checkpoint by, as far as memory is concerned."""
+"""Rounds for which memory is reserved so that a run can return to a checkpoint."""
 
 
 @dataclass(eq=False)
 class Checkpoint:
-    """What a run had when it had formed the drafts of a round: `Run.restore` goes on from there again.
+    """The state of a run just after it has scheduled the drafts of a round, for `Run.restore`.
 
-    Nothing is copied: as long as the run keeps it, the rows that it refers to are not used for anything else. `kept` is
-    False once it was dropped.
+    Nothing is copied: while the run keeps the checkpoint, the rows that it refers to are not reused. `kept` is False
+    once the checkpoint was dropped.
     """
 
     position: int
@@ -110,32 +110,46 @@ class Checkpoint:
 
 
 class _InFlightRound:
-    """A round that is being evaluated: the slots of its indices, those that are missing, and its depth."""
+    """A round that is being evaluated.
+
+    slots: by index, the slot of the draft.
+    outstanding: the slots whose predictions have not arrived.
+    depth: the number of rounds that waited for each other up to this one.
+    """
 
     def __init__(self, slots: dict[int, int], depth: int) -> None:
         self.slots, self.outstanding, self.depth = slots, set(slots.values()), depth
 
     def copy(self) -> _InFlightRound:
-        """Return the round as it is now."""
+        """Return a copy of the round's current state."""
         copied = _InFlightRound(self.slots, self.depth)
         copied.outstanding = set(self.outstanding)
         return copied
 
 
 class Run:
-    """One run: `rounds()` yields the tasks of each round, `refine()` computes the states behind it.
+    """The arithmetic of one run: `rounds()` yields the tasks of each round, `refine()` computes the final states.
 
-    `start` [B, ...] is the state at index 0. `drafts` is a matrix [slots(solver, mode), D] of its dtype, a slot a row,
-    D the numbers in one state; `predictions` is one with at least as many rows. Whoever evaluates reads a task's slot
-    and writes the prediction to the row of the same number, or to any that is not in `rows`, and says to `fold` which.
-    `noise` is for a solver that adds some. A `queue` is given the arithmetic on drafts, predictions and states: whoever
-    reads these puts that there too, and `watch` is left to him.
+    start: the state at index 0, [B, ...].
+    drafts: a matrix [slots(solver, mode), D] of the state's dtype, one slot per row, where D is the number of elements
+        of a state.
+    predictions: a matrix with at least as many rows. The prediction of a task is written to the row with the number of
+        its slot, or to any row that is not in `rows`, which is then passed to `accumulate`.
+    noise: for a solver that adds noise.
+    watch: compute the residuals of all drafts in a mode without feedback.
+    queue: if given, the arithmetic on drafts, predictions and states is enqueued there. Reads of these must be enqueued
+        as well, and `watch` must not be used.
+    checkpoints: reserve memory for two checkpoints.
 
-    `rounds_done` and `steps_done` count; where rounds need not wait for those before, `rounds_done` is the longest
-    sequence of rounds that waited for each other. `residuals` say, by index, how far from the refined state the last
-    prediction was taken, relative to that state's norm, the largest among the samples: of all drafts in a mode with
-    feedback or with `watch`. `cuts` are the indices to which a mode with feedback advanced though it had predictions
-    beyond. `evaluated` says how often each index was asked for: a later prediction takes the place of an earlier one.
+    The attributes:
+
+    rounds_done: the number of rounds whose predictions were used; where rounds do not wait for all earlier ones, the
+        length of the longest sequence of rounds that waited for each other.
+    steps_done: the number of final states.
+    residuals: by index, the distance between the refined state and the draft of the last prediction there, relative to
+        the state's norm; the maximum over the samples. Only in a mode with feedback, or with `watch`.
+    cuts: the indices to which a mode with feedback advanced although it had predictions beyond.
+    evaluated: how many times each index was evaluated. A later prediction replaces an earlier one.
     """
 
     def __init__(
@@ -156,29 +170,29 @@ class Run:
         self._shape, self._start = start.shape, start.reshape(-1)
         self._drafts, self._predictions, self._noise = drafts, predictions, noise
         self._feedback, self._watch = mode.feedback, watch and not mode.feedback
-        # Rows are worked out while the round before is being evaluated, or, with feedback, when that is known.
+        # Coefficients are computed while the previous round is evaluated; with feedback, once it is complete.
         self._plan = _plan(solver, mode, start, self._measure)
-        self._position = 0  # in the plan, of what comes next
+        self._position = 0  # of the next event in the plan
         self._slot_banks, self._state_banks = (
             _room(solver, mode, width, checkpoints) for width in (mode.width, self._plan.longest)
         )
         self._checkpoints: list[Checkpoint] = []
         self._slots: dict[int, int] = {}  # index -> row of drafts
-        self._answers: dict[int, int] = {}  # that -> row of predictions
+        self._answers: dict[int, int] = {}  # row of drafts -> row of predictions
         self._rows: dict[int, int] = {}  # index -> row of states
         self._states = start.new_empty((self._state_banks.rows, start.numel()))
         self._fresh: dict[int, Tensor] = {}
         self._noise_ahead = 2 * mode.width + 2 if solver.adds_noise else 0
         if solver.adds_noise and noise is None:
             raise ValueError(f"{type(solver).__name__} adds noise at each step; give `noise`")
-        self._measured: tuple[int, list[float]] = (0, [])  # where the last round's states lie, and their residuals
+        self._measured: tuple[int, list[float]] = (0, [])  # first row of the last round's states, their residuals
         self._to_refine: deque[tuple[_Advance, int]] = deque()
-        self._in_flight: deque[_InFlightRound] = deque()  # what is not in _slots yet, oldest first
+        self._in_flight: deque[_InFlightRound] = deque()  # rounds that are not in _slots yet, oldest first
         self._plan_ahead = 2 * mode.width if mode.pipelined else 2
         self._partial_states: _PartialSum | None = None
-        self._first = 0  # where the states being folded lie
+        self._first = 0  # first row of the states being accumulated
         self._partial_drafts: _PartialSum | None = None
-        self._first_slot = 0  # where the drafts being formed lie
+        self._first_slot = 0  # first slot of the drafts being computed
         self.rounds_done = 0
         self.steps_done = 0
         self.residuals: dict[int, float] = {}
@@ -192,13 +206,13 @@ class Run:
 
     @property
     def ready(self) -> bool:
-        """Whether the next round may be asked for: every prediction that it uses is in, as `fold` was told."""
+        """Whether the next round can be requested: all predictions that it uses were passed to `accumulate`."""
         return not any(out.outstanding for out in self._used())
 
     def rounds(self) -> Iterator[list[Task]]:
-        """Yield each round's tasks, their drafts written; ask for the next once it is `ready`.
+        """Yield each round's tasks, whose drafts are written. Request the next round only while `ready` is True.
 
-        Call `refine` between two rounds, best while the new tasks are being evaluated, and once at the end.
+        Call `refine` between rounds, preferably while the new tasks are being evaluated, and once at the end.
         """
         while (event := self._next()) is not None:
             self._position += 1
@@ -216,7 +230,7 @@ class Run:
             yield [Task(k, self._timesteps[k], slot) for k, slot in zip(event.indices, slots, strict=True)]
 
     def _next(self) -> _Predict | _Advance | None:
-        """Return what comes next, with the predictions that it uses taken as there."""
+        """Return the next event, after making the predictions that it uses available."""
         for out in self._used():
             self._slots.update(out.slots)
             self.rounds_done = max(self.rounds_done, out.depth)
@@ -224,24 +238,24 @@ class Run:
         return self._plan.get(self._position)
 
     def _used(self) -> list[_InFlightRound]:
-        """Return the rounds under way that the next event uses; with feedback it is not known yet, and uses all."""
+        """Return the rounds in flight that the next event uses: all of them with feedback, whose event is unknown."""
         event = None if self._feedback else self._plan.get(self._position)
         return list(self._in_flight)[: len(self._in_flight) - (event.unawaited_rounds if event is not None else 0)]
 
     @property
     def rows(self) -> set[int]:
-        """The rows of `predictions` that are in use."""
+        """The rows of `predictions` that are in use, including those that checkpoints refer to."""
         rows = {self._answers[slot] for slot in _answered(self._in_flight).union(self._slots.values())}
         for kept in self._checkpoints:
             rows.update(kept.answers[slot] for slot in _answered(kept.out).union(kept.slots.values()))
         return rows
 
     def accumulate(self, slot: int, row: int | None = None) -> None:
-        """Take note of a draft's prediction, in `row`, and add it to the states that the next drafts start from.
+        """Record a draft's prediction, in `row`, and add it to the states from which the next drafts start.
 
-        May be called for predictions as they arrive, in any order: they are added in index order, each as soon as those
-        before it are in, and whatever is left is added when the next round is asked for. In a mode with feedback, whose
-        way is not known before, none is added.
+        May be called as predictions arrive, in any order. They are added in index order, each as soon as the earlier
+        ones are there; the rest is added when the next round is requested. In a mode with feedback, whose next event is
+        not known in advance, none is added here.
         """
         self._answers[slot] = slot if row is None else row
         for out in self._in_flight:
@@ -249,7 +263,7 @@ class Run:
         self._accumulate_known()
 
     def _accumulate_known(self) -> None:
-        """Add what is known to the states that the next drafts start from, up to the first prediction missing."""
+        """Add known terms to the states from which the next drafts start, up to the first missing prediction."""
         event = None if self._feedback else self._plan.get(self._position)
         if isinstance(event, _Advance):
             if self._partial_states is None:
@@ -257,7 +271,7 @@ class Run:
             self._add_known(self._partial_states, self._used())
 
     def _draft_known(self) -> None:
-        """Add what is known to the next drafts, where each round waits for all before it, if there is room for them."""
+        """Add known terms to the next drafts, if their round waits for all earlier rounds and slots are free."""
         event = self._plan.get(self._position)
         if isinstance(event, _Advance):
             event = self._plan.get(self._position + 1)
@@ -271,7 +285,7 @@ class Run:
                 self._add_known(self._partial_drafts, self._in_flight)
 
     def _add_known(self, fold: _PartialSum, used: Collection[_InFlightRound]) -> None:
-        """Add the terms up to the first that is not there: a prediction that misses, or a state to be computed."""
+        """Add terms up to the first that is not available: a missing prediction, or a state not computed yet."""
         missing = set().union(*(out.outstanding for out in used))
         newest = {k: slot for out in used for k, slot in out.slots.items()}
 
@@ -283,7 +297,7 @@ class Run:
         fold.accumulate(lambda term: self._vector(term, newest), there)
 
     def checkpoint(self) -> Checkpoint:
-        """Keep what the run has now, when `rounds` has just yielded; a run made with `checkpoints` has room for two."""
+        """Keep the run's current state, just after `rounds` has yielded. There is memory for two checkpoints."""
         kept = Checkpoint(
             self._position,
             dict(self._slots),
@@ -301,15 +315,16 @@ class Run:
         return kept
 
     def drop(self, checkpoint: Checkpoint) -> None:
-        """Keep it no longer."""
+        """Release a checkpoint."""
         checkpoint.kept = False
         self._checkpoints.remove(checkpoint)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to a checkpoint that is kept; those after it are dropped. Ask for the `rounds` anew.
+        """Return to a checkpoint that is kept; later checkpoints are dropped. Call `rounds` again afterwards.
 
-        With feedback, only the last round can be gone back to: what follows others was decided by what came of them.
-        The drafts that had no prediction then are where they were. What was queued since must not matter any more.
+        With feedback, only the last round can be restored, since the results of earlier rounds have determined the
+        following ones. Drafts that had no prediction at the checkpoint are in their slots. Operations that were queued
+        since must have no effect any more.
         """
         for later in self._checkpoints[self._checkpoints.index(checkpoint) + 1 :]:
             self.drop(later)
@@ -324,9 +339,10 @@ class Run:
         self.cuts[:] = checkpoint.cuts
 
     def refine(self, callback: Callback | None = None, between: bool | None = None) -> None:
-        """Compute the states that finished rounds have passed; call `callback` for each, in order.
+        """Compute the states that finished rounds have made final; call `callback` for each, in order.
 
-        Those between that nothing is made of are computed if `between` says so, by default for a callback or residuals.
+        Intermediate states that nothing else depends on are computed if `between`, by default for a callback or
+        residuals.
         """
         wanted = between if between is not None else callback is not None or self._watch
         while self._to_refine:
@@ -343,7 +359,7 @@ class Run:
                 for k in [k for k in known if k < event.oldest and k != event.previous_base]:
                     del known[k]
         if not self._feedback:
-            for ahead in range(self._plan_ahead):  # up to the next drafts
+            for ahead in range(self._plan_ahead):  # compute the plan up to the next drafts
                 self._plan.get(self._position + ahead)
         for k in range(self.steps_done, min(self.steps_done + self._noise_ahead, len(self._timesteps))):
             self._draw(k)
@@ -359,21 +375,21 @@ class Run:
                 yield from out.slots.values()
 
     def _make_room(self, banks: SlotAllocator, rows: int, used: Callable[[], Iterable[int]]) -> int:
-        """Return where there is room for so many rows, at the cost of the checkpoints if there is none beside them."""
+        """Allocate consecutive rows, dropping checkpoints, oldest first, if there is no room."""
         while self._checkpoints and banks.find(rows, used()) is None:
             self.drop(self._checkpoints[0])
         return banks.allocate(rows, used())
 
     def _draft(self, event: _Predict) -> _PartialSum:
-        """Find slots for drafts, and begin to form them."""
+        """Allocate slots for drafts, and begin to compute them."""
         self._first_slot = self._make_room(self._slot_banks, len(event.indices), lambda: self._slots_in_use)
         slots = self._drafts[self._first_slot : self._first_slot + len(event.indices)]
         return _PartialSum(event.drafts, slots, self._add)
 
     def _advance(self, event: _Advance) -> None:
-        """Compute the state that the next round starts from; leave the others to `refine`, where nobody waits."""
+        """Compute the state from which the next round starts; `refine` computes the others off the critical path."""
         end = event.base + len(event)
-        if self._feedback:  # They are there already, except one past the last prediction.
+        if self._feedback:  # The states are computed already, except one past the last prediction.
             first, residuals = self._measured
             self.residuals.update(enumerate(residuals[: len(event)], start=event.base + 1))
             if len(event) < len(residuals):
@@ -391,7 +407,7 @@ class Run:
         self._to_refine.append((event, first))
 
     def _begin(self, event: _Advance) -> _PartialSum:
-        """Find room for the states of a way forward, and begin to compute the last ones."""
+        """Allocate rows for the states of an advance, and begin to compute the last ones."""
         self._first = self._take_states(len(event))
         return _PartialSum(event.last, self._eager(event, self._first), self._add)
 
@@ -423,11 +439,11 @@ class Run:
         return residuals
 
     def draft_at(self, k: int) -> Tensor | None:
-        """Return the draft [D] of which the prediction at k was made, if it is still there."""
+        """Return the draft [D] of the prediction at index k, None if it is not kept any more."""
         return self._drafts[self._slots[k]] if k in self._slots else None
 
     def _vector(self, term: Symbol, newest: Mapping[int, int] = MappingProxyType({})) -> Tensor:
-        """Return what a term stands for; `newest` are slots that are not taken as there yet."""
+        """Return the tensor [D] of a symbol. `newest` has, by index, slots of rounds that are still in flight."""
         k = term.k
         if term.kind == "state":
             return self._states[self._rows[k]] if k else self._start
@@ -448,9 +464,10 @@ def _answered(rounds: Iterable[_InFlightRound]) -> set[int]:
 
 
 def residual(x: Tensor, given: Tensor, samples: int) -> float:
-    """Compare a state [B * D] with the input of the prediction there, like it: the largest among so many samples.
+    """Return the relative distance of a state [B * D] from the draft at its index, the maximum over the samples.
 
-    numpy adds in one order whatever the threads: what a mode decides by this number is the same everywhere.
+    numpy is used because its order of summation does not depend on the number of threads, so that a mode's decisions
+    are reproducible.
     """
     x = x.double()
     apart = (x - given.double()).view(samples, -1).cpu().numpy()
@@ -459,7 +476,7 @@ def residual(x: Tensor, given: Tensor, samples: int) -> float:
 
 
 class _Known:
-    """The events of a plan that any run has worked out so far. They do not refer to the solver."""
+    """The events of a plan that any run has computed so far. They do not refer to the solver."""
 
     def __init__(self) -> None:
         self.events: list[_Predict | _Advance] = []
@@ -468,9 +485,9 @@ class _Known:
 
 
 class _Plan:
-    """What a run does, in order, worked out as far as anyone has asked; in threads at the same time, if need be.
+    """The events of a run in order, computed on demand. Thread-safe.
 
-    `events` are all of them, as this run works them out: it passes over those that are `known` from other runs.
+    `events` generates all events of the run; those that other runs have computed are in `known` and are skipped.
     """
 
     def __init__(self, events: Iterator[Predict | Advance], like: Tensor, longest: int, known: _Known) -> None:
@@ -478,11 +495,11 @@ class _Plan:
         self._events, self._passed, self._like, self._known = events, 0, like, known
 
     def get(self, position: int) -> _Predict | _Advance | None:
-        """Return what is at a position, None past the end."""
+        """Return the event at a position, None past the end."""
         known = self._known
         if position >= len(known.events) and not known.complete:
             with known.lock:
-                # Another thread may have been here meanwhile.
+                # Another thread may have computed the event in the meantime.
                 there = len(known.events)
                 if position >= there and not known.complete:
                     new = itertools.islice(self._events, there - self._passed, position + 1 - self._passed)
@@ -493,25 +510,25 @@ class _Plan:
 
 
 _plans: WeakKeyDictionary[Solver, dict[tuple[Mode, torch.dtype, torch.device, int], _Known]] = WeakKeyDictionary()
-"""Rows are the same for every run with the same solver and a mode without feedback: the next run finds them here.
+"""Cache of events, which are the same for all runs with the same solver and mode without feedback.
 
-Only what is known: a generator that is not at its end holds the solver, which would then never be let go.
+Only computed events are cached: an unfinished generator would refer to the solver and keep it alive forever.
 """
 
 
 def _plan(solver: Solver, mode: Mode, like: Tensor, measure: Measure) -> _Plan:
     if mode.feedback:
         return _Plan(make_plan(solver, mode, measure), like, mode.width + 1, _Known())
-    like = like.new_empty(0)  # What is known outlives the run.
+    like = like.new_empty(0)  # The cached events outlive the run and must not keep its state alive.
     known = _Known()
-    with contextlib.suppress(TypeError):  # a mode of somebody's own that has no hash
-        stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0  # which copies the weights
+    with contextlib.suppress(TypeError):  # A user's mode may not be hashable.
+        stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0  # copies the weights
         known = _plans.setdefault(solver, {}).setdefault((mode, like.dtype, like.device, stream), known)
     return _Plan(make_plan(solver, mode), like, max_advance(mode, solver.grid.steps), known)
 
 
 class _Predict:
-    """A round with its rows in the state's dtype, and on its device."""
+    """A round whose coefficients have the state's dtype and device."""
 
     def __init__(self, event: Predict, like: Tensor) -> None:
         self.indices, self.unawaited_rounds = event.indices, event.unawaited_rounds
@@ -519,9 +536,9 @@ class _Predict:
 
 
 class _Advance:
-    """A way forward with its rows in the state's dtype, on its device; its length is that of the way.
+    """An advance whose coefficients have the state's dtype and device. Its length is the number of steps.
 
-    The last states are computed before the next round's drafts: the `eager` ones that a step from there looks back on.
+    The last `eager` states, which a step from the new base uses, are computed before the next round's drafts.
     """
 
     def __init__(self, event: Advance, like: Tensor) -> None:
@@ -547,21 +564,21 @@ def _cast(event: Predict | Advance, like: Tensor) -> _Predict | _Advance:
 
 _ORDER = {"state": 0, "input": 1, "noise": 2, "prediction": 3}
 SumOrder = Callable[[Symbol], tuple[int, ...]]
-"""In which terms are added: as they will be there, whatever order predictions arrive in, and whatever other terms."""
+"""The sort key by which terms are added: fixed, whatever the order in which predictions arrive."""
 
 
 def _state_order(t: Symbol) -> tuple[int, ...]:
-    """Of states: all but predictions are known before, and those come by their indices."""
+    """Order of the terms of states: known terms first, then predictions by index."""
     return _ORDER[t.kind], t.k
 
 
 def _draft_order(t: Symbol) -> tuple[int, ...]:
-    """Of drafts: states, too, come by their indices, each with the prediction there."""
+    """Order of the terms of drafts: known terms first, then states and predictions by index."""
     return t.kind in ("state", "prediction"), t.k, _ORDER[t.kind]
 
 
 class _Rows:
-    """Several rows over the same terms, as one small matrix product."""
+    """Several linear combinations of the same terms, as one small matrix product."""
 
     def __init__(self, rows: Sequence[LinearCombination], like: Tensor, order: SumOrder) -> None:
         self.terms = sorted({t for row in rows for t in row}, key=order)
@@ -570,7 +587,7 @@ class _Rows:
         )
         weights = weights.to(like.dtype)
         if like.is_cuda:
-            weights = weights.pin_memory()  # else the host would wait for all that the stream has to do
+            weights = weights.pin_memory()  # Otherwise the host would wait for all work queued on the stream.
         self.weights = weights.to(like.device, non_blocking=True).reshape(len(self.terms), len(rows), 1)
 
     def write(self, vector: Callable[[Symbol], Tensor], out: Tensor, add: Add) -> None:
@@ -579,7 +596,7 @@ class _Rows:
 
 
 def _add(out: Tensor, weight: Tensor, term: Tensor, first: bool) -> None:
-    """Add a term to rows' sums, or begin them with it."""
+    """Add a weighted term to the sums in `out`, or initialize them with it."""
     if first:
         torch.mul(weight, term, out=out)
     else:
@@ -587,7 +604,7 @@ def _add(out: Tensor, weight: Tensor, term: Tensor, first: bool) -> None:
 
 
 class _PartialSum:
-    """Rows' sum under way: terms are added in their order, as far as they are ready."""
+    """Partial sums of linear combinations; terms are added in order, as far as they are ready."""
 
     def __init__(self, rows: _Rows, out: Tensor, add: Add) -> None:
         self._rows, self._out, self._add, self._done = rows, out, add, 0

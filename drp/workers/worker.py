@@ -1,4 +1,4 @@
-"""Worker: evaluates drafts. One role, one loop."""
+"""The worker's loop, which evaluates drafts and answers the leader's messages."""
 
 from __future__ import annotations
 
@@ -54,16 +54,30 @@ if TYPE_CHECKING:
     from drp.workers.cuda_device import CudaDevice
 
 RECEIVE_TIMEOUT = 1.0
-"""Seconds of one wait for a message."""
+"""Timeout of one wait for a message, in seconds."""
 BUSY_RECEIVE_TIMEOUT = 0.05
-"""Likewise, while something that was answered is still being evaluated."""
+"""The same while asynchronous work is being evaluated, whose failures must be reported."""
 ANSWER_HOLD_TIME, ANSWER_SPIN_TIME = 0.01, 0.001
-"""Seconds for which an answer is held, and for which this thread then stays awake: a run's first draft is about to
-come, and when the answer is there, the leader has other workers woken."""
+"""Seconds for which an answer to a Bind is held back, and for which this thread then polls instead of sleeping: the
+run's first draft is about to arrive, and the answer makes the leader wake other workers."""
 
 
 class Worker:
-    """A process's share of the work: it answers the leader's messages one after the other."""
+    """Handles the leader's messages in a worker process, one after the other.
+
+        message  action                                 answer
+        Load     load the model                         Loaded
+        Share    share or use the weights               Shared
+        WarmUp   compile, capture and warm up (GPU)     WarmedUp
+        Bind     open a run's memory                    Bound, if the message asks for it
+        Rebind   use the retained memory for a new run  Bound, if the message asks for it
+        Draft    evaluate, or queue if asynchronous     Prediction or EvaluationError; if asynchronous, a Prediction
+                                                        only where the Bind asks for it
+        Unbind   close a run's memory, or retain it     none
+        Stop     end                                    none
+
+    An error of an evaluation is answered; any other error is reported with WorkerFailed and ends the worker.
+    """
 
     def __init__(self, config: WorkerConfig, words: int) -> None:
         torch.set_num_threads(config.threads)
@@ -79,7 +93,7 @@ class Worker:
         self._executor: AsyncExecutor | None = None
 
     def run(self) -> None:
-        """Answer messages until Stop; an error is told to the leader, and ends the worker."""
+        """Handle messages until Stop. An error is reported to the leader and ends the worker."""
         self._socket.send(Hello(VERSION, os.getpid()))
         message: ToWorker | None = None
         answers: list[ToLeader] = []
@@ -89,13 +103,13 @@ class Worker:
                 if answer is not None:
                     answers.append(answer)
                 if isinstance(message, Bind | Rebind) and self._arenas[message.run].bind.async_config is not None:
-                    continue  # A draft to be queued may be there, or about to come: that goes first.
+                    continue  # Queue a draft that has arrived or is about to arrive before answering.
                 for answer in answers:
                     self._socket.send(answer)
                 answers.clear()
                 for draft, error in self._executor.take_failures() if self._executor is not None else ():
                     self._socket.send(self._evaluation_error(draft, error))
-        except BaseException as error:  # SystemExit too: a model's factory may parse arguments
+        except BaseException as error:  # Including SystemExit: a model's factory may parse arguments.
             self._socket.send(WorkerFailed(_activity(message), *_describe(error)))
         finally:
             if self._executor is not None:
@@ -103,7 +117,7 @@ class Worker:
             self._socket.close()
 
     def _receive(self, holds: bool) -> ToWorker | None:
-        """Return the next message, or None after a while; let the leader see that this thread comes round."""
+        """Write a heartbeat; return the next message, or None at the timeout."""
         self._heartbeat += 1
         struct.pack_into("Q", self._crash_log, self._heartbeat_offset, self._heartbeat)
         if holds:
@@ -134,12 +148,12 @@ class Worker:
         return None
 
     def _load(self, how: Load) -> Loaded:
-        """Load the model, in the dtype in which it will run; its weights may yet have to move."""
+        """Load the model in the dtype in which it will run. Its weights may be moved later."""
         unreached = ""
         if how.gpu is not None:
-            from drp.workers.cuda_device import CudaDevice  # only now: nothing of CUDA without a GPU
+            from drp.workers.cuda_device import CudaDevice  # Imported here, so that CUDA is not used without a GPU.
 
-            self._device = CudaDevice(how.gpu)  # before the model: to a factory that says "cuda", this GPU is meant
+            self._device = CudaDevice(how.gpu)  # Before loading the model, so that "cuda" in its factory is this GPU.
             if how.gpu.nvtx:
                 annotate_methods(self, _receive="drp receive", _evaluate="drp evaluate")
                 annotate_methods(self._socket, send="drp answer")
@@ -157,7 +171,7 @@ class Worker:
         return Loaded(self._denoiser.spec, self._weights.nbytes, self._weights.layout, unreached)
 
     def _share(self, share: Share) -> Shared:
-        """Use the weights in the leader's memory, bringing them if this worker is to."""
+        """Use the weights in the leader's memory, after copying this worker's weights there if it is to publish."""
         if self._device is not None and share.gpu is not None and share.memory is None:
             return Shared(self._device.share(self._weights, share.gpu, share.publish))
         if share.memory is None or share.gpu is not None:
@@ -166,7 +180,7 @@ class Worker:
             memory = SharedMemory.open(share.memory)
             self._weights.share(memory, publish=True)
             memory.close()
-        memory = SharedMemory.open(share.memory, private=True)  # What an evaluation writes there is this worker's own.
+        memory = SharedMemory.open(share.memory, private=True)  # Copy-on-write: an evaluation may write to weights.
         self._weights.share(memory, publish=False)
         memory.close()
         assert self._denoiser is not None
@@ -184,7 +198,7 @@ class Worker:
         self._arenas[bind.run] = arena
 
     def _rebind(self, run: int) -> None:
-        """Go on with the memory that was kept, which is on the host."""
+        """Use the retained memory, which is on the host, for a new run."""
         if self._retained is None or self._device is not None:
             raise ProtocolError(f"run {run} is to begin again with what was kept, and there is nothing")
         arena, bound = self._retained
@@ -194,7 +208,7 @@ class Worker:
         self._retained = None
 
     def _unbind(self, unbind: Unbind) -> None:
-        """Let go of a run's memory, or keep it."""
+        """Close a run's memory, or retain it for the next run."""
         if self._device is not None:
             self._device.unbind(unbind.run)
         bound = self._executor.unbind(unbind.run) if self._executor is not None else None
@@ -205,7 +219,7 @@ class Worker:
     def _make_executor(self) -> AsyncExecutor:
         if self._device is None:
             return HostExecutor(self._compute)
-        from drp.workers.cuda_executor import CudaExecutor  # only now: nothing of CUDA without a GPU
+        from drp.workers.cuda_executor import CudaExecutor  # Imported here, so that CUDA is not used without a GPU.
 
         assert self._denoiser is not None
         return CudaExecutor(self._device, self._denoiser)
@@ -226,7 +240,7 @@ class Worker:
             if self._executor is not None:
                 self._executor.synchronize()
             began, predicted, ended, _ = self._compute(work)
-        except BaseException as error:  # whatever the denoiser raises, SystemExit and KeyboardInterrupt too
+        except BaseException as error:  # The denoiser may raise anything, including SystemExit and KeyboardInterrupt.
             return self._evaluation_error(draft, error)
         return Prediction(draft.run, draft.index, draft.row, ended - began, received, began, predicted, ended)
 
@@ -244,7 +258,10 @@ class Worker:
         return WorkItem(draft, arena, inputs, [arena.prediction(each.row) for each in drafts])
 
     def _compute(self, work: WorkItem, since: float | None = None) -> EvaluationTimes:
-        """Evaluate a draft; `since` says that it is queued, and since when it might have been evaluated."""
+        """Evaluate a batch of drafts and return its times.
+
+        `since` is when the evaluation of queued work could have begun, None for synchronous work.
+        """
 
         def evaluate() -> float:
             assert self._denoiser is not None
@@ -253,14 +270,14 @@ class Worker:
             else:
                 predicted = self._device.evaluate(self._denoiser, work.arena, work.inputs, work.timesteps, work.outputs)
             for given, made in zip(work.inputs, work.outputs, strict=True) if not work.draft.sequence else ():
-                check_finite(made, given)  # else the stamp says so
+                check_finite(made, given)  # For asynchronous work, the completion record reports it.
             return predicted
 
         nbytes = sum(tensor.nbytes for each in work.inputs for tensor in each.values())
         return self._timed(work.draft, nbytes, evaluate, since)
 
     def _evaluation_error(self, draft: Draft, error: BaseException) -> EvaluationError:
-        """Say that a draft cannot be evaluated; raise the error, and so end the worker, if no other could be either."""
+        """Return the message that a draft failed; raise the error, which ends the worker, if it is unrecoverable."""
         if is_unrecoverable(error) or (self._device is not None and self._device.is_context_lost):
             raise error
         return EvaluationError(draft.run, draft.index, draft.row, *_describe(error))
@@ -273,16 +290,16 @@ def _timed(draft: Draft, nbytes: int, evaluate: Callable[[], float], since: floa
 
 
 def _describe(error: BaseException) -> tuple[str, str]:
-    """Return an error in a line, and its traceback, as text that any message can hold."""
+    """Return an error's type and text, and its traceback, truncated and encoded for a message."""
     try:
         words = f"{type(error).__name__}: {error}"
-    except BaseException:  # Its __str__ is somebody's own code.
+    except BaseException:  # The error's __str__ is user code.
         words = f"{type(error).__name__}, whose text cannot be made"
     return _printable(words)[:2000], _printable("".join(traceback.format_exception(error)))[-20_000:]
 
 
 def _printable(text: str) -> str:
-    """Return the text with lone surrogates, as undecodable file names have them, written as escapes."""
+    """Return the text with lone surrogates escaped, which occur in undecodable file names."""
     return text.encode(errors="backslashreplace").decode()
 
 
