@@ -1,4 +1,4 @@
-"""Models: how denoisers are named and loaded, and the trained ones that come with drp."""
+"""Models: naming and loading of denoisers, and the trained models that come with drp."""
 
 from drp.models.registry import Denoiser, describe, load
 from drp.protocol.messages import ModelSpec

@@ -1,4 +1,4 @@
-"""A small classifier of digits: it judges the samples in tests and quality figures."""
+"""A small classifier of digits, which evaluates samples in tests and quality measurements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WEIGHTS = Path(__file__).with_name("classifier.safetensors")
 
 
 class Classifier(nn.Module):
-    """Reads [B, 1, 28, 28] images in [-1, 1]."""
+    """Classifies images [B, 1, 28, 28] with values in [-1, 1]; returns logits [B, 10]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(64, 10)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return [B, 64]: what Frechet distances are taken in."""
+        """Return the features [B, 64] in which Frechet distances are measured."""
         out: Tensor = self.body(images)
         return out
 

@@ -16,7 +16,7 @@ WEIGHTS = Path(__file__).with_name("digits.safetensors")
 
 
 class Digits(nn.Module):
-    """The U-Net under classifier-free guidance (Ho and Salimans 2022): both branches go through it as one batch."""
+    """The U-Net with classifier-free guidance (Ho and Salimans 2022); both branches are evaluated as one batch."""
 
     spec = BUILT_IN["digits"][1]
 

@@ -1,4 +1,4 @@
-"""Check that a prediction is made of finite numbers: in a worker, and in the reference, which refuses the same."""
+"""The check for NaN and infinity in predictions, shared by workers and the reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from drp.protocol.timeline import is_finite
 
 
 def check_finite(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
-    """Raise FloatingPointError if a denoiser made NaN or infinity of these inputs; shapes are not looked at."""
+    """Raise FloatingPointError if a denoiser returned NaN or infinity for these inputs; shapes are not checked."""
     for name, output in outputs.items():
         if not is_finite(output):
             wrong = "NaN" if output.isnan().any() else "infinity"

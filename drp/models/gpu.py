@@ -1,6 +1,7 @@
-"""A denoiser on a GPU: its weights there, in a dtype of choice, compiled, or as graphs.
+"""Preparation of a denoiser for a GPU: dtype, compilation and CUDA graphs.
 
-In two steps: between them the weights may find another place, and what is compiled and captured must find them there.
+There are two steps, `in_dtype` and `warmed`. The weights may be moved between them, and compilation and capture need
+their final addresses.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from drp.protocol.memory import DTYPES
 from drp.protocol.messages import GpuConfig
 
 WARM = 3
-"""Evaluations before a capture: libraries choose their algorithms and allocate in the first ones."""
+"""Evaluations before a capture, in which libraries choose their algorithms and allocate memory."""
 LIMITS = ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit")
-"""What torch calls the most shapes that it compiles, in one version or another."""
+"""Names of torch's limits on the number of compiled shapes, in different versions."""
 
 
 def on_device(denoiser: Denoiser, device: torch.device, how: GpuConfig) -> Denoiser:
-    """Return the denoiser on a device, ready for its first draft; raise TypeError for a model that cannot be there."""
+    """Return the denoiser on a device, ready for its first draft; raise TypeError for a model that cannot be moved."""
     return warmed(in_dtype(denoiser, how), device, how)
 
 
 def in_dtype(denoiser: Denoiser, how: GpuConfig) -> Denoiser:
-    """Return the denoiser with its weights in the dtype asked for, wherever they are.
+    """Return the denoiser with its weights in the requested dtype, without moving them.
 
-    Raises TypeError for a model that is no module, or that fills slots itself.
+    Raises TypeError for a model that is not a module, or that has a method `fill`.
     """
     module = denoiser.module
     if module is None or hasattr(denoiser.predict, "fill"):
@@ -44,11 +45,11 @@ def in_dtype(denoiser: Denoiser, how: GpuConfig) -> Denoiser:
 
 
 def warmed(denoiser: Denoiser, device: torch.device, how: GpuConfig) -> Denoiser:
-    """Return a denoiser that was cast, on a device, with all done that a first evaluation would have to wait for.
+    """Move a denoiser, already cast, to a device, and do the work that would delay its first evaluation.
 
-    Weights that are there already stay where they are. A model that can be warmed has a method `examples()`: arguments
-    (x, t, cond) of calls to come, on the host. Each is evaluated alone and in all batches that `how` allows, in the way
-    of a worker: the largest first, whose graph's memory then serves the others'.
+    Weights that are on the device already keep their addresses. A model that can be warmed up has a method
+    `examples()`, which yields arguments (x, t, cond) of future calls, on the host. Each example is evaluated in all
+    batch sizes that `how` allows, as in a worker. The largest comes first, so that the memory of its graph is reused.
     """
     module = denoiser.module
     assert module is not None
@@ -70,26 +71,28 @@ def warmed(denoiser: Denoiser, device: torch.device, how: GpuConfig) -> Denoiser
 
 
 class Cast:
-    """A denoiser in another dtype than its state: x and what is floating in cond go in cast, t does not."""
+    """A denoiser with another dtype than its state: x and floating-point conditions are cast, t is not."""
 
     def __init__(self, predict: Predict, dtype: torch.dtype) -> None:
         self._predict, self._dtype = predict, dtype
 
     def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Predict in that dtype; return in x's."""
+        """Evaluate in that dtype; return the prediction in the dtype of x."""
         given = {name: value.to(self._dtype) if value.is_floating_point() else value for name, value in cond.items()}
         return self._predict(x.to(self._dtype), t, given).to(x.dtype)
 
 
 class Compiled:
-    """A module through torch.compile, each shape by itself, called outside inference mode and with ordinary tensors.
+    """A module compiled by torch.compile for each shape, called outside inference mode with ordinary tensors.
 
-    To the compiler a tensor made in inference mode is of another kind: the same shape would be compiled again
-    (pytorch/pytorch#134249). And in that mode it fails for models that take views (pytorch/pytorch#180823).
-    However many shapes there are, all are compiled: beyond a limit torch leaves others as they are, with other bits,
-    and which ones these are would be up to the order in which a worker has met them.
-    The compiler is asked not to choose by measuring where that changes bits, unless the environment says otherwise:
-    what two workers make of a draft must not differ.
+    The compiler treats inference tensors as a different kind, so that the same shape would be compiled again
+    (pytorch/pytorch#134249), and it fails in inference mode for models that use views (pytorch/pytorch#180823).
+
+    All shapes are compiled. Beyond a limit, torch would evaluate further shapes without compilation, with different
+    bits, and which shapes these are would depend on the order of evaluations in a worker.
+
+    Unless the environment overrides it, the compiler does not choose kernels by measurement where this changes bits:
+    two workers must compute the same prediction for the same draft.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -125,11 +128,11 @@ def _ordinary(value: Tensor) -> Tensor:
 
 
 class Captured:
-    """A denoiser as CUDA graphs: captured at the first call of each shape, replayed from then on.
+    """A denoiser as CUDA graphs, captured at the first call of each shape and replayed afterwards.
 
-    The denoiser must not look at numbers on the host, nor keep what it is given. What it returns is valid until the
-    next call, of any shape: all graphs share one pool of memory, which is sound because they are replayed one after
-    the other in one stream.
+    The denoiser must not read values on the host, nor keep its arguments. Its result is valid until the next call of
+    any shape: all graphs share one memory pool, which is safe because they are replayed one after the other in one
+    stream.
     """
 
     def __init__(self, predict: Predict) -> None:
@@ -141,7 +144,7 @@ class Captured:
     def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         given = _named(x, t, cond)
         key = _shapes(given)
-        with torch.inference_mode(mode=False), torch.no_grad():  # The inputs are written to by calls in either mode.
+        with torch.inference_mode(mode=False), torch.no_grad():  # Calls in either mode write to the graph's inputs.
             if key not in self._graphs:
                 self._graphs[key] = self._capture(given)
             replay, inputs, output = self._graphs[key]
@@ -154,7 +157,7 @@ class Captured:
         inputs = {name: value.clone() for name, value in given.items()}
         cond = {name.removeprefix("cond "): value for name, value in inputs.items() if name.startswith("cond ")}
         device = inputs["x"].device
-        if self._stream is None:  # its own: that of torch for captures is on the GPU where it was used first
+        if self._stream is None:  # torch's default capture stream is on the GPU where it was used first.
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
             self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.device(device):
@@ -166,11 +169,11 @@ class Captured:
             mine.wait_stream(self._stream)
             graph: Any = torch.cuda.CUDAGraph()
             try:
-                # Other threads of this program may allocate meanwhile: only what this one does is captured.
+                # Other threads of this program may allocate in the meantime: capture only this thread's operations.
                 with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                     output = self._predict(inputs["x"], inputs["t"], cond)
             except RuntimeError as error:
-                torch.cuda.set_stream(mine)  # If the capture was broken off, torch leaves its own stream current.
+                torch.cuda.set_stream(mine)  # If the capture failed, torch leaves its own stream current.
                 raise RuntimeError(
                     f"the model cannot be captured as a CUDA graph: {error}; it must not look at numbers on the host, "
                     "nor make tensors there; or leave graphs out of GpuOptions"

@@ -1,4 +1,4 @@
-"""Registry: a model's name is that of one in the package, or `package.module:factory` of the user's own."""
+"""The registry of models: a name is that of a built-in model, or `package.module:factory` for a user's model."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ BUILT_IN = {
 
 
 NEEDS_AUTOGRAD = ("nference tensor", "does not require grad")
-"""What torch says in a RuntimeError when a denoiser takes gradients in inference mode."""
+"""Parts of the messages of torch's RuntimeError when a denoiser computes gradients in inference mode."""
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A loaded model. `predict(x, t, cond)` takes x [B, ...], t float32 [B] and tensors by name; returns like x.
+    """A loaded model. `predict(x, t, cond)` maps x [B, ...], t float32 [B] and tensors by name to a tensor like x.
 
-    To call it instead of `predict` makes it a function of its arguments: the model gets copies of them, to which it may
-    write, and what it writes to the buffers of its module is undone by `state` afterwards.
+    Calling the Denoiser instead of `predict` makes the result a function of the arguments only: the model receives
+    copies of them, to which it may write, and `state` restores the buffers of its module afterwards.
     """
 
     predict: Predict
@@ -43,21 +43,24 @@ class Denoiser:
     state: ModuleState = field(default_factory=ModuleState)
 
     def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Return the prediction, in the dtype of x; raise TypeError if the model returns something unlike x.
+        """Return the prediction in the dtype of x; raise TypeError if the model's result does not have the shape of x.
 
-        It runs in inference mode, or, for a model that takes gradients inside, under torch.no_grad().
+        The model runs in inference mode, or, if it computes gradients itself, under torch.no_grad().
         """
         return self._run(lambda: self._predict(x, t, cond))
 
     def evaluate(
         self, inputs: Mapping[str, Tensor], timestep: float, cond: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
     ) -> float:
-        """Write into `outputs` what the model makes of a draft, `inputs`; raise TypeError if it returns anything else.
+        """Evaluate a draft, `inputs`, and copy the prediction to `outputs`.
 
-        Return when it had been made, by `perf_counter`: what follows is the copy.
+        Inputs and outputs are the tensor `x`, unless the model has a method `fill(inputs, timestep, cond, outputs)`,
+        which writes to the outputs itself, may use any tensors, and must not write to the inputs.
 
-        A model with a method `fill(inputs, timestep, cond, outputs)` does that itself, whatever tensors a slot holds,
-        and must not write to what it is given. For others it is the state `x`, in and out.
+        Returns:
+            The time, in seconds of perf_counter, at which the prediction was computed and the copy began.
+
+        Raises TypeError if the model's result does not have the shape of the input.
         """
         fill = getattr(self.predict, "fill", None)
         if fill is not None:
@@ -76,10 +79,10 @@ class Denoiser:
         cond: Mapping[str, Tensor],
         outputs: Sequence[Mapping[str, Tensor]],
     ) -> float:
-        """Do as `evaluate` does for several drafts, which go through the model as one batch, one behind the other.
+        """Evaluate several drafts as one batch, concatenated along the first dimension; see `evaluate`.
 
-        Of the conditions those that have an item for each sample, by their first size, are repeated for each draft. A
-        model with a method `fill` takes one draft after the other.
+        Conditions whose first dimension is the number of samples are repeated for each draft. A model with a method
+        `fill` evaluates one draft after the other.
         """
         if hasattr(self.predict, "fill") or len(inputs) == 1:
             for each, timestep, output in zip(inputs, timesteps, outputs, strict=True):
@@ -112,7 +115,7 @@ class Denoiser:
                 raise TypeError(
                     f"the denoiser returned {_described(predicted)}; it must return {_described(x)}, like its input"
                 )
-            # What is returned may lie in a buffer that is about to be restored.
+            # The result may be a view of a buffer that is about to be restored.
             return predicted.to(x.dtype, copy=self.state.is_written)
         finally:
             self.state.restore()
@@ -132,12 +135,12 @@ class Denoiser:
 
     @property
     def module(self) -> nn.Module | None:
-        """The module whose weights can be shared, if it is one."""
+        """The module whose weights can be shared, None if the model is not a module."""
         return self.predict if isinstance(self.predict, nn.Module) else None
 
 
 def describe(name: str) -> ModelSpec | None:
-    """Return what is known of a model without loading it; raise ValueError if there can be no such model."""
+    """Return a built-in model's specification without loading it, None for others; raise ValueError for a bad name."""
     if name in BUILT_IN:
         return BUILT_IN[name][1]
     module, colon, attribute = name.partition(":")
@@ -150,15 +153,14 @@ def describe(name: str) -> ModelSpec | None:
 def load(name: str) -> Denoiser:
     """Load a model into this process, for inference.
 
-    A factory takes no arguments and returns a module or any callable `(x, t, cond) -> prediction`; its attribute
-    `spec`, a `ModelSpec`, may say what it expects. What it draws from torch's own generator is not missing there
-    afterwards: the program that calls this goes on with the random numbers that it would have had.
+    A factory takes no arguments and returns a module or any callable `(x, t, cond) -> prediction`, which may have an
+    attribute `spec`, a `ModelSpec`. The state of torch's random number generator is restored after the factory has run.
     """
     describe(name)
     factory: Any = importlib.import_module(BUILT_IN.get(name, (name,))[0].partition(":")[0])
     for attribute in BUILT_IN.get(name, (name,))[0].partition(":")[2].split("."):
         factory = getattr(factory, attribute)
-    with torch.random.fork_rng(devices=()):  # the CPU's: weights are made there
+    with torch.random.fork_rng(devices=()):  # Only the CPU's generator: weights are initialized on the CPU.
         predict = factory()
     if isinstance(predict, torch.export.ExportedProgram):
         predict = predict.module()
@@ -169,7 +171,7 @@ def load(name: str) -> Denoiser:
         raise TypeError(f"{name}: its spec is a {type(spec).__name__}, not a drp.models.ModelSpec")
     if not isinstance(predict, nn.Module):
         return Denoiser(predict, spec)
-    with contextlib.suppress(NotImplementedError):  # An exported program stays as it was exported.
+    with contextlib.suppress(NotImplementedError):  # The mode of an exported program cannot be changed.
         predict.eval()
     for parameter in predict.parameters():  # A ScriptModule has no requires_grad_.
         parameter.requires_grad_(False)
@@ -177,7 +179,7 @@ def load(name: str) -> Denoiser:
 
 
 def _described(value: object) -> str:
-    """Say what a denoiser takes or returns."""
+    """Describe an argument or a result of a denoiser."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     dense = "" if value.layout == torch.strided else f" {value.layout}"

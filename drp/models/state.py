@@ -1,4 +1,4 @@
-"""Module state: the buffers of a denoiser, put back after each evaluation that has written to them."""
+"""Module state: the buffers of a denoiser, restored after each evaluation that has written to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 @dataclass
 class _Kept:
-    """A buffer, a copy of what it held, and its version then; None once it was written, and may be again unseen."""
+    """A buffer, a copy of its content, and its version at that time.
+
+    The version is None once the buffer was written, since later writes may not be counted.
+    """
 
     buffer: Tensor
     content: Tensor
@@ -24,10 +27,10 @@ class _Kept:
 class ModuleState:
     """The buffers of modules as they were at the last `capture`.
 
-    A prediction must depend on nothing but its arguments: which worker evaluates a draft, and after which others, is
-    not known beforehand. So a module may use its buffers as it likes during an evaluation, and starts the next one with
-    what they held before. Whether a buffer was written shows in the version that torch counts; a captured CUDA graph
-    writes without counting, so a buffer that was written once is put back after every evaluation from then on.
+    A prediction must depend only on its arguments, because neither the worker that evaluates a draft nor the order of
+    evaluations is known in advance. A module may therefore write to its buffers during an evaluation, but every
+    evaluation starts with the captured content. Writes are detected by torch's version counter. A captured CUDA graph
+    writes without increasing it, so a buffer that was written once is restored after every later evaluation.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
@@ -37,7 +40,7 @@ class ModuleState:
         self.capture()
 
     def capture(self) -> None:
-        """Take the buffers to be as they should be, for instance after the module was moved."""
+        """Capture the buffers' current content as the one to restore, for example after the module was moved."""
         owners = [module for root in self._modules for module in root.modules() if module._buffers]
         self._tables = [(owner._buffers, dict(owner._buffers)) for owner in owners]
         self._kept = [
@@ -47,14 +50,14 @@ class ModuleState:
 
     @property
     def is_written(self) -> bool:
-        """Whether the last evaluation may have written to a buffer, or put another tensor in its place."""
+        """Whether the last evaluation may have written to a buffer or replaced one by another tensor."""
         return any(kept.is_written for kept in self._kept) or any(
             table.get(name) is not buffer for table, names in self._tables for name, buffer in names.items()
         )
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put back what was written, or exchanged for another tensor."""
+        """Restore buffers that were written or replaced."""
         for table, names in self._tables:
             table.update(names)
         for kept in self._kept:

@@ -21,7 +21,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with a skip; the embedding scales and shifts what lies between them."""
+    """Two convolutions with a skip connection; the embedding scales and shifts the activations between them."""
 
     def __init__(self, c_in: int, c_out: int, embed: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """Predicts the noise in a [B, 1, 28, 28] image at timestep t, given its class.
 
-    Class `classes` (one past the last) means "no class": what classifier-free guidance needs.
+    Class `classes` (one past the last) means "no class", for classifier-free guidance.
     """
 
     def __init__(self, channels: tuple[int, int, int] = (32, 64, 96), classes: int = 10, embed: int = 128) -> None:

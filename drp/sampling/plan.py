@@ -1,4 +1,4 @@
-"""Plans: a mode and a solver, worked out into rows."""
+"""Plans: the drafts and states of a run, as linear combinations, for a mode and a solver."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from drp.sampling.solvers import Solver
 
 @dataclass(frozen=True)
 class Predict:
-    """A round: `drafts[j]` is the input of the evaluation at `indices[j]`; the last `behind` rounds are not used."""
+    """A round: `drafts[j]` is the input of the evaluation at `indices[j]`.
+
+    The predictions of the last `unawaited_rounds` rounds are not used.
+    """
 
     indices: tuple[int, ...]
     drafts: tuple[LinearCombination, ...]
@@ -24,9 +27,10 @@ class Predict:
 
 @dataclass(frozen=True)
 class Advance:
-    """The states from `base` + 1 on, in order; afterwards nothing at an index below `oldest` but `anchor` is needed.
+    """The states from `base` + 1 on, in order.
 
-    The last `behind` rounds are not used.
+    Afterwards nothing at an index below `oldest` is needed, except at `previous_base`. The predictions of the last
+    `unawaited_rounds` rounds are not used.
     """
 
     base: int
@@ -37,13 +41,13 @@ class Advance:
 
 
 Measure = Callable[[int, tuple[LinearCombination, ...]], Sequence[float]]
-"""(base, rows of the states from base + 1 to the last predicted) -> residuals."""
+"""(base, combinations of the states from base + 1 to the last predicted index) -> residuals."""
 
 
 def make_plan(solver: Solver, mode: Mode, measure: Measure | None = None) -> Iterator[Predict | Advance]:
-    """Yield what a run does, in order; raise ValueError where the mode's rounds do not fit together.
+    """Yield the events of a run in order; raise ValueError if the mode's rounds are inconsistent.
 
-    `measure` is asked for the residuals of each round of a mode with feedback, once its predictions are in.
+    In a mode with feedback, `measure` is called for the residuals of each round, once its predictions have arrived.
     """
     steps = solver.grid.steps
     table = _SymbolTable(solver, mode.rule)
@@ -68,7 +72,7 @@ def make_plan(solver: Solver, mode: Mode, measure: Measure | None = None) -> Ite
 
 
 def max_advance(mode: Mode, steps: int) -> int:
-    """Return the most steps that a mode without feedback advances at once; raise ValueError as `make_plan` would."""
+    """Return the longest advance, in steps, of a mode without feedback; raise ValueError as `make_plan` would."""
     progress, longest = Progress(), 0
     for r in mode.rounds(steps):
         before = progress.base
@@ -81,12 +85,12 @@ def max_advance(mode: Mode, steps: int) -> int:
 
 
 def most_in_use(mode: Mode, steps: int, history: int) -> int:
-    """Return of how many rounds, or ways forward, something is needed at once in a mode with gaps, at most.
+    """Return the maximum number of rounds or advances, in a mode with gaps, whose results are needed at once.
 
-    Where indices are left out, how long a prediction is needed depends on where its neighbours are evaluated.
+    Where indices are skipped, how long a prediction is needed depends on where its neighbours are evaluated.
     """
     progress, most = Progress(), 0
-    rounds: dict[int, int] = {}  # by index, the round that predicted it last, and the way that led to its state
+    rounds: dict[int, int] = {}  # by index, the round that predicted it last; `ways`: the advance to its state
     ways: dict[int, int] = {}
     for number, r in enumerate(mode.rounds(steps)):
         before = progress.base
@@ -105,10 +109,10 @@ def most_in_use(mode: Mode, steps: int, history: int) -> int:
 def transition(
     solver: Solver, a: int, b: int, rule: DraftRule | None = None, anchor: int | None = None
 ) -> LinearCombination:
-    """Return x_b as a row over x_a and what is known at a, for 0 <= a < b <= N: the skip transition Phi(a -> b).
+    """Return the skip transition Phi(a -> b), 0 <= a < b <= N: x_b as a linear combination of what is known at a.
 
-    It is the solver's own steps one after the other, the estimates after a being what `rule` assumes, by default the
-    paper's; `anchor` is the other index whose prediction the rule may use.
+    It composes the solver's ordinary steps, with the estimates after a extrapolated by `rule`, by default the paper's.
+    `anchor` is another index whose prediction the rule may use.
     """
     table = _SymbolTable(solver, rule or PAPER)
     table.progress.base = table.progress.last = a
@@ -118,11 +122,13 @@ def transition(
 
 
 class Progress:
-    """How far a run has come while its rounds are gone through: by rounds alone, without any numbers.
+    """The symbolic progress of a run through its rounds, without numbers.
 
-    `base` is the index of its state. `known` are the indices of the predictions that may be used, `last` is the last of
-    them. `in_flight` are the rounds whose predictions may not be used yet, oldest first. `predicted_at_state` are the
-    indices whose prediction is the state's own.
+    base: the index of the run's state.
+    known: the indices of the predictions that can be used.
+    last: the largest index in `known`, -1 if there is none.
+    in_flight: the rounds whose predictions cannot be used yet, oldest first.
+    predicted_at_state: the indices whose prediction was made at the state itself, not at a draft.
     """
 
     def __init__(self) -> None:
@@ -131,10 +137,10 @@ class Progress:
         self.in_flight: deque[Round] = deque()
         self.predicted_at_state: set[int] = set()
         self.previous_base = 0
-        """The least index that a later round may look back on."""
+        """The smallest index that a later round may look back on."""
 
     def begin(self, r: Round, mode: Mode, steps: int) -> None:
-        """Take the predictions that a round may use; raise ValueError if it breaks the rules."""
+        """Receive the predictions that a round uses; raise ValueError if the round breaks the rules."""
         if not 0 <= r.unawaited_rounds <= (len(self.in_flight) if mode.pipelined else 0):
             may = f"0 to {len(self.in_flight)}" if mode.pipelined else "none, unless it says that it `lags`"
             raise ValueError(f"{mode}: {r} leaves {r.unawaited_rounds} rounds behind; it may leave {may}")
@@ -144,7 +150,7 @@ class Progress:
             self.previous_base = r.base if r.previous_base is None else r.previous_base
 
     def receive(self, behind: int) -> None:
-        """Take the predictions of all rounds that are out but the last `behind`."""
+        """Receive the predictions of all rounds in flight except the last `behind`."""
         while len(self.in_flight) > behind:
             r = self.in_flight.popleft()
             self.last = max(self.last, r.predict[-1])
@@ -154,11 +160,11 @@ class Progress:
             self.predicted_at_state.difference_update(k for k in r.predict if k != r.base)
 
     def known_at(self, k: int) -> int:
-        """Return the last index up to k whose prediction may be used; k itself where there is none."""
+        """Return the largest index up to k whose prediction can be used; k itself if there is none."""
         return max((i for i in self.known if i <= k), default=k)
 
     def end(self, mode: Mode, steps: int) -> None:
-        """Take all predictions; raise ValueError if they do not lead to the end."""
+        """Receive all predictions; raise ValueError if they do not reach the end."""
         self.receive(0)
         if self.last != steps - 1:
             raise ValueError(
@@ -167,7 +173,7 @@ class Progress:
 
 
 class _SymbolTable:
-    """What is known at some moment of a run, as rows."""
+    """Derives drafts and states, as linear combinations of what is known at the current point of a run."""
 
     def __init__(self, solver: Solver, rule: DraftRule) -> None:
         grid = solver.grid
@@ -185,7 +191,7 @@ class _SymbolTable:
 
     @property
     def base(self) -> int:
-        """The index of the state."""
+        """The index of the run's state."""
         return self.progress.base
 
     def predict(self, r: Round) -> Predict:
@@ -194,17 +200,17 @@ class _SymbolTable:
         return Predict(r.predict, tuple(chain[k] for k in r.predict), r.unawaited_rounds)
 
     def advance(self, target: int, behind: int, anchor: int | None) -> Advance:
-        """Go on to `target`, which is at most one index past the last prediction."""
+        """Advance to `target`, which is at most one index past the last prediction."""
         chain, base = self.chain(target), self.base
         states = tuple(chain[k] for k in range(base + 1, target + 1))
         self.previous_base = self.progress.known_at(base if anchor is None else anchor)
         self.progress.base = target
         oldest = target - self._solver.history
-        if oldest < self.progress.last:  # Where it was left out, its neighbours are needed.
+        if oldest < self.progress.last:  # If this index was skipped, its neighbours are needed.
             oldest = self.progress.known_at(oldest)
         if not self._rule.looks_back:
             return Advance(base, states, oldest, None, behind)
-        # An anchor that the mode chooses moves on over all indices: those after it are needed too.
+        # A previous base that the mode chooses may later be any following index, so these are needed as well.
         return Advance(
             base, states, oldest if anchor is None else min(oldest, self.previous_base), self.previous_base, behind
         )
@@ -216,11 +222,11 @@ class _SymbolTable:
         return tuple(chain[k] for k in range(self.base + 1, last + 1))
 
     def chain(self, end: int) -> dict[int, LinearCombination]:
-        """Return the states from `base` to `end` by ordinary steps, as rows over what is known.
+        """Return the states from `base` to `end` by ordinary steps, as linear combinations of what is known.
 
-        Up to the last prediction the steps use it and those before; beyond, what the rule assumes. An estimate that was
-        left out between two predictions is interpolated. The one above is carried to the state there, which a first
-        walk over the chain yields; in that walk the estimate is the one at the draft.
+        Up to the last predicted index the steps use predictions; beyond it, the rule's extrapolation. At a skipped
+        index between two predictions the estimate is interpolated. The upper prediction is then carried to the state at
+        its index, which a first walk over the chain yields; that walk uses the estimate at the draft.
         """
         known = self.progress.known
         if all(k in known for k in range(max(0, self.base - self._solver.history), min(end, self.progress.last))):
@@ -228,7 +234,7 @@ class _SymbolTable:
         return self._walk(end, self._walk(max(end, self.progress.last), {}))
 
     def _walk(self, end: int, guess: Mapping[int, LinearCombination]) -> dict[int, LinearCombination]:
-        """Return the states from `base` to `end`; `guess` are states that are used where they are needed ahead."""
+        """Return the states from `base` to `end`. `guess` has states for indices that are needed before their turn."""
         states: dict[int, LinearCombination] = {self.base: {state(self.base): 1.0}}
 
         def meaning(term: Symbol) -> LinearCombination:
@@ -246,20 +252,20 @@ class _SymbolTable:
         return states
 
     def _estimate(self, term: Symbol, carry: float | None) -> LinearCombination:
-        """Read the prediction at an index as an estimate at the state there; `carry` None: as the rule carries it."""
+        """Convert the prediction at an index to an estimate at its state. `carry` is the rule's if None."""
         k = term.k
         read = self._reads[k]
         if carry is None:
             carry = 0.0 if k in self.progress.predicted_at_state else self._rule.carry_at(k, self._levels)
         if term.kind == "data":
             at_state, at_input, output = read.data_x * (1 - carry), read.data_x * carry, read.data_p
-        else:  # What is left of the state, x = alpha data + sigma epsilon.
+        else:  # The remainder of the state: x = alpha data + sigma epsilon.
             shift = carry * float(self._solver.grid.alphas[k] / self._solver.grid.sigmas[k]) * read.data_x
             at_state, at_input, output = read.epsilon_x + shift, -shift, read.epsilon_p
         return add((1.0, {state(k): at_state, model_input(k): at_input, prediction(k): output}))
 
     def _extrapolate(self, term: Symbol) -> LinearCombination:
-        """Say what an estimate is where nothing was predicted."""
+        """Return the estimate at an index without a prediction."""
         grid, k, last = self._solver.grid, term.k, self.progress.last
         if term.kind == "epsilon":
             scale = 1 / float(grid.sigmas[k])
@@ -273,7 +279,7 @@ class _SymbolTable:
 
 
 def _check_round(r: Round, progress: Progress, mode: Mode, steps: int) -> None:
-    """Hold a round of somebody's own mode to the rules; the message says which one it breaks."""
+    """Check a round of a mode, which may be a user's; the error's message names the rule that it breaks."""
     base, last = progress.base, progress.last
     if not base <= r.base <= last + 1:
         raise ValueError(
