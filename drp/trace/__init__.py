@@ -1,4 +1,4 @@
-"""Traces: what happened where and when, as a file that Perfetto and chrome://tracing open, and where the time went."""
+"""Traces of runs, as files for Perfetto and chrome://tracing, and summaries of where the time went."""
 
 from drp.trace.events import read, write
 from drp.trace.record import record

@@ -1,4 +1,4 @@
-"""Evaluations: a timeline's drafts, each with its way to a worker and back, and what formed and used it."""
+"""The evaluations in a timeline: for each draft its times, and the events that scheduled and used it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from drp.leader.events import TraceEvent
 
 @dataclass(eq=False)
 class Evaluation:
-    """A draft that went to a worker; times in ns. `answered` is None if no prediction came; `lost` if the worker was.
+    """A draft that was sent to a worker. Times are in ns of perf_counter, unless stated otherwise.
 
-    received, began, predicted, ended: by the worker's clock, the same as the leader's. seconds: of its device. formed:
-    the mark of the drafts that it was one of. used: the mark of the first states refined or drafts formed with it.
+    sent: when the draft was sent. since: when sending began.
+    formed: the event that scheduled the draft.
+    answered: when the prediction arrived, None if it did not.
+    folded: when the prediction was added to the sums of the next drafts.
+    seconds: the evaluation time on the device, in seconds.
+    received, began, predicted, ended: by the worker's clock, which is the same as the leader's.
+    used: the first event that refined states with the prediction, or ended the run.
+    lost: when the worker was lost, None if it was not.
     """
 
     run: int
@@ -35,7 +41,7 @@ class Evaluation:
 
 
 def evaluations(timeline: Sequence[TraceEvent]) -> list[Evaluation]:
-    """Return what was sent, in that order."""
+    """Return the evaluations of a timeline, in the order in which they were sent."""
     found: list[Evaluation] = []
     formed: dict[tuple[int, int], deque[TraceEvent]] = defaultdict(deque)
     last_formed: dict[tuple[int, int], TraceEvent] = {}
@@ -47,7 +53,7 @@ def evaluations(timeline: Sequence[TraceEvent]) -> list[Evaluation]:
             for step in mark.steps:
                 formed[mark.run, step].append(mark)
         elif mark.kind == "sent":
-            if formed[key]:  # else it goes out once more, to another worker
+            if formed[key]:  # Otherwise the draft is sent again, to another worker.
                 last_formed[key] = formed[key].popleft()
             e = Evaluation(mark.run, mark.step, mark.worker, mark.ns, mark.since or mark.ns, last_formed.get(key))
             found.append(e)
@@ -74,7 +80,7 @@ def evaluations(timeline: Sequence[TraceEvent]) -> list[Evaluation]:
 
 
 def _guess(e: Evaluation, answer: TraceEvent) -> tuple[float, float, float, float]:
-    """Put an evaluation whose worker told no times in the middle between the two messages."""
+    """Return times for an evaluation without a worker's times, placed in the middle between the two messages."""
     spare = max(0.0, (answer.ns - e.sent) / 1e9 - answer.seconds) / 2
     began, ended = e.sent / 1e9 + spare, answer.ns / 1e9 - spare
     return began, began, ended, ended

@@ -1,8 +1,9 @@
-"""Events: a timeline as trace events, and back.
+"""Conversion of timelines to trace files and back.
 
-The format is the JSON of chrome://tracing, which Perfetto opens ("Trace Event Format"): process 1 is the leader, 2 + w
-the worker w. Slices lie one in another or apart, never across each other's ends; arrows lead from the slice in which a
-draft was formed over its evaluation to the slice that refined with it. Times are in microseconds since the first mark.
+The format is the JSON of chrome://tracing, which Perfetto also opens ("Trace Event Format"). Process 1 is the leader
+and process 2 + w is worker w. Slices of a process are nested or disjoint. Arrows lead from the slice in which a draft
+was scheduled, through its evaluation, to the slice that refined states with its prediction. Times are in microseconds
+since the first event.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Event = dict[str, Any]
 
 LEADER = 1
 WORKER = 2
-"""Process number of the first worker."""
+"""The process number of the first worker."""
 NAMES = {
     "formed": "draft",
     "sent": "send",
@@ -28,16 +29,16 @@ NAMES = {
     "callback": "callback",
     "end": "last states",
 }
-"""What slices in the leader's lane are called, by mark."""
+"""The names of the leader's slices, by kind of event."""
 
 
 def write(path: str | Path, timeline: Sequence[TraceEvent], devices: Sequence[str], dropped: int = 0) -> None:
-    """Write a trace; `devices` are the workers' names by number, `dropped` older marks are not there any more."""
+    """Write a trace. `devices` are the devices' names by worker, `dropped` is the number of older events dropped."""
     Path(path).write_text(json.dumps(trace(timeline, devices, dropped), separators=(",", ":")) + "\n")
 
 
 def trace(timeline: Sequence[TraceEvent], devices: Sequence[str], dropped: int = 0) -> Event:
-    """Return a trace as the object that is written."""
+    """Return a trace as a JSON object."""
     zero = timeline[0].since or timeline[0].ns if timeline else 0
     found = [*_names(devices), *sorted(_events(timeline, zero), key=lambda event: event["ts"])]
     marks = [list(mark) for mark in timeline]
@@ -49,7 +50,7 @@ def trace(timeline: Sequence[TraceEvent], devices: Sequence[str], dropped: int =
 
 
 def read(path: str | Path) -> tuple[Timeline, tuple[str, ...], int]:
-    """Return a trace that drp wrote: marks, devices, and how many marks had been dropped; ValueError if it is none."""
+    """Read a trace written by drp: events, devices and the number of dropped events; ValueError for other files."""
     try:
         found = json.loads(Path(path).read_text())["otherData"]["drp"]
         marks = [TraceEvent._make(mark) for mark in found["marks"]]
@@ -95,15 +96,15 @@ def _leader(timeline: Sequence[TraceEvent], zero: int) -> Iterator[Event]:
 
 
 def _rounds(timeline: Sequence[TraceEvent], found: Sequence[Evaluation], zero: int, last: int) -> Iterator[Event]:
-    """Yield each run and each of its rounds, from its forming to its last answer; those that overlap, side by side."""
-    answered: dict[int, int] = {}  # by what formed it, when the last of a round
+    """Yield each run and its rounds, from scheduling to the last prediction; overlapping rounds get separate tracks."""
+    answered: dict[int, int] = {}  # by the event that scheduled a round, when its last prediction arrived
     for e in found:
         answered[id(e.formed)] = max(answered.get(id(e.formed), 0), e.answered or last)
     spans: list[tuple[str, str, int, int]] = []
     for begin, formed, end in _runs(timeline, last):
         run = begin.run
         spans.append((f"run {run}", f"run {run}", begin.ns, end))
-        lanes: list[int] = []  # until when each is taken
+        lanes: list[int] = []  # for each track, until when it is used
         for number, mark in enumerate(formed):
             since, until = mark.since or mark.ns, answered.get(id(mark), mark.ns)
             lane = next((i for i, taken in enumerate(lanes) if taken <= since), len(lanes))
@@ -116,9 +117,9 @@ def _rounds(timeline: Sequence[TraceEvent], found: Sequence[Evaluation], zero: i
 
 
 def _runs(timeline: Sequence[TraceEvent], last: int) -> list[tuple[TraceEvent, list[TraceEvent], int]]:
-    """Return where each run begins, the marks of the drafts that it formed, and when it ends."""
+    """Return, for each run, its begin event, the events that scheduled its drafts, and when it ended."""
     found: list[tuple[TraceEvent, list[TraceEvent], int]] = []
-    under_way: dict[int, int] = {}  # by run, which of them
+    under_way: dict[int, int] = {}  # by number of a running run, its index in `found`
     for mark in timeline:
         if mark.kind == "begin":
             under_way[mark.run] = len(found)
@@ -132,9 +133,9 @@ def _runs(timeline: Sequence[TraceEvent], last: int) -> list[tuple[TraceEvent, l
 
 
 def _worker(found: Sequence[Evaluation], zero: int, last: int) -> Iterator[Event]:
-    """Yield a worker's lane: each draft's way there, the evaluation, the copy and the way back."""
-    free = 0  # when the lane's last slice ended
-    # A draft may be there before the leader's clock says that it has sent it: what counts is when it began to.
+    """Yield a worker's slices: receiving a draft, its evaluation, the copy, and sending the prediction."""
+    free = 0  # when the last slice ended
+    # A worker may receive a draft before the leader has recorded it as sent, so use the time when sending began.
     for e, later in zip(found, [*found[1:], None], strict=True):
         process, facts = WORKER + e.worker, {"run": e.run, "step": e.step}
         if e.answered is None:
@@ -150,7 +151,7 @@ def _worker(found: Sequence[Evaluation], zero: int, last: int) -> Iterator[Event
 
 
 def _arrows(number: int, e: Evaluation, zero: int) -> Iterator[Event]:
-    """Yield the arrow from a draft over its evaluation to the states refined with it."""
+    """Yield the arrow from a draft, through its evaluation, to the states refined with its prediction."""
 
     def point(phase: str, process: int, since: int, until: int) -> Event:
         at = ((since + until) / 2 - zero) / 1e3

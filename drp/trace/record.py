@@ -1,4 +1,4 @@
-"""Record: a leader's timeline while something runs, written whatever the end."""
+"""Recording of a leader's timeline to a trace file."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from drp.trace.ring_buffer import RingBuffer
 
 @contextmanager
 def record(leader: Leader, path: str | os.PathLike[str], max_events: int | None = None) -> Iterator[Timeline]:
-    """Write a trace of the runs on `leader` during the block to `path`; yield its marks so far.
+    """Write a trace of the runs on `leader` during the block to `path`; yield the list of events so far.
 
         with drp.Leader("digits", devices=2) as leader, drp.trace.record(leader, "run.json"):
             leader.sample(labels=[3])
 
-    It is written at the end of the block, also when that is an error, such as a lost worker's. A mark takes about a
-    quarter of a kilobyte meanwhile, a run of 48 steps some 60. For a leader that lives long, `max_events` says how many
-    marks are kept at most: then the file has the newest runs, those that are whole, and says how many marks were
-    dropped. Raises ValueError if nothing can be written to `path`, or `max_events` is below 1.
+    The trace is written at the end of the block, even if the block ends with an exception. Until then an event uses
+    about a quarter of a kilobyte, a run of 48 steps about 60 kilobytes. For a long-lived leader, `max_events` is the
+    maximum number of events to keep: the file then contains the newest complete runs and the number of dropped events.
+    Raises ValueError if `path` cannot be written or `max_events` is below 1.
     """
     path = check(path)
     if max_events is not None and max_events < 1:

@@ -7,11 +7,11 @@ from typing import Final
 from drp.leader.events import Timeline, TraceEvent
 
 CHUNKS: Final = 100
-"""Old marks are dropped this part of `most` at a time: to move the others for each one would cost the leader time."""
+"""Old events are dropped in chunks of `max_events` / CHUNKS, since deleting at the start moves all later entries."""
 
 
 class RingBuffer(Timeline):
-    """The `max_events` newest marks, and up to a hundredth more; `dropped` counts those that were there before."""
+    """The newest events, at least `max_events` of them and at most 1 % more; `dropped` counts the older ones."""
 
     def __init__(self, max_events: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class RingBuffer(Timeline):
             self.dropped += self._chunk
 
     def complete_runs(self) -> tuple[Timeline, int]:
-        """Return the marks of runs whose beginning is there too, and how many others there were in all."""
+        """Return the events of runs whose begin event was kept, and the number of all other events."""
         marks, dropped = list(self), self.dropped
         if not dropped:
             return marks, 0

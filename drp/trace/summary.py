@@ -1,4 +1,4 @@
-"""Summary: where a run's time went, along the path that it had to wait for, and on each device."""
+"""Summaries: where the time of runs went, along their critical path and on each device."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from drp.trace.evaluations import Evaluation, evaluations
 
 @dataclass
 class Path:
-    """A run's wall time, divided; in seconds. The parts add up to `wall`.
+    """The critical path of a run, in seconds. The parts add up to `wall`.
 
-    From the run's end the path goes back to the last answer, over its evaluation to the drafts that this was one of,
-    from there to the answer that these were formed after, and so on. `compute` is the device time on that path;
-    `transfer` the messages' ways, the links, and both processes' waking up; `arithmetic` the leader's from an answer to
-    the drafts formed with it; `sending` from there until the draft on the path has gone; `queue` the waiting for a
-    worker that was busy with other drafts; `end` what follows the last answer.
+    From the run's end the path leads back to the last prediction, through its evaluation to the event that scheduled
+    its draft, from there to the prediction after which that was scheduled, and so on.
+
+    compute: device time on the path.
+    transfer: messages, links, and waking up of both processes.
+    arithmetic: the leader's time from a prediction to the drafts scheduled with it.
+    sending: from there until the draft on the path was sent.
+    queue: waiting for a worker that was busy with other drafts.
+    end: the time after the last prediction.
     """
 
     run: int
@@ -35,17 +39,19 @@ class Path:
 
     @property
     def leader(self) -> float:
-        """What the leader's thread took of the path."""
+        """The leader's part of the path."""
         return self.arithmetic + self.sending + self.end
 
 
 @dataclass
 class WorkerSummary:
-    """A device's time while runs were under way, divided; in seconds. The parts add up to the time of all runs.
+    """A device's time while runs were running, in seconds. The parts add up to the time of all runs.
 
-    compute: evaluating. transfer: a draft or its prediction on the way, or the leader not free to take it. waiting:
-    answered, until the next drafts of any run are formed: for the slowest device, above all. leader: those drafts being
-    formed and sent. idle: no draft of the last ones was for it.
+    compute: evaluating drafts.
+    transfer: a draft or a prediction is in transit, or the leader is busy.
+    waiting: after a prediction, until the next drafts of any run are scheduled; mostly for the slowest device.
+    leader: the next drafts are computed and sent.
+    idle: none of the last drafts was for this device.
     """
 
     device: str
@@ -64,7 +70,7 @@ class WorkerSummary:
 
 @dataclass
 class Summary:
-    """The runs that came to their end, the devices, the drafts that had no answer, and the marks no longer there."""
+    """The critical paths of finished runs, the devices' times, and the number of dropped events."""
 
     paths: list[Path] = field(default_factory=list)
     workers: list[WorkerSummary] = field(default_factory=list)
@@ -101,7 +107,7 @@ class Summary:
 
 
 def summarise(timeline: Sequence[TraceEvent], devices: Sequence[str], dropped: int = 0) -> Summary:
-    """Return where the time went; a run that failed, or has not ended, counts for the devices alone."""
+    """Summarize a timeline. Runs that failed or have not ended count only for the devices."""
     found = evaluations(timeline)
     ends = {mark.run: mark for mark in timeline if mark.kind == "end"}
     begins = {mark.run: mark for mark in timeline if mark.kind == "begin"}
@@ -118,7 +124,7 @@ def summarise(timeline: Sequence[TraceEvent], devices: Sequence[str], dropped: i
 
 def _path(begin: TraceEvent, end: TraceEvent, own: list[Evaluation], everyone: Sequence[Evaluation]) -> Path:
     path = Path(begin.run, (end.ns - begin.ns) / 1e9, evaluations=len(own))
-    before: dict[tuple[int, int], Evaluation] = {}  # by worker and time of sending: what the worker had just before
+    before: dict[tuple[int, int], Evaluation] = {}  # by worker and time of sending, the worker's previous evaluation
     last: dict[int, Evaluation] = {}
     for each in everyone:
         if each.answered is not None:
@@ -127,11 +133,11 @@ def _path(begin: TraceEvent, end: TraceEvent, own: list[Evaluation], everyone: S
             last[each.worker] = each
     e: Evaluation | None = max(own, key=lambda e: e.answered or 0, default=None)
     path.end = (end.ns - ((e.answered or 0) if e else begin.ns)) / 1e9
-    until = e.answered or 0 if e else 0  # of the part of the path that is not divided yet
+    until = e.answered or 0 if e else 0  # the end of the part of the path that is not attributed yet
     while e is not None:
         path.rounds += 1
         ahead = before.get((e.worker, e.sent))
-        if ahead is not None and ahead.ended > e.sent:  # it waited in the worker
+        if ahead is not None and ahead.ended > e.sent:  # The draft waited in the worker's queue.
             path.transfer += (until - ahead.ended) / 1e9 - e.seconds
             path.compute += e.seconds
             if ahead.run != begin.run:
@@ -145,7 +151,7 @@ def _path(begin: TraceEvent, end: TraceEvent, own: list[Evaluation], everyone: S
             path.compute += e.seconds
         formed = e.formed
         assert formed is not None
-        if ahead is not None and formed.ns < (ahead.answered or 0) <= e.sent:  # it waited for the worker
+        if ahead is not None and formed.ns < (ahead.answered or 0) <= e.sent:  # The draft waited in the leader.
             if ahead.run == begin.run:
                 path.sending += (e.sent - (ahead.answered or 0)) / 1e9
                 e, until = ahead, ahead.answered or 0
@@ -164,7 +170,7 @@ def _path(begin: TraceEvent, end: TraceEvent, own: list[Evaluation], everyone: S
 
 
 def _spans(timeline: Sequence[TraceEvent]) -> list[tuple[int, int]]:
-    """Return when runs were under way."""
+    """Return the time spans in which runs were running."""
     spans: list[tuple[int, int]] = []
     running: set[int] = set()
     since = 0
@@ -209,12 +215,12 @@ def _lane(
 def _gap(
     since: int, until: int, formed: Sequence[tuple[int, int]], served: bool, sent: bool, parts: dict[str, float]
 ) -> None:
-    """Divide the time in which a device had no draft; `served`: it had one before, `sent`: it gets one at the end."""
+    """Attribute a time in which a device had no draft. `served`: it had one before; `sent`: it receives one after."""
     inside = formed[bisect_left(formed, (since,)) : bisect_left(formed, (until,))]
     first = inside[0][0] if inside else until
     parts["waiting" if served else "idle"] += first - since
     if not inside:
         return
-    last = inside[-1][0] if sent else until  # the drafts that brought it one
+    last = inside[-1][0] if sent else until  # when the drafts for this device were scheduled
     parts["idle"] += last - first
     parts["leader"] += until - last

@@ -1,4 +1,4 @@
-"""Tables: a summary as people read it."""
+"""A summary as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from rich.table import Table
 from drp.trace.summary import Summary
 
 MOST = 20
-"""Runs that are listed one by one."""
+"""Maximum number of runs listed individually."""
 PARTS = ("compute", "transfer", "arithmetic", "sending", "queue", "end")
 SHARES = ("compute", "transfer", "waiting", "leader", "idle")
 
 
 def tables(summary: Summary) -> list[Table]:
-    """Return what each run waited for, and how each device spent its time."""
+    """Return the tables of the runs' critical paths and of the devices' times."""
     runs = Table(
         *("run", "wall, ms", "rounds", "evaluations", *PARTS),
         title="What each run had to wait for, ms",
