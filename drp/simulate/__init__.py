@@ -1,4 +1,4 @@
-"""Simulate: what a mode, a policy and devices would take, without devices. A discrete-event model of the engine."""
+"""The simulator: predicts the time of runs for a mode, a policy and devices by a discrete-event model of the engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Costs", "Device", "Load", "Outcome", "make_devices", "simulate"]
 
-# Loaded at first use: the command line shows its help without waiting for torch.
+# Imported on first use, so that the command line shows its help without importing torch.
 _HOMES = {
     "Costs": "costs",
     "Device": "devices",

@@ -1,4 +1,4 @@
-"""Costs: what the leader, the messages and waking up add to the devices' time."""
+"""Costs: the time of the leader, of messages and of waking up processes, in addition to the devices' time."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from drp.workers.emulated import seconds_of
 Samples = tuple[float, ...]
 
 SLEEP = 2e-3
-"""Seconds of a sleep after which code is cold (docs/round.md)."""
+"""Seconds of sleep after which caches are cold (docs/round.md)."""
 
 
 @dataclass(frozen=True)
 class LinearCost:
-    """A time that grows with a number, and how far single ones lie from it."""
+    """A time in seconds, linear in a count: `fixed` + `each` * count, plus a residual drawn from `apart`."""
 
     fixed: float = 0.0
     each: float = 0.0
@@ -35,7 +35,7 @@ class LinearCost:
 
     @classmethod
     def fit(cls, points: Sequence[tuple[int, float]]) -> LinearCost:
-        """Fit (number, time) by least squares; neither the slope nor the rest is below 0."""
+        """Fit (count, time) pairs by least squares, with `fixed` and `each` at least 0."""
         if not points:
             return cls()
         x, y = np.array(points, dtype=np.float64).T
@@ -48,16 +48,21 @@ class LinearCost:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of everything but the devices; samples are drawn from, so that what varies goes on varying.
+    """Times in seconds of everything except the devices. Each is drawn from samples, to reproduce its variation.
 
-    start: from a run's beginning to its first drafts. form: forming drafts, by their number. send_first, send_more:
-    handing a draft over, straight after something else and after another. down: from then until an idle worker begins,
-    for the first draft handed over without a pause, for the second, and so on: workers that share cores wake up in
-    turn. following: until a worker that has it already begins, after its last. wake_long, wake_short: from an
-    evaluation's end until the leader takes the answer, having slept for longer than `SLEEP` or not. take_first,
-    take_more: taking an answer after a sleep, and one that was there already. refine: the states passed, by their
-    number; head_start: what the leader leaves workers before that. end: from the last answer to the run's end. late:
-    how much longer than it should a device takes.
+    start: from a run's start to its first drafts.
+    form: computing drafts, by their number.
+    send_first, send_more: sending a draft after another action, and directly after another draft.
+    down: from sending until an idle worker begins; the first samples are for the first draft sent without a pause, the
+        second for the next one, and so on, because workers that share cores wake up in turn.
+    following: from the end of a worker's evaluation until it begins a draft that is already queued.
+    wake_long, wake_short: from the end of an evaluation until the leader handles the prediction, after sleeping for
+        longer than `SLEEP` or not.
+    take_first, take_more: handling a prediction after a sleep, and one that had arrived already.
+    refine: computing final states, by their number.
+    head_start: how long the leader waits before refining, so that workers can start.
+    end: from the last prediction to the run's end.
+    late: by how much a device exceeds its nominal time.
     """
 
     start: Samples = (0.0,)
@@ -77,17 +82,17 @@ class Costs:
 
     @classmethod
     def given(cls, message: float, row: float, wake: float) -> Costs:
-        """Return costs by three numbers: seconds a message, an arithmetic row, and waking a process up."""
+        """Return costs from three times in seconds: per message, per row of arithmetic, and for waking a process up."""
         m, w = (message,), (wake,)
         line = LinearCost(0.0, row)
         return cls((message + row,), line, m, m, (w,), m, w, w, m, m, line, 0.0, (row,), (0.0,))
 
     @classmethod
     def measured(cls, timeline: Sequence[TraceEvent], devices: Sequence[str]) -> Costs:
-        """Return the costs of the runs in a trace; raise ValueError if none of them came to its end.
+        """Measure the costs from the runs in a trace; raise ValueError if no run has finished.
 
-        Of the runs with as many evaluations, the middle half by time is taken: not the first, in which code and rows
-        are made, nor those that something else on the machine held up.
+        Of the runs with the same number of rounds, the middle half by time is used. This omits the first run, which
+        includes one-time work, and runs that other programs slowed down.
         """
         counted = _usual(timeline)
         if not counted:
@@ -97,7 +102,7 @@ class Costs:
 
 
 class _Fit:
-    """The samples of some runs."""
+    """Collects the samples of costs from the events and evaluations of some runs."""
 
     def __init__(self, marks: Sequence[TraceEvent], found: Sequence[Evaluation], devices: Sequence[str]) -> None:
         self._marks, self._found = marks, found
@@ -153,7 +158,7 @@ class _Fit:
         return start, end, LinearCost.fit(form), LinearCost.fit(refine)
 
     def _sends(self) -> tuple[list[float], list[float]]:
-        """Return the times of sending after other things, and after another send."""
+        """Return the times of sending a draft after another action, and after another draft."""
         first: list[float] = []
         more: list[float] = []
         before: TraceEvent | None = None
@@ -164,7 +169,7 @@ class _Fit:
         return first, more
 
     def _takes(self) -> tuple[list[float], list[float]]:
-        """Return the times of taking an answer after a sleep, and one that was there already, receiving included."""
+        """Return the times of handling a prediction after a sleep, and one that had arrived, including its receipt."""
         first: list[float] = []
         more: list[float] = []
         ends = sorted(until for _, until in self._busy)
@@ -179,12 +184,12 @@ class _Fit:
         return first, more
 
     def _link(self, e: Evaluation) -> int:
-        """Return the ns of a way over the link of an emulated device."""
+        """Return the link latency of an emulated device, one way, in ns; 0 for other devices."""
         emulated = self._emulated[e.worker]
         return round(emulated.latency * 1e9) if emulated is not None else 0
 
     def _workers(self) -> tuple[list[list[float]], list[float], list[float]]:
-        """Return how long workers took to begin, by place in the row of drafts sent, and how late they ended."""
+        """Return samples of `down`, of `following` and of `late`, in seconds."""
         down: list[list[float]] = []
         following: list[float] = []
         late: list[float] = []
@@ -205,21 +210,21 @@ class _Fit:
         return [samples for samples in down if samples], following, late
 
     def _wakes(self) -> tuple[list[float], list[float]]:
-        """Return the times from the first answer that ended a sleep of the leader's until it was taken."""
+        """Return samples of `wake_long` and `wake_short`: from the evaluation that ended a sleep to its handling."""
         long: list[float] = []
         short: list[float] = []
         found = sorted((e.ended + self._link(e), e.answered or 0) for e in self._found)
         starts = [ended for ended, _ in found]
         for (_, asleep), (awake, _) in itertools.pairwise(self._busy):
             place = bisect.bisect_right(starts, asleep)
-            there = [e for e in found[max(0, place - 1024) : place] if e[1] >= awake]  # before it fell asleep
+            there = [e for e in found[max(0, place - 1024) : place] if e[1] >= awake]  # ended before the sleep
             if not there and place < len(found) and found[place][0] <= awake <= found[place][1] + 1:
                 ended = found[place][0]
                 (long if (ended - asleep) / 1e9 > SLEEP else short).append((awake - ended) / 1e9)
         return long, short
 
     def _head_start(self) -> float:
-        """Return what lay between the last draft sent and refining, without an answer between, in the median."""
+        """Return the median time between the last draft sent and refining, where no prediction was handled between."""
         waits: list[float] = []
         before: TraceEvent | None = None
         for mark in self._marks:
@@ -231,7 +236,7 @@ class _Fit:
 
 
 def _usual(timeline: Sequence[TraceEvent]) -> set[int]:
-    """Return the runs that took neither long nor short, of those with as many rounds."""
+    """Return the middle half of the runs by time, separately for each number of rounds."""
     began: dict[int, int] = {}
     rounds: Counter[int] = Counter()
     walls: dict[int, list[tuple[int, int]]] = defaultdict(list)

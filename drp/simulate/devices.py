@@ -1,4 +1,4 @@
-"""Devices: how long evaluations take, and how often a device fails."""
+"""Simulated devices: the times of evaluations, and failures."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ DISTRIBUTIONS = get_args(Distribution)
 
 @dataclass(frozen=True)
 class Device:
-    """A device as the simulator has it.
+    """A simulated device.
 
-    emulated: its times, as `drp.leader.devices` writes them. distribution: of the jitter, its mean and standard
-    deviation being those that `emulated` says. "normal" takes the very draws of an emulated device; "exponential" is a
-    fixed time and an exponential one; "measured" draws from `measured`, seconds. mtbf: mean seconds between failures,
-    exponentially distributed; 0 for none. restart: seconds until a device that failed takes drafts again.
+    emulated: its times, as in `drp.leader.devices`.
+    distribution: the distribution of the jitter, with the mean and the standard deviation of `emulated`. "normal" uses
+        the same draws as an emulated device, "exponential" is the sum of a fixed and an exponential time, "measured"
+        draws from `measured`.
+    measured: times in seconds.
+    mtbf: the mean time between failures in seconds, exponentially distributed; 0 for no failures.
+    restart: seconds until a failed device accepts drafts again.
     """
 
     emulated: Emulated
@@ -37,11 +40,11 @@ class Device:
 
     @property
     def link(self) -> float:
-        """Seconds of one way over the link, without the bytes' share."""
+        """The latency of the link in one direction, in seconds."""
         return self.emulated.latency
 
     def seconds(self, run: int, step: int, draws: random.Random) -> float:
-        """Return what an evaluation takes."""
+        """Return the time of an evaluation in seconds."""
         e = self.emulated
         if self.distribution == "normal":
             return seconds_of(e, run, step)
@@ -57,9 +60,9 @@ class Device:
 
 
 def make_devices(names: str | Sequence[str], distribution: str = "normal") -> tuple[Device, ...]:
-    """Return the devices that names such as `8xemulated:20ms:jitter=10%` say, up to 1,024 of them.
+    """Return up to 1,024 devices for names such as `8xemulated:20ms:jitter=10%`.
 
-    Raises ValueError for what is no emulated device, or no distribution.
+    Raises ValueError for other devices or an unknown distribution.
     """
     if distribution not in DISTRIBUTIONS[:-1]:
         raise ValueError(f"distribution {distribution!r} does not exist; choose one of {', '.join(DISTRIBUTIONS[:-1])}")
@@ -78,7 +81,7 @@ def make_devices(names: str | Sequence[str], distribution: str = "normal") -> tu
 
 
 def measured(devices: Sequence[Device], timeline: Sequence[TraceEvent]) -> tuple[Device, ...]:
-    """Return the devices with times drawn from those of a trace."""
+    """Return the devices with times drawn from the evaluations in a trace."""
     times = tuple(mark.seconds for mark in timeline if mark.kind == "answer")
     if not times:
         raise ValueError("no evaluation in this trace has ended; trace a run")
@@ -86,7 +89,7 @@ def measured(devices: Sequence[Device], timeline: Sequence[TraceEvent]) -> tuple
 
 
 def repeated(devices: Sequence[Device], count: int) -> tuple[Device, ...]:
-    """Return `count` devices like the first ones, in turn, each with draws of its own."""
+    """Return `count` devices, repeating the given ones in turn, each with its own random draws."""
     if not 1 <= count <= MOST:
         raise ValueError(f"{count} devices; the simulator has room for 1 to {MOST}")
     like = [devices[i % len(devices)] for i in range(count)]

@@ -1,8 +1,8 @@
-"""Engine: a discrete-event model of the leader's loop and its workers.
+"""A discrete-event model of the leader's loop and its workers.
 
-It goes through what `drp.leader.engine` does, in its order: admit, dispatch, refine, take. The leader is one thread and
-does one thing at a time; a worker has at most one draft and another in advance. Modes and policies are the engine's own
-objects; only the numbers are missing.
+It follows the steps of `drp.leader.engine` in the same order: admit runs, assign drafts, refine, receive. The leader is
+one thread and does one thing at a time; a worker has at most the policy's `depth` of drafts. Modes and policies are the
+same objects as in the engine; only the tensors are missing.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from drp.simulate.schedule import Schedule, ScheduledDraft
 
 REMEMBERED = 32
 NOTICE = 0.005
-"""Seconds until the leader knows that a worker died."""
+"""Seconds until the leader notices that a worker has died."""
 
 
 @dataclass
 class SimulatedRun:
-    """A request, from its arrival to its end."""
+    """A simulated run, from its arrival to its end. Times are in seconds."""
 
     number: int
     arrived: float
@@ -46,23 +46,26 @@ class SimulatedRun:
 
     @property
     def seconds(self) -> float:
-        """Return the time from its beginning to its end."""
+        """The time from the run's start to its end."""
         return self.ended - self.began
 
     @property
     def latency(self) -> float:
-        """Return the time from its arrival to its end."""
+        """The time from the run's arrival to its end."""
         return self.ended - self.arrived
 
     @property
     def median_latency(self) -> float | None:
-        """The median of the seconds that evaluations took lately, once there are some."""
+        """The median time of recent evaluations in seconds; None while there are fewer than 4."""
         return statistics.median(self.recent) if len(self.recent) >= 4 else None
 
 
 @dataclass
 class SimulatedWorker:
-    """A device's place: the drafts it has, and until when it is busy with them."""
+    """A simulated worker: the drafts that it has, and until when it is busy with them.
+
+    `generation` increases when the worker dies, and is negative while its death is scheduled.
+    """
 
     number: int
     device: Device
@@ -77,10 +80,14 @@ class SimulatedWorker:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a simulation; seconds.
+    """The result of a simulation. Times are in seconds.
 
-    `runs` are in the order of their ends. `duration` is from the first arrival to the last end, `computed` the devices'
-    time in evaluations, those that were lost or not needed included.
+    runs: the runs in the order of their ends.
+    devices: the number of devices.
+    duration: from the first arrival to the last end.
+    computed: the devices' time in evaluations, including lost and unnecessary ones.
+    hedged: the number of drafts sent to a second worker.
+    lost: the number of workers lost.
     """
 
     runs: tuple[SimulatedRun, ...]
@@ -96,17 +103,17 @@ class Outcome:
 
     @property
     def utilisation(self) -> float:
-        """The share of the devices' time that they computed."""
+        """The share of the devices' time that was spent computing."""
         return self.computed / (self.devices * self.duration)
 
     def latency(self, percentile: float) -> float:
-        """Return the time from arrival to end that this percentage of the runs does not exceed."""
+        """Return a percentile of the time from arrival to end."""
         times = sorted(run.latency for run in self.runs)
         return times[min(len(times) - 1, int(len(times) * percentile / 100))]
 
     @property
     def median(self) -> float:
-        """The median of the time from a run's beginning to its end."""
+        """The median time from a run's start to its end."""
         return statistics.median(run.seconds for run in self.runs)
 
     @property
@@ -114,7 +121,7 @@ class Outcome:
         return statistics.fmean(run.seconds for run in self.runs)
 
     def cost(self, price: float) -> float:
-        """Return what a run costs if each device costs `price` an hour, idle or not."""
+        """Return the cost per run if each device costs `price` per hour, busy or idle."""
         return price * self.devices * self.duration / 3600 / len(self.runs)
 
 
@@ -127,16 +134,24 @@ def simulate(
     staleness: float = 5e-5,
     timeline: Timeline | None = None,
 ) -> Outcome:
-    """Return what the runs of a load would take; their marks are appended to `timeline`, as an engine's would be.
+    """Simulate the runs of a load.
 
-    `policy` schedules the load's mode. `staleness` stands for the network in a mode with feedback, see `Schedule`. The
-    same seed draws the same costs, arrivals and failures. Raises ValueError for a mode that breaks its rules.
+    Args:
+        devices: the simulated devices.
+        policy: the policy, which also schedules the load's mode.
+        load: the requests.
+        costs: the times of everything except the devices; by default 0.
+        seed: determines the costs, arrivals and failures that are drawn.
+        staleness: stands for the network in a mode with feedback, see `Schedule`.
+        timeline: a list to which the runs' events are appended, as by the engine.
+
+    Raises ValueError for a mode whose rounds are inconsistent.
     """
     return _Simulation(devices, policy, load, costs or Costs(), seed, staleness, timeline).run()
 
 
 class _Simulation:
-    """The state of one simulation; `now` is the leader's time."""
+    """The state of one simulation. `now` is the leader's time in seconds."""
 
     def __init__(
         self,
@@ -167,7 +182,7 @@ class _Simulation:
         self.asleep = True
 
     def run(self) -> Outcome:
-        """Go through the loop until all runs are done."""
+        """Execute the loop until all runs are done."""
         while self.arrivals or self.runs:
             self._admit()
             self._dispatch()
@@ -214,7 +229,7 @@ class _Simulation:
         run.outstanding.update(tickets)
 
     def _dispatch(self) -> None:
-        """As the engine: a draft for each worker, a second in advance if there is only one run, then what is late."""
+        """Assign drafts as the engine does: one per worker, up to `depth` if there is only one run; then hedge."""
         runs = [run for run in self.runs if run.outstanding]
         ready = [worker_slot for worker_slot in self.worker_slots if worker_slot.ready]
         sent = 0
@@ -244,7 +259,7 @@ class _Simulation:
         seconds = max(0.0, seconds + self._some(self.costs.late))
         worker_slot.free_at = began + seconds + link
         if worker_slot.free_at > worker_slot.fails_at:
-            if worker_slot.generation >= 0:  # noted once: what the worker has is lost together
+            if worker_slot.generation >= 0:  # Schedule the failure once; all drafts of the worker are lost together.
                 worker_slot.computed += max(0.0, worker_slot.fails_at - began)
                 self._event(worker_slot.fails_at + NOTICE, worker_slot, None)
                 worker_slot.generation = -worker_slot.generation - 1
@@ -310,7 +325,7 @@ class _Simulation:
             run.needs_refine = None
 
     def _take(self) -> None:
-        """Sleep until something is there; take what has come until a worker can be given more."""
+        """Sleep until an event is due; handle events until drafts can be assigned."""
         answer = self.events[0][0] if self.events else float("inf")
         timer = self._timer()
         if min(answer, timer) == float("inf"):
@@ -329,7 +344,7 @@ class _Simulation:
                 break
 
     def _timer(self) -> float:
-        """Return when something is due that is no message."""
+        """Return the time of the next arrival or hedge, infinity if there is none."""
         times = []
         if self.arrivals and len(self.runs) < RUNS_PER_WORKER * len(self.worker_slots):
             times.append(self.arrivals[0])
@@ -349,7 +364,7 @@ class _Simulation:
         run, expected = worker_slot.drafts.popleft()
         assert expected is ticket
         worker_slot.since = since = self.now
-        needed = ticket in run.outstanding  # else it is a copy
+        needed = ticket in run.outstanding  # Otherwise the other copy's prediction was used.
         times = (began, began, began + seconds, began + seconds)
         self._mark("answer" if needed else "late", run, ticket.step, worker_slot.number, seconds, times=times)
         if not needed:
@@ -367,7 +382,7 @@ class _Simulation:
             self._formed(run, tickets, since)
 
     def _on_loss(self, worker_slot: SimulatedWorker, at: float) -> None:
-        """Take note that a worker died, or that its successor is there."""
+        """Handle the death of a worker, or the start of its replacement."""
         if not worker_slot.ready:
             worker_slot.ready = True
             worker_slot.free_at = self.now

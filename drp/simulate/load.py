@@ -1,4 +1,4 @@
-"""Load: the requests of a simulation."""
+"""The requests of a simulation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from drp.sampling.modes import Mode
 class Load:
     """`count` requests of `steps` steps in a mode, numbered from `first`.
 
-    rate: how many arrive a second, as a Poisson process. 0: each comes when the one before has ended, `users` of them
-    at the same time.
+    rate: the arrivals per second, as a Poisson process. With 0, each of `users` users sends a request as soon as the
+        previous one has ended.
     """
 
     mode: Mode
@@ -24,7 +24,7 @@ class Load:
     first: int = 0
 
     def arrivals(self, draws: random.Random) -> list[float]:
-        """Return when requests arrive, as far as that does not depend on others."""
+        """Return the arrival times in seconds that do not depend on the ends of other requests."""
         if not self.rate:
             return [0.0] * min(self.users, self.count)
         now, times = 0.0, []

@@ -1,4 +1,4 @@
-"""Schedule: a mode's own rounds, as their predictions come in. No numbers are computed, only who waits for whom."""
+"""The schedule of a run: a mode's rounds and the predictions they wait for, without computing any tensors."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ from drp.sampling.plan import Progress
 
 @dataclass(eq=False)
 class ScheduledDraft:
-    """An evaluation that a run has asked for."""
+    """A draft that a run has scheduled."""
 
     step: int
     distance: int
-    """From the state that the draft was made of."""
+    """Steps from the state from which the draft was computed."""
 
 
 class Schedule:
-    """What a run asks for, and when, by the rounds that its mode yields.
+    """Schedules drafts by the rounds that a mode yields.
 
-    `staleness` stands for the network in a mode with feedback: the residual of a draft at distance j from the state it
-    was made of is taken to be `staleness` j^2. `depth` is the longest sequence of rounds that waited for each other.
+    staleness: stands for the network in a mode with feedback: the residual of a draft at distance j from the state from
+        which it was computed is assumed to be `staleness` j^2.
+
+    `depth` is the length of the longest sequence of rounds that waited for each other.
     """
 
     def __init__(self, mode: Mode, steps: int, staleness: float) -> None:
         self._mode, self._steps, self._staleness = mode, steps, staleness
         self._rounds = mode.rounds(steps)
         self._next: Round | None = next(self._rounds, None)
-        self._known = True  # whether _next is what comes next
+        self._known = True  # whether _next is the next round, which with feedback depends on residuals
         self._progress = Progress()
         self._out: deque[tuple[set[ScheduledDraft], int]] = deque()
         self._distance: dict[int, int] = {}
         self.depth = 0
         self.states = 0
-        """How many states the last `form` has passed."""
+        """The number of states that the last `form` has made final."""
 
     @property
     def base(self) -> int:
@@ -43,7 +45,7 @@ class Schedule:
 
     @property
     def ready(self) -> bool:
-        """Whether there is something to form, or nothing is left."""
+        """Whether there are drafts to schedule, or the run is finished."""
         behind = self._next.unawaited_rounds if self._known and self._next is not None else 0
         used = len(self._out) - behind
         return not any(missing for missing, _ in (self._out[i] for i in range(used)))
@@ -80,7 +82,7 @@ class Schedule:
         return tickets
 
     def _ask(self) -> Round | None:
-        """Return the next round, having told a mode with feedback the residuals of the last."""
+        """Return the next round, after sending the last residuals to a mode with feedback."""
         if not self._known:
             self._progress.receive(0)
             ahead = range(self._progress.base + 1, self._progress.last + 1)
