@@ -873,7 +873,7 @@ def test_what_cannot_be_handed_to_workers_is_refused() -> None:
     ],
 )
 def test_arguments_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message), parallelize(sdxl(), **options):
+    with pytest.raises(ValueError, match=message), parallelize(sdxl(), **{"devices": 2, **options}):
         pass
 
 

@@ -44,7 +44,7 @@ def test_batches_are_no_more_messages_than_they_must_be() -> None:
     from drp.protocol.messages import ModelSpec
     from drp.sampling.reference import run_reference
 
-    job = make_job(Request(count=2, shape=(3,), steps=9), ModelSpec(), 4)
+    job = make_job(Request(count=2, shape=(3,), steps=9, mode="aggressive"), ModelSpec(), 4)
     run_reference(count, job.solver, job.mode, job.start, job.cond, batch=4)
     assert calls == [2, 8, 8]  # the first alone, then four drafts of two samples each
 

@@ -64,8 +64,8 @@ def test_a_model_that_cannot_be_loaded_says_why(model: str, error: type[Exceptio
 
 def test_a_worker_that_does_not_start_in_time_is_a_clear_error() -> None:
     before = leftovers()
-    with pytest.raises(WorkerError, match=r"worker 0 .* did not load .* within 6 s \(start_timeout\)"):
-        Leader("tests.denoisers:hang_while_loading", start_timeout=6)
+    with pytest.raises(WorkerError, match=r"worker 0 .* did not load .* within 20 s \(start_timeout\)"):
+        Leader("tests.denoisers:hang_while_loading", start_timeout=20)
     assert not what_stays(before)
 
 

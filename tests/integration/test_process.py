@@ -177,3 +177,13 @@ def test_a_supervisors_sigterm_is_for_the_leader(tiny: Leader) -> None:
     after = tiny.sample(labels=[1], steps=6)
     assert torch.equal(before.samples, after.samples)
     assert [worker.pid for worker in tiny.workers] == pids
+
+
+def test_the_number_of_a_closed_process_is_known() -> None:
+    process = Process(sys.executable, "worker", time.sleep, (0,))
+    process.start()
+    pid = process.pid
+    assert pid is not None
+    process.join(60)
+    process.close()
+    assert process.pid == pid

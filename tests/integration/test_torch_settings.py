@@ -93,6 +93,6 @@ def test_autocast_is_refused_with_the_remedy(leader: Leader) -> None:
 
 def test_asynchronous_ordering_is_refused_where_stores_may_be_reordered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    with pytest.raises(ValueError, match=r"dispatch is 'async', but the processor is aarch64.*give 'host'"):
+    with pytest.raises(ValueError, match=r"dispatch is 'async', but the processor is aarch64.*give 'sync'"):
         GpuOptions(dispatch="async")
-    assert GpuOptions().dispatch == "host"
+    assert GpuOptions().dispatch == "sync"

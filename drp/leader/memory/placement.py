@@ -71,7 +71,7 @@ class GpuOptions:
         if self.dispatch == "async" and (machine := platform.machine()) not in ORDERED:
             raise ValueError(
                 f"dispatch is 'async', but the processor is {machine}: processes then tell each other by plain stores "
-                "to shared memory, which other processors than x86-64 may reorder; give 'host'"
+                "to shared memory, which other processors than x86-64 may reorder; give 'sync'"
             )
 
     def worker_config(self, uuid: str, batch: int, probe: GpuHandle | None = None) -> GpuConfig:

@@ -63,6 +63,9 @@ class Process(SpawnProcess):
     ensure that the process ends with its parent.
     """
 
+    pid: int | None = None
+    """The process's number, once it has started. Other threads may ask for it while the process object is closed."""
+
     def __init__(self, python: str, name: str, target: Callable[..., object], args: tuple[Any, ...]) -> None:
         super().__init__(name=name, target=target, args=args, daemon=False)
         self.python = python
@@ -71,6 +74,7 @@ class Process(SpawnProcess):
         """Start the process; raise OSError if the machine cannot create one."""
         self._popen = _Popen(self)
         self._sentinel = self._popen.sentinel
+        self.pid = self._popen.pid
         del self._target, self._args, self._kwargs  # type: ignore[attr-defined]  # They may keep memory alive.
 
     def __reduce__(self) -> tuple[Any, ...]:
