@@ -1,6 +1,7 @@
 """Convergence: whether drafted samples come nearer to the sequential ones as steps become shorter, by scheduler.
 
-python -m bench.convergence prints the table of docs/diffusers.md; with --write it puts it there. The sample is a
+python -m bench.convergence [NAMES] prints the table of docs/diffusers.md; with --write it puts the rows there, where
+those of other schedulers stay. The sample is a
 digit of the trained model, drafted two steps at a time, from 24 steps to 192. With schedulers of flow matching, whose
 models predict a velocity, the model's noise prediction is turned into that.
 """
@@ -9,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.tables import update
 from drp.diffusers import reference
 from drp.diffusers.digits import digits_pipeline
 from tests.tiny.schedulers import SCHEDULERS
@@ -22,8 +23,7 @@ from tests.tiny.schedulers import SCHEDULERS
 STEPS = (24, 48, 96, 192)
 ENOUGH = 0.75
 """The factor by which each doubling of the steps must shrink the distance, on average."""
-PAGE = Path(__file__).parent.parent / "docs" / "diffusers.md"
-BEGIN, END = "<!-- convergence -->\n", "<!-- end of convergence -->\n"
+HEAD = f"| scheduler | distance at {', '.join(map(str, STEPS))} steps | drafted |"
 
 
 class Velocity(nn.Module):
@@ -37,13 +37,15 @@ class Velocity(nn.Module):
         self.register_buffer("ratios", ((1 - bars) / bars).sqrt())  # noise over signal at each of the timesteps
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Return noise - data."""
+        """Return noise - data. Beyond the noise that the model was trained with its estimate of the data is kept."""
         sigma = (t / 1000).clamp(1e-4, 1 - 1e-4)[:, None, None, None]
         ratio = sigma / (1 - sigma)
         step = torch.searchsorted(self.ratios, ratio.flatten()).clamp_max(len(self.ratios) - 1)
-        scale = (1 + ratio**2).sqrt() * (1 - sigma)
-        noise: Tensor = self.inner(x / scale, step.to(x.dtype), labels)
-        return (noise - x) / (1 - sigma)
+        scaled = x / ((1 + ratio**2).sqrt() * (1 - sigma))
+        noise = self.inner(scaled, step.to(x.dtype), labels)
+        known = ratio.clamp_max(self.ratios[-1])
+        data = scaled * (1 + known**2).sqrt() - known * noise
+        return torch.where(sigma < 0.5, (noise - x) / (1 - sigma), (x - data) / sigma)
 
 
 def pipeline(name: str) -> Any:
@@ -81,35 +83,29 @@ def converges(distances: list[float]) -> bool:
     return distances[-1] < 1e-5 or (distances[-1] / distances[0]) ** (1 / (len(distances) - 1)) < ENOUGH
 
 
-def table() -> str:
-    """Return the table of all schedulers."""
-    lines = [
-        f"| scheduler | distance at {', '.join(map(str, STEPS))} steps | drafted |",
-        "|---|---|---|",
-    ]
-    for name in SCHEDULERS:
-        distances, reason = measure(name)
-        if converges(distances) == bool(reason):
-            print(f"{name}: converges is {converges(distances)}, and it is refused because {reason or 'of nothing'}")
-        lines.append(
-            f"| {name} | {', '.join(f'{d:.2g}' for d in distances)} | {'no: sequential' if reason else 'yes'} |"
-        )
-        print(lines[-1], flush=True)
-    return "\n".join(lines) + "\n"
+def row(name: str, distances: list[float], reason: str) -> str:
+    """Return the row of the table."""
+    return f"| {name} | {', '.join(f'{d:.2g}' for d in distances)} | {'no: sequential' if reason else 'yes'} |"
 
 
 def main() -> None:
     """Print the table, and perhaps put it into the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/diffusers.md")
+    parser.add_argument("names", nargs="*", help="schedulers (all)")
+    parser.add_argument("--write", action="store_true", help="put the rows into docs/diffusers.md")
     options = parser.parse_args()
+    unknown = [name for name in options.names if name not in SCHEDULERS]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is no scheduler here; there are {'; '.join(SCHEDULERS)}")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    made = table()
-    if options.write:
-        text = PAGE.read_text()
-        head, _, rest = text.partition(BEGIN)
-        PAGE.write_text(head + BEGIN + made + END + rest.partition(END)[2])
+    for name in options.names or SCHEDULERS:
+        distances, reason = measure(name)
+        if converges(distances) == bool(reason):
+            print(f"{name}: converges is {converges(distances)}, and it is refused because {reason or 'of nothing'}")
+        print(row(name, distances, reason), flush=True)
+        if options.write:
+            update("convergence", HEAD, {name: row(name, distances, reason)}, SCHEDULERS)
 
 
 if __name__ == "__main__":

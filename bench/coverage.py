@@ -1,29 +1,32 @@
 """Coverage: every pipeline class of diffusers that a small configuration is known for, with one draft and with three.
 
 python -m bench.coverage [NAMES] prints whether one draft a round has the bits of the untouched pipeline, and whether
-three are drafted, or what is in the way; with --write it puts the table into docs/diffusers.md. It ends with 1 if
-anything is wrong or crashes. Drafts are evaluated in this process.
+three are drafted, or what is in the way; with --write it puts the rows into the table of docs/diffusers.md, where those
+of other classes stay. It ends with 1 if anything is wrong, crashes or takes too long. Drafts are evaluated in this
+process.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import diffusers
 import torch
 
+from bench.tables import update
 from drp.diffusers import reference
 from tests.pipelines import run
 from tests.tiny import flux, others, stable_diffusion
 
 STEPS = 7
 CASES = {**stable_diffusion.CASES, **flux.CASES, **others.CASES}
-PAGE = Path(__file__).parent.parent / "docs" / "diffusers.md"
-BEGIN, END = "<!-- pipeline classes -->\n", "<!-- end of pipeline classes -->\n"
+LIMIT = 120
+"""Seconds that a class may take."""
+HEAD = "| pipeline | one draft is exact | three drafts | why |"
 
 
 @dataclass(frozen=True)
@@ -62,30 +65,37 @@ def look_at(name: str) -> Row:
     return Row(name, exact, report.steps, report.rounds, report.reason or "; ".join(notes))
 
 
+def _too_long(*_: object) -> None:
+    raise TimeoutError(f"it took more than {LIMIT} s")
+
+
 def main() -> None:
     """Print the table, and perhaps put it into the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="parts of the names of classes (all)")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/diffusers.md")
+    parser.add_argument("--write", action="store_true", help="put the rows into docs/diffusers.md")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     diffusers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    lines = ["| pipeline | one draft is exact | three drafts | why |", "|---|---|---|---|"]
+    signal.signal(signal.SIGALRM, _too_long)
+    rows: dict[str, str] = {}
     wrong = False
     for name in CASES:
         if options.names and not any(part in name for part in options.names):
             continue
+        signal.alarm(LIMIT)
         try:
             row = look_at(name)
         except Exception as error:  # the others are of interest all the same
             row = Row(name, False, 0, 0, f"raised {type(error).__name__}: {error}")
+        finally:
+            signal.alarm(0)
         wrong |= not row.exact
-        lines.append(str(row))
+        rows[name.removesuffix("Pipeline")] = str(row)
         print(row, flush=True)
     if options.write:
-        head, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(head + BEGIN + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
+        update("pipeline classes", HEAD, rows, [name.removesuffix("Pipeline") for name in CASES])
     sys.exit(int(wrong))
 
 

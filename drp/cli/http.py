@@ -85,7 +85,8 @@ def http(
         if diffusers is not None:
             if trace is not None:
                 check_trace(trace, force)
-            spread: dict[str, Any] = {"devices": devices or default_devices().devices, "mode": mode, "drafts": drafts}
+            places = devices or default_devices(gpus_too=False).devices
+            spread: dict[str, Any] = {"devices": places, "mode": mode, "drafts": drafts}
             if trace is not None:
                 spread |= {"trace": trace, "trace_most": trace_most}
             backend = _pipeline(diffusers, spread, max_work, queue)

@@ -73,7 +73,8 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
     except ImportError as error:
         raise ValueError(f"{error}; pip install 'draft-refine[diffusers]'") from None
 
-    devices = expand_count(options["devices"] or default_devices().devices, "cpu")  # where the pipeline is loaded to
+    devices = options["devices"] or default_devices(gpus_too=False).devices
+    devices = expand_count(devices, "cpu")  # where the pipeline is loaded to
     count = len(parse_devices(devices, 1))
     make(options["mode"], options["drafts"] or count, options["rule"], options["tolerance"], options["warmup"])
     pipe = DiffusionPipeline.from_pretrained(path)

@@ -43,7 +43,8 @@ class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]  # nor has this
         """Draw a digit for each label, from noise or from `latents` [B, 1, 28, 28]."""
         self.scheduler.set_timesteps(num_inference_steps)
         noise = latents if latents is not None else torch.randn(len(labels), 1, 28, 28, generator=generator)
-        x = noise * self.scheduler.init_noise_sigma
+        x = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # Schedulers of flow matching have none,
+        scale = getattr(self.scheduler, "scale_model_input", lambda x, _: x)  # and do not scale.
         asked = torch.tensor(list(labels))
         nothing = torch.full_like(asked, self.unet.label.num_embeddings - 1)
         both = torch.cat([nothing, asked])
@@ -51,7 +52,7 @@ class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]  # nor has this
         drawn = "generator" in inspect.signature(self.scheduler.step).parameters
         options = {"generator": generator} if drawn else {}  # Some schedulers add no noise, or draw it by themselves.
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            model_input = self.scheduler.scale_model_input(torch.cat([x] * 2), t)
+            model_input = scale(torch.cat([x] * 2), t)
             without, with_label = self.unet(model_input, t.expand(len(both)), both).chunk(2)
             noise = without + guidance_scale * (with_label - without)
             x = self.scheduler.step(noise, t, x, **options).prev_sample

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from drp.cli import main
+from drp.leader.gpus import Gpu
 from drp.trace import read
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,28 @@ def test_sample_draws_with_a_pipeline(tmp_path: Path) -> None:
     marks, devices, _ = read(tmp_path / "run.json")
     assert {mark.kind for mark in marks} >= {"begin", "sent", "answer", "end"}
     assert len(devices) == 2
+
+
+@pytest.mark.filterwarnings("ignore")  # of diffusers' own imports
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "--diffusers", ".", "--prompt", "a cat"], "model_index.json"),
+        (["http", "--diffusers", "a:b"], "'a:b'"),
+    ],
+)
+def test_pipelines_do_not_ask_for_gpus(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --devices the workers are cores, whatever CUDA shows, since pipelines have CPU workers only."""
+    asked = []
+
+    def find() -> tuple[Gpu, ...]:
+        asked.append(1)
+        return (Gpu(0, "GPU-0"), Gpu(1, "GPU-1"))
+
+    monkeypatch.setattr("drp.leader.gpus.find_gpus", find)
+    done = CliRunner().invoke(main, arguments)
+    assert message in done.output
+    assert not asked
 
 
 @pytest.mark.diffusers

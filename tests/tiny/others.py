@@ -22,6 +22,7 @@ from diffusers import (
     UNet2DModel,
     WanTransformer3DModel,
 )
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from tests.pipelines import (
     IMAGE,
@@ -207,7 +208,16 @@ def cascade(prior: bool) -> dict[str, Any]:
     for parameter in denoiser.parameters():
         if not bool(parameter.any()):
             torch.nn.init.normal_(parameter, std=0.1)
-    return {"prior" if prior else "decoder": denoiser, "scheduler": DDPMWuerstchenScheduler()}
+    parts: dict[str, Any] = {"prior" if prior else "decoder": denoiser, "scheduler": DDPMWuerstchenScheduler()}
+    if prior:  # which asks the text encoder for its dtype, and does not call it
+        sizes: dict[str, Any] = {
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+        }
+        parts["text_encoder"] = CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=8, **sizes)).eval()
+    return parts
 
 
 def pixels() -> Any:
@@ -226,8 +236,8 @@ def pixels() -> Any:
 
 def deep_floyd(channels: int = 3, **more: Any) -> dict[str, Any]:
     return {
-        "unet": unet(channels, out_channels=3, **more.pop("unet", {})),
-        "scheduler": DDPMScheduler(clip_sample=False, beta_schedule="squaredcos_cap_v2"),
+        "unet": unet(channels, out_channels=6, **more.pop("unet", {})),  # the noise and its variance
+        "scheduler": DDPMScheduler(clip_sample=False, beta_schedule="squaredcos_cap_v2", variance_type="learned_range"),
         "requires_safety_checker": False,
         **more,
     }

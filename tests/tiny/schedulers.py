@@ -44,8 +44,8 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {
     "UniPC": _betas("UniPCMultistepScheduler"),
     "SA-Solver": _betas("SASolverScheduler"),
     "IPNDM": _of("IPNDMScheduler"),
-    "LCM": _betas("LCMScheduler"),
-    "TCD": _betas("TCDScheduler"),
+    "LCM": _betas("LCMScheduler", original_inference_steps=200),  # as many steps as are measured, and more
+    "TCD": _betas("TCDScheduler", original_inference_steps=200),
     "EDM Euler": _of("EDMEulerScheduler"),
     "EDM DPM-Solver++": _of("EDMDPMSolverMultistepScheduler"),
     "flow matching, Euler": _of("FlowMatchEulerDiscreteScheduler", shift=3.0),
