@@ -210,13 +210,14 @@ def cascade(prior: bool) -> dict[str, Any]:
             torch.nn.init.normal_(parameter, std=0.1)
     parts: dict[str, Any] = {"prior" if prior else "decoder": denoiser, "scheduler": DDPMWuerstchenScheduler()}
     if prior:  # which asks the text encoder for its dtype, and does not call it
+        encoder: Any = CLIPTextModelWithProjection
         sizes: dict[str, Any] = {
             "hidden_size": 8,
             "intermediate_size": 8,
             "num_hidden_layers": 1,
             "num_attention_heads": 1,
         }
-        parts["text_encoder"] = CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=8, **sizes)).eval()
+        parts["text_encoder"] = encoder(CLIPTextConfig(vocab_size=8, **sizes)).eval()
     return parts
 
 
