@@ -27,9 +27,8 @@ class ByNoise(DraftRule):
 
 
 if __name__ == "__main__":
-    asked = {"labels": range(10), "drafts": 8}
     exact = drp.reference("digits", labels=range(10), mode="sequential").samples
     for rule in ("paper", "damped", ByNoise()):
-        result = drp.reference("digits", rule=rule, **asked)
+        result = drp.reference("digits", labels=range(10), drafts=8, rule=rule)
         error = float((result.samples - exact).norm() / exact.norm())
         print(f"{rule}: {result.rounds} rounds, relative L2 to the sequential run {error:.4f}")
