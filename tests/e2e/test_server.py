@@ -217,7 +217,7 @@ def test_no_preview_is_lost_to_news_that_are_told_while_it_is_made() -> None:
     told: list[client_messages.Progress] = []
 
     class Slow(torch.Tensor):
-        def to(self, *_: object, **__: object) -> torch.Tensor:
+        def cpu(self, *_: object, **__: object) -> torch.Tensor:
             told.extend(progress for progress, _ in ticket.updates(lambda ticket, most: ()))
             return torch.ones(2)
 
