@@ -34,7 +34,7 @@ from drp.sampling.solvers import (
     UniPC,
 )
 
-# Their tables meet numpy 2 through an old door.
+# diffusers' tables call __array__ as NumPy 1 did, of which NumPy 2 warns.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
 SHAPE = (2, 3, 4, 4)

@@ -109,7 +109,7 @@ class Supervisor:
         placement: MemoryPlacement,
         clock: Clock,
     ) -> None:
-        self.clock, self._ground = clock, placement
+        self.clock, self._placement = clock, placement
         self.worker_slots = [WorkerSlot(number, device) for number, device in enumerate(devices)]
         self._pool, self._startup, self._start_timeout = (
             pool,
@@ -208,7 +208,7 @@ class Supervisor:
                 except (OSError, MemoryError) as error:
                     worker_slot.last_failure = f"{worker_slot.device.name}: no process can be started: {error}"
                     log.warning("%s", worker_slot.last_failure)
-                    self._ground.free_unused()
+                    self._placement.free_unused()
                     self._schedule_restart(worker_slot, "shortage")
             elif worker_slot.state == "starting" and worker_slot.since <= now:
                 losses += self._on_start_timeout(worker_slot)
