@@ -1,9 +1,9 @@
 """Convergence: whether drafted samples come nearer to the sequential ones as steps become shorter, by scheduler.
 
 python -m bench.convergence [NAMES] prints the table of docs/diffusers.md; with --write it puts the rows there, where
-those of other schedulers stay. The sample is a
-digit of the trained model, drafted two steps at a time, from 24 steps to 192. With schedulers of flow matching, whose
-models predict a velocity, the model's noise prediction is turned into that.
+those of other schedulers stay. The sample is a digit of the trained model, drafted two steps at a time, from 24 steps
+to 192. With schedulers of flow matching, whose models predict a velocity, the model's noise prediction is turned into
+that.
 """
 
 from __future__ import annotations
@@ -13,39 +13,17 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.tables import update
 from drp.diffusers import reference
 from drp.diffusers.digits import digits_pipeline
-from tests.tiny.schedulers import SCHEDULERS
+from tests.tiny.schedulers import SCHEDULERS, Velocity
 
 STEPS = (24, 48, 96, 192)
 ENOUGH = 0.75
 """The factor by which each doubling of the steps must shrink the distance, on average."""
 HEAD = f"| scheduler | distance at {', '.join(map(str, STEPS))} steps | drafted |"
-
-
-class Velocity(nn.Module):
-    """A model of flow matching made of a model of noise: x = (1 - s) data + s noise, at t = 1000 s."""
-
-    ratios: Tensor
-
-    def __init__(self, inner: nn.Module, bars: Tensor) -> None:
-        super().__init__()
-        self.inner, self.label = inner, inner.label
-        self.register_buffer("ratios", ((1 - bars) / bars).sqrt())  # noise over signal at each of the timesteps
-
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Return noise - data. Beyond the noise that the model was trained with its estimate of the data is kept."""
-        sigma = (t / 1000).clamp(1e-4, 1 - 1e-4)[:, None, None, None]
-        ratio = sigma / (1 - sigma)
-        step = torch.searchsorted(self.ratios, ratio.flatten()).clamp_max(len(self.ratios) - 1)
-        scaled = x / ((1 + ratio**2).sqrt() * (1 - sigma))
-        noise = self.inner(scaled, step.to(x.dtype), labels)
-        known = ratio.clamp_max(self.ratios[-1])
-        data = scaled * (1 + known**2).sqrt() - known * noise
-        return torch.where(sigma < 0.5, (noise - x) / (1 - sigma), (x - data) / sigma)
 
 
 def pipeline(name: str) -> Any:

@@ -14,7 +14,9 @@ from drp.sampling.predictions import PREDICTION_TYPES, estimates
 
 BROWNIAN = ("BrownianTreeNoiseSampler", "BatchedBrownianTree")
 """Classes of noise samplers that cannot be deep-copied and need not be."""
-IN_SIGMA = ("Euler", "Heun", "LMS")
+MIDWAY = "DPMSolverSDE"
+"""Beginning of the name of the scheduler that evaluates every second time in the middle of two of its sigmas."""
+IN_SIGMA = ("Euler", "Heun", "LMS", MIDWAY)
 """Beginnings of the names of schedulers whose state is data + sigma noise, with sigma from 0 up."""
 OTHERWISE = ("EDM", "Cosine", "KDPM2")
 """Beginnings of the names of those that precondition the model, or whose sigmas are not the timesteps' in order."""
@@ -105,6 +107,8 @@ class Levels:
         if not isinstance(sigmas, Tensor) or len(sigmas) < n or name.startswith(OTHERWISE):
             return []
         values = [float(s) for s in sigmas[:n].double()]
+        if name.startswith(MIDWAY):
+            values[1::2] = [math.sqrt(a * b) for a, b in zip(values[::2], values[1::2], strict=False)]
         if flow:
             return [(1 - s, s, 1.0) for s in values]
         scale = [1 / math.sqrt(s * s + 1) for s in values]

@@ -19,6 +19,7 @@ from diffusers import (
     DDPMScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSDEScheduler,
     DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -65,8 +66,11 @@ from tests.pipelines import (
     wan22,
 )
 
-# diffusers hands tensors to numpy in a way that numpy means to forbid.
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+pytestmark = [
+    # diffusers hands tensors to numpy in a way that numpy means to forbid.
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Should have ta>=t0:UserWarning"),  # torchsde, of rounding
+]
 
 
 def parallelize(pipe: Any, devices: Any, mode: Any = "aggressive", **options: Any) -> Any:
@@ -228,6 +232,7 @@ SCHEDULERS: dict[str, Any] = {
     "KDPM2": lambda: KDPM2DiscreteScheduler(**BETAS),
     "DPM++ 2M": lambda: DPMSolverMultistepScheduler(**BETAS),
     "DPM++ 2M SDE": lambda: DPMSolverMultistepScheduler(**BETAS, algorithm_type="sde-dpmsolver++"),
+    "DPM++ SDE": lambda: DPMSolverSDEScheduler(**BETAS, noise_sampler_seed=0),
     "DPM++ 2S": lambda: DPMSolverSinglestepScheduler(**BETAS, lower_order_final=True),
     "DEIS": lambda: DEISMultistepScheduler(**BETAS),
     "UniPC": lambda: UniPCMultistepScheduler(**BETAS),

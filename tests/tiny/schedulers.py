@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
+import torch
+from torch import Tensor, nn
 
 from tests.pipelines import BETAS
 
@@ -55,3 +57,25 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {
     "flow matching, UniPC": _of("UniPCMultistepScheduler", **FLOW),
     "flow matching, DPM-Solver++": _of("DPMSolverMultistepScheduler", **FLOW),
 }
+
+
+class Velocity(nn.Module):
+    """A model of flow matching made of a model of noise: x = (1 - s) data + s noise, at t = 1000 s."""
+
+    ratios: Tensor
+
+    def __init__(self, inner: nn.Module, bars: Tensor) -> None:
+        super().__init__()
+        self.inner, self.label = inner, inner.label
+        self.register_buffer("ratios", ((1 - bars) / bars).sqrt())  # noise over signal at each of the timesteps
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """Return noise - data. Beyond the noise that the model was trained with its estimate of the data is kept."""
+        sigma = (t / 1000).clamp(1e-4, 1 - 1e-4)[:, None, None, None]
+        ratio = sigma / (1 - sigma)
+        step = torch.searchsorted(self.ratios, ratio.flatten()).clamp_max(len(self.ratios) - 1)
+        scaled = x / ((1 + ratio**2).sqrt() * (1 - sigma))
+        noise = self.inner(scaled, step.to(x.dtype), labels)
+        known = ratio.clamp_max(self.ratios[-1])
+        data = scaled * (1 + known**2).sqrt() - known * noise
+        return torch.where(sigma < 0.5, (noise - x) / (1 - sigma), (x - data) / sigma)
