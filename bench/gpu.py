@@ -35,7 +35,7 @@ from torch import Tensor
 
 from bench.figures import console, machine, percentile
 from bench.speedup import DISPATCHES
-from drp import GpuOptions, Leader, Result
+from drp import ExecutionOptions, Leader, Result
 from drp.leader.devices import parse_devices
 from drp.leader.request import Request, make_job
 from drp.models import load
@@ -50,9 +50,9 @@ DRAFTS = (2, 4, 8)
 STEPS = 48
 MOST_COST, GAIN = 0.01, 1.5
 WAYS = {
-    "eager": GpuOptions(dtype="bfloat16"),
-    "graphs": GpuOptions(dtype="bfloat16", graphs=True),
-    "compiled": GpuOptions(dtype="bfloat16", graphs=True, compile=True),
+    "eager": ExecutionOptions(dtype="bfloat16"),
+    "graphs": ExecutionOptions(dtype="bfloat16", graphs=True),
+    "compiled": ExecutionOptions(dtype="bfloat16", graphs=True, compile=True),
 }
 
 
@@ -79,7 +79,7 @@ def evaluations(denoiser: Denoiser, device: torch.device, turns: int) -> dict[st
     return found
 
 
-def runs(name: str, denoiser: Denoiser, device: torch.device, gpu: GpuOptions, turns: int) -> dict[str, Any]:
+def runs(name: str, denoiser: Denoiser, device: torch.device, gpu: ExecutionOptions, turns: int) -> dict[str, Any]:
     """Return the seconds of whole runs by each way, and what each is worth against the plain loop.
 
     `cost_us` is what an evaluation takes longer by way of a worker than in the plain loop, in microseconds.
@@ -99,7 +99,7 @@ def runs(name: str, denoiser: Denoiser, device: torch.device, gpu: GpuOptions, t
                     model,
                     devices=where,
                     drafts_per_device=max(DRAFTS),
-                    gpu=replace(gpu, dispatch=dispatch),
+                    execution=replace(gpu, dispatch=dispatch),
                     start_timeout=900,
                     draft_timeout=600,
                 )
@@ -131,8 +131,8 @@ def rounds(device: torch.device, turns: int, memory: str) -> dict[str, dict[str,
     where = f"cuda:{device.index}" if device.type == "cuda" else "cpu:0"
     found: dict[str, dict[str, float]] = {dispatch: {} for dispatch in DISPATCHES}
     for workers, dispatch in itertools.product((1, 4), DISPATCHES):
-        gpu = GpuOptions(dispatch=dispatch, memory=memory)
-        with Leader("bench.gpu_models:Tiny", devices=f"{workers}x{where}", gpu=gpu) as leader:
+        gpu = ExecutionOptions(dispatch=dispatch, memory=memory)
+        with Leader("bench.gpu_models:Tiny", devices=f"{workers}x{where}", execution=gpu) as leader:
             times = []
             for turn in range(turns + 1):
                 run = leader.sample(steps=201, seed=turn, mode="aggressive" if workers > 1 else "sequential")
@@ -247,7 +247,7 @@ def main(device: str, models: str, ways: str, memory: str, turns: int, out: Path
         return
     if placed.gpu is None:
         place, what = torch.device("cpu"), "cpu: a trial, not a measurement"
-        names, options = [f"small_{name}" for name in models.split(",")], {"eager": GpuOptions()}
+        names, options = [f"small_{name}" for name in models.split(",")], {"eager": ExecutionOptions()}
     else:
         place = torch.device("cuda", index_of(placed.gpu))
         torch.cuda.set_device(place)

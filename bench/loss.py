@@ -19,6 +19,7 @@ from torch import Tensor
 
 from drp import Leader
 from drp.leader.events import Timeline
+from drp.leader.scheduling.policies import LoadAdaptive
 
 STEPS = 48
 
@@ -27,11 +28,13 @@ STEPS = 48
 @click.option("--devices", default=4, show_default=True)
 @click.option("--time", "device_time", default="20ms", show_default=True, help="Of an evaluation.")
 @click.option("--pairs", default=7, show_default=True)
-@click.option("--hedge", type=float, help="As drp.Leader's.")
+@click.option("--hedge", type=float, help="Send drafts that take this many times the median latency twice.")
 def main(devices: int, device_time: str, pairs: int, hedge: float | None) -> None:
     """Measure."""
     whole, hurt, seen = [], [], []
-    with Leader("digits", devices=f"{devices}xemulated:{device_time}:values=cheap", hedge=hedge) as leader:
+    with Leader(
+        "digits", devices=f"{devices}xemulated:{device_time}:values=cheap", policy=LoadAdaptive(hedge=hedge)
+    ) as leader:
         sample(leader, None)
         for turn in track(range(pairs), console=Console(stderr=True)):
             whole.append(sample(leader, None)[0])

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from bench.figures import console, percentile
 from bench.speedup import pinned
-from drp import GpuOptions, Leader, models
+from drp import ExecutionOptions, Leader, models
 from drp.leader.request import Request, make_job
 from drp.sampling.modes import Sequential
 from drp.sampling.reference import run_reference
@@ -74,10 +74,10 @@ def _measure_once(turns: int, deadline: float) -> dict[str, list[float]]:
         with pinned():
             return plain(1)
 
-    ahead = GpuOptions(dispatch="async")
+    ahead = ExecutionOptions(dispatch="async")
     with (
         Leader("digits", devices=DEVICES) as first,
-        Leader("digits", devices=DEVICES, gpu=ahead) as second,
+        Leader("digits", devices=DEVICES, execution=ahead) as second,
     ):
 
         def led(leader: Leader, mode: str, drafts: int) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 from bench.figures import console, percentile
 from bench.rounds import RunTime, split, summary
 from bench.transports.base import Work
-from drp import GpuOptions, Leader
+from drp import ExecutionOptions, Leader
 from drp.leader.devices import parse_emulated
 from drp.leader.events import Timeline
 from drp.protocol.messages import Draft
@@ -33,7 +33,7 @@ from drp.workers.emulated import EmulatedDevice, cheap
 CHEAP = "drp.workers.emulated:load"
 TURNS = 5
 DISPATCHES = ("sync", "async")
-"""Of `GpuOptions`: whether the leader hears of a prediction before it sends what is made of it."""
+"""Of `ExecutionOptions`: whether the leader hears of a prediction before it sends what is made of it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def measure(device: str, devices: int, dispatch: str = "sync", turns: int = TURN
     began = time.perf_counter()
     runs: dict[Setting, list[RunTime]] = {setting: [] for setting in settings(devices)}
     plain, around, rounds = [], [], {}
-    with Leader(CHEAP, devices=[device] * devices, gpu=GpuOptions(dispatch=dispatch)) as leader:
+    with Leader(CHEAP, devices=[device] * devices, execution=ExecutionOptions(dispatch=dispatch)) as leader:
         started = time.perf_counter() - began
         for turn in range(turns + 1):
             plain.append(run_plain(work))

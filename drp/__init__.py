@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from drp.api import reference, sample
     from drp.client import Client
     from drp.errors import CudaError, DRPError, ProtocolError, RefusedError, WorkerError
-    from drp.leader import GpuOptions, Leader
+    from drp.leader import ExecutionOptions, Leader, LeaderOptions
     from drp.models import ModelSpec
     from drp.sampling.result import Result
 
@@ -24,8 +24,9 @@ __all__ = [
     "Client",
     "CudaError",
     "DRPError",
-    "GpuOptions",
+    "ExecutionOptions",
     "Leader",
+    "LeaderOptions",
     "ModelSpec",
     "ProtocolError",
     "RefusedError",
@@ -40,8 +41,9 @@ _HOMES = {
     "Client": "drp.client",
     "CudaError": "drp.errors",
     "DRPError": "drp.errors",
-    "GpuOptions": "drp.leader",
+    "ExecutionOptions": "drp.leader",
     "Leader": "drp.leader",
+    "LeaderOptions": "drp.leader",
     "ModelSpec": "drp.models",
     "ProtocolError": "drp.errors",
     "RefusedError": "drp.errors",

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from drp import models
-from drp.leader.devices import parse_devices
-from drp.leader.leader import Leader, check_batch, model_name
-from drp.leader.memory.placement import GpuOptions
+from drp.leader.execution import ExecutionOptions
+from drp.leader.leader import Leader, model_name
+from drp.leader.options import LeaderArguments, LeaderOptions
 from drp.leader.request import Options, Request, make_job
 from drp.models.finite import check_finite
 from drp.protocol.messages import ModelSpec
@@ -27,41 +27,40 @@ from drp.torch_threads import torch_threads
 from drp.trace.record import check, record
 
 
+class SampleArguments(LeaderArguments, Options, total=False):
+    """The keyword arguments of `sample`: those of a leader and those of a run."""
+
+
 def sample(
     model: str | Callable[[], Any] = "digits",
     *,
-    devices: int | str | Sequence[str] = 1,
-    threads: int = 1,
-    start_timeout: float = 120.0,
-    draft_timeout: float | None = None,
-    drafts_per_device: int = 1,
-    gpu: GpuOptions | None = None,
     trace: str | os.PathLike[str] | None = None,
-    **options: Unpack[Options],
+    **arguments: Unpack[SampleArguments],
 ) -> Result:
     """Start workers, sample once, end them.
 
-    The first seven arguments are those of `drp.Leader`; `trace` is a file to write what happened where and when to, see
-    `drp.trace`; the others are those of `drp.leader.request.Request`.
+    The arguments are the fields of `drp.LeaderOptions` and those of `drp.leader.request.Request`; `trace` is a file to
+    write what happened where and when to, see `drp.trace`.
     `result.samples` is float32 [B, ...], for `digits` [B, 1, 28, 28], about [-1, 1]. To sample more than once, keep a
     `drp.Leader`.
     """
     if trace is not None:
         check(trace)
-    check_options(model, len(parse_devices(devices, threads)) * check_batch(drafts_per_device), options)
+    leader_options, options = _divide(arguments)
+    check_options(model, leader_options.drafts, options)
     with (
-        Leader(
-            model,
-            devices=devices,
-            threads=threads,
-            start_timeout=start_timeout,
-            draft_timeout=draft_timeout,
-            drafts_per_device=drafts_per_device,
-            gpu=gpu,
-        ) as leader,
+        Leader(model, leader_options) as leader,
         record(leader, trace) if trace is not None else nullcontext(),
     ):
         return leader.sample(**options)
+
+
+def _divide(arguments: SampleArguments) -> tuple[LeaderOptions, Options]:
+    """Divide arguments into those of the leader and those of the run."""
+    given: dict[str, Any] = {**arguments}
+    names = [each.name for each in fields(LeaderOptions)]
+    leader = LeaderOptions(**{name: given.pop(name) for name in names if name in given})
+    return leader, cast("Options", given)
 
 
 def check_options(model: str | Callable[[], Any], drafts: int, options: Options) -> None:
@@ -87,7 +86,7 @@ def reference(
     devices: int | str | Sequence[str] = 1,
     threads: int = 1,
     drafts_per_device: int = 1,
-    gpu: GpuOptions | None = None,
+    execution: ExecutionOptions | None = None,
     **options: Unpack[Options],
 ) -> Result:
     """Sample in this process; the samples equal those of `sample` with the same arguments bit for bit.
@@ -97,11 +96,12 @@ def reference(
     torch has its default settings meanwhile, as in a worker; a denoiser that needs others sets them itself.
     Raises FloatingPointError if the denoiser returns NaN or infinity, as a worker does.
     """
-    placed = parse_devices(devices, threads)
+    leader = LeaderOptions(devices, threads, drafts_per_device, execution=execution or ExecutionOptions())
+    placed = leader.worker_devices
     request = Request(**options)
     with torch_defaults():
         denoiser = models.load(model_name(model))
-        job = make_job(request, denoiser.spec, len(placed) * check_batch(drafts_per_device))
+        job = make_job(request, denoiser.spec, leader.drafts)
         warn(job.solver.grid.steps, job.mode.width, job.solver.adds_noise)
         device = torch.device("cpu")
         if placed[0].gpu is not None:
@@ -109,9 +109,7 @@ def reference(
             from drp.protocol.cuda import index_of
 
             device = torch.device("cuda", index_of(placed[0].gpu))
-            denoiser = on_device(
-                denoiser, device, (gpu or GpuOptions()).worker_config(placed[0].gpu, drafts_per_device)
-            )
+            denoiser = on_device(denoiser, device, leader.execution.worker_config(placed[0].gpu, drafts_per_device))
         job = job.to(device)
         cond = {name: value.to(device).contiguous() for name, value in job.cond.items()}
 

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import drp
-from drp.leader.scheduling.policies import POLICIES, Policy
-from drp.leader.scheduling.sharing import Waiting
+from drp.leader.scheduling.policies import POLICIES, Policy, Waiting
 from drp.sampling.modes import Aggressive
 from drp.simulate import Load, make_devices, simulate
 

@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +82,16 @@ def make() -> Callable[..., Tensor]:
     """Return it, this process prepared: two of the faults lie between lines of the worker."""
     what = told().get("what")
     if what == "stale":
-        async_executor.write_completion_now = stale_stamp  # type: ignore[attr-defined, assignment]  # the worker's own name for it, in its own process
+        async_executor.write_completion_now = stale_stamp  # type: ignore[attr-defined]  # the worker's own name for it, in its own process
     if what == "early":
         async_executor.HostExecutor.submit = early_put  # type: ignore[method-assign]  # the worker's own code, in its own process
     return predict
 
 
-def stale_stamp(places: memoryview, row: int, sequence: int, prediction: Iterable[Tensor], *times: int) -> None:
-    """Write what an earlier draft's stamp would be."""
-    timeline.write_completion_now(
-        places, row, sequence - 1 if sequence > AFTER and first() else sequence, prediction, *times
-    )
+def stale_stamp(places: memoryview, row: int, sequence: int, nanoseconds: int, ended: int) -> None:
+    """Write the completion record of an earlier draft."""
+    sequence -= 1 if sequence > AFTER and first() else 0
+    timeline.write_completion_now(places, row, sequence, nanoseconds, ended)
 
 
 _put = async_executor.HostExecutor.submit

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from bench.transports.base import Transport, Work
-from drp import GpuOptions, Leader
+from drp import ExecutionOptions, Leader
 
 CHEAP = "drp.workers.emulated:load"
 
@@ -18,8 +18,8 @@ class Ours(Transport):
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)
-        gpu = GpuOptions(dispatch=self.dispatch)
-        self.leader = Leader(CHEAP, devices=[work.device] * work.count, gpu=gpu)
+        gpu = ExecutionOptions(dispatch=self.dispatch)
+        self.leader = Leader(CHEAP, devices=[work.device] * work.count, execution=gpu)
 
     def sample(self) -> Tensor:
         """Run once."""

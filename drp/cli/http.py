@@ -13,13 +13,21 @@ from typing import Any
 import click
 
 from drp.cli.helpers import plain_errors
-from drp.cli.options import Number, common_options, default_devices, force_option, trace_most_option, trace_option
+from drp.cli.options import (
+    GroupedCommand,
+    Number,
+    common_options,
+    default_devices,
+    force_option,
+    trace_most_option,
+    trace_option,
+)
 from drp.cli.output import check_trace
 from drp.http.jobs import Backend
 from drp.sampling.modes import MODE_NAMES
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.option("-c", "--connect", help="The server's address, as `drp serve` prints it; by default the user's own.")
 @click.option("--server-key", type=click.Path(path_type=Path), help="File with the server's public key, for tcp://.")
 @click.option("--key", type=click.Path(path_type=Path), help="File with the client's secret key, for tcp://.")

@@ -98,6 +98,36 @@ config_option = click.option(
 )
 
 
+OPTION_GROUPS = {
+    "Run options": ("labels", "rows", "shape", "guidance", "seed", "diffusers", "prompt", "negative_prompt"),
+    "Draft options": (
+        *("steps", "mode", "drafts", "target_speedup", "target_rounds", "stride", "offsets", "rule", "tolerance"),
+        *("warmup", "sweeps"),
+    ),
+    "Solver options": ("solver", "order", "eta", "spacing", "sigmas", "shift", "prediction_type"),
+    "Leader options": ("devices", "threads", "drafts_per_device", "policy", "hedge", "start_timeout", "draft_timeout"),
+    "Execution options": ("dispatch",),
+}
+"""By title, the options that the help of a command lists under it; all others are listed last."""
+
+
+class GroupedCommand(click.Command):
+    """A command whose help lists its options by OPTION_GROUPS."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, group by group."""
+        titles = {name: title for title, names in OPTION_GROUPS.items() for name in names}
+        groups: dict[str, list[tuple[str, str]]] = {title: [] for title in (*OPTION_GROUPS, "Options")}
+        for parameter in self.get_params(context):
+            record = parameter.get_help_record(context)
+            if record is not None:
+                groups[titles.get(parameter.name or "", "Options")].append(record)
+        for title, records in groups.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
 class Number(click.FloatRange):
     """A range of numbers, without NaN, which is in every range of click's."""
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from drp.cli.helpers import parse_numbers, parse_offsets, plain_errors, print_json
-from drp.cli.options import Number, common_options, default_devices, force_option, json_option, trace_option
+from drp.cli.leader_options import POSITIVE, leader_options, make_leader_options
+from drp.cli.options import GroupedCommand, Number, common_options, force_option, json_option, trace_option
 from drp.cli.output import check_output, check_shape, check_trace, default_output, write_samples
 from drp.cli.pipeline import pipeline_options
 from drp.sampling.drafts import RULES
@@ -24,8 +25,6 @@ from drp.sampling.registry import SOLVER_NAMES, make_solver
 if TYPE_CHECKING:
     from drp.leader.request import Options
     from drp.sampling.result import Result
-
-POSITIVE = click.IntRange(1)
 
 
 def parse_labels(text: str) -> list[int]:
@@ -42,21 +41,15 @@ def parse_labels(text: str) -> list[int]:
     return labels
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("model", default="digits")
 @click.option("-l", "--labels", help="Classes, a column each: 3,1,4 or 0-9; by default all that the model has.")
 @click.option("-r", "--rows", type=POSITIVE, default=1, show_default=True, help="Samples of each label, a row each.")
 @click.option("--shape", help="A sample's shape, 1,28,28, for a model that does not say it.")
 @click.option("-n", "--steps", type=POSITIVE, default=48, show_default=True, help="Steps of the solver.")
-@click.option(
-    "-d",
-    "--devices",
-    help="A count, of GPUs if there are any, else of cores; or names: 2xcpu or cuda:0,cuda:1 or 8xemulated:20ms. "
-    "By default all GPUs, else all cores, up to 4.",
-)
+@leader_options
 @click.option("-m", "--mode", type=click.Choice(MODE_NAMES), default="window", show_default=True)
 @click.option("--drafts", type=POSITIVE, help="Drafts a round; by default as many as the devices evaluate at once.")
-@click.option("--drafts-per-device", type=POSITIVE, help="Drafts that a device evaluates as one batch; by default 1.")
 @click.option("--target-speedup", type=Number(1), help="Choose a window for this, with at most --drafts.")
 @click.option("--target-rounds", type=POSITIVE, help="Choose a window that takes so many rounds, likewise.")
 @click.option("--stride", type=Number(1), help="Of mode window: steps by which it moves on; by default n / 2 + 1.")
@@ -88,7 +81,6 @@ def parse_labels(text: str) -> list[int]:
     show_default=True,
     help="What the model predicts.",
 )
-@click.option("--threads", type=POSITIVE, help="Threads of each worker; by default 1, without --devices all cores.")
 @click.option("--guidance", type=float, help="Scale of classifier-free guidance; by default the model's.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the noise.")
 @click.option(
@@ -116,7 +108,6 @@ def sample(model: str, **options: Any) -> None:
 def _sample(model: str, given: Mapping[str, Any]) -> None:
     """Check every option, start workers, sample, and write the samples."""
     from drp.api import check_options  # only now: --help need not wait for torch
-    from drp.leader.devices import parse_devices
     from drp.leader.leader import Leader
     from drp.models import describe
     from drp.trace.record import record
@@ -125,10 +116,9 @@ def _sample(model: str, given: Mapping[str, Any]) -> None:
     _check_module(model)
     labels = given["labels"]
     columns = list(range(known.classes or 0)) if known and labels is None else parse_labels(labels or "")
-    places = _places(given)
-    devices = parse_devices(places["devices"], places["threads"])
+    chosen = make_leader_options(given)
     options = _run_options(given, columns)
-    check_options(model, len(devices) * places["drafts_per_device"], cast("Options", options))
+    check_options(model, chosen.drafts, cast("Options", options))
     shape = options["shape"] or (known.sample_shape if known else None)
     out: Path | None = given["out"]
     if shape is not None:
@@ -140,13 +130,14 @@ def _sample(model: str, given: Mapping[str, Any]) -> None:
     with bar:
         solver = options["solver"], options["steps"], options["prediction_type"]
         total = make_solver(*solver, options["grid"], options["solver_options"]).grid.steps  # Heun's has more
+        devices = chosen.worker_devices
         names = ", ".join(device.name for device in devices)
         progress = bar.add_task(f"starting {len(devices)} worker(s) on {names}", total=total)
 
         def advance(step: int, state: object) -> None:
             bar.update(progress, completed=step, description="sampling")
 
-        with Leader(model, **places) as leader:
+        with Leader(model, chosen) as leader:
             if shape is None:  # only the loaded model says it
                 shape = leader.spec.sample_shape or ()
                 out = _output(out, shape, given["force"])
@@ -178,16 +169,6 @@ def _output(out: Path | None, shape: Any, force: bool) -> Path:
         check_output(out, force)
     check_shape(out, shape)
     return out
-
-
-def _places(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the leader's devices and threads: those given, else what there is."""
-    names = ("devices", "threads", "drafts_per_device")
-    if given["devices"] is not None:
-        return {"devices": given["devices"], "threads": given["threads"] or 1} | {
-            "drafts_per_device": given["drafts_per_device"] or 1
-        }
-    return {name: given[name] or value for name, value in zip(names, default_devices(), strict=True)}
 
 
 def _run_options(given: Mapping[str, Any], columns: list[int]) -> dict[str, Any]:
@@ -227,14 +208,15 @@ def _report(result: Result, out: Path, as_json: bool) -> None:
         click.echo(f"meanwhile {incident.splitlines()[0]}", err=True)
     if as_json:
         names = (
-            *("mode", "drafts", "steps", "devices", "rounds", "evaluations", "seconds", "device_seconds"),
+            *("mode", "drafts", "steps", "devices", "dispatch", "rounds", "evaluations", "seconds", "device_seconds"),
             *("speedup", "theory", "residuals", "cuts", "evaluated", "incidents"),
         )
         print_json({name: getattr(result, name) for name in names} | {"out": out})
         return
+    measured = f"{result.speedup:.2f} of " if result.device_seconds else ""  # GPUs may report no times.
     click.echo(
         f"{result.mode}, {len(result.devices)} worker(s) on {', '.join(result.devices)}: {result.steps} steps in "
         f"{result.rounds} rounds, {result.evaluations} evaluations, {result.seconds:.2f} s; speed-up "
-        f"{result.speedup:.2f} of {result.theory:.2f} in theory"
+        f"{measured}{result.theory:.2f} in theory"
     )
     click.echo(f"wrote {out}")

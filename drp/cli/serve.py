@@ -5,15 +5,16 @@ from __future__ import annotations
 import signal
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import click
 
 from drp.cli.helpers import plain_errors, print_json
+from drp.cli.leader_options import SECONDS, leader_options, make_leader_options
 from drp.cli.options import (
-    DeviceDefaults,
+    GroupedCommand,
     Number,
     common_options,
-    default_devices,
     force_option,
     json_option,
     trace_most_option,
@@ -21,13 +22,10 @@ from drp.cli.options import (
 )
 from drp.cli.output import check_trace
 
-SECONDS = Number(0, min_open=True)
 
-
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("model", default="digits")
-@click.option("-d", "--devices", help="As those of `drp sample`.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of each worker, as those of `drp sample`.")
+@leader_options
 @click.option("-l", "--listen", help="ipc://PATH, or tcp://HOST:PORT with --keys; by default a path of the user's own.")
 @click.option("--keys", type=click.Path(path_type=Path), help="Directory that `drp keys` has made.")
 @click.option(
@@ -37,6 +35,7 @@ SECONDS = Number(0, min_open=True)
     show_default=True,
     help="Requests at once, waiting ones included.",
 )
+@click.option("--max-clients", type=click.IntRange(1), default=128, show_default=True, help="Clients at once.")
 @click.option(
     "--stall", type=SECONDS, default=30.0, show_default=True, help="Seconds without progress that are not healthy."
 )
@@ -47,36 +46,22 @@ SECONDS = Number(0, min_open=True)
     show_default=True,
     help="Seconds that requests have to finish after SIGTERM.",
 )
-@click.option(
-    "--start-timeout", type=SECONDS, default=120.0, show_default=True, help="Seconds that workers have to start."
-)
-@click.option("--draft-timeout", type=SECONDS, help="Seconds that a worker has for a draft; by default what is usual.")
-@click.option(
-    "--hedge",
-    type=Number(1, min_open=True),
-    help="Give drafts that take this many times the usual to idle workers too.",
-)
-@click.option("--max-clients", type=click.IntRange(1), default=128, show_default=True, help="Clients at once.")
 @trace_option
 @trace_most_option
 @force_option
 @common_options
 def serve(
     model: str,
-    devices: str | None,
-    threads: int | None,
     listen: str | None,
     keys: Path | None,
     max_requests: int,
     max_clients: int,
     stall: float,
     drain: float,
-    start_timeout: float,
-    draft_timeout: float | None,
-    hedge: float | None,
     trace: Path | None,
     trace_most: int,
     force: bool,
+    **leader: Any,
 ) -> None:
     """Serve MODEL to clients on a socket, until SIGTERM or Ctrl-C; a second one ends it at once."""
     with plain_errors():
@@ -100,28 +85,20 @@ def serve(
         check_descriptors(max_clients)
         if trace is not None:
             check_trace(trace, force)
-        places = default_devices() if devices is None else DeviceDefaults(devices, 1, 1)
+        options = make_leader_options(leader)
         torch.set_num_threads(1)  # What this process computes is small, and its workers' cores are theirs.
         with (
-            Leader(
-                model,
-                devices=places.devices,
-                threads=threads or places.threads,
-                drafts_per_device=places.drafts_per_device,
-                start_timeout=start_timeout,
-                draft_timeout=draft_timeout,
-                hedge=hedge,
-            ) as leader,
-            record(leader, trace, trace_most) if trace is not None else nullcontext(),
+            Leader(model, options) as started,
+            record(started, trace, trace_most) if trace is not None else nullcontext(),
         ):
             server = Server(
-                leader, model, address, keys=own, max_requests=max_requests, max_clients=max_clients, stall=stall
+                started, model, address, keys=own, max_requests=max_requests, max_clients=max_clients, stall=stall
             )
             patience = iter([drain])
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: server.drain(next(patience, 0.0)))
             try:
-                click.echo(f"serving {model} on {', '.join(leader.devices)} at {server.address}")
+                click.echo(f"serving {model} on {', '.join(started.devices)} at {server.address}")
                 server.run()
             finally:
                 server.close()

@@ -16,6 +16,7 @@ from drp.diffusers.pytree import Json
 from drp.leader.devices import parse_devices
 from drp.leader.events import Timeline
 from drp.leader.leader import Leader
+from drp.leader.scheduling.policies import Policy
 from drp.trace.record import record
 
 MODEL = "drp.diffusers.worker:load"
@@ -24,7 +25,7 @@ MODEL = "drp.diffusers.worker:load"
 class Workers:
     """Worker processes for pipelines: hand them to `parallelize` as `devices`, and several pipelines share them.
 
-    devices, start_timeout, draft_timeout, hedge: as of `drp.Leader`.
+    devices, start_timeout, draft_timeout, policy: as of `drp.LeaderOptions`.
     threads: of each worker; by default an equal share of this process's.
     """
 
@@ -35,7 +36,7 @@ class Workers:
         threads: int | None = None,
         start_timeout: float = 120.0,
         draft_timeout: float | None = 600.0,
-        hedge: float | None = None,
+        policy: str | Policy = "load-adaptive",
     ) -> None:
         placed = parse_devices(devices, 1)
         if any(device.emulated is not None and device.emulated.values != "model" for device in placed):
@@ -51,7 +52,7 @@ class Workers:
             threads=self.threads,
             start_timeout=start_timeout,
             draft_timeout=draft_timeout,
-            hedge=hedge,
+            policy=policy,
         )
 
     @property

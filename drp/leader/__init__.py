@@ -1,7 +1,8 @@
 """The leader: owns all shared memory, runs the rounds, watches the workers."""
 
 from drp.errors import WorkerError
+from drp.leader.execution import ExecutionOptions
 from drp.leader.leader import Leader
-from drp.leader.memory.placement import GpuOptions
+from drp.leader.options import LeaderOptions
 
-__all__ = ["GpuOptions", "Leader", "WorkerError"]
+__all__ = ["ExecutionOptions", "Leader", "LeaderOptions", "WorkerError"]

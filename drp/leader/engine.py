@@ -26,33 +26,35 @@ import contextlib
 import itertools
 import logging
 import math
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 
 import torch
 
 from drp.errors import WorkerError
 from drp.leader.clock import Clock
-from drp.leader.devices import Device
 from drp.leader.event_recorder import EventRecorder
-from drp.leader.memory.placement import GpuOptions, MemoryPlacement
-from drp.leader.request import Job, Request
+from drp.leader.memory.placement import MemoryPlacement
+from drp.leader.options import LeaderOptions
+from drp.leader.request import Job
 from drp.leader.request_queue import NewWork, RequestQueue
 from drp.leader.runs.factory import make_run
-from drp.leader.runs.run_state import Completion, InFlightBatch, RunFuture, RunState
+from drp.leader.runs.in_flight import InFlightBatch, PendingCompletion
+from drp.leader.runs.run_state import RunState
 from drp.leader.runs.run_table import RunTable, release_rows
 from drp.leader.runs.session import Session
+from drp.leader.runs.submission import RunConfig, RunFuture, Submission
+from drp.leader.scheduling.policies import Policy
 from drp.leader.scheduling.scheduler import Scheduler
-from drp.leader.scheduling.sharing import LoadBalanced, SharingPolicy
 from drp.leader.supervision.supervisor import DRAFT_RETRY_COST, Supervisor, WorkerLoss, WorkerSlot
 from drp.leader.supervision.worker_pool import SHUTDOWN_TIMEOUT, WorkerPool
 from drp.protocol.arena import Arena
 from drp.protocol.messages import Bound, EvaluationError, ModelSpec, Prediction, ToLeader
 from drp.protocol.timeline import OK
 from drp.protocol.waiting import set_timer_slack
+from drp.sampling.run import Callback
 
 RUNS_PER_WORKER = 4
 """Concurrent runs per worker, enough to keep it busy. Further runs stay in the queue and use no memory."""
@@ -63,21 +65,10 @@ log = logging.getLogger(__name__)
 class Engine:
     """Executes runs, submitted from any thread, on the workers of one pool. It has its own thread."""
 
-    def __init__(
-        self,
-        model: str,
-        devices: Sequence[Device],
-        threads: int,
-        python: str | os.PathLike[str] | None,
-        start_timeout: float,
-        draft_timeout: float | None,
-        sharing: SharingPolicy | None,
-        hedge: float | None,
-        batch: int,
-        gpu: GpuOptions,
-    ) -> None:
+    def __init__(self, model: str, options: LeaderOptions) -> None:
+        devices, self._batch = options.worker_devices, options.drafts_per_device
+        self._draft_timeout = options.draft_timeout
         self.recorder, self._clock = EventRecorder(), Clock()
-        self._batch, self._draft_timeout = batch, draft_timeout
         self._devices = tuple(device.name for device in devices)
         self._numbers = itertools.count()
         self._next_ready_time = math.inf  # when a run's stream has more to execute
@@ -89,13 +80,15 @@ class Engine:
         with contextlib.ExitStack() as undo:
             self._requests = RequestQueue()
             undo.callback(self._requests.close_descriptor)
-            self._placement = MemoryPlacement(devices, gpu, batch)
+            self._placement = MemoryPlacement(devices, options.execution, self._batch)
             undo.callback(self._placement.close)
-            self._pool = WorkerPool(model, threads, python)
+            self._pool = WorkerPool(model, options.threads, options.python)
             undo.callback(self._pool.close)
-            self._supervisor = Supervisor(self._pool, model, devices, start_timeout, self._placement, self._clock)
+            self._supervisor = Supervisor(
+                self._pool, model, devices, options.start_timeout, self._placement, self._clock
+            )
             self._runs = RunTable(self._supervisor, self.recorder, self._devices)
-            self._scheduler = Scheduler(self._supervisor, self._runs, self.recorder, sharing or LoadBalanced(), hedge)
+            self._scheduler = Scheduler(self._supervisor, self._runs, self.recorder, options.scheduling_policy)
             self._pool.watch(self._requests.wakeup_fd)
             if self._placement.wakeup is not None:
                 self._pool.watch(self._placement.wakeup.fd)
@@ -121,15 +114,15 @@ class Engine:
         """Number of messages dropped because they were malformed or from an unknown sender."""
         return self._pool.dropped
 
-    def submit(self, job: Job, request: Request) -> RunFuture:
+    def submit(self, job: Job, callback: Callback | None) -> RunFuture:
         """Queue a run and return its future.
 
         Raises RuntimeError if the engine is closed, WorkerError if no worker is left.
         """
-        pending = RunFuture(self._requests.wake)
-        pending.set_running_or_notify_cancel()
-        self._requests.put((job, request, pending))
-        return pending
+        future = RunFuture(self._requests.wake)
+        future.set_running_or_notify_cancel()
+        self._requests.put(Submission(job, callback, future))
+        return future
 
     def open_session(self, make_arena: Callable[[int, int], Arena]) -> Session:
         """Start a session. `make_arena(number, spare_rows)` is called with the session's number and its spare rows.
@@ -144,9 +137,9 @@ class Engine:
             raise
         return session
 
-    def configure_scheduling(self, sharing: SharingPolicy, hedge: float | None, depth: int) -> None:
-        """Set the sharing policy, the hedge factor and the queue depth. Only valid while no run is running."""
-        self._scheduler.configure(sharing, hedge, depth)
+    def set_policy(self, policy: Policy) -> None:
+        """Replace the policy. Only valid while no run is running."""
+        self._scheduler.policy = policy
 
     @property
     def in_engine_thread(self) -> bool:
@@ -172,7 +165,7 @@ class Engine:
 
     @property
     def _spare_rows(self) -> int:
-        return self._scheduler.depth * len(self._devices) * self._batch
+        return self._scheduler.policy.depth * len(self._devices) * self._batch
 
     # The loop.
 
@@ -237,12 +230,12 @@ class Engine:
 
     def _admit(self) -> None:
         """Start queued runs while there is room, let sessions continue, and end cancelled runs."""
-        asked, under_way = self._requests.new, self._runs.running
-        for what in list(asked):
-            if not isinstance(what, Session) and what[2].cancel_requested and not what[2].done():
-                what[2].set_exception(CancelledError())
-        while asked and len(under_way) < RUNS_PER_WORKER * len(self._devices):
-            run = self._begin(asked.popleft())
+        new, running = self._requests.new, self._runs.running
+        for work in list(new):
+            if isinstance(work, Submission) and work.future.cancel_requested and not work.future.done():
+                work.future.set_exception(CancelledError())
+        while new and len(running) < RUNS_PER_WORKER * len(self._devices):
+            run = self._begin(new.popleft())
             if run is not None:
                 self.recorder.record("begin", run)
                 run.callback_recorder = self.recorder.callback_recorder(run)
@@ -250,28 +243,36 @@ class Engine:
                 self._schedule_drafts(run)
         while self._requests.notified:
             session = self._requests.notified.popleft()
-            if session.number in under_way and session.idle:
+            if session.number in running and session.idle:
                 self._schedule_drafts(session)
-        for run in [run for run in under_way.values() if run.cancel_requested]:
+        for run in [run for run in running.values() if run.cancel_requested]:
             if isinstance(run, Session):
                 self.recorder.record("end", run)
                 self._runs.finish(run, None)
             else:
                 self._runs.finish(run, CancelledError())
 
-    def _begin(self, what: NewWork) -> RunState | None:
-        if isinstance(what, Session):
-            return what
-        job, request, pending = what
-        if pending.done():  # cancelled while it waited
+    def _begin(self, work: NewWork) -> RunState | None:
+        if isinstance(work, Session):
+            return work
+        if work.future.done():  # cancelled while it waited
             return None
         try:
-            number, workers = next(self._numbers) % 2**31, len(self._devices)
-            spare, placement = self._spare_rows, self._placement
-            return make_run(number, job, request, pending, spare, self._batch, placement, workers, self._clock)
+            return make_run(work, self._make_run_config())
         except BaseException as error:  # For example no memory, or an error of a user's mode: report it to the caller.
-            pending.set_exception(error)
+            work.future.set_exception(error)
             return None
+
+    def _make_run_config(self) -> RunConfig:
+        return RunConfig(
+            number=next(self._numbers) % 2**31,
+            dispatch="async" if self._placement.allows_async and self._scheduler.policy.hedge is None else "sync",
+            workers=len(self._devices),
+            batch=self._batch,
+            spare_rows=self._spare_rows,
+            placement=self._placement,
+            clock=self._clock,
+        )
 
     def _schedule_drafts(self, run: RunState) -> None:
         """Schedule a run's next drafts, or finish the run if there are none."""
@@ -416,7 +417,9 @@ class Engine:
     ) -> None:
         run, index, since = sent.run, sent.tasks[0].index, time.perf_counter_ns()
         # The batch may be the second of two copies, or its run may be over.
+        consequence = run.follows_failure(sent)
         counts = self._runs.is_outstanding(sent) or (run.withdraw(sent) and run.number in self._runs.running)
+        counts = counts and not consequence
         self.recorder.record_predictions("answer" if counts else "late", sent, worker_slot.number, message)
         if counts and isinstance(message, EvaluationError):
             words = f"{worker_slot.worker} failed evaluating step {index} of run {run.number}: {message.error}"
@@ -444,7 +447,7 @@ class Engine:
             for answer, verdict in run.poll_completions():
                 self._on_completion(run, answer, verdict)
 
-    def _on_completion(self, run: RunState, answer: Completion, verdict: int | None) -> None:
+    def _on_completion(self, run: RunState, answer: PendingCompletion, verdict: int | None) -> None:
         worker_slot, sent = self._supervisor.worker_slots[answer.worker], answer.batch
         if verdict is None:
             words = f"{worker_slot.worker} answered step {sent.tasks[0].index} of run {run.number}"
@@ -497,12 +500,12 @@ class Engine:
 
         for run in self._runs.running.values():
             run.finish(reason(), self._devices)
-        for what in self._requests.new:
-            if isinstance(what, Session):
-                what.finish(reason(), self._devices)
-                what.arena.close()
-            elif not what[2].done():
-                what[2].set_exception(reason())
+        for work in self._requests.new:
+            if isinstance(work, Session):
+                work.finish(reason(), self._devices)
+                work.arena.close()
+            elif not work.future.done():
+                work.future.set_exception(reason())
         self._requests.new.clear()
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -15,19 +13,17 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from drp.leader.devices import parse_devices
 from drp.leader.engine import Engine
 from drp.leader.events import Timeline
-from drp.leader.memory.placement import GpuOptions
+from drp.leader.options import LeaderArguments, LeaderOptions
 from drp.leader.request import Options, Request, make_job
-from drp.leader.runs.run_state import RunFuture
 from drp.leader.runs.session import Session
-from drp.leader.scheduling.policies import Policy, find_policy
-from drp.leader.scheduling.sharing import SharingPolicy
+from drp.leader.runs.submission import RunFuture
+from drp.leader.scheduling.policies import Policy
 from drp.leader.supervision.supervisor import WorkerSlot
 from drp.protocol.arena import Arena
 from drp.protocol.codec import is_text
-from drp.protocol.messages import MAX_BATCHED, ModelSpec
+from drp.protocol.messages import ModelSpec
 from drp.sampling.advice import warn
 from drp.sampling.result import Result
 
@@ -75,73 +71,28 @@ class Leader:
             result = leader.sample(labels=[3, 1, 4], steps=48, mode="aggressive")
 
     model: the name of a built-in model, `"package.module:factory"`, or such a factory itself.
-    devices: a count, of GPUs where CUDA shows any, else of cores, or names (`"cpu"`, `["cpu:0", "cpu:1"]`, `"4xcuda"`,
-        `"8xemulated:20ms"`); see `drp.leader.devices`.
-    threads: the number of threads of each worker.
-    start_timeout: seconds within which every worker must start and load the model.
-    draft_timeout: seconds within which a worker must evaluate a draft, after which it counts as lost. By default a
-        minute for its first draft of a run, and then 20 times the run's slowest evaluation so far, at least 5 seconds.
-    hedge: send a draft that takes this many times the median latency to an idle worker as well; the first prediction to
-        arrive is used. By default a draft is sent to a second worker only when the first one is lost.
-    sharing: which of several runs a free worker serves; by default depends on the load, see
-        `drp.leader.scheduling.sharing`.
-    policy: instead of `hedge` and `sharing`, a policy object or its name, which decides when drafts are sent, to which
-        worker, and whether to a second one; see `drp.leader.scheduling.policies`.
-    python: the workers' Python interpreter; by default this program's, or, in a program that embeds Python, the one in
-        the environment's folder. It must have the same version.
-    drafts_per_device: evaluate this many drafts of a round as one batch; see docs/gpus.md. By default the `drafts` of a
-        run are then this many times the number of devices. The samples equal those of `drp.reference` with the same
-        number.
-    gpu: how workers use their GPUs, a `drp.GpuOptions`.
+    options: the options, a `drp.LeaderOptions`; each can also be given by name, which takes precedence.
 
-    Raises ValueError for invalid arguments, WorkerError if a worker cannot start.
+    Raises ValueError for invalid options, WorkerError if a worker cannot start.
     """
 
     def __init__(
         self,
         model: str | Callable[[], Any],
-        *,
-        devices: int | str | Sequence[str] = 1,
-        threads: int = 1,
-        start_timeout: float = 120.0,
-        draft_timeout: float | None = None,
-        hedge: float | None = None,
-        sharing: SharingPolicy | None = None,
-        policy: str | Policy | None = None,
-        python: str | os.PathLike[str] | None = None,
-        drafts_per_device: int = 1,
-        gpu: GpuOptions | None = None,
+        options: LeaderOptions | None = None,
+        **arguments: Unpack[LeaderArguments],
     ) -> None:
-        for name, value in (("start_timeout", start_timeout), ("draft_timeout", draft_timeout)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; give seconds above 0")
-        if policy is not None and (hedge is not None or sharing is not None):
-            raise ValueError(f"policy is {policy!r}, which says hedge and sharing itself; leave those out")
-        own = find_policy(policy) if policy is not None else None
-        check_hedge(gpu, own.hedge if own is not None else hedge)
-        if hedge is not None and not 1 < hedge < math.inf:
-            raise ValueError(f"hedge is {hedge}; give a factor above 1, such as 1.5, or None")
-        self._devices, self._gpu = parse_devices(devices, threads), gpu
+        self._options = replace(options or LeaderOptions(), **arguments)
         name = model_name(model)
-        self._drafts = len(self._devices) * check_batch(drafts_per_device)
-        self._engine = Engine(
-            name,
-            self._devices,
-            threads,
-            python,
-            start_timeout,
-            draft_timeout,
-            sharing,
-            hedge,
-            drafts_per_device,
-            gpu or GpuOptions(),
-        )
-        self._policy: Policy | None = None
-        if own is not None:
-            self.policy = own
+        self._engine = Engine(name, self._options)
         self._timeline: Timeline | None = None
-        log.debug("%d workers hold %s", len(self._devices), name)
+        log.debug("%d workers hold %s", len(self._options.worker_devices), name)
         self._end = weakref.finalize(self, self._engine.close)  # also at interpreter exit
+
+    @property
+    def options(self) -> LeaderOptions:
+        """The options."""
+        return self._options
 
     @property
     def timeline(self) -> Timeline | None:
@@ -165,19 +116,17 @@ class Leader:
         self._engine.recorder.unsubscribe(timeline)
 
     @property
-    def policy(self) -> Policy | None:
-        """The policy, which decides when and to which worker drafts are sent; None if `hedge` and `sharing` are used.
+    def policy(self) -> Policy:
+        """The policy, which decides when drafts are sent, to which worker, and whether to a second one.
 
-        A policy object, or its name, may be assigned while no run is running.
+        A policy, or its name, may be assigned while no run is running.
         """
-        return self._policy
+        return self._options.scheduling_policy
 
     @policy.setter
     def policy(self, policy: str | Policy) -> None:
-        found = find_policy(policy)
-        check_hedge(self._gpu, found.hedge)
-        self._policy = found
-        self._engine.configure_scheduling(self._policy, self._policy.hedge, self._policy.depth)
+        self._options = replace(self._options, policy=policy)
+        self._engine.set_policy(self._options.scheduling_policy)
 
     @property
     def workers(self) -> tuple[WorkerStatus, ...]:
@@ -197,7 +146,7 @@ class Leader:
     @property
     def devices(self) -> tuple[str, ...]:
         """The names of the workers' devices, by worker number."""
-        return tuple(device.name for device in self._devices)
+        return tuple(device.name for device in self._options.worker_devices)
 
     @property
     def closed(self) -> bool:
@@ -216,14 +165,13 @@ class Leader:
         return self._submit(Request(**options))
 
     def _submit(self, request: Request, advise: bool = False) -> RunFuture:
-        job = make_job(request, self.spec, self._drafts)
+        job = make_job(request, self.spec, self._options.drafts)
         if advise:
             warn(job.solver.grid.steps, job.mode.width, job.solver.adds_noise)
-        if self._policy is not None:
-            job = replace(job, mode=self._policy.schedule(job.mode))
+        job = replace(job, mode=self.policy.schedule(job.mode))
         if self._engine.in_engine_thread:
             raise RuntimeError("a callback must not use the leader that calls it")
-        return self._engine.submit(job, request)
+        return self._engine.submit(job, request.callback)
 
     def sample(self, **options: Unpack[Options]) -> Result:
         """Sample once; the options are the fields of `drp.leader.request.Request`. Any thread may call this.
@@ -270,23 +218,6 @@ class Leader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def check_hedge(gpu: GpuOptions | None, hedge: float | None) -> None:
-    """Raise ValueError for hedging with asynchronous dispatch, which would wait for the later of two predictions."""
-    if gpu is not None and gpu.dispatch == "async" and hedge is not None:
-        raise ValueError(f'hedge is {hedge}, but with dispatch="async" no draft is given twice; leave one of them out')
-
-
-def check_batch(drafts_per_device: int) -> int:
-    """Return `drafts_per_device`; raise ValueError if it is not a valid batch size."""
-    if (
-        isinstance(drafts_per_device, bool)
-        or not isinstance(drafts_per_device, int)
-        or not 1 <= drafts_per_device <= MAX_BATCHED
-    ):
-        raise ValueError(f"drafts_per_device is {drafts_per_device!r}; give a whole number from 1 to {MAX_BATCHED}")
-    return drafts_per_device
 
 
 def model_name(model: str | Callable[[], Any]) -> str:

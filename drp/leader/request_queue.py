@@ -7,11 +7,10 @@ import threading
 from collections import deque
 
 from drp.errors import WorkerError
-from drp.leader.request import Job, Request
-from drp.leader.runs.run_state import RunFuture
 from drp.leader.runs.session import Session
+from drp.leader.runs.submission import Submission
 
-NewWork = tuple[Job, Request, RunFuture] | Session
+NewWork = Submission | Session
 
 
 class RequestQueue:
@@ -36,7 +35,7 @@ class RequestQueue:
         """Whether this process was forked from the one that owns the engine's thread and the workers."""
         return os.getpid() != self._owner
 
-    def put(self, what: NewWork) -> None:
+    def put(self, work: NewWork) -> None:
         """Queue a run or a session. Raises RuntimeError if the queue is closed, WorkerError if no worker is left."""
         if self.is_forked_copy:
             raise RuntimeError(
@@ -47,7 +46,7 @@ class RequestQueue:
                 raise WorkerError(f"this leader is closed; make a new one: {self._lost}")
             if self.closing is not None:
                 raise RuntimeError("this leader is closed; make a new one")
-            self.new.append(what)
+            self.new.append(work)
         self.wake()
 
     def notify(self, session: Session) -> None:

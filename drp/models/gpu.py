@@ -176,6 +176,6 @@ class Captured:
                 torch.cuda.set_stream(mine)  # If the capture failed, torch leaves its own stream current.
                 raise RuntimeError(
                     f"the model cannot be captured as a CUDA graph: {error}; it must not look at numbers on the host, "
-                    "nor make tensors there; or leave graphs out of GpuOptions"
+                    "nor make tensors there; or leave graphs out of ExecutionOptions"
                 ) from error
         return graph.replay, inputs, output

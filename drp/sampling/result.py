@@ -33,6 +33,9 @@ class Result(Generic[Samples]):
     `evaluated` says how often each index was evaluated: more than once in sweeps, in adaptive and window modes, where a
     later prediction takes the place of an earlier one, and not at all where a window's offsets leave it out.
 
+    `dispatch` is "sync" or "async": whether workers were sent drafts ahead, see `drp.ExecutionOptions`; None where that
+    is not known: without workers, and at a client.
+
     `incidents` say which workers were lost meanwhile, and how. Others took over; the samples are the same.
     """
 
@@ -49,6 +52,7 @@ class Result(Generic[Samples]):
     cuts: tuple[int, ...] = ()
     evaluated: tuple[int, ...] = ()
     incidents: tuple[str, ...] = ()
+    dispatch: str | None = None
 
     @property
     def theory(self) -> float:
@@ -59,6 +63,7 @@ class Result(Generic[Samples]):
     def speedup(self) -> float:
         """The measured one: an evaluation's own time, once for each step, over the wall time.
 
-        Adaptive runs and sweeps evaluate some steps more than once, which one device would not.
+        Adaptive runs and sweeps evaluate some steps more than once, which one device would not. It is 0 where devices
+        report no times: GPUs with asynchronous dispatch.
         """
         return self.device_seconds / self.evaluations * self.steps / self.seconds

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from drp.leader.runs.run_state import RunFuture
+from drp.leader.runs.submission import RunFuture
 from drp.protocol.client_messages import Evaluation, Progress, Submit, TensorData
 from drp.protocol.frames import Frame
 from drp.protocol.memory import SharedMemory

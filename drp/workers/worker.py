@@ -269,8 +269,9 @@ class Worker:
                 predicted = self._denoiser.evaluate_batch(work.inputs, work.timesteps, work.arena.cond, work.outputs)
             else:
                 predicted = self._device.evaluate(self._denoiser, work.arena, work.inputs, work.timesteps, work.outputs)
-            for given, made in zip(work.inputs, work.outputs, strict=True) if not work.draft.sequence else ():
-                check_finite(made, given)  # For asynchronous work, the completion record reports it.
+            if self._device is None or not work.draft.sequence:  # Else the completion record reports it.
+                for given, made in zip(work.inputs, work.outputs, strict=True):
+                    check_finite(made, given)
             return predicted
 
         nbytes = sum(tensor.nbytes for each in work.inputs for tensor in each.values())

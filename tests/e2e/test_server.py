@@ -29,7 +29,7 @@ from drp.cli import main
 from drp.client import RefusedError
 from drp.client.arrays import Library, open_array
 from drp.errors import ProtocolError, WorkerError
-from drp.leader.runs.run_state import RunFuture
+from drp.leader.runs.submission import RunFuture
 from drp.protocol import client_messages
 from drp.protocol.client_messages import TensorData
 from drp.protocol.codec import decode, encode

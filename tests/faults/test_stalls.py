@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from drp import GpuOptions, Leader
+from drp import ExecutionOptions, Leader
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 
 
 @pytest.mark.parametrize("dispatch", ["sync", "async"])
 def test_a_callback_may_take_longer_than_a_draft(dispatch: str) -> None:
-    gpu = GpuOptions(dispatch=dispatch)
-    with Leader("tests.denoisers:make_slow_sine", devices=2, draft_timeout=2.0, gpu=gpu) as leader:
+    gpu = ExecutionOptions(dispatch=dispatch)
+    with Leader("tests.denoisers:make_slow_sine", devices=2, draft_timeout=2.0, execution=gpu) as leader:
         expected = leader.sample(shape=(3, 4), steps=30, seed=1).samples
 
         def callback(k: int, state: Tensor) -> None:
@@ -55,8 +55,8 @@ def test_a_thread_that_holds_the_interpreters_lock_is_not_the_workers_delay() ->
 
 STOPPED = """
 import drp
-gpu = drp.GpuOptions(dispatch=ORDERING)
-with drp.Leader("tests.denoisers:make_slow", devices=2, draft_timeout=2.0, gpu=gpu) as leader:
+gpu = drp.ExecutionOptions(dispatch=ORDERING)
+with drp.Leader("tests.denoisers:make_slow", devices=2, draft_timeout=2.0, execution=gpu) as leader:
     for _ in range(2):
         result = leader.sample(shape=(4,), steps=30, callback=lambda k, x: print("step", k, flush=True))
         print("incidents", result.incidents, [worker.losses for worker in leader.workers], flush=True)

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import drp
-from drp import GpuOptions, Leader, WorkerError
+from drp import ExecutionOptions, Leader, WorkerError
+from drp.leader.scheduling.policies import LoadAdaptive
 from tests.conftest import leftovers, until, what_stays
 from tests.faults.injected import WHERE
 
@@ -85,7 +86,7 @@ def test_one_worker(monkeypatch: pytest.MonkeyPatch, where: str, how: str) -> No
 @pytest.mark.parametrize("where", [where for where in WHERE if where not in (*STARTING, *QUIET)])
 def test_one_worker_of_those_that_answer_ahead(monkeypatch: pytest.MonkeyPatch, where: str, how: str) -> None:
     mode = ["aggressive", "conservative", "adaptive", "rolling"][WHERE.index(where) % 4]
-    with faulty(monkeypatch, where, how, [1], gpu=GpuOptions(dispatch="async")) as leader:
+    with faulty(monkeypatch, where, how, [1], execution=ExecutionOptions(dispatch="async")) as leader:
         for seed in range(2):
             result = sample(leader, mode, seed)
             assert torch.equal(result.samples, expected(mode, seed)), f"run {seed} has other bits"
@@ -165,7 +166,7 @@ def test_before_its_first_word(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_that_is_late_is_overtaken(monkeypatch: pytest.MonkeyPatch) -> None:
     """With hedging a stopped worker's draft goes to an idle one long before its deadline."""
-    with faulty(monkeypatch, "during", "SIGSTOP", [1], hedge=3.0, draft_timeout=30.0) as leader:
+    with faulty(monkeypatch, "during", "SIGSTOP", [1], policy=LoadAdaptive(hedge=3.0), draft_timeout=30.0) as leader:
         leader.timeline = []
         pending = leader.submit(shape=SHAPE, steps=STEPS, mode="conservative", drafts=2)
         assert torch.equal(pending.result(20.0).samples, expected("conservative", drafts=2))

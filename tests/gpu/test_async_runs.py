@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import drp
-from drp import GpuOptions, Leader
+from drp import ExecutionOptions, Leader
 
 SMALL = "tests.gpu.denoisers:Small"
 MODES = ("sequential", "conservative", "aggressive", "window", "rolling", "adaptive")
@@ -18,14 +18,14 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 """Calls that return when the GPU has come to some point."""
 
 
-def options(memory: str = "auto", **more: Any) -> GpuOptions:
-    return GpuOptions(dispatch="async", memory=memory, **more)
+def options(memory: str = "auto", **more: Any) -> ExecutionOptions:
+    return ExecutionOptions(dispatch="async", memory=memory, **more)
 
 
 @pytest.mark.parametrize("memory", ["auto", "host"])
 @pytest.mark.parametrize(("devices", "batch"), [("cuda:0", 1), ("cuda:0", 4), ("3xcuda:0", 1), ("2xcuda:0", 2)])
 def test_bits_and_callbacks_are_the_references(memory: str, devices: str, batch: int) -> None:
-    with Leader(SMALL, devices=devices, drafts_per_device=batch, gpu=options(memory)) as leader:
+    with Leader(SMALL, devices=devices, drafts_per_device=batch, execution=options(memory)) as leader:
         for mode in MODES:
             mine, theirs = dict[int, torch.Tensor](), dict[int, torch.Tensor]()
             asked: dict[str, Any] = {"count": 2, "steps": 14, "mode": mode, "seed": 5}
@@ -45,15 +45,16 @@ def test_bits_and_callbacks_are_the_references(memory: str, devices: str, batch:
 
 @pytest.mark.parametrize("solver", ["ddpm", "unipc"])
 def test_noise_and_a_memory_of_steps(solver: str) -> None:
-    with Leader(SMALL, devices="2xcuda:0", gpu=options(graphs=True)) as leader:
+    graphs = options(graphs=True)
+    with Leader(SMALL, devices="2xcuda:0", execution=graphs) as leader:
         for seed in range(3):
             run = leader.sample(steps=20, solver=solver, seed=seed)
-            ref = drp.reference(SMALL, devices="2xcuda:0", gpu=options(graphs=True), steps=20, solver=solver, seed=seed)
+            ref = drp.reference(SMALL, devices="2xcuda:0", execution=graphs, steps=20, solver=solver, seed=seed)
             assert torch.equal(run.samples, ref.samples)
 
 
 def test_several_runs_at_once() -> None:
-    with Leader(SMALL, devices="3xcuda:0", gpu=options()) as leader:
+    with Leader(SMALL, devices="3xcuda:0", execution=options()) as leader:
         pending = [leader.submit(steps=20, seed=seed, mode="conservative") for seed in range(8)]
         for seed, run in enumerate(pending):
             ref = drp.reference(SMALL, devices="3xcuda:0", steps=20, seed=seed, mode="conservative")
@@ -62,7 +63,7 @@ def test_several_runs_at_once() -> None:
 
 def test_the_host_waits_for_no_gpu_between_two_drafts(tmp_path: Path) -> None:
     """From the first round that is formed to the last, the leader's thread calls nothing that waits."""
-    with Leader(SMALL, devices="3xcuda:0", gpu=options()) as leader:
+    with Leader(SMALL, devices="3xcuda:0", execution=options()) as leader:
         leader.sample(count=2, steps=48)  # Memory is allocated, and rows are worked out.
         with torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -90,7 +91,8 @@ def test_what_was_not_proven_is_computed_again(
     model: str, words: str, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DRP_TEST_DIED", str(tmp_path / "died"))
-    with Leader(f"tests.gpu.denoisers:{model}", devices="2xcuda:0", gpu=options(memory), draft_timeout=30.0) as leader:
+    name, execution = f"tests.gpu.denoisers:{model}", options(memory)
+    with Leader(name, devices="2xcuda:0", execution=execution, draft_timeout=30.0) as leader:
         run = leader.sample(steps=16)
         assert torch.equal(run.samples, drp.reference(SMALL, devices="2xcuda:0", steps=16).samples)
         assert words in "\n".join(run.incidents)

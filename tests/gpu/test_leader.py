@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import drp
-from drp import GpuOptions, Leader
+from drp import ExecutionOptions, Leader
 from drp.models import load
 from drp.models.gpu import Captured, on_device
 from drp.protocol.cuda import index_of
@@ -44,7 +44,7 @@ def test_bits_equal_the_reference_on_the_gpu(
 ) -> None:
     with (
         caplog.at_level(logging.WARNING),
-        Leader(SMALL, devices=devices, drafts_per_device=batch, gpu=GpuOptions(memory=memory)) as leader,
+        Leader(SMALL, devices=devices, drafts_per_device=batch, execution=ExecutionOptions(memory=memory)) as leader,
     ):
         for mode in MODES:
             run = leader.sample(count=2, steps=14, mode=mode, seed=5)
@@ -57,25 +57,25 @@ def test_bits_equal_the_reference_on_the_gpu(
 @pytest.mark.parametrize(
     "gpu",
     [
-        pytest.param(GpuOptions(graphs=True), id="graphs"),
-        pytest.param(GpuOptions(dtype="bfloat16"), id="bfloat16"),
-        pytest.param(GpuOptions(dtype="float16", graphs=True), id="float16 graphs"),
-        pytest.param(GpuOptions(nvtx=True), id="nvtx"),
-        pytest.param(GpuOptions(compile=True), id="compile"),
-        pytest.param(GpuOptions(compile=True, graphs=True, dtype="bfloat16"), id="compile graphs bfloat16"),
+        pytest.param(ExecutionOptions(graphs=True), id="graphs"),
+        pytest.param(ExecutionOptions(dtype="bfloat16"), id="bfloat16"),
+        pytest.param(ExecutionOptions(dtype="float16", graphs=True), id="float16 graphs"),
+        pytest.param(ExecutionOptions(nvtx=True), id="nvtx"),
+        pytest.param(ExecutionOptions(compile=True), id="compile"),
+        pytest.param(ExecutionOptions(compile=True, graphs=True, dtype="bfloat16"), id="compile graphs bfloat16"),
     ],
 )
 @pytest.mark.usefixtures("_one_compiler")
-def test_options_of_the_worker_keep_the_bits_of_a_reference_with_the_same(gpu: GpuOptions) -> None:
-    with Leader(SMALL, devices="cuda:0", drafts_per_device=4, gpu=gpu) as leader:
+def test_options_of_the_worker_keep_the_bits_of_a_reference_with_the_same(gpu: ExecutionOptions) -> None:
+    with Leader(SMALL, devices="cuda:0", drafts_per_device=4, execution=gpu) as leader:
         run = leader.sample(count=1, steps=20)
-    ref = drp.reference(SMALL, devices="cuda:0", drafts_per_device=4, gpu=gpu, count=1, steps=20)
+    ref = drp.reference(SMALL, devices="cuda:0", drafts_per_device=4, execution=gpu, count=1, steps=20)
     assert torch.equal(run.samples, ref.samples)
 
 
 @pytest.mark.usefixtures("_one_compiler")
 def test_compiled_code_computes_what_the_model_does() -> None:
-    with Leader(SMALL, devices="cuda:0", drafts_per_device=2, gpu=GpuOptions(compile=True)) as leader:
+    with Leader(SMALL, devices="cuda:0", drafts_per_device=2, execution=ExecutionOptions(compile=True)) as leader:
         for count in (1, 2):  # what was warmed, and what was not
             run = leader.sample(count=count, steps=10)
             ref = drp.reference(SMALL, devices="cuda:0", drafts_per_device=2, count=count, steps=10)
@@ -84,7 +84,7 @@ def test_compiled_code_computes_what_the_model_does() -> None:
 
 def test_a_model_that_looks_at_numbers_cannot_be_captured_and_is_told_so() -> None:
     with pytest.raises(drp.WorkerError, match=r"cannot be captured as a CUDA graph(.|\n)*leave graphs out"):
-        Leader("tests.gpu.denoisers:Looking", devices="cuda:0", gpu=GpuOptions(graphs=True))
+        Leader("tests.gpu.denoisers:Looking", devices="cuda:0", execution=ExecutionOptions(graphs=True))
     with Leader("tests.gpu.denoisers:Looking", devices="cuda:0") as leader:
         assert leader.sample(steps=3).steps == 3
 
@@ -133,9 +133,9 @@ def test_workers_of_one_gpu_have_one_copy_of_the_weights(caplog: pytest.LogCaptu
     assert not [record for record in caplog.records if "weights on" in record.message]
 
 
-@pytest.mark.parametrize("gpu", [GpuOptions(graphs=True), GpuOptions(memory="host")])
-def test_shared_weights_are_those_that_are_used(gpu: GpuOptions) -> None:
-    with Leader("tests.gpu.denoisers:Drawn", devices="3xcuda:0", gpu=gpu) as leader:
+@pytest.mark.parametrize("gpu", [ExecutionOptions(graphs=True), ExecutionOptions(memory="host")])
+def test_shared_weights_are_those_that_are_used(gpu: ExecutionOptions) -> None:
+    with Leader("tests.gpu.denoisers:Drawn", devices="3xcuda:0", execution=gpu) as leader:
         one, again = (leader.sample(steps=9).samples for _ in range(2))
     assert torch.equal(one, again)
 

@@ -1,4 +1,4 @@
-"""Answers ahead of the device, `GpuOptions(dispatch="async")`, on the host: threads for streams, real processes.
+"""Answers ahead of the device, `ExecutionOptions(dispatch="async")`, on the host: threads for streams, real processes.
 
 What these share with a GPU is all but the streams themselves: the order of waits and records, stamps and what is proven
 by them, what happens when they are not what they should be.
@@ -22,13 +22,14 @@ import pytest
 import torch
 
 import drp
-from drp import GpuOptions, Leader, WorkerError
+from drp import ExecutionOptions, Leader, WorkerError
 from drp.leader.devices import parse_devices
 from drp.leader.events import TraceEvent
 from drp.leader.memory.host_stream import CorePlacement
 from drp.leader.memory.placement import MemoryPlacement
 from drp.leader.request import Request, make_job
-from drp.leader.runs.async_run import PendingCompletion
+from drp.leader.runs.in_flight import PendingCompletion
+from drp.leader.scheduling.policies import LoadAdaptive
 from drp.leader.supervision.supervisor import WorkerSlot
 from drp.leader.supervision.worker_pool import WorkerProcess
 from drp.protocol.messages import ModelSpec, ToWorker
@@ -41,7 +42,7 @@ from tests.conftest import leftovers, until, what_stays
 
 pytestmark = pytest.mark.timeout(180)
 
-DEVICE = GpuOptions(dispatch="async")
+DEVICE = ExecutionOptions(dispatch="async")
 TINY = "tests.denoisers:Tiny"
 MODEL = "tests.misbehaving:make"
 PLAIN = "tests.misbehaving:make_plain"
@@ -62,12 +63,12 @@ def misbehaving(
     monkeypatch: pytest.MonkeyPatch,
     path: Path,
     what: str,
-    gpu: GpuOptions = DEVICE,
+    gpu: ExecutionOptions = DEVICE,
     room: CorePlacement | None = None,
     **told: object,
 ) -> Iterator[Leader]:
     monkeypatch.setenv("DRP_TEST_ONCE", json.dumps({"what": what, "path": str(path), **told}))
-    with Leader(MODEL, devices=2, draft_timeout=3.0, gpu=gpu) as leader:
+    with Leader(MODEL, devices=2, draft_timeout=3.0, execution=gpu) as leader:
         monkeypatch.delenv("DRP_TEST_ONCE")
         if room is not None:
             monkeypatch.setattr(leader._engine._placement, "_core_placement", room)
@@ -101,7 +102,7 @@ def heard(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 @pytest.mark.parametrize(("devices", "batch"), [(1, 1), (2, 3), (4, 1)])
 @pytest.mark.usefixtures("heard")
 def test_bits_callbacks_and_residuals_are_the_references(devices: int, batch: int) -> None:
-    with Leader(TINY, devices=devices, drafts_per_device=batch, gpu=DEVICE) as leader:
+    with Leader(TINY, devices=devices, drafts_per_device=batch, execution=DEVICE) as leader:
         for mode in MODES:
             mine, theirs = Steps(), Steps()
             options = {"labels": [1, 2], "steps": 14, "mode": mode, "residuals": True}
@@ -116,7 +117,7 @@ def test_bits_callbacks_and_residuals_are_the_references(devices: int, batch: in
 
 
 def test_solvers_with_noise_or_a_memory() -> None:
-    with Leader(TINY, devices=3, gpu=DEVICE) as leader:
+    with Leader(TINY, devices=3, execution=DEVICE) as leader:
         for solver, mode in itertools.product(("ddpm", "dpmsolver++", "unipc"), ("conservative", "aggressive")):
             run = leader.sample(labels=[4], steps=15, mode=mode, solver=solver)
             ref = drp.reference(TINY, labels=[4], steps=15, mode=mode, solver=solver, devices=3)
@@ -139,7 +140,7 @@ def test_messages_run_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_only_workers_on_cores_are_silent() -> None:
     cores = parse_devices(2, 1)
     for devices, hears in ((cores, False), ([replace(device, gpu="GPU-0") for device in cores], True)):
-        placement = MemoryPlacement(devices, GpuOptions(dispatch="async", memory="host"), 1)
+        placement = MemoryPlacement(devices, ExecutionOptions(dispatch="async", memory="host"), 1)
         assert placement.workers_acknowledge == hears
         placement.close()
 
@@ -179,7 +180,7 @@ def test_drafts_of_a_round_do_not_wait_for_one_another(monkeypatch: pytest.Monke
 
 def test_a_round_is_not_divided_where_each_worker_has_one_of_it() -> None:
     """However little room there is: its last draft would come late, and all wait for that."""
-    with Leader(TINY, devices=3, gpu=DEVICE) as leader:
+    with Leader(TINY, devices=3, execution=DEVICE) as leader:
         for drafts, mode in itertools.product((2, 3), ("aggressive", "conservative")):
             timeline = list[TraceEvent]()
             leader.timeline = timeline
@@ -195,7 +196,7 @@ def expected(mode: str = "aggressive", seed: int = 0, drafts: int = 2) -> torch.
 
 
 def test_several_runs_and_some_that_are_cancelled() -> None:
-    with Leader("tests.denoisers:make_slow_sine", devices=2, gpu=DEVICE) as leader:
+    with Leader("tests.denoisers:make_slow_sine", devices=2, execution=DEVICE) as leader:
         options = {"shape": (3,), "steps": 12, "mode": "conservative"}
         pending = [leader.submit(**options, seed=seed) for seed in range(6)]  # type: ignore[arg-type]  # types are lost in the dict
         for cancelled in pending[1::2]:
@@ -207,7 +208,7 @@ def test_several_runs_and_some_that_are_cancelled() -> None:
 
 
 def test_a_session_waits_on_the_host_beside_runs() -> None:
-    with Leader(TINY, devices=2, gpu=DEVICE) as leader:
+    with Leader(TINY, devices=2, execution=DEVICE) as leader:
         pending = leader.submit(labels=[1], steps=30)
         x = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
         session = leader.open_session({"x": x}, {"x": x}, 2, {"labels": torch.tensor([3])})
@@ -228,7 +229,7 @@ def test_a_session_waits_on_the_host_beside_runs() -> None:
 
 
 def test_emulated_devices_take_their_time_and_say_so() -> None:
-    with Leader(TINY, devices="2xemulated:5ms", gpu=DEVICE) as leader:
+    with Leader(TINY, devices="2xemulated:5ms", execution=DEVICE) as leader:
         leader.timeline = []
         run = leader.sample(labels=[2], steps=10, mode="aggressive")
         assert torch.equal(run.samples, drp.reference(TINY, labels=[2], steps=10, mode="aggressive", devices=2).samples)
@@ -324,7 +325,7 @@ def test_what_the_denoiser_does_ends_its_run_only(
 
 
 def test_a_lost_context_ends_the_worker_with_ordering_host_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with misbehaving(monkeypatch, tmp_path / "once", "assert", GpuOptions()) as leader:
+    with misbehaving(monkeypatch, tmp_path / "once", "assert", ExecutionOptions(dispatch="sync")) as leader:
         run = leader.sample(shape=(3,), steps=STEPS)
         assert torch.equal(run.samples, expected())
         assert len(run.incidents) == 1
@@ -337,7 +338,7 @@ def test_a_callback_that_raises_ends_its_run_only() -> None:
         if k == 5:
             raise KeyError("the caller's own")
 
-    with Leader(TINY, devices=2, gpu=DEVICE) as leader:
+    with Leader(TINY, devices=2, execution=DEVICE) as leader:
         with pytest.raises(KeyError, match="the caller's own"):
             leader.sample(labels=[1], steps=12, callback=refuse)
         assert torch.equal(
@@ -356,13 +357,13 @@ def test_closing_in_the_middle_waits_for_nobody(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueError, match="dispatch is 'gpu'; give 'sync' or 'async'"):
-        GpuOptions(dispatch="gpu")
+    with pytest.raises(ValueError, match="dispatch is 'gpu'; give 'auto', 'sync' or 'async'"):
+        ExecutionOptions(dispatch="gpu")
     with pytest.raises(ValueError, match=r"hedge is 2\.0, but with dispatch=\"async\""):
-        Leader(TINY, gpu=DEVICE, hedge=2.0)
+        Leader(TINY, execution=DEVICE, policy=LoadAdaptive(hedge=2.0))
     with pytest.raises(ValueError, match=r"hedge is 1\.25"):
-        Leader(TINY, gpu=DEVICE, policy="hedged")
-    with Leader(TINY, gpu=DEVICE) as leader, pytest.raises(ValueError, match=r"hedge is 1\.25"):
+        Leader(TINY, execution=DEVICE, policy="hedged")
+    with Leader(TINY, execution=DEVICE) as leader, pytest.raises(ValueError, match=r"hedge is 1\.25"):
         leader.policy = "rolling-hedged"
 
 
@@ -374,7 +375,7 @@ def test_drafts_of_a_round_go_to_different_workers_and_the_first_is_first(
 ) -> None:
     """Whatever they have of other rounds; so one worker is as good as another only if they are needed."""
     given: dict[int, int] = {}
-    with Leader(TINY, devices=3, gpu=DEVICE) as leader:
+    with Leader(TINY, devices=3, execution=DEVICE) as leader:
         for mode, drafts in (("conservative", 3), ("aggressive", 2), ("sequential", 1)):
             timeline = list[TraceEvent]()
             leader.timeline = timeline
@@ -386,7 +387,7 @@ def test_drafts_of_a_round_go_to_different_workers_and_the_first_is_first(
 
 
 def test_workers_are_bound_when_they_are_needed() -> None:
-    with Leader(TINY, devices=2, gpu=DEVICE) as leader:
+    with Leader(TINY, devices=2, execution=DEVICE) as leader:
         sent = list[tuple[str, int]]()
         post = leader._engine._supervisor.enqueue
 
@@ -404,7 +405,7 @@ def test_workers_are_bound_when_they_are_needed() -> None:
 def test_others_are_left_alone_until_the_first_worker_has_its_draft() -> None:
     """What they are told disturbs it, and they have time until its evaluation has ended."""
     events = list[object]()
-    with Leader(TINY, devices=2, gpu=DEVICE) as leader:
+    with Leader(TINY, devices=2, execution=DEVICE) as leader:
         send, on_bound = leader._engine._pool.send, leader._engine._runs.on_bound
 
         def sent(worker: WorkerProcess, *messages: ToWorker | bytes) -> None:
@@ -428,7 +429,7 @@ def test_others_are_left_alone_until_the_first_worker_has_its_draft() -> None:
 
 def test_what_was_held_back_for_a_worker_that_is_lost_is_sent() -> None:
     """The first worker never has its draft; the others have theirs all the same, and are not taken for dead."""
-    with Leader(TINY, devices=3, gpu=DEVICE, draft_timeout=4.0) as leader:
+    with Leader(TINY, devices=3, execution=DEVICE, draft_timeout=4.0) as leader:
         pid = leader.workers[0].pid
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
@@ -442,7 +443,7 @@ def test_the_leader_does_not_sleep_when_a_round_has_begun_that_it_has_given_noth
 ) -> None:
     """Not even if it was late: other rounds' drafts would be, too."""
     looks = list[bool]()
-    with Leader(TINY, devices="2xemulated:2ms", gpu=DEVICE) as leader:
+    with Leader(TINY, devices="2xemulated:2ms", execution=DEVICE) as leader:
         engine = leader._engine
         take, refine = engine._receive, engine._refine
 
@@ -470,7 +471,7 @@ def test_no_record_goes_untold(monkeypatch: pytest.MonkeyPatch, devices: str, ro
     several: dict[str, Any] = {"steps": 20, "mode": "conservative", "drafts": 2}
     refs = {mode: drp.reference(TINY, **options, mode=mode).samples for mode in MODES}
     together = [drp.reference(TINY, labels=[label], **several).samples for label in range(4)]
-    with Leader(TINY, devices=devices, gpu=DEVICE, draft_timeout=2 * DEADLINE) as leader:
+    with Leader(TINY, devices=devices, execution=DEVICE, draft_timeout=2 * DEADLINE) as leader:
         monkeypatch.setattr("drp.leader.memory.host_stream.RECHECK_INTERVAL", 2 * DEADLINE)
         monkeypatch.setattr("drp.leader.supervision.supervisor.HEALTH_CHECK_INTERVAL", 2 * DEADLINE)
         for room in rooms:

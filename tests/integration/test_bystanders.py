@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 import drp
-from drp import GpuOptions, Leader
-from drp.leader.scheduling.policies import Policy
-from drp.leader.scheduling.sharing import Waiting
+from drp import ExecutionOptions, Leader
+from drp.leader.scheduling.policies import Policy, Waiting
 from drp.sampling.grids import scaled_linear
 from drp.sampling.result import Result
 from drp.sampling.solvers import DDIM
@@ -28,7 +27,7 @@ OPTIONS: dict[str, Any] = {"shape": (3, 4), "steps": 40, "seed": 5}
 
 @pytest.fixture(scope="module", params=["sync", "async"])
 def leader(request: pytest.FixtureRequest) -> Iterator[Leader]:
-    with Leader(MODEL, devices=2, gpu=GpuOptions(dispatch=request.param)) as leader:
+    with Leader(MODEL, devices=2, execution=ExecutionOptions(dispatch=request.param)) as leader:
         yield leader
 
 

@@ -11,16 +11,16 @@ from typing import Any
 import psutil
 import pytest
 
-from drp import GpuOptions, Leader
+from drp import ExecutionOptions, Leader
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"python": "/nonexistent"}, "python is '/nonexistent', which cannot be run"),
-        ({"python": "/nonexistent", "gpu": GpuOptions(dispatch="async")}, "which cannot be run"),
+        ({"python": "/nonexistent", "execution": ExecutionOptions(dispatch="async")}, "which cannot be run"),
         ({"devices": "4xcuda"}, "cannot be used"),
-        ({"model": "__main__:make", "gpu": GpuOptions(dispatch="async")}, "made in __main__"),
+        ({"model": "__main__:make", "execution": ExecutionOptions(dispatch="async")}, "made in __main__"),
     ],
 )
 def test_a_leader_that_cannot_be_made_leaves_nothing(

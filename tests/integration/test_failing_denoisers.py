@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from drp import GpuOptions, Leader, WorkerError
+from drp import ExecutionOptions, Leader, WorkerError
 from tests.denoisers import RAISED, ill
 
 SHAPE = (1, 4, 4)
@@ -23,13 +23,13 @@ def ailing() -> Iterator[Leader]:
 
 
 @pytest.fixture(scope="module")
-def ailing_ahead() -> Iterator[Leader]:
-    """Likewise, answered ahead of its device."""
-    with Leader("tests.denoisers:make_ailing", gpu=GpuOptions(dispatch="async")) as leader:
+def ailing_sync() -> Iterator[Leader]:
+    """One, dispatched to synchronously."""
+    with Leader("tests.denoisers:make_ailing", execution=ExecutionOptions(dispatch="sync")) as leader:
         yield leader
 
 
-@pytest.mark.parametrize("leader", ["ailing", "ailing_ahead"])
+@pytest.mark.parametrize("leader", ["ailing", "ailing_sync"])
 def test_whatever_a_denoiser_raises_ends_its_run_and_no_worker(leader: str, request: pytest.FixtureRequest) -> None:
     """Among it errors that no message can tell as they are, and those that would end a program."""
     fixture: Leader = request.getfixturevalue(leader)

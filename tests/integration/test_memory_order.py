@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import drp
-from drp import Leader
+from drp import ExecutionOptions, Leader
 from drp.errors import ProtocolError
 from drp.protocol.arena import Arena
 from drp.protocol.memory import Memory, SharedMemory
@@ -21,6 +21,7 @@ from drp.protocol.messages import GpuHandle, Handle
 
 HANDLE = GpuHandle("GPU-of-the-test", 1 << 16, bytes(64), bytes(64))
 TINY = "tests.denoisers:Tiny"
+SYNC = ExecutionOptions(dispatch="sync")  # asynchronous runs are ordered by semaphores
 
 
 class Late:
@@ -72,7 +73,7 @@ class Forgetful(Late):
 def test_the_leader_says_what_is_written_before_every_message_that_has_it_read(
     batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Leader(TINY, devices=2, drafts_per_device=batch) as leader:
+    with Leader(TINY, devices=2, drafts_per_device=batch, execution=SYNC) as leader:
         for make, equal in ((Late, True), (Forgetful, False)):
             monkeypatch.setattr(leader._engine._placement, "allocate", make)
             for mode in ("conservative", "rolling"):

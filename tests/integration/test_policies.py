@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import drp
-from drp import Leader
+from drp import ExecutionOptions, Leader
 from drp.leader.events import Timeline
-from drp.leader.scheduling.policies import POLICIES, Policy, find_policy
+from drp.leader.scheduling.policies import POLICIES, Barrier, Policy, find_policy
 from drp.sampling.drafts import DAMPED
 from drp.sampling.modes import Aggressive, PicardSweeps, make_mode
 from drp.simulate import Load, make_devices, simulate
@@ -24,6 +24,7 @@ from tests.integration.test_trace import check_format, names
 
 LATE = "emulated:1ms:jitter=50%:straggler=8x@20%"
 TINY = "tests.denoisers:Tiny"
+SYNC = ExecutionOptions(dispatch="sync")
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,7 @@ def test_bits_are_those_of_the_mode_that_a_policy_schedules(late: Leader, name: 
         result = late.sample(labels=[1, 2], steps=17, mode=mode, drafts=drafts)
         assert torch.equal(result.samples, reference.samples)
         assert (result.rounds, result.evaluations) == (reference.rounds, reference.evaluations)
+        assert result.dispatch == ("sync" if POLICIES[name].hedge else "async")
 
 
 def test_eager_sweeps_have_the_bits_of_sweeps(late: Leader) -> None:
@@ -67,7 +69,7 @@ def test_a_policy_of_ones_own_runs_in_both(late: Leader) -> None:
 
 
 def test_a_window_outlives_a_worker_and_its_trace_shows_it(tmp_path: Path) -> None:
-    with Leader(TINY, devices=["emulated:20ms"] * 2, policy="rolling") as leader:
+    with Leader(TINY, devices=["emulated:20ms"] * 2, policy="rolling", execution=SYNC) as leader:
         pid = next(worker.pid for worker in leader.workers if worker.number == 1)
 
         def kill(k: int, x: torch.Tensor) -> None:
@@ -101,8 +103,10 @@ def test_names(late: Leader) -> None:
     assert isinstance(find_policy("rolling"), Policy)
     with pytest.raises(ValueError, match="unknown policy 'fast'; choose one of barrier, eager"):
         find_policy("fast")
-    with pytest.raises(ValueError, match="leave those out"):
-        Leader(TINY, policy="barrier", hedge=2.0)
+    with pytest.raises(ValueError, match=r"hedge is 1\.0; give a factor above 1"):
+        Barrier(hedge=1.0)
+    with pytest.raises(ValueError, match="depth is 0; give a whole number of at least 1"):
+        Spare(depth=0)
     with pytest.raises(ValueError, match="unknown policy"):
         late.policy = "fast"
 

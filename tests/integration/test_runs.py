@@ -16,9 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from drp import GpuOptions, Leader
-from drp.leader.scheduling.scheduler import QUEUE_DEPTH
-from drp.leader.scheduling.sharing import FirstComeFirstServed, LoadBalanced, RunAffinity
+from drp import ExecutionOptions, Leader
+from drp.leader.scheduling.policies import Barrier, LoadAdaptive, RunAffinity
 from tests.conftest import until
 
 TINY = "tests.denoisers:Tiny"
@@ -34,13 +33,12 @@ ASKED: list[dict[str, Any]] = [
 
 def test_runs_at_the_same_time_have_the_bits_they_have_alone(tiny: Leader) -> None:
     alone = [tiny.sample(**asked).samples for asked in ASKED]
-    with Leader(TINY, devices=3, sharing=FirstComeFirstServed()) as leader:
-        for sharing in (None, RunAffinity(), LoadBalanced()):  # the first is the one above
-            if sharing is not None:
-                leader._engine.configure_scheduling(sharing, None, QUEUE_DEPTH)
+    with Leader(TINY, devices=3) as leader:
+        for policy in (Barrier(), RunAffinity(), LoadAdaptive()):
+            leader.policy = policy
             together = [leader.submit(**asked) for asked in ASKED]
             for pending, samples in zip(together, alone, strict=True):
-                assert torch.equal(pending.result(DEADLINE).samples, samples), sharing
+                assert torch.equal(pending.result(DEADLINE).samples, samples), policy
 
 
 def test_a_run_that_is_cancelled_ends_within_a_round() -> None:
@@ -144,7 +142,7 @@ class Waiting:
 
 def test_sharing_by_load() -> None:
     old, young, idle = Waiting(2), Waiting(2), Waiting(0)
-    policy: Any = LoadBalanced()
+    policy: Any = LoadAdaptive()
     assert policy.choose(0, 4, [old, young]) is policy.choose(1, 4, [old, young]) is old
     assert policy.choose(1, 4, [idle, young]) is young
     assert policy.choose(0, 2, [old, young]) is old
@@ -155,7 +153,7 @@ def test_sharing_by_load() -> None:
 
 @pytest.mark.parametrize("dispatch", ["sync", "async"])
 def test_ten_thousand_rounds_gain_no_memory_and_no_descriptor(dispatch: str) -> None:
-    with Leader(TINY, devices=2, gpu=GpuOptions(dispatch=dispatch)) as leader:
+    with Leader(TINY, devices=2, execution=ExecutionOptions(dispatch=dispatch)) as leader:
         everyone = [psutil.Process(), *(psutil.Process(worker.pid) for worker in leader.workers)]
 
         def use() -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import drp
-from drp import GpuOptions, Leader
+from drp import ExecutionOptions, Leader
 from drp.errors import ProtocolError
 from drp.leader.supervision.supervisor import WorkerSlot
 from drp.protocol.memory import SharedMemory
@@ -91,7 +91,7 @@ def test_no_more_is_kept_than_allowed_nor_what_does_not_come_again() -> None:
 
 
 def test_a_worker_maps_the_memory_of_runs_once() -> None:
-    with Leader(TINY, devices=2, gpu=GpuOptions(dispatch="async")) as leader:
+    with Leader(TINY, devices=2, execution=ExecutionOptions(dispatch="async")) as leader:
         pids = [worker.pid for worker in leader.workers]
 
         def maps() -> list[list[str]]:
@@ -110,7 +110,7 @@ def test_a_worker_maps_the_memory_of_runs_once() -> None:
 def watched(dispatch: str, devices: int = 2) -> Iterator[tuple[Leader, list[tuple[str, int]]]]:
     """A leader, and what it tells its workers of runs: the message's name and the worker's number."""
     told: list[tuple[str, int]] = []
-    with Leader(TINY, devices=devices, gpu=GpuOptions(dispatch=dispatch)) as leader:
+    with Leader(TINY, devices=devices, execution=ExecutionOptions(dispatch=dispatch)) as leader:
         post = leader._engine._supervisor.enqueue
 
         def watch(worker_slot: WorkerSlot, message: ToWorker) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import drp
-from drp import GpuOptions, Leader
+from drp import ExecutionOptions, Leader
 from drp.torch_defaults import SETTINGS
 
 RUN: dict[str, Any] = {"labels": [3], "steps": 4, "mode": "aggressive"}
@@ -77,7 +77,7 @@ def test_a_leader_that_starts_under_other_defaults_computes_the_same(dispatch: s
     with (
         CHANGES["float64"](),
         CHANGES["device"](),
-        Leader("digits", devices=2, gpu=GpuOptions(dispatch=dispatch)) as own,
+        Leader("digits", devices=2, execution=ExecutionOptions(dispatch=dispatch)) as own,
     ):
         samples = own.sample(**RUN).samples
     assert torch.equal(samples, expected)
@@ -93,6 +93,6 @@ def test_autocast_is_refused_with_the_remedy(leader: Leader) -> None:
 
 def test_asynchronous_ordering_is_refused_where_stores_may_be_reordered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    with pytest.raises(ValueError, match=r"dispatch is 'async', but the processor is aarch64.*give 'sync'"):
-        GpuOptions(dispatch="async")
-    assert GpuOptions().dispatch == "sync"
+    with pytest.raises(ValueError, match=r"dispatch is 'async', but the processor is aarch64.*give 'auto' or 'sync'"):
+        ExecutionOptions(dispatch="async")
+    assert not ExecutionOptions().allows_async

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import drp
 from bench.rounds import split
-from drp import Leader
+from drp import ExecutionOptions, Leader
 from drp.cli import main
 from drp.leader.events import Timeline
 from drp.trace import read, record, summarise
@@ -86,6 +87,12 @@ def emulated() -> Any:
         yield leader
 
 
+@pytest.fixture(scope="module")
+def synchronous() -> Iterator[Leader]:
+    with Leader(CHEAP, devices=[EMULATED] * 3, execution=ExecutionOptions(dispatch="sync")) as leader:
+        yield leader
+
+
 @pytest.mark.parametrize("mode", ["aggressive", "conservative", "adaptive", "rolling"])
 def test_a_trace_is_valid_and_whole(emulated: Leader, mode: str, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
@@ -117,9 +124,9 @@ def test_cuts_are_shown(tiny: Leader, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("mode", "drafts"), [("aggressive", 3), ("conservative", 3), ("aggressive", 6)])
-def test_sums_are_those_of_the_bench(emulated: Leader, mode: str, drafts: int, tmp_path: Path) -> None:
-    with record(emulated, tmp_path / "run.json") as marks:
-        emulated.sample(shape=(4, 8, 8), steps=20, mode=mode, drafts=drafts)
+def test_sums_are_those_of_the_bench(synchronous: Leader, mode: str, drafts: int, tmp_path: Path) -> None:
+    with record(synchronous, tmp_path / "run.json") as marks:
+        synchronous.sample(shape=(4, 8, 8), steps=20, mode=mode, drafts=drafts)
     bench = split(marks)
     summary = summarise(*read(tmp_path / "run.json"))
     (path,) = summary.paths

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import drp
-from drp import GpuOptions, Leader, WorkerError, models
+from drp import ExecutionOptions, Leader, WorkerError, models
 from drp.leader.memory.placement import MIN_BLOCK_NBYTES
 from drp.leader.request import Request, make_job
 from drp.models.gpu import Compiled, on_device
@@ -102,9 +102,9 @@ def test_a_worker_that_takes_a_lost_ones_place_takes_the_copy(host: dict[str, An
 
 
 def test_weights_are_shared_in_the_dtype_in_which_they_are_used(host: dict[str, Any], tmp_path: Path) -> None:
-    gpu = GpuOptions(dtype="bfloat16")
+    gpu = ExecutionOptions(dtype="bfloat16")
     model = "tests.on_host:make_other_dtype"  # before it is cast
-    with Leader(model, devices="2xcuda:0", drafts_per_device=2, gpu=gpu, **host) as leader:
+    with Leader(model, devices="2xcuda:0", drafts_per_device=2, execution=gpu, **host) as leader:
         run = leader.sample(steps=12)
         assert shared_bytes() == 2 * 128 * 128 + 2 * 128
     denoiser = on_device(models.load(WATCHED), torch.device("cpu"), gpu.worker_config("", 2))
@@ -286,7 +286,7 @@ def test_what_is_done_is_named_in_ranges_if_that_is_asked_for(
     mine: list[str] = []
     monkeypatch.setattr("torch.cuda.nvtx.range_push", mine.append)
     monkeypatch.setattr("torch.cuda.nvtx.range_pop", lambda: mine.append("end"))
-    with Leader(WATCHED, devices="cuda:0", gpu=GpuOptions(nvtx=True), **host) as leader:
+    with Leader(WATCHED, devices="cuda:0", execution=ExecutionOptions(nvtx=True), **host) as leader:
         leader.sample(steps=3, callback=lambda k, x: mine.append(f"step {k}"))
     ranges = [step.get("name", "end") for step in steps(tmp_path) if step["what"] in ("range", "end")]
     assert ranges.count("end") == len(ranges) // 2

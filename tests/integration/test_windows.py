@@ -12,7 +12,7 @@ import torch
 
 import drp
 from drp import Leader
-from drp.leader.memory.placement import GpuOptions
+from drp.leader.execution import ExecutionOptions
 from tests.denoisers import make_free
 
 SLOW = "tests.denoisers:make_slow_sine"
@@ -29,7 +29,7 @@ ASKED: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module", params=["sync", "async"])
 def leader(request: pytest.FixtureRequest) -> Iterator[Leader]:
-    with Leader(make_free, devices=3, gpu=GpuOptions(dispatch=request.param)) as leader:
+    with Leader(make_free, devices=3, execution=ExecutionOptions(dispatch=request.param)) as leader:
         yield leader
 
 
@@ -46,7 +46,7 @@ def test_bits_rounds_and_evaluations_are_the_references(leader: Leader, policy: 
 
 @pytest.mark.parametrize("dispatch", ["sync", "async"])
 def test_a_lost_worker_changes_no_bit(dispatch: str) -> None:
-    with Leader(SLOW, devices=2, gpu=GpuOptions(dispatch=dispatch)) as leader:
+    with Leader(SLOW, devices=2, execution=ExecutionOptions(dispatch=dispatch)) as leader:
         for options in ({"drafts": 8}, {"drafts": 5, "offsets": "even"}):
             common: dict[str, Any] = {"shape": (3,), "steps": 24, **options}
 

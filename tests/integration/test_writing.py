@@ -15,18 +15,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import drp
-from drp import GpuOptions, Leader
+from drp import ExecutionOptions, Leader
+from drp.leader.scheduling.policies import LoadAdaptive
 from drp.models import load
 from tests.writing import KINDS, cond, make_once
 
 MODEL = "tests.writing:make_once"
 SHAPE = (2, 3)
 WAYS: dict[str, dict[str, Any]] = {
-    "host": {"devices": 2},
-    "device": {"devices": 2, "gpu": GpuOptions(dispatch="async")},
-    "hedged": {"devices": 3, "hedge": 1.1},
-    "batched": {"devices": 2, "drafts_per_device": 2},
-    "batched, device": {"devices": 2, "drafts_per_device": 2, "gpu": GpuOptions(dispatch="async")},
+    "sync": {"devices": 2, "execution": ExecutionOptions(dispatch="sync")},
+    "async": {"devices": 2, "execution": ExecutionOptions(dispatch="async")},
+    "hedged": {"devices": 3, "policy": LoadAdaptive(hedge=1.1)},
+    "batched, sync": {"devices": 2, "drafts_per_device": 2, "execution": ExecutionOptions(dispatch="sync")},
+    "batched, async": {"devices": 2, "drafts_per_device": 2, "execution": ExecutionOptions(dispatch="async")},
 }
 RUNS = st.fixed_dictionaries(
     {

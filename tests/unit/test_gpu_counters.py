@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from drp import GpuOptions
+from drp import ExecutionOptions
 from drp.errors import ProtocolError
 from drp.leader.devices import parse_devices
 from drp.leader.memory import placement
@@ -58,7 +58,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Noted]:
 
 @pytest.fixture
 def placements(made: list[Noted]) -> Iterator[MemoryPlacement]:
-    of_two = MemoryPlacement(devices(), GpuOptions(dispatch="async"), 1)
+    of_two = MemoryPlacement(devices(), ExecutionOptions(dispatch="async"), 1)
     yield of_two
     of_two.close()
     assert all(numbers.freed for numbers in made)
@@ -114,7 +114,7 @@ def test_there_are_lines_for_as_many_workers_as_are_ever_started(
 
 
 def test_nothing_is_waited_for_when_all_is_freed(made: list[Noted]) -> None:
-    placements = MemoryPlacement(devices(), GpuOptions(dispatch="async"), 1)
+    placements = MemoryPlacement(devices(), ExecutionOptions(dispatch="async"), 1)
     for number in (0, 1, 0):
         placements.worker_config(number, devices()[number])
     made[0].calls.clear()

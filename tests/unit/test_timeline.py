@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 
-from drp import GpuOptions
+from drp import ExecutionOptions
 from drp.errors import ProtocolError
 from drp.leader.devices import parse_devices
 from drp.leader.memory.host_stream import CorePlacement, HostEvent, HostStream, _Signal
@@ -45,7 +45,7 @@ from drp.workers.async_executor import HostExecutor, HostLeaderEvent, HostWorker
 from drp.workers.emulated import EvaluationTimes
 from tests.conftest import until
 
-DEVICE = GpuOptions(dispatch="async")
+DEVICE = ExecutionOptions(dispatch="async")
 DEADLINE = 60.0
 
 
@@ -261,22 +261,20 @@ def test_a_bell_rings_in_another_process_and_never_blocks() -> None:
         Wakeup(end)
 
 
-@pytest.mark.parametrize("now", [False, True])
-def test_a_stamp_is_of_one_draft_and_says_whether_its_numbers_are(now: bool) -> None:
+def test_a_completion_record_is_of_one_draft_and_says_whether_its_numbers_are_finite() -> None:
     places = torch.zeros((2, COMPLETION_SIZE), dtype=torch.int64)
     place = places[1]
     assert decode_status(int(place[0]), 1) is None
     for sequence, output in itertools.product((1, 2**48), (torch.ones(3), torch.tensor([1.0, torch.nan]))):
-        if now:
-            write_completion_now(places.numpy().data, 1, sequence, [torch.zeros(2), output], 50, 2**60)
-        else:
-            write_completion(place, sequence, [torch.zeros(2), output], 50, 2**60)
+        write_completion(place, sequence, [torch.zeros(2), output], 50, 2**60)
         finite = bool(output.isfinite().all())
         assert decode_status(int(place[0]), sequence) == (OK if finite else NOT_FINITE)
         assert decode_status(int(place[0]), sequence - 1) is None
         assert decode_status(int(place[0]), sequence + 1) is None
         assert place[1:].tolist() == [50, 2**60]
         assert not places[0].any()
+    write_completion_now(places.numpy().data, 1, 7, 40, 2**50)
+    assert (decode_status(int(place[0]), 7), *place[1:].tolist()) == (OK, 40, 2**50)
     assert [decode_status(encode_status(5, verdict), 5) for verdict in (RAISED, CANCELLED)] == [RAISED, CANCELLED]
     assert decode_status(PENDING, 0) is None
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from drp.errors import CudaError
 from drp.leader.devices import Device
+from drp.leader.execution import ExecutionOptions
 from drp.leader.memory.buffer_pool import BufferPool
 from drp.leader.memory.host_stream import CorePlacement, HostEvent, HostStream
 from drp.protocol.cuda import (
@@ -25,58 +24,15 @@ from drp.protocol.cuda import (
     is_inverted,
 )
 from drp.protocol.memory import Memory
-from drp.protocol.messages import GpuConfig, GpuHandle, Half
+from drp.protocol.messages import GpuConfig, GpuHandle
 from drp.protocol.timeline import TIMELINE_NBYTES, LeaderOwnEvent, Stream, WorkerEvent
 from drp.protocol.wakeup import WakeupReceiver
 
 PROBE_NBYTES = 4096
-ORDERED = ("x86_64", "AMD64")
-"""Processors on which stores become visible in program order, which `drp.protocol.timeline` relies on."""
 MIN_BLOCK_NBYTES = 1 << 21
 """Bytes of the smallest block, which is the granularity of cudaMalloc."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class GpuOptions:
-    """How workers use their GPUs; see docs/gpus.md.
-
-    dtype: the dtype of the weights and of the evaluation, "float16" or "bfloat16"; by default the model's own. States
-        and predictions stay float32.
-    compile: compile the model with torch.compile.
-    graphs: capture evaluations as CUDA graphs, one for each shape.
-    nvtx: annotate the work of the leader and the workers with NVTX ranges, for Nsight Systems.
-    memory: "auto" places runs in the memory of the first worker's GPU if all workers can access it, else on the host.
-        "host" always places them on the host; workers then copy drafts to their GPU and predictions back.
-    dispatch: with "sync", a worker waits for its GPU before it answers. With "async", it answers at once, and waits are
-        queued on the GPUs; completion records prove that predictions are finished, see docs/gpus.md. Workers on cores
-        do the same with threads, without answering. "async" cannot be combined with `hedge`.
-    """
-
-    dtype: Half | None = None
-    compile: bool = False
-    graphs: bool = False
-    memory: str = "auto"
-    dispatch: str = "sync"
-    nvtx: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype not in (None, "float16", "bfloat16"):
-            raise ValueError(f"dtype is {self.dtype!r}; give 'bfloat16', 'float16', or None for the model's own")
-        if self.memory not in ("auto", "host"):
-            raise ValueError(f"memory is {self.memory!r}; give 'auto' or 'host'")
-        if self.dispatch not in ("sync", "async"):
-            raise ValueError(f"dispatch is {self.dispatch!r}; give 'sync' or 'async'")
-        if self.dispatch == "async" and (machine := platform.machine()) not in ORDERED:
-            raise ValueError(
-                f"dispatch is 'async', but the processor is {machine}: processes then tell each other by plain stores "
-                "to shared memory, which other processors than x86-64 may reorder; give 'sync'"
-            )
-
-    def worker_config(self, uuid: str, batch: int, probe: GpuHandle | None = None) -> GpuConfig:
-        """Return the configuration of a worker on this GPU."""
-        return GpuConfig(uuid, self.dtype, self.compile, self.graphs, batch, probe, self.nvtx)
 
 
 class MemoryPlacement:
@@ -87,7 +43,7 @@ class MemoryPlacement:
     keep the blocks that they have opened. `init_device` is called in the thread that computes.
     """
 
-    def __init__(self, devices: Sequence[Device], options: GpuOptions, batch: int) -> None:
+    def __init__(self, devices: Sequence[Device], options: ExecutionOptions, batch: int) -> None:
         self._uuid = devices[0].gpu if options.memory == "auto" else None
         self._options, self._batch = options, batch
         self._has_gpus = devices[0].gpu is not None
@@ -96,10 +52,10 @@ class MemoryPlacement:
         self._all: list[GpuMemory] = []
         self._free: list[GpuMemory] = []
         self._probes: dict[int, GpuMemory] = {}
-        self.asynchronous = options.dispatch == "async"
-        """Whether workers dispatch asynchronously."""
-        self.wakeup = WakeupReceiver() if self.asynchronous else None
-        """The descriptor by which workers wake the leader; None with synchronous dispatch."""
+        self.allows_async = options.allows_async
+        """Whether runs may be dispatched asynchronously."""
+        self.wakeup = WakeupReceiver() if self.allows_async else None
+        """The descriptor by which workers wake the leader; None if all runs are dispatched synchronously."""
         cores = [core for device in devices for core in device.cores]
         self._core_placement: CorePlacement = "dedicated" if os.sched_getaffinity(0) - set(cores) else "shared"
         self._sequences = itertools.count()
@@ -118,7 +74,7 @@ class MemoryPlacement:
             torch.cuda.set_device(memory.device)
             torch.cuda.set_stream(torch.cuda.Stream(memory.device))  # type: ignore[no-untyped-call]  # torch has no types for it
             self._free.append(memory)
-            if self.asynchronous:
+            if self.allows_async:
                 self._counters.append(GpuCounters.create())
         except (CudaError, MemoryError, RuntimeError) as error:
             self._fall_back_to_host(f"the leader cannot share memory of {self._uuid}: {error}")
@@ -131,7 +87,7 @@ class MemoryPlacement:
         if device.gpu is None:
             return None
         if (
-            self.asynchronous and self._uuid is not None
+            self.allows_async and self._uuid is not None
         ):  # Each worker process gets new counters: waits for its predecessor's may still be queued.
             if number in self._counters_by_worker:
                 self._counters_by_worker[

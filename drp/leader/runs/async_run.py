@@ -1,4 +1,4 @@
-"""Asynchronous runs, whose predictions are added before a device has computed them: `GpuOptions(dispatch="async")`.
+"""Asynchronous runs, whose predictions are added before a device has computed them.
 
 A worker on a GPU answers as soon as it has queued a batch; for a worker on cores, a batch counts as queued when it is
 sent. The run's arithmetic continues at once: its stream waits for the worker's event, reads the batch's completion
@@ -16,20 +16,19 @@ but not verified, the run returns to the last checkpoint that depends on verifie
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from drp.leader.clock import Clock
-from drp.leader.memory.placement import MemoryPlacement
-from drp.leader.request import Job, Request
-from drp.leader.runs.run_state import InFlightBatch, RunFuture, SyncRun
+from drp.leader.runs.in_flight import CompletionRecords, InFlightBatch, PendingCompletion
+from drp.leader.runs.kept_states import KeptStates
+from drp.leader.runs.submission import RunConfig, Submission
+from drp.leader.runs.sync_run import SyncRun
 from drp.protocol.cuda import MAX_COUNTERS, WorkerCounterView
 from drp.protocol.memory import aligned
 from drp.protocol.messages import AsyncConfig, Bind
@@ -41,75 +40,9 @@ from drp.protocol.timeline import (
     RAISED,
     TIMELINE_NBYTES,
     WorkerEvent,
-    decode_status,
-    encode_status,
 )
 from drp.sampling.result import Result
-from drp.sampling.run import Checkpoint, Run, Task, batches, residual
-
-
-@dataclass(eq=False)
-class PendingCompletion:
-    """A queued batch whose completion records are being read.
-
-    batch: the batch.
-    worker: the worker's number.
-    read: returns the completion records read so far, a list of COMPLETION_SIZE numbers for each draft.
-    counts: whether the batch's predictions were added to the run.
-    since: when the batch was queued, on the leader's clock.
-    """
-
-    batch: InFlightBatch
-    worker: int
-    read: Callable[[], list[list[int]]]
-    counts: bool
-    since: float
-
-    @property
-    def status(self) -> int | None:
-        """The worst status of the batch's records.
-
-        None if a record is not of this batch, PENDING if one was not read yet.
-        """
-        words = [stamp[0] for stamp in self.read()]
-        if PENDING in words:
-            return PENDING
-        found = [decode_status(each, self.batch.sequence) for each in words]
-        known = [verdict for verdict in found if verdict is not None]
-        return max(known) if len(known) == len(found) else None
-
-    @property
-    def seconds(self) -> float:
-        """The evaluation's time in seconds, 0 if unknown."""
-        return sum(stamp[1] for stamp in self.read()) / 1e9
-
-    @property
-    def ended_at(self) -> float:
-        """When the evaluation ended, in seconds of perf_counter, 0 if unknown."""
-        return max(stamp[2] for stamp in self.read()) / 1e9
-
-    def failed_index(self, verdict: int) -> int:
-        """Return the index of the first draft of the batch whose record has this status."""
-        words = [stamp[0] for stamp in self.read()]
-        return self.batch.tasks[words.index(encode_status(self.batch.sequence, verdict))].index
-
-
-@dataclass(frozen=True)
-class KeptState:
-    """A state that is handed to the caller once the batches that it depends on are verified.
-
-    k: the step.
-    state: a copy of the state [B * D]; None if the caller wants no states.
-    draft: a copy of the draft at this step, for its residual; None if no residuals are wanted.
-    needs: the number of batches that must be verified first.
-    event: the run's stream has computed the copies at this event; None without copies.
-    """
-
-    k: int
-    state: Tensor | None
-    draft: Tensor | None
-    needs: int
-    event: Any
+from drp.sampling.run import Checkpoint, Run, Task, batches
 
 
 @dataclass(frozen=True)
@@ -140,28 +73,16 @@ class AsyncRun(SyncRun):
 
     binds_with_drafts = schedules_ahead = True
 
-    def __init__(
-        self,
-        number: int,
-        job: Job,
-        request: Request,
-        pending: RunFuture,
-        spare: int,
-        batch: int,
-        placement: MemoryPlacement,
-        places: int,
-        clock: Clock,
-    ) -> None:
-        self._clock = clock
-        self._placement, self.stream, self._worker_count = placement, placement.new_stream(), places
+    def __init__(self, submission: Submission, config: RunConfig) -> None:
+        job, placement = submission.job, config.placement
+        self._clock, self._placement, self._worker_count = config.clock, placement, config.workers
+        self.stream = placement.new_stream()
         self._worker_events: dict[int, WorkerEvent] = {}
         """By worker number, the worker's event."""
         self._in_flight: dict[int, None] = {}
         """Sequence numbers of the batches that workers have, in the order in which they were sent."""
         self._pending: deque[PendingCompletion] = deque()
         """In the order in which the batches were added, in which their completion records are also read."""
-        self._steps: deque[KeptState] = deque()
-        self._residuals: dict[int, float] = {}
         self._rounds_of: dict[int, int] = {}
         """By draft index, the number of the round in which the draft was scheduled."""
         self._reserved: dict[int, int] = {}
@@ -174,27 +95,27 @@ class AsyncRun(SyncRun):
         """For each verified batch, in order, the number of evaluations and their time in seconds."""
         self._rounds_formed = self._batches_added = self._batches_verified = self._last_recorded = 0
         self._exhausted = False
-        self._last_progress = clock.now()
+        self._last_progress = self._clock.now()
         self._base_depth, self._round_begun = 0, False
         self.rounds_begun = 0
         """The number of rounds that have begun, whose drafts are written."""
-        spare += job.mode.width  # All rows of a round are reserved at once.
-        rows = job.slots(checkpoints=True) + spare
-        lines = aligned(rows * COMPLETION_SIZE * 8)
+        # All rows of a round are reserved at once.
+        config = replace(config, spare_rows=config.spare_rows + job.mode.width)
+        rows = job.slots(checkpoints=True) + config.spare_rows
+        completions_nbytes = aligned(rows * COMPLETION_SIZE * 8)
         try:
             with self.stream.current():
-                more = lines + (1 + places) * TIMELINE_NBYTES
-                super().__init__(
-                    number, job, request, pending, spare, batch, placement.allocate_ordered, more, checkpoints=True
-                )
+                extra = completions_nbytes + (1 + config.workers) * TIMELINE_NBYTES
+                super().__init__(submission, config, placement.allocate_ordered, extra, checkpoints=True)
         except BaseException:
             self.stream.close()
             raise
-        stamps = self.arena.memory.tensor(self.arena.end, (rows, COMPLETION_SIZE), torch.int64)
-        self._completions: Tensor | memoryview = stamps if stamps.is_cuda else stamps.numpy().data
-        self._timelines_offset = self.arena.end + lines
-        self.arena.memory.tensor(self._timelines_offset, (1 + places, TIMELINE_NBYTES), torch.uint8).zero_()
+        records = self.arena.memory.tensor(self.arena.end, (rows, COMPLETION_SIZE), torch.int64)
+        self._completions = CompletionRecords(records, self.stream)
+        self._timelines_offset = self.arena.end + completions_nbytes
+        self.arena.memory.tensor(self._timelines_offset, (1 + config.workers, TIMELINE_NBYTES), torch.uint8).zero_()
         self._leader_event = placement.leader_event(self.arena.memory, self._timelines_offset, self.stream)
+        self._kept_states = KeptStates(self.stream, job.start.shape, self._callback is not None or job.watch)
 
     def _make_run(self) -> Run:
         job = replace(self.job, watch=False)  # Residuals are computed when the states are handed out.
@@ -206,20 +127,20 @@ class AsyncRun(SyncRun):
         """Create the worker's event; return the message that describes the run's memory and semaphores to it."""
         placement, place = self._placement, self._timelines_offset + (1 + worker) * TIMELINE_NBYTES
         record = self._worker_events[worker] = placement.worker_event(worker, self.arena.memory, place, self.stream)
-        bell = placement.wakeup.handle if placement.wakeup is not None else None
-        order = AsyncConfig(
+        wakeup = placement.wakeup.handle if placement.wakeup is not None else None
+        async_config = AsyncConfig(
             completions=self.arena.end,
             timelines=self._timelines_offset,
             workers=self._worker_count,
             index=worker,
             acknowledge=placement.workers_acknowledge,
-            wakeup=bell,
+            wakeup=wakeup,
         )
         if isinstance(record, WorkerCounterView):
-            order = replace(
-                order, counters=record.counters.handle, timelines=0, workers=MAX_COUNTERS, index=record.index
+            async_config = replace(
+                async_config, counters=record.counters.handle, timelines=0, workers=MAX_COUNTERS, index=record.index
             )
-        return replace(self.arena.bind, async_config=order)
+        return replace(self.arena.bind, async_config=async_config)
 
     def prepare_dispatch(self, worker: int) -> tuple[int, int]:
         """Return the sequence number of the batch to be sent, and the number of the leader's last event."""
@@ -247,7 +168,7 @@ class AsyncRun(SyncRun):
 
     def place_drafts(
         self, queues: Sequence[Sequence[InFlightBatch]], depth: int
-    ) -> Iterator[tuple[int, tuple[Task, ...]]] | None:
+    ) -> Iterator[tuple[int, tuple[Task, ...]]]:
         """Yield batches of at most two rounds, each for the worker that would evaluate the fewest batches before it."""
         self._round_begun = False
         self._base_depth = min(depth * len(queues), 2 * -(-self.job.mode.width // self._batch))
@@ -297,24 +218,13 @@ class AsyncRun(SyncRun):
         with self.stream.current():
             self._worker_events[worker].wait()
             self._pending.append(
-                PendingCompletion(sent, worker, self._read_completions(sent.rows), counts, self._clock.now())
+                PendingCompletion(sent, worker, self._completions.read(sent.rows), counts, self._clock.now())
             )
             for task, row in zip(sent.tasks, sent.rows, strict=True) if counts else ():
                 del self.outstanding[task.slot]
                 self.run.accumulate(task.slot, row)
         self._batches_added += counts
         return True
-
-    def _read_completions(self, rows: Sequence[int]) -> Callable[[], list[list[int]]]:
-        """Queue the reading of completion records; return a function that returns them."""
-        if isinstance(self._completions, Tensor):
-            pinned = torch.full((len(rows), COMPLETION_SIZE), PENDING, dtype=torch.int64, pin_memory=True)
-            for place, row in zip(pinned, rows, strict=True):
-                self.stream.enqueue(partial(place.copy_, self._completions[row], non_blocking=True))
-            return pinned.tolist
-        seen = [[PENDING] * COMPLETION_SIZE for _ in rows]
-        self.stream.enqueue(partial(_copy_completions, self._completions, rows, seen))
-        return lambda: seen
 
     def schedule_drafts(self) -> bool | None:
         """Schedule all drafts whose predictions are queued.
@@ -365,7 +275,7 @@ class AsyncRun(SyncRun):
         If no round has just begun, one is about to end, and half the queue is enough: its end is handled first.
         """
         least = self._base_depth if self._round_begun else self._base_depth // 2 + 1
-        wanted = self._round_begun and self.wants_states
+        wanted = self._round_begun and self._kept_states.wanted
         return not (self.ready or wanted) and self.stream.pending_waits >= max(1, least)
 
     def _on_round_begun(self) -> None:
@@ -414,7 +324,7 @@ class AsyncRun(SyncRun):
                 self._drop(self._proven.popleft())
             for task in answer.batch.tasks:
                 self.retry_budget_used.pop(task.index, None)
-            self.needs_refine = self.needs_refine or bool(self._steps)
+            self.needs_refine = self.needs_refine or self._kept_states.is_due(self._batches_verified)
 
     def withdraw(self, sent: InFlightBatch) -> bool:
         """Remove a batch that will not be evaluated; return whether its predictions were added."""
@@ -423,6 +333,11 @@ class AsyncRun(SyncRun):
         for answer in found:
             self._pending.remove(answer)
         return any(answer.counts for answer in found)
+
+    def follows_failure(self, sent: InFlightBatch) -> bool:
+        """Whether the evaluation of a batch before this one has failed; its EvaluationError may arrive later."""
+        before = itertools.takewhile(lambda answer: answer.batch is not sent, self._pending)
+        return any(answer.status == RAISED for answer in before)
 
     def drop_worker(self, worker: int, drafts: tuple[InFlightBatch, ...]) -> bool:
         """Remove a lost worker and its batches; return whether an unverified one was added to the run."""
@@ -458,7 +373,7 @@ class AsyncRun(SyncRun):
         usable = [each for each in self._proven if each.checkpoint.kept and each.needs <= self._batches_verified]
         last = usable[-1] if usable else None
         self._batches_added = self._batches_verified = last.needs if last is not None else 0
-        self._steps = deque(step for step in self._steps if last is not None and step.needs <= last.needs)
+        self._kept_states.discard(last.needs if last is not None else -1)
         del self._evaluated[self._batches_added :]
         self.evaluations = sum(count for count, _ in self._evaluated)
         self.device_seconds = sum(seconds for _, seconds in self._evaluated)
@@ -486,49 +401,18 @@ class AsyncRun(SyncRun):
     def refine(self) -> None:
         """Queue the computation of final states, and hand out the states whose batches are verified."""
         with self.stream.current():
-            self.run.refine(self._keep_state, between=self.wants_states)
+            self.run.refine(self._keep_state, between=self._kept_states.wanted)
         if self._exhausted and not self._pending:
             self.stream.synchronize()  # No operation waits for a worker any more.
         self.future.rounds = max(self.future.rounds, self.run.rounds_done)
-        while self._steps and self._steps[0].needs <= self._batches_verified:
-            if self._steps[0].event is not None and not self.stream.query(self._steps[0].event):
-                break
-            self._deliver_state(self._steps.popleft())
-        self.run.residuals.update(self._residuals)
-        self.needs_refine = bool(self._steps) and self._steps[0].needs <= self._batches_verified
-
-    @property
-    def wants_states(self) -> bool:
-        """Whether intermediate states are needed, for a callback or for residuals."""
-        return self._callback is not None or self.job.watch
+        self._kept_states.deliver(self._batches_verified, self._call_back if self._callback else None)
+        self.steps_done = self._kept_states.steps_done
+        self.run.residuals.update(self._kept_states.residuals)
+        self.needs_refine = self._kept_states.is_due(self._batches_verified)
 
     def _keep_state(self, k: int, x: Tensor) -> None:
-        """Record a state that is being computed, and copy it if it is wanted: the next round may overwrite it."""
-        state = given = mark = None
-        if k > self.steps_done and self.wants_states:
-            draft = self.run.draft_at(k) if self.job.watch else None
-            state, given = self._copy(x.reshape(-1)), None if draft is None else self._copy(draft)
-            mark = self.stream.record()
-        self._steps.append(KeptState(k, state, given, self._batches_added, mark))
-
-    def _copy(self, x: Tensor) -> Tensor:
-        kept = torch.empty_like(x)
-        self.stream.enqueue(partial(kept.copy_, x))
-        return kept
-
-    def _deliver_state(self, step: KeptState) -> None:
-        if step.k <= self.steps_done:
-            return
-        self.steps_done = step.k
-        if step.state is None:
-            return
-        with self.stream.side_stream():  # The run's own stream may be waiting for workers.
-            if step.state.is_cuda:
-                step.state.record_stream(torch.cuda.current_stream())
-            if step.draft is not None:
-                self._residuals[step.k] = residual(step.state, step.draft, len(self.job.start))
-            if self._callback is not None:
-                self._call_back(step.k, step.state.view(self.job.start.shape))
+        draft = self.run.draft_at(k) if self.job.watch else None
+        self._kept_states.keep(k, x, draft, self._batches_added)
 
     def _result(self, devices: tuple[str, ...]) -> Result:
         with self.stream.side_stream():
@@ -540,9 +424,3 @@ class AsyncRun(SyncRun):
             self.arena.memory.record_event()
         self.stream.close()
         super().release()
-
-
-def _copy_completions(stamps: memoryview, rows: Sequence[int], seen: list[list[int]]) -> None:
-    """Copy completion records, int64 [rows, COMPLETION_SIZE], to lists."""
-    for place, row in enumerate(rows):
-        seen[place] = [stamps[row, number] for number in range(COMPLETION_SIZE)]

@@ -2,35 +2,11 @@
 
 from __future__ import annotations
 
-from drp.leader.clock import Clock
-from drp.leader.memory.placement import MemoryPlacement
-from drp.leader.request import Job, Request
 from drp.leader.runs.async_run import AsyncRun
-from drp.leader.runs.run_state import RunFuture, SyncRun
+from drp.leader.runs.submission import RunConfig, Submission
+from drp.leader.runs.sync_run import SyncRun
 
 
-def make_run(
-    number: int,
-    job: Job,
-    request: Request,
-    pending: RunFuture,
-    spare: int,
-    batch: int,
-    placement: MemoryPlacement,
-    workers: int,
-    clock: Clock,
-) -> SyncRun:
-    """Create the run for a job.
-
-    Args:
-        spare: rows in the run's memory beyond those that it reads, to which workers may write.
-        batch: the number of drafts that a worker evaluates as one batch.
-    """
-    run: SyncRun
-    if placement.asynchronous:
-        run = AsyncRun(number, job, request, pending, spare, batch, placement, workers, clock)
-    else:
-        run = SyncRun(number, job, request, pending, spare, batch, placement.allocate)
-    if placement.nvtx:
-        run.annotate_nvtx()
-    return run
+def make_run(submission: Submission, config: RunConfig) -> SyncRun:
+    """Create the run for a submission."""
+    return (AsyncRun if config.dispatch == "async" else SyncRun)(submission, config)

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
-import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
 
-from torch import Tensor
-
-from drp.leader.request import Job, Request
-from drp.nvtx import annotate, annotate_methods
-from drp.protocol.arena import Allocate, Arena
+from drp.leader.runs.in_flight import InFlightBatch, PendingCompletion
+from drp.protocol.arena import Arena
 from drp.protocol.messages import Bind
-from drp.sampling.result import Result
-from drp.sampling.run import Run, Task, batches
+from drp.sampling.run import Task, batches
 
 LATENCY_HISTORY = 32
 """Number of recent evaluations whose times are kept, for the median."""
@@ -29,104 +19,6 @@ FIRST_TIMEOUT = 60.0
 """Default timeout of a worker's first evaluation of a run, in seconds."""
 MIN_TIMEOUT, TIMEOUT_FACTOR = 5.0, 20.0
 """Default timeout of later evaluations: at least so many seconds, and so many times the longest evaluation so far."""
-
-
-log = logging.getLogger(__name__)
-
-
-class RunFuture(Future[Result]):
-    """The future of a submitted run: a `concurrent.futures.Future` whose `cancel` also ends a run that is running.
-
-    number: the run's number in timelines, None until the run starts.
-    steps: the number of steps of the run's grid, 0 until the run starts.
-    rounds: the number of rounds done so far.
-    """
-
-    number: int | None = None
-    steps = 0
-    rounds = 0
-
-    def __init__(self, wake: Callable[[], None]) -> None:
-        super().__init__()
-        self._notify = wake
-        self.cancel_requested = False
-
-    def cancel(self) -> bool:
-        """Request cancellation of the run, after which `result` raises CancelledError; return False if it is over.
-
-        The run ends within a round. Its workers are free for other runs as soon as they have answered.
-        """
-        over = self.done()
-        self.cancel_requested = True
-        if not over:
-            self._notify()
-        return not over
-
-    def add_done_callback(self, fn: Callable[[Future[Result]], object]) -> None:
-        """Call `fn` with this future once it is done, in the leader's thread, or immediately if it is done already.
-
-        An exception in the leader's thread is logged and does not prevent other callbacks from being called.
-        """
-        super().add_done_callback(fn if self.done() else partial(_call_done_callback, fn))
-
-
-def _call_done_callback(fn: Callable[[Future[Result]], object], future: Future[Result]) -> None:
-    try:
-        fn(future)
-    except BaseException:  # Future itself only handles Exception; SystemExit would end the leader's thread.
-        log.exception("a done-callback raised")
-
-
-@dataclass(eq=False)
-class InFlightBatch:
-    """Drafts of one run that were sent to a worker as one batch.
-
-    run: the run.
-    tasks: the drafts.
-    rows: for each draft, the row of the run's predictions to which the worker writes.
-    sequence: the sequence number of an asynchronous batch, 0 for a synchronous one.
-    completion_pending: whether an asynchronous batch is queued and its completion record was not read yet. The worker
-        has the batch until then.
-    """
-
-    run: RunState
-    tasks: tuple[Task, ...]
-    rows: tuple[int, ...]
-    sequence: int = 0
-    completion_pending: bool = False
-
-
-class Completion(Protocol):
-    """A batch that was queued at a worker, and what its completion records say about it."""
-
-    @property
-    def batch(self) -> InFlightBatch:
-        """The batch that was queued."""
-        ...
-
-    @property
-    def worker(self) -> int:
-        """The worker's number."""
-        ...
-
-    @property
-    def counts(self) -> bool:
-        """Whether the run uses the predictions."""
-        ...
-
-    @property
-    def seconds(self) -> float:
-        """The evaluation's time in seconds, 0 if unknown."""
-        ...
-
-    @property
-    def ended_at(self) -> float:
-        """When the evaluation ended, in seconds of perf_counter, 0 if unknown."""
-        ...
-
-    def failed_index(self, verdict: int) -> int:
-        """Return the index of the first draft of the batch with this status."""
-        ...
 
 
 class RunState(ABC):
@@ -256,8 +148,8 @@ class RunState(ABC):
 
     def place_drafts(
         self, queues: Sequence[Sequence[InFlightBatch]], depth: int
-    ) -> Iterator[tuple[int, tuple[Task, ...]]] | None:
-        """Assign waiting batches to workers, if the run does so itself; return None to leave it to the policy.
+    ) -> Iterator[tuple[int, tuple[Task, ...]]]:
+        """Assign waiting batches to workers; only called for a run that schedules ahead.
 
         Args:
             queues: for each ready worker, the batches that it has. They grow during the iteration.
@@ -266,7 +158,7 @@ class RunState(ABC):
         Yields:
             The index of a worker in `queues`, and the batch for it.
         """
-        return None
+        raise NotImplementedError(f"run {self.number} does not schedule ahead")
 
     def on_queued(self, worker: int, sent: InFlightBatch, counts: bool) -> bool:
         """Handle the message that a batch is queued; return False if the message means that it is evaluated."""
@@ -276,7 +168,7 @@ class RunState(ABC):
         """Execute queued arithmetic that is ready; return when to call this again, in seconds of perf_counter."""
         return math.inf
 
-    def poll_completions(self) -> Iterator[tuple[Completion, int | None]]:
+    def poll_completions(self) -> Iterator[tuple[PendingCompletion, int | None]]:
         """Yield batches whose completion records were read, with their status.
 
         The status is None if a record is not that of the batch, so that the worker has not evaluated it.
@@ -302,6 +194,10 @@ class RunState(ABC):
 
     def withdraw(self, sent: InFlightBatch) -> bool:
         """Remove a batch that will not be evaluated; return whether its predictions were added already."""
+        return False
+
+    def follows_failure(self, sent: InFlightBatch) -> bool:
+        """Whether an evaluation that the batch depends on has failed, so that its own failure may be a consequence."""
         return False
 
     def cancel_queued(self) -> None:  # noqa: B027  # most have nothing to do
@@ -351,117 +247,3 @@ class RunState(ABC):
     def median_latency(self) -> float | None:
         """The median time of recent evaluations in seconds; None before the first."""
         return statistics.median(self._recent) if self._recent else None
-
-
-class SyncRun(RunState):
-    """A run with synchronous dispatch: its arithmetic, and the future that its caller holds."""
-
-    def __init__(
-        self,
-        number: int,
-        job: Job,
-        request: Request,
-        pending: RunFuture,
-        spare: int,
-        batch: int,
-        make: Allocate,
-        more: int = 0,
-        checkpoints: bool = False,
-    ) -> None:
-        self._began, slots = time.perf_counter(), job.slots(checkpoints)
-        arena = Arena.create(number, job.start, slots, slots + spare, job.cond, make, more)
-        super().__init__(number, arena, batch)
-        self.job, self.future = job.to(arena.memory.device), pending
-        pending.number, pending.steps = number, job.solver.grid.steps
-        self._callback = request.callback
-        self._begin()
-
-    def _begin(self) -> None:
-        self.run = self._make_run()
-        self.cuts = self.run.cuts
-        self._rounds = self.run.rounds()
-
-    def _make_run(self) -> Run:
-        return self.job.run(self.arena.drafts, self.arena.predictions)
-
-    @property
-    def cancel_requested(self) -> bool:
-        """Whether the future was cancelled."""
-        return self.future.cancel_requested
-
-    def annotate_nvtx(self) -> None:
-        """Annotate this run's work with NVTX ranges."""
-        annotate_methods(self, schedule_drafts="drp draft", refine="drp refine")
-        if self._callback is not None:
-            self._callback = annotate("drp callback", self._callback)
-
-    def schedule_drafts(self) -> bool | None:
-        """Schedule all drafts whose predictions have arrived."""
-        self.needs_refine = True
-        while self.run.ready:
-            tasks = next(self._rounds, None)
-            if tasks is None:
-                return False
-            self._queue_drafts(tasks)
-        return True
-
-    @property
-    def ready(self) -> bool:
-        """Whether there are drafts to schedule, or the run is finished."""
-        return self.run.ready
-
-    def rows_in_use(self) -> set[int]:
-        """Return the rows that the arithmetic may still read."""
-        return self.run.rows
-
-    def add_prediction(self, task: Task, row: int) -> None:
-        """Add a prediction to the sums of the arithmetic."""
-        self.run.accumulate(task.slot, row)
-
-    def refine(self) -> None:
-        """Compute the states that the last round has made final, and call the callback for each."""
-        self.needs_refine = False
-        self.future.rounds = self.run.rounds_done
-        self.run.refine(self._on_state if self._callback else None)
-        self.steps_done = self.run.steps_done
-
-    def _on_state(self, step: int, state: Tensor) -> None:
-        """Call the callback with a copy of the state, since it may write to it and the run continues from the state."""
-        self._call_back(step, state.clone())
-
-    def _call_back(self, step: int, state: Tensor) -> None:
-        assert self._callback is not None
-        since = time.perf_counter_ns()
-        self._callback(step, state)
-        if self.callback_recorder is not None:
-            self.callback_recorder(step, since)
-
-    def finish(self, error: BaseException | None, devices: tuple[str, ...]) -> None:
-        """Resolve the future with the error if there is one, else with the result or the error that prevented it."""
-        if error is None:
-            try:
-                result = self._result(devices)
-            except BaseException as own:  # For example, the caller has resized `out` in the meantime.
-                error = own
-        if error is None:
-            self.future.set_result(result)
-        else:
-            self.future.set_exception(error)
-
-    def _result(self, devices: tuple[str, ...]) -> Result:
-        seconds = time.perf_counter() - self._began
-        return Result(
-            samples=self.job.samples(self.run.state),
-            mode=self.job.mode.name,
-            drafts=self.job.mode.width,
-            steps=self.job.solver.grid.steps,
-            devices=devices,
-            rounds=self.run.rounds_done,
-            evaluations=self.evaluations,
-            seconds=seconds,
-            device_seconds=self.device_seconds,
-            residuals=self.run.residuals,
-            cuts=tuple(self.run.cuts),
-            evaluated=tuple(self.run.evaluated),
-            incidents=tuple(self.incidents),
-        )

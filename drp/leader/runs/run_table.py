@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from drp.leader.event_recorder import EventRecorder
-from drp.leader.runs.run_state import InFlightBatch, RunState
+from drp.leader.runs.in_flight import InFlightBatch
+from drp.leader.runs.run_state import RunState
 from drp.leader.supervision.supervisor import Supervisor, WorkerLoss, WorkerSlot
 from drp.protocol.memory import MAX_RETAINED_NBYTES
 from drp.protocol.messages import Rebind, Unbind

@@ -6,13 +6,26 @@ evaluation; evaluation times are independent. Run times exclude the overhead of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-from drp.leader.scheduling.sharing import FirstComeFirstServed, LoadBalanced, Waiting
 from drp.sampling.modes import Eager as EagerRounds
 from drp.sampling.modes import Mode
 from drp.sampling.modes import Rolling as RollingWindow
+
+
+class HasDrafts(Protocol):
+    """A run as a policy sees it: its drafts that are not assigned to a worker."""
+
+    @property
+    def waiting(self) -> Sized:
+        """The unassigned drafts."""
+        ...
+
+
+Waiting = TypeVar("Waiting", bound=HasDrafts)
 
 
 @dataclass(frozen=True)
@@ -20,16 +33,26 @@ class Policy:
     """Base class of policies. A custom policy overrides what it changes (examples/own_policy.py).
 
     `schedule` may replace the requested mode. The mode determines which predictions a draft depends on, and the samples
-    depend on the mode only. `choose` selects the run whose draft a free worker evaluates.
+    depend on the mode only. `choose` selects the run whose draft a free worker evaluates: it affects how
+    long runs wait, never their samples.
 
     hedge: a draft that takes this many times the median latency is sent to an idle worker as well; the first prediction
-        to arrive is used. None disables hedging.
+        to arrive is used. With None, a draft is sent to a second worker only when the first one is lost. Runs under a
+        policy that hedges are dispatched synchronously.
     depth: the maximum number of batches of a worker while there is only one run. With 2, a worker does not have to wait
         for the leader between evaluations.
+
+    Raises ValueError for an invalid `hedge` or `depth`.
     """
 
     hedge: float | None = None
     depth: int = 2
+
+    def __post_init__(self) -> None:
+        if self.hedge is not None and not 1 < self.hedge < math.inf:
+            raise ValueError(f"hedge is {self.hedge}; give a factor above 1, such as 1.5, or None")
+        if isinstance(self.depth, bool) or not isinstance(self.depth, int) or self.depth < 1:
+            raise ValueError(f"depth is {self.depth!r}; give a whole number of at least 1")
 
     def schedule(self, mode: Mode) -> Mode:
         """Return the mode to use in place of `mode`."""
@@ -37,7 +60,7 @@ class Policy:
 
     def choose(self, worker: int, workers: int, runs: Sequence[Waiting]) -> Waiting | None:
         """Return the run whose next draft worker `worker` of `workers` evaluates; `runs` are oldest first."""
-        return FirstComeFirstServed().choose(worker, workers, runs)
+        return next((run for run in runs if run.waiting), None)
 
 
 @dataclass(frozen=True)
@@ -116,9 +139,20 @@ class RollingHedged(Rolling):
 
 
 @dataclass(frozen=True)
-class LoadAdaptive(Policy):
+class RunAffinity(Policy):
+    """For throughput: each worker serves its own run while that has waiting drafts, else the oldest."""
+
+    def choose(self, worker: int, workers: int, runs: Sequence[Waiting]) -> Waiting | None:
+        """Return the worker's own run, or the oldest with a draft waiting."""
+        own = runs[worker] if worker < len(runs) else None
+        return own if own is not None and own.waiting else super().choose(worker, workers, runs)
+
+
+@dataclass(frozen=True)
+class LoadAdaptive(RunAffinity):
     """All workers serve the oldest run while there are fewer runs than workers; otherwise each worker serves one run.
 
+    This is the default.
     Spreading a run's drafts over n devices makes the run about n times as fast, but devices are idle while a round
     waits for its slowest evaluation, for the leader and for communication. A run on a single device leaves that device
     never idle, since every evaluation is needed: the throughput is devices / (N tau) runs per second, which spreading
@@ -127,8 +161,10 @@ class LoadAdaptive(Policy):
     """
 
     def choose(self, worker: int, workers: int, runs: Sequence[Waiting]) -> Waiting | None:
-        """Return the choice of the policy for the current load."""
-        return LoadBalanced().choose(worker, workers, runs)
+        """Return the oldest run with a draft waiting, or, if there are as many runs as workers, the worker's own."""
+        if len(runs) < workers:
+            return Policy.choose(self, worker, workers, runs)
+        return super().choose(worker, workers, runs)
 
 
 POLICIES: dict[str, Policy] = {
@@ -137,6 +173,7 @@ POLICIES: dict[str, Policy] = {
     "rolling": Rolling(),
     "hedged": Hedged(),
     "rolling-hedged": RollingHedged(),
+    "run-affinity": RunAffinity(),
     "load-adaptive": LoadAdaptive(),
 }
 
@@ -145,6 +182,6 @@ def find_policy(policy: str | Policy) -> Policy:
     """Return the policy with this name, or a given policy itself; raise ValueError for an unknown one."""
     if isinstance(policy, Policy):
         return policy
-    if policy not in POLICIES:
+    if not isinstance(policy, str) or policy not in POLICIES:
         raise ValueError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}, or give a Policy")
     return POLICIES[policy]

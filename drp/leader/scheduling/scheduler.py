@@ -6,48 +6,36 @@ import time
 from collections.abc import Iterator, Sequence
 
 from drp.leader.event_recorder import EventRecorder
-from drp.leader.runs.run_state import InFlightBatch, RunState
+from drp.leader.runs.in_flight import InFlightBatch
+from drp.leader.runs.run_state import RunState
 from drp.leader.runs.run_table import RunTable, release_rows
-from drp.leader.scheduling.sharing import SharingPolicy
+from drp.leader.scheduling.policies import Policy
 from drp.leader.supervision.supervisor import Supervisor, WorkerSlot
 from drp.protocol.messages import BatchedDraft, Draft
 from drp.protocol.waiting import sched_yield
 from drp.sampling.run import Task
 
-QUEUE_DEPTH = 2
-"""Maximum number of batches per worker: one being evaluated, and one queued behind it."""
-
 
 class Scheduler:
-    """Assigns the waiting drafts of running runs to ready workers."""
+    """Assigns the waiting drafts of running runs to ready workers, by a policy.
 
-    depth: int
+    policy: the policy. It may be replaced while no run is running.
+    """
 
-    def __init__(
-        self,
-        supervisor: Supervisor,
-        carried: RunTable,
-        marks: EventRecorder,
-        sharing: SharingPolicy,
-        hedge: float | None,
-    ) -> None:
-        self._supervisor, self._runs, self._recorder = supervisor, carried, marks
-        self.configure(sharing, hedge, QUEUE_DEPTH)
-
-    def configure(self, sharing: SharingPolicy, hedge: float | None, depth: int) -> None:
-        """Set the sharing policy, the hedge factor and the queue depth. Only valid while no run is running."""
-        self._sharing, self._hedge, self.depth = sharing, hedge, depth
+    def __init__(self, supervisor: Supervisor, runs: RunTable, recorder: EventRecorder, policy: Policy) -> None:
+        self._supervisor, self._runs, self._recorder, self.policy = supervisor, runs, recorder, policy
 
     def assign_drafts(self) -> None:
-        """Assign waiting batches to workers: one each, or, if there is only one run, up to `depth` each.
+        """Assign waiting batches to workers: one each, or, if there is only one run, up to the policy's depth each.
 
-        A single run may assign its batches itself; see `RunState.place_drafts`.
+        A single asynchronous run assigns its batches itself, to the workers that the policy lets it use; see
+        `RunState.place_drafts`.
         """
         runs = [run for run in self._runs.running.values() if run.outstanding]
-        ready = self._supervisor.ready
-        if len(runs) == 1 and (placed := runs[0].place_drafts([slot.drafts for slot in ready], self.depth)) is not None:
-            return self._assign_placed(runs[0], ready, placed)
-        for depth in range(1, (self.depth if len(runs) == 1 else 1) + 1):
+        ready, most = self._supervisor.ready, self.policy.depth if len(runs) == 1 else 1
+        if len(runs) == 1 and runs[0].schedules_ahead:
+            return self._place_drafts(runs, ready)
+        for depth in range(1, most + 1):
             for place, worker_slot in enumerate(ready):
                 while len(worker_slot.drafts) < depth:
                     run = self._choose(place, len(ready), runs)
@@ -60,9 +48,9 @@ class Scheduler:
     def _choose(self, place: int, workers: int, runs: Sequence[RunState]) -> RunState | None:
         """Return the run that the policy chooses. If a user's policy fails, the runs that it could choose from end."""
         try:
-            run = self._sharing.choose(place, workers, runs)
+            run = self.policy.choose(place, workers, runs)
             if run is not None and not run.waiting:
-                raise ValueError(f"{self._sharing!r} chose a run that has no draft waiting; choose one that has")
+                raise ValueError(f"{self.policy!r} chose a run that has no draft waiting; choose one that has")
         except BaseException as error:
             for each in runs:
                 with self._runs.charge(each):
@@ -76,15 +64,16 @@ class Scheduler:
         if only is None or not only.waits_for_bind:
             self._supervisor.flush(self._supervisor.ready)
 
-    def _assign_placed(
-        self, run: RunState, ready: Sequence[WorkerSlot], placed: Iterator[tuple[int, tuple[Task, ...]]]
-    ) -> None:
-        """Assign batches to the workers that the run has chosen.
+    def _place_drafts(self, runs: Sequence[RunState], ready: Sequence[WorkerSlot]) -> None:
+        """Assign the only run's batches to the workers that the run chooses among those that the policy lets it use.
 
         Idle workers are sent their batches at once; busy workers receive them with the next flush.
         """
+        (run,) = runs
+        if run.waiting:
+            ready = [slot for place, slot in enumerate(ready) if self._choose(place, len(ready), runs) is run]
         idle = [worker_slot for worker_slot in ready if not worker_slot.drafts]
-        for place, tasks in placed:
+        for place, tasks in run.place_drafts([worker_slot.drafts for worker_slot in ready], self.policy.depth):
             self._assign(ready[place], run, tasks)
         if len(idle) == len(ready) or not run.waits_for_bind:
             self._supervisor.flush(idle)
@@ -123,7 +112,7 @@ class Scheduler:
 
     def _hedge_late_drafts(self, ready: Sequence[WorkerSlot]) -> None:
         """Send late drafts to idle workers as well; the first prediction to arrive is used."""
-        idle = [worker_slot for worker_slot in ready if not worker_slot.drafts] if self._hedge else []
+        idle = [worker_slot for worker_slot in ready if not worker_slot.drafts] if self.policy.hedge else []
         for worker_slot in ready if idle else ():
             if worker_slot.drafts and self._supervisor.clock.now() >= self._late_at(worker_slot):
                 for sent in list(worker_slot.drafts):
@@ -136,11 +125,12 @@ class Scheduler:
     def _late_at(self, worker_slot: WorkerSlot) -> float:
         """Return when the first draft of a busy worker slot is late enough to be hedged; infinity if never."""
         usual = worker_slot.drafts[0].run.median_latency
-        return worker_slot.since + self._hedge * usual if self._hedge and usual else float("inf")
+        hedge = self.policy.hedge
+        return worker_slot.since + hedge * usual if hedge and usual else float("inf")
 
     def hedge_deadlines(self, busy: Sequence[WorkerSlot]) -> Iterator[float]:
         """Yield the times at which drafts of busy worker slots are to be hedged, if a worker is idle."""
-        if self._hedge and len(busy) < len(self._supervisor.ready):
+        if self.policy.hedge and len(busy) < len(self._supervisor.ready):
             for worker_slot in busy:
                 if any(len(self.copies_of(sent)) == 1 for sent in worker_slot.drafts):
                     yield self._late_at(worker_slot)

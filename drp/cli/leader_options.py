@@ -1,0 +1,83 @@
+"""The options of commands that start a leader, `drp sample` and `drp serve`: those of `drp.LeaderOptions`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from drp.cli.options import Number, default_devices
+
+if TYPE_CHECKING:
+    from drp.leader.options import LeaderOptions
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+POSITIVE = click.IntRange(1)
+SECONDS = Number(0, min_open=True)
+
+_OPTIONS = (
+    click.option(
+        "-d",
+        "--devices",
+        help="A count, of GPUs if there are any, else of cores; or names: 2xcpu or cuda:0,cuda:1 or 8xemulated:20ms. "
+        "By default all GPUs, else all cores, up to 4.",
+    ),
+    click.option("--threads", type=POSITIVE, help="Threads of each worker; by default 1, without --devices all cores."),
+    click.option(
+        "--drafts-per-device", type=POSITIVE, help="Drafts that a device evaluates as one batch; by default 1."
+    ),
+    click.option(
+        "--policy",
+        default="load-adaptive",
+        show_default=True,
+        help="When and to which worker drafts are sent: a name in drp.leader.scheduling.policies.",
+    ),
+    click.option(
+        "--hedge",
+        type=Number(1, min_open=True),
+        help="Send drafts that take this many times the median latency to idle workers too.",
+    ),
+    click.option(
+        "--dispatch",
+        type=click.Choice(["auto", "sync", "async"]),
+        default="auto",
+        show_default=True,
+        help="Whether drafts are sent ahead of the predictions that they depend on.",
+    ),
+    click.option(
+        "--start-timeout", type=SECONDS, default=120.0, show_default=True, help="Seconds that workers have to start."
+    ),
+    click.option(
+        "--draft-timeout", type=SECONDS, help="Seconds that a worker has for a draft; by default from its usual time."
+    ),
+)
+
+
+def leader_options(command: F) -> F:
+    """Add the options of a leader."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def make_leader_options(given: Mapping[str, Any]) -> LeaderOptions:
+    """Return the leader's options; without `devices`, what there is decides. Raises ValueError for invalid options."""
+    from dataclasses import replace
+
+    from drp.leader.execution import ExecutionOptions  # only now: --help need not wait for torch
+    from drp.leader.options import LeaderOptions
+    from drp.leader.scheduling.policies import find_policy
+
+    devices, threads, batch = (given["devices"], 1, 1) if given["devices"] is not None else default_devices()
+    policy = find_policy(given["policy"])
+    return LeaderOptions(
+        devices=devices,
+        threads=given["threads"] or threads,
+        drafts_per_device=given["drafts_per_device"] or batch,
+        policy=replace(policy, hedge=given["hedge"]) if given["hedge"] is not None else policy,
+        execution=ExecutionOptions(dispatch=given["dispatch"]),
+        start_timeout=given["start_timeout"],
+        draft_timeout=given["draft_timeout"],
+    )

@@ -1,0 +1,99 @@
+"""The options of a leader, validated before any worker starts."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypedDict
+
+from drp.leader.devices import Device, parse_devices
+from drp.leader.execution import ExecutionOptions
+from drp.leader.scheduling.policies import Policy, find_policy
+from drp.protocol.messages import MAX_BATCHED
+
+
+class LeaderArguments(TypedDict, total=False):
+    """The keyword arguments of `Leader`; see `LeaderOptions`."""
+
+    devices: int | str | Sequence[str]
+    threads: int
+    drafts_per_device: int
+    policy: str | Policy
+    execution: ExecutionOptions
+    start_timeout: float
+    draft_timeout: float | None
+    python: str | os.PathLike[str] | None
+
+
+@dataclass(frozen=True)
+class LeaderOptions:
+    """The options of a leader.
+
+    devices: a count, of GPUs where CUDA shows any, else of cores, or names (`"cpu"`, `["cpu:0", "cpu:1"]`, `"4xcuda"`,
+        `"8xemulated:20ms"`); see `drp.leader.devices`.
+    threads: the number of threads of each worker.
+    drafts_per_device: evaluate this many drafts of a round as one batch; see docs/gpus.md. By default the `drafts` of a
+        run are then this many times the number of devices. The samples equal those of `drp.reference` with the same
+        number.
+    policy: when drafts are sent, to which worker, and whether to a second one: a policy or its name, see
+        `drp.leader.scheduling.policies`.
+    execution: how workers evaluate drafts and how runs are dispatched to them.
+    start_timeout: seconds within which every worker must start and load the model.
+    draft_timeout: seconds within which a worker must evaluate a draft, after which it counts as lost. By default a
+        minute for its first draft of a run, and then 20 times the run's slowest evaluation so far, at least 5 seconds.
+    python: the workers' Python interpreter; by default this program's, or, in a program that embeds Python, the one in
+        the environment's folder. It must have the same version.
+
+    Raises ValueError for an invalid option. Devices are looked up when they are first needed, since that initializes
+    CUDA.
+    """
+
+    devices: int | str | Sequence[str] = 1
+    threads: int = 1
+    drafts_per_device: int = 1
+    policy: str | Policy = "load-adaptive"
+    execution: ExecutionOptions = field(default_factory=ExecutionOptions)
+    start_timeout: float = 120.0
+    draft_timeout: float | None = None
+    python: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("start_timeout", self.start_timeout), ("draft_timeout", self.draft_timeout)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; give seconds above 0")
+        check_batch(self.drafts_per_device)
+        hedge = self.scheduling_policy.hedge
+        if self.execution.dispatch == "async" and hedge is not None:
+            raise ValueError(
+                f'hedge is {hedge}, but with dispatch="async" no draft is sent twice: it would wait for the later of '
+                'two predictions; give dispatch="auto" or another policy'
+            )
+
+    @property
+    def scheduling_policy(self) -> Policy:
+        """The policy."""
+        return find_policy(self.policy)
+
+    @cached_property
+    def worker_devices(self) -> tuple[Device, ...]:
+        """The device of each worker; raises ValueError for unknown devices."""
+        return parse_devices(self.devices, self.threads)
+
+    @property
+    def drafts(self) -> int:
+        """The number of drafts that all workers evaluate at once."""
+        return len(self.worker_devices) * self.drafts_per_device
+
+
+def check_batch(drafts_per_device: int) -> int:
+    """Return `drafts_per_device`; raise ValueError if it is not a valid batch size."""
+    if (
+        isinstance(drafts_per_device, bool)
+        or not isinstance(drafts_per_device, int)
+        or not 1 <= drafts_per_device <= MAX_BATCHED
+    ):
+        raise ValueError(f"drafts_per_device is {drafts_per_device!r}; give a whole number from 1 to {MAX_BATCHED}")
+    return drafts_per_device
