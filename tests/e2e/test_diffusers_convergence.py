@@ -9,7 +9,10 @@ pytest.importorskip("diffusers")
 from bench.convergence import STEPS, converges, measure
 from tests.tiny.schedulers import SCHEDULERS
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torchsde, and numpy in diffusers' schedulers
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # torchsde, and numpy in diffusers' schedulers
+    pytest.mark.timeout(600),  # some 1,000 evaluations each, on a machine that may be busy
+]
 
 CHEAP = ("DDIM, clip_sample", "DDPM, clip_sample")
 NAMES = [pytest.param(name, marks=[] if name in CHEAP else pytest.mark.diffusers) for name in SCHEDULERS]
