@@ -28,7 +28,8 @@ from torch import Tensor
 from bench.candidates import CANDIDATES, PAPERS
 from bench.other_networks import load
 from drp import models
-from drp.sampling.modes import Mode, Sequential, Window, default_rule
+from drp.sampling.mode_selection import default_rule
+from drp.sampling.modes import Mode, Sequential, Window
 from drp.sampling.reference import Denoiser, run_reference
 from drp.sampling.registry import make_solver
 

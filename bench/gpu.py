@@ -37,7 +37,8 @@ from bench.figures import console, machine, percentile
 from bench.speedup import DISPATCHES
 from drp import ExecutionOptions, Leader, Result
 from drp.leader.devices import parse_devices
-from drp.leader.request import Request, make_job
+from drp.leader.job import make_job
+from drp.leader.request import Request
 from drp.models import load
 from drp.models.gpu import on_device
 from drp.models.registry import Denoiser

@@ -28,17 +28,8 @@ from bench.figures import machine
 from drp import models
 from drp.models.classifier import load_classifier
 from drp.sampling.drafts import DAMPED, PAPER, SECANT
-from drp.sampling.modes import (
-    PATTERNS,
-    Adaptive,
-    Aggressive,
-    Conservative,
-    Mode,
-    Sequential,
-    Sparse,
-    Window,
-    default_stride,
-)
+from drp.sampling.mode_selection import PATTERNS, default_stride
+from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Sequential, Sparse, Window
 from drp.sampling.reference import run_reference
 from drp.sampling.registry import make_solver
 

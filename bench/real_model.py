@@ -16,7 +16,8 @@ from rich.table import Table
 from bench.figures import console, percentile
 from bench.speedup import pinned
 from drp import ExecutionOptions, Leader, models
-from drp.leader.request import Request, make_job
+from drp.leader.job import make_job
+from drp.leader.request import Request
 from drp.sampling.modes import Sequential
 from drp.sampling.reference import run_reference
 

@@ -26,7 +26,8 @@ from bench.figures import console
 from drp.leader import Leader
 from drp.leader.events import Timeline
 from drp.leader.scheduling.policies import POLICIES
-from drp.sampling.modes import Aggressive, Conservative, Mode, Rolling, rounds_of
+from drp.sampling.mode_selection import rounds_of
+from drp.sampling.modes import Aggressive, Conservative, Mode, Rolling
 from drp.simulate import Costs, Load, make_devices, simulate
 from drp.simulate.devices import repeated
 

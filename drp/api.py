@@ -14,9 +14,10 @@ from typing_extensions import Unpack
 
 from drp import models
 from drp.leader.execution import ExecutionOptions
+from drp.leader.job import make_job
 from drp.leader.leader import Leader, model_name
 from drp.leader.options import LeaderArguments, LeaderOptions
-from drp.leader.request import Options, Request, make_job
+from drp.leader.request import Options, Request
 from drp.models.finite import check_finite
 from drp.protocol.messages import ModelSpec
 from drp.sampling.advice import warn

@@ -8,7 +8,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from drp.sampling.grids import scaled_linear
 from drp.sampling.modes import Aggressive
-from drp.sampling.run import Run, Task, slots
+from drp.sampling.run import Run, Task
+from drp.sampling.slot_allocator import slots
 from drp.sampling.solvers import DDIM
 
 NUMBERS = 4 * 64 * 64

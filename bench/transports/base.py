@@ -15,10 +15,12 @@ from torch import Tensor
 
 from drp.leader.devices import parse_emulated
 from drp.leader.events import Timeline, TraceEvent
-from drp.leader.request import Job, Request, make_job
+from drp.leader.job import Job, make_job
+from drp.leader.request import Request
 from drp.protocol.messages import Draft, ModelSpec
 from drp.sampling.reference import run_reference
-from drp.sampling.run import Run, Task, slots
+from drp.sampling.run import Run, Task
+from drp.sampling.slot_allocator import slots
 from drp.workers.emulated import EmulatedDevice, cheap
 
 NO_COND: Mapping[str, Tensor] = {}

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from bench.transports.base import DEADLINE, Evaluator, Transport, Work
 from drp.leader.events import Timeline, TraceEvent
-from drp.sampling.run import Run, slots
+from drp.sampling.run import Run
+from drp.sampling.slot_allocator import slots
 
 
 class Gloo(Transport):

@@ -24,7 +24,7 @@ from drp.cli.options import (
 )
 from drp.cli.output import check_trace
 from drp.http.jobs import Backend
-from drp.sampling.modes import MODE_NAMES
+from drp.sampling.mode_selection import MODE_NAMES
 
 
 @click.command(cls=GroupedCommand)

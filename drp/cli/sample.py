@@ -18,7 +18,7 @@ from drp.cli.options import GroupedCommand, Number, common_options, force_option
 from drp.cli.output import check_output, check_shape, check_trace, default_output, write_samples
 from drp.cli.pipeline import pipeline_options
 from drp.sampling.drafts import RULES
-from drp.sampling.modes import MODE_NAMES, PATTERNS
+from drp.sampling.mode_selection import MODE_NAMES, PATTERNS
 from drp.sampling.predictions import PREDICTION_TYPES
 from drp.sampling.registry import SOLVER_NAMES, make_solver
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from drp.cli.helpers import parse_offsets, plain_errors, print_json
 from drp.cli.options import Number, common_options, force_option, json_option, trace_option
 from drp.cli.output import check_trace
-from drp.sampling.modes import MODE_NAMES
+from drp.sampling.mode_selection import MODE_NAMES
 
 ABOVE_ZERO = click.IntRange(1)
 NOT_NEGATIVE = Number(0)
@@ -104,7 +104,7 @@ def simulate(
         from drp.leader.events import Timeline
         from drp.leader.scheduling.policies import POLICIES, find_policy
         from drp.sampling.drafts import DAMPED
-        from drp.sampling.modes import make_mode
+        from drp.sampling.mode_selection import make_mode
         from drp.simulate import Costs, Load, make_devices
         from drp.simulate import simulate as run
         from drp.simulate.devices import measured, repeated

@@ -24,7 +24,9 @@ from drp.diffusers.watch import WatchedMethod, schedulers_of
 from drp.diffusers.workers import Workers
 from drp.leader.devices import expand_count, parse_devices
 from drp.sampling.drafts import DraftRule, find_rule
-from drp.sampling.modes import Mode, Warmup, make_mode
+from drp.sampling.mode_selection import make_mode
+from drp.sampling.mode_wrappers import Warmup
+from drp.sampling.modes import Mode
 from drp.trace.record import check
 
 DENOISERS = ("unet", "transformer", "transformer_2", "controlnet", "prior")

@@ -18,6 +18,8 @@ The engine's state is held by:
     Supervisor     worker slots and their states; see `drp.leader.supervision.supervisor.WorkerSlot`
     Scheduler      which worker evaluates which draft
     EventRecorder  subscribed timelines
+
+`MessageHandler` has no state of its own: it changes theirs as messages arrive and workers are lost.
 """
 
 from __future__ import annotations
@@ -36,23 +38,22 @@ import torch
 from drp.errors import WorkerError
 from drp.leader.clock import Clock
 from drp.leader.event_recorder import EventRecorder
+from drp.leader.job import Job
 from drp.leader.memory.placement import MemoryPlacement
+from drp.leader.message_handler import MessageHandler
 from drp.leader.options import LeaderOptions
-from drp.leader.request import Job
 from drp.leader.request_queue import NewWork, RequestQueue
 from drp.leader.runs.factory import make_run
-from drp.leader.runs.in_flight import InFlightBatch, PendingCompletion
 from drp.leader.runs.run_state import RunState
-from drp.leader.runs.run_table import RunTable, release_rows
+from drp.leader.runs.run_table import RunTable
 from drp.leader.runs.session import Session
 from drp.leader.runs.submission import RunConfig, RunFuture, Submission
 from drp.leader.scheduling.policies import Policy
 from drp.leader.scheduling.scheduler import Scheduler
-from drp.leader.supervision.supervisor import DRAFT_RETRY_COST, Supervisor, WorkerLoss, WorkerSlot
+from drp.leader.supervision.supervisor import Supervisor
 from drp.leader.supervision.worker_pool import SHUTDOWN_TIMEOUT, WorkerPool
 from drp.protocol.arena import Arena
-from drp.protocol.messages import Bound, EvaluationError, ModelSpec, Prediction, ToLeader
-from drp.protocol.timeline import OK
+from drp.protocol.messages import ModelSpec
 from drp.protocol.waiting import set_timer_slack
 from drp.sampling.run import Callback
 
@@ -67,7 +68,6 @@ class Engine:
 
     def __init__(self, model: str, options: LeaderOptions) -> None:
         devices, self._batch = options.worker_devices, options.drafts_per_device
-        self._draft_timeout = options.draft_timeout
         self.recorder, self._clock = EventRecorder(), Clock()
         self._devices = tuple(device.name for device in devices)
         self._numbers = itertools.count()
@@ -89,6 +89,9 @@ class Engine:
             )
             self._runs = RunTable(self._supervisor, self.recorder, self._devices)
             self._scheduler = Scheduler(self._supervisor, self._runs, self.recorder, options.scheduling_policy)
+            self._handler = MessageHandler(
+                self._supervisor, self._runs, self._scheduler, self.recorder, options.draft_timeout
+            )
             self._pool.watch(self._requests.wakeup_fd)
             if self._placement.wakeup is not None:
                 self._pool.watch(self._placement.wakeup.fd)
@@ -240,11 +243,11 @@ class Engine:
                 self.recorder.record("begin", run)
                 run.callback_recorder = self.recorder.callback_recorder(run)
                 self._runs.add(run)
-                self._schedule_drafts(run)
+                self._runs.schedule_drafts(run)
         while self._requests.notified:
             session = self._requests.notified.popleft()
             if session.number in running and session.idle:
-                self._schedule_drafts(session)
+                self._runs.schedule_drafts(session)
         for run in [run for run in running.values() if run.cancel_requested]:
             if isinstance(run, Session):
                 self.recorder.record("end", run)
@@ -274,21 +277,6 @@ class Engine:
             clock=self._clock,
         )
 
-    def _schedule_drafts(self, run: RunState) -> None:
-        """Schedule a run's next drafts, or finish the run if there are none."""
-        since, cuts, formed = time.perf_counter_ns(), len(run.cuts), len(run.waiting)
-        with self._runs.charge(run):
-            more = run.schedule_drafts()
-            if more is False:
-                run.refine()
-            if more is not None and self.recorder.timelines:
-                for cut in run.cuts[cuts:]:
-                    self.recorder.record("cut", run, cut)
-                steps = tuple(task.index for batch in itertools.islice(run.waiting, formed, None) for task in batch)
-                self.recorder.record("formed" if more else "end", run, since=since, steps=steps)
-            if more is False:
-                self._runs.finish(run, None)
-
     def _assign(self) -> Iterator[None]:
         """Send drafts to workers and schedule the drafts that do not depend on further messages.
 
@@ -303,7 +291,7 @@ class Engine:
                 yield
                 self._refine()  # Refine a round's states before scheduling the next round.
                 for run in self._runs.schedulable_runs:
-                    self._schedule_drafts(run)
+                    self._runs.schedule_drafts(run)
                 yield
                 self._refine()  # Queue known sums before operations that wait for the predictions of these drafts.
                 yield
@@ -326,7 +314,7 @@ class Engine:
         got = self._pool.poll(0.0 if ahead else timer, self._requests.wakeup_fd) if others else None
         self._clock.resume(timer)
         while got is not None:
-            self._on_message(self._supervisor.slot_of(got[0]), got[1])
+            self._handler.on_message(self._supervisor.slot_of(got[0]), got[1])
             waiting = self._runs.schedulable_runs or any(run.waiting for run in self._runs.running.values())
             if waiting or self._next_ready_time <= time.monotonic():
                 break
@@ -357,81 +345,17 @@ class Engine:
     def _next_deadline(self) -> float:
         """Return the time of the next deadline, on the leader's clock."""
         busy = [worker_slot for worker_slot in self._supervisor.ready if worker_slot.drafts]
-        times = [self._deadline(worker_slot) for worker_slot in busy]
+        times = [self._handler.deadline_of(worker_slot) for worker_slot in busy]
         times += [self._clock.now() + run.poll_interval for run in self._runs.all_runs]
         return min([*times, *self._scheduler.hedge_deadlines(busy), self._supervisor.next_deadline])
 
-    def _deadline(self, worker_slot: WorkerSlot) -> float:
-        """Return when the first draft of a busy worker slot times out and its worker counts as lost."""
-        first = worker_slot.drafts[0]
-        return first.run.due_since(first.sequence, worker_slot.since) + self._timeout_of(worker_slot)
-
-    def _timeout_of(self, worker_slot: WorkerSlot) -> float:
-        return self._draft_timeout or worker_slot.drafts[0].run.timeout(worker_slot.number)
-
     def _on_deadline(self) -> None:
         while (got := self._pool.receive_now()) is not None:  # A message that has arrived is not late.
-            self._on_message(self._supervisor.slot_of(got[0]), got[1])
+            self._handler.on_message(self._supervisor.slot_of(got[0]), got[1])
         self._poll_completions()  # The last check may be some time ago.
         for loss in self._supervisor.check_health():
-            self._on_worker_lost(loss)
-        now = self._clock.now()
-        for worker_slot in self._supervisor.ready:
-            if worker_slot.drafts and self._deadline(worker_slot) <= now:
-                run, task = worker_slot.drafts[0].run, worker_slot.drafts[0].tasks[0]
-                self._on_worker_lost(
-                    self._supervisor.mark_dead(
-                        worker_slot,
-                        f"{worker_slot.worker} has not evaluated step {task.index} of run {run.number} within "
-                        f"{self._timeout_of(worker_slot):g} s (draft_timeout)",
-                    )
-                )
-
-    def _on_message(self, worker_slot: WorkerSlot, message: ToLeader | None) -> None:
-        """Handle a worker's message, or its exit (None)."""
-        match message:
-            case Prediction() | EvaluationError() if sent := _find_batch(worker_slot, message):
-                if isinstance(message, EvaluationError) or not self._runs.on_queued(worker_slot, sent):
-                    self._done(worker_slot, sent)
-                    self._on_prediction(worker_slot, sent, message)
-            case Bound(number) if self._runs.on_bound(worker_slot, number):
-                return
-            case Prediction() | EvaluationError() | Bound():
-                self._on_worker_lost(
-                    self._supervisor.mark_dead(
-                        worker_slot, f"{worker_slot.worker} sent {message}, which it does not owe"
-                    )
-                )
-            case _:
-                if loss := self._supervisor.on_message(worker_slot, message):
-                    self._on_worker_lost(loss)
-
-    def _done(self, worker_slot: WorkerSlot, sent: InFlightBatch) -> None:
-        """Remove a batch that a worker has finished from its slot, and reset the slot's retry budget."""
-        worker_slot.drafts.remove(sent)
-        worker_slot.since, worker_slot.retry_budget_used = self._clock.now(), 0.0
-        release_rows(sent)
-
-    def _on_prediction(
-        self, worker_slot: WorkerSlot, sent: InFlightBatch, message: Prediction | EvaluationError
-    ) -> None:
-        run, index, since = sent.run, sent.tasks[0].index, time.perf_counter_ns()
-        # The batch may be the second of two copies, or its run may be over.
-        consequence = run.follows_failure(sent)
-        counts = self._runs.is_outstanding(sent) or (run.withdraw(sent) and run.number in self._runs.running)
-        counts = counts and not consequence
-        self.recorder.record_predictions("answer" if counts else "late", sent, worker_slot.number, message)
-        if counts and isinstance(message, EvaluationError):
-            words = f"{worker_slot.worker} failed evaluating step {index} of run {run.number}: {message.error}"
-            self._runs.finish(run, WorkerError(f"{words}\n{message.traceback}"))
-        elif counts and isinstance(message, Prediction):
-            with self._runs.charge(run):
-                run.on_predictions(worker_slot.number, sent.tasks, sent.rows, message.seconds)
-                for task in sent.tasks:
-                    self.recorder.record("folded", run, task.index, worker_slot.number, since=since)
-                if run.ready:
-                    self._schedule_drafts(run)
-        self._runs.release_if_idle(run)
+            self._handler.on_worker_lost(loss)
+        self._handler.drop_late_workers()
 
     def _run_ready(self) -> None:
         """Execute the operations that runs have queued for this thread, as far as they are ready."""
@@ -445,52 +369,7 @@ class Engine:
         """Handle the completion records that have been read since the last call."""
         for run in self._runs.all_runs:
             for answer, verdict in run.poll_completions():
-                self._on_completion(run, answer, verdict)
-
-    def _on_completion(self, run: RunState, answer: PendingCompletion, verdict: int | None) -> None:
-        worker_slot, sent = self._supervisor.worker_slots[answer.worker], answer.batch
-        if verdict is None:
-            words = f"{worker_slot.worker} answered step {sent.tasks[0].index} of run {run.number}"
-            self._on_worker_lost(self._supervisor.mark_dead(worker_slot, f"{words} and did not stamp it"))
-            return
-        self._done(worker_slot, sent)
-        self.recorder.record_completion(
-            "answer" if answer.counts else "late", sent, worker_slot.number, answer.seconds, answer.ended_at
-        )
-        if verdict != OK and answer.counts and run.number in self._runs.running:
-            step = f"step {answer.failed_index(verdict)} of run {run.number}"
-            words = f"{worker_slot.worker} failed evaluating {step}: the denoiser returned NaN or infinity"
-            self._runs.finish(run, WorkerError(words))
-        self._runs.release_if_idle(run)
-
-    def _on_worker_lost(self, loss: WorkerLoss) -> None:
-        """Reassign a lost worker's drafts to other workers. The drafts and so the predictions are unchanged."""
-        number = loss.worker_slot.number
-        again = self._runs.on_worker_lost(loss)
-        for place, sent in reversed([*enumerate(loss.drafts)]):
-            run, task = sent.run, sent.tasks[0]
-            release_rows(sent)
-            for each in sent.tasks:
-                self.recorder.record("lost", run, each.index, number)
-            missing = self._runs.is_outstanding(sent) and not self._scheduler.copies_of(sent)
-            if missing:
-                run.waiting.appendleft(sent.tasks)
-            if missing or (sent.completion_pending and run in again):
-                run.retry_budget_used[task.index] += DRAFT_RETRY_COST[loss.cause] if place == 0 else 0.0
-                if run.retry_budget_used[task.index] > 1 - 1e-9 and run.number in self._runs.running:
-                    several = (
-                        f"step {task.index} of run {run.number} was given up, after every worker that evaluated it"
-                    )
-                    self._runs.finish(run, WorkerError(f"{several} was lost; the last: {loss.reason}"))
-        for behind in again:
-            if behind.number in self._runs.running:
-                with self._runs.charge(behind):
-                    step = behind.restart()
-                    words = f"run {behind.number} went back to step {step}: answers that it was built upon were lost"
-                    behind.incidents.append(words)
-                    self._schedule_drafts(behind)
-        self._runs.release_idle()
-        self._scheduler.flush()  # Messages that were held back because of the lost worker.
+                self._handler.on_completion(run, answer, verdict)
 
     def _finish_all(self, error: WorkerError | None) -> None:
         """Resolve all futures with an error. Each gets its own instance, since raising one adds a traceback to it."""
@@ -507,21 +386,3 @@ class Engine:
             elif not work.future.done():
                 work.future.set_exception(reason())
         self._requests.new.clear()
-
-
-def _key_of(message: Prediction | EvaluationError) -> tuple[int, int, int]:
-    return message.run, message.index, message.row
-
-
-def _find_batch(worker_slot: WorkerSlot, message: Prediction | EvaluationError) -> InFlightBatch | None:
-    """Return the batch that a message answers, None if it answers none.
-
-    A prediction, or the message that a batch is queued, answers the first batch without a pending completion. An error
-    may also answer a batch whose completion is pending.
-    """
-    for sent in worker_slot.drafts:
-        if _key_of(message) == (sent.run.number, sent.tasks[0].index, sent.rows[0]):
-            return None if sent.completion_pending and isinstance(message, Prediction) else sent
-        if not sent.completion_pending:
-            return None
-    return None

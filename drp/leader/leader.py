@@ -15,8 +15,9 @@ from typing_extensions import Unpack
 
 from drp.leader.engine import Engine
 from drp.leader.events import Timeline
+from drp.leader.job import make_job
 from drp.leader.options import LeaderArguments, LeaderOptions
-from drp.leader.request import Options, Request, make_job
+from drp.leader.request import Options, Request
 from drp.leader.runs.session import Session
 from drp.leader.runs.submission import RunFuture
 from drp.leader.scheduling.policies import Policy

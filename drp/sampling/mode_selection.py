@@ -1,13 +1,107 @@
-"""Choice: a mode, a number of drafts and a stride for a wanted speed-up or number of rounds."""
+"""Modes by name, their defaults, and the window for a target speed-up or number of rounds."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
+
+from drp.sampling.drafts import DAMPED, PAPER, STEADY, DraftRule
+from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Rolling, Sequential, Sparse, Window
+
+MODE_NAMES = ("sequential", "conservative", "aggressive", "window", "adaptive", "rolling")
+PATTERNS: Mapping[str, Callable[[int], tuple[int, ...]]] = {
+    "dense": lambda n: tuple(range(1, n + 1)),
+    "even": lambda n: tuple(range(2, 2 * n + 1, 2)),
+    "tapered": lambda n: tuple(j if j <= n // 2 else 2 * j - n // 2 for j in range(1, n + 1)),
+}
+"""Offsets of n drafts by name: all indices; every second one; all in the nearer half, every second one beyond."""
+
+
+def default_stride(n: int) -> float:
+    """Return by how much a window of n drafts moves on unless told: n / 2 + 1, so 2, 3 and 5 for n = 2, 4 and 8.
+
+    Beyond it, drafts that are evaluated a single time begin to be passed early in the run, where that costs most; below
+    it, rounds are spent on errors that are small already (docs/drafts.md).
+    """
+    return min(n, n / 2 + 1)
+
+
+def default_rule(name: str, n: int, stride: float | None, adds_noise: bool) -> DraftRule:
+    """Return the rule of the mode called `name` unless told, which depends on whether the solver adds noise.
+
+    With noise, carrying anything but the network's output loses where each prediction is used as it was first made. In
+    a window, whose predictions are made again at refined states, it still gains (docs/quality.md).
+    """
+    if not adds_noise:
+        return DAMPED
+    again = name == "window" and (default_stride(n) if stride is None else stride) < n
+    return STEADY if again or name == "adaptive" else PAPER
+
+
+def make_mode(
+    name: str,
+    n: int,
+    tolerance: float,
+    rule: DraftRule,
+    stride: float | None = None,
+    offsets: str | Sequence[int] | None = None,
+) -> Mode:
+    """Return the mode called `name` with `n` drafts a round; raise ValueError for what is none.
+
+    `tolerance` is adaptive's; `stride` and `offsets` are the window's, the latter a name of PATTERNS or numbers.
+    """
+    if name != "window" and not (stride is None and offsets is None):
+        what = f"stride is {stride}" if stride is not None else f"offsets are {offsets!r}"
+        raise ValueError(f"{what}, which mode {name!r} does not have; choose mode 'window'")
+    if n < 1:
+        raise ValueError(f"drafts is {n}; a round needs at least 1 draft")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance is {tolerance}; give a relative residual from 0 to infinity, such as 0.01")
+    match name:
+        case "sequential":
+            return Sequential(rule)
+        case "conservative":
+            return Conservative(n, rule)
+        case "aggressive":
+            return Aggressive(n, rule)
+        case "window":
+            return _make_window(n, rule, stride, offsets)
+        case "adaptive":
+            return Adaptive(n, tolerance, rule)
+        case "rolling":
+            return Rolling(n, rule)
+    raise ValueError(f"unknown mode {name!r}; choose one of {', '.join(MODE_NAMES)}")
+
+
+def _make_window(n: int, rule: DraftRule, stride: float | None, offsets: str | Sequence[int] | None) -> Mode:
+    if stride is not None and not (isinstance(stride, (int, float)) and math.isfinite(stride)):
+        raise ValueError(f"stride is {stride!r}; give a number from 1 to {n}, the drafts of a round")
+    if offsets is None or offsets == "dense":
+        return Window(n, default_stride(n) if stride is None else stride, rule)
+    if isinstance(offsets, str):
+        if offsets not in PATTERNS:
+            raise ValueError(f"unknown offsets {offsets!r}; choose one of {', '.join(PATTERNS)}, or give numbers")
+        offsets = PATTERNS[offsets](n)
+    return Sparse(n, n if stride is None else stride, rule, tuple(offsets))
+
+
+def rounds_of(name: str, steps: int, n: int, stride: float | None = None) -> int:
+    """Return how many rounds `steps` steps take in a mode whose rounds are known before the run."""
+    match name:
+        case "sequential":
+            return steps
+        case "aggressive" | "rolling":
+            return 1 + math.ceil((steps - 1) / n)
+        case "window":
+            return len(list(Window(n, default_stride(n) if stride is None else stride).rounds(steps)))
+        case "conservative":
+            return 2 * (steps // (n + 1)) + min(2, steps % (n + 1))
+    raise ValueError(f"the rounds of mode {name!r} are not known before the run")
 
 
 class Choice(NamedTuple):
-    """Arguments of `drp.sampling.modes.make_mode`."""
+    """Arguments of `drp.sampling.mode_selection.make_mode`."""
 
     mode: str
     drafts: int

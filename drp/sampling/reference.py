@@ -10,7 +10,8 @@ from torch import Tensor
 
 from drp.sampling.modes import Mode
 from drp.sampling.result import Result
-from drp.sampling.run import Callback, Noise, Run, batches, slots
+from drp.sampling.run import Callback, Noise, Run, batches
+from drp.sampling.slot_allocator import slots
 from drp.sampling.solvers import Solver
 
 Denoiser = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from drp.sampling.modes import Mode
+from drp.sampling.plan import most_in_use
+from drp.sampling.solvers import Solver
+
+ROUNDS_BACK = 4
+"""Rounds for which memory is reserved so that a run can return to a checkpoint."""
+
 
 class SlotAllocator:
     """`count` groups of `width` rows each, one after the other."""
@@ -41,3 +48,28 @@ class SlotAllocator:
             if run == wanted:
                 return (bank + 1 - wanted) * self.width if rows <= self.width * wanted else None
         return None
+
+
+def slots(solver: Solver, mode: Mode, checkpoints: bool = False) -> int:
+    """Return the number of slots that a run needs for drafts; it needs as many rows for predictions.
+
+    With `checkpoints`, this includes the slots that two checkpoints within the last few rounds keep in use.
+    """
+    return make_allocator(solver, mode, mode.width, checkpoints).rows
+
+
+def _rounds_kept(solver: Solver, mode: Mode) -> int:
+    """Return the maximum number of rounds that are in use at once.
+
+    These are the round being evaluated, the round being refined and the round of its base; the round that the draft
+    rule looks back on; and one round for each earlier index that the solver uses.
+    """
+    usual = 3 + mode.rule.looks_back + solver.history
+    return max(usual, 1 + most_in_use(mode, solver.grid.steps, solver.history)) if mode.gaps else usual
+
+
+def make_allocator(solver: Solver, mode: Mode, width: int, checkpoints: bool) -> SlotAllocator:
+    """Return an allocator for the slots in use at once; in a pipelined mode, rounds may have any length."""
+    kept = _rounds_kept(solver, mode)
+    more = ROUNDS_BACK if checkpoints else 0
+    return SlotAllocator((2 * kept + more) * width, 1) if mode.pipelined else SlotAllocator(kept + more, width)

@@ -46,7 +46,9 @@ from drp.diffusers.parallel import DENOISERS
 from drp.diffusers.scheduler import Levels
 from drp.diffusers.structure import describe
 from drp.models.classifier import load_classifier
-from drp.sampling.modes import Aggressive, PicardSweeps, rounds_of
+from drp.sampling.mode_selection import rounds_of
+from drp.sampling.mode_wrappers import PicardSweeps
+from drp.sampling.modes import Aggressive
 from tests.pipelines import (
     BETAS,
     IMAGE,

@@ -25,9 +25,10 @@ import drp
 from drp import ExecutionOptions, Leader, WorkerError
 from drp.leader.devices import parse_devices
 from drp.leader.events import TraceEvent
+from drp.leader.job import make_job
 from drp.leader.memory.host_stream import CorePlacement
 from drp.leader.memory.placement import MemoryPlacement
-from drp.leader.request import Request, make_job
+from drp.leader.request import Request
 from drp.leader.runs.in_flight import PendingCompletion
 from drp.leader.scheduling.policies import LoadAdaptive
 from drp.leader.supervision.supervisor import WorkerSlot

@@ -40,7 +40,8 @@ def test_batches_are_no_more_messages_than_they_must_be() -> None:
         assert len(t) == len(x)
         return torch.sin(x)
 
-    from drp.leader.request import Request, make_job
+    from drp.leader.job import make_job
+    from drp.leader.request import Request
     from drp.protocol.messages import ModelSpec
     from drp.sampling.reference import run_reference
 

@@ -19,7 +19,8 @@ from torch import Tensor
 import drp
 from drp import Leader
 from drp.leader.devices import parse_devices
-from drp.leader.request import Request, make_job
+from drp.leader.job import make_job
+from drp.leader.request import Request
 from tests.denoisers import make_free
 
 TINY = "tests.denoisers:Tiny"

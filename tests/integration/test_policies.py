@@ -15,7 +15,9 @@ from drp import ExecutionOptions, Leader
 from drp.leader.events import Timeline
 from drp.leader.scheduling.policies import POLICIES, Barrier, Policy, find_policy
 from drp.sampling.drafts import DAMPED
-from drp.sampling.modes import Aggressive, PicardSweeps, make_mode
+from drp.sampling.mode_selection import make_mode
+from drp.sampling.mode_wrappers import PicardSweeps
+from drp.sampling.modes import Aggressive
 from drp.simulate import Load, make_devices, simulate
 from drp.trace import record, summarise
 from examples import own_policy as spare

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 import drp
 from drp import ExecutionOptions, Leader, WorkerError, models
+from drp.leader.job import make_job
 from drp.leader.memory.placement import MIN_BLOCK_NBYTES
-from drp.leader.request import Request, make_job
+from drp.leader.request import Request
 from drp.models.gpu import Compiled, on_device
 from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import GpuConfig

@@ -15,25 +15,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from drp.sampling import run as module
+from drp.sampling import cached_plan
+from drp.sampling.cached_plan import CachedPlan, KnownEvents
+from drp.sampling.checkpoint import Checkpoint
 from drp.sampling.drafts import DAMPED, PAPER, RULES
 from drp.sampling.grids import scaled_linear
 from drp.sampling.linear import state
-from drp.sampling.modes import (
-    Adaptive,
-    Aggressive,
-    Conservative,
-    Eager,
-    Mode,
-    PicardSweeps,
-    Rolling,
-    Sparse,
-    Warmup,
-    Window,
-    make_mode,
-)
+from drp.sampling.mode_selection import make_mode
+from drp.sampling.mode_wrappers import Eager, PicardSweeps, Warmup
+from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Rolling, Sparse, Window
+from drp.sampling.partial_sums import add_term
 from drp.sampling.plan import Predict
-from drp.sampling.run import Checkpoint, Run, Task, _Known, _Plan, slots
+from drp.sampling.run import Run, Task
+from drp.sampling.slot_allocator import slots
 from drp.sampling.solvers import DDIM, DPMSolver, Solver
 
 
@@ -207,8 +201,8 @@ def test_a_plan_is_worked_out_once_by_whichever_thread_comes_first() -> None:
         assert go.wait(20)
         yield from (Predict((k,), ({state(0): 1.0},), 0) for k in range(5))
 
-    known = _Known()
-    plan, another = (_Plan(events(), torch.zeros(0), 1, known) for _ in range(2))
+    known = KnownEvents()
+    plan, another = (CachedPlan(events(), torch.zeros(0), 1, known) for _ in range(2))
     with ThreadPoolExecutor(2) as threads:
         far = threads.submit(plan.get, 3)
         assert asked.wait(20)
@@ -228,7 +222,7 @@ def test_a_plan_is_worked_out_once_by_whichever_thread_comes_first() -> None:
 def test_runs_of_a_solver_of_ones_own_leave_nothing(finish: bool) -> None:
     """However far they came: a plan that is not at its end must not hold the solver that it is kept by."""
     gc.collect()
-    before = len(module._plans)
+    before = len(cached_plan._known_events)
     for _ in range(3):
         run, _drafts, _predictions = start(DDIM(scaled_linear(23)), Aggressive(4))
         rounds = run.rounds()
@@ -236,14 +230,14 @@ def test_runs_of_a_solver_of_ones_own_leave_nothing(finish: bool) -> None:
             run.refine()
         del run, rounds
     gc.collect()
-    assert len(module._plans) == before
+    assert len(cached_plan._known_events) == before
 
 
 @pytest.mark.parametrize("mode", [Aggressive(4), Conservative(3)])
 def test_states_between_are_computed_for_who_wants_them_only(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is made of them: without a callback or residuals they are left out, and the samples are the same."""
     counts, samples = list[int](), list[Tensor]()
-    add = module._add
+    add = add_term
     for between in (None, False, True):
         added = list[None]()
 
@@ -251,7 +245,7 @@ def test_states_between_are_computed_for_who_wants_them_only(mode: Mode, monkeyp
             added.append(None)
             add(*terms)
 
-        monkeypatch.setattr(module, "_add", counted)
+        monkeypatch.setattr("drp.sampling.run.add_term", counted)
         run, drafts, predictions = start(DDIM(scaled_linear(23)), mode)
         for tasks in run.rounds():
             run.refine(between=between)
@@ -268,13 +262,13 @@ def test_states_between_are_computed_for_who_wants_them_only(mode: Mode, monkeyp
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_what_is_known_is_added_while_predictions_are_missing(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the last of eight is there, drafts are made of it and the new state, and all else was added before."""
-    add, added = module._add, list[Tensor]()
+    add, added = add_term, list[Tensor]()
 
     def counted(*terms: Any) -> None:
         added.append(terms[2].clone())
         add(*terms)
 
-    monkeypatch.setattr(module, "_add", counted)
+    monkeypatch.setattr("drp.sampling.run.add_term", counted)
     run, drafts, predictions = start(solver, Aggressive(8))
     rounds = run.rounds()
     for number in range(3):

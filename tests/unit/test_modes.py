@@ -13,18 +13,8 @@ from torch import Tensor
 
 from drp.sampling.drafts import DAMPED, PAPER, SECANT, DraftRule, Levels
 from drp.sampling.grids import scaled_linear
-from drp.sampling.modes import (
-    Adaptive,
-    Aggressive,
-    Conservative,
-    Mode,
-    Round,
-    Rounds,
-    Sequential,
-    Sparse,
-    Window,
-    make_mode,
-)
+from drp.sampling.mode_selection import make_mode
+from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Round, Rounds, Sequential, Sparse, Window
 from drp.sampling.naive import draft_and_refine
 from drp.sampling.plan import make_plan
 from drp.sampling.reference import run_reference

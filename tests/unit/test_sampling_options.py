@@ -11,24 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import drp
-from drp.leader.request import Job, Request, make_job
+from drp.leader.job import Job, make_job
+from drp.leader.request import Request
 from drp.protocol.messages import ModelSpec
 from drp.sampling import advice
 from drp.sampling.drafts import DAMPED, PAPER, SECANT, STEADY, DraftRule
-from drp.sampling.mode_selection import choose_rounds, choose_speedup
-from drp.sampling.modes import (
-    MODE_NAMES,
-    Adaptive,
-    Aggressive,
-    Conservative,
-    PicardSweeps,
-    Sequential,
-    Sparse,
-    Warmup,
-    Window,
-    make_mode,
-    rounds_of,
-)
+from drp.sampling.mode_selection import MODE_NAMES, choose_rounds, choose_speedup, make_mode, rounds_of
+from drp.sampling.mode_wrappers import PicardSweeps, Warmup
+from drp.sampling.modes import Adaptive, Aggressive, Conservative, Sequential, Sparse, Window
 from drp.sampling.plan import make_plan, max_advance
 from drp.sampling.registry import SOLVER_NAMES, make_solver
 from drp.sampling.solvers import DDIM, DPMSolver

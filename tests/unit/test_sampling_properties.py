@@ -13,17 +13,8 @@ from torch import Tensor
 from drp.sampling.drafts import PAPER, DraftRule
 from drp.sampling.grids import Grid
 from drp.sampling.linear import data, prediction, state, substitute
-from drp.sampling.modes import (
-    Adaptive,
-    Aggressive,
-    Conservative,
-    Eager,
-    Mode,
-    PicardSweeps,
-    Rolling,
-    Sequential,
-    Warmup,
-)
+from drp.sampling.mode_wrappers import Eager, PicardSweeps, Warmup
+from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Rolling, Sequential
 from drp.sampling.plan import transition
 from drp.sampling.predictions import PREDICTION_TYPES
 from drp.sampling.reference import run_reference

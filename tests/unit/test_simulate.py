@@ -17,17 +17,9 @@ from drp.leader.events import Timeline
 from drp.leader.scheduling.policies import POLICIES, Barrier, LoadAdaptive, Policy
 from drp.sampling.drafts import DAMPED
 from drp.sampling.grids import scaled_linear
-from drp.sampling.modes import (
-    Aggressive,
-    Conservative,
-    Eager,
-    Mode,
-    PicardSweeps,
-    Rolling,
-    Sequential,
-    Warmup,
-    make_mode,
-)
+from drp.sampling.mode_selection import make_mode
+from drp.sampling.mode_wrappers import Eager, PicardSweeps, Warmup
+from drp.sampling.modes import Aggressive, Conservative, Mode, Rolling, Sequential
 from drp.sampling.reference import run_reference
 from drp.sampling.solvers import DDIM
 from drp.simulate import Costs, Load, make_devices, simulate

@@ -20,65 +20,34 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from drp.leader.runs.in_flight import CompletionRecords, InFlightBatch, PendingCompletion
+from drp.leader.runs.in_flight import InFlightBatch, PendingCompletion
 from drp.leader.runs.kept_states import KeptStates
+from drp.leader.runs.run_checkpoints import RunCheckpoint, RunCheckpoints
+from drp.leader.runs.run_events import RunEvents
 from drp.leader.runs.submission import RunConfig, Submission
 from drp.leader.runs.sync_run import SyncRun
-from drp.protocol.cuda import MAX_COUNTERS, WorkerCounterView
-from drp.protocol.memory import aligned
-from drp.protocol.messages import AsyncConfig, Bind
-from drp.protocol.timeline import (
-    CANCEL_ALL,
-    CANCELLED,
-    COMPLETION_SIZE,
-    PENDING,
-    RAISED,
-    TIMELINE_NBYTES,
-    WorkerEvent,
-)
+from drp.protocol.messages import Bind
+from drp.protocol.timeline import CANCEL_ALL, CANCELLED, PENDING, RAISED
 from drp.sampling.result import Result
-from drp.sampling.run import Checkpoint, Run, Task, batches
-
-
-@dataclass(frozen=True)
-class Proven:
-    """A checkpoint at the start of a round, to which a run can return once `needs` batches are verified.
-
-    `out` are the batches whose predictions were outstanding at the checkpoint.
-    """
-
-    checkpoint: Checkpoint
-    needs: int
-    out: tuple[tuple[Task, ...], ...]
-
+from drp.sampling.run import Run, Task, batches
 
 COMPLETION_POLL_INTERVAL = 0.001
 """Seconds between two polls of completion records that a GPU writes."""
 
 
 class AsyncRun(SyncRun):
-    """A run with asynchronous dispatch. It has its own stream, so that no run waits for another run's workers.
-
-    Layout of its memory, after the arena's drafts, predictions and conditions:
-
-        completion records  int64 [rows, COMPLETION_SIZE], one for each row of predictions
-        semaphores          [1 + workers, TIMELINE_NBYTES] bytes: the leader's, then one for each worker; see
-                            `drp.protocol.timeline.TimelineSemaphore`. On a GPU, events are used in their place.
-    """
+    """A run with asynchronous dispatch. It has its own stream, so that no run waits for another run's workers."""
 
     binds_with_drafts = schedules_ahead = True
 
     def __init__(self, submission: Submission, config: RunConfig) -> None:
         job, placement = submission.job, config.placement
-        self._clock, self._placement, self._worker_count = config.clock, placement, config.workers
+        self._clock, self._placement = config.clock, placement
         self.stream = placement.new_stream()
-        self._worker_events: dict[int, WorkerEvent] = {}
-        """By worker number, the worker's event."""
         self._in_flight: dict[int, None] = {}
         """Sequence numbers of the batches that workers have, in the order in which they were sent."""
         self._pending: deque[PendingCompletion] = deque()
@@ -89,8 +58,7 @@ class AsyncRun(SyncRun):
         """By slot, the row reserved for the prediction of the draft in it."""
         self._batch_of: dict[int, tuple[Task, ...]] = {}
         """By slot, the batch to which the draft in it belongs."""
-        self._proven: deque[Proven] = deque()
-        """At most two checkpoints: the one to return to, and the next, whose batches are not all verified."""
+        self._checkpoints = RunCheckpoints()
         self._evaluated: list[tuple[int, float]] = []
         """For each verified batch, in order, the number of evaluations and their time in seconds."""
         self._rounds_formed = self._batches_added = self._batches_verified = self._last_recorded = 0
@@ -101,20 +69,14 @@ class AsyncRun(SyncRun):
         """The number of rounds that have begun, whose drafts are written."""
         # All rows of a round are reserved at once.
         config = replace(config, spare_rows=config.spare_rows + job.mode.width)
-        rows = job.slots(checkpoints=True) + config.spare_rows
-        completions_nbytes = aligned(rows * COMPLETION_SIZE * 8)
+        extra = RunEvents.nbytes(job.slots(checkpoints=True) + config.spare_rows, config.workers)
         try:
             with self.stream.current():
-                extra = completions_nbytes + (1 + config.workers) * TIMELINE_NBYTES
                 super().__init__(submission, config, placement.allocate_ordered, extra, checkpoints=True)
         except BaseException:
             self.stream.close()
             raise
-        records = self.arena.memory.tensor(self.arena.end, (rows, COMPLETION_SIZE), torch.int64)
-        self._completions = CompletionRecords(records, self.stream)
-        self._timelines_offset = self.arena.end + completions_nbytes
-        self.arena.memory.tensor(self._timelines_offset, (1 + config.workers, TIMELINE_NBYTES), torch.uint8).zero_()
-        self._leader_event = placement.leader_event(self.arena.memory, self._timelines_offset, self.stream)
+        self._events = RunEvents(self.arena, config.workers, placement, self.stream)
         self._kept_states = KeptStates(self.stream, job.start.shape, self._callback is not None or job.watch)
 
     def _make_run(self) -> Run:
@@ -124,23 +86,8 @@ class AsyncRun(SyncRun):
     # Called by the engine, in the order of a draft's states.
 
     def bind(self, worker: int) -> Bind:
-        """Create the worker's event; return the message that describes the run's memory and semaphores to it."""
-        placement, place = self._placement, self._timelines_offset + (1 + worker) * TIMELINE_NBYTES
-        record = self._worker_events[worker] = placement.worker_event(worker, self.arena.memory, place, self.stream)
-        wakeup = placement.wakeup.handle if placement.wakeup is not None else None
-        async_config = AsyncConfig(
-            completions=self.arena.end,
-            timelines=self._timelines_offset,
-            workers=self._worker_count,
-            index=worker,
-            acknowledge=placement.workers_acknowledge,
-            wakeup=wakeup,
-        )
-        if isinstance(record, WorkerCounterView):
-            async_config = replace(
-                async_config, counters=record.counters.handle, timelines=0, workers=MAX_COUNTERS, index=record.index
-            )
-        return replace(self.arena.bind, async_config=async_config)
+        """Create the worker's event; return the message that describes the run's memory and events to it."""
+        return self._events.bind(worker)
 
     def prepare_dispatch(self, worker: int) -> tuple[int, int]:
         """Return the sequence number of the batch to be sent, and the number of the leader's last event."""
@@ -162,9 +109,9 @@ class AsyncRun(SyncRun):
             self._reserved[task.slot] = super().free_row(task.slot)
         for some in batches(tasks, self._batch):
             self._batch_of.update((task.slot, some) for task in some)
-        if len(self._proven) < 2:
+        if self._checkpoints.has_room:
             out = {id(some): some for some in (self._batch_of[slot] for slot in self.outstanding)}
-            self._proven.append(Proven(self.run.checkpoint(), self._batches_added, tuple(out.values())))
+            self._checkpoints.add(RunCheckpoint(self.run.checkpoint(), self._batches_added, tuple(out.values())))
 
     def place_drafts(
         self, queues: Sequence[Sequence[InFlightBatch]], depth: int
@@ -205,7 +152,7 @@ class AsyncRun(SyncRun):
         if row is None:  # The draft is sent again after a loss.
             row = super().free_row(slot)
             with self.stream.current():
-                self._last_recorded = self._leader_event.record()
+                self._last_recorded = self._events.leader.record()
         return row
 
     def rows_in_use(self) -> set[int]:
@@ -216,9 +163,9 @@ class AsyncRun(SyncRun):
         """Queue the wait for the worker's event, the reading of the records and, if `counts`, the arithmetic."""
         sent.completion_pending = True
         with self.stream.current():
-            self._worker_events[worker].wait()
+            self._events.by_worker[worker].wait()
             self._pending.append(
-                PendingCompletion(sent, worker, self._completions.read(sent.rows), counts, self._clock.now())
+                PendingCompletion(sent, worker, self._events.completions.read(sent.rows), counts, self._clock.now())
             )
             for task, row in zip(sent.tasks, sent.rows, strict=True) if counts else ():
                 del self.outstanding[task.slot]
@@ -234,7 +181,7 @@ class AsyncRun(SyncRun):
         with self.stream.current():
             if super().schedule_drafts():
                 # Batches sent from now on wait for what was queued so far.
-                self._last_recorded = self._leader_event.record()
+                self._last_recorded = self._events.leader.record()
                 self.stream.enqueue(self._on_round_begun)
                 return True
         self._exhausted = True
@@ -320,8 +267,7 @@ class AsyncRun(SyncRun):
             self._evaluated.append((len(answer.batch.tasks), seconds))
             self.evaluations += len(answer.batch.tasks)
             self.device_seconds += seconds
-            while len(self._proven) > 1 and self._proven[1].needs <= self._batches_verified:
-                self._drop(self._proven.popleft())
+            self._checkpoints.on_verified(self.run, self._batches_verified)
             for task in answer.batch.tasks:
                 self.retry_budget_used.pop(task.index, None)
             self.needs_refine = self.needs_refine or self._kept_states.is_due(self._batches_verified)
@@ -342,21 +288,15 @@ class AsyncRun(SyncRun):
     def drop_worker(self, worker: int, drafts: tuple[InFlightBatch, ...]) -> bool:
         """Remove a lost worker and its batches; return whether an unverified one was added to the run."""
         self._last_progress = self._clock.now()  # Other workers may have waited for it: restart their timeouts.
-        record = self._worker_events.pop(worker, None)
-        if record is not None:
-            record.release()
-        folded = [self.withdraw(sent) for sent in drafts if sent.run is self]
-        return any(folded)
+        self._events.release(worker)
+        added = [self.withdraw(sent) for sent in drafts if sent.run is self]
+        return any(added)
 
     def cancel_queued(self) -> None:
         """Cancel the batches that workers have not begun."""
-        self._leader_event.cancel_before(CANCEL_ALL)
+        self._events.leader.cancel_before(CANCEL_ALL)
         for answer in self._pending:
             answer.counts = False
-
-    def _drop(self, proven: Proven) -> None:
-        if proven.checkpoint.kept:
-            self.run.drop(proven.checkpoint)
 
     def restart(self) -> int:
         """Return to the last verified checkpoint that is still kept, else to the start; return its step.
@@ -366,25 +306,22 @@ class AsyncRun(SyncRun):
         self.waiting.clear()
         self.outstanding.clear()
         self._reserved.clear()
-        self._leader_event.cancel_before(self._last_recorded + 1)
+        self._events.leader.cancel_before(self._last_recorded + 1)
         for answer in self._pending:
             answer.counts = False
         self._exhausted = False
-        usable = [each for each in self._proven if each.checkpoint.kept and each.needs <= self._batches_verified]
-        last = usable[-1] if usable else None
+        last = self._checkpoints.return_to_last(self._batches_verified)
         self._batches_added = self._batches_verified = last.needs if last is not None else 0
         self._kept_states.discard(last.needs if last is not None else -1)
         del self._evaluated[self._batches_added :]
         self.evaluations = sum(count for count, _ in self._evaluated)
         self.device_seconds = sum(seconds for _, seconds in self._evaluated)
-        self._proven.clear()
         with self.stream.current():
             if last is None:
                 self._begin()
                 return 0
             self.run.restore(last.checkpoint)
             self._rounds = self.run.rounds()
-            self._proven.append(last)
             for some in last.out:
                 tasks = tuple(map(replace, some))  # New objects, so that batches that workers still have do not count.
                 self.waiting.append(tasks)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -58,6 +60,21 @@ class RunTable:
                 self._supervisor.flush([worker_slot])
         else:
             self._to_bind.append(run)
+
+    def schedule_drafts(self, run: RunState) -> None:
+        """Schedule a run's next drafts, or finish the run if there are none."""
+        since, cuts, formed = time.perf_counter_ns(), len(run.cuts), len(run.waiting)
+        with self.charge(run):
+            more = run.schedule_drafts()
+            if more is False:
+                run.refine()
+            if more is not None and self._recorder.timelines:
+                for cut in run.cuts[cuts:]:
+                    self._recorder.record("cut", run, cut)
+                steps = tuple(task.index for batch in itertools.islice(run.waiting, formed, None) for task in batch)
+                self._recorder.record("formed" if more else "end", run, since=since, steps=steps)
+            if more is False:
+                self.finish(run, None)
 
     def bind(self, worker_slot: WorkerSlot, run: RunState, drafts: bool = False) -> None:
         """Enqueue a Bind, by which a worker opens a run's memory, unless one was sent.

@@ -10,8 +10,8 @@ from functools import partial
 from typing import Literal
 
 from drp.leader.clock import Clock
+from drp.leader.job import Job
 from drp.leader.memory.placement import MemoryPlacement
-from drp.leader.request import Job
 from drp.sampling.result import Result
 from drp.sampling.run import Callback
 

@@ -1,0 +1,159 @@
+"""What workers' messages, completion records and losses mean for the runs."""
+
+from __future__ import annotations
+
+import time
+
+from drp.errors import WorkerError
+from drp.leader.event_recorder import EventRecorder
+from drp.leader.runs.in_flight import InFlightBatch, PendingCompletion
+from drp.leader.runs.run_state import RunState
+from drp.leader.runs.run_table import RunTable, release_rows
+from drp.leader.scheduling.scheduler import Scheduler
+from drp.leader.supervision.supervisor import DRAFT_RETRY_COST, Supervisor, WorkerLoss, WorkerSlot
+from drp.protocol.messages import Bound, EvaluationError, Prediction, ToLeader
+from drp.protocol.timeline import OK
+
+
+class MessageHandler:
+    """Adds predictions to runs, ends runs whose evaluations failed, and reassigns the drafts of lost workers."""
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        runs: RunTable,
+        scheduler: Scheduler,
+        recorder: EventRecorder,
+        draft_timeout: float | None,
+    ) -> None:
+        self._supervisor, self._runs, self._scheduler = supervisor, runs, scheduler
+        self._recorder, self._draft_timeout = recorder, draft_timeout
+
+    def on_message(self, worker_slot: WorkerSlot, message: ToLeader | None) -> None:
+        """Handle a worker's message, or its exit (None)."""
+        match message:
+            case Prediction() | EvaluationError() if sent := _find_batch(worker_slot, message):
+                if isinstance(message, EvaluationError) or not self._runs.on_queued(worker_slot, sent):
+                    self._done(worker_slot, sent)
+                    self._on_prediction(worker_slot, sent, message)
+            case Bound(number) if self._runs.on_bound(worker_slot, number):
+                return
+            case Prediction() | EvaluationError() | Bound():
+                self.on_worker_lost(
+                    self._supervisor.mark_dead(
+                        worker_slot, f"{worker_slot.worker} sent {message}, which it does not owe"
+                    )
+                )
+            case _:
+                if loss := self._supervisor.on_message(worker_slot, message):
+                    self.on_worker_lost(loss)
+
+    def _done(self, worker_slot: WorkerSlot, sent: InFlightBatch) -> None:
+        """Remove a batch that a worker has finished from its slot, and reset the slot's retry budget."""
+        worker_slot.drafts.remove(sent)
+        worker_slot.since, worker_slot.retry_budget_used = self._supervisor.clock.now(), 0.0
+        release_rows(sent)
+
+    def _on_prediction(
+        self, worker_slot: WorkerSlot, sent: InFlightBatch, message: Prediction | EvaluationError
+    ) -> None:
+        run, index, since = sent.run, sent.tasks[0].index, time.perf_counter_ns()
+        # The batch may be the second of two copies, or its run may be over.
+        consequence = run.follows_failure(sent)
+        counts = self._runs.is_outstanding(sent) or (run.withdraw(sent) and run.number in self._runs.running)
+        counts = counts and not consequence
+        self._recorder.record_predictions("answer" if counts else "late", sent, worker_slot.number, message)
+        if counts and isinstance(message, EvaluationError):
+            words = f"{worker_slot.worker} failed evaluating step {index} of run {run.number}: {message.error}"
+            self._runs.finish(run, WorkerError(f"{words}\n{message.traceback}"))
+        elif counts and isinstance(message, Prediction):
+            with self._runs.charge(run):
+                run.on_predictions(worker_slot.number, sent.tasks, sent.rows, message.seconds)
+                for task in sent.tasks:
+                    self._recorder.record("folded", run, task.index, worker_slot.number, since=since)
+                if run.ready:
+                    self._runs.schedule_drafts(run)
+        self._runs.release_if_idle(run)
+
+    def on_completion(self, run: RunState, answer: PendingCompletion, verdict: int | None) -> None:
+        worker_slot, sent = self._supervisor.worker_slots[answer.worker], answer.batch
+        if verdict is None:
+            words = f"{worker_slot.worker} answered step {sent.tasks[0].index} of run {run.number}"
+            self.on_worker_lost(self._supervisor.mark_dead(worker_slot, f"{words} and did not stamp it"))
+            return
+        self._done(worker_slot, sent)
+        self._recorder.record_completion(
+            "answer" if answer.counts else "late", sent, worker_slot.number, answer.seconds, answer.ended_at
+        )
+        if verdict != OK and answer.counts and run.number in self._runs.running:
+            step = f"step {answer.failed_index(verdict)} of run {run.number}"
+            words = f"{worker_slot.worker} failed evaluating {step}: the denoiser returned NaN or infinity"
+            self._runs.finish(run, WorkerError(words))
+        self._runs.release_if_idle(run)
+
+    def deadline_of(self, worker_slot: WorkerSlot) -> float:
+        """Return when the first draft of a busy worker slot times out and its worker counts as lost."""
+        first = worker_slot.drafts[0]
+        return first.run.due_since(first.sequence, worker_slot.since) + self._timeout_of(worker_slot)
+
+    def _timeout_of(self, worker_slot: WorkerSlot) -> float:
+        return self._draft_timeout or worker_slot.drafts[0].run.timeout(worker_slot.number)
+
+    def drop_late_workers(self) -> None:
+        """Give up the workers whose first draft has timed out."""
+        now = self._supervisor.clock.now()
+        for worker_slot in self._supervisor.ready:
+            if worker_slot.drafts and self.deadline_of(worker_slot) <= now:
+                run, task = worker_slot.drafts[0].run, worker_slot.drafts[0].tasks[0]
+                why = (
+                    f"{worker_slot.worker} has not evaluated step {task.index} of run {run.number} within "
+                    f"{self._timeout_of(worker_slot):g} s (draft_timeout)"
+                )
+                self.on_worker_lost(self._supervisor.mark_dead(worker_slot, why))
+
+    def on_worker_lost(self, loss: WorkerLoss) -> None:
+        """Reassign a lost worker's drafts to other workers. The drafts and so the predictions are unchanged."""
+        number = loss.worker_slot.number
+        again = self._runs.on_worker_lost(loss)
+        for place, sent in reversed([*enumerate(loss.drafts)]):
+            run, task = sent.run, sent.tasks[0]
+            release_rows(sent)
+            for each in sent.tasks:
+                self._recorder.record("lost", run, each.index, number)
+            missing = self._runs.is_outstanding(sent) and not self._scheduler.copies_of(sent)
+            if missing:
+                run.waiting.appendleft(sent.tasks)
+            if missing or (sent.completion_pending and run in again):
+                run.retry_budget_used[task.index] += DRAFT_RETRY_COST[loss.cause] if place == 0 else 0.0
+                if run.retry_budget_used[task.index] > 1 - 1e-9 and run.number in self._runs.running:
+                    several = (
+                        f"step {task.index} of run {run.number} was given up, after every worker that evaluated it"
+                    )
+                    self._runs.finish(run, WorkerError(f"{several} was lost; the last: {loss.reason}"))
+        for behind in again:
+            if behind.number in self._runs.running:
+                with self._runs.charge(behind):
+                    step = behind.restart()
+                    words = f"run {behind.number} went back to step {step}: answers that it was built upon were lost"
+                    behind.incidents.append(words)
+                    self._runs.schedule_drafts(behind)
+        self._runs.release_idle()
+        self._scheduler.flush()  # Messages that were held back because of the lost worker.
+
+
+def _key_of(message: Prediction | EvaluationError) -> tuple[int, int, int]:
+    return message.run, message.index, message.row
+
+
+def _find_batch(worker_slot: WorkerSlot, message: Prediction | EvaluationError) -> InFlightBatch | None:
+    """Return the batch that a message answers, None if it answers none.
+
+    A prediction, or the message that a batch is queued, answers the first batch without a pending completion. An error
+    may also answer a batch whose completion is pending.
+    """
+    for sent in worker_slot.drafts:
+        if _key_of(message) == (sent.run.number, sent.tasks[0].index, sent.rows[0]):
+            return None if sent.completion_pending and isinstance(message, Prediction) else sent
+        if not sent.completion_pending:
+            return None
+    return None

@@ -1,0 +1,69 @@
+"""Linear combinations of states and predictions, summed term by term in a fixed order, as the terms become known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from drp.sampling.linear import LinearCombination, Symbol
+
+Add = Callable[[Tensor, Tensor, Tensor, bool], None]
+"""Adds a weighted term to sums: called with the sums, the weights, the term, and whether it is the first term."""
+
+_ORDER = {"state": 0, "input": 1, "noise": 2, "prediction": 3}
+SumOrder = Callable[[Symbol], tuple[int, ...]]
+"""The sort key by which terms are added: fixed, whatever the order in which predictions arrive."""
+
+
+def state_order(t: Symbol) -> tuple[int, ...]:
+    """Order of the terms of states: known terms first, then predictions by index."""
+    return _ORDER[t.kind], t.k
+
+
+def draft_order(t: Symbol) -> tuple[int, ...]:
+    """Order of the terms of drafts: known terms first, then states and predictions by index."""
+    return t.kind in ("state", "prediction"), t.k, _ORDER[t.kind]
+
+
+class Rows:
+    """Several linear combinations of the same terms, as one small matrix product."""
+
+    def __init__(self, rows: Sequence[LinearCombination], like: Tensor, order: SumOrder) -> None:
+        self.terms = sorted({t for row in rows for t in row}, key=order)
+        weights = torch.tensor(
+            [[row.get(t, 0.0) for row in rows] for t in self.terms], dtype=torch.float64, device="cpu"
+        )
+        weights = weights.to(like.dtype)
+        if like.is_cuda:
+            weights = weights.pin_memory()  # Otherwise the host would wait for all work queued on the stream.
+        self.weights = weights.to(like.device, non_blocking=True).reshape(len(self.terms), len(rows), 1)
+
+    def write(self, vector: Callable[[Symbol], Tensor], out: Tensor, add: Add) -> None:
+        """Write row i into `out[i]`; `out` is [rows, D]."""
+        PartialSum(self, out, add).accumulate(vector)
+
+
+def add_term(out: Tensor, weight: Tensor, term: Tensor, first: bool) -> None:
+    """Add a weighted term to the sums in `out`, or initialize them with it."""
+    if first:
+        torch.mul(weight, term, out=out)
+    else:
+        out.addcmul_(weight, term)
+
+
+class PartialSum:
+    """Partial sums of linear combinations; terms are added in order, as far as they are ready."""
+
+    def __init__(self, rows: Rows, out: Tensor, add: Add) -> None:
+        self._rows, self._out, self._add, self._done = rows, out, add, 0
+
+    def accumulate(
+        self, vector: Callable[[Symbol], Tensor], ready: Callable[[Symbol], bool] = lambda term: True
+    ) -> None:
+        """Add the terms up to the first that is not ready."""
+        terms, weights = self._rows.terms, self._rows.weights
+        while self._done < len(terms) and ready(terms[self._done]):
+            self._add(self._out, weights[self._done], vector(terms[self._done]), self._done == 0)
+            self._done += 1
