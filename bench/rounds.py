@@ -75,18 +75,18 @@ def _is_ahead(timeline: Sequence[TraceEvent]) -> bool:
     """Whether a round was formed before all of those before it were seen to be evaluated."""
     out: set[int] = set()
     for mark in timeline:
-        if mark.kind == "formed" and out:
+        if mark.kind == "scheduled" and out:
             return True
         out.update(mark.steps)
-        if mark.kind == "answer":
+        if mark.kind == "predicted":
             out.discard(mark.step)
     return False
 
 
 def _by_devices(timeline: Sequence[TraceEvent]) -> Iterator[RoundTime]:
-    answers = {mark.step: mark for mark in timeline if mark.kind == "answer"}
+    answers = {mark.step: mark for mark in timeline if mark.kind == "predicted"}
     before = timeline[0].ns / 1e9
-    for formed in (mark for mark in timeline if mark.kind == "formed"):
+    for formed in (mark for mark in timeline if mark.kind == "scheduled"):
         marks = [answers[step] for step in formed.steps]
         seconds: dict[int, float] = defaultdict(float)
         for mark in marks:
@@ -113,11 +113,11 @@ def _by_leader(timeline: Sequence[TraceEvent]) -> Iterator[RoundTime]:
         for mark in marks:
             if mark.kind == "sent":
                 sent.setdefault(mark.worker, mark.ns)
-            elif mark.kind == "answer":
+            elif mark.kind == "predicted":
                 seconds[mark.worker] += mark.seconds
                 last = mark
         yield RoundTime(
-            drafts=sum(mark.kind == "answer" for mark in marks),
+            drafts=sum(mark.kind == "predicted" for mark in marks),
             wall=(last.ns - before) / 1e9,
             slowest=max(seconds.values()),
             mean=sum(seconds.values()) / len(seconds),
@@ -129,7 +129,7 @@ def _by_leader(timeline: Sequence[TraceEvent]) -> Iterator[RoundTime]:
 
 
 def _by_round(timeline: Sequence[TraceEvent]) -> Iterator[Sequence[TraceEvent]]:
-    starts = [i for i, mark in enumerate(timeline) if mark.kind == "formed"]
+    starts = [i for i, mark in enumerate(timeline) if mark.kind == "scheduled"]
     for start, stop in zip(starts, [*starts[1:], len(timeline)], strict=True):
         yield timeline[start:stop]
 

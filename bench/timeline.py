@@ -40,11 +40,11 @@ def draw_run(axes: Axes, title: str, run: tuple[Result, list[Evaluation]], until
     """Draw a bar for each evaluation, a lane for each device, coloured by its round."""
     result, found = run
     zero = min(e.began for e in found)
-    rounds = {id(formed): turn for turn, formed in enumerate({id(e.formed): e.formed for e in found}.values())}
+    rounds = {id(formed): turn for turn, formed in enumerate({id(e.scheduled): e.scheduled for e in found}.values())}
     colours = matplotlib.colormaps["tab20"]
     for e in found:
         left, width = (e.began - zero) / 1e6, (e.predicted - e.began) / 1e6
-        axes.barh(e.worker, width, left=left, height=0.72, color=colours(rounds[id(e.formed)] % 20), linewidth=0)
+        axes.barh(e.worker, width, left=left, height=0.72, color=colours(rounds[id(e.scheduled)] % 20), linewidth=0)
         if width > until / 60:
             axes.text(left + width / 2, e.worker, str(e.step), ha="center", va="center", fontsize=5.5)
     workers = range(len(result.devices))

@@ -98,14 +98,14 @@ class Led(Transport):
         self.timeline = []
         self.mark("begin")
         for tasks in run.rounds():
-            self.mark("formed")
+            self.mark("scheduled")
             for task, worker in zip(tasks, itertools.cycle(range(self.work.count))):
                 self.send(worker, task)
                 self.mark("sent", task.index, worker)
             run.refine()
             for _ in tasks:
                 worker, index, seconds = self.receive()
-                self.mark("answer", index, worker, seconds)
+                self.mark("predicted", index, worker, seconds)
         run.refine()
         self.mark("end")
         return run.state.clone()

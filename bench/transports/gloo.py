@@ -92,7 +92,7 @@ def sample(work: Work, rank: int, evaluator: Evaluator) -> tuple[Timeline, Tenso
     dist.barrier()
     timeline = [TraceEvent("begin", time.perf_counter_ns(), 0)]
     for tasks in run.rounds():
-        timeline.append(TraceEvent("formed", time.perf_counter_ns(), 0))
+        timeline.append(TraceEvent("scheduled", time.perf_counter_ns(), 0))
         if rank < len(tasks):
             task = tasks[rank]
             seconds = evaluator.evaluate(task.index, task.timestep, drafts[task.slot], own[:-2])
@@ -106,7 +106,7 @@ def sample(work: Work, rank: int, evaluator: Evaluator) -> tuple[Timeline, Tenso
             seconds = float(gathered[-2:].view(torch.float64))
             timeline += [
                 TraceEvent("sent", timeline[-1].ns, 0, task.index, worker),
-                TraceEvent("answer", now, 0, task.index, worker, seconds),
+                TraceEvent("predicted", now, 0, task.index, worker, seconds),
             ]
     run.refine()
     timeline.append(TraceEvent("end", time.perf_counter_ns(), 0))

@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-MOST_WORKERS = 4
+MAX_DEFAULT_WORKERS = 4
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -162,11 +162,11 @@ def default_devices(gpus_too: bool = True) -> DeviceDefaults:
     except ValueError:
         gpus = 0
     if not gpus:
-        workers = min(cores, MOST_WORKERS)
+        workers = min(cores, MAX_DEFAULT_WORKERS)
         return DeviceDefaults(f"{workers}xcpu", cores // workers, 1)
     if gpus == 1:
-        return DeviceDefaults("cuda", 1, MOST_WORKERS)
-    return DeviceDefaults(f"{min(gpus, MOST_WORKERS)}xcuda", 1, 1)
+        return DeviceDefaults("cuda", 1, MAX_DEFAULT_WORKERS)
+    return DeviceDefaults(f"{min(gpus, MAX_DEFAULT_WORKERS)}xcuda", 1, 1)
 
 
 def common_options(command: F) -> F:

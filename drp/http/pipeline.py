@@ -201,12 +201,12 @@ class PipelineJob:
         arguments: dict[str, Any],
         previews: int,
         report: Report | None,
-        lively: Callable[[], None],
+        on_progress: Callable[[], None],
         withdraw: Callable[[PipelineJob], bool],
     ) -> None:
         self.images: Future[Images] = Future()
         self._arguments, self._previews, self._report = arguments, Previews(previews), report
-        self._lively, self._withdraw = lively, withdraw
+        self._lively, self._withdraw = on_progress, withdraw
         self._unwanted = False
 
     def cancel(self) -> None:

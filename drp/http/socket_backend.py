@@ -76,13 +76,15 @@ class SocketBackend:
         check_work(request.n, width, height, steps, self._max_work)
         client = self._client
         previews = request.previews if report is not None else 0
-        told = partial(_report, report, Previews(previews), len(labels), client.devices) if report is not None else None
+        on_update = (
+            partial(_report, report, Previews(previews), len(labels), client.devices) if report is not None else None
+        )
         run = client.submit(
             labels=labels * request.n,
             progress=report is not None,
             previews=max(1, steps // (previews + 1)) if previews else 0,
             timeline=request.timeline,
-            on_update=told,
+            on_update=on_update,
             **request.options,
         )
         return SocketJob(run, len(labels))

@@ -310,8 +310,8 @@ class Engine:
         """Wait for a message, a wake-up or a deadline; handle messages until a worker can be assigned more drafts."""
         self._clock.resume()
         timer = self._clock.to_monotonic(self._next_deadline())
-        ahead, others = self._follow_streams(timer)
-        got = self._pool.poll(0.0 if ahead else timer, self._requests.wakeup_fd) if others else None
+        has_pending, has_messages = self._follow_streams(timer)
+        got = self._pool.poll(0.0 if has_pending else timer, self._requests.wakeup_fd) if has_messages else None
         self._clock.resume(timer)
         while got is not None:
             self._handler.on_message(self._supervisor.slot_of(got[0]), got[1])
@@ -330,17 +330,17 @@ class Engine:
         Returns:
             Whether a run's stream had operations pending, and whether a message or another wake-up may be waiting.
         """
-        bell = self._placement.wakeup
-        if bell is None or self._next_ready_time == math.inf:
+        wakeup = self._placement.wakeup
+        if wakeup is None or self._next_ready_time == math.inf:
             return False, True
         ready: set[int] = set()
-        while ready <= {bell.fd} and self._next_ready_time < math.inf and time.monotonic() < timer:
+        while ready <= {wakeup.fd} and self._next_ready_time < math.inf and time.monotonic() < timer:
             ready = self._pool.sleep(min(timer, self._next_ready_time))
             self._clock.resume(min(timer, self._next_ready_time))
             self._run_ready()
             if not self._runs.workers_saturated:
                 break
-        return True, not ready <= {bell.fd}
+        return True, not ready <= {wakeup.fd}
 
     def _next_deadline(self) -> float:
         """Return the time of the next deadline, on the leader's clock."""

@@ -27,7 +27,7 @@ class EventRecorder:
 
     def record(
         self,
-        what: EventKind,
+        kind: EventKind,
         run: RunState,
         step: int = 0,
         worker: int = 0,
@@ -37,11 +37,11 @@ class EventRecorder:
         """Record an event at the current time. `since` is when it began, in ns of perf_counter, if it took time."""
         for timeline in self.timelines:
             timeline.append(
-                TraceEvent(what, time.perf_counter_ns(), run.number, step, worker, since=since, steps=steps)
+                TraceEvent(kind, time.perf_counter_ns(), run.number, step, worker, since=since, steps=steps)
             )
 
     def record_predictions(
-        self, what: EventKind, sent: InFlightBatch, worker: int, message: Prediction | EvaluationError
+        self, kind: EventKind, sent: InFlightBatch, worker: int, message: Prediction | EvaluationError
     ) -> None:
         """Record the predictions of a batch of drafts; an EvaluationError is not recorded here."""
         if isinstance(message, Prediction):
@@ -52,18 +52,18 @@ class EventRecorder:
                 times = (received, began, message.predicted, message.ended)
                 for timeline in self.timelines:
                     now = time.perf_counter_ns()
-                    timeline.append(TraceEvent(what, now, message.run, task.index, worker, seconds, times=times))
+                    timeline.append(TraceEvent(kind, now, message.run, task.index, worker, seconds, times=times))
 
     def record_completion(
-        self, what: EventKind, sent: InFlightBatch, worker: int, seconds: float, ended: float
+        self, kind: EventKind, sent: InFlightBatch, worker: int, seconds: float, ended_at: float
     ) -> None:
         """Record that the completion records of a batch of an asynchronous run were read."""
         if self.timelines:
-            ended = ended or time.perf_counter()
-            times = (ended - seconds, ended - seconds, ended, ended)
-            self.record_predictions(what, sent, worker, Prediction(sent.run.number, 0, 0, seconds, *times))
+            ended_at = ended_at or time.perf_counter()
+            times = (ended_at - seconds, ended_at - seconds, ended_at, ended_at)
+            self.record_predictions(kind, sent, worker, Prediction(sent.run.number, 0, 0, seconds, *times))
             for task in sent.tasks:
-                self.record("folded", sent.run, task.index, worker)
+                self.record("accumulated", sent.run, task.index, worker)
 
     def callback_recorder(self, run: RunState) -> Callable[[int, int], None] | None:
         """Return a function that records the callbacks of a run, None without subscribers."""

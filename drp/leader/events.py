@@ -6,15 +6,15 @@ from typing import Literal, NamedTuple
 
 EventKind = Literal[
     "begin",
-    "formed",
+    "scheduled",
     "sent",
     "hedged",
-    "answer",
+    "predicted",
     "late",
-    "folded",
+    "accumulated",
     "refined",
     "callback",
-    "cut",
+    "discarded",
     "lost",
     "end",
     "failed",
@@ -26,23 +26,23 @@ class TraceEvent(NamedTuple):
 
     The kinds of events:
 
-        begin     the run starts
-        formed    the drafts of `steps` are written
-        sent      the draft of `step` was sent to `worker`
-        hedged    the draft of `step` is late at `worker` and is sent to another worker as well
-        answer    the prediction of `step` arrived from `worker`; with dispatch="async", its completion record was read
-        late      as answer, for a prediction that is no longer needed
-        folded    the prediction of `step` is added to the sums from which the next drafts are made
-        refined   the states up to `step` are final and their callbacks were called
-        callback  the user's callback ran for the state at `step`
-        cut       a mode with feedback continued from `step` and discarded predictions beyond it
-        lost      `worker` was lost; the draft of `step` is evaluated by another worker
-        end       the run ends
-        failed    the run ends with an error
+        begin        the run starts
+        scheduled    the drafts of `steps` are written
+        sent         the draft of `step` was sent to `worker`
+        hedged       the draft of `step` is late at `worker` and is sent to another worker as well
+        predicted    the prediction of `step` arrived from `worker`, or, in an asynchronous run, its completion record
+        late         as predicted, for a prediction that is no longer needed
+        accumulated  the prediction of `step` is added to the sums from which the next drafts are made
+        refined      the states up to `step` are final and their callbacks were called
+        callback     the user's callback ran for the state at `step`
+        discarded    a mode with feedback continued from `step` and discarded predictions beyond it
+        lost         `worker` was lost; the draft of `step` is evaluated by another worker
+        end          the run ends
+        failed       the run ends with an error
 
-    For answer and late, `seconds` is the evaluation time by the worker's clock, and `times` are the times at which the
-    draft was received, its evaluation began, its prediction was computed, and the worker was done with it, in seconds
-    of time.perf_counter.
+    For predicted and late, `seconds` is the evaluation time by the worker's clock, and `times` are the times at which
+    the draft was received, its evaluation began, its prediction was computed, and the worker was done with it, in
+    seconds of time.perf_counter.
     """
 
     kind: EventKind

@@ -28,7 +28,7 @@ from drp.protocol.messages import ModelSpec
 from drp.sampling.advice import warn
 from drp.sampling.result import Result
 
-MOST_CHARACTERS = 200
+MAX_MODEL_NAME_LENGTH = 200
 """Maximum length of a model's name in the protocol."""
 
 log = logging.getLogger(__name__)
@@ -235,9 +235,9 @@ def model_name(model: str | Callable[[], Any]) -> str:
 
 
 def _check_name(name: str) -> str:
-    if len(name) > MOST_CHARACTERS or not is_text(name):
+    if len(name) > MAX_MODEL_NAME_LENGTH or not is_text(name):
         raise ValueError(
-            f"model {name!r:.100} has {len(name)} characters; give a name of {MOST_CHARACTERS} at most, without lone "
-            "surrogates"
+            f"model {name!r:.100} has {len(name)} characters; give a name of {MAX_MODEL_NAME_LENGTH} at most, without "
+            "lone surrogates"
         )
     return name

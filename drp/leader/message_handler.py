@@ -62,7 +62,7 @@ class MessageHandler:
         consequence = run.follows_failure(sent)
         counts = self._runs.is_outstanding(sent) or (run.withdraw(sent) and run.number in self._runs.running)
         counts = counts and not consequence
-        self._recorder.record_predictions("answer" if counts else "late", sent, worker_slot.number, message)
+        self._recorder.record_predictions("predicted" if counts else "late", sent, worker_slot.number, message)
         if counts and isinstance(message, EvaluationError):
             words = f"{worker_slot.worker} failed evaluating step {index} of run {run.number}: {message.error}"
             self._runs.finish(run, WorkerError(f"{words}\n{message.traceback}"))
@@ -70,23 +70,27 @@ class MessageHandler:
             with self._runs.charge(run):
                 run.on_predictions(worker_slot.number, sent.tasks, sent.rows, message.seconds)
                 for task in sent.tasks:
-                    self._recorder.record("folded", run, task.index, worker_slot.number, since=since)
+                    self._recorder.record("accumulated", run, task.index, worker_slot.number, since=since)
                 if run.ready:
                     self._runs.schedule_drafts(run)
         self._runs.release_if_idle(run)
 
-    def on_completion(self, run: RunState, answer: PendingCompletion, verdict: int | None) -> None:
-        worker_slot, sent = self._supervisor.worker_slots[answer.worker], answer.batch
-        if verdict is None:
+    def on_completion(self, run: RunState, completion: PendingCompletion, status: int | None) -> None:
+        worker_slot, sent = self._supervisor.worker_slots[completion.worker], completion.batch
+        if status is None:
             words = f"{worker_slot.worker} answered step {sent.tasks[0].index} of run {run.number}"
-            self.on_worker_lost(self._supervisor.mark_dead(worker_slot, f"{words} and did not stamp it"))
+            self.on_worker_lost(self._supervisor.mark_dead(worker_slot, f"{words} without a valid completion record"))
             return
         self._done(worker_slot, sent)
         self._recorder.record_completion(
-            "answer" if answer.counts else "late", sent, worker_slot.number, answer.seconds, answer.ended_at
+            "predicted" if completion.counts else "late",
+            sent,
+            worker_slot.number,
+            completion.seconds,
+            completion.ended_at,
         )
-        if verdict != OK and answer.counts and run.number in self._runs.running:
-            step = f"step {answer.failed_index(verdict)} of run {run.number}"
+        if status != OK and completion.counts and run.number in self._runs.running:
+            step = f"step {completion.failed_index(status)} of run {run.number}"
             words = f"{worker_slot.worker} failed evaluating {step}: the denoiser returned NaN or infinity"
             self._runs.finish(run, WorkerError(words))
         self._runs.release_if_idle(run)
@@ -114,7 +118,7 @@ class MessageHandler:
     def on_worker_lost(self, loss: WorkerLoss) -> None:
         """Reassign a lost worker's drafts to other workers. The drafts and so the predictions are unchanged."""
         number = loss.worker_slot.number
-        again = self._runs.on_worker_lost(loss)
+        affected = self._runs.on_worker_lost(loss)
         for place, sent in reversed([*enumerate(loss.drafts)]):
             run, task = sent.run, sent.tasks[0]
             release_rows(sent)
@@ -123,18 +127,16 @@ class MessageHandler:
             missing = self._runs.is_outstanding(sent) and not self._scheduler.copies_of(sent)
             if missing:
                 run.waiting.appendleft(sent.tasks)
-            if missing or (sent.completion_pending and run in again):
+            if missing or (sent.completion_pending and run in affected):
                 run.retry_budget_used[task.index] += DRAFT_RETRY_COST[loss.cause] if place == 0 else 0.0
                 if run.retry_budget_used[task.index] > 1 - 1e-9 and run.number in self._runs.running:
-                    several = (
-                        f"step {task.index} of run {run.number} was given up, after every worker that evaluated it"
-                    )
-                    self._runs.finish(run, WorkerError(f"{several} was lost; the last: {loss.reason}"))
-        for behind in again:
+                    words = f"step {task.index} of run {run.number} was given up, after every worker that evaluated it"
+                    self._runs.finish(run, WorkerError(f"{words} was lost; the last: {loss.reason}"))
+        for behind in affected:
             if behind.number in self._runs.running:
                 with self._runs.charge(behind):
                     step = behind.restart()
-                    words = f"run {behind.number} went back to step {step}: answers that it was built upon were lost"
+                    words = f"run {behind.number} went back to step {step}: predictions that it had used were lost"
                     behind.incidents.append(words)
                     self._runs.schedule_drafts(behind)
         self._runs.release_idle()

@@ -12,7 +12,7 @@ from drp.protocol.messages import ModelSpec
 
 Frame: TypeAlias = bytes | memoryview
 
-MOST_DIMENSIONS: Final = 16
+MAX_DIMENSIONS: Final = 16
 
 ITEM_SIZES: Final = {
     "float64": 8,
@@ -42,8 +42,8 @@ class FrameWriter:
 
         Raises ValueError for a tensor that a message cannot hold.
         """
-        if len(shape) > MOST_DIMENSIONS:
-            raise ValueError(f"a tensor has {len(shape)} dimensions; at most {MOST_DIMENSIONS}")
+        if len(shape) > MAX_DIMENSIONS:
+            raise ValueError(f"a tensor has {len(shape)} dimensions; at most {MAX_DIMENSIONS}")
         if data.nbytes > MAX_FRAME_NBYTES or len(self.frames) == MAX_FRAMES:
             raise ValueError(
                 f"a tensor of {data.nbytes} bytes, and {len(self.frames)} before it; a message has at most "

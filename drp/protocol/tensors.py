@@ -1,4 +1,4 @@
-"""Tensors of the door's messages, as torch has them: to frames and back, and in shared memory."""
+"""Conversion of torch tensors to the frames of the client protocol and back, and to shared memory."""
 
 from __future__ import annotations
 

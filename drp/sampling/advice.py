@@ -6,7 +6,7 @@ import logging
 
 FEW_STEPS = 10
 """Steps below which a run, of a distilled model for example, has next to nothing between them to draft."""
-MOST_WITH_NOISE = 4
+MAX_DRAFTS_WITH_NOISE = 4
 """Drafts a round beyond which a solver that adds noise does as well with fewer sequential steps."""
 LEAST_STEPS_A_DRAFT = 3
 """Steps for each draft a round below which drafts reach over too much of the run."""
@@ -30,10 +30,10 @@ def doubts(steps: int, drafts: int, adds_noise: bool) -> dict[str, str]:
             f"{drafts} drafts a round are many for {steps} steps: beyond a third of the steps they are far from the "
             f"states they stand for; take {steps // LEAST_STEPS_A_DRAFT} drafts or fewer, or more steps"
         )
-    if adds_noise and drafts > MOST_WITH_NOISE:
+    if adds_noise and drafts > MAX_DRAFTS_WITH_NOISE:
         found["noise"] = (
-            f"the solver adds noise, and a round has {drafts} drafts: beyond {MOST_WITH_NOISE}, fewer sequential steps "
-            "are as good; take fewer drafts, or a solver without noise"
+            f"the solver adds noise, and a round has {drafts} drafts: beyond {MAX_DRAFTS_WITH_NOISE}, fewer sequential "
+            "steps are as good; take fewer drafts, or a solver without noise"
         )
     return found
 

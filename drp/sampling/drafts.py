@@ -74,13 +74,13 @@ class DraftRule:
         """Return w at index k."""
         return _of(self.carry, levels)
 
-    def extrapolate(self, k: int, anchor: int, last: int, levels: Levels) -> Mapping[int, float]:
+    def extrapolate(self, k: int, previous_base: int, last: int, levels: Levels) -> Mapping[int, float]:
         """Return what the estimate of the data at index k is made of, beyond the last prediction.
 
-        A weight for the estimate at `last`, the last index that was predicted, and one for that at `anchor`: the base
-        of the block before, or `last` itself where there was none. They add up to 1.
+        A weight for the estimate at `last`, the last index that was predicted, and one for that at `previous_base`: the
+        base of the block before, or `last` itself where there was none. They add up to 1.
         """
-        further, apart = k - last, last - anchor
+        further, apart = k - last, last - previous_base
         slope = _of(self.slope, levels) if 0 < further <= apart else 0.0
         if slope == 0.0:
             return {last: 1.0}
@@ -88,8 +88,8 @@ class DraftRule:
             share = slope * further / apart
         else:
             at = levels.on(self.axis, last)
-            share = slope * (levels.on(self.axis, k) - at) / (at - levels.on(self.axis, anchor))
-        return {last: 1.0 + share, anchor: -share}
+            share = slope * (levels.on(self.axis, k) - at) / (at - levels.on(self.axis, previous_base))
+        return {last: 1.0 + share, previous_base: -share}
 
     def interpolate(self, k: int, below: int, above: int, levels: Levels) -> Mapping[int, float]:
         """Return what the estimate at index k is made of where drafts leave it out: `below` and `above` are predicted.

@@ -119,6 +119,8 @@ def _pass_on(rounds: Rounds, moved: int, times: int) -> Rounds:
             r = next(rounds) if residuals is None else rounds.send(residuals)
         except StopIteration:
             return
-        anchor = None if r.previous_base is None else r.previous_base + moved
+        previous_base = None if r.previous_base is None else r.previous_base + moved
         for _ in range(times if r.predict[0] > r.base else 1):
-            residuals = yield Round(r.base + moved, tuple(k + moved for k in r.predict), r.unawaited_rounds, anchor)
+            residuals = yield Round(
+                r.base + moved, tuple(k + moved for k in r.predict), r.unawaited_rounds, previous_base
+            )

@@ -26,7 +26,7 @@ class Round:
 
     `behind` is how many of the rounds just before it a round does not use: it goes out as soon as the predictions of
     all earlier ones are in. At 0 it waits for the last round, a barrier. What a draft is made of is so written down
-    before the run, and the samples do not depend on the order in which predictions arrive. `anchor` is the index
+    before the run, and the samples do not depend on the order in which predictions arrive. `previous_base` is the index
     that the draft rule looks back on once the run has advanced to `base`; None: the base that it advanced from.
     """
 

@@ -107,17 +107,17 @@ def most_in_use(mode: Mode, steps: int, history: int) -> int:
 
 
 def transition(
-    solver: Solver, a: int, b: int, rule: DraftRule | None = None, anchor: int | None = None
+    solver: Solver, a: int, b: int, rule: DraftRule | None = None, previous_base: int | None = None
 ) -> LinearCombination:
     """Return the skip transition Phi(a -> b), 0 <= a < b <= N: x_b as a linear combination of what is known at a.
 
     It composes the solver's ordinary steps, with the estimates after a extrapolated by `rule`, by default the paper's.
-    `anchor` is another index whose prediction the rule may use.
+    `previous_base` is another index whose prediction the rule may use.
     """
     table = _SymbolTable(solver, rule or PAPER)
     table.progress.base = table.progress.last = a
-    table.progress.known = {a} if anchor is None else {anchor, a}
-    table.previous_base = a if anchor is None else anchor
+    table.progress.known = {a} if previous_base is None else {previous_base, a}
+    table.previous_base = a if previous_base is None else previous_base
     return table.chain(b)[b]
 
 
@@ -199,11 +199,11 @@ class _SymbolTable:
         chain = self.chain(r.predict[-1])
         return Predict(r.predict, tuple(chain[k] for k in r.predict), r.unawaited_rounds)
 
-    def advance(self, target: int, behind: int, anchor: int | None) -> Advance:
+    def advance(self, target: int, behind: int, previous_base: int | None) -> Advance:
         """Advance to `target`, which is at most one index past the last prediction."""
         chain, base = self.chain(target), self.base
         states = tuple(chain[k] for k in range(base + 1, target + 1))
-        self.previous_base = self.progress.known_at(base if anchor is None else anchor)
+        self.previous_base = self.progress.known_at(base if previous_base is None else previous_base)
         self.progress.base = target
         oldest = target - self._solver.history
         if oldest < self.progress.last:  # If this index was skipped, its neighbours are needed.
@@ -212,7 +212,11 @@ class _SymbolTable:
             return Advance(base, states, oldest, None, behind)
         # A previous base that the mode chooses may later be any following index, so these are needed as well.
         return Advance(
-            base, states, oldest if anchor is None else min(oldest, self.previous_base), self.previous_base, behind
+            base,
+            states,
+            oldest if previous_base is None else min(oldest, self.previous_base),
+            self.previous_base,
+            behind,
         )
 
     def ahead(self) -> tuple[LinearCombination, ...]:

@@ -14,7 +14,7 @@ TRAINING_STEPS = 1000
 KARRAS_RHO = 7.0
 """What Karras et al. 2022 and diffusers' schedulers use."""
 
-MOST_RHO = (0.1, 1000.0)
+RHO_RANGE = (0.1, 1000.0)
 """Beyond, powers of the noise levels overflow or cannot be told apart."""
 
 SCHEDULE_NAMES = ("linear", "scaled_linear", "cosine")
@@ -73,8 +73,8 @@ def alpha_bars(schedule: str | Float64s, zero_snr: bool = False) -> Float64s:
 
 def karras(low: float, high: float, steps: int, rho: float = KARRAS_RHO) -> Float64s:
     """Spread noise levels evenly in sigma^(1/rho) (Karras et al. 2022, equation 5): float64 [steps], falling."""
-    if not MOST_RHO[0] <= rho <= MOST_RHO[1]:
-        raise ValueError(f"rho is {rho}; give a number from {MOST_RHO[0]:g} to {MOST_RHO[1]:g}, 7 is usual")
+    if not RHO_RANGE[0] <= rho <= RHO_RANGE[1]:
+        raise ValueError(f"rho is {rho}; give a number from {RHO_RANGE[0]:g} to {RHO_RANGE[1]:g}, 7 is usual")
     ramp = np.linspace(0, 1, steps)
     return np.asarray((high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho, dtype=np.float64)
 

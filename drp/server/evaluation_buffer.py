@@ -26,7 +26,7 @@ class EvaluationBuffer(list[TraceEvent]):
                 self.forget(next(iter(self._began)))
             self._evaluations[mark.run] = deque()
             self._began[mark.run] = mark.ns
-        elif mark.kind == "answer" and mark.run in self._began:
+        elif mark.kind == "predicted" and mark.run in self._began:
             zero = self._began[mark.run] / 1e9
             _, began, _, ended = mark.times
             self._evaluations[mark.run].append(Evaluation(mark.step, mark.worker, began - zero, ended - zero))

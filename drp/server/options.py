@@ -25,7 +25,7 @@ from drp.sampling.drafts import DraftRule
 from drp.sampling.result import Result
 from drp.sampling.run import Callback
 
-AS_THEY_ARE = (
+UNCHANGED_OPTIONS = (
     "labels",
     "count",
     "shape",
@@ -53,7 +53,7 @@ def options(submit: Submit, frames: Sequence[Frame], callback: Callback) -> Opti
     cond = {each.name: received.take(each.tensor) for each in submit.cond}
     noise, image = (None if each is None else received.take(each) for each in (submit.noise, submit.image))
     received.done()
-    given = {name: getattr(submit, name) for name in AS_THEY_ARE}
+    given = {name: getattr(submit, name) for name in UNCHANGED_OPTIONS}
     rule = submit.rule
     own = {
         "cond": cond,
@@ -103,17 +103,17 @@ def finished(request: int, result: Result, samples: TensorData, waited: float) -
         residuals=tuple(Residual(k, r if math.isfinite(r) else None) for k, r in sorted(result.residuals.items())),
         cuts=result.cuts,
         evaluated=result.evaluated,
-        incidents=_told(result.incidents),
+        incidents=_incident_texts(result.incidents),
     )
 
 
-def _told(incidents: Sequence[str]) -> tuple[str, ...]:
+def _incident_texts(incidents: Sequence[str]) -> tuple[str, ...]:
     """Truncate incidents to what a message holds; the last entry gives the number of omitted ones."""
     first = incidents if len(incidents) <= MAX_INCIDENTS else incidents[: MAX_INCIDENTS - 1]
-    told = [incident[:MAX_INCIDENT_LENGTH] for incident in first]
+    texts = [incident[:MAX_INCIDENT_LENGTH] for incident in first]
     if len(incidents) > len(first):
-        told.append(f"and {len(incidents) - len(first)} more")
-    return tuple(told)
+        texts.append(f"and {len(incidents) - len(first)} more")
+    return tuple(texts)
 
 
 def words(error: BaseException, most: int) -> str:

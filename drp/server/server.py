@@ -138,13 +138,13 @@ class Server:
 
     def _is_over(self) -> bool:
         if self._leader.closed:
-            return all(ticket.future.done() for ticket in self._requests) and not self._reports
+            return all(request.future.done() for request in self._requests) and not self._reports
         if self._draining is None:
             return False
         now = time.monotonic()
         if now > self._draining:
-            for ticket in self._requests:
-                ticket.future.cancel()
+            for request in self._requests:
+                request.future.cancel()
         busy = self._requests or self._clients.unsent or self._clients.unacknowledged
         return not busy or now > self._draining + CANCEL_TIMEOUT
 
@@ -209,23 +209,23 @@ class Server:
         if submit.request in client.open_requests or submit.request in client.unacknowledged:
             raise ProtocolError(f"request {submit.request} is there already")
         ahead = len(self._requests)
-        ticket = ServerRequest(client.address, submit, self._report, self._note_progress)
+        request = ServerRequest(client.address, submit, self._report, self._note_progress)
         try:
-            refused = self._refusal(client, submit, ahead) or self._begin(ticket, frames)
+            refused = self._refusal(client, submit, ahead) or self._begin(request, frames)
         except ProtocolError as error:
             self._counts.bad_messages += 1
             refused = Refused(submit.request, "protocol", options.words(error, 2000))
         if refused is not None:
-            ticket.release()
+            request.release()
             self._counts.refused += 1
             self._clients.send(client, refused)
             return
         if not self._requests:
             self._note_progress()
-        self._requests.add(ticket)
-        client.open_requests[submit.request] = ticket
+        self._requests.add(request)
+        client.open_requests[submit.request] = request
         self._clients.send(client, Accepted(submit.request, ahead))
-        ticket.future.add_done_callback(ticket.on_end)
+        request.future.add_done_callback(request.on_end)
 
     def _refusal(self, client: ClientSession, submit: Submit, ahead: int) -> Refused | None:
         """Return why the server refuses a request before it is passed to the leader, None if it does not."""
@@ -238,24 +238,24 @@ class Server:
             return Refused(submit.request, "busy", reason)
         return None
 
-    def _begin(self, ticket: ServerRequest, frames: Sequence[Frame]) -> Refused | None:
+    def _begin(self, request: ServerRequest, frames: Sequence[Frame]) -> Refused | None:
         """Submit a request to the leader, or return why the leader does not accept it."""
-        self._listen(self._listening or ticket.submit.timeline)
+        self._listen(self._listening or request.submit.timeline)
         try:
-            options.check_samples(ticket.submit, self._leader.spec, self._endpoint.local)
-            given = options.options(ticket.submit, frames, ticket.on_step)
-            if ticket.submit.memory:
-                ticket.memory, given["out"] = shared(shape_of_samples(ticket.submit, self._leader.spec))
-            ticket.future = self._leader.submit(**given)
+            options.check_samples(request.submit, self._leader.spec, self._endpoint.local)
+            given = options.options(request.submit, frames, request.on_step)
+            if request.submit.memory:
+                request.memory, given["out"] = shared(shape_of_samples(request.submit, self._leader.spec))
+            request.future = self._leader.submit(**given)
         except ProtocolError:
             raise
         except WorkerError as error:
-            return Refused(ticket.request, "draining", options.words(error, 2000))
+            return Refused(request.request, "draining", options.words(error, 2000))
         except ValueError as error:
-            return Refused(ticket.request, "invalid", options.words(error, 2000))
+            return Refused(request.request, "invalid", options.words(error, 2000))
         except Exception as error:  # Any error caused by the options is reported to the client; the server goes on.
             log.warning("a request raised", exc_info=True)
-            return Refused(ticket.request, "invalid", repr(error)[:2000])
+            return Refused(request.request, "invalid", repr(error)[:2000])
         return None
 
     def _listen(self, wanted: bool) -> None:
@@ -266,11 +266,11 @@ class Server:
 
     # Called in the leader's thread.
 
-    def _report(self, ticket: ServerRequest) -> None:
+    def _report(self, request: ServerRequest) -> None:
         with self._gate:
-            if not ticket.reported and self._wakeup >= 0:
-                ticket.reported = True
-                self._reports.append(ticket)
+            if not request.reported and self._wakeup >= 0:
+                request.reported = True
+                self._reports.append(request)
                 os.eventfd_write(self._wakeup, 1)
 
     def _note_progress(self) -> None:
@@ -280,74 +280,74 @@ class Server:
 
     def _report_updates(self) -> None:
         self._clients.flush()
-        tickets, self._unreported = self._unreported, set()
+        requests, self._unreported = self._unreported, set()
         while self._reports:
-            ticket = self._reports.popleft()
-            ticket.reported = False  # Reset before reading the request, so that later updates are reported again.
-            tickets.add(ticket)
-        for ticket in tickets & self._requests:
-            client, over = self._clients.get(ticket.client), ticket.future.done()
+            request = self._reports.popleft()
+            request.reported = False  # Reset before reading the request, so that later updates are reported again.
+            requests.add(request)
+        for request in requests & self._requests:
+            client, over = self._clients.get(request.client), request.future.done()
             if client is not None and (over or not client.outbox):
-                for progress, frames in ticket.updates(self._evaluations):
+                for progress, frames in request.updates(self._evaluations):
                     self._clients.send(client, progress, frames)
             elif client is not None and not over:
-                self._unreported.add(ticket)
+                self._unreported.add(request)
             if over:
-                self._end(ticket, client)
+                self._end(request, client)
 
-    def _evaluations(self, ticket: ServerRequest, most: int) -> tuple[Evaluation, ...]:
-        number = ticket.future.number
-        return self._evaluation_buffer.take(number, most) if number is not None and ticket.submit.timeline else ()
+    def _evaluations(self, request: ServerRequest, most: int) -> tuple[Evaluation, ...]:
+        number = request.future.number
+        return self._evaluation_buffer.take(number, most) if number is not None and request.submit.timeline else ()
 
-    def _end(self, ticket: ServerRequest, client: ClientSession | None) -> None:
+    def _end(self, request: ServerRequest, client: ClientSession | None) -> None:
         """Send a finished run's result, or its error, to the client, and remove the request."""
-        self._requests.remove(ticket)
-        if ticket.future.number is not None:
-            self._evaluation_buffer.forget(ticket.future.number)
+        self._requests.remove(request)
+        if request.future.number is not None:
+            self._evaluation_buffer.forget(request.future.number)
         self._listen(any(other.submit.timeline for other in self._requests))
         self._note_progress()
         if client is not None:
-            del client.open_requests[ticket.request]
-        client = self._clients.get(ticket.client)  # The session may have ended in the meantime.
+            del client.open_requests[request.request]
+        client = self._clients.get(request.client)  # The session may have ended in the meantime.
         try:
-            self._finish(ticket, client, ticket.future.result(timeout=0))
+            self._finish(request, client, request.future.result(timeout=0))
         except (Exception, CancelledError) as error:
-            ended = self._ended(ticket, error)
+            ended = self._ended(request, error)
             if client is not None:
                 self._clients.send(client, ended)
-        ticket.release()
+        request.release()
 
-    def _ended(self, ticket: ServerRequest, error: BaseException) -> Ended:
+    def _ended(self, request: ServerRequest, error: BaseException) -> Ended:
         """Count a run that ended without samples; return the message for its client."""
         if not isinstance(error, CancelledError):
             self._counts.failed += 1
-            return Ended(ticket.request, "failed", options.words(error, 20_000))
+            return Ended(request.request, "failed", options.words(error, 20_000))
         self._counts.cancelled += 1
-        if ticket.cancelled:
-            return Ended(ticket.request, "cancelled", "")
-        return Ended(ticket.request, "draining", "the server ended first")
+        if request.cancelled:
+            return Ended(request.request, "cancelled", "")
+        return Ended(request.request, "draining", "the server ended first")
 
-    def _finish(self, ticket: ServerRequest, client: ClientSession | None, result: Result) -> None:
-        taken = time.monotonic() - ticket.began
+    def _finish(self, request: ServerRequest, client: ClientSession | None, result: Result) -> None:
+        taken = time.monotonic() - request.began
         waited = max(0.0, taken - result.seconds)
         self._counts.add(result, taken, waited)
         if client is None:
             return
         frames = Frames()
-        if ticket.memory is not None:
-            samples = TensorData("float32", tuple(result.samples.shape), memory=ticket.memory.handle)
-            self._clients.keep(client, ticket.request, ticket.memory)
-            ticket.memory = None
+        if request.memory is not None:
+            samples = TensorData("float32", tuple(result.samples.shape), memory=request.memory.handle)
+            self._clients.keep(client, request.request, request.memory)
+            request.memory = None
         else:
             samples = frames.add(result.samples)
-        self._clients.send(client, options.finished(ticket.request, result, samples, waited), frames.frames)
+        self._clients.send(client, options.finished(request.request, result, samples, waited), frames.frames)
 
     def _on_gone(self, client: ClientSession) -> None:
         """Cancel the requests of a session that has ended."""
         log.info("client %r is gone, with %d requests under way", client.name, len(client.open_requests))
         self._counts.lost_clients += bool(client.open_requests)
-        for ticket in client.open_requests.values():
-            ticket.cancel()
+        for request in client.open_requests.values():
+            request.cancel()
 
     def _on_unacknowledged(self, client: ClientSession) -> None:
         self._counts.unacknowledged += 1
@@ -395,6 +395,6 @@ class Server:
             "healthy": ("1 if there is progress, or nothing to do.", int(now.healthy)),
             "draining": ("1 if the server refuses requests because it is about to end.", int(now.state != "serving")),
             "since_progress_seconds": ("Since the last progress; 0 without requests.", now.since_progress),
-            "uptime_seconds": ("Since the door opened.", now.uptime),
+            "uptime_seconds": ("Seconds since the server started.", now.uptime),
         }
         return prometheus(self._counts, gauges)

@@ -31,7 +31,7 @@ class ServerRequest:
     future: RunFuture
 
     def __init__(
-        self, client: bytes, submit: Submit, report: Callable[[ServerRequest], None], lively: Callable[[], None]
+        self, client: bytes, submit: Submit, report: Callable[[ServerRequest], None], on_progress: Callable[[], None]
     ) -> None:
         self.client, self.submit = client, submit
         self.began = time.monotonic()
@@ -40,7 +40,7 @@ class ServerRequest:
         """Whether the request was cancelled by its client, or because the client's session ended."""
         self.memory: SharedMemory | None = None
         """The shared memory to which the samples are written, if the client requested it."""
-        self._report, self._on_progress = report, lively
+        self._report, self._on_progress = report, on_progress
         self._step = self._last_reported = 0
         self._preview: tuple[int, Tensor | None] = (0, None)
         self._wanted = submit.progress or submit.previews > 0 or submit.timeline

@@ -84,8 +84,8 @@ class Costs:
     def given(cls, message: float, row: float, wake: float) -> Costs:
         """Return costs from three times in seconds: per message, per row of arithmetic, and for waking a process up."""
         m, w = (message,), (wake,)
-        line = LinearCost(0.0, row)
-        return cls((message + row,), line, m, m, (w,), m, w, w, m, m, line, 0.0, (row,), (0.0,))
+        cost = LinearCost(0.0, row)
+        return cls((message + row,), cost, m, m, (w,), m, w, w, m, m, cost, 0.0, (row,), (0.0,))
 
     @classmethod
     def measured(cls, timeline: Sequence[TraceEvent], devices: Sequence[str]) -> Costs:
@@ -96,19 +96,19 @@ class Costs:
         """
         counted = _usual(timeline)
         if not counted:
-            raise ValueError("no run in this trace came to its end; trace one that does")
+            raise ValueError("no run in this trace has finished; record a trace of one that does")
         found = [e for e in evaluations(timeline) if e.run in counted and e.answered is not None]
-        return _Fit([mark for mark in timeline if mark.run in counted], found, devices).costs()
+        return _Fit([event for event in timeline if event.run in counted], found, devices).costs()
 
 
 class _Fit:
     """Collects the samples of costs from the events and evaluations of some runs."""
 
-    def __init__(self, marks: Sequence[TraceEvent], found: Sequence[Evaluation], devices: Sequence[str]) -> None:
-        self._marks, self._found = marks, found
+    def __init__(self, events: Sequence[TraceEvent], found: Sequence[Evaluation], devices: Sequence[str]) -> None:
+        self._events, self._found = events, found
         self._emulated = [parse_emulated(d, n) if d.startswith("emulated:") else None for n, d in enumerate(devices)]
-        spans = {"formed", "sent", "folded", "refined", "end"}
-        self._busy = sorted((mark.since, mark.ns) for mark in marks if mark.kind in spans and mark.since)
+        spans = {"scheduled", "sent", "accumulated", "refined", "end"}
+        self._busy = sorted((event.since, event.ns) for event in events if event.kind in spans and event.since)
 
     def costs(self) -> Costs:
         start, end, form, refine = self._leader()
@@ -140,20 +140,20 @@ class _Fit:
         refine: list[tuple[int, float]] = []
         began: dict[int, int] = {}
         reached: dict[int, int] = defaultdict(int)
-        for mark in self._marks:
-            took = (mark.ns - mark.since) / 1e9
-            if mark.kind == "begin":
-                began[mark.run] = mark.ns
-            elif mark.kind == "formed":
-                if mark.run in began:
-                    start.append((mark.ns - began.pop(mark.run)) / 1e9)
+        for event in self._events:
+            took = (event.ns - event.since) / 1e9
+            if event.kind == "begin":
+                began[event.run] = event.ns
+            elif event.kind == "scheduled":
+                if event.run in began:
+                    start.append((event.ns - began.pop(event.run)) / 1e9)
                 else:
-                    form.append((len(mark.steps), took))
-            elif mark.kind == "refined":
-                if mark.step > reached[mark.run]:
-                    refine.append((mark.step - reached[mark.run], took))
-                reached[mark.run] = mark.step
-            elif mark.kind == "end":
+                    form.append((len(event.steps), took))
+            elif event.kind == "refined":
+                if event.step > reached[event.run]:
+                    refine.append((event.step - reached[event.run], took))
+                reached[event.run] = event.step
+            elif event.kind == "end":
                 end.append(took)
         return start, end, LinearCost.fit(form), LinearCost.fit(refine)
 
@@ -162,10 +162,10 @@ class _Fit:
         first: list[float] = []
         more: list[float] = []
         before: TraceEvent | None = None
-        for mark in self._marks:
-            if mark.kind == "sent":
-                (more if before is not None and before.kind == "sent" else first).append((mark.ns - mark.since) / 1e9)
-            before = mark
+        for event in self._events:
+            if event.kind == "sent":
+                (more if before is not None and before.kind == "sent" else first).append((event.ns - event.since) / 1e9)
+            before = event
         return first, more
 
     def _takes(self) -> tuple[list[float], list[float]]:
@@ -174,13 +174,13 @@ class _Fit:
         more: list[float] = []
         ends = sorted(until for _, until in self._busy)
         for e in self._found:
-            if e.folded is not None and e.answered is not None:
+            if e.accumulated is not None and e.answered is not None:
                 place = bisect.bisect_right(ends, e.answered)
                 before = ends[place - 1] if place else 0
                 if e.ended + self._link(e) < before:
-                    more.append((e.folded - before) / 1e9)
+                    more.append((e.accumulated - before) / 1e9)
                 else:
-                    first.append((e.folded - e.answered) / 1e9)
+                    first.append((e.accumulated - e.answered) / 1e9)
         return first, more
 
     def _link(self, e: Evaluation) -> int:
@@ -227,11 +227,11 @@ class _Fit:
         """Return the median time between the last draft sent and refining, where no prediction was handled between."""
         waits: list[float] = []
         before: TraceEvent | None = None
-        for mark in self._marks:
-            if mark.kind == "refined" and before is not None and before.kind == "sent":
-                waits.append((mark.since - before.ns) / 1e9)
-            if mark.kind != "callback":
-                before = mark
+        for event in self._events:
+            if event.kind == "refined" and before is not None and before.kind == "sent":
+                waits.append((event.since - before.ns) / 1e9)
+            if event.kind != "callback":
+                before = event
         return float(np.median(waits)) if waits else 0.0
 
 
@@ -240,13 +240,13 @@ def _usual(timeline: Sequence[TraceEvent]) -> set[int]:
     began: dict[int, int] = {}
     rounds: Counter[int] = Counter()
     walls: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for mark in timeline:
-        if mark.kind == "begin":
-            began[mark.run] = mark.ns
-        elif mark.kind == "formed":
-            rounds[mark.run] += 1
-        elif mark.kind == "end" and mark.run in began:
-            walls[rounds[mark.run]].append((mark.ns - began[mark.run], mark.run))
+    for event in timeline:
+        if event.kind == "begin":
+            began[event.run] = event.ns
+        elif event.kind == "scheduled":
+            rounds[event.run] += 1
+        elif event.kind == "end" and event.run in began:
+            walls[rounds[event.run]].append((event.ns - began[event.run], event.run))
     found: set[int] = set()
     for times in walls.values():
         times.sort()

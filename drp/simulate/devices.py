@@ -14,7 +14,7 @@ from drp.leader.events import TraceEvent
 from drp.protocol.messages import Emulated
 from drp.workers.emulated import seconds_of
 
-MOST = 1024
+MAX_DEVICES = 1024
 Distribution = Literal["normal", "lognormal", "exponential", "measured"]
 DISTRIBUTIONS = get_args(Distribution)
 
@@ -73,16 +73,16 @@ def make_devices(names: str | Sequence[str], distribution: str = "normal") -> tu
             raise ValueError(f"device {name!r} cannot be simulated; write emulated:TIME, or 8xemulated:TIME")
         for _ in range(int(several[1] or 1)):
             found.append(Device(parse_emulated(several[2], len(found)), distribution))  # type: ignore[arg-type]  # checked
-            if len(found) > MOST:
-                raise ValueError(f"more than {MOST} devices; the simulator has room for as many")
+            if len(found) > MAX_DEVICES:
+                raise ValueError(f"more than {MAX_DEVICES} devices; the simulator has at most as many")
     if not found:
-        raise ValueError(f"devices is {names!r}; give 1 to {MOST}")
+        raise ValueError(f"devices is {names!r}; give 1 to {MAX_DEVICES}")
     return tuple(found)
 
 
 def measured(devices: Sequence[Device], timeline: Sequence[TraceEvent]) -> tuple[Device, ...]:
     """Return the devices with times drawn from the evaluations in a trace."""
-    times = tuple(mark.seconds for mark in timeline if mark.kind == "answer")
+    times = tuple(mark.seconds for mark in timeline if mark.kind == "predicted")
     if not times:
         raise ValueError("no evaluation in this trace has ended; trace a run")
     return tuple(replace(device, distribution="measured", measured=times) for device in devices)
@@ -90,7 +90,7 @@ def measured(devices: Sequence[Device], timeline: Sequence[TraceEvent]) -> tuple
 
 def repeated(devices: Sequence[Device], count: int) -> tuple[Device, ...]:
     """Return `count` devices, repeating the given ones in turn, each with its own random draws."""
-    if not 1 <= count <= MOST:
-        raise ValueError(f"{count} devices; the simulator has room for 1 to {MOST}")
+    if not 1 <= count <= MAX_DEVICES:
+        raise ValueError(f"{count} devices; give 1 to {MAX_DEVICES}")
     like = [devices[i % len(devices)] for i in range(count)]
     return tuple(replace(device, emulated=replace(device.emulated, number=i)) for i, device in enumerate(like))

@@ -208,12 +208,12 @@ class _Simulation:
             run = SimulatedRun(next(self.numbers), self.arrivals.popleft(), schedule, self.load.steps, began=self.now)
             self._mark("begin", run)
             self.runs.append(run)
-            since, tickets = self.now, schedule.form()
+            since, drafts = self.now, schedule.form()
             self.now += self._some(self.costs.start)
-            self._formed(run, tickets, since)
+            self._formed(run, drafts, since)
 
-    def _formed(self, run: SimulatedRun, tickets: list[ScheduledDraft] | None, since: float) -> None:
-        if tickets is None:
+    def _formed(self, run: SimulatedRun, drafts: list[ScheduledDraft] | None, since: float) -> None:
+        if drafts is None:
             self.now += self._some(self.costs.end)
             self._mark("end", run, since=since)
             run.ended = self.now
@@ -224,9 +224,9 @@ class _Simulation:
                 self.submitted += 1
             return
         run.needs_refine = run.schedule.states
-        self._mark("formed", run, since=since, steps=tuple(ticket.step for ticket in tickets))
-        run.waiting.extend(tickets)
-        run.outstanding.update(tickets)
+        self._mark("scheduled", run, since=since, steps=tuple(draft.step for draft in drafts))
+        run.waiting.extend(drafts)
+        run.outstanding.update(drafts)
 
     def _dispatch(self) -> None:
         """Assign drafts as the engine does: one per worker, up to `depth` if there is only one run; then hedge."""
@@ -243,19 +243,19 @@ class _Simulation:
                     self._give(worker_slot, run, run.waiting.popleft(), sent)
                     sent += 1
 
-    def _give(self, worker_slot: SimulatedWorker, run: SimulatedRun, ticket: ScheduledDraft, sent: int) -> None:
+    def _give(self, worker_slot: SimulatedWorker, run: SimulatedRun, draft: ScheduledDraft, sent: int) -> None:
         since = self.now
         self.now += self._some(self.costs.send_more if sent else self.costs.send_first)
-        self._mark("sent", run, ticket.step, worker_slot.number, since=since)
+        self._mark("sent", run, draft.step, worker_slot.number, since=since)
         if not worker_slot.drafts:
             worker_slot.since = self.now
             began = self.now + self._some(self.costs.down[min(sent, len(self.costs.down) - 1)])
         else:
             began = max(self.now, worker_slot.free_at) + self._some(self.costs.following)
-        worker_slot.drafts.append((run, ticket))
+        worker_slot.drafts.append((run, draft))
         link = worker_slot.device.link
         began = max(began, worker_slot.free_at) + link
-        seconds = worker_slot.device.seconds(run.number, ticket.step, self.draws)
+        seconds = worker_slot.device.seconds(run.number, draft.step, self.draws)
         seconds = max(0.0, seconds + self._some(self.costs.late))
         worker_slot.free_at = began + seconds + link
         if worker_slot.free_at > worker_slot.fails_at:
@@ -265,17 +265,17 @@ class _Simulation:
                 worker_slot.generation = -worker_slot.generation - 1
             return
         worker_slot.computed += seconds
-        self._event(worker_slot.free_at, worker_slot, ticket, seconds, began)
+        self._event(worker_slot.free_at, worker_slot, draft, seconds, began)
 
     def _event(
         self,
         at: float,
         worker_slot: SimulatedWorker,
-        ticket: ScheduledDraft | None,
+        draft: ScheduledDraft | None,
         seconds: float = 0.0,
         began: float = 0.0,
     ) -> None:
-        entry = (at, next(self.order), worker_slot, abs(worker_slot.generation), ticket, seconds, began)
+        entry = (at, next(self.order), worker_slot, abs(worker_slot.generation), draft, seconds, began)
         heapq.heappush(self.events, entry)
 
     def _mark(
@@ -299,18 +299,18 @@ class _Simulation:
         idle = [worker_slot for worker_slot in ready if not worker_slot.drafts]
         for worker_slot in ready if idle else ():
             if worker_slot.drafts and self.now >= self._late(worker_slot):
-                for run, ticket in list(worker_slot.drafts):
-                    if idle and ticket in run.outstanding and self._copies(ticket) == 1:
+                for run, draft in list(worker_slot.drafts):
+                    if idle and draft in run.outstanding and self._copies(draft) == 1:
                         self.hedged += 1
-                        self._mark("hedged", run, ticket.step, worker_slot.number)
-                        self._give(idle.pop(), run, ticket, 0)
+                        self._mark("hedged", run, draft.step, worker_slot.number)
+                        self._give(idle.pop(), run, draft, 0)
 
     def _late(self, worker_slot: SimulatedWorker) -> float:
         usual = worker_slot.drafts[0][0].median_latency
         return worker_slot.since + self.policy.hedge * usual if self.policy.hedge and usual else float("inf")
 
-    def _copies(self, ticket: ScheduledDraft) -> int:
-        return sum(other is ticket for worker_slot in self.worker_slots for _, other in worker_slot.drafts)
+    def _copies(self, draft: ScheduledDraft) -> int:
+        return sum(other is draft for worker_slot in self.worker_slots for _, other in worker_slot.drafts)
 
     def _refine(self) -> None:
         behind = [run for run in self.runs if run.needs_refine is not None]
@@ -350,36 +350,36 @@ class _Simulation:
             times.append(self.arrivals[0])
         busy = [worker_slot for worker_slot in self.worker_slots if worker_slot.drafts]
         if self.policy.hedge and len(busy) < len(self.worker_slots):
-            late = (self._late(s) for s in busy if any(self._copies(ticket) == 1 for _, ticket in s.drafts))
+            late = (self._late(s) for s in busy if any(self._copies(draft) == 1 for _, draft in s.drafts))
             times += [at for at in late if at > self.now]
         return min(times, default=float("inf"))
 
     def _on(self, first: bool) -> None:
-        at, _, worker_slot, generation, ticket, seconds, began = heapq.heappop(self.events)
-        if ticket is None:
+        at, _, worker_slot, generation, draft, seconds, began = heapq.heappop(self.events)
+        if draft is None:
             self._on_loss(worker_slot, at)
             return
         if generation != abs(worker_slot.generation) or not worker_slot.drafts:
             return
         run, expected = worker_slot.drafts.popleft()
-        assert expected is ticket
+        assert expected is draft
         worker_slot.since = since = self.now
-        needed = ticket in run.outstanding  # Otherwise the other copy's prediction was used.
+        needed = draft in run.outstanding  # Otherwise the other copy's prediction was used.
         times = (began, began, began + seconds, began + seconds)
-        self._mark("answer" if needed else "late", run, ticket.step, worker_slot.number, seconds, times=times)
+        self._mark("predicted" if needed else "late", run, draft.step, worker_slot.number, seconds, times=times)
         if not needed:
             return
         self.now += self._some(self.costs.take_first if first else self.costs.take_more)
-        self._mark("folded", run, ticket.step, worker_slot.number, since=since)
-        run.outstanding.remove(ticket)
+        self._mark("accumulated", run, draft.step, worker_slot.number, since=since)
+        run.outstanding.remove(draft)
         run.recent.append(seconds)
         run.evaluations += 1
-        run.schedule.arrive(ticket)
+        run.schedule.arrive(draft)
         if run.schedule.ready:
-            since, tickets = self.now, run.schedule.form()
-            if tickets is not None:
-                self.now += self.costs.form.draw(len(tickets), self.draws)
-            self._formed(run, tickets, since)
+            since, drafts = self.now, run.schedule.form()
+            if drafts is not None:
+                self.now += self.costs.form.draw(len(drafts), self.draws)
+            self._formed(run, drafts, since)
 
     def _on_loss(self, worker_slot: SimulatedWorker, at: float) -> None:
         """Handle the death of a worker, or the start of its replacement."""
@@ -391,8 +391,8 @@ class _Simulation:
         self.lost += 1
         drafts, worker_slot.drafts = worker_slot.drafts, deque()
         worker_slot.ready, worker_slot.generation = False, abs(worker_slot.generation) + 1
-        for run, ticket in reversed(drafts):
-            self._mark("lost", run, ticket.step, worker_slot.number)
-            if ticket in run.outstanding and not self._copies(ticket):
-                run.waiting.appendleft(ticket)
+        for run, draft in reversed(drafts):
+            self._mark("lost", run, draft.step, worker_slot.number)
+            if draft in run.outstanding and not self._copies(draft):
+                run.waiting.appendleft(draft)
         self._event(at + worker_slot.device.restart, worker_slot, None)

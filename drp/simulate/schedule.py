@@ -50,14 +50,14 @@ class Schedule:
         used = len(self._out) - behind
         return not any(missing for missing, _ in (self._out[i] for i in range(used)))
 
-    def arrive(self, ticket: ScheduledDraft) -> None:
+    def arrive(self, draft: ScheduledDraft) -> None:
         for missing, _ in self._out:
-            missing.discard(ticket)
-        self._distance[ticket.step] = ticket.distance
+            missing.discard(draft)
+        self._distance[draft.step] = draft.distance
 
     def form(self) -> list[ScheduledDraft] | None:
         """Return the next drafts; None if the run is over."""
-        tickets: list[ScheduledDraft] = []
+        drafts: list[ScheduledDraft] = []
         before = self._progress.base
         while self.ready:
             r = self._ask()
@@ -73,13 +73,13 @@ class Schedule:
             made = [ScheduledDraft(k, k - r.base) for k in r.predict]
             self._progress.in_flight.append(r)
             self._out.append((set(made), self.depth + 1))
-            tickets += made
+            drafts += made
             if self._mode.feedback:
                 self._known = False
             else:
                 self._next = next(self._rounds, None)
         self.states = self._progress.base - before
-        return tickets
+        return drafts
 
     def _ask(self) -> Round | None:
         """Return the next round, after sending the last residuals to a mode with feedback."""

@@ -14,9 +14,9 @@ class Evaluation:
     """A draft that was sent to a worker. Times are in ns of perf_counter, unless stated otherwise.
 
     sent: when the draft was sent. since: when sending began.
-    formed: the event that scheduled the draft.
+    scheduled: the event that scheduled the draft.
     answered: when the prediction arrived, None if it did not.
-    folded: when the prediction was added to the sums of the next drafts.
+    accumulated: when the prediction was added to the sums of the next drafts.
     seconds: the evaluation time on the device, in seconds.
     received, began, predicted, ended: by the worker's clock, which is the same as the leader's.
     used: the first event that refined states with the prediction, or ended the run.
@@ -28,9 +28,9 @@ class Evaluation:
     worker: int
     sent: int
     since: int
-    formed: TraceEvent | None
+    scheduled: TraceEvent | None
     answered: int | None = None
-    folded: int | None = None
+    accumulated: int | None = None
     seconds: float = 0.0
     received: int = 0
     began: int = 0
@@ -43,39 +43,41 @@ class Evaluation:
 def evaluations(timeline: Sequence[TraceEvent]) -> list[Evaluation]:
     """Return the evaluations of a timeline, in the order in which they were sent."""
     found: list[Evaluation] = []
-    formed: dict[tuple[int, int], deque[TraceEvent]] = defaultdict(deque)
-    last_formed: dict[tuple[int, int], TraceEvent] = {}
+    scheduled: dict[tuple[int, int], deque[TraceEvent]] = defaultdict(deque)
+    last_scheduled: dict[tuple[int, int], TraceEvent] = {}
     out: dict[tuple[int, int, int], deque[Evaluation]] = defaultdict(deque)
     unused: dict[int, list[Evaluation]] = defaultdict(list)
-    for mark in timeline:
-        key = (mark.run, mark.step)
-        if mark.kind == "formed":
-            for step in mark.steps:
-                formed[mark.run, step].append(mark)
-        elif mark.kind == "sent":
-            if formed[key]:  # Otherwise the draft is sent again, to another worker.
-                last_formed[key] = formed[key].popleft()
-            e = Evaluation(mark.run, mark.step, mark.worker, mark.ns, mark.since or mark.ns, last_formed.get(key))
+    for event in timeline:
+        key = (event.run, event.step)
+        if event.kind == "scheduled":
+            for step in event.steps:
+                scheduled[event.run, step].append(event)
+        elif event.kind == "sent":
+            if scheduled[key]:  # Otherwise the draft is sent again, to another worker.
+                last_scheduled[key] = scheduled[key].popleft()
+            e = Evaluation(
+                event.run, event.step, event.worker, event.ns, event.since or event.ns, last_scheduled.get(key)
+            )
             found.append(e)
-            out[(*key, mark.worker)].append(e)
-        elif mark.kind in ("answer", "late") and out[(*key, mark.worker)]:
-            e = out[(*key, mark.worker)].popleft()
-            e.answered, e.seconds = mark.ns, mark.seconds
-            e.received, e.began, e.predicted, e.ended = (round(t * 1e9) for t in mark.times or _guess(e, mark))
-            if mark.kind == "answer":
-                unused[mark.run].append(e)
-        elif mark.kind == "lost" and out[(*key, mark.worker)]:
-            out[(*key, mark.worker)].popleft().lost = mark.ns
-        elif mark.kind == "folded":
-            for e in reversed(unused[mark.run]):
-                if (e.step, e.worker) == (mark.step, mark.worker):
-                    e.folded = mark.ns
+            out[(*key, event.worker)].append(e)
+        elif event.kind in ("predicted", "late") and out[(*key, event.worker)]:
+            e = out[(*key, event.worker)].popleft()
+            e.answered, e.seconds = event.ns, event.seconds
+            e.received, e.began, e.predicted, e.ended = (round(t * 1e9) for t in event.times or _guess(e, event))
+            if event.kind == "predicted":
+                unused[event.run].append(e)
+        elif event.kind == "lost" and out[(*key, event.worker)]:
+            out[(*key, event.worker)].popleft().lost = event.ns
+        elif event.kind == "accumulated":
+            for e in reversed(unused[event.run]):
+                if (e.step, e.worker) == (event.step, event.worker):
+                    e.accumulated = event.ns
                     break
-        if mark.kind in ("refined", "end"):
-            for e in unused[mark.run]:
-                if mark.kind == "end" or e.step < mark.step:
-                    e.used = mark
-            unused[mark.run] = [e for e in unused[mark.run] if e.used is None]
+        if event.kind in ("refined", "end"):
+            for e in unused[event.run]:
+                if event.kind == "end" or e.step < event.step:
+                    e.used = event
+            unused[event.run] = [e for e in unused[event.run] if e.used is None]
     return found
 
 

@@ -22,9 +22,9 @@ LEADER = 1
 WORKER = 2
 """The process number of the first worker."""
 NAMES = {
-    "formed": "draft",
+    "scheduled": "draft",
     "sent": "send",
-    "folded": "take",
+    "accumulated": "accumulate",
     "refined": "refine",
     "callback": "callback",
     "end": "last states",
@@ -41,11 +41,12 @@ def trace(timeline: Sequence[TraceEvent], devices: Sequence[str], dropped: int =
     """Return a trace as a JSON object."""
     zero = timeline[0].since or timeline[0].ns if timeline else 0
     found = [*_names(devices), *sorted(_events(timeline, zero), key=lambda event: event["ts"])]
-    marks = [list(mark) for mark in timeline]
     return {
         "traceEvents": found,
         "displayTimeUnit": "ms",
-        "otherData": {"drp": {"devices": list(devices), "dropped": dropped, "marks": marks}},
+        "otherData": {
+            "drp": {"devices": list(devices), "dropped": dropped, "events": [list(event) for event in timeline]}
+        },
     }
 
 
@@ -53,8 +54,8 @@ def read(path: str | Path) -> tuple[Timeline, tuple[str, ...], int]:
     """Read a trace written by drp: events, devices and the number of dropped events; ValueError for other files."""
     try:
         found = json.loads(Path(path).read_text())["otherData"]["drp"]
-        marks = [TraceEvent._make(mark) for mark in found["marks"]]
-        timeline = [mark._replace(times=tuple(mark.times), steps=tuple(mark.steps)) for mark in marks]
+        timeline = [TraceEvent._make(event) for event in found["events"]]
+        timeline = [event._replace(times=tuple(event.times), steps=tuple(event.steps)) for event in timeline]
         return timeline, tuple(found["devices"]), int(found["dropped"])
     except (KeyError, TypeError, IndexError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no trace of drp's ({error!r}); write one with --trace") from None
@@ -64,8 +65,8 @@ def _names(devices: Sequence[str]) -> Iterator[Event]:
     for process, name in enumerate(["leader", *(f"worker {w}, {d}" for w, d in enumerate(devices))], start=LEADER):
         yield {"ph": "M", "name": "process_name", "pid": process, "tid": 0, "args": {"name": name}}
         yield {"ph": "M", "name": "process_sort_index", "pid": process, "tid": 0, "args": {"sort_index": process}}
-        lane = "leader's thread" if process == LEADER else "stream"
-        yield {"ph": "M", "name": "thread_name", "pid": process, "tid": 1, "args": {"name": lane}}
+        track = "leader's thread" if process == LEADER else "stream"
+        yield {"ph": "M", "name": "thread_name", "pid": process, "tid": 1, "args": {"name": track}}
 
 
 def _events(timeline: Sequence[TraceEvent], zero: int) -> Iterator[Event]:
@@ -85,31 +86,36 @@ def _slice(name: str, process: int, since: int, until: int, zero: int, **args: o
 
 
 def _leader(timeline: Sequence[TraceEvent], zero: int) -> Iterator[Event]:
-    for mark in timeline:
-        if mark.kind in NAMES:
-            since = mark.since or mark.ns
-            detail = {"steps": list(mark.steps)} if mark.steps else {"step": mark.step}
-            yield _slice(NAMES[mark.kind], LEADER, since, mark.ns, zero, run=mark.run, **detail)
-        elif mark.kind not in ("answer", "late"):
-            at = {"pid": LEADER, "tid": 1, "ts": (mark.ns - zero) / 1e3, "args": {"run": mark.run, "step": mark.step}}
-            yield {"ph": "i", "s": "t", "cat": "drp", "name": mark.kind, **at}
+    for event in timeline:
+        if event.kind in NAMES:
+            since = event.since or event.ns
+            detail = {"steps": list(event.steps)} if event.steps else {"step": event.step}
+            yield _slice(NAMES[event.kind], LEADER, since, event.ns, zero, run=event.run, **detail)
+        elif event.kind not in ("predicted", "late"):
+            at = {
+                "pid": LEADER,
+                "tid": 1,
+                "ts": (event.ns - zero) / 1e3,
+                "args": {"run": event.run, "step": event.step},
+            }
+            yield {"ph": "i", "s": "t", "cat": "drp", "name": event.kind, **at}
 
 
 def _rounds(timeline: Sequence[TraceEvent], found: Sequence[Evaluation], zero: int, last: int) -> Iterator[Event]:
     """Yield each run and its rounds, from scheduling to the last prediction; overlapping rounds get separate tracks."""
     answered: dict[int, int] = {}  # by the event that scheduled a round, when its last prediction arrived
     for e in found:
-        answered[id(e.formed)] = max(answered.get(id(e.formed), 0), e.answered or last)
+        answered[id(e.scheduled)] = max(answered.get(id(e.scheduled), 0), e.answered or last)
     spans: list[tuple[str, str, int, int]] = []
-    for begin, formed, end in _runs(timeline, last):
+    for begin, scheduled, end in _runs(timeline, last):
         run = begin.run
         spans.append((f"run {run}", f"run {run}", begin.ns, end))
-        lanes: list[int] = []  # for each track, until when it is used
-        for number, mark in enumerate(formed):
-            since, until = mark.since or mark.ns, answered.get(id(mark), mark.ns)
-            lane = next((i for i, taken in enumerate(lanes) if taken <= since), len(lanes))
-            lanes[lane : lane + 1] = [until]
-            spans.append((f"round {number}", f"run {run} rounds {lane}", since, until))
+        tracks: list[int] = []  # for each track, until when it is used
+        for number, event in enumerate(scheduled):
+            since, until = event.since or event.ns, answered.get(id(event), event.ns)
+            track = next((i for i, taken in enumerate(tracks) if taken <= since), len(tracks))
+            tracks[track : track + 1] = [until]
+            spans.append((f"round {number}", f"run {run} rounds {track}", since, until))
     for name, place, since, until in spans:
         both = {"cat": "round", "name": name, "id": place, "pid": LEADER, "tid": 1}
         yield {"ph": "b", **both, "ts": (since - zero) / 1e3}
@@ -119,16 +125,16 @@ def _rounds(timeline: Sequence[TraceEvent], found: Sequence[Evaluation], zero: i
 def _runs(timeline: Sequence[TraceEvent], last: int) -> list[tuple[TraceEvent, list[TraceEvent], int]]:
     """Return, for each run, its begin event, the events that scheduled its drafts, and when it ended."""
     found: list[tuple[TraceEvent, list[TraceEvent], int]] = []
-    under_way: dict[int, int] = {}  # by number of a running run, its index in `found`
-    for mark in timeline:
-        if mark.kind == "begin":
-            under_way[mark.run] = len(found)
-            found.append((mark, [], last))
-        elif mark.run in under_way and mark.kind == "formed" and mark.steps:
-            found[under_way[mark.run]][1].append(mark)
-        elif mark.run in under_way and mark.kind in ("end", "failed"):
-            place = under_way.pop(mark.run)
-            found[place] = (*found[place][:2], mark.ns)
+    running: dict[int, int] = {}  # by number of a running run, its index in `found`
+    for event in timeline:
+        if event.kind == "begin":
+            running[event.run] = len(found)
+            found.append((event, [], last))
+        elif event.run in running and event.kind == "scheduled" and event.steps:
+            found[running[event.run]][1].append(event)
+        elif event.run in running and event.kind in ("end", "failed"):
+            place = running.pop(event.run)
+            found[place] = (*found[place][:2], event.ns)
     return found
 
 
@@ -140,14 +146,14 @@ def _worker(found: Sequence[Evaluation], zero: int, last: int) -> Iterator[Event
         process, facts = WORKER + e.worker, {"run": e.run, "step": e.step}
         if e.answered is None:
             until = e.lost or (later.since if later is not None else last)
-            yield _slice("no answer", process, max(e.since, free), max(until, free, e.since), zero, **facts)
+            yield _slice("lost", process, max(e.since, free), max(until, free, e.since), zero, **facts)
             continue
         began = max(e.began, free)
         yield _slice("receive", process, max(e.since, free), began, zero, **facts)
         yield _slice("compute", process, began, e.predicted, zero, **facts)
         yield _slice("copy", process, e.predicted, e.ended, zero, **facts)
         free = e.answered if later is None else min(e.answered, max(later.since, e.ended))
-        yield _slice("answer", process, e.ended, free, zero, **facts)
+        yield _slice("reply", process, e.ended, free, zero, **facts)
 
 
 def _arrows(number: int, e: Evaluation, zero: int) -> Iterator[Event]:
@@ -158,9 +164,9 @@ def _arrows(number: int, e: Evaluation, zero: int) -> Iterator[Event]:
         where = {"pid": process, "tid": 1, "ts": at, "id": number}
         return {"ph": phase, "cat": "draft", "name": f"step {e.step}", **where, **({"bp": "e"} if phase == "f" else {})}
 
-    if e.formed is None or e.answered is None:
+    if e.scheduled is None or e.answered is None:
         return
-    yield point("s", LEADER, e.formed.since or e.formed.ns, e.formed.ns)
+    yield point("s", LEADER, e.scheduled.since or e.scheduled.ns, e.scheduled.ns)
     yield point("t" if e.used else "f", WORKER + e.worker, e.began, e.predicted)
     if e.used is not None:
         yield point("f", LEADER, e.used.since or e.used.ns, e.used.ns)

@@ -27,15 +27,15 @@ def record(leader: Leader, path: str | os.PathLike[str], max_events: int | None 
     """
     path = check(path)
     if max_events is not None and max_events < 1:
-        raise ValueError(f"max_events is {max_events}; give how many marks to keep, 1 or more, or None for all")
+        raise ValueError(f"max_events is {max_events}; give the number of events to keep, at least 1, or None for all")
     timeline = Timeline() if max_events is None else RingBuffer(max_events)
     leader.subscribe(timeline)
     try:
         yield timeline
     finally:
         leader.unsubscribe(timeline)
-        marks, dropped = timeline.complete_runs() if isinstance(timeline, RingBuffer) else (list(timeline), 0)
-        write(path, marks, leader.devices, dropped)
+        events, dropped = timeline.complete_runs() if isinstance(timeline, RingBuffer) else (list(timeline), 0)
+        write(path, events, leader.devices, dropped)
 
 
 def check(path: str | os.PathLike[str]) -> Path:

@@ -18,22 +18,22 @@ class RingBuffer(Timeline):
         self._most, self._chunk = max_events, max(1, max_events // CHUNKS)
         self.dropped = 0
 
-    def append(self, mark: TraceEvent) -> None:
-        super().append(mark)
+    def append(self, event: TraceEvent) -> None:
+        super().append(event)
         if len(self) >= self._most + self._chunk:
             del self[: self._chunk]
             self.dropped += self._chunk
 
     def complete_runs(self) -> tuple[Timeline, int]:
         """Return the events of runs whose begin event was kept, and the number of all other events."""
-        marks, dropped = list(self), self.dropped
+        events, dropped = list(self), self.dropped
         if not dropped:
-            return marks, 0
+            return events, 0
         begun: set[int] = set()
         kept = Timeline()
-        for mark in marks:
-            if mark.kind == "begin":
-                begun.add(mark.run)
-            if mark.run in begun:
-                kept.append(mark)
-        return kept, dropped + len(marks) - len(kept)
+        for event in events:
+            if event.kind == "begin":
+                begun.add(event.run)
+            if event.run in begun:
+                kept.append(event)
+        return kept, dropped + len(events) - len(kept)

@@ -78,39 +78,39 @@ class Summary:
 
     @property
     def text(self) -> str:
-        return self._runs + (f" {self.dropped} older marks were dropped as it was recorded." if self.dropped else "")
+        return self._runs + (f" {self.dropped} older events were dropped during recording." if self.dropped else "")
 
     @property
     def _runs(self) -> str:
         wall = sum(path.wall for path in self.paths)
         if not wall:
-            return "No run came to its end."
+            return "No run has finished."
 
         def share(part: str) -> str:
             return f"{sum(getattr(path, part) for path in self.paths) / wall:.1%}"
 
-        lanes = sum(lane.total for lane in self.workers)
+        total = sum(worker.total for worker in self.workers)
 
         def of_devices(part: str) -> str:
-            return f"{sum(getattr(lane, part) for lane in self.workers) / lanes:.1%}"
+            return f"{sum(getattr(worker, part) for worker in self.workers) / total:.1%}"
 
         rounds, evaluated = sum(p.rounds for p in self.paths), sum(p.evaluations for p in self.paths)
-        lost = sum(lane.lost for lane in self.workers)
+        lost = sum(worker.lost for worker in self.workers)
         return (
-            f"{len(self.paths)} run(s), {wall * 1e3:.1f} ms in all, {evaluated} evaluations on {len(self.workers)} "
-            f"device(s), {rounds / len(self.paths):.4g} of them one after the other a run. Of what a run had to wait "
-            f"for, {share('compute')} was computing, {share('transfer')} transfer and waking up, {share('leader')} the "
-            f"leader, {share('queue')} queueing for a device. The devices computed {of_devices('compute')} of their "
-            f"time, waited {of_devices('waiting')} for the slowest, and had nothing to do in {of_devices('idle')}."
-            + (f" {lost} draft(s) had no answer." if lost else "")
+            f"{len(self.paths)} run(s), {wall * 1e3:.1f} ms in total: {evaluated} evaluations on {len(self.workers)} "
+            f"device(s), {rounds / len(self.paths):.4g} consecutive evaluations per run. The critical path was "
+            f"{share('compute')} computing, {share('transfer')} transfer and waking up, {share('leader')} the leader, "
+            f"and {share('queue')} waiting for a busy device. The devices computed {of_devices('compute')} of the "
+            f"time, waited for the slowest device {of_devices('waiting')}, and were idle {of_devices('idle')}."
+            + (f" {lost} draft(s) were lost with their worker." if lost else "")
         )
 
 
 def summarise(timeline: Sequence[TraceEvent], devices: Sequence[str], dropped: int = 0) -> Summary:
     """Summarize a timeline. Runs that failed or have not ended count only for the devices."""
     found = evaluations(timeline)
-    ends = {mark.run: mark for mark in timeline if mark.kind == "end"}
-    begins = {mark.run: mark for mark in timeline if mark.kind == "begin"}
+    ends = {event.run: event for event in timeline if event.kind == "end"}
+    begins = {event.run: event for event in timeline if event.kind == "begin"}
     summary = Summary(dropped=dropped)
     for run, begin in begins.items():
         if run in ends:
@@ -118,7 +118,7 @@ def summarise(timeline: Sequence[TraceEvent], devices: Sequence[str], dropped: i
             summary.paths.append(_path(begin, ends[run], own, found))
     spans = _spans(timeline)
     for worker, device in enumerate(devices):
-        summary.workers.append(_lane(device, [e for e in found if e.worker == worker], timeline, spans))
+        summary.workers.append(_summarise_worker(device, [e for e in found if e.worker == worker], timeline, spans))
     return summary
 
 
@@ -149,22 +149,22 @@ def _path(begin: TraceEvent, end: TraceEvent, own: list[Evaluation], everyone: S
         else:
             path.transfer += (until - e.sent) / 1e9 - e.seconds
             path.compute += e.seconds
-        formed = e.formed
-        assert formed is not None
-        if ahead is not None and formed.ns < (ahead.answered or 0) <= e.sent:  # The draft waited in the leader.
+        scheduled = e.scheduled
+        assert scheduled is not None
+        if ahead is not None and scheduled.ns < (ahead.answered or 0) <= e.sent:  # The draft waited in the leader.
             if ahead.run == begin.run:
                 path.sending += (e.sent - (ahead.answered or 0)) / 1e9
                 e, until = ahead, ahead.answered or 0
                 continue
-            path.queue += (e.sent - formed.ns) / 1e9
+            path.queue += (e.sent - scheduled.ns) / 1e9
         else:
-            path.sending += (e.sent - formed.ns) / 1e9
-        since = formed.since or formed.ns
+            path.sending += (e.sent - scheduled.ns) / 1e9
+        since = scheduled.since or scheduled.ns
         trigger = max(
             (t for t in own if t.answered and t.answered <= since), key=lambda t: t.answered or 0, default=None
         )
         until = (trigger.answered or 0) if trigger else begin.ns
-        path.arithmetic += (formed.ns - until) / 1e9
+        path.arithmetic += (scheduled.ns - until) / 1e9
         e = trigger
     return path
 
@@ -174,49 +174,49 @@ def _spans(timeline: Sequence[TraceEvent]) -> list[tuple[int, int]]:
     spans: list[tuple[int, int]] = []
     running: set[int] = set()
     since = 0
-    for mark in timeline:
-        if mark.kind == "begin":
-            since = since if running else mark.ns
-            running.add(mark.run)
-        elif mark.kind in ("end", "failed") and mark.run in running:
-            running.remove(mark.run)
+    for event in timeline:
+        if event.kind == "begin":
+            since = since if running else event.ns
+            running.add(event.run)
+        elif event.kind in ("end", "failed") and event.run in running:
+            running.remove(event.run)
             if not running:
-                spans.append((since, mark.ns))
+                spans.append((since, event.ns))
     if running:
         spans.append((since, timeline[-1].ns))
     return spans
 
 
-def _lane(
+def _summarise_worker(
     device: str, found: list[Evaluation], timeline: Sequence[TraceEvent], spans: list[tuple[int, int]]
 ) -> WorkerSummary:
-    lane = WorkerSummary(device, len(found))
-    formed = sorted((mark.since or mark.ns, mark.ns) for mark in timeline if mark.kind == "formed")
+    worker = WorkerSummary(device, len(found))
+    scheduled = sorted((event.since or event.ns, event.ns) for event in timeline if event.kind == "scheduled")
     parts: dict[str, float] = defaultdict(float)
     for since, until in spans:
         own = [e for e in found if since <= e.sent <= until]
         at, served = since, False
         for e in own:
             sent = max(e.sent, at)
-            _gap(at, sent, formed, served, True, parts)
+            _gap(at, sent, scheduled, served, True, parts)
             answered = min(e.answered or until, until)
-            lane.lost += e.answered is None
+            worker.lost += e.answered is None
             busy = max(0, answered - sent)
             seconds = min(e.seconds * 1e9, busy)
             parts["compute"] += seconds
             parts["transfer"] += busy - seconds
             at, served = max(at, answered), True
-        _gap(at, until, formed, served, False, parts)
+        _gap(at, until, scheduled, served, False, parts)
     for part, ns in parts.items():
-        setattr(lane, part, ns / 1e9)
-    return lane
+        setattr(worker, part, ns / 1e9)
+    return worker
 
 
 def _gap(
-    since: int, until: int, formed: Sequence[tuple[int, int]], served: bool, sent: bool, parts: dict[str, float]
+    since: int, until: int, scheduled: Sequence[tuple[int, int]], served: bool, sent: bool, parts: dict[str, float]
 ) -> None:
     """Attribute a time in which a device had no draft. `served`: it had one before; `sent`: it receives one after."""
-    inside = formed[bisect_left(formed, (since,)) : bisect_left(formed, (until,))]
+    inside = scheduled[bisect_left(scheduled, (since,)) : bisect_left(scheduled, (until,))]
     first = inside[0][0] if inside else until
     parts["waiting" if served else "idle"] += first - since
     if not inside:

@@ -47,7 +47,7 @@ class CudaDevice:
         try:
             memory = self.open_ipc(handle)
         except (CudaError, RuntimeError) as error:
-            return _told(error)
+            return _describe(error)
         weights.share(memory, publish)
         self._synchronize()
         torch.cuda.empty_cache()  # A factory may have put the module's own here.
@@ -78,7 +78,7 @@ class CudaDevice:
         try:
             invert_probe(self.open_ipc(self.config.probe))
         except (CudaError, RuntimeError) as error:
-            return _told(error)
+            return _describe(error)
         return ""
 
     def open_ipc(self, handle: GpuHandle) -> GpuMemory:
@@ -133,5 +133,5 @@ class CudaDevice:
         self._done.synchronize()
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:2000]

@@ -101,8 +101,8 @@ class PinnedEvent:
     The GPU cannot wait for the leader's cores, so the worker's thread does, before it queues; the GPU counts itself.
     """
 
-    def __init__(self, line: Tensor, ahead: CudaExecutor) -> None:
-        self._numbers, self._semaphore, self._executor = line, TimelineSemaphore(line), ahead
+    def __init__(self, counters: Tensor, executor: CudaExecutor) -> None:
+        self._numbers, self._semaphore, self._executor = counters, TimelineSemaphore(counters), executor
 
     def record(self) -> int:
         count = self._semaphore.next_value()

@@ -265,7 +265,7 @@ def test_without_devices_what_there_is_is_used(
         return tuple(Gpu(index, f"GPU-{index}") for index in range(gpus))
 
     monkeypatch.setattr("drp.leader.gpus.find_gpus", find)
-    monkeypatch.setattr("drp.cli.options.MOST_WORKERS", 4 if gpus else 2)
+    monkeypatch.setattr("drp.cli.options.MAX_DEFAULT_WORKERS", 4 if gpus else 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
     assert default_devices() == expected
     assert default_devices(gpus_too=False).devices.endswith("xcpu")

@@ -58,7 +58,7 @@ def test_sample_draws_with_a_pipeline(tmp_path: Path) -> None:
     with Image.open(tmp_path / "out.png") as image:
         assert image.size == (48 + 4, 2 * (32 + 4))
     marks, devices, _ = read(tmp_path / "run.json")
-    assert {mark.kind for mark in marks} >= {"begin", "sent", "answer", "end"}
+    assert {mark.kind for mark in marks} >= {"begin", "sent", "predicted", "end"}
     assert len(devices) == 2
 
 

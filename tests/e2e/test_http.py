@@ -403,7 +403,7 @@ def test_a_server_that_is_gone_shows_in_the_health_and_leaves_its_trace(gateway:
     assert gateway.draw(prompt="1", steps=9)[0] == 200
     assert served.end()[0] == 0
     marks, devices, dropped = read(served.folder / "run.json")  # of the newest run, not of all the long ones before
-    assert [mark.kind for mark in marks].count("answer") == 9
+    assert [mark.kind for mark in marks].count("predicted") == 9
     assert dropped > 1000
     assert len(devices) == 2
     until(lambda: gateway.get("/health")[0] == 503, "the gateway says that the server is gone")

@@ -43,7 +43,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PipelineBacken
         assert not backend.health()[0]
         marks, devices, dropped = read(trace)
         assert (devices, dropped) == (("cpu:0", "cpu:1"), 0)
-        assert {"begin", "sent", "answer", "lost", "end"} <= {mark.kind for mark in marks}
+        assert {"begin", "sent", "predicted", "lost", "end"} <= {mark.kind for mark in marks}
         check_format(trace)
     finally:
         sys.path.remove(EXAMPLES)

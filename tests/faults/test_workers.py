@@ -77,7 +77,7 @@ def test_one_worker(monkeypatch: pytest.MonkeyPatch, where: str, how: str) -> No
             assert torch.equal(result.samples, expected(mode, seed)), f"run {seed} has other bits"
         if where not in QUIET:
             until(lambda: leader.workers[1].losses == 1)  # One that stopped with nothing to do is noticed a bit later.
-            assert re.search(r"SIGKILL|draft_timeout|come round", leader.workers[1].last_failure)
+            assert re.search(r"SIGKILL|draft_timeout|no heartbeat", leader.workers[1].last_failure)
             until(lambda: [worker.state for worker in leader.workers] == ["ready"] * 3)
         assert torch.equal(sample(leader, mode, 5).samples, expected(mode, 5))
 

@@ -85,7 +85,8 @@ def test_the_host_waits_for_no_gpu_between_two_drafts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("memory", ["auto", "host"])
 @pytest.mark.parametrize(
-    ("model", "words"), [("Dying", "SIGKILL"), ("Stale", "did not stamp it"), ("Asserting", "device-side assert")]
+    ("model", "words"),
+    [("Dying", "SIGKILL"), ("Stale", "without a valid completion record"), ("Asserting", "device-side assert")],
 )
 def test_what_was_not_proven_is_computed_again(
     model: str, words: str, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

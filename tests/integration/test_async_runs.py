@@ -186,8 +186,8 @@ def test_a_round_is_not_divided_where_each_worker_has_one_of_it() -> None:
             timeline = list[TraceEvent]()
             leader.timeline = timeline
             leader.sample(labels=[1], steps=30, mode=mode, drafts=drafts)
-            went = [(mark.kind, mark.step) for mark in timeline if mark.kind in ("sent", "answer")]
-            for steps in (mark.steps for mark in timeline if mark.kind == "formed"):
+            went = [(mark.kind, mark.step) for mark in timeline if mark.kind in ("sent", "predicted")]
+            for steps in (mark.steps for mark in timeline if mark.kind == "scheduled"):
                 first = went.index(("sent", steps[0]))
                 assert went[first : first + len(steps)] == [("sent", step) for step in steps], (mode, drafts)
 
@@ -253,9 +253,9 @@ def test_emulated_devices_take_their_time_and_say_so() -> None:
         ("kill", "SIGKILL", "adaptive", False),
         ("kill", "SIGKILL", "window", False),
         ("hang", "draft_timeout", "conservative", False),
-        ("stale", "did not stamp it", "rolling", False),
-        ("early", "did not stamp it", "aggressive", False),
-        ("early", "did not stamp it", "adaptive", True),
+        ("stale", "without a valid completion record", "rolling", False),
+        ("early", "without a valid completion record", "aggressive", False),
+        ("early", "without a valid completion record", "adaptive", True),
         ("assert", "device-side assert", "conservative", False),
     ],
 )
@@ -294,7 +294,7 @@ def test_no_state_is_handed_out_before_it_is_proven(monkeypatch: pytest.MonkeyPa
     with misbehaving(monkeypatch, tmp_path / "once", "early") as leader:
         run = leader.submit(shape=(3,), steps=STEPS, callback=mine).result(DEADLINE)
         drp.reference(PLAIN, shape=(3,), steps=STEPS, devices=2, callback=theirs)
-        assert "did not stamp it" in run.incidents[0]
+        assert "without a valid completion record" in run.incidents[0]
         assert mine.equals(theirs)
 
 
@@ -381,7 +381,7 @@ def test_drafts_of_a_round_go_to_different_workers_and_the_first_is_first(
             timeline = list[TraceEvent]()
             leader.timeline = timeline
             leader.sample(labels=[1], steps=30, mode=mode, drafts=drafts)
-            rounds = [mark.steps for mark in timeline if mark.kind == "formed"]
+            rounds = [mark.steps for mark in timeline if mark.kind == "scheduled"]
             given = {mark.step: mark.worker for mark in timeline if mark.kind == "sent"}
             assert all(len({given[step] for step in steps}) == len(steps) for steps in rounds), mode
     assert set(given.values()) == {0}

@@ -12,7 +12,7 @@ import torch
 
 import drp
 from drp import Leader
-from drp.leader.memory.buffer_pool import MANY, BufferPool
+from drp.leader.memory.buffer_pool import MAX_FREE_BUFFERS, BufferPool
 from drp.protocol.memory import SharedMemory
 from tests.conftest import leftovers
 
@@ -66,10 +66,10 @@ def test_no_more_is_kept_than_allowed_and_nothing_in_the_end() -> None:
 
 def test_few_pieces_are_kept_since_each_takes_descriptors() -> None:
     spare = BufferPool()
-    taken = [spare.acquire(PAGE) for _ in range(MANY + 3)]
+    taken = [spare.acquire(PAGE) for _ in range(MAX_FREE_BUFFERS + 3)]
     for memory in taken:
         memory.close()
-    assert spare.nbytes == MANY * PAGE
+    assert spare.nbytes == MAX_FREE_BUFFERS * PAGE
     spare.close()
 
 

@@ -70,8 +70,8 @@ def test_a_denoiser_that_fails_ends_its_run_only(ailing: Leader, model: str, wor
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ("make_dying", r"worker \d \(cpu:\d, process \d+\) was killed by SIGKILL; it left no last words"),
-        ("make_crashing", r"was killed by SIGSEGV; its last words:\n(.|\n)*denoisers.py(.|\n)* in predict"),
+        ("make_dying", r"worker \d \(cpu:\d, process \d+\) was killed by SIGKILL; its crash log is empty"),
+        ("make_crashing", r"was killed by SIGSEGV; its crash log:\n(.|\n)*denoisers.py(.|\n)* in predict"),
         ("make_hanging", r"worker \d .* has not evaluated step \d+ of run \d+ within 1.5 s \(draft_timeout\)"),
     ],
 )

@@ -85,7 +85,7 @@ def test_a_window_outlives_a_worker_and_its_trace_shows_it(tmp_path: Path) -> No
     assert result.incidents
     events = check_format(tmp_path / "run.json")
     assert "lost" in names(events, "i")
-    assert "no answer" in names(events, "X")
+    assert "lost" in names(events, "X")
     assert sum(event["ph"] == "f" for event in events) == 20
 
 
@@ -94,7 +94,7 @@ def test_the_draft_after_next_may_be_out_before_the_next_is_back(late: Leader) -
     late.timeline = marks = Timeline()
     late.sample(labels=[1], steps=40, drafts=3)
     late.timeline = None
-    formed = [mark.steps for mark in marks if mark.kind == "formed"]
+    formed = [mark.steps for mark in marks if mark.kind == "scheduled"]
     assert formed[0] == (0,)
     assert formed[1] == (1, 2, 3)
     assert any(len(steps) == 1 for steps in formed[2:])

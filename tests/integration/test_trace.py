@@ -102,16 +102,16 @@ def test_a_trace_is_valid_and_whole(emulated: Leader, mode: str, tmp_path: Path)
     events = check_format(path)
     assert read(path) == (marks, emulated.devices, 0)
     slices = names(events, "X")
-    total = [mark.kind for mark in marks].count("answer")
-    for part in ("receive", "compute", "copy", "answer", "send", "take"):
+    total = [mark.kind for mark in marks].count("predicted")
+    for part in ("receive", "compute", "copy", "reply", "send", "accumulate"):
         assert slices.count(part) == total
     assert slices.count("callback") == 14
     assert slices.count("last states") == 2
-    assert slices.count("draft") == [mark.kind for mark in marks].count("formed")
+    assert slices.count("draft") == [mark.kind for mark in marks].count("scheduled")
     for phase in "stf":  # an arrow for each evaluation, to what was refined with it
-        assert names(events, phase).count("step 3") == [m.step for m in marks if m.kind == "answer"].count(3)
+        assert names(events, phase).count("step 3") == [m.step for m in marks if m.kind == "predicted"].count(3)
     assert sum(name.startswith("run ") for name in names(events, "b")) == 2
-    assert total == result.evaluations + sum(mark.kind == "answer" and mark.run != marks[0].run for mark in marks)
+    assert total == result.evaluations + sum(mark.kind == "predicted" and mark.run != marks[0].run for mark in marks)
 
 
 def test_cuts_are_shown(tiny: Leader, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_cuts_are_shown(tiny: Leader, tmp_path: Path) -> None:
         result = tiny.sample(labels=[1], steps=20, mode="adaptive", drafts=4, tolerance=1e-3)
     assert result.cuts
     events = check_format(tmp_path / "run.json")
-    cuts = [event["args"]["step"] for event in events if event["name"] == "cut"]
+    cuts = [event["args"]["step"] for event in events if event["name"] == "discarded"]
     assert cuts == list(result.cuts)
 
 
@@ -156,7 +156,7 @@ def test_a_trace_without_end_keeps_the_newest_runs_and_counts_the_others(emulate
     assert kept[0].kind == "begin"
     assert sum(mark.kind == "end" for mark in kept) >= 2
     check_format(path)
-    assert f" {dropped} older marks were dropped" in summarise(*read(path)).text
+    assert f" {dropped} older events were dropped" in summarise(*read(path)).text
     with pytest.raises(ValueError, match="max_events is 0"), record(emulated, path, 0):
         pass
 
@@ -174,11 +174,11 @@ def test_a_trace_is_written_though_a_worker_is_killed_and_the_run_fails(emulated
     with pytest.raises(LookupError, match="enough"), record(emulated, tmp_path / "run.json"):
         emulated.sample(shape=(4, 8, 8), steps=900, callback=kill_and_raise)
     events = check_format(tmp_path / "run.json")
-    assert "no answer" in names(events, "X")
+    assert "lost" in names(events, "X")
     summary = summarise(*read(tmp_path / "run.json"))
     assert not summary.paths
     assert sum(lane.lost for lane in summary.workers) >= 1
-    assert summary.text == "No run came to its end."
+    assert summary.text == "No run has finished."
 
 
 def test_only_what_is_recorded_is_kept(tiny: Leader, tmp_path: Path) -> None:

@@ -12,18 +12,18 @@ MS = 1_000_000
 
 TIMELINE = [
     TraceEvent("begin", 0, 7),
-    TraceEvent("formed", 1 * MS, 7),
+    TraceEvent("scheduled", 1 * MS, 7),
     TraceEvent("sent", 2 * MS, 7, 0, 0),
     TraceEvent("refined", 3 * MS, 7),
-    TraceEvent("answer", 23 * MS, 7, 0, 0, 0.020),
-    TraceEvent("formed", 25 * MS, 7),
+    TraceEvent("predicted", 23 * MS, 7, 0, 0, 0.020),
+    TraceEvent("scheduled", 25 * MS, 7),
     TraceEvent("sent", 26 * MS, 7, 1, 0),
     TraceEvent("sent", 27 * MS, 7, 2, 1),
     TraceEvent("sent", 28 * MS, 7, 3, 0),
     TraceEvent("refined", 30 * MS, 7),
-    TraceEvent("answer", 46 * MS, 7, 1, 0, 0.019),
-    TraceEvent("answer", 60 * MS, 7, 2, 1, 0.031),
-    TraceEvent("answer", 68 * MS, 7, 3, 0, 0.021),
+    TraceEvent("predicted", 46 * MS, 7, 1, 0, 0.019),
+    TraceEvent("predicted", 60 * MS, 7, 2, 1, 0.031),
+    TraceEvent("predicted", 68 * MS, 7, 3, 0, 0.021),
     TraceEvent("end", 70 * MS, 7),
 ]
 
@@ -49,14 +49,14 @@ def ahead(began: float, ended: float) -> dict[str, Any]:
 
 AHEAD = [
     TraceEvent("begin", 0, 7),
-    TraceEvent("formed", 1 * MS, 7, steps=(0,)),
+    TraceEvent("scheduled", 1 * MS, 7, steps=(0,)),
     TraceEvent("sent", 2 * MS, 7, 0, 0),
-    TraceEvent("formed", 3 * MS, 7, steps=(1, 2)),
+    TraceEvent("scheduled", 3 * MS, 7, steps=(1, 2)),
     TraceEvent("sent", 4 * MS, 7, 1, 0),
     TraceEvent("sent", 5 * MS, 7, 2, 1),
-    TraceEvent("answer", 29 * MS, 7, 0, 0, **ahead(0.003, 0.023)),
-    TraceEvent("answer", 52 * MS, 7, 2, 1, **ahead(0.025, 0.049)),
-    TraceEvent("answer", 53 * MS, 7, 1, 0, **ahead(0.024, 0.044)),
+    TraceEvent("predicted", 29 * MS, 7, 0, 0, **ahead(0.003, 0.023)),
+    TraceEvent("predicted", 52 * MS, 7, 2, 1, **ahead(0.025, 0.049)),
+    TraceEvent("predicted", 53 * MS, 7, 1, 0, **ahead(0.024, 0.044)),
     TraceEvent("end", 54 * MS, 7),
 ]
 

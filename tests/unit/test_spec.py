@@ -103,7 +103,7 @@ def test_fields_come_in_any_order_and_numbers_in_any_width() -> None:
 def test_all_options_of_a_run_can_be_submitted() -> None:
     ways = {"request", "progress", "previews", "timeline", "memory"}
     missing = Options.__annotations__.keys() - {"callback", "out"} - client_messages.Submit.__dataclass_fields__.keys()
-    assert not missing, f"door.Submit lacks {missing}: add them there, in drp/client and drp/server/options.py"
+    assert not missing, f"Submit lacks {missing}: add them there, in drp/client and drp/server/options.py"
     assert {"callback", "out"} | ClientOptions.__annotations__.keys() == Options.__annotations__.keys()
     assert {"request", *WAYS} == ways
     assert client_messages.Submit.__dataclass_fields__.keys() - ways <= Options.__annotations__.keys()

@@ -69,7 +69,7 @@ def test_a_workers_stream_does_in_order_and_says_whether_it_is_done() -> None:
 def test_a_lane_goes_as_far_as_it_can_and_says_when_to_go_on() -> None:
     lane, line, done = HostStream(), TimelineSemaphore(zeros()), list[str]()
     lane.enqueue(lambda: done.append("first"))
-    lane.enqueue_wait(line, 1, told=True)
+    lane.enqueue_wait(line, 1, notifies=True)
     lane.enqueue(lambda: done.append("second"))
     mark = lane.record()
     began = time.perf_counter()
@@ -85,7 +85,7 @@ def test_a_lane_goes_as_far_as_it_can_and_says_when_to_go_on() -> None:
     assert done == ["first", "second"]
     assert lane.query(mark)
     lane.synchronize()
-    lane.enqueue_wait(line, 2, told=True)
+    lane.enqueue_wait(line, 2, notifies=True)
     with pytest.raises(RuntimeError, match="waits for another process"):
         lane.synchronize()
     lane.enqueue(lambda: [][0])
@@ -109,7 +109,7 @@ def test_a_record_waits_for_what_was_recorded_when_it_was_asked() -> None:
     """The leader's lane and a worker's thread, on the same lines; the worker rings when it is wanted."""
     leaders, workers, rung = zeros(), zeros(), WakeupReceiver()
     lane, stream, seen = HostStream(), ThreadStream(), list[str]()
-    mine, theirs = HostEvent(leaders, lane), HostEvent(workers, lane, told=True)
+    mine, theirs = HostEvent(leaders, lane), HostEvent(workers, lane, notifies=True)
     bell = Wakeup(rung.handle)
     its_leaders, its_own = HostLeaderEvent(leaders, stream), own(workers, stream, bell)
     its_leaders.wait(0)  # Nothing was recorded: it is none.
@@ -141,7 +141,7 @@ def test_what_a_device_does_later_is_waited_for_and_taken_over() -> None:
     leaders, workers = zeros(), zeros()
     stream, lane = ThreadStream(), HostStream()
     HostLeaderEvent(leaders, stream).wait(0)
-    its, theirs = own(workers, stream), HostEvent(workers, lane, told=True)
+    its, theirs = own(workers, stream), HostEvent(workers, lane, notifies=True)
     began = time.perf_counter_ns()
     for turn in range(3):
         stream.enqueue(lambda turn=turn: setattr(stream, "device_time", began + (turn + 1) * 10**8))  # type: ignore[misc]  # a default is its own type
@@ -175,7 +175,7 @@ def test_more_records_than_there_are_times_for_wait_for_the_oldest() -> None:
 def test_a_wait_ends_with_a_release_or_with_its_stream() -> None:
     workers, lane = zeros(), HostStream()
     workers[COMPLETED] = 4
-    record = HostEvent(workers, lane, told=True)
+    record = HostEvent(workers, lane, notifies=True)
     record.wait()
     assert lane.run_ready() is not None
     record.release()
@@ -202,7 +202,7 @@ class Three:
         """Have the lane wait for the next record of each, and then record."""
         for worker in workers:
             self.counts[worker] += 1
-            self.lane.enqueue_wait(self.lines[worker], self.counts[worker], told=True)
+            self.lane.enqueue_wait(self.lines[worker], self.counts[worker], notifies=True)
         self.lane.enqueue(_Signal(self.leaders, self.leaders.next_value()))
 
     def reach(self, worker: int) -> bool:

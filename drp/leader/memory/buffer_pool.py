@@ -6,7 +6,7 @@ from drp.protocol.memory import SharedMemory
 
 MAX_FREE_NBYTES = 1 << 28
 """Maximum number of bytes kept in the pool; the buffers released first are freed first."""
-MANY = 8
+MAX_FREE_BUFFERS = 8
 """Maximum number of buffers kept in the pool. Each uses two descriptors of this process, its own and its mapping's."""
 
 
@@ -58,6 +58,6 @@ class BufferPool:
         if self._closed or memory.nbytes > self._max_nbytes:
             return False
         self._free.append(memory)
-        while self.nbytes > self._max_nbytes or len(self._free) > MANY:
+        while self.nbytes > self._max_nbytes or len(self._free) > MAX_FREE_BUFFERS:
             self._free.pop(0).close(reuse=False)
         return True

@@ -42,8 +42,8 @@ class HostStream:
     leader's own (`_Signal`).
     """
 
-    def __init__(self, room: CorePlacement = "dedicated") -> None:
-        self._core_placement = room
+    def __init__(self, core_placement: CorePlacement = "dedicated") -> None:
+        self._core_placement = core_placement
         self._operations: deque[Callable[[], object] | _Wait | _Signal] = deque()
         self._notified_by: set[TimelineSemaphore] = set()
         """The semaphores from which this thread last requested a notification."""
@@ -54,7 +54,7 @@ class HostStream:
         self._enqueued_count += 1
         self._operations.append(do)
 
-    def enqueue_wait(self, line: TimelineSemaphore, count: int, told: bool) -> None:
+    def enqueue_wait(self, semaphore: TimelineSemaphore, count: int, notifies: bool) -> None:
         """Have all later operations wait until a semaphore reaches a value.
 
         Args:
@@ -64,7 +64,7 @@ class HostStream:
         """
         self._enqueued_count += 1
         self.pending_waits += 1
-        self._operations.append(_Wait(line, count, told))
+        self._operations.append(_Wait(semaphore, count, notifies))
 
     def run_ready(self) -> float | None:
         """Execute all operations that are ready.
@@ -99,14 +99,14 @@ class HostStream:
         The caller must check the semaphore again afterwards: if it completed before the request, no notification comes.
         """
         waits = self._waits_before_signal()[: 1 if self._core_placement == "dedicated" else None]
-        lines = {wait.semaphore for wait in waits}
-        for line in self._notified_by - lines:
-            line.request_notification(
+        semaphores = {wait.semaphore for wait in waits}
+        for semaphore in self._notified_by - semaphores:
+            semaphore.request_notification(
                 0, alone=True
             )  # Withdraw the old request, which would otherwise take part in deciding which worker notifies.
         for wait in waits:
             wait.semaphore.request_notification(wait.value, alone=self._core_placement == "dedicated")
-        self._notified_by = lines
+        self._notified_by = semaphores
         memory_barrier()
 
     def _waits_before_signal(self) -> list[_Wait]:
@@ -118,9 +118,9 @@ class HostStream:
         """Return an event for all operations enqueued so far, as a count."""
         return self._enqueued_count
 
-    def query(self, mark: int) -> bool:
+    def query(self, event: int) -> bool:
         """Whether the operations up to an event were executed."""
-        return self._done_count >= mark
+        return self._done_count >= event
 
     def synchronize(self) -> None:
         """Execute all operations; only valid if none of them waits for another process."""
@@ -143,8 +143,8 @@ class HostStream:
 class HostEvent:
     """An event on a host stream, backed by a timeline semaphore: the leader's own, or a worker's to wait for."""
 
-    def __init__(self, line: Tensor, lane: HostStream, told: bool = False) -> None:
-        self._semaphore, self._stream, self._notifies = TimelineSemaphore(line), lane, told
+    def __init__(self, semaphore: Tensor, stream: HostStream, notifies: bool = False) -> None:
+        self._semaphore, self._stream, self._notifies = TimelineSemaphore(semaphore), stream, notifies
 
     def record(self) -> int:
         """Enqueue a signal of the next value, and return the value."""
@@ -168,8 +168,8 @@ class HostEvent:
 class _Signal:
     """An operation that signals the leader's own semaphore."""
 
-    def __init__(self, line: TimelineSemaphore, count: int) -> None:
-        self._semaphore, self._value = line, count
+    def __init__(self, semaphore: TimelineSemaphore, count: int) -> None:
+        self._semaphore, self._value = semaphore, count
 
     def __call__(self) -> None:
         self._semaphore.signal(self._value, time.perf_counter_ns())
@@ -180,8 +180,8 @@ class _Signal:
 class _Wait:
     """An operation that waits for a worker's semaphore."""
 
-    def __init__(self, line: TimelineSemaphore, count: int, told: bool) -> None:
-        self.semaphore, self.value, self.notifies = line, count, told
+    def __init__(self, semaphore: TimelineSemaphore, count: int, notifies: bool) -> None:
+        self.semaphore, self.value, self.notifies = semaphore, count, notifies
 
     def completed_at(self) -> int | None:
         """Return the completion time, in ns of CLOCK_MONOTONIC; None if the value is not reached.

@@ -93,10 +93,10 @@ class MemoryPlacement:
                 self._counters_by_worker[
                     number
                 ].release()  # Repeat the release: the previous process may have written after it was lost.
-            batch, line = divmod(len(self._all_counters), MAX_COUNTERS)
+            batch, index = divmod(len(self._all_counters), MAX_COUNTERS)
             if batch == len(self._counters):
                 self._counters.append(GpuCounters.create())
-            self._counters_by_worker[number] = WorkerCounterView(self._counters[batch], line)
+            self._counters_by_worker[number] = WorkerCounterView(self._counters[batch], index)
             self._all_counters.append(self._counters_by_worker[number])
         return self._options.worker_config(device.gpu, self._batch, self._probe(number))
 
@@ -177,14 +177,14 @@ class MemoryPlacement:
         """
         if isinstance(stream, HostStream):
             return HostEvent(
-                memory.tensor(place, (TIMELINE_NBYTES // 8,), torch.int64), stream, told=not self._has_gpus
+                memory.tensor(place, (TIMELINE_NBYTES // 8,), torch.int64), stream, notifies=not self._has_gpus
             )
         return self._counters_by_worker[number]
 
     def close(self) -> None:
         """Free all memory; the workers must have ended."""
-        for record in self._all_counters:
-            record.release()  # Waits for the workers' events may still be queued, and freeing memory waits for them.
+        for view in self._all_counters:
+            view.release()  # Waits for the workers' events may still be queued, and freeing memory waits for them.
         self._buffer_pool.close()
         if self.wakeup is not None:
             self.wakeup.close()
@@ -192,8 +192,8 @@ class MemoryPlacement:
             memory.free()
         self._all.clear()
         self._free.clear()
-        for numbers in self._counters:
-            numbers.free()
+        for counters in self._counters:
+            counters.free()
         self._counters.clear()
 
     def _create(self, nbytes: int) -> GpuMemory:

@@ -121,12 +121,14 @@ class AsyncRun(SyncRun):
         self._base_depth = min(depth * len(queues), 2 * -(-self.job.mode.width // self._batch))
         return self._place(queues, self._base_depth - sum(map(len, queues)))
 
-    def _place(self, queues: Sequence[Sequence[InFlightBatch]], room: int) -> Iterator[tuple[int, tuple[Task, ...]]]:
+    def _place(
+        self, queues: Sequence[Sequence[InFlightBatch]], capacity: int
+    ) -> Iterator[tuple[int, tuple[Task, ...]]]:
         last: tuple[Task, ...] | None = None
         while self.waiting and (
-            room > 0 or (last is not None and self._joins_last_batch(self.waiting[0], last, len(queues)))
+            capacity > 0 or (last is not None and self._joins_last_batch(self.waiting[0], last, len(queues)))
         ):
-            last, room = self.waiting.popleft(), room - 1
+            last, capacity = self.waiting.popleft(), capacity - 1
             before = [self._evaluated_before(last, queue) for queue in queues]
             yield before.index(min(before)), last
 
@@ -242,48 +244,48 @@ class AsyncRun(SyncRun):
         worker. A batch whose evaluation raised also stays pending, since an EvaluationError follows.
         """
         while self._pending:
-            answer = self._pending[0]
-            verdict = answer.status
-            if verdict in (PENDING, RAISED):
+            completion = self._pending[0]
+            status = completion.status
+            if status in (PENDING, RAISED):
                 return
-            if verdict == CANCELLED and answer.counts:
-                verdict = None  # The run has used the predictions, so the batch must not have been cancelled.
-            if verdict is not None:
+            if status == CANCELLED and completion.counts:
+                status = None  # The run has used the predictions, so the batch must not have been cancelled.
+            if status is not None:
                 self._verify(self._pending.popleft())
-            yield answer, verdict
-            if verdict is None:
+            yield completion, status
+            if status is None:
                 return
 
-    def _verify(self, answer: PendingCompletion) -> None:
-        now, seconds = self._clock.now(), answer.seconds
-        self._slowest = max(self._slowest, seconds or now - max(answer.since, self._last_progress))
+    def _verify(self, completion: PendingCompletion) -> None:
+        now, seconds = self._clock.now(), completion.seconds
+        self._slowest = max(self._slowest, seconds or now - max(completion.since, self._last_progress))
         if seconds:
             self._recent.append(seconds)
         self._last_progress = now
-        self.served_by.add(answer.worker)
-        del self._in_flight[answer.batch.sequence]
-        if answer.counts:
+        self.served_by.add(completion.worker)
+        del self._in_flight[completion.batch.sequence]
+        if completion.counts:
             self._batches_verified += 1
-            self._evaluated.append((len(answer.batch.tasks), seconds))
-            self.evaluations += len(answer.batch.tasks)
+            self._evaluated.append((len(completion.batch.tasks), seconds))
+            self.evaluations += len(completion.batch.tasks)
             self.device_seconds += seconds
             self._checkpoints.on_verified(self.run, self._batches_verified)
-            for task in answer.batch.tasks:
+            for task in completion.batch.tasks:
                 self.retry_budget_used.pop(task.index, None)
             self.needs_refine = self.needs_refine or self._kept_states.is_due(self._batches_verified)
 
     def withdraw(self, sent: InFlightBatch) -> bool:
         """Remove a batch that will not be evaluated; return whether its predictions were added."""
         self._in_flight.pop(sent.sequence, None)
-        found = [answer for answer in self._pending if answer.batch is sent]
-        for answer in found:
-            self._pending.remove(answer)
-        return any(answer.counts for answer in found)
+        found = [completion for completion in self._pending if completion.batch is sent]
+        for completion in found:
+            self._pending.remove(completion)
+        return any(completion.counts for completion in found)
 
     def follows_failure(self, sent: InFlightBatch) -> bool:
         """Whether the evaluation of a batch before this one has failed; its EvaluationError may arrive later."""
-        before = itertools.takewhile(lambda answer: answer.batch is not sent, self._pending)
-        return any(answer.status == RAISED for answer in before)
+        before = itertools.takewhile(lambda completion: completion.batch is not sent, self._pending)
+        return any(completion.status == RAISED for completion in before)
 
     def drop_worker(self, worker: int, drafts: tuple[InFlightBatch, ...]) -> bool:
         """Remove a lost worker and its batches; return whether an unverified one was added to the run."""
@@ -295,8 +297,8 @@ class AsyncRun(SyncRun):
     def cancel_queued(self) -> None:
         """Cancel the batches that workers have not begun."""
         self._events.leader.cancel_before(CANCEL_ALL)
-        for answer in self._pending:
-            answer.counts = False
+        for completion in self._pending:
+            completion.counts = False
 
     def restart(self) -> int:
         """Return to the last verified checkpoint that is still kept, else to the start; return its step.
@@ -307,8 +309,8 @@ class AsyncRun(SyncRun):
         self.outstanding.clear()
         self._reserved.clear()
         self._events.leader.cancel_before(self._last_recorded + 1)
-        for answer in self._pending:
-            answer.counts = False
+        for completion in self._pending:
+            completion.counts = False
         self._exhausted = False
         last = self._checkpoints.return_to_last(self._batches_verified)
         self._batches_added = self._batches_verified = last.needs if last is not None else 0

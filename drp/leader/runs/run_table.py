@@ -29,11 +29,11 @@ class RunTable:
     The memory of a run is released when it leaves `draining`.
     """
 
-    def __init__(self, supervisor: Supervisor, marks: EventRecorder, devices: tuple[str, ...]) -> None:
+    def __init__(self, supervisor: Supervisor, recorder: EventRecorder, devices: tuple[str, ...]) -> None:
         self.running: dict[int, RunState] = {}
         self.draining: dict[int, RunState] = {}
         self._to_bind: list[RunState] = []
-        self._supervisor, self._recorder, self._devices = supervisor, marks, devices
+        self._supervisor, self._recorder, self._devices = supervisor, recorder, devices
 
     @contextlib.contextmanager
     def charge(self, run: RunState) -> Iterator[None]:
@@ -70,9 +70,9 @@ class RunTable:
                 run.refine()
             if more is not None and self._recorder.timelines:
                 for cut in run.cuts[cuts:]:
-                    self._recorder.record("cut", run, cut)
+                    self._recorder.record("discarded", run, cut)
                 steps = tuple(task.index for batch in itertools.islice(run.waiting, formed, None) for task in batch)
-                self._recorder.record("formed" if more else "end", run, since=since, steps=steps)
+                self._recorder.record("scheduled" if more else "end", run, since=since, steps=steps)
             if more is False:
                 self.finish(run, None)
 

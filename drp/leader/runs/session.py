@@ -28,9 +28,9 @@ class Session(RunState):
     rows that are returned. The engine handles lost workers and timeouts as for runs. `close` ends the session.
     """
 
-    def __init__(self, number: int, arena: Arena, poke: Callable[[Session], None], batch: int) -> None:
+    def __init__(self, number: int, arena: Arena, notify: Callable[[Session], None], batch: int) -> None:
         super().__init__(number, arena, batch)
-        self._notify = poke
+        self._notify = notify
         self._gate = threading.Lock()
         self._blocks: deque[EvaluationBlock] = deque()
         self._block: EvaluationBlock | None = None

@@ -40,9 +40,9 @@ def find_interpreter(python: str | os.PathLike[str] | None = None) -> str:
         if not os.access(python, os.X_OK) or Path(python).is_dir():
             raise ValueError(f"python is {os.fspath(python)!r}, which cannot be run; give the path of an interpreter")
         return os.fspath(python)
-    told = os.fsdecode(spawn.get_executable() or "")
-    if re.fullmatch(r"(python|pypy)[\d.]*[dt]?", Path(told).name) and os.access(told, os.X_OK):
-        return told
+    executable = os.fsdecode(spawn.get_executable() or "")
+    if re.fullmatch(r"(python|pypy)[\d.]*[dt]?", Path(executable).name) and os.access(executable, os.X_OK):
+        return executable
     version = "{}.{}".format(*sys.version_info)
     for prefix in (sys.prefix, sys.exec_prefix, sys.base_exec_prefix):
         for name in (f"python{version}", "python3", "python"):
@@ -50,7 +50,8 @@ def find_interpreter(python: str | os.PathLike[str] | None = None) -> str:
             if os.access(path, os.X_OK):
                 return str(path)
     raise ValueError(
-        f"no interpreter for the workers: {told!r} is none, and {sys.prefix}/bin has none; give its path as python="
+        f"no interpreter for the workers: {executable!r} is not one, and {sys.prefix}/bin has none; give its path as "
+        "python="
     )
 
 

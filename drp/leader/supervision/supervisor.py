@@ -166,7 +166,7 @@ class Supervisor:
                 worker_slot.since = self.clock.now()
                 self._set_state(worker_slot, "ready")
         except (MemoryError, OSError) as error:
-            return self.mark_dead(worker_slot, f"there is no room for {worker}: {error}", "shortage")
+            return self.mark_dead(worker_slot, f"not enough memory or descriptors for {worker}: {error}", "shortage")
         except RuntimeError as error:  # WorkerError, and what CUDA and torch say
             return self.mark_dead(worker_slot, str(error))
         return None
@@ -216,7 +216,8 @@ class Supervisor:
             self._next_health_check = now + HEALTH_CHECK_INTERVAL
             for worker_slot in self.ready:
                 if not worker_slot.check_heartbeat():
-                    why = f"{worker_slot.worker} does not come round, though it has nothing to do; is it stopped?"
+                    seconds = MAX_MISSED_HEARTBEATS * HEALTH_CHECK_INTERVAL
+                    why = f"{worker_slot.worker} is idle and has sent no heartbeat for {seconds:g} s; is it stopped?"
                     losses.append(self.mark_dead(worker_slot, why))
         if all(worker_slot.state == "lost" for worker_slot in self.worker_slots):
             raise WorkerError(

@@ -77,7 +77,7 @@ class WorkerProcess:
         if code is None:
             how = "was killed, and has not ended yet"
         words = self.crash_log.read()[:CRASH_LOG_NBYTES].rstrip(b"\0").decode(errors="replace").strip()
-        return f"{how}; " + (f"its last words:\n{words}" if words else "it left no last words")
+        return f"{how}; " + (f"its crash log:\n{words}" if words else "its crash log is empty")
 
 
 class WorkerPool:
