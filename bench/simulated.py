@@ -18,7 +18,7 @@ import torch
 from rich.table import Table
 
 from bench.figures import console
-from drp.leader import Leader
+from drp.leader import ExecutionOptions, Leader, LeaderOptions
 from drp.leader.events import Timeline
 from drp.leader.scheduling.policies import POLICIES
 from drp.sampling.modes import Aggressive
@@ -29,18 +29,20 @@ SHAPE = (4, 64, 64)
 JITTER = {"none": "emulated:20ms", "10 %": "emulated:20ms:jitter=10%"}
 
 
-def measure(n: int, turns: int, steps: int = 48) -> dict[str, Any]:
+def measure(n: int, turns: int, steps: int = 48, dispatch: str = "sync") -> dict[str, Any]:
     """Return the medians of the engine's runs and of the simulator's by jitter and policy, in seconds."""
+    policies = {name: policy for name, policy in POLICIES.items() if dispatch == "sync" or policy.hedge is None}
+    options = LeaderOptions(policy="barrier", execution=ExecutionOptions(dispatch=dispatch))
     marks: Timeline = []
     walls: dict[tuple[str, str], list[float]] = defaultdict(list)
     numbers: dict[tuple[str, str], list[int]] = defaultdict(list)
     with (
-        Leader(CHEAP, devices=[JITTER["none"]] * n, policy="barrier") as steady,
-        Leader(CHEAP, devices=[JITTER["10 %"]] * n, policy="barrier") as varying,
+        Leader(CHEAP, options, devices=[JITTER["none"]] * n) as steady,
+        Leader(CHEAP, options, devices=[JITTER["10 %"]] * n) as varying,
     ):
         for turn in range(turns + 1):
             for jitter, leader in (("none", steady), ("10 %", varying)):
-                for name in POLICIES:
+                for name in policies:
                     leader.policy = name
                     timeline = run(leader, steps, "aggressive", n)
                     if turn:  # the first warms up
@@ -48,7 +50,7 @@ def measure(n: int, turns: int, steps: int = 48) -> dict[str, Any]:
                         numbers[jitter, name].append(timeline[0].run)
                     if turn and (jitter, name) == ("none", "barrier"):
                         marks += timeline + run(leader, steps, "conservative", n)
-    costs = Costs.measured(marks, [JITTER["none"]] * n)
+    costs = Costs.measured(marks, [JITTER["none"]] * n, dispatch)
     figures: dict[str, Any] = {}
     for (jitter, name), engine in walls.items():
         simulated = [  # run by run: with the draws that the devices had
@@ -90,10 +92,11 @@ def table(found: dict[int, dict[str, Any]]) -> Table:
 @click.command()
 @click.option("--turns", default=15, show_default=True, help="Runs of each kind.")
 @click.option("--devices", default="2,4,8", show_default=True, help="How many, each in turn.")
-def main(turns: int, devices: str) -> None:
+@click.option("--dispatch", type=click.Choice(["sync", "async"]), default="sync", show_default=True)
+def main(turns: int, devices: str, dispatch: str) -> None:
     """Compare."""
     torch.set_num_threads(1)
-    console().print(table({n: measure(n, turns) for n in map(int, devices.split(","))}))
+    console().print(table({n: measure(n, turns, dispatch=dispatch) for n in map(int, devices.split(","))}))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import drp
 from bench import figures as facts
 from bench import plot, simulated
 from bench.figures import console
-from drp.leader import Leader
+from drp.leader import ExecutionOptions, Leader, LeaderOptions
 from drp.leader.events import Timeline
 from drp.leader.scheduling.policies import POLICIES
 from drp.sampling.mode_selection import rounds_of
@@ -98,7 +98,11 @@ def emulated_stragglers(runs: int) -> list[dict[str, Any]]:
     devices = [DEVICE] * STRAGGLER_DEVICES
     late = [*devices[:4], DEVICE + LATE, *devices[5:]]
     took: dict[tuple[str, int, bool], list[float]] = defaultdict(list)
-    with Leader(simulated.CHEAP, devices=devices) as whole, Leader(simulated.CHEAP, devices=late) as one_late:
+    options = LeaderOptions(execution=ExecutionOptions(dispatch="sync"))
+    with (
+        Leader(simulated.CHEAP, options, devices=devices) as whole,
+        Leader(simulated.CHEAP, options, devices=late) as one_late,
+    ):
         for turn in range(runs + 1):
             for name, n in EMULATED_STRAGGLING:
                 for leader in (whole, one_late):
@@ -119,7 +123,8 @@ def emulated_stragglers(runs: int) -> list[dict[str, Any]]:
 def calibrate(runs: int) -> Costs:
     """Measure what the leader, the messages and waking up cost, on 8 emulated devices with a barrier."""
     marks: Timeline = []
-    with Leader(simulated.CHEAP, devices=[DEVICE] * 8, policy="barrier") as leader:
+    execution = ExecutionOptions(dispatch="sync")
+    with Leader(simulated.CHEAP, devices=[DEVICE] * 8, policy="barrier", execution=execution) as leader:
         for turn in range(runs + 1):
             for mode in ("aggressive", "conservative"):
                 timeline = simulated.run(leader, 48, mode, 8)

@@ -34,6 +34,13 @@ NOT_NEGATIVE = Number(0)
 @click.option("--message", default="50us", show_default=True, help="Without a trace: the leader's time a message,")
 @click.option("--row", default="10us", show_default=True, help="a row of its arithmetic,")
 @click.option("--wake", default="100us", show_default=True, help="and for a process to wake up.")
+@click.option(
+    "--dispatch",
+    type=click.Choice(["auto", "sync", "async"]),
+    default="auto",
+    show_default=True,
+    help="Of the runs; auto: asynchronous unless the policy hedges. With --from: of the runs in the trace.",
+)
 @click.option("-m", "--mode", type=click.Choice(MODE_NAMES), default="window", show_default=True)
 @click.option("--drafts", type=ABOVE_ZERO, help="Drafts a round; by default one a device.")
 @click.option("--stride", type=Number(1), help="Of mode window.")
@@ -76,6 +83,7 @@ def simulate(
     message: str,
     row: str,
     wake: str,
+    dispatch: str,
     mode: str,
     drafts: int | None,
     stride: float | None,
@@ -114,10 +122,12 @@ def simulate(
             check_trace(trace, force)
         given = make_devices(devices, distribution)
         if source is None:
-            costs = Costs.given(*map(parse_time, (message, row, wake)))
+            times = parse_time(message), parse_time(row), parse_time(wake)
+            costs = {each: Costs.given(*times, each) for each in ("sync", "async")}
         else:
             marks, names, _ = read(source)
-            costs = Costs.measured(marks, names)
+            measured_costs = Costs.measured(marks, names, "async" if dispatch == "auto" else dispatch)
+            costs = dict.fromkeys(("sync", "async"), measured_costs)
             if not all(name.startswith("emulated:") for name in names):
                 given = measured(given, marks)
         given = tuple(replace(device, mtbf=mtbf, restart=restart) for device in given)
@@ -135,12 +145,17 @@ def simulate(
                 made = make_mode(mode, drafts or count, tolerance, DAMPED, stride, parse_offsets(offsets))
                 load = Load(made, steps, runs, rate, users)
                 timeline = Timeline()
-                outcome = run(repeated(given, count), find_policy(name), load, costs, seed, staleness, timeline)
+                found_policy = find_policy(name)
+                if dispatch == "async" and found_policy.hedge is not None:
+                    raise ValueError(f"policy {name!r} hedges, which needs synchronous dispatch; give --dispatch auto")
+                way = "async" if dispatch != "sync" and found_policy.hedge is None else "sync"
+                outcome = run(repeated(given, count), found_policy, load, costs[way], seed, staleness, timeline)
                 found[name, count] = outcome.latency(50)
                 rows.append(
                     {
                         "policy": name,
                         "devices": count,
+                        "dispatch": way,
                         "median_seconds": outcome.median,
                         "mean_seconds": outcome.mean,
                         "latency_p50_seconds": outcome.latency(50),

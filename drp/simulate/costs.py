@@ -50,6 +50,10 @@ class LinearCost:
 class Costs:
     """Times in seconds of everything except the devices. Each is drawn from samples, to reproduce its variation.
 
+    The dispatch of runs shows in these times only. With asynchronous dispatch messages are sent while the devices
+    compute and cost nothing. Between the end of an evaluation and the beginning of those whose drafts depend on it,
+    the leader wakes up, adds the prediction and computes the drafts.
+
     start: from a run's start to its first drafts.
     form: computing drafts, by their number.
     send_first, send_more: sending a draft after another action, and directly after another draft.
@@ -81,15 +85,18 @@ class Costs:
     late: Samples = (0.0,)
 
     @classmethod
-    def given(cls, message: float, row: float, wake: float) -> Costs:
+    def given(cls, message: float, row: float, wake: float, dispatch: str = "sync") -> Costs:
         """Return costs from three times in seconds: per message, per row of arithmetic, and for waking a process up."""
-        m, w = (message,), (wake,)
-        cost = LinearCost(0.0, row)
-        return cls((message + row,), cost, m, m, (w,), m, w, w, m, m, cost, 0.0, (row,), (0.0,))
+        start, m, r, w, rows = (message + row,), (message,), (row,), (wake,), LinearCost(0.0, row)
+        if dispatch == "async":
+            return cls(start, rows, wake_long=w, wake_short=w, take_first=r, take_more=r, refine=rows, end=r)
+        return cls(start, rows, m, m, (w,), m, w, w, m, m, rows, 0.0, r)
 
     @classmethod
-    def measured(cls, timeline: Sequence[TraceEvent], devices: Sequence[str]) -> Costs:
+    def measured(cls, timeline: Sequence[TraceEvent], devices: Sequence[str], dispatch: str = "sync") -> Costs:
         """Measure the costs from the runs in a trace; raise ValueError if no run has finished.
+
+        `dispatch` is that of the runs, "sync" or "async", as their results say.
 
         Of the runs with the same number of rounds, the middle half by time is used. This omits the first run, which
         includes one-time work, and runs that other programs slowed down.
@@ -98,7 +105,8 @@ class Costs:
         if not counted:
             raise ValueError("no run in this trace has finished; record a trace of one that does")
         found = [e for e in evaluations(timeline) if e.run in counted and e.answered is not None]
-        return _Fit([event for event in timeline if event.run in counted], found, devices).costs()
+        fit = _Fit([event for event in timeline if event.run in counted], found, devices)
+        return fit.async_costs() if dispatch == "async" else fit.costs()
 
 
 class _Fit:
@@ -131,6 +139,40 @@ class _Fit:
             head_start=self._head_start(),
             end=_some(end),
             late=_some(late),
+        )
+
+    def async_costs(self) -> Costs:
+        """Return the costs of asynchronous runs, by the times at which devices were idle between evaluations."""
+        ends: dict[int, list[int]] = defaultdict(list)
+        for e in self._found:
+            ends[e.run].append(e.ended + self._link(e))
+        for times in ends.values():
+            times.sort()
+        idle: list[float] = []
+        following: list[float] = []
+        first: dict[int, int] = {}
+        last: dict[int, Evaluation] = {}
+        for e in sorted(self._found, key=lambda e: e.began):
+            began = e.began - self._link(e)
+            place = bisect.bisect_right(ends[e.run], began)
+            ahead, last[e.worker] = last.get(e.worker), e
+            if place == 0:
+                first.setdefault(e.run, began)
+            elif ahead is not None and ahead.scheduled is e.scheduled:
+                following.append((began - ahead.ended - self._link(e)) / 1e9)
+            else:
+                idle.append((began - ends[e.run][place - 1]) / 1e9)
+        begins = {event.run: event.ns for event in self._events if event.kind == "begin"}
+        usual = float(np.median(idle)) if idle else 0.0
+        start = [max(0.0, (first[run] - ns) / 1e9 - usual) for run, ns in begins.items() if run in first]
+        end = [
+            max(0.0, (event.ns - ends[event.run][-1]) / 1e9)
+            for event in self._events
+            if event.kind == "end" and ends[event.run]
+        ]
+        late = self._workers()[2]
+        return Costs(
+            start=_some(start), down=(_some(idle),), following=_some(following), end=_some(end), late=_some(late)
         )
 
     def _leader(self) -> tuple[list[float], list[float], LinearCost, LinearCost]:

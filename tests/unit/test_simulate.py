@@ -91,6 +91,28 @@ def test_given_costs_are_found_again_in_the_trace() -> None:
     assert first.median > 13 * 0.02
 
 
+def test_asynchronous_runs_wait_for_no_message() -> None:
+    devices, load = make_devices("4xemulated:20ms"), Load(Aggressive(4), 48, 2)
+    sync, ahead = (
+        simulate(devices, Barrier(), load, Costs.given(1e-4, 1e-5, 2e-4, dispatch)) for dispatch in ("sync", "async")
+    )
+    rounds, least = 13, 2e-4 + 5 * 1e-5  # the leader wakes up, adds a prediction and computes four drafts
+    assert ahead.median == pytest.approx(rounds * (0.02 + least), rel=2e-3)
+    assert sync.median > ahead.median + rounds * 5e-4  # four messages out, one back, and a worker wakes up
+
+
+def test_costs_of_asynchronous_runs_are_found_again_in_their_trace() -> None:
+    given = Costs(start=(3e-4,), down=((4e-4,),), following=(1e-4,), end=(2e-4,), late=(6e-5,))
+    devices = make_devices("2xemulated:20ms:link=1ms")
+    marks, load = Timeline(), Load(Aggressive(4), 48, 8)
+    first = simulate(devices, Barrier(), load, given, timeline=marks)
+    found = Costs.measured(marks, ["emulated:20ms:link=1ms"] * 2, "async")
+    for name in ("start", "following", "end", "late"):
+        assert statistics.median(getattr(found, name)) == pytest.approx(getattr(given, name)[0], abs=2e-8), name
+    assert statistics.median(found.down[0]) == pytest.approx(4e-4, abs=2e-8)
+    assert simulate(devices, Barrier(), load, found).median == pytest.approx(first.median, rel=1e-3)
+
+
 def lost(policy: Policy, n: int, steps: int) -> float:
     """Return what straggling costs, on average over which of 8 devices does."""
     whole = simulate(make_devices(STEADY), policy, Load(Aggressive(n), steps, 1)).mean
@@ -190,6 +212,7 @@ def test_the_same_seed_gives_the_same_and_every_trace_is_valid(tmp_path: Path) -
         (["-d", "2000xemulated:20ms"], "more than 1024 devices"),
         (["--distribution", "flat"], "'flat' is not one of 'normal'"),
         (["--policy", "fast"], "unknown policy 'fast'"),
+        (["--policy", "hedged", "--dispatch", "async"], "policy 'hedged' hedges, which needs synchronous dispatch"),
         (["--mode", "fast"], "'fast' is not one of"),
         (["--runs", "0"], "0 is not in the range"),
         (["--message", "fast"], "'fast' is no time"),
