@@ -88,10 +88,10 @@ def make() -> Callable[..., Tensor]:
     return predict
 
 
-def stale_stamp(places: memoryview, row: int, sequence: int, nanoseconds: int, ended: int) -> None:
+def stale_stamp(places: memoryview, row: int, sequence: int, *rest: int, **status: int) -> None:
     """Write the completion record of an earlier draft."""
     sequence -= 1 if sequence > AFTER and first() else 0
-    timeline.write_completion_now(places, row, sequence, nanoseconds, ended)
+    timeline.write_completion_now(places, row, sequence, *rest, **status)
 
 
 _put = async_executor.HostExecutor.submit

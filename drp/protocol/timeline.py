@@ -254,9 +254,11 @@ def write_completion(
     place.copy_(torch.stack([word, *(torch.full_like(word, n) for n in (nanoseconds, ended))]), non_blocking=True)
 
 
-def write_completion_now(places: memoryview, row: int, sequence: int, nanoseconds: int, ended: int) -> None:
-    """Write the record of a finite prediction on the host. `places` are int64 [rows, COMPLETION_SIZE]."""
-    places[row, 0], places[row, 1], places[row, 2] = encode_status(sequence, OK), nanoseconds, ended
+def write_completion_now(
+    places: memoryview, row: int, sequence: int, nanoseconds: int = 0, ended: int = 0, status: int = OK
+) -> None:
+    """Write a completion record on the host. `places` are int64 [rows, COMPLETION_SIZE]."""
+    places[row, 0], places[row, 1], places[row, 2] = encode_status(sequence, status), nanoseconds, ended
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -34,6 +34,9 @@ MAX_FROM_WORKER = 1 << 18
 """Bytes of the longest message from a worker: one that is longer ends its connection."""
 
 
+NOBLOCK, SEND_MORE, POLLIN = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.POLLIN)
+"""Flags as plain numbers: combining pyzmq's enumerations takes several Python calls each time."""
+
 DESCRIPTORS = 16
 """Descriptors that must be free before a context is made: libzmq ends the process if it gets none for its threads."""
 
@@ -68,7 +71,8 @@ class LeaderSocket:
             self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FROM_WORKER)
             self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # Sending to a worker that is gone is an error.
             self._socket.setsockopt(zmq.HANDSHAKE_IVL, 0)  # A worker answers once it has imported what it needs.
-            self._epoll.register(self._socket.fileno(), select.EPOLLIN)
+            self._fd: int = self._socket.fileno()
+            self._epoll.register(self._fd, select.EPOLLIN)
         except BaseException:
             self.close()
             raise
@@ -102,8 +106,10 @@ class LeaderSocket:
 
         Raises zmq.ZMQError if the worker is gone or does not take its messages.
         """
-        frames = [message if isinstance(message, bytes) else encode(message) for message in messages]
-        self._socket.send_multipart([identity, *frames], zmq.NOBLOCK)
+        *first, last = (message if isinstance(message, bytes) else encode(message) for message in messages)
+        for frame in (identity, *first):
+            self._socket.send(frame, SEND_MORE)
+        self._socket.send(last, NOBLOCK)
 
     def watch(self, fd: int) -> None:
         """Let `poll` also look at a file descriptor."""
@@ -119,7 +125,7 @@ class LeaderSocket:
         Return which are, the socket's own too.
         """
         if self._has_message():
-            return {self._socket.fileno()}
+            return {self._fd}
         if seconds > 0:
             wait_readable(self._epoll.fileno(), min(seconds, MAX_WAIT))
         return self._ready()
@@ -130,17 +136,17 @@ class LeaderSocket:
     def poll(self, seconds: float) -> tuple[bool, set[int]]:
         """Wait for a message or a watched descriptor; return whether there is a message, and which are ready."""
         # One epoll for all: zmq's own poll makes its list anew at each call, and counts whole milliseconds.
-        deadline, own = time.monotonic() + seconds, self._socket.fileno()
+        deadline = time.monotonic() + seconds
         while True:
             message = self._has_message()
             if not message and (left := deadline - time.monotonic()) > 0:
                 wait_readable(self._epoll.fileno(), min(left, MAX_WAIT))
             ready = self._ready()
-            if message or ready - {own} or (not ready and time.monotonic() >= deadline):
-                return message or self._has_message(), ready - {own}
+            if message or ready - {self._fd} or (not ready and time.monotonic() >= deadline):
+                return message or self._has_message(), ready - {self._fd}
 
     def _has_message(self) -> bool:
-        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & POLLIN)
 
     def wait(self, seconds: float) -> None:
         """Wait for a message, at most."""
@@ -149,10 +155,12 @@ class LeaderSocket:
 
     def receive(self) -> tuple[bytes, ToLeader]:
         """Return a waiting message and who sent it; raise ProtocolError if it is none, zmq.Again if none waits."""
-        identity, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
-        if len(parts) != 1:
-            raise ProtocolError(f"{len(parts)} frames; a message is one")
-        return identity, decode(parts[0], TO_LEADER)
+        frames = [self._socket.recv(NOBLOCK, copy=False)]
+        while frames[-1].more:
+            frames.append(self._socket.recv(NOBLOCK, copy=False))
+        if len(frames) != 2:
+            raise ProtocolError(f"{len(frames) - 1} frames; a message is one")
+        return frames[0].bytes, decode(frames[1].bytes, TO_LEADER)
 
     def close(self) -> None:
         self._epoll.close()
@@ -209,7 +217,7 @@ class WorkerSocket:
         self._received: deque[bytes] = deque()
 
     def send(self, message: ToLeader) -> None:
-        self._socket.send(encode(message), zmq.NOBLOCK)
+        self._socket.send(encode(message), NOBLOCK)
 
     def receive(self, seconds: float, awake: float = 0.0) -> ToWorker | None:
         """Return the next message, or None if none came in time; for some of the seconds this thread stays awake."""

@@ -166,7 +166,8 @@ class Run:
     def _used(self) -> list[InFlightRound]:
         """Return the rounds in flight that the next event uses: all of them with feedback, whose event is unknown."""
         event = None if self._feedback else self._plan.get(self._position)
-        return list(self._in_flight)[: len(self._in_flight) - (event.unawaited_rounds if event is not None else 0)]
+        rounds = list(self._in_flight)
+        return rounds if event is None else rounds[: len(rounds) - event.unawaited_rounds]
 
     @property
     def rows(self) -> set[int]:

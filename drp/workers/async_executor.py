@@ -32,7 +32,6 @@ from drp.protocol.timeline import (
     OwnEvent,
     TimelineSemaphore,
     WorkerTimelines,
-    encode_status,
     write_completion_now,
 )
 from drp.protocol.waiting import set_timer_slack, sleep_until
@@ -291,16 +290,14 @@ class HostExecutor:
         draft = work.draft
         if bound.leader_event.is_cancelled(draft.after):
             for row in work.rows:
-                bound.completion_view[row, 0] = encode_status(draft.sequence, CANCELLED)
+                write_completion_now(bound.completion_view, row, draft.sequence, status=CANCELLED)
             return
         try:
             times = self._evaluate(work, max(self._stream.device_time, given) / 1e9)
-        except (
-            BaseException
-        ) as error:  # the denoiser's: the status says that there is no prediction, and an EvaluationError says why
+        except BaseException as error:  # The status says that there is no prediction; an EvaluationError says why.
             self._failed.append((draft, error))
             for row in work.rows:
-                bound.completion_view[row, 0] = encode_status(draft.sequence, RAISED)
+                write_completion_now(bound.completion_view, row, draft.sequence, status=RAISED)
             return
         self._stream.device_time = round(times.there * 1e9)
         for place, row in enumerate(work.rows):

@@ -7,11 +7,11 @@ complete, and the caller learns when to try again.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -33,6 +33,9 @@ CorePlacement = Literal["dedicated", "shared"]
 dedicated: a core that no worker uses. The thread is notified of the completion that it waits for next.
 shared: every core has a worker. The thread is notified only once all the completions that it waits for have occurred.
 """
+
+
+_NO_CONTEXT = contextlib.nullcontext()
 
 
 class HostStream:
@@ -58,9 +61,9 @@ class HostStream:
         """Have all later operations wait until a semaphore reaches a value.
 
         Args:
-            line: the worker's semaphore.
+            semaphore: the worker's semaphore.
             count: the value to wait for.
-            told: whether the worker sends a notification on request; otherwise the semaphore is polled.
+            notifies: whether the worker sends a notification on request; otherwise the semaphore is polled.
         """
         self._enqueued_count += 1
         self.pending_waits += 1
@@ -75,13 +78,13 @@ class HostStream:
         while self._operations:
             first = self._operations[0]
             if isinstance(first, _Wait):
-                since = first.completed_at()
-                asked = since is None and first.notifies
-                if asked:
+                since = first.semaphore.completed_at(first.value)
+                requested = since is None and first.notifies
+                if requested:
                     self._request_wakeup()
-                    since = first.completed_at()
+                    since = first.semaphore.completed_at(first.value)
                 if since is None:
-                    return time.perf_counter() + (RECHECK_INTERVAL if asked else POLL_INTERVAL)
+                    return time.perf_counter() + (RECHECK_INTERVAL if requested else POLL_INTERVAL)
                 if since / 1e9 > time.perf_counter() + EARLY_WAKEUP:
                     return since / 1e9 - EARLY_WAKEUP
                 while time.perf_counter_ns() < since:
@@ -101,9 +104,8 @@ class HostStream:
         waits = self._waits_before_signal()[: 1 if self._core_placement == "dedicated" else None]
         semaphores = {wait.semaphore for wait in waits}
         for semaphore in self._notified_by - semaphores:
-            semaphore.request_notification(
-                0, alone=True
-            )  # Withdraw the old request, which would otherwise take part in deciding which worker notifies.
+            # Withdraw the old request, which would otherwise take part in deciding which worker notifies.
+            semaphore.request_notification(0, alone=True)
         for wait in waits:
             wait.semaphore.request_notification(wait.value, alone=self._core_placement == "dedicated")
         self._notified_by = semaphores
@@ -111,8 +113,13 @@ class HostStream:
 
     def _waits_before_signal(self) -> list[_Wait]:
         """Return the waits that precede this thread's next signal."""
-        before = itertools.takewhile(lambda each: not isinstance(each, _Signal), self._operations)
-        return [each for each in before if isinstance(each, _Wait)]
+        waits: list[_Wait] = []
+        for operation in self._operations:
+            if isinstance(operation, _Signal):
+                break
+            if isinstance(operation, _Wait):
+                waits.append(operation)
+        return waits
 
     def record(self) -> int:
         """Return an event for all operations enqueued so far, as a count."""
@@ -129,11 +136,11 @@ class HostStream:
 
     def current(self) -> AbstractContextManager[object]:
         """Return a context that does nothing: operations are enqueued explicitly."""
-        return contextlib.nullcontext()
+        return _NO_CONTEXT
 
     def side_stream(self) -> AbstractContextManager[object]:
         """Return a context that does nothing: executed operations are complete, so no other stream is needed."""
-        return contextlib.nullcontext()
+        return _NO_CONTEXT
 
     def close(self) -> None:
         """Discard the operations that were not executed."""
@@ -177,15 +184,13 @@ class _Signal:
         sched_yield()  # A worker that was just signalled may need the core that this thread runs on.
 
 
+@dataclass(frozen=True)
 class _Wait:
-    """An operation that waits for a worker's semaphore."""
+    """An operation that waits until a worker's semaphore reaches a value.
 
-    def __init__(self, semaphore: TimelineSemaphore, count: int, notifies: bool) -> None:
-        self.semaphore, self.value, self.notifies = semaphore, count, notifies
+    An emulated device announces its completion time in advance, so that time may lie in the future.
+    """
 
-    def completed_at(self) -> int | None:
-        """Return the completion time, in ns of CLOCK_MONOTONIC; None if the value is not reached.
-
-        An emulated device announces its completion time in advance, so the time may lie in the future.
-        """
-        return self.semaphore.completed_at(self.value)
+    semaphore: TimelineSemaphore
+    value: int
+    notifies: bool

@@ -6,8 +6,8 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import replace
+from types import TracebackType
 
 from drp.leader.event_recorder import EventRecorder
 from drp.leader.runs.in_flight import InFlightBatch
@@ -35,16 +35,9 @@ class RunTable:
         self._to_bind: list[RunState] = []
         self._supervisor, self._recorder, self._devices = supervisor, recorder, devices
 
-    @contextlib.contextmanager
-    def charge(self, run: RunState) -> Iterator[None]:
+    def charge(self, run: RunState) -> _Charge:
         """Return a context in which any exception ends this run. Code and data of a caller must not end the leader."""
-        try:
-            yield
-        except BaseException as error:
-            if self.running.get(run.number) is run:
-                self.finish(run, error)
-            else:
-                log.debug("run %d, which is over: %r", run.number, error)
+        return _Charge(self, run)
 
     def add(self, run: RunState) -> None:
         """Add a run. Workers open its memory with their first draft, or in `bind_all`.
@@ -211,6 +204,28 @@ class RunTable:
                 worker_slot.drafts.clear()
             self.running.clear()
             self.draining.clear()
+
+
+class _Charge:
+    """A context in which any exception ends a run."""
+
+    __slots__ = ("_run", "_table")
+
+    def __init__(self, table: RunTable, run: RunState) -> None:
+        self._table, self._run = table, run
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if error is not None:
+            if self._table.running.get(self._run.number) is self._run:
+                self._table.finish(self._run, error)
+            else:
+                log.debug("run %d, which is over: %r", self._run.number, error)
+        return True
 
 
 def release_rows(sent: InFlightBatch) -> None:

@@ -60,7 +60,10 @@ class Policy:
 
     def choose(self, worker: int, workers: int, runs: Sequence[Waiting]) -> Waiting | None:
         """Return the run whose next draft worker `worker` of `workers` evaluates; `runs` are oldest first."""
-        return next((run for run in runs if run.waiting), None)
+        for run in runs:
+            if run.waiting:
+                return run
+        return None
 
 
 @dataclass(frozen=True)
