@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from drp.sampling.drafts import find_rule
-from drp.sampling.modes import Mode, make_mode
+from drp.sampling.mode_selection import make_mode
+from drp.sampling.modes import Mode
 
 from .devices import evaluator
 from .sampler import DraftedRun
