@@ -13,6 +13,7 @@ from drp.platforms import require_linux
 if TYPE_CHECKING:
     from drp.api import reference, sample
     from drp.client import Client
+    from drp.comparison import compare
     from drp.errors import CudaError, DRPError, ProtocolError, RefusedError, WorkerError
     from drp.leader import ExecutionOptions, Leader, LeaderOptions
     from drp.models import ModelSpec
@@ -32,6 +33,7 @@ __all__ = [
     "RefusedError",
     "Result",
     "WorkerError",
+    "compare",
     "reference",
     "sample",
 ]
@@ -49,6 +51,7 @@ _HOMES = {
     "RefusedError": "drp.errors",
     "Result": "drp.sampling.result",
     "WorkerError": "drp.errors",
+    "compare": "drp.comparison",
     "reference": "drp.api",
     "sample": "drp.api",
 }

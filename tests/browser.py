@@ -76,9 +76,17 @@ class Browser:
                 )
             time.sleep(0.05)
 
-    def picture(self, height: int) -> bytes:
-        """Return a screenshot, 900 pixels wide, as PNG."""
-        self._ask("Emulation.setDeviceMetricsOverride", width=900, height=height, deviceScaleFactor=1, mobile=False)
+    def resize(self, width: int, height: int) -> None:
+        """Set the size of the page's window."""
+        self._ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
+    def prefer(self, scheme: str) -> None:
+        """Say that the user prefers the colour scheme `light` or `dark`."""
+        self._ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def picture(self, height: int, width: int = 900) -> bytes:
+        """Return a screenshot as PNG."""
+        self.resize(width, height)
         return base64.b64decode(self._ask("Page.captureScreenshot", format="png")["data"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from drp.cli.compare import compare
 from drp.cli.doctor import doctor
 from drp.cli.http import http
 from drp.cli.sample import sample
@@ -40,5 +41,5 @@ def main() -> None:
         raise click.ClickException(str(error)) from None
 
 
-for command in (sample, serve, keys, status, http, simulate, trace, doctor):
+for command in (sample, compare, serve, keys, status, http, simulate, trace, doctor):
     main.add_command(command)

@@ -113,7 +113,7 @@ def _sample(model: str, given: Mapping[str, Any]) -> None:
     from drp.trace.record import record
 
     known = describe(model)
-    _check_module(model)
+    check_module(model)
     labels = given["labels"]
     columns = list(range(known.classes or 0)) if known and labels is None else parse_labels(labels or "")
     chosen = make_leader_options(given)
@@ -148,7 +148,7 @@ def _sample(model: str, given: Mapping[str, Any]) -> None:
     _report(result, out, given["as_json"])
 
 
-def _check_module(model: str) -> None:
+def check_module(model: str) -> None:
     """Raise ValueError if there is no module of that name: a worker would find that out after its start."""
     module, colon, _ = model.partition(":")
     try:

@@ -78,8 +78,22 @@ class Parallel:
             self._unhook(name)
         for method in reversed(self._methods):
             method.undo()
+        self._methods.clear()
+        self._watched.clear()
         if self._call is not None:
             self._call.close()
+        self._call, self._fresh = None, True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Make the pipeline what it was for the length of a block, to call it without drafts in between."""
+        evaluator = self._evaluator
+        assert evaluator is not None
+        self.leave()
+        try:
+            yield
+        finally:
+            self.enter(evaluator, self._publisher)
 
     def _hook(self, name: str) -> None:
         module = self._modules[name]

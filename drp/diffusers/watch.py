@@ -25,7 +25,7 @@ class WatchedMethod:
         self.own = vars(scheduler).get(name)
         """What the object had in the place of its class's method before."""
         self._original = getattr(scheduler, name)
-        functools.update_wrapper(self, self._original)
+        functools.update_wrapper(self, self._original, updated=())  # the original may be a WatchedMethod
         setattr(scheduler, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -62,7 +62,9 @@ def exchanged_method(scheduler: Any) -> str | None:
     kind = type(scheduler)
     name: str
     for name, value in vars(scheduler).items():
-        own = value.own if isinstance(value, WatchedMethod) else value
+        own = value
+        while isinstance(own, WatchedMethod):  # there may be several watchers
+            own = own.own
         if own is not None and callable(getattr(kind, name, None)) and not _is_own(scheduler, name, own):
             return name
     return None

@@ -1,0 +1,97 @@
+"""`drp compare`: what drafting gains and costs, as a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from drp.cli.helpers import plain_errors, print_json
+from drp.cli.options import Number, common_options, force_option, json_option
+from drp.cli.source import make_subject, source_options
+from drp.sampling.drafts import RULES
+from drp.sampling.modes import MODE_NAMES
+
+INTERRUPTED = 130
+"""The exit status of a program that Ctrl-C has ended."""
+
+
+def _list(kind: type) -> Any:
+    """Return a parser of values with commas between."""
+
+    def parse(_: click.Context, parameter: click.Parameter, text: str | None) -> list[Any] | None:
+        try:
+            return None if text is None else [kind(part.strip()) for part in text.split(",")]
+        except ValueError:
+            raise click.BadParameter(f"{text!r} is no list of numbers with commas between", param=parameter) from None
+
+    return parse
+
+
+@click.command()
+@source_options
+@click.option(
+    "-m",
+    "--modes",
+    default="window,aggressive,conservative,adaptive",
+    show_default=True,
+    callback=_list(str),
+    help=f"Of {', '.join(MODE_NAMES)}.",
+)
+@click.option("--drafts", callback=_list(int), help="Drafts a round, 2,4,8; by default powers of 2 up to the devices.")
+@click.option("--strides", callback=_list(float), help="Of mode window.")
+@click.option("--tolerances", callback=_list(float), help="Of mode adaptive.")
+@click.option("--rule", type=click.Choice([*RULES]), help="How drafts are made; by default the best measured.")
+@click.option("--rivals", is_flag=True, help="Also fewer sequential steps, of the same solver and of UniPC.")
+@click.option("--seeds", type=click.IntRange(1), default=8, show_default=True, help="Samples of each setting.")
+@click.option("--turns", type=click.IntRange(1), default=3, show_default=True, help="Timed calls of each setting.")
+@click.option(
+    "--max-distance", type=Number(0, min_open=True), help="Recommend the fastest setting within this distance."
+)
+@click.option(
+    "--min-speedup", type=Number(0, min_open=True), help="Recommend the nearest setting that is so much faster."
+)
+@click.option("--clip", help="CLIP model, a folder or a name in the hub's local cache.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report"), show_default=True, help="Folder.")
+@force_option
+@json_option
+@common_options
+def compare(source: Mapping[str, Any], as_json: bool, **options: Any) -> None:
+    """Compare ways of drafting PIPELINE with the untouched sampler: a report with figures, pictures and advice.
+
+    PIPELINE is digits, a diffusers pipeline's folder or hub name, or package.module:factory of a pipeline or a model.
+    """
+    with plain_errors():
+        from drp.comparison.api import plan, run  # imports torch
+
+        planned = ("modes", "drafts", "strides", "tolerances", "rule", "rivals")
+        chosen = {name: options.pop(name) for name in planned}
+        chosen |= {name: chosen[name] or () for name in ("strides", "tolerances")}
+        subject = make_subject(source)
+        settings = plan(subject, **chosen)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        try:
+            with Progress(*columns, console=Console(stderr=True)) as bar:
+                task = bar.add_task("starting", total=None)
+                comparison = run(
+                    subject,
+                    settings,
+                    **options,
+                    progress=lambda done, every, what: bar.update(task, completed=done, total=every, description=what),
+                )
+        except KeyboardInterrupt:
+            click.echo(
+                f"interrupted; {options['out'] / 'report.html'} has what is done, the same command goes on", err=True
+            )
+            raise SystemExit(INTERRUPTED) from None
+    if as_json:
+        print_json({"cells": comparison.cells, "choice": comparison.choice, "report": comparison.report})
+        return
+    click.echo(comparison.choice.text)
+    if comparison.choice.code:
+        click.echo(f"\n    {comparison.choice.code.replace(chr(10), chr(10) + '    ')}\n")
+    click.echo(f"wrote {comparison.report}")

@@ -1,0 +1,139 @@
+"""What `drp compare` and `drp tune` measure: a model, or a pipeline of diffusers with the options of its call."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from drp.cli.helpers import parse_numbers
+from drp.cli.options import Number, default_devices
+from drp.cli.sample import check_module, parse_labels
+from drp.sampling.predictions import PREDICTION_TYPES
+from drp.sampling.registry import SOLVER_NAMES
+
+if TYPE_CHECKING:
+    from drp.comparison.subject import Subject
+
+OF_MODELS = ("labels", "solver", "prediction_type", "shift", "drafts_per_device")
+OF_PIPELINES = ("prompt", "negative_prompt", "call", "split_guidance")
+
+
+def source_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the argument and the options that name a subject; the command receives them as the mapping `source`."""
+    names = ("pipeline", "devices", "threads", "steps", "guidance", "shape", *OF_MODELS, *OF_PIPELINES)
+
+    @click.argument("pipeline", default="digits")
+    @click.option("-p", "--prompt", help="Of a pipeline.")
+    @click.option("--negative-prompt", help="Of a pipeline.")
+    @click.option("--call", help="Further arguments of a pipeline's call, as JSON: '{\"num_frames\": 16}'.")
+    @click.option("--split-guidance", is_flag=True, help="Of a pipeline: guidance's two branches on two devices.")
+    @click.option("-d", "--devices", help="As `drp sample --devices`; by default all GPUs, else all cores, up to 4.")
+    @click.option("--threads", type=click.IntRange(1), help="Threads of each worker.")
+    @click.option("--drafts-per-device", type=click.IntRange(1), default=1, show_default=True, help="Of a model.")
+    @click.option("-n", "--steps", type=click.IntRange(1), help="Steps; by default 48 of a model, a pipeline's own.")
+    @click.option("--guidance", type=float, help="Scale of classifier-free guidance.")
+    @click.option("--shape", help="A sample's shape, 4,32,32, for a model that does not say it; of a pipeline 512,768.")
+    @click.option("-l", "--labels", help="Of a model: the classes, one a seed in turn: 3,1,4 or 0-9.")
+    @click.option("--solver", type=click.Choice(SOLVER_NAMES), help="Of a model; by default ddim.")
+    @click.option("--prediction-type", type=click.Choice(PREDICTION_TYPES), help="Of a model; by default epsilon.")
+    @click.option("--shift", type=Number(0, min_open=True), help="Of a model's flow-matching grid.")
+    @functools.wraps(command)
+    def wrapped(**options: Any) -> None:
+        given = {name: options.pop(name) for name in names}
+        command(source=given, **options)
+
+    return wrapped
+
+
+def make_subject(source: Mapping[str, Any]) -> Subject:
+    """Return the subject that the options name; raise ValueError for options that it does not have."""
+    name: str = source["pipeline"]
+    made = _load(name)
+    return _model(name, source) if made is None else _pipeline(name, made, source)
+
+
+def _load(name: str) -> Any:
+    """Return the pipeline of this name, None for a model."""
+    from drp.models.registry import BUILT_IN
+
+    if name in BUILT_IN:
+        return None
+    if ":" in name:
+        check_module(name)
+        module, _, attribute = name.partition(":")
+        factory: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            factory = getattr(factory, part)
+        made = factory()
+        return made if hasattr(made, "components") and hasattr(made, "scheduler") else None
+    if not Path(name).is_dir() and "/" not in name:
+        known = ", ".join(BUILT_IN)
+        raise ValueError(
+            f"{name!r} is no model and no folder; give one of {known}, a pipeline's folder, a hub's name such as "
+            "org/name, or package.module:factory"
+        )
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError as error:
+        raise ValueError(f"{error}; pip install 'draft-refine[diffusers]'") from None
+    return DiffusionPipeline.from_pretrained(name)
+
+
+def _refuse(source: Mapping[str, Any], names: tuple[str, ...], kind: str) -> None:
+    default: dict[str, Any] = {"drafts_per_device": 1, "split_guidance": False}
+    for name in names:
+        if source[name] != default.get(name):
+            raise ValueError(f"--{name.replace('_', '-')} goes with {kind}")
+
+
+def _model(name: str, source: Mapping[str, Any]) -> Subject:
+    from drp.comparison.models import ModelSubject
+
+    _refuse(source, OF_PIPELINES, f"a pipeline of diffusers, and {name} is a model")
+    places = default_devices()
+    own = source["devices"] is not None
+    options = {key: source[key] for key in ("guidance", "solver", "prediction_type") if source[key] is not None}
+    if source["shape"] is not None:
+        options["shape"] = parse_numbers("shape", source["shape"])
+    if source["shift"] is not None:
+        options["grid"] = {"shift": source["shift"]}
+    return ModelSubject(
+        name,
+        source["devices"] if own else places.devices,
+        threads=source["threads"] or (1 if own else places.threads),
+        drafts_per_device=source["drafts_per_device"] if own else places.drafts_per_device,
+        labels=None if source["labels"] is None else parse_labels(source["labels"]),
+        steps=source["steps"] or 48,
+        **options,
+    )
+
+
+def _pipeline(name: str, pipe: Any, source: Mapping[str, Any]) -> Subject:
+    from drp.diffusers.comparison import PipelineSubject
+
+    _refuse(source, OF_MODELS, f"a model of drp's, and {name} is a pipeline; use --call")
+    try:
+        call = json.loads(source["call"]) if source["call"] is not None else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"call is {source['call']!r:.80}, which is no JSON: {error}") from None
+    if not isinstance(call, dict):
+        raise ValueError(f"call is {source['call']!r:.80}; give an object with the arguments by name")
+    wanted = {"prompt": "prompt", "negative_prompt": "negative_prompt", "num_inference_steps": "steps"}
+    wanted |= {"guidance_scale": "guidance"}
+    call |= {argument: source[option] for argument, option in wanted.items() if source[option] is not None}
+    if source["shape"] is not None:
+        size = parse_numbers("shape", source["shape"])
+        if len(size) != 2:
+            raise ValueError(f"shape is {source['shape']!r}; a pipeline's is height and width, such as 512,768")
+        call["height"], call["width"] = size
+    if hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(disable=True)
+    devices = source["devices"] or default_devices(gpus_too=False).devices
+    split = {"split_guidance": True} if source["split_guidance"] else {}
+    return PipelineSubject(pipe, call, devices, threads=source["threads"], name=name, **split)

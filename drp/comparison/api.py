@@ -1,0 +1,154 @@
+"""`drp.compare`, and what it shares with `drp.diffusers.compare`."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drp.comparison.choose import Choice
+from drp.comparison.measure import Measurement, Progress, add_distances
+from drp.comparison.models import ModelSubject
+from drp.comparison.report import write_reports
+from drp.comparison.settings import Setting, default_drafts, expand, fewer_steps
+from drp.comparison.store import Store
+from drp.comparison.subject import Subject
+from drp.leader.memory.placement import GpuOptions
+
+MODES = ("window", "aggressive", "conservative", "adaptive")
+"""The modes that are compared if none are named."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison.
+
+    cells: the figures of each setting by its key, as in results.json.
+    choice: the recommended setting, with the code that samples so.
+    report: the page.
+    """
+
+    cells: Mapping[str, Mapping[str, Any]]
+    choice: Choice
+    report: Path
+
+
+def compare(
+    model: str | Callable[[], Any] = "digits",
+    *,
+    devices: int | str | Sequence[str] = 2,
+    modes: Sequence[str] = MODES,
+    drafts: Sequence[int] | None = None,
+    strides: Sequence[float] = (),
+    tolerances: Sequence[float] = (),
+    rule: str | None = None,
+    rivals: bool = False,
+    seeds: int | Sequence[int] = 8,
+    turns: int = 3,
+    max_distance: float | None = None,
+    min_speedup: float | None = None,
+    clip: str | None = None,
+    out: str | os.PathLike[str] = "report",
+    force: bool = False,
+    threads: int = 1,
+    drafts_per_device: int = 1,
+    gpu: GpuOptions | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Comparison:
+    """Measure modes and numbers of drafts on a model against the untouched sequential run, and write a report.
+
+    model, devices, threads, drafts_per_device, gpu: as of `drp.Leader`.
+    modes, drafts, strides, tolerances, rule: what is tried, every mode with every number of drafts; strides are the
+        window's, tolerances the adaptive mode's. `drafts` is by default 2, 4, 8, ... up to what the devices evaluate at
+        once.
+    rivals: also try as many sequential steps as the settings have rounds, of the same solver and of UniPC.
+    seeds: how many seeds, or which; each is one sample.
+    turns: how many calls of each setting are timed, in turn with the untouched run.
+    max_distance, min_speedup: bounds for the recommendation, on the mean relative L2 distance and the speed-up.
+    clip: a folder or a hub's name of a CLIP model in the local cache.
+    out: the folder for report.html, report.md, results.json and the samples. What is there with the same settings is
+        not measured again.
+    force: replace what is in `out`.
+    progress: called with calls made, all calls, and the setting.
+    options: as of `drp.sample`: steps, solver, guidance, labels, shape and so on.
+
+    An interrupted comparison leaves the report of what is done, and the KeyboardInterrupt is raised again. Raises
+    ValueError for invalid arguments, before any work.
+    """
+    subject = ModelSubject(model, devices, threads=threads, drafts_per_device=drafts_per_device, gpu=gpu, **options)
+    settings = plan(subject, modes, drafts, strides, tolerances, rule, rivals)
+    return run(subject, settings, seeds, turns, max_distance, min_speedup, clip, out, force, progress)
+
+
+def plan(
+    subject: Subject,
+    modes: Sequence[str],
+    drafts: Sequence[int] | None,
+    strides: Sequence[float],
+    tolerances: Sequence[float],
+    rule: str | None,
+    rivals: bool,
+) -> list[Setting]:
+    """Return the settings to measure, each checked."""
+    tried = default_drafts(subject.capacity) if drafts is None else tuple(drafts)
+    drafted = expand(modes, tried, strides, tolerances, rule, subject.steps)
+    settings: list[Setting] = [*drafted, *(fewer_steps(drafted, subject.steps) if rivals else ())]
+    for setting in settings:
+        subject.check(setting)
+    return settings
+
+
+def run(
+    subject: Subject,
+    settings: Sequence[Setting],
+    seeds: int | Sequence[int],
+    turns: int,
+    max_distance: float | None,
+    min_speedup: float | None,
+    clip: str | None,
+    out: str | os.PathLike[str],
+    force: bool,
+    progress: Progress | None,
+) -> Comparison:
+    """Measure the settings and write the reports, also if it is interrupted."""
+    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not numbers or turns < 1:
+        raise ValueError(f"seeds is {seeds!r} and turns {turns}; give 1 or more of each")
+    for name, bound, least in (("max_distance", max_distance, 0.0), ("min_speedup", min_speedup, 0.0)):
+        if bound is not None and not bound > least:
+            raise ValueError(f"{name} is {bound}; give a number above 0")
+    store = Store(Path(out), {**subject.facts, "seeds": numbers}, force)
+    store.results["machine"] = machine()
+    try:
+        Measurement(subject, store, numbers, turns, progress or (lambda *_: None)).run(settings)
+    finally:
+        add_distances(store, clip)
+        choice = write_reports(store, numbers, len(settings), max_distance, min_speedup)
+    return Comparison(store.results["cells"], choice, store.folder / "report.html")
+
+
+def machine() -> dict[str, Any]:
+    """Return what times depend on."""
+    import drp
+
+    named = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    return {
+        "processor": named[0] if named else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": gpus,
+        "torch": torch.__version__,
+        "drp": drp.__version__,
+    }

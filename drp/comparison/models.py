@@ -1,0 +1,169 @@
+"""A model of drp, built in or of the user's own, as the subject of a comparison."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from drp import models
+from drp.api import check_options
+from drp.comparison.settings import Drafted, FewerSteps
+from drp.comparison.subject import Sample, Session, Subject, arguments, to_pixels
+from drp.leader.devices import parse_devices
+from drp.leader.leader import Leader, check_batch, model_name
+from drp.leader.memory.placement import GpuOptions
+from drp.leader.request import Options, Request, make_job
+from drp.sampling.reference import run_reference
+from drp.sampling.result import Result
+from drp.torch_defaults import torch_defaults
+from drp.torch_threads import torch_threads
+from drp.trace.record import record
+
+OF_SETTINGS = ("mode", "drafts", "stride", "tolerance", "rule", "seed", "target_speedup", "target_rounds", "offsets")
+"""Options of a run that a comparison sets itself."""
+
+
+class ModelSubject(Subject):
+    """A model, by name or factory, sampled with the options of `drp.sample`.
+
+    The untouched run on CPU devices is the plain loop in this process, with as many threads as all workers together.
+    On GPUs and emulated devices it is a sequential run on one of them.
+    labels: sample i of a model with classes has the label i modulo their number; by default all classes in turn.
+    """
+
+    def __init__(
+        self,
+        model: str | Callable[[], Any] = "digits",
+        devices: int | str | Sequence[str] = 2,
+        *,
+        threads: int = 1,
+        drafts_per_device: int = 1,
+        gpu: GpuOptions | None = None,
+        labels: Sequence[int] | None = None,
+        **options: Any,
+    ) -> None:
+        given = [name for name in OF_SETTINGS if name in options]
+        if given:
+            raise ValueError(
+                f"{given[0]} is given, but a comparison tries several; name them in modes, drafts and so on"
+            )
+        self._name = model_name(model)
+        placed = parse_devices(devices, threads)
+        self._places: dict[str, Any] = {"devices": devices, "threads": threads, "drafts_per_device": drafts_per_device}
+        self._gpu = gpu
+        self.devices = tuple(device.name for device in placed)
+        self.capacity = len(placed) * check_batch(drafts_per_device)
+        self._labels, self._options = labels, {"steps": 48, **options}
+        self.steps = int(self._options["steps"])
+        self._in_process = all(device.emulated is None and device.gpu is None for device in placed)
+        self._threads = threads * len(placed)
+        one = "a thread" if self._threads == 1 else f"{self._threads} threads"
+        self.baseline = f"the plain loop in one process, {one}" if self._in_process else "sequential on one device"
+        self.facts = {
+            "model": self._name,
+            "devices": list(self.devices),
+            "threads": threads,
+            "drafts_per_device": drafts_per_device,
+            "labels": list(labels) if labels is not None else None,
+            **facts_of(self._options),
+        }
+        self._leader: Leader | None = None
+        self._denoiser: models.Denoiser | None = None
+
+    def __enter__(self) -> ModelSubject:
+        self._leader = Leader(self._name, **self._places, gpu=self._gpu)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._leader is not None:
+            self._leader.close()
+            self._leader = None
+
+    def check(self, setting: Drafted | FewerSteps) -> None:
+        spec = models.describe(self._name)
+        labels = self._label(0, spec.classes) if spec is not None else self._label(0, None)
+        check_options(self._name, self.capacity, cast("Options", self._run_options(setting, 0, labels)))
+
+    @contextmanager
+    def session(self, setting: Drafted | FewerSteps) -> Iterator[Session]:
+        yield _ModelSession(self, setting)
+
+    def code(self, setting: Drafted | FewerSteps) -> str:
+        found = models.describe(self._name) if self._leader is None else self._leader.spec
+        label = self._label(0, found.classes if found is not None else None)
+        labels = {} if label is None else {"labels": label}
+        if isinstance(setting, FewerSteps):
+            options = {**labels, **self._changed(setting), "mode": "sequential"}
+            return f"drp.sample({self._name!r}, {arguments(options)})"
+        places = {name: value for name, value in self._places.items() if name == "devices" or value != 1}
+        return f"drp.sample({self._name!r}, {arguments({**labels, **places, **self._options, **setting.options})})"
+
+    def run(self, setting: Drafted | FewerSteps | None, seed: int, trace: Path | None = None) -> Sample:
+        """Sample in a setting; None is the untouched run."""
+        assert self._leader is not None
+        labels = self._label(seed, self._leader.spec.classes)
+        options = self._run_options(setting, seed, labels)
+        began = time.perf_counter()
+        if self._in_process and not isinstance(setting, Drafted):
+            result = self._plain(Request(**cast("Options", options)))
+        else:
+            with record(self._leader, trace) if trace is not None else nullcontext():
+                result = self._leader.sample(**cast("Options", options))
+        seconds = time.perf_counter() - began
+        return Sample(result.samples, _images(result.samples), seconds, result.rounds, result.evaluations, result.steps)
+
+    def _plain(self, request: Request) -> Result:
+        """Run the plain loop in this process, under the settings of torch that workers have."""
+        with torch_defaults(), torch_threads(self._threads):
+            if self._denoiser is None:
+                self._denoiser = models.load(self._name)
+            job = make_job(request, self._denoiser.spec, 1)
+            return run_reference(self._denoiser, job.solver, job.mode, job.start, job.cond, None, job.fresh)
+
+    def _label(self, seed: int, classes: int | None) -> list[int] | None:
+        labels = self._labels if self._labels is not None else range(classes) if classes else None
+        return [labels[seed % len(labels)]] if labels is not None else None
+
+    def _changed(self, setting: FewerSteps) -> dict[str, Any]:
+        kept = {name: value for name, value in self._options.items() if name != "solver_options" or not setting.solver}
+        changed = {**kept, "steps": setting.steps}
+        return changed if setting.solver is None else {**changed, "solver": setting.solver}
+
+    def _run_options(self, setting: Drafted | FewerSteps | None, seed: int, labels: list[int] | None) -> dict[str, Any]:
+        options: dict[str, Any] = {**self._options, "seed": seed}
+        if labels is not None:
+            options["labels"] = labels
+        if isinstance(setting, Drafted):
+            return {**options, **setting.options}
+        if isinstance(setting, FewerSteps):
+            options |= self._changed(setting)
+        return {**options, "mode": "sequential"}
+
+
+class _ModelSession(Session):
+    def __init__(self, subject: ModelSubject, setting: Drafted | FewerSteps) -> None:
+        self._subject, self._setting = subject, setting
+
+    def sample(self, seed: int, trace: Path | None = None) -> Sample:
+        return self._subject.run(self._setting, seed, trace)
+
+    def untouched(self, seed: int) -> Sample:
+        return self._subject.run(None, seed)
+
+
+def _images(samples: Tensor) -> Tensor | None:
+    """Return samples [B, 1 or 3, H, W] in [-1, 1] as pictures."""
+    if samples.dim() != 4 or samples.shape[1] not in (1, 3):
+        return None
+    return to_pixels(torch.nan_to_num(samples) / 2 + 0.5)
+
+
+def facts_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as JSON: what is neither a number nor text by its repr."""
+    return {name: value if isinstance(value, (int, float, str)) else repr(value) for name, value in options.items()}

@@ -1,0 +1,125 @@
+"""The reports: report.html, one file that needs no network, and report.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from statistics import fmean, median
+from typing import Any
+
+import jinja2
+
+from drp.comparison.charts import HEIGHT, LEFT, WIDTH, plot, timeline
+from drp.comparison.choose import DEFAULT_DISTANCE, Choice, choose, speedup
+from drp.comparison.contact_sheet import contact_sheet
+from drp.comparison.store import UNTOUCHED, Store
+
+BUSY = 1.5
+"""How many times its shortest time an untouched call may take before the report says that times vary."""
+
+
+def write_reports(
+    store: Store, seeds: Sequence[int], planned: int, max_distance: float | None, min_speedup: float | None
+) -> Choice:
+    """Write both reports and the recommendation; `planned` is how many settings there are to be."""
+    cells: dict[str, dict[str, Any]] = store.results["cells"]
+    chosen = choose(cells, max_distance, min_speedup)
+    store.results["recommendation"] = {**asdict(chosen), "max_distance": max_distance, "min_speedup": min_speedup}
+    store.write()
+    bound = DEFAULT_DISTANCE if max_distance is None and min_speedup is None else max_distance
+    shown = chosen.key or next((key for key, cell in cells.items() if cell["kind"] == "drafted"), None)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("drp.comparison", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    measures = store.results.get("measures", {})
+    rows = [row(number, cell, measures) for number, cell in enumerate(cells.values(), start=1)]
+    untouched = store.results.get(UNTOUCHED)
+    page = environment.get_template("report.html.j2").render(
+        facts=store.results["facts"],
+        machine=store.results.get("machine", {}),
+        untouched=untouched,
+        untouched_seconds=median(untouched["seconds"]) if untouched else None,
+        missing=planned - len(cells),
+        heads=heads(measures),
+        rows=rows,
+        chosen=chosen,
+        chosen_label=cells[chosen.key]["label"] if chosen.key else None,
+        plot=plot(list(cells.values()), bound) if cells else None,
+        size=(WIDTH, HEIGHT, LEFT),
+        sheet=contact_sheet(store, seeds) if untouched else None,
+        timeline=timeline(cells[shown]["label"], store.samples(shown) / "trace.json") if shown else None,
+        notes=notes(store),
+    )
+    (store.folder / "report.html").write_text(page)
+    (store.folder / "report.md").write_text(markdown(store, chosen, rows, planned))
+    return chosen
+
+
+def heads(measures: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return the titles of the table's columns."""
+    fixed = ["#", "setting", "rounds", "evaluations", "seconds", "times as fast", "relative L2, mean", "largest"]
+    return fixed + [measure["title"] for measure in measures.values()]
+
+
+def row(number: int, cell: Mapping[str, Any], measures: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return a setting's row of the table."""
+    l2 = cell["distances"]["relative_l2"]
+    figures = [
+        str(number),
+        cell["label"],
+        f"{fmean(cell['rounds']):.4g}",
+        f"{fmean(cell['evaluations']):.4g}",
+        f"{median(cell['seconds']):.3f}",
+        f"{speedup(cell):.2f}",
+        f"{l2['mean']:.4f}",
+        f"{l2['max']:.4f}",
+    ]
+    for name, measure in measures.items():
+        value = cell["distances"][name][measure["summary"]]
+        finite = value is not None and value != float("inf")
+        figures.append((f"{value:.1f}" if name == "psnr" else f"{value:.4f}") if finite else "identical")
+    return figures
+
+
+def notes(store: Store) -> list[str]:
+    """Return what a reader has to know besides the figures."""
+    found = [f"Left out: {name}, because {reason}." for name, reason in store.results.get("omitted", {}).items()]
+    cells = list(store.results["cells"].values())
+    for cell in cells:
+        if cell["reason"]:
+            found.append(f"{cell['label']} was not drafted: {cell['reason']}.")
+    repeats = max((cell["untouched_repeats"] for cell in cells), default=0.0)
+    if repeats > 0:
+        found.append(
+            f"The untouched run does not repeat itself exactly: two runs of one seed lie up to {repeats:.2g} apart."
+        )
+    seconds = [each for cell in cells for each in cell["untouched_seconds"]]
+    if seconds and max(seconds) > BUSY * min(seconds):
+        found.append(
+            f"The untouched run took {min(seconds):.3g} to {max(seconds):.3g} s: other programs ran, or the clock "
+            "rate changed. Measure the times again on a quiet machine."
+        )
+    if any(cell["kind"] != "drafted" for cell in cells):
+        found.append(
+            "Distances are to the untouched run. A better solver with fewer steps may be nearer to the exact solution "
+            "than the untouched run is, and still lie far from it."
+        )
+    return found
+
+
+def markdown(store: Store, chosen: Choice, rows: Sequence[Sequence[str]], planned: int) -> str:
+    """Return report.md."""
+    facts, untouched = store.results["facts"], store.results.get(UNTOUCHED)
+    titles = heads(store.results.get("measures", {}))
+    lines = ["# Drafting compared with the untouched run", ""]
+    lines += [f"- {name}: {value}" for name, value in facts.items() if value is not None]
+    if untouched:
+        lines.append(f"- untouched: {untouched['baseline']}, {median(untouched['seconds']):.3f} s a call")
+    if len(rows) < planned:
+        lines.append(f"- interrupted: {len(rows)} of {planned} settings are measured; the same command goes on")
+    lines += ["", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    lines += [f"| {' | '.join(each)} |" for each in rows]
+    lines += ["", *(f"- {note}" for note in notes(store)), "", chosen.text]
+    if chosen.code:
+        lines += ["", "```python", chosen.code, "```"]
+    return "\n".join(lines) + "\n"

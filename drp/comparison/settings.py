@@ -1,0 +1,128 @@
+"""Settings: the ways of sampling that are compared with the untouched one."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from drp.sampling.drafts import find_rule
+from drp.sampling.modes import Mode, make_mode
+
+BETTER_SOLVER = "unipc"
+"""The solver of the rivals that have fewer steps of another solver than the untouched run."""
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """Drafting in a mode with n drafts a round; what is None is left at its default."""
+
+    mode: str
+    drafts: int
+    stride: float | None = None
+    tolerance: float | None = None
+    rule: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The setting in words, as tables have it."""
+        parts = [self.mode, f"n = {self.drafts}"]
+        parts += [f"stride {self.stride:g}"] if self.stride is not None else []
+        parts += [f"tolerance {self.tolerance:g}"] if self.tolerance is not None else []
+        return ", ".join(parts + ([f"rule {self.rule}"] if self.rule is not None else []))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `drp.sample` and `drp.diffusers.parallelize` for this setting."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @property
+    def key(self) -> str:
+        """A name for files."""
+        return _key(self.label)
+
+    def make_mode(self) -> Mode:
+        """Return the mode, with the draft rule of solvers without noise; raise ValueError for options that it lacks."""
+        tolerance = 0.0025 if self.tolerance is None else self.tolerance
+        return make_mode(self.mode, self.drafts, tolerance, find_rule(self.rule), self.stride)
+
+    def rounds(self, steps: int) -> int | None:
+        """Return the rounds that `steps` steps take, None if they are not known before the run."""
+        mode = self.make_mode()
+        return None if mode.feedback else len(list(mode.rounds(steps)))
+
+
+@dataclass(frozen=True)
+class FewerSteps:
+    """Fewer sequential steps, of the untouched run's solver or of another one: what a user would do without drp."""
+
+    steps: int
+    solver: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The setting in words, as tables have it."""
+        return f"{self.steps} steps" + (f" of {self.solver}" if self.solver else "")
+
+    @property
+    def key(self) -> str:
+        """A name for files."""
+        return _key(self.label)
+
+
+Setting = Drafted | FewerSteps
+
+
+def default_drafts(capacity: int) -> tuple[int, ...]:
+    """Return the numbers of drafts to try where the devices evaluate `capacity` drafts at once: 2, 4, 8, ..., all."""
+    powers = itertools.takewhile(lambda n: n < capacity, (2**i for i in itertools.count(1)))
+    return (*powers, max(2, capacity))
+
+
+def expand(
+    modes: Sequence[str],
+    drafts: Sequence[int],
+    strides: Sequence[float] = (),
+    tolerances: Sequence[float] = (),
+    rule: str | None = None,
+    steps: int = 48,
+) -> list[Drafted]:
+    """Return the settings of all modes with all numbers of drafts, each once.
+
+    Strides apply to the window, tolerances to the adaptive mode. Of settings that have the same rounds for `steps`
+    steps the first is kept. Raises ValueError for a mode, a stride or a tolerance that does not exist.
+    """
+    found: dict[object, Drafted] = {}
+    for mode, n in itertools.product(modes, drafts):
+        fitting = [stride for stride in strides if stride <= n]
+        choices: list[Drafted]
+        if mode == "window" and strides:
+            choices = [Drafted(mode, n, stride=stride, rule=rule) for stride in fitting]
+        elif mode == "adaptive" and tolerances:
+            choices = [Drafted(mode, n, tolerance=tolerance, rule=rule) for tolerance in tolerances]
+        else:
+            choices = [Drafted(mode, n, rule=rule)]
+        for setting in choices:
+            made = setting.make_mode()
+            rounds = (
+                setting if made.feedback else tuple((r.base, r.predict, r.unawaited_rounds) for r in made.rounds(steps))
+            )
+            found.setdefault(rounds, setting)
+    if not found:
+        raise ValueError(
+            f"strides {list(strides)} leave nothing to compare: a window of n drafts moves on by 1 to n steps"
+        )
+    return list(found.values())
+
+
+def fewer_steps(settings: Sequence[Drafted], steps: int) -> list[FewerSteps]:
+    """Return rivals with as many sequential steps as the settings have rounds, of the same and of a better solver."""
+    rounds = {r for setting in settings if (r := setting.rounds(steps)) is not None and r < steps}
+    counts = sorted(rounds, reverse=True)
+    return [FewerSteps(count, solver) for count in counts for solver in (None, BETTER_SOLVER)]
+
+
+def _key(label: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", label.lower().replace("n = ", "n"))

@@ -1,0 +1,87 @@
+"""What is compared: something that can be sampled untouched, drafted and with fewer steps, seed by seed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drp.comparison.settings import Drafted, FewerSteps
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The samples of one seed.
+
+    latents: the last state, float32 [B, ...] in host memory.
+    images: uint8 [I, 3 or 1, H, W], the frames of a video one after the other; None if the samples are no pictures.
+    seconds: the wall time of the call.
+    rounds, evaluations: as counted by the run.
+    steps: the steps of the solver.
+    reason: why there were no drafts although the mode has them; empty if there were.
+    """
+
+    latents: Tensor
+    images: Tensor | None
+    seconds: float
+    rounds: int
+    evaluations: int
+    steps: int
+    reason: str = ""
+
+
+class Session(ABC):
+    """The workers and the pipeline while one setting is measured."""
+
+    @abstractmethod
+    def sample(self, seed: int, trace: Path | None = None) -> Sample:
+        """Sample in the setting; with `trace`, write a trace of the run to that file if workers take part."""
+
+    @abstractmethod
+    def untouched(self, seed: int) -> Sample:
+        """Sample as if drp were not there, in between."""
+
+
+class Subject(AbstractContextManager["Subject"]):
+    """A model or a pipeline with the arguments of its call.
+
+    facts: everything that the samples depend on, as JSON. Cells of an earlier comparison with other facts are not used.
+    baseline: in words, how the untouched run is made.
+    steps: the steps of the untouched run.
+    devices: the names of the devices that drafts are evaluated on.
+    capacity: how many drafts they evaluate at once.
+    """
+
+    facts: Mapping[str, Any]
+    baseline: str
+    steps: int
+    devices: tuple[str, ...]
+    capacity: int
+
+    @abstractmethod
+    def check(self, setting: Drafted | FewerSteps) -> None:
+        """Raise ValueError for a setting that cannot be, before any work."""
+
+    @abstractmethod
+    def session(self, setting: Drafted | FewerSteps) -> AbstractContextManager[Session]:
+        """Prepare to sample in a setting and untouched, in turn."""
+
+    @abstractmethod
+    def code(self, setting: Drafted | FewerSteps) -> str:
+        """Return the lines of Python that sample so."""
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Return float images [I, C, H, W] in [0, 1] as uint8, rounded."""
+    return (images.detach().float().cpu() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def arguments(options: Mapping[str, Any]) -> str:
+    """Return keyword arguments as Python."""
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
