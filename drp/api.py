@@ -47,7 +47,7 @@ def sample(
     """
     if trace is not None:
         check(trace)
-    leader_options, options = _divide(arguments)
+    leader_options, options = divide_arguments(arguments)
     check_options(model, leader_options.drafts, options)
     with (
         Leader(model, leader_options) as leader,
@@ -56,7 +56,7 @@ def sample(
         return leader.sample(**options)
 
 
-def _divide(arguments: SampleArguments) -> tuple[LeaderOptions, Options]:
+def divide_arguments(arguments: Mapping[str, Any]) -> tuple[LeaderOptions, Options]:
     """Divide arguments into those of the leader and those of the run."""
     given: dict[str, Any] = {**arguments}
     names = [each.name for each in fields(LeaderOptions)]

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from drp.cli.helpers import plain_errors, print_json
-from drp.cli.options import Number, common_options, force_option, json_option
+from drp.cli.options import GroupedCommand, Number, common_options, force_option, json_option
 from drp.cli.source import make_subject, source_options
 from drp.sampling.drafts import RULES
-from drp.sampling.modes import MODE_NAMES
+from drp.sampling.mode_selection import MODE_NAMES
 
 INTERRUPTED = 130
 """The exit status of a program that Ctrl-C has ended."""
@@ -32,7 +32,7 @@ def _list(kind: type) -> Any:
     return parse
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @source_options
 @click.option(
     "-m",

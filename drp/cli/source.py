@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from drp.cli.helpers import parse_numbers
+from drp.cli.leader_options import leader_options, make_leader_options
 from drp.cli.options import Number, default_devices
 from drp.cli.sample import check_module, parse_labels
 from drp.sampling.predictions import PREDICTION_TYPES
@@ -20,22 +21,21 @@ from drp.sampling.registry import SOLVER_NAMES
 if TYPE_CHECKING:
     from drp.comparison.subject import Subject
 
-OF_MODELS = ("labels", "solver", "prediction_type", "shift", "drafts_per_device")
+OF_MODELS = ("labels", "solver", "prediction_type", "shift", "drafts_per_device", "hedge", "dispatch")
 OF_PIPELINES = ("prompt", "negative_prompt", "call", "split_guidance")
 
 
 def source_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the argument and the options that name a subject; the command receives them as the mapping `source`."""
-    names = ("pipeline", "devices", "threads", "steps", "guidance", "shape", *OF_MODELS, *OF_PIPELINES)
+    more = ("policy", "start_timeout", "draft_timeout")
+    names = ("pipeline", "devices", "threads", "steps", "guidance", "shape", *OF_MODELS, *OF_PIPELINES, *more)
 
     @click.argument("pipeline", default="digits")
     @click.option("-p", "--prompt", help="Of a pipeline.")
     @click.option("--negative-prompt", help="Of a pipeline.")
     @click.option("--call", help="Further arguments of a pipeline's call, as JSON: '{\"num_frames\": 16}'.")
     @click.option("--split-guidance", is_flag=True, help="Of a pipeline: guidance's two branches on two devices.")
-    @click.option("-d", "--devices", help="As `drp sample --devices`; by default all GPUs, else all cores, up to 4.")
-    @click.option("--threads", type=click.IntRange(1), help="Threads of each worker.")
-    @click.option("--drafts-per-device", type=click.IntRange(1), default=1, show_default=True, help="Of a model.")
+    @leader_options
     @click.option("-n", "--steps", type=click.IntRange(1), help="Steps; by default 48 of a model, a pipeline's own.")
     @click.option("--guidance", type=float, help="Scale of classifier-free guidance.")
     @click.option("--shape", help="A sample's shape, 4,32,32, for a model that does not say it; of a pipeline 512,768.")
@@ -86,7 +86,7 @@ def _load(name: str) -> Any:
 
 
 def _refuse(source: Mapping[str, Any], names: tuple[str, ...], kind: str) -> None:
-    default: dict[str, Any] = {"drafts_per_device": 1, "split_guidance": False}
+    default: dict[str, Any] = {"split_guidance": False, "dispatch": "auto"}
     for name in names:
         if source[name] != default.get(name):
             raise ValueError(f"--{name.replace('_', '-')} goes with {kind}")
@@ -96,8 +96,6 @@ def _model(name: str, source: Mapping[str, Any]) -> Subject:
     from drp.comparison.models import ModelSubject
 
     _refuse(source, OF_PIPELINES, f"a pipeline of diffusers, and {name} is a model")
-    places = default_devices()
-    own = source["devices"] is not None
     options = {key: source[key] for key in ("guidance", "solver", "prediction_type") if source[key] is not None}
     if source["shape"] is not None:
         options["shape"] = parse_numbers("shape", source["shape"])
@@ -105,9 +103,7 @@ def _model(name: str, source: Mapping[str, Any]) -> Subject:
         options["grid"] = {"shift": source["shift"]}
     return ModelSubject(
         name,
-        source["devices"] if own else places.devices,
-        threads=source["threads"] or (1 if own else places.threads),
-        drafts_per_device=source["drafts_per_device"] if own else places.drafts_per_device,
+        make_leader_options(source),
         labels=None if source["labels"] is None else parse_labels(source["labels"]),
         steps=source["steps"] or 48,
         **options,

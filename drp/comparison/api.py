@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from drp.api import divide_arguments
 from drp.comparison.choose import Choice
 from drp.comparison.measure import Measurement, Progress, add_distances
 from drp.comparison.models import ModelSubject
@@ -18,7 +19,6 @@ from drp.comparison.report import write_reports
 from drp.comparison.settings import Setting, default_drafts, expand, fewer_steps
 from drp.comparison.store import Store
 from drp.comparison.subject import Subject
-from drp.leader.memory.placement import GpuOptions
 
 MODES = ("window", "aggressive", "conservative", "adaptive")
 """The modes that are compared if none are named."""
@@ -55,15 +55,12 @@ def compare(
     clip: str | None = None,
     out: str | os.PathLike[str] = "report",
     force: bool = False,
-    threads: int = 1,
-    drafts_per_device: int = 1,
-    gpu: GpuOptions | None = None,
     progress: Progress | None = None,
-    **options: Any,
+    **arguments: Any,
 ) -> Comparison:
     """Measure modes and numbers of drafts on a model against the untouched sequential run, and write a report.
 
-    model, devices, threads, drafts_per_device, gpu: as of `drp.Leader`.
+    model, devices: as of `drp.Leader`.
     modes, drafts, strides, tolerances, rule: what is tried, every mode with every number of drafts; strides are the
         window's, tolerances the adaptive mode's. `drafts` is by default 2, 4, 8, ... up to what the devices evaluate at
         once.
@@ -76,12 +73,14 @@ def compare(
         not measured again.
     force: replace what is in `out`.
     progress: called with calls made, all calls, and the setting.
-    options: as of `drp.sample`: steps, solver, guidance, labels, shape and so on.
+    arguments: as of `drp.sample`: the leader's threads, drafts_per_device and so on, the run's steps, solver, guidance,
+        labels, shape and so on.
 
     An interrupted comparison leaves the report of what is done, and the KeyboardInterrupt is raised again. Raises
     ValueError for invalid arguments, before any work.
     """
-    subject = ModelSubject(model, devices, threads=threads, drafts_per_device=drafts_per_device, gpu=gpu, **options)
+    leader, options = divide_arguments({"devices": devices, **arguments})
+    subject = ModelSubject(model, leader, **options)
     settings = plan(subject, modes, drafts, strides, tolerances, rule, rivals)
     return run(subject, settings, seeds, turns, max_distance, min_speedup, clip, out, force, progress)
 

@@ -118,7 +118,7 @@ def timeline(label: str, trace: Path) -> DeviceTimeline | None:
     began, ended = min(e.began for e in found), max(e.ended for e in found)
     rounds: dict[int, int] = {}
     for e in found:
-        rounds.setdefault(id(e.formed), len(rounds))
+        rounds.setdefault(id(e.scheduled), len(rounds))
     total = max(1, ended - began)
     lanes = [
         Lane(
@@ -128,7 +128,7 @@ def timeline(label: str, trace: Path) -> DeviceTimeline | None:
                     e.step,
                     (e.began - began) / total * 100,
                     (e.ended - e.began) / total * 100,
-                    bool(rounds[id(e.formed)] % 2),
+                    bool(rounds[id(e.scheduled)] % 2),
                 )
                 for e in found
                 if e.worker == number

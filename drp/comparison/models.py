@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,17 +16,20 @@ from drp import models
 from drp.api import check_options
 from drp.comparison.settings import Drafted, FewerSteps
 from drp.comparison.subject import Sample, Session, Subject, arguments, to_pixels
-from drp.leader.devices import parse_devices
-from drp.leader.leader import Leader, check_batch, model_name
-from drp.leader.memory.placement import GpuOptions
-from drp.leader.request import Options, Request, make_job
+from drp.leader.job import make_job
+from drp.leader.leader import Leader, model_name
+from drp.leader.options import LeaderOptions
+from drp.leader.request import Options, Request
 from drp.sampling.reference import run_reference
 from drp.sampling.result import Result
 from drp.torch_defaults import torch_defaults
 from drp.torch_threads import torch_threads
 from drp.trace.record import record
 
-OF_SETTINGS = ("mode", "drafts", "stride", "tolerance", "rule", "seed", "target_speedup", "target_rounds", "offsets")
+OF_SETTINGS = (
+    *("mode", "drafts", "stride", "tolerance", "rule", "target_speedup", "target_rounds", "offsets"),
+    *("seed", "count", "noise", "out"),
+)
 """Options of a run that a comparison sets itself."""
 
 
@@ -40,12 +44,9 @@ class ModelSubject(Subject):
     def __init__(
         self,
         model: str | Callable[[], Any] = "digits",
-        devices: int | str | Sequence[str] = 2,
+        leader: LeaderOptions | None = None,
         *,
-        threads: int = 1,
-        drafts_per_device: int = 1,
-        gpu: GpuOptions | None = None,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[int] | Tensor | None = None,
         **options: Any,
     ) -> None:
         given = [name for name in OF_SETTINGS if name in options]
@@ -54,30 +55,30 @@ class ModelSubject(Subject):
                 f"{given[0]} is given, but a comparison tries several; name them in modes, drafts and so on"
             )
         self._name = model_name(model)
-        placed = parse_devices(devices, threads)
-        self._places: dict[str, Any] = {"devices": devices, "threads": threads, "drafts_per_device": drafts_per_device}
-        self._gpu = gpu
-        self.devices = tuple(device.name for device in placed)
-        self.capacity = len(placed) * check_batch(drafts_per_device)
-        self._labels, self._options = labels, {"steps": 48, **options}
+        self._leader_options = own = leader or LeaderOptions(devices=2)
+        placed = own.worker_devices
+        self.devices, self.capacity = tuple(device.name for device in placed), own.drafts
+        self._labels = [int(label) for label in labels] if labels is not None else None
+        self._options = {"steps": 48, **options}
         self.steps = int(self._options["steps"])
         self._in_process = all(device.emulated is None and device.gpu is None for device in placed)
-        self._threads = threads * len(placed)
+        self._threads = own.threads * len(placed)
         one = "a thread" if self._threads == 1 else f"{self._threads} threads"
         self.baseline = f"the plain loop in one process, {one}" if self._in_process else "sequential on one device"
         self.facts = {
             "model": self._name,
             "devices": list(self.devices),
-            "threads": threads,
-            "drafts_per_device": drafts_per_device,
-            "labels": list(labels) if labels is not None else None,
+            "threads": own.threads,
+            "drafts_per_device": own.drafts_per_device,
+            "execution": asdict(own.execution),
+            "labels": self._labels,
             **facts_of(self._options),
         }
         self._leader: Leader | None = None
         self._denoiser: models.Denoiser | None = None
 
     def __enter__(self) -> ModelSubject:
-        self._leader = Leader(self._name, **self._places, gpu=self._gpu)
+        self._leader = Leader(self._name, self._leader_options)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -101,7 +102,10 @@ class ModelSubject(Subject):
         if isinstance(setting, FewerSteps):
             options = {**labels, **self._changed(setting), "mode": "sequential"}
             return f"drp.sample({self._name!r}, {arguments(options)})"
-        places = {name: value for name, value in self._places.items() if name == "devices" or value != 1}
+        own = self._leader_options
+        places: dict[str, Any] = {"devices": own.devices}
+        places |= {"threads": own.threads} if own.threads > 1 else {}
+        places |= {"drafts_per_device": own.drafts_per_device} if own.drafts_per_device > 1 else {}
         return f"drp.sample({self._name!r}, {arguments({**labels, **places, **self._options, **setting.options})})"
 
     def run(self, setting: Drafted | FewerSteps | None, seed: int, trace: Path | None = None) -> Sample:

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from drp.sampling.drafts import find_rule
-from drp.sampling.modes import Mode, make_mode
+from drp.sampling.mode_selection import make_mode
+from drp.sampling.modes import Mode
 
 BETTER_SOLVER = "unipc"
 """The solver of the rivals that have fewer steps of another solver than the untouched run."""
