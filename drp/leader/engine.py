@@ -64,7 +64,10 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Executes runs, submitted from any thread, on the workers of one pool. It has its own thread."""
+    """Executes runs, submitted from any thread, on the workers of one pool. It has its own thread.
+
+    Attributes without an underscore may be read by tests and while debugging; only the engine's thread changes them.
+    """
 
     def __init__(self, model: str, options: LeaderOptions) -> None:
         devices, self._batch = options.worker_devices, options.drafts_per_device
@@ -80,21 +83,19 @@ class Engine:
         with contextlib.ExitStack() as undo:
             self._requests = RequestQueue()
             undo.callback(self._requests.close_descriptor)
-            self._placement = MemoryPlacement(devices, options.execution, self._batch)
-            undo.callback(self._placement.close)
-            self._pool = WorkerPool(model, options.threads, options.python)
-            undo.callback(self._pool.close)
-            self._supervisor = Supervisor(
-                self._pool, model, devices, options.start_timeout, self._placement, self._clock
-            )
-            self._runs = RunTable(self._supervisor, self.recorder, self._devices)
-            self._scheduler = Scheduler(self._supervisor, self._runs, self.recorder, options.scheduling_policy)
+            self.placement = MemoryPlacement(devices, options.execution, self._batch)
+            undo.callback(self.placement.close)
+            self.pool = WorkerPool(model, options.threads, options.python)
+            undo.callback(self.pool.close)
+            self.supervisor = Supervisor(self.pool, model, devices, options.start_timeout, self.placement, self._clock)
+            self.runs = RunTable(self.supervisor, self.recorder, self._devices)
+            self._scheduler = Scheduler(self.supervisor, self.runs, self.recorder, options.scheduling_policy)
             self._handler = MessageHandler(
-                self._supervisor, self._runs, self._scheduler, self.recorder, options.draft_timeout
+                self.supervisor, self.runs, self._scheduler, self.recorder, options.draft_timeout
             )
-            self._pool.watch(self._requests.wakeup_fd)
-            if self._placement.wakeup is not None:
-                self._pool.watch(self._placement.wakeup.fd)
+            self.pool.watch(self._requests.wakeup_fd)
+            if self.placement.wakeup is not None:
+                self.pool.watch(self.placement.wakeup.fd)
             self._thread.start()
             undo.pop_all()  # From here on the thread owns all of these and closes them.
         self._thread_ready.wait()
@@ -108,14 +109,9 @@ class Engine:
     # Called by other threads.
 
     @property
-    def supervisor(self) -> Supervisor:
-        """The supervisor, which holds the worker slots."""
-        return self._supervisor
-
-    @property
     def dropped(self) -> int:
         """Number of messages dropped because they were malformed or from an unknown sender."""
-        return self._pool.dropped
+        return self.pool.dropped
 
     def submit(self, job: Job, callback: Callback | None) -> RunFuture:
         """Queue a run and return its future.
@@ -184,14 +180,14 @@ class Engine:
             while self._requests.closing is None:
                 self._admit()
                 self._run_ready()
-                if not self._runs.workers_saturated:
+                if not self.runs.workers_saturated:
                     self._poll_completions()
                     for _ in self._assign():  # First, because workers may be idle.
                         self._run_ready()
                     self._refine()  # Final states of the previous round, while the workers compute.
-                    self._runs.bind_all()
+                    self.runs.bind_all()
                     self._run_ready()
-                    if self._runs.rounds_begun != self._rounds_seen and not self._runs.workers_saturated:
+                    if self.runs.rounds_begun != self._rounds_seen and not self.runs.workers_saturated:
                         continue  # A round has begun in the meantime, so more drafts can be assigned.
                 self._receive()
         except WorkerError as lost:
@@ -204,9 +200,9 @@ class Engine:
             with contextlib.ExitStack() as end:  # All are called even if one raises, in reverse order.
                 end.callback(self._tell_starter, error)
                 end.callback(self._requests.close_descriptor)
-                end.callback(self._placement.close)
-                end.callback(self._supervisor.close, grace)
-                end.callback(self._runs.close)
+                end.callback(self.placement.close)
+                end.callback(self.supervisor.close, grace)
+                end.callback(self.runs.close)
                 end.callback(self._finish_all, error)
 
     def _tell_starter(self, error: WorkerError | None) -> None:
@@ -215,25 +211,25 @@ class Engine:
 
     def _start(self) -> None:
         """Start all workers. Any worker failure before all are ready is an error."""
-        self._placement.init_device()
-        for worker_slot in self._supervisor.worker_slots:
-            self._supervisor.start_worker(worker_slot)
-        while self._requests.closing is None and len(self._supervisor.ready) < len(self._supervisor.worker_slots):
-            timer = self._clock.to_monotonic(self._supervisor.next_deadline)
-            got = self._pool.poll(timer, self._requests.wakeup_fd)
+        self.placement.init_device()
+        for worker_slot in self.supervisor.worker_slots:
+            self.supervisor.start_worker(worker_slot)
+        while self._requests.closing is None and len(self.supervisor.ready) < len(self.supervisor.worker_slots):
+            timer = self._clock.to_monotonic(self.supervisor.next_deadline)
+            got = self.pool.poll(timer, self._requests.wakeup_fd)
             self._clock.resume(timer)
-            losses = self._supervisor.check_health()
+            losses = self.supervisor.check_health()
             if got is not None and not losses:
-                loss = self._supervisor.on_message(self._supervisor.slot_of(got[0]), got[1])
+                loss = self.supervisor.on_message(self.supervisor.slot_of(got[0]), got[1])
                 losses = [loss] if loss else []
             for loss in losses:
                 raise WorkerError(loss.reason)
         if self._requests.closing is None:
-            self._started.set_result(self._supervisor.startup.loaded_model.spec)
+            self._started.set_result(self.supervisor.startup.loaded_model.spec)
 
     def _admit(self) -> None:
         """Start queued runs while there is room, let sessions continue, and end cancelled runs."""
-        new, running = self._requests.new, self._runs.running
+        new, running = self._requests.new, self.runs.running
         for work in list(new):
             if isinstance(work, Submission) and work.future.cancel_requested and not work.future.done():
                 work.future.set_exception(CancelledError())
@@ -242,18 +238,18 @@ class Engine:
             if run is not None:
                 self.recorder.record("begin", run)
                 run.callback_recorder = self.recorder.callback_recorder(run)
-                self._runs.add(run)
-                self._runs.schedule_drafts(run)
+                self.runs.add(run)
+                self.runs.schedule_drafts(run)
         while self._requests.notified:
             session = self._requests.notified.popleft()
             if session.number in running and session.idle:
-                self._runs.schedule_drafts(session)
+                self.runs.schedule_drafts(session)
         for run in [run for run in running.values() if run.cancel_requested]:
             if isinstance(run, Session):
                 self.recorder.record("end", run)
-                self._runs.finish(run, None)
+                self.runs.finish(run, None)
             else:
-                self._runs.finish(run, CancelledError())
+                self.runs.finish(run, CancelledError())
 
     def _begin(self, work: NewWork) -> RunState | None:
         if isinstance(work, Session):
@@ -269,11 +265,11 @@ class Engine:
     def _make_run_config(self) -> RunConfig:
         return RunConfig(
             number=next(self._numbers) % 2**31,
-            dispatch="async" if self._placement.allows_async and self._scheduler.policy.hedge is None else "sync",
+            dispatch="async" if self.placement.allows_async and self._scheduler.policy.hedge is None else "sync",
             workers=len(self._devices),
             batch=self._batch,
             spare_rows=self._spare_rows,
-            placement=self._placement,
+            placement=self.placement,
             clock=self._clock,
         )
 
@@ -284,14 +280,14 @@ class Engine:
         """
         try:
             while True:
-                self._rounds_seen = self._runs.rounds_begun
+                self._rounds_seen = self.runs.rounds_begun
                 self._scheduler.assign_drafts()
-                if not self._runs.schedulable_runs:
+                if not self.runs.schedulable_runs:
                     return
                 yield
                 self._refine()  # Refine a round's states before scheduling the next round.
-                for run in self._runs.schedulable_runs:
-                    self._runs.schedule_drafts(run)
+                for run in self.runs.schedulable_runs:
+                    self.runs.schedule_drafts(run)
                 yield
                 self._refine()  # Queue known sums before operations that wait for the predictions of these drafts.
                 yield
@@ -299,10 +295,10 @@ class Engine:
             self._scheduler.flush()
 
     def _refine(self) -> None:
-        behind = [run for run in self._runs.running.values() if run.needs_refine]
+        behind = [run for run in self.runs.running.values() if run.needs_refine]
         for run in behind:
             since = time.perf_counter_ns()
-            with self._runs.charge(run):
+            with self.runs.charge(run):
                 run.refine()
                 self.recorder.record("refined", run, run.steps_done, since=since)
 
@@ -311,14 +307,14 @@ class Engine:
         self._clock.resume()
         timer = self._clock.to_monotonic(self._next_deadline())
         has_pending, has_messages = self._follow_streams(timer)
-        got = self._pool.poll(0.0 if has_pending else timer, self._requests.wakeup_fd) if has_messages else None
+        got = self.pool.poll(0.0 if has_pending else timer, self._requests.wakeup_fd) if has_messages else None
         self._clock.resume(timer)
         while got is not None:
-            self._handler.on_message(self._supervisor.slot_of(got[0]), got[1])
-            waiting = self._runs.schedulable_runs or any(run.waiting for run in self._runs.running.values())
+            self._handler.on_message(self.supervisor.slot_of(got[0]), got[1])
+            waiting = self.runs.schedulable_runs or any(run.waiting for run in self.runs.running.values())
             if waiting or self._next_ready_time <= time.monotonic():
                 break
-            got = self._pool.receive_now()
+            got = self.pool.receive_now()
         if time.monotonic() >= timer:
             self._on_deadline()
 
@@ -330,44 +326,44 @@ class Engine:
         Returns:
             Whether a run's stream had operations pending, and whether a message or another wake-up may be waiting.
         """
-        wakeup = self._placement.wakeup
+        wakeup = self.placement.wakeup
         if wakeup is None or self._next_ready_time == math.inf:
             return False, True
         ready: set[int] = set()
         while ready <= {wakeup.fd} and self._next_ready_time < math.inf and time.monotonic() < timer:
-            ready = self._pool.sleep(min(timer, self._next_ready_time))
+            ready = self.pool.sleep(min(timer, self._next_ready_time))
             self._clock.resume(min(timer, self._next_ready_time))
             self._run_ready()
-            if not self._runs.workers_saturated:
+            if not self.runs.workers_saturated:
                 break
         return True, not ready <= {wakeup.fd}
 
     def _next_deadline(self) -> float:
         """Return the time of the next deadline, on the leader's clock."""
-        busy = [worker_slot for worker_slot in self._supervisor.ready if worker_slot.drafts]
+        busy = [worker_slot for worker_slot in self.supervisor.ready if worker_slot.drafts]
         times = [self._handler.deadline_of(worker_slot) for worker_slot in busy]
-        times += [self._clock.now() + run.poll_interval for run in self._runs.all_runs]
-        return min([*times, *self._scheduler.hedge_deadlines(busy), self._supervisor.next_deadline])
+        times += [self._clock.now() + run.poll_interval for run in self.runs.all_runs]
+        return min([*times, *self._scheduler.hedge_deadlines(busy), self.supervisor.next_deadline])
 
     def _on_deadline(self) -> None:
-        while (got := self._pool.receive_now()) is not None:  # A message that has arrived is not late.
-            self._handler.on_message(self._supervisor.slot_of(got[0]), got[1])
+        while (got := self.pool.receive_now()) is not None:  # A message that has arrived is not late.
+            self._handler.on_message(self.supervisor.slot_of(got[0]), got[1])
         self._poll_completions()  # The last check may be some time ago.
-        for loss in self._supervisor.check_health():
+        for loss in self.supervisor.check_health():
             self._handler.on_worker_lost(loss)
         self._handler.drop_late_workers()
 
     def _run_ready(self) -> None:
         """Execute the operations that runs have queued for this thread, as far as they are ready."""
         self._next_ready_time = math.inf
-        self._placement.drain_wakeups()
-        for run in self._runs.all_runs:
-            with self._runs.charge(run):
+        self.placement.drain_wakeups()
+        for run in self.runs.all_runs:
+            with self.runs.charge(run):
                 self._next_ready_time = min(self._next_ready_time, run.run_ready())
 
     def _poll_completions(self) -> None:
         """Handle the completion records that have been read since the last call."""
-        for run in self._runs.all_runs:
+        for run in self.runs.all_runs:
             for answer, verdict in run.poll_completions():
                 self._handler.on_completion(run, answer, verdict)
 
@@ -377,7 +373,7 @@ class Engine:
         def reason() -> BaseException:
             return WorkerError(*error.args) if error else CancelledError("the leader was closed")
 
-        for run in self._runs.running.values():
+        for run in self.runs.running.values():
             run.finish(reason(), self._devices)
         for work in self._requests.new:
             if isinstance(work, Session):

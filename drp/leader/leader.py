@@ -96,6 +96,11 @@ class Leader:
         return self._options
 
     @property
+    def internals(self) -> Engine:
+        """The engine and its parts, for tests and debugging. They are not part of the public interface."""
+        return self._engine
+
+    @property
     def timeline(self) -> Timeline | None:
         """A list to which runs append their events, None by default. Assign a list to begin."""
         return self._timeline

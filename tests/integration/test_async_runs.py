@@ -72,7 +72,7 @@ def misbehaving(
     with Leader(MODEL, devices=2, draft_timeout=3.0, execution=gpu) as leader:
         monkeypatch.delenv("DRP_TEST_ONCE")
         if room is not None:
-            monkeypatch.setattr(leader._engine._placement, "_core_placement", room)
+            monkeypatch.setattr(leader.internals.placement, "core_placement", room)
         yield leader
 
 
@@ -157,7 +157,7 @@ def test_workers_have_the_drafts_of_two_rounds(monkeypatch: pytest.MonkeyPatch, 
         pending.cancel()
         for place in (1, 2):
             (tmp_path / f"open {t[place]}").touch()
-        carried = leader._engine._runs
+        carried = leader.internals.runs
         until(lambda: pending.done() and not carried.running and not carried.draining)
         assert {path.name for path in tmp_path.glob("at *")} == {f"at {t[k]}" for k in (0, 1, 2)}
         assert torch.equal(leader.sample(shape=(3,), steps=STEPS, drafts=2).samples, expected(drafts=2))
@@ -390,13 +390,13 @@ def test_drafts_of_a_round_go_to_different_workers_and_the_first_is_first(
 def test_workers_are_bound_when_they_are_needed() -> None:
     with Leader(TINY, devices=2, execution=DEVICE) as leader:
         sent = list[tuple[str, int]]()
-        post = leader._engine._supervisor.enqueue
+        post = leader.internals.supervisor.enqueue
 
         def watched(worker_slot: WorkerSlot, message: ToWorker) -> None:
             sent.append((type(message).__name__, worker_slot.number))
             post(worker_slot, message)
 
-        leader._engine._supervisor.enqueue = watched  # type: ignore[method-assign]  # a spy
+        leader.internals.supervisor.enqueue = watched  # type: ignore[method-assign]  # a spy
         leader.sample(labels=[1], steps=4, mode="sequential")
         until(lambda: ("Unbind", 0) in sent)
     assert [what for what in sent if what[0] == "Bind"] == [("Bind", 0)]
@@ -407,7 +407,7 @@ def test_others_are_left_alone_until_the_first_worker_has_its_draft() -> None:
     """What they are told disturbs it, and they have time until its evaluation has ended."""
     events = list[object]()
     with Leader(TINY, devices=2, execution=DEVICE) as leader:
-        send, on_bound = leader._engine._pool.send, leader._engine._runs.on_bound
+        send, on_bound = leader.internals.pool.send, leader.internals.runs.on_bound
 
         def sent(worker: WorkerProcess, *messages: ToWorker | bytes) -> None:
             if not any(isinstance(message, bytes) and b"Unbind" in message for message in messages):
@@ -418,12 +418,12 @@ def test_others_are_left_alone_until_the_first_worker_has_its_draft() -> None:
             events.append("bound")
             return on_bound(worker_slot, number)
 
-        leader._engine._pool.send = sent  # type: ignore[method-assign]  # spies
-        leader._engine._runs.on_bound = bound  # type: ignore[method-assign]  # likewise
+        leader.internals.pool.send = sent  # type: ignore[method-assign]  # spies
+        leader.internals.runs.on_bound = bound  # type: ignore[method-assign]  # likewise
         for _ in range(3):
             events.clear()
             leader.sample(labels=[1], steps=12)
-            until(lambda: not leader._engine._runs.draining)
+            until(lambda: not leader.internals.runs.draining)
             assert events.count("bound") == 1
             assert events[:3] == [0, 0, "bound"]
 
@@ -445,11 +445,11 @@ def test_the_leader_does_not_sleep_when_a_round_has_begun_that_it_has_given_noth
     """Not even if it was late: other rounds' drafts would be, too."""
     looks = list[bool]()
     with Leader(TINY, devices="2xemulated:2ms", execution=DEVICE) as leader:
-        engine = leader._engine
+        engine = leader.internals
         take, refine = engine._receive, engine._refine
 
         def look() -> None:
-            looks.append(engine._runs.rounds_begun != engine._rounds_seen and not engine._runs.workers_saturated)
+            looks.append(engine.runs.rounds_begun != engine._rounds_seen and not engine.runs.workers_saturated)
             take()
 
         def dawdle() -> None:
@@ -476,7 +476,7 @@ def test_no_record_goes_untold(monkeypatch: pytest.MonkeyPatch, devices: str, ro
         monkeypatch.setattr("drp.leader.memory.host_stream.RECHECK_INTERVAL", 2 * DEADLINE)
         monkeypatch.setattr("drp.leader.supervision.supervisor.HEALTH_CHECK_INTERVAL", 2 * DEADLINE)
         for room in rooms:
-            monkeypatch.setattr(leader._engine._placement, "_core_placement", room)
+            monkeypatch.setattr(leader.internals.placement, "core_placement", room)
             for mode in MODES:
                 run = leader.submit(**options, mode=mode).result(DEADLINE)
                 assert torch.equal(run.samples, refs[mode]), (room, mode)

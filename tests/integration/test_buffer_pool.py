@@ -116,7 +116,7 @@ def test_runs_use_memory_again_and_have_their_own_bits() -> None:
 def test_memory_of_a_run_that_lost_a_worker_is_not_used_again() -> None:
     with Leader("tests.denoisers:make_slow_sine", devices=2) as leader:
         leader.sample(shape=(3,), steps=4)
-        kept = leader._engine._placement._buffer_pool._free
+        kept = leader.internals.placement.buffer_pool.free
         deadline = time.monotonic() + 60.0
         while not kept:  # which it is once all workers have opened it
             assert time.monotonic() < deadline

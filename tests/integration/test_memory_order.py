@@ -75,7 +75,7 @@ def test_the_leader_says_what_is_written_before_every_message_that_has_it_read(
 ) -> None:
     with Leader(TINY, devices=2, drafts_per_device=batch, execution=SYNC) as leader:
         for make, equal in ((Late, True), (Forgetful, False)):
-            monkeypatch.setattr(leader._engine._placement, "allocate", make)
+            monkeypatch.setattr(leader.internals.placement, "allocate", make)
             for mode in ("conservative", "rolling"):
                 run = leader.sample(labels=[1, 2], steps=12, mode=mode)
                 ref = drp.reference(TINY, labels=[1, 2], steps=12, mode=mode, devices=2, drafts_per_device=batch)

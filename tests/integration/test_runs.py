@@ -58,7 +58,7 @@ def test_a_run_that_is_cancelled_ends_within_a_round() -> None:
         with pytest.raises(CancelledError):
             pending.result(DEADLINE)
         assert sum(mark.kind == "sent" for mark in leader.timeline) <= sent + 2
-        until(lambda: not leader._engine._runs.draining)  # the workers answered, and let go of its memory
+        until(lambda: not leader.internals.runs.draining)  # the workers answered, and let go of its memory
         assert leader.sample(shape=(4,), steps=3).evaluations == 3
         assert len(seen) < 20
 
@@ -67,7 +67,7 @@ def test_more_runs_than_there_is_room_for_wait_their_turn(tiny: Leader) -> None:
     alone = tiny.sample(labels=[1], steps=9).samples
     at_once: list[int] = []
     runs = [
-        tiny.submit(labels=[1], steps=9, callback=lambda k, x: at_once.append(len(tiny._engine._runs.running)))
+        tiny.submit(labels=[1], steps=9, callback=lambda k, x: at_once.append(len(tiny.internals.runs.running)))
         for _ in range(60)
     ]
     runs[50].cancel()
@@ -169,10 +169,10 @@ def test_ten_thousand_rounds_gain_no_memory_and_no_descriptor(dispatch: str) -> 
                 done += leader.sample(labels=[1], steps=500, mode="sequential").rounds
 
         rounds(1000)
-        until(lambda: not leader._engine._runs.draining)
+        until(lambda: not leader.internals.runs.draining)
         before, resident = use(), [process.memory_info().rss for process in everyone]
         rounds(10_000)
-        until(lambda: not leader._engine._runs.draining)
+        until(lambda: not leader.internals.runs.draining)
 
         def gained() -> list[tuple[int, int]]:
             return [(fds - fds0, maps - maps0) for (fds, maps), (fds0, maps0) in zip(use(), before, strict=True)]

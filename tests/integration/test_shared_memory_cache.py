@@ -111,19 +111,19 @@ def watched(dispatch: str, devices: int = 2) -> Iterator[tuple[Leader, list[tupl
     """A leader, and what it tells its workers of runs: the message's name and the worker's number."""
     told: list[tuple[str, int]] = []
     with Leader(TINY, devices=devices, execution=ExecutionOptions(dispatch=dispatch)) as leader:
-        post = leader._engine._supervisor.enqueue
+        post = leader.internals.supervisor.enqueue
 
         def watch(worker_slot: WorkerSlot, message: ToWorker) -> None:
             if isinstance(message, Bind | Rebind | Unbind):
                 told.append((type(message).__name__, worker_slot.number))
             post(worker_slot, message)
 
-        leader._engine._supervisor.enqueue = watch  # type: ignore[method-assign]  # a spy
+        leader.internals.supervisor.enqueue = watch  # type: ignore[method-assign]  # a spy
         yield leader, told
 
 
 def settle(leader: Leader) -> None:
-    until(lambda: not leader._engine._runs.draining)
+    until(lambda: not leader.internals.runs.draining)
 
 
 @pytest.mark.parametrize("dispatch", ["sync", "async"])

@@ -239,7 +239,7 @@ def test_where_the_leader_runs_follows_from_the_cores() -> None:
         (f"{cores - 1 or 1}xcpu", "dedicated" if cores > 1 else "shared"),
     ):
         placement = MemoryPlacement(parse_devices(names, 1), DEVICE, 1)
-        assert placement._core_placement == room, names
+        assert placement.core_placement == room, names
         placement.close()
 
 

@@ -18,30 +18,30 @@ class BufferPool:
 
     def __init__(self, max_nbytes: int = MAX_FREE_NBYTES) -> None:
         self._max_nbytes = max_nbytes
-        self._free: list[SharedMemory] = []
+        self.free: list[SharedMemory] = []
         self._closed = False
 
     @property
     def nbytes(self) -> int:
         """Number of bytes in the pool."""
-        return sum(memory.nbytes for memory in self._free)
+        return sum(memory.nbytes for memory in self.free)
 
     def acquire(self, nbytes: int) -> SharedMemory:
         """Return uninitialized memory of at least `nbytes` bytes.
 
         Reused memory is smaller than four times that, or than four pages.
         """
-        fits = [memory for memory in self._free if nbytes <= memory.nbytes < 4 * max(nbytes, 4096)]
+        fits = [memory for memory in self.free if nbytes <= memory.nbytes < 4 * max(nbytes, 4096)]
         if not fits:
             try:
                 return SharedMemory.create(nbytes, self._keep)
             except MemoryError:  # The pool itself may be using the memory or the descriptors.
-                if not self._free:
+                if not self.free:
                     raise
                 self.clear()
                 return SharedMemory.create(nbytes, self._keep)
         best = min(fits, key=lambda memory: memory.nbytes)
-        self._free.remove(best)
+        self.free.remove(best)
         return best
 
     def close(self) -> None:
@@ -51,13 +51,13 @@ class BufferPool:
 
     def clear(self) -> None:
         """Free all buffers in the pool."""
-        while self._free:
-            self._free.pop().close(reuse=False)
+        while self.free:
+            self.free.pop().close(reuse=False)
 
     def _keep(self, memory: SharedMemory) -> bool:
         if self._closed or memory.nbytes > self._max_nbytes:
             return False
-        self._free.append(memory)
-        while self.nbytes > self._max_nbytes or len(self._free) > MAX_FREE_BUFFERS:
-            self._free.pop(0).close(reuse=False)
+        self.free.append(memory)
+        while self.nbytes > self._max_nbytes or len(self.free) > MAX_FREE_BUFFERS:
+            self.free.pop(0).close(reuse=False)
         return True

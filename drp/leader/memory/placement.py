@@ -48,7 +48,7 @@ class MemoryPlacement:
         self._options, self._batch = options, batch
         self._has_gpus = devices[0].gpu is not None
         self.nvtx = options.nvtx and self._has_gpus
-        self._buffer_pool = BufferPool()
+        self.buffer_pool = BufferPool()
         self._all: list[GpuMemory] = []
         self._free: list[GpuMemory] = []
         self._probes: dict[int, GpuMemory] = {}
@@ -57,7 +57,7 @@ class MemoryPlacement:
         self.wakeup = WakeupReceiver() if self.allows_async else None
         """The descriptor by which workers wake the leader; None if all runs are dispatched synchronously."""
         cores = [core for device in devices for core in device.cores]
-        self._core_placement: CorePlacement = "dedicated" if os.sched_getaffinity(0) - set(cores) else "shared"
+        self.core_placement: CorePlacement = "dedicated" if os.sched_getaffinity(0) - set(cores) else "shared"
         self._sequences = itertools.count()
         self._counters: list[GpuCounters] = []
         self._counters_by_worker: dict[int, WorkerCounterView] = {}
@@ -118,7 +118,7 @@ class MemoryPlacement:
     def allocate(self, nbytes: int) -> Memory:
         """Return memory for a run, of at least `nbytes` bytes. Closing it makes it available again."""
         if self._uuid is None:
-            return self._buffer_pool.acquire(nbytes)
+            return self.buffer_pool.acquire(nbytes)
         size = max(MIN_BLOCK_NBYTES, 1 << (nbytes - 1).bit_length())
         memory = next((each for each in self._free if each.nbytes == size), None)
         if memory is None:
@@ -128,7 +128,7 @@ class MemoryPlacement:
 
     def free_unused(self) -> None:
         """Free the host memory kept for future runs, when memory or descriptors are needed elsewhere."""
-        self._buffer_pool.clear()
+        self.buffer_pool.clear()
 
     def drain_wakeups(self) -> None:
         """Reset the descriptor by which workers wake the leader, if there is one."""
@@ -161,7 +161,7 @@ class MemoryPlacement:
     def new_stream(self) -> Stream:
         """Return a new stream for one run; the caller closes it with the run."""
         if self._uuid is None:
-            return HostStream(self._core_placement)
+            return HostStream(self.core_placement)
         return GpuStream(torch.device("cuda", torch.cuda.current_device()))
 
     def leader_event(self, memory: Memory, place: int, stream: Stream) -> LeaderOwnEvent:
@@ -185,7 +185,7 @@ class MemoryPlacement:
         """Free all memory; the workers must have ended."""
         for view in self._all_counters:
             view.release()  # Waits for the workers' events may still be queued, and freeing memory waits for them.
-        self._buffer_pool.close()
+        self.buffer_pool.close()
         if self.wakeup is not None:
             self.wakeup.close()
         for memory in self._all:

@@ -97,9 +97,9 @@ class WorkerPool:
         """Number of messages dropped because they were malformed or from an unknown sender."""
         self._threads = threads
         self._ended: set[int] = set()
-        self._dying: list[WorkerProcess] = []
+        self.dying: list[WorkerProcess] = []
         """Workers that were killed and have not ended: the kernel may take seconds on an overloaded machine."""
-        self._socket = LeaderSocket()
+        self.socket = LeaderSocket()
 
     def spawn(self, number: int, generation: int, device: Device) -> WorkerProcess:
         """Start a worker, which the kernel ends together with the calling thread."""
@@ -107,7 +107,7 @@ class WorkerPool:
         identity = f"worker-{number}-{generation}"
         words = SharedMemory.create(CRASH_LOG_NBYTES + 8)
         try:
-            listener = self._socket.invite(identity.encode())
+            listener = self.socket.invite(identity.encode())
         except BaseException:
             words.close()
             raise
@@ -126,18 +126,18 @@ class WorkerPool:
             process = Process(self._python, identity, entry.main, (config,))
             process.start()
         except BaseException:
-            self._socket.dismiss(identity.encode())
+            self.socket.dismiss(identity.encode())
             words.close()
             raise
         finally:
             listener.close()
         worker = WorkerProcess(number, generation, identity.encode(), device, process, words)
         try:
-            self._socket.watch(process.sentinel)  # Before its first message, so that an early exit is noticed.
+            self.socket.watch(process.sentinel)  # Before its first message, so that an early exit is noticed.
         except OSError:  # The kernel has no memory for the watch.
             process.kill()
-            self._dying.append(worker)
-            self._socket.dismiss(worker.identity)
+            self.dying.append(worker)
+            self.socket.dismiss(worker.identity)
             raise
         self.workers.append(worker)
         return worker
@@ -145,7 +145,7 @@ class WorkerPool:
     def send(self, worker: WorkerProcess, *messages: ToWorker | bytes) -> None:
         """Send messages together. A worker whose queue is full is killed; `poll` reports workers that have ended."""
         try:
-            self._socket.send(worker.identity, *messages)
+            self.socket.send(worker.identity, *messages)
         except zmq.Again:
             log.warning("%s does not take its messages and is ended", worker)
             worker.process.kill()
@@ -154,11 +154,11 @@ class WorkerPool:
 
     def watch(self, fd: int) -> None:
         """Make `poll` also return when this descriptor is ready."""
-        self._socket.watch(fd)
+        self.socket.watch(fd)
 
     def sleep(self, deadline: float) -> set[int]:
         """Sleep until the deadline or until `poll` has work; return the ready descriptors. May return early."""
-        return self._socket.sleep(deadline - time.monotonic())
+        return self.socket.sleep(deadline - time.monotonic())
 
     def poll(self, deadline: float, wakeup: int) -> tuple[WorkerProcess, ToLeader | None] | None:
         """Return the next message with its worker, or a worker that has ended, with None in place of the message.
@@ -166,7 +166,7 @@ class WorkerPool:
         A worker's messages are returned before its end. Returns None at the deadline, and when the eventfd `wakeup` is
         ready, which is then reset.
         """
-        has_message, ready = self._socket.poll(deadline - time.monotonic())
+        has_message, ready = self.socket.poll(deadline - time.monotonic())
         if wakeup in ready:
             os.eventfd_read(wakeup)
         if has_message and (got := self.receive_now()):
@@ -176,7 +176,7 @@ class WorkerPool:
                 continue
             if worker.number not in self._ended and (worker.exit_code or 0) >= 0:
                 self._ended.add(worker.number)
-                self._socket.wait(LAST_MESSAGE_TIMEOUT)
+                self.socket.wait(LAST_MESSAGE_TIMEOUT)
                 if got := self.receive_now():
                     return got
             return worker, None
@@ -186,7 +186,7 @@ class WorkerPool:
         """Return a waiting message with its worker, or None. Malformed messages and unknown senders are dropped."""
         while True:
             try:
-                identity, message = self._socket.receive()
+                identity, message = self.socket.receive()
             except zmq.Again:
                 return None
             except ProtocolError as error:
@@ -206,19 +206,19 @@ class WorkerPool:
         """Kill a worker if it still runs, and free its resources; return how it ended and its exit code."""
         self.workers.remove(worker)
         self._ended.discard(worker.number)
-        self._socket.forget(worker.process.sentinel)
-        self._socket.dismiss(worker.identity)
+        self.socket.forget(worker.process.sentinel)
+        self.socket.dismiss(worker.identity)
         worker.process.kill()
         code = worker.exit_code
         how = worker.describe_exit(code)
-        self._dying = [other for other in (*self._dying, worker) if not _released(other)]
+        self.dying = [other for other in (*self.dying, worker) if not _released(other)]
         return how, code
 
     def close(self, grace: float = SHUTDOWN_TIMEOUT) -> None:
         """End all workers with Stop and, after `grace` seconds, with SIGKILL; free all memory and sockets."""
         if os.getpid() != self.owner:
             return  # In a forked child, the workers belong to the parent.
-        workers, self.workers = [*self.workers, *self._dying], []
+        workers, self.workers = [*self.workers, *self.dying], []
         deadline = time.monotonic() + grace
         for worker in workers if grace > 0 else ():
             self.send(worker, Stop())
@@ -232,7 +232,7 @@ class WorkerPool:
             if not _released(worker):
                 log.warning("%s does not end, though it was killed", worker)
                 worker.crash_log.close()
-        self._socket.close()
+        self.socket.close()
 
 
 def _released(worker: WorkerProcess) -> bool:
