@@ -1,21 +1,21 @@
-"""Messages: every one that passes between leader and worker, in the order of a session.
+"""The messages between leader and worker, in the order of a session.
 
-worker -> leader   Hello       I run, with this version of the protocol
-leader -> worker   Load        load this model
-worker -> leader   Loaded      what the model expects, and how its weights lie in memory
-leader -> worker   Share       put the weights into (or take them from) this memory
-worker -> leader   Shared      done
-leader -> worker   WarmUp      to one on a GPU: compile, capture, warm
-worker -> leader   WarmedUp    done
-leader -> worker   Bind        a run begins: its memory
-leader -> worker   Rebind      a run begins: its memory is the last one's
-worker -> leader   Bound       I have the run's memory
-leader -> worker   Draft       evaluate this slot
-worker -> leader   Prediction  the answer is in the row
-worker -> leader   EvaluationError  instead: it cannot be evaluated; I go on
-leader -> worker   Unbind      the run is over
-leader -> worker   Stop        end
-worker -> leader   WorkerFailed  instead of any answer: the worker ends after it
+worker -> leader   Hello            the worker runs and speaks this version of the protocol
+leader -> worker   Load             load this model
+worker -> leader   Loaded           what the model expects, and the layout of its weights
+leader -> worker   Share            copy the weights to this memory, or use those in it
+worker -> leader   Shared           the weights are shared
+leader -> worker   WarmUp           compile, capture and warm up; only for workers on GPUs
+worker -> leader   WarmedUp         the worker is warm
+leader -> worker   Bind             a run begins, with this memory
+leader -> worker   Rebind           a run begins, with the memory of the previous one
+worker -> leader   Bound            the worker has opened the run's memory
+leader -> worker   Draft            evaluate the draft in this slot
+worker -> leader   Prediction       the prediction is in its row
+worker -> leader   EvaluationError  the draft cannot be evaluated; the worker continues
+leader -> worker   Unbind           the run is over
+leader -> worker   Stop             end
+worker -> leader   WorkerFailed     the worker cannot continue and ends
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from drp.protocol.codec import Bounds, Length, numbers
 
 VERSION = 8
 MAX_TENSORS = 1024
-"""In a slot, or as conditions."""
+"""Maximum number of tensors of a draft, of a prediction or of conditions."""
 MAX_BATCHED = 255
-"""Drafts of a batch beside the first."""
+"""Maximum number of drafts of a batch, in addition to the first."""
 
 Count = Annotated[int, Bounds(0, 2**31 - 1)]
 Bytes = Annotated[int, Bounds(0, 2**48)]
@@ -47,10 +47,11 @@ Values = Literal["model", "recorded", "cheap"]
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a model expects; None where it leaves that to the caller.
+    """What a model expects.
 
-    `sample_shape` is one sample's shape, without the batch. `classes`: it takes labels 0..classes - 1. `guidance`: the
-    scale of classifier-free guidance that it uses if not told otherwise.
+    sample_shape: the shape of one sample, without the batch; None if the caller chooses it.
+    classes: the model takes labels from 0 to `classes` - 1; None if it takes none.
+    guidance: the default scale of classifier-free guidance; None without guidance.
     """
 
     sample_shape: Shape | None = None
@@ -77,10 +78,12 @@ class PipeHandle:
 
 @dataclass(frozen=True)
 class GpuHandle:
-    """Memory of a GPU, `nbytes` long, opened by CUDA IPC: whoever has this may read and write it. It is never logged.
+    """Memory of a GPU that is shared by CUDA IPC. Anyone with the handle can access the memory, so it is never logged.
 
-    `device` is the UUID of the GPU where it lies, `memory` what cudaIpcGetMemHandle gives for it, `event` what
-    cudaIpcGetEventHandle gives for its owner's event: recorded before each message that says to read there.
+    device: the UUID of the GPU.
+    memory: the result of cudaIpcGetMemHandle.
+    event: the result of cudaIpcGetEventHandle for the owner's event, which is recorded before each message that asks to
+        read the memory.
     """
 
     device: Name
@@ -91,7 +94,7 @@ class GpuHandle:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor in an arena: where, and what. `dtype` is a name from `memory.DTYPES`."""
+    """The offset, dtype and shape of a tensor in an arena. `dtype` is a name from `memory.DTYPES`."""
 
     name: Name
     dtype: Name
@@ -101,7 +104,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Hello:
-    """The worker's first words."""
+    """The first message of a worker."""
 
     version: Count
     pid: Count
@@ -109,13 +112,16 @@ class Hello:
 
 @dataclass(frozen=True)
 class Emulated:
-    """A device that a worker stands in for: how long its evaluations take, in seconds, and how far away it is.
+    """An emulated device: the times of its evaluations and of its link, in seconds.
 
-    An evaluation takes `seconds`, normally distributed with a standard deviation of `jitter` times that, and
-    `straggler_factor` times as long for a share `straggler_share` of them. A draft and a prediction each travel for
-    `latency` and their bytes at `bandwidth` bytes a second (0: at once). `values` says what it answers: what the model
-    makes of the draft, evaluated each time or (`recorded`) once for each draft, or something cheap instead. `number`
-    tells the draws of one device from another's.
+    number: identifies the device's random draws.
+    seconds: the mean time of an evaluation.
+    jitter: the standard deviation of the normally distributed time, as a share of `seconds`.
+    straggler_factor: the factor by which the share `straggler_share` of the evaluations takes longer.
+    latency: the time in which a draft or a prediction reaches its receiver.
+    bandwidth: bytes per second of the link, in addition to the latency; 0 for unlimited.
+    values: "model" evaluates the model for every draft, "recorded" once for each draft, "cheap" computes a cheap
+        function instead.
     """
 
     number: Count
@@ -130,11 +136,15 @@ class Emulated:
 
 @dataclass(frozen=True)
 class GpuConfig:
-    """How a model is to run on the GPU `device`, a UUID: in `dtype`, or as it is; compiled; as captured graphs.
+    """How a model runs on a GPU.
 
-    `batch` is how many drafts it will be given at once, at most. `probe` is memory of the leader's to be reached by
-    CUDA IPC: the worker turns each of its bytes into 255 minus that, if it can. `nvtx`: what it does is named in NVTX
-    ranges.
+    device: the UUID of the GPU.
+    dtype: the dtype of weights and evaluation; None for the model's own.
+    compile: compile the model with torch.compile.
+    graphs: capture evaluations as CUDA graphs.
+    batch: the maximum number of drafts per message.
+    probe: memory of the leader, in which the worker replaces each byte x with 255 - x to prove that CUDA IPC works.
+    nvtx: annotate the worker's work with NVTX ranges.
     """
 
     device: Name
@@ -148,7 +158,7 @@ class GpuConfig:
 
 @dataclass(frozen=True)
 class Load:
-    """Load the model of this name; be this device, if one is to be emulated; run on this GPU, if one is named."""
+    """Load a model by name, for an emulated device or a GPU if one is given."""
 
     model: Name
     emulated: Emulated | None = None
@@ -157,11 +167,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model is there, in the dtype that Load asks for.
+    """The model is loaded, in the dtype that Load requests.
 
-    `layout` is a digest of the names, dtypes, shapes, strides and offsets of its `nbytes` of weights.
-
-    `unreached` says why the probe could not be written to; empty if it was, or there was none.
+    spec: what the model expects.
+    nbytes: the number of bytes of the weights.
+    layout: a digest of the names, dtypes, shapes, strides and offsets of the weights.
+    probe_error: why the worker could not write to the probe; empty if it could, or if there was none.
     """
 
     spec: ModelSpec
@@ -172,9 +183,9 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Share:
-    """Weights: copy yours in (`publish`) and use them from there, or only use them from there.
+    """Use the weights in shared memory, of which exactly one of `memory` and `gpu` is not None.
 
-    Of `memory` and `gpu` exactly one is not None.
+    With `publish`, the worker first copies its own weights there.
     """
 
     memory: Handle | None
@@ -184,30 +195,32 @@ class Share:
 
 @dataclass(frozen=True)
 class Shared:
-    """The weights in use are the shared ones; or, if `unreached` says why, the worker's own: it has opened nothing."""
+    """The worker uses the shared weights; or its own, and has opened no memory, if `error` says why."""
 
     error: Annotated[str, Length(2000)] = ""
 
 
 @dataclass(frozen=True)
 class WarmUp:
-    """The weights are where they will stay: put what is left onto the GPU, compile, capture and warm, as Load said."""
+    """The weights are at their final addresses: move the remaining tensors to the GPU, compile, capture and warm up."""
 
 
 @dataclass(frozen=True)
 class WarmedUp:
-    """Done."""
+    """The worker is ready for drafts."""
 
 
 @dataclass(frozen=True)
 class AsyncConfig:
-    """How a worker answers drafts of a run before its device has evaluated them; see `drp.protocol.timeline`.
+    """Asynchronous dispatch of a run's drafts, see `drp.protocol.timeline`.
 
-    From `stamps` on the arena has three int64 for each row. For an arena on the host the leader's line of records is
-    at `lines`, and after it those of its `workers`, of which this one has the line number `own`, from 0 on. It rings
-    the `bell` when that is wanted. For an arena on a GPU the leader records the event of that; the lines are in the
-    memory `numbers`, on the host: there `own` is the worker's for good. `heard`: the worker says so when a draft is
-    queued; else it says nothing of it.
+    completions: the offset of the completion records in the arena, three int64 for each row.
+    timelines: the offset of the leader's semaphore, followed by those of the workers; see `TimelineSemaphore`.
+    workers: the number of workers' semaphores, or of counters in `counters`.
+    index: the index of this worker's semaphore or counter.
+    acknowledge: whether the worker sends a Prediction once a draft is queued.
+    counters: host memory with the workers' counters, for an arena on a GPU, where the leader records an event instead.
+    wakeup: the pipe by which the worker notifies the leader on request.
     """
 
     completions: Bytes
@@ -223,11 +236,14 @@ class AsyncConfig:
 class Bind:
     """A run begins.
 
-    Each of the `slots` holds a draft, the tensors `inputs`, and each of the `rows` a prediction, the tensors `outputs`,
-    their offsets counted from where the draft or prediction begins (see `arena.Arena`). `cond` are what the denoiser is
-    given with every draft, at offsets of the memory as a whole. Of `memory` and `gpu` exactly one is not None. Memory
-    on the host that has the same `number` again is the same, and need not be opened again; 0 is none. `answer`: Bound
-    is sent, for no draft comes with this that would show it. `order`: its drafts are answered ahead of the device.
+    memory, gpu: the run's memory; exactly one is not None.
+    slots: the number of drafts, each of which has the tensors `inputs`.
+    rows: the number of predictions, each of which has the tensors `outputs`. The offsets of inputs and outputs count
+        from the beginning of the draft or prediction, see `arena.Arena`.
+    cond: the conditions of every evaluation, at offsets in the whole memory.
+    number: identifies host memory: equal numbers are the same memory, which need not be opened again; 0 for none.
+    acknowledge: whether the worker answers with Bound. It need not if a draft follows, whose answer implies it.
+    async_config: how drafts of the run are dispatched asynchronously; None if they are not.
     """
 
     run: Count
@@ -245,14 +261,14 @@ class Bind:
 
 @dataclass(frozen=True)
 class Bound:
-    """The run's memory is mapped: its descriptor may be closed."""
+    """The worker has mapped the run's memory, so its descriptor may be closed."""
 
     run: Count
 
 
 @dataclass(frozen=True)
 class BatchedDraft:
-    """One more draft of the same run, its fields those of Draft."""
+    """A further draft of a batch, with the fields of Draft."""
 
     index: Count
     timestep: Timestep
@@ -263,13 +279,15 @@ class BatchedDraft:
 @numbers
 @dataclass(frozen=True)
 class Draft:
-    """Evaluate the draft in `slot` at `timestep`, and write the prediction to `row`; `index` is the grid's.
+    """Evaluate the draft in `slot` at `timestep`, and write the prediction to `row`.
 
-    Those in `also` are to be evaluated with it, as one batch in this order; one answer, for this draft, is for all.
-    No two drafts that are under way have the same row: whoever is late writes where nobody reads.
-    A draft with a `sequence`, which no other of the leader's has, is stamped with that number, and answered as soon as
-    its evaluation is queued, or not at all, as the run's Order says. `after` is the number of the leader's record that
-    it is to wait for, where records have numbers.
+    Two drafts that have not been answered never have the same row.
+
+    index: the index in the grid.
+    sequence: a unique number that marks the draft's completion record, if the draft is dispatched asynchronously. It is
+        then answered once it is queued, or not at all, see `AsyncConfig.acknowledge`. 0 for synchronous drafts.
+    after: the value of the leader's semaphore for which the evaluation waits; 0 where events have no values.
+    batched: drafts to evaluate together with this one, as one batch in this order. There is one answer for all.
     """
 
     run: Count
@@ -285,11 +303,13 @@ class Draft:
 @numbers
 @dataclass(frozen=True)
 class Prediction:
-    """The prediction is in `row`, and those of a batch are in theirs; evaluating took `seconds` by the worker's clock.
+    """The predictions of a draft and of those batched with it are in their rows.
 
-    The other times are when, in seconds of CLOCK_MONOTONIC, which all processes of a machine share: the draft was
-    `received`, its evaluation `began`, the prediction was there (`predicted`), and it was in the row (`ended`).
-    Of a draft with a sequence number the prediction will be there, its stamp behind it; only the first time is told.
+    For a draft with a sequence number it says only that the evaluation is queued, and `received` is its only time.
+
+    seconds: the time of the evaluation.
+    received, began, predicted, ended: when the draft was received, its evaluation began, the prediction was computed,
+        and it was written to its row; in seconds of CLOCK_MONOTONIC, which all processes of a machine share.
     """
 
     run: Count
@@ -304,7 +324,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class EvaluationError:
-    """The draft cannot be evaluated: the denoiser raised, or its prediction is none; the worker goes on.
+    """The draft could not be evaluated: the denoiser raised or returned an invalid prediction. The worker continues.
 
     For a draft with a sequence number it may follow a Prediction.
     """
@@ -318,7 +338,7 @@ class EvaluationError:
 
 @dataclass(frozen=True)
 class Unbind:
-    """The run is over; its memory will not be read again. `keep`: Again may follow, until another's is kept."""
+    """The run is over, and its memory will not be read again. With `keep`, a Rebind of this memory may follow."""
 
     run: Count
     keep: bool = False
@@ -326,7 +346,7 @@ class Unbind:
 
 @dataclass(frozen=True)
 class Rebind:
-    """A run begins whose Bind would be, but for `run` and `answer`, that of the run that was kept, which it ends."""
+    """A run begins whose Bind equals that of the kept run, except for `run` and `acknowledge`."""
 
     run: Count
     acknowledge: bool = True
@@ -334,12 +354,12 @@ class Rebind:
 
 @dataclass(frozen=True)
 class Stop:
-    """End."""
+    """End the worker."""
 
 
 @dataclass(frozen=True)
 class WorkerFailed:
-    """The worker cannot go on: what it was doing, the error in a line, and the traceback."""
+    """The worker cannot continue. `activity` is what it was doing."""
 
     activity: Name
     error: Annotated[str, Length(2000)]
