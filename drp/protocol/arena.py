@@ -1,4 +1,4 @@
-"""Arena: the memory of one run, laid out the same way by leader and workers."""
+"""The memory of one run, whose layout the leader and the workers derive in the same way."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ Allocate = Callable[[int], Memory]
 class Arena:
     """Slots for the drafts of one run, rows for its predictions, and the conditions of its denoiser.
 
-    First all drafts, then all predictions, each padded to the alignment; then the conditions. `drafts` [slots, D] and
-    `predictions` [rows, D] are the first tensor of each, D the numbers in it; a run whose denoiser takes a state and
-    returns its like has no others. Behind it all there may be more, from `end` on.
+        offset 0    drafts, one for each slot, each padded to the alignment
+                    predictions, one for each row, each padded to the alignment
+                    conditions
+        `end`       further memory, if it was requested
+
+    drafts, predictions: the first tensor of all drafts [slots, D] and of all predictions [rows, D], with D elements. A
+        run whose denoiser takes a state and returns a prediction like it has no other tensors.
     """
 
     def __init__(self, memory: Memory, bind: Bind) -> None:
@@ -53,7 +57,7 @@ class Arena:
         make: Allocate = SharedMemory.create,
         more: int = 0,
     ) -> Arena:
-        """Make the arena of a run whose states, and predictions, are like `state`, with `cond` copied in."""
+        """Create the arena of a run whose drafts and predictions are like `state`, and copy `cond` to it."""
         like = {"x": state}
         return cls.lay_out(run, like, like, slots, rows, cond, make, more)
 
@@ -69,9 +73,9 @@ class Arena:
         make: Allocate = SharedMemory.create,
         more: int = 0,
     ) -> Arena:
-        """Make the arena of a run: `slots` for tensors like `inputs`, `rows` like `outputs`, and `cond` copied in.
+        """Create the arena of a run with `slots` drafts like `inputs` and `rows` predictions like `outputs`.
 
-        `make` is given the bytes it takes, `more` among them, and returns memory that is at least so long.
+        `cond` is copied to it. `make(nbytes)` allocates the memory, which includes `more` bytes after `end`.
         """
         drafts, predictions = _specs("input", inputs), _specs("output", outputs)
         start = slots * _stride(drafts) + rows * _stride(predictions)
@@ -92,7 +96,7 @@ class Arena:
     ) -> Arena:
         """Map the arena that a leader's Bind describes.
 
-        `reach` opens a GPU's memory, and keeps it; `find` the host's, by its handle and number, and may do so too.
+        `reach` opens memory of a GPU, `find` memory of the host, by its handle and number; both may cache it.
         """
         if bind.gpu is not None and bind.memory is None and reach is not None:
             return cls(reach(bind.gpu), bind)
@@ -105,12 +109,12 @@ class Arena:
             memory.close()  # The mapping stays, for the tensors.
 
     def close(self, reuse: bool = True) -> None:
-        """Let go of it; the tensors must not be used any more. `reuse` says that no worker writes to it any more."""
+        """Close the memory; its tensors must not be used any more. `reuse`: no worker writes to it any more."""
         self.memory.close(reuse)
 
 
 def _specs(what: str, tensors: Mapping[str, Tensor], start: int = 0) -> tuple[TensorSpec, ...]:
-    """Lay tensors out one after the other, from an offset on."""
+    """Return the layout of tensors one after the other, from an offset."""
     specs = []
     for name, tensor in tensors.items():
         if tensor.dtype not in NAMES:
@@ -121,12 +125,12 @@ def _specs(what: str, tensors: Mapping[str, Tensor], start: int = 0) -> tuple[Te
 
 
 def _end(specs: Sequence[TensorSpec], start: int = 0) -> int:
-    """Return the offset behind the last of tensors laid out from an offset on."""
+    """Return the offset after the last of the tensors, which begin at an offset."""
     return max((spec.offset + aligned(_nbytes(spec)) for spec in specs), default=start)
 
 
 def _stride(specs: Sequence[TensorSpec]) -> int:
-    """Return the bytes from one slot to the next."""
+    """Return the number of bytes from one slot to the next."""
     if not specs:
         raise ProtocolError("a slot without tensors")
     return _end(specs)

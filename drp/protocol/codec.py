@@ -1,16 +1,16 @@
-"""Codec: dataclasses to MessagePack bytes and back, every field checked against its annotation.
+"""Conversion of dataclasses to MessagePack bytes and back, with every field checked against its annotation.
 
-A message is a map of its fields, `type` among them. What an annotation can say:
+A message is a map of its fields and `type`. The supported annotations are:
 
-    Annotated[int, Bounds(0, 9)]       whole number within bounds (also for float: finite, within bounds)
-    Annotated[str, Length(64)]         at most so many characters (also for tuple: items; for bytes: bytes)
-    Literal["a", "b"]                  one of these words
+    Annotated[int, Bounds(0, 9)]       a whole number within bounds; a float within bounds is also finite
+    Annotated[str, Length(64)]         at most 64 characters; for a tuple items, for bytes bytes
+    Literal["a", "b"]                  one of these strings
     bool, X | None, tuple[X, ...], a nested dataclass
     int | float | str | bytes | bool | tuple | dataclass
-                                       in unions, each but bool as above: MessagePack tells them apart
+                                       unions of these, which MessagePack distinguishes
 
-Anything else in a decoded message (a missing or unknown field, another type, a value out of bounds) is a
-`ProtocolError`. Nothing decoded is ever executed: MessagePack has no code, and extension types are refused.
+Anything else in a decoded message (a missing or unknown field, another type, a value out of bounds) raises
+`ProtocolError`. Decoding executes no code: MessagePack has none, and extension types are refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import msgpack
 from drp.errors import ProtocolError
 
 MAX_MESSAGE = 1 << 20
-"""Bytes of the longest message, and so of everything in it."""
+"""Maximum number of bytes of a message."""
 
 _SCALARS = frozenset({int, float, str, bool, type(None)})
 
@@ -47,13 +47,13 @@ class Bounds:
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """The most characters of a string, items of a tuple, or bytes."""
+    """The maximum length of a string, a tuple or bytes."""
 
     most: int
 
 
 def encode(message: object) -> bytes:
-    """Return the bytes of a message, a dataclass; fields that break their bounds raise ProtocolError."""
+    """Encode a message, a dataclass; raise ProtocolError if a field is out of bounds."""
     flat = _flat.get(type(message))
     if flat is not None and (packed := flat.pack(message)) is not None:
         return packed
@@ -66,7 +66,7 @@ def encode(message: object) -> bytes:
 
 
 def is_text(text: str) -> bool:
-    """Whether a message can hold a string: one with lone surrogates, as undecodable file names have, it cannot."""
+    """Whether a message can contain a string. Lone surrogates, as in undecodable file names, cannot be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -75,7 +75,7 @@ def is_text(text: str) -> bool:
 
 
 def to_fields(record: Any) -> dict[str, Any]:
-    """Return a dataclass as plain maps and lists."""
+    """Convert a dataclass to dicts and lists."""
     return {name: _plain(getattr(record, name)) for name in record.__dataclass_fields__}
 
 
@@ -88,7 +88,7 @@ def _plain(value: Any) -> Any:
 
 
 def decode(data: bytes, kinds: Mapping[str, type[Record]]) -> Record:
-    """Return the message in `data`, which must be one of `kinds` (by class name)."""
+    """Decode a message of one of `kinds`, which maps class names to classes."""
     if len(data) > MAX_MESSAGE:
         raise ProtocolError(f"a message of {len(data)} bytes; at most {MAX_MESSAGE}")
     for flat in _flat_by_size.get(len(data), ()):
@@ -109,10 +109,10 @@ def decode(data: bytes, kinds: Mapping[str, type[Record]]) -> Record:
 
 
 class _Flat:
-    """How a record of numbers is packed and unpacked at once, everything else lying where it always does.
+    """Packs and unpacks a dataclass of numbers with one `struct` call, since all its fields are at fixed offsets.
 
-    Whole numbers have four bytes and others eight, also where MessagePack has shorter ways; tuples are empty. A record
-    that is not so, or breaks its bounds, is left to the way that all others go.
+    Integers take four bytes and floats eight, even where MessagePack has a shorter encoding, and tuples are empty. For
+    records that differ from this or are out of bounds, `pack` and `unpack` return None, and the general way is used.
     """
 
     def __init__(self, kind: type) -> None:
@@ -141,7 +141,7 @@ class _Flat:
         return self._struct.size
 
     def pack(self, record: object) -> bytes | None:
-        """Return the bytes of a record, None if it goes another way."""
+        """Pack a record; return None if it must be encoded in the general way."""
         if any(getattr(record, name) for name in self._tuples):
             return None
         parts: list[Any] = []
@@ -153,7 +153,7 @@ class _Flat:
         return self._struct.pack(*parts, self._texts[-1])
 
     def unpack(self, data: bytes) -> Any:
-        """Return the record in so many bytes, None if they go another way."""
+        """Unpack a record; return None if the bytes must be decoded in the general way."""
         parts = self._struct.unpack(data)
         if list(parts[::2]) != self._texts:
             return None
@@ -169,7 +169,7 @@ _flat_by_size: defaultdict[int, list[_Flat]] = defaultdict(list)
 
 
 def numbers(kind: type[Record]) -> type[Record]:
-    """Have the codec be quick about a dataclass of numbers, tuples with a default of () coming last."""
+    """Mark a dataclass of numbers, followed by tuples that default to (), for a faster encoding."""
     flat = _flat[kind] = _Flat(kind)
     _flat_by_size[flat.size].append(flat)
     return kind
@@ -179,7 +179,7 @@ _checkers: dict[type, Checker] = {}
 
 
 def _record_checker(kind: type) -> Checker:
-    """Return what turns a map into a `kind`; made at first use and kept."""
+    """Return a function that converts a dict to a `kind`; it is created on first use and cached."""
     if kind not in _checkers:
         hints = typing.get_type_hints(kind, include_extras=True)
         checkers = {name: _checker(hint) for name, hint in hints.items()}
@@ -201,7 +201,7 @@ def _record_checker(kind: type) -> Checker:
 
 
 def _checker(hint: Any) -> Checker:
-    """Return what checks a value against an annotation."""
+    """Return a function that checks a value against an annotation."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _record_checker(hint)
@@ -218,7 +218,7 @@ def _checker(hint: Any) -> Checker:
 
 
 def _one_of(hints: tuple[Any, ...]) -> Checker:
-    """Return what checks a value against that one of several annotations which is for values of its type."""
+    """Return a function that checks a value against the annotation for its type among several."""
     checkers: dict[type, Checker] = {_wire_type(hint): _checker(hint) for hint in hints if hint is not type(None)}
     if len(checkers) == 1 and type(None) in hints:
         (inner,) = checkers.values()  # a float may come as a whole number
@@ -234,7 +234,7 @@ def _one_of(hints: tuple[Any, ...]) -> Checker:
 
 
 def _wire_type(hint: Any) -> type:
-    """Return the Python type that msgpack makes of values for an annotation."""
+    """Return the Python type to which msgpack decodes values of an annotation."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _wire_type(arguments[0])

@@ -1,4 +1,4 @@
-"""Frames: the tensors of a message as bytes, for whoever makes arrays or tensors of them."""
+"""Tensors of a message as frames of bytes, from which arrays or tensors are made."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ ITEM_SIZES: Final = {
     "uint8": 1,
     "bool": 1,
 }
-"""Bytes of one number, by the name of its dtype."""
+"""The size of an element in bytes, by the name of its dtype."""
 
 
 class FrameWriter:
-    """The tensor frames of one message as it is made; they are sent after it."""
+    """The tensor frames of a message to be sent, which follow it."""
 
     def __init__(self) -> None:
         self.frames: list[Frame] = []
 
     def add_bytes(self, dtype: str, shape: Sequence[int], data: memoryview) -> TensorData:
-        """Return what names a tensor in the message; `data` are its numbers in C order, as bytes. They are not copied.
+        """Add a tensor and return its description for the message. `data`, its elements in C order, is not copied.
 
-        Raises ValueError for a tensor that a message cannot hold.
+        Raises ValueError for a tensor that a message cannot contain.
         """
         if len(shape) > MAX_DIMENSIONS:
             raise ValueError(f"a tensor has {len(shape)} dimensions; at most {MAX_DIMENSIONS}")
@@ -54,7 +54,7 @@ class FrameWriter:
 
 
 class FrameReader:
-    """The tensor frames of a message that came: take each, then `done`, which refuses frames unnamed."""
+    """The tensor frames of a received message: take each, then call `done`, which refuses surplus frames."""
 
     def __init__(self, frames: Sequence[Frame]) -> None:
         if len(frames) > MAX_FRAMES:
@@ -62,7 +62,7 @@ class FrameReader:
         self._frames: list[Frame | None] = list(frames)
 
     def take_bytes(self, data: TensorData) -> Frame:
-        """Return an inline tensor's numbers; raise ProtocolError if they are not as the message says."""
+        """Return the bytes of an inline tensor; raise ProtocolError if they do not match the message."""
         nbytes = count_bytes(data)
         if data.frame is None or data.memory is not None:
             raise ProtocolError("a tensor in shared memory where one in a frame is due")
@@ -84,19 +84,19 @@ class FrameReader:
 
 
 def count_bytes(data: TensorData) -> int:
-    """Return how many bytes a tensor's numbers take; raise ProtocolError for a dtype that there is not."""
+    """Return the size of a tensor in bytes; raise ProtocolError for an unknown dtype."""
     if data.dtype not in ITEM_SIZES:
         raise ProtocolError(f"unknown dtype {data.dtype!r:.80}")
     return math.prod(data.shape) * ITEM_SIZES[data.dtype]
 
 
 def shape_of_samples(submit: Submit, spec: ModelSpec) -> tuple[int, ...]:
-    """Return the shape that the samples of a request will have, if it is one that can be."""
+    """Return the shape of the samples of a request, None if it is invalid."""
     shape = submit.shape if submit.shape is not None else spec.sample_shape or ()
     count = submit.count if submit.count is not None else len(submit.labels or (0,))
     return count, *shape
 
 
 def nbytes_of_samples(submit: Submit, spec: ModelSpec) -> int:
-    """Return how long they will be."""
+    """Return the size of the samples of a request in bytes."""
     return math.prod(shape_of_samples(submit, spec)) * ITEM_SIZES["float32"]

@@ -1,4 +1,4 @@
-"""Anonymous files of a peer's that hold shared memory (memfd_create), opened through /proc."""
+"""Shared memory of another process (memfd_create), opened through /proc."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from drp.protocol.messages import Handle
 
 
 def open_memfd(handle: Handle) -> int:
-    """Return a descriptor of a peer's memory; raise ProtocolError if it is not as its handle says."""
+    """Return a descriptor of a peer's memory; raise ProtocolError if it does not match its handle."""
     try:
         descriptor = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:

@@ -24,8 +24,8 @@ from drp.protocol.memfd import open_memfd
 from drp.protocol.messages import GpuHandle, Handle
 
 ALIGNMENT: Final = 256
-"""Bytes at which every tensor starts. cuBLASLt chooses among its algorithms by alignment, and looks no further than
-this: a tensor here gets the one that it would get in memory of torch's own, and so the same bits."""
+"""The alignment of every tensor in bytes, that of torch's own allocations. cuBLASLt chooses its algorithms by it, so a
+tensor in an arena gives the same bits as one in torch's memory."""
 
 DTYPES: Final = {
     str(dtype).removeprefix("torch."): dtype
@@ -48,11 +48,11 @@ NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 
 MAX_RETAINED_NBYTES: Final = 64 << 20
-"""Bytes of the leader's memory that a worker may keep mapped for later runs, which occupies them meanwhile."""
+"""Maximum size of memory that a worker keeps mapped for later runs."""
 
 
 GET_DUMPABLE: Final = 3
-"""Of prctl (linux/prctl.h)."""
+"""An option of prctl (linux/prctl.h)."""
 CAP_SYS_PTRACE: Final = 19
 """The capability's number (linux/capability.h)."""
 
@@ -63,7 +63,7 @@ def aligned(nbytes: int) -> int:
 
 
 def check_fit(offset: int, shape: Sequence[int], dtype: torch.dtype, nbytes: int) -> int:
-    """Return how many numbers a tensor has; raise ProtocolError if it does not lie within so many bytes."""
+    """Return the number of elements of a tensor; raise ProtocolError if it does not fit in `nbytes` bytes."""
     count = math.prod(shape)
     if offset % ALIGNMENT or offset < 0 or offset + count * dtype.itemsize > nbytes:
         raise ProtocolError(f"a tensor {list(shape)} of {dtype} at {offset} is not within {nbytes} bytes")
@@ -99,7 +99,7 @@ class Memory(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """The device, by the numbering of this process."""
+        """The device, with the index that it has in this process."""
         ...
 
     @property
@@ -148,10 +148,10 @@ class SharedMemory:
 
     @classmethod
     def create(cls, nbytes: int, keep: Keep | None = None) -> SharedMemory:
-        """Make at least one page, zeroed. Its size is sealed, so that no peer can shrink it under a reader.
+        """Allocate zeroed memory of at least one page. Its size is sealed, so that no peer can shrink it.
 
-        `keep` is asked when it is closed, and may say that it keeps it, for another to use. /proc/PID/fd calls such
-        memory drp-run, all other drp.
+        `keep` is called when the memory is closed; if it returns True, it has kept the memory for reuse. Such memory is
+        called drp-run in /proc/PID/fd, other memory drp.
         """
         nbytes = max(nbytes, mmap.PAGESIZE)
         try:
@@ -169,9 +169,9 @@ class SharedMemory:
 
     @classmethod
     def open(cls, handle: Handle, private: bool = False) -> SharedMemory:
-        """Map a peer's memory; raise ProtocolError if it is not as its handle says.
+        """Map a peer's memory; raise ProtocolError if it does not match its handle.
 
-        With `private`, pages are copied on write: what this process writes is its own, and no one else sees it.
+        With `private`, pages are copied on write, so that other processes do not see what this process writes.
         """
         fd = open_memfd(handle)
         try:
@@ -189,10 +189,10 @@ class SharedMemory:
         return self.handle, None
 
     def record_event(self) -> None:
-        """Do nothing: it is."""
+        """Do nothing, since writes are complete when they return."""
 
     def wait_event(self) -> None:
-        """Do nothing: whoever said so had written."""
+        """Do nothing, since the owner's writes were complete before its message."""
 
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         count = check_fit(offset, shape, dtype, self.nbytes)
@@ -208,9 +208,9 @@ class SharedMemory:
         return self._map[:]
 
     def close(self, reuse: bool = True) -> None:
-        """Give the descriptor back: nobody can open it any more. The pages go now or with the last tensor.
+        """Close the descriptor, after which no process can open the memory. Its pages are freed with the last tensor.
 
-        Unless somebody keeps it, which takes that nobody writes to it any more: `reuse`.
+        With `reuse`, which requires that no process writes to the memory any more, it may be kept for reuse instead.
         """
         if self._fd >= 0 and not (reuse and self._keep is not None and self._keep(self)):
             os.close(self._fd)

@@ -14,10 +14,10 @@ from drp.protocol.memory import DTYPES, NAMES, SharedMemory
 
 
 class Frames(FrameWriter):
-    """The tensor frames of one message as it is made: `add` tensors, then send `frames` after the message."""
+    """The tensor frames of a message to be sent: `add` tensors, then send `frames` after the message."""
 
     def add(self, tensor: Tensor) -> TensorData:
-        """Return what names the tensor in the message. Its numbers are copied only if they are not in one piece."""
+        """Add a tensor and return its description for the message. It is copied only if it is not contiguous."""
         if tensor.dtype not in NAMES:
             raise ValueError(f"a tensor is {tensor.dtype}; choose one of {', '.join(DTYPES)}")
         if tensor.device.type != "cpu":
@@ -27,10 +27,10 @@ class Frames(FrameWriter):
 
 
 class Received(FrameReader):
-    """The tensor frames of a message that came: `take` each tensor, then `done`, which refuses frames unnamed."""
+    """The tensor frames of a received message: `take` each, then call `done`, which refuses surplus frames."""
 
     def take(self, data: TensorData) -> Tensor:
-        """Return a copy of an inline tensor; raise ProtocolError if it is not as the message says."""
+        """Return a copy of an inline tensor; raise ProtocolError if it does not match the message."""
         frame = self.take_bytes(data)
         dtype = DTYPES[data.dtype]
         flat = torch.empty(math.prod(data.shape), dtype=dtype, device="cpu")
@@ -43,7 +43,7 @@ class Received(FrameReader):
 
 
 def shared(shape: tuple[int, ...]) -> tuple[SharedMemory, Tensor]:
-    """Return new shared memory of this process and a tensor float32 in it."""
+    """Allocate shared memory; return it with a float32 tensor in it."""
     memory = SharedMemory.create(math.prod(shape) * torch.float32.itemsize)
     try:
         return memory, memory.tensor(0, shape, torch.float32)

@@ -1,4 +1,4 @@
-"""Transport: the leader's and the worker's sockets, over ipc:// at places that only their user can reach.
+"""The sockets of leader and worker, over ipc:// at paths that only their user can access.
 
 A socket belongs to one thread at a time. Every receive has a deadline.
 """
@@ -22,40 +22,39 @@ from drp.protocol.messages import TO_LEADER, TO_WORKER, ToLeader, ToWorker
 from drp.protocol.waiting import sched_yield, wait_readable
 
 MAX_PATH = 107
-"""Characters of the longest path of a Unix socket."""
+"""Maximum length of the path of a Unix socket."""
 
 MAX_WAIT = 3600.0
-"""Seconds of one wait of the leader's, which may have no deadline."""
+"""Maximum duration of one wait in seconds, since a deadline may be infinite."""
 
 MAX_QUEUED = 64
-"""Messages from one worker that wait to be taken; a worker that sends more waits itself."""
+"""Maximum number of unread messages from one worker; a worker that sends more has to wait."""
 
 MAX_FROM_WORKER = 1 << 18
-"""Bytes of the longest message from a worker: one that is longer ends its connection."""
+"""Maximum size of a message from a worker in bytes; a longer one ends the connection."""
 
 
 NOBLOCK, SEND_MORE, POLLIN = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.POLLIN)
 """Flags as plain numbers: combining pyzmq's enumerations takes several Python calls each time."""
 
 DESCRIPTORS = 16
-"""Descriptors that must be free before a context is made: libzmq ends the process if it gets none for its threads."""
+"""Descriptors that must be free before a context is created, since libzmq aborts if it gets none for its threads."""
 
 NAME = "worker"
-"""Of a worker's socket, in a directory of its own, for a moment."""
+"""The file name of a worker's socket, which exists only while the socket is created."""
 
 FIRST = 300.0
-"""Seconds that a worker waits for the leader's connection, which has to wait while the leader has no descriptor."""
+"""Seconds that a worker waits for the leader to connect, which may be delayed by a lack of descriptors."""
 
 
 class LeaderSocket:
     """A ROUTER that connects to one listening socket for each worker, and addresses the worker by its identity.
 
-    The leader makes that socket, its worker inherits it. So the leader accepts nothing: libzmq ends a process that has
-    no descriptor left for a connection over ipc that it accepts, while one that it opens is tried again until there is.
+    The leader creates the listening socket and its worker inherits it, so that the leader accepts no connections:
+    libzmq aborts if it has no descriptor for a connection that it accepts, but retries one that it opens.
 
-    The sockets have no name in any file system: each is bound in a directory of its owner's, held open, and its name
-    removed at once. The way there is through /proc, which lets nobody in but the owner, and nothing is left of it when
-    the process is gone, however it went.
+    The sockets have no name in any file system: each is bound in a private directory, and its name is removed at once.
+    It is reached through /proc, which only its owner may use, and disappears with the process.
     """
 
     def __init__(self) -> None:
@@ -91,20 +90,20 @@ class LeaderSocket:
         return listener
 
     def endpoint(self, identity: bytes) -> str:
-        """Return where a worker listens."""
+        """Return the address at which a worker listens."""
         return f"ipc:///proc/{os.getpid()}/fd/{self._places[identity]}"
 
     def dismiss(self, identity: bytes) -> None:
-        """Disconnect from a worker; what was sent and is not there yet is dropped."""
+        """Disconnect from a worker and discard messages that it has not received."""
         if identity in self._places:
             with contextlib.suppress(zmq.ZMQError):  # It was not connected.
                 self._socket.disconnect(self.endpoint(identity))
             os.close(self._places.pop(identity))
 
     def send(self, identity: bytes, *messages: ToWorker | bytes) -> None:
-        """Send at once, several together: the worker wakes up once. Some may be encoded already.
+        """Send messages, some of which may be encoded already, together, so that the worker wakes up once.
 
-        Raises zmq.ZMQError if the worker is gone or does not take its messages.
+        Raises zmq.ZMQError if the worker is gone or its queue is full.
         """
         *first, last = (message if isinstance(message, bytes) else encode(message) for message in messages)
         for frame in (identity, *first):
@@ -112,17 +111,17 @@ class LeaderSocket:
         self._socket.send(last, NOBLOCK)
 
     def watch(self, fd: int) -> None:
-        """Let `poll` also look at a file descriptor."""
+        """Make `poll` also wait for a file descriptor."""
         self._epoll.register(fd, select.EPOLLIN)
 
     def forget(self, fd: int) -> None:
-        """Look at a file descriptor no longer."""
+        """Stop waiting for a file descriptor."""
         self._epoll.unregister(fd)
 
     def sleep(self, seconds: float) -> set[int]:
-        """Sleep until there is a message or a watched descriptor is ready, at most; it may also end before.
+        """Sleep until there is a message or a watched descriptor is ready, for at most `seconds`. May return early.
 
-        Return which are, the socket's own too.
+        Returns the ready descriptors, including the socket's own.
         """
         if self._has_message():
             return {self._fd}
@@ -149,12 +148,12 @@ class LeaderSocket:
         return bool(int(self._socket.getsockopt(zmq.EVENTS)) & POLLIN)
 
     def wait(self, seconds: float) -> None:
-        """Wait for a message, at most."""
+        """Wait for a message for at most `seconds`."""
         if not self._has_message():
             self._epoll.poll(seconds)
 
     def receive(self) -> tuple[bytes, ToLeader]:
-        """Return a waiting message and who sent it; raise ProtocolError if it is none, zmq.Again if none waits."""
+        """Return a message and its sender; raise ProtocolError if it is malformed, zmq.Again if there is none."""
         frames = [self._socket.recv(NOBLOCK, copy=False)]
         while frames[-1].more:
             frames.append(self._socket.recv(NOBLOCK, copy=False))
@@ -170,7 +169,7 @@ class LeaderSocket:
 
 
 def _listen(directory: Path) -> tuple[socket.socket, int]:
-    """Return a socket that listens in a directory, and a descriptor that names its place there."""
+    """Return a socket that listens in a directory, and a descriptor of its path."""
     with contextlib.ExitStack() as undo:
         folder = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         undo.callback(os.close, folder)
@@ -186,7 +185,7 @@ def _listen(directory: Path) -> tuple[socket.socket, int]:
 
 
 def require_descriptors(count: int) -> None:
-    """Raise OSError if this process has not so many descriptors left."""
+    """Raise OSError if this process cannot open `count` more descriptors."""
     taken: list[int] = []
     try:
         for _ in range(count):
@@ -200,13 +199,13 @@ def require_descriptors(count: int) -> None:
 
 
 class WorkerSocket:
-    """A DEALER on the listening socket of this descriptor, for the leader of this process number and nobody else."""
+    """A DEALER on the listening socket that this worker has inherited; only the leader's process may connect."""
 
     def __init__(self, listener: int, leader: int) -> None:
         os.set_inheritable(listener, False)  # by what a model starts
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 1000)  # A last Failed has a second to leave.
+        self._socket.setsockopt(zmq.LINGER, 1000)  # The last WorkerFailed has a second to be sent.
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
         self._socket.setsockopt(zmq.IPC_FILTER_PID, leader)
         self._socket.setsockopt(zmq.USE_FD, listener)  # which has its place already: the name below says nothing
@@ -220,7 +219,7 @@ class WorkerSocket:
         self._socket.send(encode(message), NOBLOCK)
 
     def receive(self, seconds: float, awake: float = 0.0) -> ToWorker | None:
-        """Return the next message, or None if none came in time; for some of the seconds this thread stays awake."""
+        """Return the next message, None after `seconds`. The thread polls for the first `awake` seconds."""
         until = time.perf_counter() + awake
         while not self._received and time.perf_counter() < until:
             self._receive_frames(0.0)
@@ -230,7 +229,7 @@ class WorkerSocket:
         return decode(self._received.popleft(), TO_WORKER) if self._received else None
 
     def _receive_frames(self, seconds: float) -> None:
-        """Take what came together, if something comes in time."""
+        """Receive the messages that were sent together, if there are any within `seconds`."""
         if seconds and seconds != self._timeout:
             self._timeout = seconds
             self._socket.setsockopt(zmq.RCVTIMEO, round(seconds * 1000))
@@ -238,6 +237,6 @@ class WorkerSocket:
             self._received.extend(self._socket.recv_multipart(0 if seconds else zmq.NOBLOCK))
 
     def close(self) -> None:
-        """Close; what was sent last has a moment to leave."""
+        """Close the socket; the last messages have a second to be sent."""
         self._socket.close()
         self._context.term()
