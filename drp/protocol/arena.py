@@ -94,7 +94,7 @@ class Arena:
         reach: Callable[[GpuHandle], Memory] | None = None,
         find: Callable[[Handle, int], SharedMemory] = lambda handle, number: SharedMemory.open(handle),
     ) -> Arena:
-        """Map the arena that a leader's Bind describes.
+        """Open the arena that a leader's Bind describes.
 
         `reach` opens memory of a GPU, `find` memory of the host, by its handle and number; both may cache it.
         """

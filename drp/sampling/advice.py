@@ -1,4 +1,4 @@
-"""Advice: where drafting does not pay, said once. The figures are in docs/drafts.md."""
+"""Warnings, once per process, where drafting is not worthwhile. The figures are in docs/drafts.md."""
 
 from __future__ import annotations
 

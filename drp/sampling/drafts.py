@@ -1,6 +1,6 @@
-"""Draft rules: what is assumed where no prediction is known yet, and what of a prediction is carried elsewhere.
+"""Draft rules: how data estimates are extrapolated, and how a prediction is carried to another state.
 
-`drp.sampling` and `drp.diffusers` ask the same object. A rule of one's own is a subclass of `DraftRule`
+`drp.sampling` and `drp.diffusers` use the same objects. A custom rule is a subclass of `DraftRule`
 (examples/own_rule.py).
 """
 
@@ -15,7 +15,7 @@ AXES = ("index", "log-sigma", "angle", "time")
 
 @dataclass(frozen=True)
 class Levels:
-    """What a rule may know of a run: alpha and sigma at each index that is evaluated, its timestep, and the output."""
+    """What a rule may use: alpha, sigma and the timestep at each index that is evaluated, and the prediction type."""
 
     alphas: tuple[float, ...]
     sigmas: tuple[float, ...]
@@ -40,17 +40,17 @@ Pair = tuple[float, float]
 
 @dataclass(frozen=True)
 class DraftRule:
-    """The two choices that are open in every round (docs/drafts.md).
+    """The two choices that each round leaves open (docs/drafts.md).
 
-    carry: w, from 0 to 1: what of a prediction taken at a draft d holds at the refined state x. The estimate of the
+    carry: w, from 0 to 1: how a prediction made at a draft d is used at the refined state x. The estimate of the
         data there is c_x ((1 - w) x + w d) + c_p prediction, with c_x and c_p of the prediction type: at 0 the
         network's output is carried unchanged, at 1 the data that it implied.
-    slope: from 0 to 1: how much of the change of the data estimate, from the base of the block before to the last
-        prediction, is assumed to go on, evenly over the axis. At 0 the last estimate stays.
-    axis: what the change is even over: "index", "log-sigma", "angle" (atan2(sigma, alpha)) or "time" (the timestep).
+    slope: from 0 to 1: the share of the change of the data estimate, from the previous round's base to the last
+        prediction, that is extrapolated linearly over the axis. At 0 the last estimate is kept.
+    axis: the axis of the extrapolation: "index", "log-sigma", "angle" (atan2(sigma, alpha)) or "time" (the timestep).
 
     A subclass overrides `carry_at`, `extrapolate` or `interpolate`. It must be hashable, and equal only to rules that
-    do the same: plans are kept for the next run.
+    behave in the same way, since plans are cached.
     """
 
     carry: float | Pair = (0.45, 0.1)
@@ -75,10 +75,10 @@ class DraftRule:
         return _of(self.carry, levels)
 
     def extrapolate(self, k: int, previous_base: int, last: int, levels: Levels) -> Mapping[int, float]:
-        """Return what the estimate of the data at index k is made of, beyond the last prediction.
+        """Return the weights by which the data estimate at index k, beyond the last prediction, is extrapolated.
 
-        A weight for the estimate at `last`, the last index that was predicted, and one for that at `previous_base`: the
-        base of the block before, or `last` itself where there was none. They add up to 1.
+        There is one for the estimate at `last`, the last predicted index, and one for that at `previous_base`, the
+        previous round's base, or `last` itself in the first round. They add up to 1.
         """
         further, apart = k - last, last - previous_base
         slope = _of(self.slope, levels) if 0 < further <= apart else 0.0
@@ -92,9 +92,9 @@ class DraftRule:
         return {last: 1.0 + share, previous_base: -share}
 
     def interpolate(self, k: int, below: int, above: int, levels: Levels) -> Mapping[int, float]:
-        """Return what the estimate at index k is made of where drafts leave it out: `below` and `above` are predicted.
+        """Return the weights by which the data estimate at index k is interpolated from those at `below` and `above`.
 
-        Both weights add up to 1.
+        They add up to 1.
         """
         share = (k - below) / (above - below)
         return {below: 1.0 - share, above: share}
@@ -120,7 +120,7 @@ RULES = {"paper": PAPER, "secant": SECANT, "damped": DAMPED}
 
 
 def find_rule(rule: str | DraftRule | None) -> DraftRule:
-    """Return the rule of that name, the one given, or the default; raise ValueError if there is none."""
+    """Return the rule with this name, or a given rule itself; raise ValueError for an unknown name."""
     if rule is None:
         return DAMPED
     if isinstance(rule, DraftRule):

@@ -1,7 +1,7 @@
 """Linear combinations of symbolic vectors, in which `drp.sampling` expresses solvers and plans.
 
-A solver writes its steps over states, the two estimates and fresh noise. A plan replaces the estimates by what they are
-made of, so that what is computed is over states, predictions, the inputs that these were taken at, and noise.
+A solver expresses its steps in states, the two estimates and fresh noise. A plan substitutes the estimates, so that
+what is computed depends on states, predictions, the inputs of these predictions, and noise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Kind = Literal["state", "input", "prediction", "noise", "data", "epsilon"]
 
 
 class Symbol(NamedTuple):
-    """One vector that a row may draw on."""
+    """A vector that occurs in linear combinations."""
 
     kind: Kind
     k: int
@@ -24,37 +24,37 @@ LinearCombination = Mapping[Symbol, float]
 
 
 def state(index: int) -> Symbol:
-    """Name the state x_k."""
+    """Return the symbol of the state x_k."""
     return Symbol("state", index)
 
 
 def model_input(index: int) -> Symbol:
-    """Name the input at which the prediction at k was taken: the draft d_k, or the state itself."""
+    """Return the symbol of the input of the prediction at k: the draft d_k, or the state itself."""
     return Symbol("input", index)
 
 
 def prediction(index: int) -> Symbol:
-    """Name the network's output at k."""
+    """Return the symbol of the prediction at k."""
     return Symbol("prediction", index)
 
 
 def noise(index: int) -> Symbol:
-    """Name the standard normal numbers of the step that starts at k."""
+    """Return the symbol of the standard normal noise that the step from k adds."""
     return Symbol("noise", index)
 
 
 def data(index: int) -> Symbol:
-    """Name the estimate of the clean sample at k; with `epsilon`, x_k = alpha_k data + sigma_k epsilon."""
+    """Return the symbol of the data estimate at k; with `epsilon`, x_k = alpha_k data + sigma_k epsilon."""
     return Symbol("data", index)
 
 
 def epsilon(index: int) -> Symbol:
-    """Name the estimate of the noise in x_k."""
+    """Return the symbol of the noise estimate at k."""
     return Symbol("epsilon", index)
 
 
 def add(*parts: tuple[float, LinearCombination]) -> LinearCombination:
-    """Return the sum of factor times row; coefficients that come out as exactly zero are left out."""
+    """Return the sum of the products of factors and rows, without coefficients that are exactly 0."""
     total: dict[Symbol, float] = {}
     for factor, row in parts:
         for term, coefficient in row.items():
@@ -63,5 +63,5 @@ def add(*parts: tuple[float, LinearCombination]) -> LinearCombination:
 
 
 def substitute(row: LinearCombination, meaning: Callable[[Symbol], LinearCombination]) -> LinearCombination:
-    """Replace each term of `row` by the row that `meaning` gives for it."""
+    """Replace each symbol of `row` by the linear combination that `meaning` returns for it."""
     return add(*((coefficient, meaning(term)) for term, coefficient in row.items()))

@@ -19,19 +19,19 @@ PATTERNS: Mapping[str, Callable[[int], tuple[int, ...]]] = {
 
 
 def default_stride(n: int) -> float:
-    """Return by how much a window of n drafts moves on unless told: n / 2 + 1, so 2, 3 and 5 for n = 2, 4 and 8.
+    """Return the default stride of a window of n drafts, n / 2 + 1: 2, 3 and 5 for n = 2, 4 and 8.
 
-    Beyond it, drafts that are evaluated a single time begin to be passed early in the run, where that costs most; below
-    it, rounds are spent on errors that are small already (docs/drafts.md).
+    With a larger stride, the run advances past drafts that were evaluated only once early on, where that costs most;
+    with a smaller one, rounds are spent on errors that are small already (docs/drafts.md).
     """
     return min(n, n / 2 + 1)
 
 
 def default_rule(name: str, n: int, stride: float | None, adds_noise: bool) -> DraftRule:
-    """Return the rule of the mode called `name` unless told, which depends on whether the solver adds noise.
+    """Return the default draft rule of a mode, which depends on whether the solver adds noise.
 
-    With noise, carrying anything but the network's output loses where each prediction is used as it was first made. In
-    a window, whose predictions are made again at refined states, it still gains (docs/quality.md).
+    With noise, carrying anything but the network's output increases the error if predictions are made only once. In a
+    window, whose predictions are made again at refined states, it decreases the error (docs/quality.md).
     """
     if not adds_noise:
         return DAMPED
@@ -47,9 +47,9 @@ def make_mode(
     stride: float | None = None,
     offsets: str | Sequence[int] | None = None,
 ) -> Mode:
-    """Return the mode called `name` with `n` drafts a round; raise ValueError for what is none.
+    """Return the mode with this name and `n` drafts per round; raise ValueError for invalid arguments.
 
-    `tolerance` is adaptive's; `stride` and `offsets` are the window's, the latter a name of PATTERNS or numbers.
+    `tolerance` is for the adaptive mode; `stride` and `offsets`, a name in PATTERNS or numbers, are for the window.
     """
     if name != "window" and not (stride is None and offsets is None):
         what = f"stride is {stride}" if stride is not None else f"offsets are {offsets!r}"
@@ -87,7 +87,7 @@ def _make_window(n: int, rule: DraftRule, stride: float | None, offsets: str | S
 
 
 def rounds_of(name: str, steps: int, n: int, stride: float | None = None) -> int:
-    """Return how many rounds `steps` steps take in a mode whose rounds are known before the run."""
+    """Return the number of rounds of `steps` steps in a mode whose rounds are known before the run."""
     match name:
         case "sequential":
             return steps
@@ -109,10 +109,10 @@ class Choice(NamedTuple):
 
 
 def choose_rounds(rounds: int, steps: int, most_drafts: int) -> Choice:
-    """Return the window that takes `steps` steps in `rounds` rounds, or less; ValueError if none does.
+    """Return the window that takes `steps` steps in at most `rounds` rounds; raise ValueError if there is none.
 
-    Its stride follows from the rounds. It has the drafts whose default stride that is, n = 2 (stride - 1), or as many
-    as there may be: more would be evaluated more often for little, and with fewer the error is larger.
+    Its stride follows from the number of rounds. It has the number of drafts for which that is the default stride,
+    n = 2 (stride - 1), but at most `most_drafts`: more drafts gain little, and with fewer the error is larger.
     """
     if rounds >= steps:
         return Choice("sequential", 1, None)
@@ -128,7 +128,7 @@ def choose_rounds(rounds: int, steps: int, most_drafts: int) -> Choice:
 
 
 def choose_speedup(speedup: float, steps: int, most_drafts: int) -> Choice:
-    """Return the window whose steps over rounds reach `speedup`; ValueError if none does."""
+    """Return the window whose steps divided by rounds reach `speedup`; raise ValueError if there is none."""
     if not speedup >= 1:
         raise ValueError(f"target_speedup is {speedup}; give 1 or more")
     fewest = 1 + math.ceil((steps - 1) / most_drafts)

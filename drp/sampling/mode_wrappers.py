@@ -11,49 +11,49 @@ from drp.sampling.modes import Mode, Round, Rounds
 
 @dataclass(frozen=True)
 class ModeWrapper(Mode):
-    """A mode that does something to the rounds of another."""
+    """A mode that changes the rounds of another mode."""
 
     mode: Mode
 
     @property
     def name(self) -> str:
-        """That of `mode`."""
+        """As that of `mode`."""
         return self.mode.name
 
     @property
     def feedback(self) -> bool:  # type: ignore[override]  # it is that of the mode inside
-        """Whether `mode` has it."""
+        """As that of `mode`."""
         return self.mode.feedback
 
     @property
     def pipelined(self) -> bool:  # type: ignore[override]  # likewise
-        """Whether `mode` does."""
+        """As that of `mode`."""
         return self.mode.pipelined
 
     @property
     def gaps(self) -> bool:  # type: ignore[override]  # likewise
-        """Whether `mode` leaves indices out."""
+        """As that of `mode`."""
         return self.mode.gaps
 
     @property
     def rule(self) -> DraftRule:  # type: ignore[override]  # likewise
-        """That of `mode`."""
+        """As that of `mode`."""
         return self.mode.rule
 
     @property
     def width(self) -> int:
-        """That of `mode`."""
+        """As that of `mode`."""
         return self.mode.width
 
 
 @dataclass(frozen=True)
 class Warmup(ModeWrapper):
-    """The first `steps` steps sequentially, the others as `mode` has it."""
+    """Takes the first `steps` steps sequentially, and the others in `mode`."""
 
     steps: int
 
     def rounds(self, steps: int) -> Rounds:
-        """Yield a round a step, then those of `mode`, moved."""
+        """Yield one round per step, then the rounds of `mode`, shifted."""
         first = min(self.steps, steps)
         for k in range(first):
             yield Round(k, (k,))
@@ -63,7 +63,7 @@ class Warmup(ModeWrapper):
 
 @dataclass(frozen=True)
 class PicardSweeps(ModeWrapper):
-    """Each block of `mode`'s drafts evaluated `extra` times more, each time at the states refined through the last.
+    """Evaluates each block of `mode`'s drafts `extra` more times, at the states refined with the last predictions.
 
     A Picard iteration: with n - 1 extra sweeps a block of n drafts equals the sequential steps.
     """
@@ -71,7 +71,7 @@ class PicardSweeps(ModeWrapper):
     extra: int
 
     def rounds(self, steps: int) -> Rounds:
-        """Yield the rounds of `mode`, each with drafts 1 + `extra` times."""
+        """Yield the rounds of `mode`, those with drafts 1 + `extra` times."""
         if self.mode.pipelined:
             raise ValueError(f"{self.mode} has no blocks to sweep; leave out sweeps, or sweep a mode with a barrier")
         yield from _pass_on(self.mode.rounds(steps), 0, 1 + self.extra)
@@ -79,25 +79,24 @@ class PicardSweeps(ModeWrapper):
 
 @dataclass(frozen=True)
 class Eager(ModeWrapper):
-    """The rounds of `mode`, each draft going out as soon as what it is made of is there.
+    """Divides the rounds of `mode`, so that each draft is sent as soon as the predictions that it depends on are there.
 
-    A draft at an index that has been predicted before is the state refined through the predictions below that index: in
-    the second sweep of a block, the first draft needs one prediction, the last needs n. Drafts that need the same go
-    out together. The samples are those of `mode`.
+    A draft at an index that was predicted before is the state refined with the predictions below that index: in the
+    second sweep of a block, the first draft depends on one prediction, and the last on n. Drafts that depend on the
+    same predictions are sent together. The samples are those of `mode`.
 
-    Where every draft is made of all predictions, as in the aggressive and the conservative mode, nothing changes. A
-    sweep takes as long as its slowest device only if that has the last draft; with s sweeps of n, a run takes as long
-    as the slowest sequence of evaluations, one a sweep, whose indices rise within a block. Rounds of a mode with
-    feedback are known only when all of the last are in: they stay as they are.
+    If every draft depends on all predictions, as in the aggressive and the conservative mode, nothing changes. With s
+    sweeps of n drafts, a run takes as long as the slowest sequence of evaluations, one per sweep, whose indices rise
+    within a block. A mode with feedback knows its next round only after the last one, so its rounds are not divided.
     """
 
     @property
     def pipelined(self) -> bool:  # type: ignore[override]  # by what it does
-        """Whether there can be drafts that need less than all."""
+        """Whether rounds can be divided."""
         return not self.mode.feedback
 
     def rounds(self, steps: int) -> Rounds:
-        """Yield the rounds of `mode`, divided by what drafts need."""
+        """Yield the rounds of `mode`, divided by the predictions that their drafts depend on."""
         if self.mode.feedback or self.mode.pipelined:
             yield from self.mode.rounds(steps)
             return
@@ -112,7 +111,7 @@ class Eager(ModeWrapper):
 
 
 def _pass_on(rounds: Rounds, moved: int, times: int) -> Rounds:
-    """Yield another mode's rounds, moved by some indices, drafts several times; hand it the last residuals."""
+    """Yield another mode's rounds, shifted, and those with drafts `times` times; pass on the residuals."""
     residuals: Sequence[float] | None = None
     while True:
         try:

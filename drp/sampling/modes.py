@@ -1,4 +1,4 @@
-"""Modes: which indices are predicted together, and from where each round goes on.
+"""Modes: which indices are predicted in each round, and from which index each round starts.
 
 A mode is a subclass of `Mode` with `width` and `rounds`; writing one takes a few lines (examples/own_mode.py). Counts
 are for N steps and n drafts a round.
@@ -20,14 +20,15 @@ from drp.sampling.drafts import DAMPED, DraftRule
 class Round:
     """Evaluations that are made at the same time.
 
-    `base` is how far the state is refined before: the run first advances there from the base of the round before, by
-    ordinary steps through the predictions there are. `predict` are the indices evaluated: `base` itself, at its state,
-    or later ones, at drafts. After the last round the run advances to the end.
-
-    `behind` is how many of the rounds just before it a round does not use: it goes out as soon as the predictions of
-    all earlier ones are in. At 0 it waits for the last round, a barrier. What a draft is made of is so written down
-    before the run, and the samples do not depend on the order in which predictions arrive. `previous_base` is the index
-    that the draft rule looks back on once the run has advanced to `base`; None: the base that it advanced from.
+    base: the index up to which states are refined before the round. The run advances there from the previous round's
+        base by ordinary steps, with the predictions that it has. After the last round it advances to the end.
+    predict: the indices that are evaluated: `base` itself, at its state, or later ones, at drafts.
+    unawaited_rounds: the number of immediately preceding rounds whose predictions this round does not use. Its drafts
+        are sent once the predictions of all earlier rounds have arrived; with 0 it waits for the previous round, which
+        is a barrier. What a draft is computed from is thus fixed before the run, and the samples do not depend on the
+        order in which predictions arrive.
+    previous_base: the index that the draft rule looks back on once the run has advanced to `base`; by default the
+        previous round's base.
     """
 
     base: int
@@ -37,18 +38,19 @@ class Round:
 
 
 Rounds = Generator[Round, Sequence[float], None]
-"""Rounds in order. What `yield` returns is empty, or, for a mode with `feedback`, the residuals of that round."""
+"""Yields rounds in order. `yield` returns the residuals of the round for a mode with `feedback`, else nothing."""
 
 
 class Mode(ABC):
     """A schedule of rounds.
 
-    `rule` says how drafts are made. A mode with `feedback` learns after each round how stale the predictions are that
-    the run could go on through: at base + 1, base + 2, ... up to the last predicted, the norm of the refined state less
-    the input of the prediction over the norm of the state, the largest among the samples. Its rounds are then planned
-    as they come, which costs some microseconds each; those of others before the run. A mode that `lags` yields rounds
-    that leave others behind; it has no feedback. One with `gaps` may leave indices out, the last one excepted: their
-    estimates are interpolated. It has no feedback either.
+    rule: how drafts are computed.
+    feedback: after each round the mode receives the residuals of the predictions that the run could continue with, at
+        base + 1, base + 2, ... up to the last predicted index: the norm of the refined state minus the input of the
+        prediction, over the norm of the state, the maximum over the samples. Each of its rounds is planned when it is
+        yielded, which takes some microseconds; the rounds of other modes are planned before the run.
+    pipelined: the mode yields rounds with `unawaited_rounds`. It has no feedback.
+    gaps: the mode may leave out indices except the last. Their estimates are interpolated. It has no feedback.
     """
 
     feedback: ClassVar[bool] = False
@@ -64,7 +66,7 @@ class Mode(ABC):
     @property
     @abstractmethod
     def width(self) -> int:
-        """The most indices that one round predicts."""
+        """The maximum number of indices that a round predicts."""
 
     @abstractmethod
     def rounds(self, steps: int) -> Rounds:
@@ -90,7 +92,7 @@ class Sequential(Mode):
 
 @dataclass(frozen=True)
 class Wide(Mode):
-    """A mode that has n drafts out at the same time."""
+    """A mode with n drafts per round."""
 
     n: int
 
@@ -115,12 +117,12 @@ class Aggressive(Wide):
 
 @dataclass(frozen=True)
 class Window(Wide):
-    """n drafts a round, of which `stride` are passed: 1 + ceil((N - 1) / stride) rounds.
+    """n drafts per round, after which the run advances by `stride` steps: 1 + ceil((N - 1) / stride) rounds.
 
-    Predictions beyond are kept: the states refined through them are the next drafts there, and skip transitions fill
-    only the window's new end. So each index is evaluated n / stride times, each time nearer to its final state, and no
-    round starts from a prediction that is stale itself. Stride n is aggressive, stride 1 sequential. A stride between
-    two whole numbers is kept in the mean: the base of round j is floor(j stride).
+    The predictions beyond are kept: the states refined with them are the next round's drafts there, and only the new
+    end of the window is drafted by skip transitions. Each index is thus evaluated n / stride times, each time closer
+    to its final state. Stride n is the aggressive mode, stride 1 is sequential. With a fractional stride, round j
+    starts at floor(j stride).
     """
 
     stride: float
@@ -131,7 +133,7 @@ class Window(Wide):
             raise ValueError(f"stride is {self.stride:g}; a window of {self.n} drafts moves on by 1 to {self.n} steps")
 
     def rounds(self, steps: int) -> Rounds:
-        """Yield the first evaluation, then a window that moves on by the stride."""
+        """Yield the first evaluation, then windows at a distance of the stride."""
         yield Round(0, (0,))
         for base in self.bases(steps):
             yield Round(base, tuple(range(base + 1, min(base + self.n, steps - 1) + 1)))
@@ -147,11 +149,11 @@ class Window(Wide):
 
 @dataclass(frozen=True)
 class Sparse(Window):
-    """A window whose n drafts lie at `offsets` from its base, with gaps: n devices see further.
+    """A window whose n drafts lie at `offsets` from its base, with gaps, so that n drafts reach further.
 
-    The estimates of the data at indices between are interpolated. With offsets 2, 4, ..., 2n and a stride of n a run
-    has as few rounds as in the aggressive mode, and each second index is evaluated twice, the second time near its
-    final state. Near the end, where fewer indices are left than the window reaches, all that fit in are evaluated.
+    The data estimates of the indices between them are interpolated. With offsets 2, 4, ..., 2n and stride n, a run has
+    as few rounds as in the aggressive mode, and every second index is evaluated twice, the second time close to its
+    final state. Near the end, where the window reaches past the last index, the indices between are evaluated as well.
     """
 
     gaps: ClassVar[bool] = True
@@ -207,11 +209,11 @@ class Conservative(Wide):
 
 @dataclass(frozen=True)
 class Adaptive(Wide):
-    """n drafts a round, of which as many are passed as were taken close enough to the state they stand for.
+    """n drafts per round; the run advances as long as the drafts were close to the refined states.
 
-    The run advances to the last index before the residual first exceeds `tolerance`, by one step at least. Predictions
-    beyond are kept: the next drafts there are the states refined through them. Tolerance 0 is sequential, infinity is
-    aggressive: from 1 + ceil((N - 1) / n) to N rounds.
+    The run advances to the last index before the residual first exceeds `tolerance`, but at least one step. Predictions
+    beyond are kept: the states refined with them are the next round's drafts there. Tolerance 0 is sequential, infinity
+    is aggressive: there are between 1 + ceil((N - 1) / n) and N rounds.
     """
 
     feedback: ClassVar[bool] = True
@@ -219,7 +221,7 @@ class Adaptive(Wide):
     rule: DraftRule = DAMPED
 
     def rounds(self, steps: int) -> Rounds:
-        """Yield the first evaluation, then a window of n drafts that moves on by what was passed."""
+        """Yield the first evaluation, then windows of n drafts, each from the index that the run has advanced to."""
         yield Round(0, (0,))
         base = 0
         while base < steps - 1:
@@ -230,16 +232,15 @@ class Adaptive(Wide):
 
 @dataclass(frozen=True)
 class Rolling(Wide):
-    """A window of n drafts without a barrier: as soon as the state at k is refined, the draft n ahead of it goes out.
+    """A window of n drafts without a barrier: the draft at k + n is sent as soon as the state at k is refined.
 
-    The draft at k + n is made of the state at k and the predictions up to k. It needs no other of the n - 1 that are
-    being evaluated meanwhile, so a device that answers is given work at once. A late prediction holds up the drafts n
-    and more behind it, not the next round. Every draft is n ahead, where the aggressive mode's are 1 to n: its error is
-    that of the furthest of those.
+    The draft at k + n is computed from the state at k and the predictions up to k, so it does not wait for the n - 1
+    drafts that are being evaluated. A late prediction delays only drafts at indices n or more beyond it. Every draft is
+    n steps ahead, where those of the aggressive mode are 1 to n steps ahead, so its error is that of the last of those.
 
-    The longest way through it is 1 + ceil((N - 1) / n) evaluations, as in the aggressive mode. With times that vary the
-    run takes as long as the slowest sequence of evaluations whose indices lie at least n apart; the aggressive mode's
-    barrier lets a sequence take the slowest of every block.
+    The longest sequence of dependent evaluations is 1 + ceil((N - 1) / n), as in the aggressive mode. If evaluation
+    times vary, a run takes as long as the slowest sequence of evaluations whose indices are at least n apart, whereas
+    with the barrier of the aggressive mode the slowest evaluation of every block counts.
     """
 
     pipelined: ClassVar[bool] = True

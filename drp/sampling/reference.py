@@ -1,4 +1,4 @@
-"""Reference: any mode in one process, one evaluation at a time. What the workers compute must equal it bit for bit."""
+"""The reference: any mode in one process. What workers compute must equal it bit for bit."""
 
 from __future__ import annotations
 
@@ -29,11 +29,18 @@ def run_reference(
     watch: bool = False,
     batch: int = 1,
 ) -> Result:
-    """Sample from `start` [B, ...] in this process and thread; the result's mode and devices are descriptions.
+    """Sample in this process and thread.
 
-    `fresh` draws noise for solvers that add some; `watch` asks for residuals in every mode. So many drafts of a round
-    as `batch` says go through the denoiser together, one behind the other, with every condition that has an item for
-    each sample repeated. The denoiser is given copies, and may write to them.
+    Args:
+        denoiser: called with copies of its arguments, to which it may write.
+        solver: the solver.
+        mode: the mode.
+        start: the state at index 0, [B, ...].
+        cond: the conditions.
+        callback: as of `drp.leader.request.Request`.
+        fresh: draws noise, for solvers that add it.
+        watch: report residuals in every mode.
+        batch: the number of drafts that are evaluated together; conditions with an item per sample are repeated.
     """
     drafts, predictions = (start.new_empty((slots(solver, mode), start.numel())) for _ in range(2))
     run = Run(solver, mode, start, drafts, predictions, fresh, watch)
@@ -77,7 +84,7 @@ def run_reference(
 
 
 def _with_copies(callback: Callback) -> Callback:
-    """Return the callback, given a state of its own each time."""
+    """Return the callback, called with a copy of the state."""
     return lambda k, state: callback(k, state.clone())
 
 

@@ -58,7 +58,7 @@ def make_solver(
     options: Mapping[str, Any] | None = None,
     strength: float = 1.0,
 ) -> Solver:
-    """Return the solver called `name` on a grid of `steps` steps; ValueError, saying what there is, for what is not.
+    """Return the solver called `name` on a grid of `steps` steps; raise ValueError for invalid options.
 
     `grid` holds options of `make_grid`, or of `flow_grid` where `prediction_type` is "flow"; `options` those of the
     solver. `strength` below 1 starts in the middle: the last `int(strength * steps)` steps alone are taken.
@@ -118,7 +118,7 @@ def _grid(name: str, named: _Named, steps: int, prediction_type: str, given: Map
 
 
 def _check(what: str, given: Mapping[str, Any], function: Callable[..., Any], own: tuple[str, ...]) -> None:
-    """Refuse options that a function does not have, and name those that it has."""
+    """Raise ValueError for options that a function does not have; the message lists those that it has."""
     known = [name for name in inspect.signature(function).parameters if name not in own]
     for name in given:
         if name not in known:

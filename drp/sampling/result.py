@@ -21,22 +21,22 @@ else:  # A client on a machine without torch has results too.
 class Result(Generic[Samples]):
     """What a run returns.
 
-    `samples` is float32 [B, ...], a torch tensor, or, of a client that was told so, a numpy array.
-
-    `rounds` (evaluations that had to follow one another) and `evaluations` are counted by the run. `seconds` is the
-    wall time of the sampling alone, without starting workers. `device_seconds` is the time spent in the denoiser, by
-    the evaluating processes' own clocks, over all of them.
-
-    `residuals` say, by index of the grid, how far from the refined state its prediction was taken, relative to that
-    state's norm, the largest among the samples; empty unless the mode is adaptive or they were asked for. `cuts` are
-    the indices to which an adaptive run advanced though it had predictions beyond: where drafts went stale.
-    `evaluated` says how often each index was evaluated: more than once in sweeps, in adaptive and window modes, where a
-    later prediction takes the place of an earlier one, and not at all where a window's offsets leave it out.
-
-    `dispatch` is "sync" or "async": whether workers were sent drafts ahead, see `drp.ExecutionOptions`; None where that
-    is not known: without workers, and at a client.
-
-    `incidents` say which workers were lost meanwhile, and how. Others took over; the samples are the same.
+    samples: float32 [B, ...], a torch tensor; a numpy array from a client with `arrays="numpy"`.
+    mode: the mode's name.
+    drafts: the maximum number of drafts per round.
+    steps: the number of solver steps.
+    devices: the names of the workers' devices.
+    rounds: the number of evaluations that had to follow one another.
+    evaluations: the number of all evaluations.
+    seconds: the wall time of the sampling, without starting workers.
+    device_seconds: the time spent in the denoiser, by the workers' clocks, summed over all workers; 0 if unknown.
+    residuals: by index, the distance between the refined state and the input of its prediction, relative to the state's
+        norm, the maximum over the samples; empty unless the mode is adaptive or `residuals` were requested.
+    cuts: the indices at which an adaptive run stopped advancing although it had predictions beyond.
+    evaluated: how many times each index was evaluated: several times in sweeps, windows and the adaptive mode, where a
+        later prediction replaces an earlier one, and not at all where a window's offsets leave it out.
+    incidents: the workers lost during the run, and how. The samples are the same, since other workers took over.
+    dispatch: "sync" or "async", see `drp.ExecutionOptions`; None without workers, and at a client.
     """
 
     samples: Samples
@@ -56,14 +56,13 @@ class Result(Generic[Samples]):
 
     @property
     def theory(self) -> float:
-        """The speed-up over one device, which takes a round a step, that this many rounds allow."""
+        """The speed-up that the number of rounds allows over one device, which takes one round per step."""
         return self.steps / self.rounds
 
     @property
     def speedup(self) -> float:
-        """The measured one: an evaluation's own time, once for each step, over the wall time.
+        """The measured speed-up: the mean time of an evaluation, times the number of steps, over the wall time.
 
-        Adaptive runs and sweeps evaluate some steps more than once, which one device would not. It is 0 where devices
-        report no times: GPUs with asynchronous dispatch.
+        It is 0 if the devices report no times, as GPUs with asynchronous dispatch.
         """
         return self.device_seconds / self.evaluations * self.steps / self.seconds

@@ -24,9 +24,9 @@ class SlotAllocator:
         return self.count * self.width
 
     def allocate(self, rows: int, used: Iterable[int]) -> int:
-        """Return the first row of a group that holds none of the rows `used`, for `rows` rows.
+        """Return the first of `rows` consecutive rows in groups without any of the rows `used`.
 
-        Raises ValueError if there is none: a mode of somebody's own keeps predictions for longer than was foreseen.
+        Raises ValueError if there are none, because a user's mode keeps predictions longer than was reserved for.
         """
         used = list(used)
         first = self.find(rows, used)
@@ -39,7 +39,7 @@ class SlotAllocator:
         return first
 
     def find(self, rows: int, used: Iterable[int]) -> int | None:
-        """Return the same, or None."""
+        """Return the same as `allocate`, or None instead of an error."""
         busy = {row // self.width for row in used}
         wanted = 1 if self.width > 1 else rows  # groups of a single row are taken several in a row
         run = 0
