@@ -73,7 +73,7 @@ class AsyncExecutor(Protocol):
         ...
 
     def submit(self, work: WorkItem) -> None:
-        """Queue an evaluation and its completion record. What this raises is raised before the draft was answered."""
+        """Queue an evaluation and its completion record. Errors are raised before the draft is answered."""
         ...
 
     def unbind(self, run: int) -> Any:
@@ -188,7 +188,7 @@ class ThreadStream:
 class HostWorkerEvent:
     """The event of this worker: its semaphore among those of all workers, signalled by the worker's thread.
 
-    It notifies the leader where the leader has asked for that.
+    It notifies the leader on request.
     """
 
     def __init__(self, lines: Tensor, config: AsyncConfig, stream: ThreadStream, wakeup: Wakeup | None) -> None:

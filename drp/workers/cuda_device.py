@@ -1,7 +1,7 @@
 """A worker's CUDA device: its stream, opened IPC memory, and copies in and out.
 
-Everything goes to one stream: a draft, its evaluation and its prediction must follow one another.
-The next draft's copy could only overlap if that were queued already, as it is by `drp.workers.cuda_executor`.
+All operations are queued on one stream, since the copy of a draft, its evaluation and the copy of its prediction depend
+on each other. `drp.workers.cuda_executor` overlaps copies with evaluations, since it knows the next draft in advance.
 """
 
 from __future__ import annotations

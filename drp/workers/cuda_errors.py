@@ -23,11 +23,11 @@ later call returns the same error."""
 
 
 def is_unrecoverable(error: BaseException) -> bool:
-    """Whether an error has left the process's CUDA context unusable, so that only another process can go on.
+    """Whether an error has left the process's CUDA context unusable.
 
-    torch raises these as torch.AcceleratorError, before 2.8 as RuntimeError, with CUDA's own text behind "CUDA error";
-    `drp.errors.CudaError` has it behind the call's name. Being out of memory is none: what was allocated for the
-    draft is freed.
+    torch raises these as torch.AcceleratorError, before 2.8 as RuntimeError, with CUDA's text after "CUDA error";
+    `drp.errors.CudaError` has it after the name of the call. A lack of memory is not such an error, since the memory
+    allocated for the draft is freed.
     """
     if isinstance(error, torch.cuda.OutOfMemoryError) or not isinstance(error, RuntimeError):
         return False

@@ -1,7 +1,7 @@
 """Asynchronous execution on a GPU: drafts are queued on CUDA streams.
 
-A run on a GPU is read and written by the compute stream itself. For one on the host there are
-copy streams beside it: the next draft comes in, and the last prediction goes out, while the GPU computes.
+The compute stream reads and writes runs on a GPU directly. For runs on the host there are copy streams as well, which
+copy the next draft in and the last prediction out while the GPU computes.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class CudaExecutor:
         self._last.synchronize()
 
     def close(self) -> None:
-        """Do nothing: the process ends."""
+        """Do nothing, since the process ends."""
 
 
 class PinnedEvent:
@@ -113,7 +113,7 @@ class PinnedEvent:
     def wait(self, number: int) -> None:
         """Wait until the leader's event completes; the leader ends a worker that takes too long.
 
-        It may be waiting for this GPU, and in vain: what a kernel did wrong is raised here.
+        The leader may be waiting for this GPU, so an error of a kernel is raised here.
         """
         while self._semaphore.completed_at(number) is None:
             self._semaphore.wait(number, RECHECK_INTERVAL)

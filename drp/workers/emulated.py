@@ -1,6 +1,6 @@
-"""Emulated devices: a worker that takes exactly as long as the device it stands in for, on any machine.
+"""Emulated devices: workers that take a given time for each evaluation, on any machine.
 
-Everything else is real: the process, the protocol, the memory. What it measures is what drp adds to the device's time.
+The process, the protocol and the memory are real, so a run on emulated devices measures what drp adds to their time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STAGGER_SHARE = 0.25
 
 
 class EvaluationTimes(NamedTuple):
-    """Of an evaluation, in seconds of perf_counter: it began, had its prediction, had it in its row, had sent it."""
+    """When an evaluation began, was computed, was in its row, and was received; seconds of perf_counter."""
 
     began: float
     predicted: float
@@ -29,7 +29,7 @@ class EvaluationTimes(NamedTuple):
 
 
 class EmulatedDevice:
-    """Takes the stated time for an evaluation, and for a link's transfers before and after it."""
+    """Takes the configured time for an evaluation, and for the transfers over its link before and after it."""
 
     def __init__(self, emulated: Emulated) -> None:
         self.emulated = emulated
@@ -38,10 +38,11 @@ class EmulatedDevice:
     def run(
         self, draft: Draft, nbytes: int, evaluate: Callable[[], object], since: float | None = None
     ) -> EvaluationTimes:
-        """Evaluate a draft of `nbytes`, and take the time for it; the prediction is there at the end of that.
+        """Evaluate a draft of `nbytes` bytes, and sleep until the device's time for it is over.
 
-        With `since` it is queued: it begins then, and the caller waits, not this. It then ends later than its time is
-        over only if this process was too slow for it. Transfers over the link are apart.
+        With `since`, the earliest time to begin, the evaluation is a queued one: this returns without sleeping, and the
+        caller waits for the returned times. It ends later than the device's time only if this process was too slow.
+        The transfers over the link are not part of the evaluation.
         """
         link = self.emulated.latency + (nbytes / self.emulated.bandwidth if self.emulated.bandwidth else 0.0)
         if since is not None:
@@ -58,12 +59,12 @@ class EmulatedDevice:
         return EvaluationTimes(began, ended, ended, sleep_until(ended + link) if link else ended)
 
     def seconds(self, run: int, index: int) -> float:
-        """Return the time of one evaluation: the same whenever this device evaluates this index of this run."""
+        """Return the time of an evaluation, which depends only on the device, the run and the index."""
         return seconds_of(self.emulated, run, index)
 
 
 def seconds_of(e: Emulated, run: int, index: int) -> float:
-    """Return the time that a device is to take for an index of a run."""
+    """Return the time of a device for an index of a run, in seconds."""
     if not e.jitter and not e.straggler_share:
         return e.seconds
     draws = random.Random(f"{e.number} {run} {index}")  # noqa: S311  # times, not secrets
@@ -72,10 +73,10 @@ def seconds_of(e: Emulated, run: int, index: int) -> float:
 
 
 def cheap(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-    """Predict next to nothing at next to no cost: x [B, ...] shrunk by a share that grows with t float32 [B]."""
+    """Return a cheap prediction: x [B, ...] scaled by a factor that depends on t, float32 [B]."""
     return x * (t / 2000.0).view(-1, *[1] * (x.dim() - 1))
 
 
 def load() -> Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]:
-    """Return `cheap` as a model, `drp.workers.emulated:load`: what `values=cheap` puts in the place of any other."""
+    """Return `cheap` as a model, `drp.workers.emulated:load`, which `values=cheap` uses in place of the model."""
     return cheap

@@ -1,4 +1,4 @@
-"""Entry: the first lines of a worker process. It sees to what must be so before torch is imported."""
+"""The entry point of a worker process, which prepares the process before torch is imported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from drp.workers.config import WorkerConfig
 
 
 def main(config: WorkerConfig) -> None:
-    """Run one worker until it is told to stop or its leader is gone."""
+    """Run a worker until it receives Stop or its leader ends."""
     parent_death.kill_with_parent(config.leader)
     words = os.open(config.crash_log, os.O_RDWR | os.O_CLOEXEC)
     faulthandler.enable(words)  # A crash in native code leaves its stack there.
@@ -42,9 +42,9 @@ def main(config: WorkerConfig) -> None:
 
 
 def _end() -> NoReturn:
-    """End at once, after what a model may have asked for: to take torch apart costs 0.4 s of a core, and is for nobody.
+    """End without the interpreter's finalization, which takes 0.4 s with torch; exit handlers of models are called.
 
-    Memory, descriptors and devices are the kernel's to give back, as it does when a worker is killed.
+    The kernel frees memory, descriptors and devices, as it does when a worker is killed.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -53,7 +53,7 @@ def _end() -> NoReturn:
 
 
 def _import_main(path: str) -> None:
-    """Run the main script under the name that multiprocessing gives it in children, and let it be `__main__` here."""
+    """Run the main script under the name that multiprocessing uses in children, and make it `__main__`."""
     process = multiprocessing.current_process()
     process._inheriting = True  # type: ignore[attr-defined]  # so that what it must not start refuses, as in any child
     multiprocessing.spawn.import_main_path(path)

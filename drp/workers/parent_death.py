@@ -1,4 +1,4 @@
-"""A worker ends with its leader, however the leader ends and whatever the worker is doing."""
+"""Ending a worker with its leader, however the leader ends and whatever the worker is doing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cache of a denoiser's predictions: real values at next to no cost."""
+"""A cache of a denoiser's predictions, for emulated devices with `values=recorded`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_NBYTES = 256 << 20
 
 
 class PredictionCache:
-    """Evaluates a denoiser once for each draft, timestep and conditions, which it knows again by their bits."""
+    """Evaluates a denoiser once for each combination of draft, timestep and conditions, compared by their bits."""
 
     def __init__(self, predict: Predict, max_nbytes: int = MAX_NBYTES) -> None:
         self._predict, self._max_nbytes = predict, max_nbytes
@@ -24,7 +24,7 @@ class PredictionCache:
         self._nbytes = 0
 
     def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Predict, or return what was predicted."""
+        """Return the cached prediction, or evaluate the denoiser."""
         key = digest({"x": x, "t": t, **{f"cond {name}": value for name, value in cond.items()}})
         if key in self._known:
             self._known.move_to_end(key)
@@ -38,7 +38,7 @@ class PredictionCache:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return 16 bytes for what the tensors are, on the CPU, and hold."""
+    """Return a digest of 16 bytes of CPU tensors: their names, dtypes, shapes and values."""
     made = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         made.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

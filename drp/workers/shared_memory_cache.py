@@ -12,16 +12,16 @@ MAX_ENTRIES = 4
 
 
 class SharedMemoryCache:
-    """Opens memory; what was asked for least lately goes first."""
+    """Opens memory, and keeps the most recently used memory open."""
 
     def __init__(self, max_nbytes: int = MAX_RETAINED_NBYTES) -> None:
         self._max_nbytes = max_nbytes
         self._kept: OrderedDict[int, SharedMemory] = OrderedDict()
 
     def open(self, handle: Handle, number: int) -> SharedMemory:
-        """Return memory of the leader's, by the number that it has there, 0 if it will not come again.
+        """Return memory of the leader, by its number; memory with the number 0 is not cached.
 
-        Raises ProtocolError if it is not as its handle says.
+        Raises ProtocolError if it does not match its handle.
         """
         memory = self._kept.pop(number, None)
         if memory is None or memory.nbytes != handle.nbytes:

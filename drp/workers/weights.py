@@ -1,4 +1,4 @@
-"""Weights: a module's parameters, moved into shared memory, one copy for all that can use it there, and its buffers."""
+"""Sharing of weights: the parameters of a module are moved to shared memory, and its buffers are copied from there."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from drp.protocol.memory import Memory, aligned
 
 
 class Weights:
-    """How a module's weights lie, one after the other, each aligned; nothing at all for a plain callable.
+    """The layout of a module's weights in memory, one after the other, each aligned; empty for a plain callable.
 
-    Each lies as a dense copy of it would: one in another memory format keeps that, and so the bits of what is computed.
-    Parameters are used where they lie. Buffers are copied out of there: a module may write to them in an evaluation.
+    Each tensor keeps its memory format, so that results have the same bits. Parameters are used in the shared memory;
+    buffers are copied, since a module may write to them in an evaluation.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
@@ -33,7 +33,7 @@ class Weights:
         self.layout = digest.hexdigest()
 
     def share(self, memory: Memory, publish: bool) -> None:
-        """Use the weights in `memory` from now on; copy this module's there first if it is to `publish` them."""
+        """Use the weights in `memory` from now on; with `publish`, copy this module's weights there first."""
         for tensor, stride, offset in self._places:
             shared = memory.tensor(offset, (tensor.numel(),), tensor.dtype).as_strided(tensor.shape, stride)
             if publish:
