@@ -66,6 +66,10 @@ log = logging.getLogger(__name__)
 class Engine:
     """Executes runs, submitted from any thread, on the workers of one pool. It has its own thread.
 
+    The module's docstring says what holds the engine's state. The engine itself has only the numbers of future runs
+    (`_numbers`), when a run's stream has more to execute (`_next_ready_time`), and the number of rounds that had begun
+    when drafts were last assigned (`_rounds_seen`).
+
     Attributes without an underscore may be read by tests and while debugging; only the engine's thread changes them.
     """
 

@@ -20,8 +20,9 @@ from drp.sampling.drafts import find_rule
 from drp.sampling.mode_selection import Choice, choose_rounds, choose_speedup, default_rule, make_mode
 from drp.sampling.mode_wrappers import PicardSweeps, Warmup
 from drp.sampling.modes import Mode, Window
+from drp.sampling.partial_sums import OperationQueue
 from drp.sampling.registry import make_solver
-from drp.sampling.run import Noise, OperationQueue, Run
+from drp.sampling.run import Noise, Run
 from drp.sampling.slot_allocator import slots
 from drp.sampling.solvers import Solver
 

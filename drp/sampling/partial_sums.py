@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,19 @@ from drp.sampling.linear import LinearCombination, Symbol
 
 Add = Callable[[Tensor, Tensor, Tensor, bool], None]
 """Adds a weighted term to sums: called with the sums, the weights, the term, and whether it is the first term."""
+
+
+class OperationQueue(Protocol):
+    """Executes a run's arithmetic later, in the order in which it was enqueued."""
+
+    def enqueue(self, do: Callable[[], object]) -> None:
+        """Execute `do` after what was enqueued before."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until everything was executed."""
+        ...
+
 
 _ORDER = {"state": 0, "input": 1, "noise": 2, "prediction": 3}
 SumOrder = Callable[[Symbol], tuple[int, ...]]

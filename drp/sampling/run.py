@@ -7,16 +7,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Protocol
 
-import numpy as np
 from torch import Tensor
 
 from drp.sampling.cached_plan import PlannedAdvance, PlannedRound, make_cached_plan
 from drp.sampling.checkpoint import Checkpoint, InFlightRound
 from drp.sampling.linear import LinearCombination, Symbol, state
 from drp.sampling.modes import Mode
-from drp.sampling.partial_sums import Add, PartialSum, Rows, add_term, state_order
+from drp.sampling.partial_sums import Add, OperationQueue, PartialSum, Rows, add_term, state_order
+from drp.sampling.residuals import residual
 from drp.sampling.slot_allocator import SlotAllocator, make_allocator
 from drp.sampling.solvers import Solver
 
@@ -25,18 +24,6 @@ Callback = Callable[[int, Tensor], None]
 
 Noise = Callable[[int], Tensor]
 """Called with a step's index; returns standard normal numbers shaped like the state, the same on every call."""
-
-
-class OperationQueue(Protocol):
-    """Executes a run's arithmetic later, in the order in which it was enqueued."""
-
-    def enqueue(self, do: Callable[[], object]) -> None:
-        """Execute `do` after what was enqueued before."""
-        ...
-
-    def synchronize(self) -> None:
-        """Wait until everything was executed."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -76,6 +63,20 @@ class Run:
         the state's norm; the maximum over the samples. Only in a mode with feedback, or with `watch`.
     cuts: the indices to which a mode with feedback advanced although it had predictions beyond.
     evaluated: how many times each index was evaluated. A later prediction replaces an earlier one.
+
+    The state, beside the constants of the run:
+
+        _plan, _position               the plan, and the position of its next event
+        _in_flight                     rounds whose predictions were not used yet, oldest first
+        _slots, _answers               by index, the slot of its draft; by slot, the row of its prediction
+        _states, _rows                 the matrix of states; by index, the row of its state
+        _slot_banks, _state_banks      which slots and rows of states are allocated together
+        _partial_states, _first        the sum for the last states of the next advance, and the first row of its states
+        _partial_drafts, _first_slot   the sum for the next drafts, and the first of their slots
+        _to_refine                     advances whose intermediate states were not computed yet
+        _measured                      with feedback: the first row and the residuals of the last round's states
+        _fresh                         by index, the noise that was drawn
+        _checkpoints                   checkpoints, whose slots and rows are not reused
     """
 
     def __init__(
@@ -386,15 +387,3 @@ class Run:
             assert self._noise is not None
             self._fresh[k] = self._noise(k).reshape(-1)
         return self._fresh[k]
-
-
-def residual(x: Tensor, given: Tensor, samples: int) -> float:
-    """Return the relative distance of a state [B * D] from the draft at its index, the maximum over the samples.
-
-    numpy is used because its order of summation does not depend on the number of threads, so that a mode's decisions
-    are reproducible.
-    """
-    x = x.double()
-    apart = (x - given.double()).view(samples, -1).cpu().numpy()
-    norms = np.sqrt(np.square(apart).sum(axis=1) / np.square(x.view(samples, -1).cpu().numpy()).sum(axis=1))
-    return float(norms.max())

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from drp.simulate.costs import Costs
     from drp.simulate.devices import Device, make_devices
-    from drp.simulate.engine import Outcome, simulate
+    from drp.simulate.engine import simulate
     from drp.simulate.load import Load
+    from drp.simulate.state import Outcome
 
 __all__ = ["Costs", "Device", "Load", "Outcome", "make_devices", "simulate"]
 
@@ -18,7 +19,7 @@ _HOMES = {
     "Costs": "costs",
     "Device": "devices",
     "Load": "load",
-    "Outcome": "engine",
+    "Outcome": "state",
     "make_devices": "devices",
     "simulate": "engine",
 }

@@ -10,10 +10,8 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-import statistics
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from drp.leader.engine import RUNS_PER_WORKER
 from drp.leader.events import EventKind, Timeline, TraceEvent
@@ -22,107 +20,10 @@ from drp.simulate.costs import SLEEP, Costs
 from drp.simulate.devices import Device
 from drp.simulate.load import Load
 from drp.simulate.schedule import Schedule, ScheduledDraft
+from drp.simulate.state import Outcome, SimulatedRun, SimulatedWorker
 
-REMEMBERED = 32
 NOTICE = 0.005
 """Seconds until the leader notices that a worker has died."""
-
-
-@dataclass
-class SimulatedRun:
-    """A simulated run, from its arrival to its end. Times are in seconds."""
-
-    number: int
-    arrived: float
-    schedule: Schedule
-    steps: int
-    began: float = 0.0
-    ended: float = 0.0
-    evaluations: int = 0
-    waiting: deque[ScheduledDraft] = field(default_factory=deque)
-    outstanding: set[ScheduledDraft] = field(default_factory=set)
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-    needs_refine: int | None = None
-
-    @property
-    def seconds(self) -> float:
-        """The time from the run's start to its end."""
-        return self.ended - self.began
-
-    @property
-    def latency(self) -> float:
-        """The time from the run's arrival to its end."""
-        return self.ended - self.arrived
-
-    @property
-    def median_latency(self) -> float | None:
-        """The median time of recent evaluations in seconds; None while there are fewer than 4."""
-        return statistics.median(self.recent) if len(self.recent) >= 4 else None
-
-
-@dataclass
-class SimulatedWorker:
-    """A simulated worker: the drafts that it has, and until when it is busy with them.
-
-    `generation` increases when the worker dies, and is negative while its death is scheduled.
-    """
-
-    number: int
-    device: Device
-    drafts: deque[tuple[SimulatedRun, ScheduledDraft]] = field(default_factory=deque)
-    since: float = 0.0
-    free_at: float = 0.0
-    fails_at: float = float("inf")
-    ready: bool = True
-    generation: int = 0
-    computed: float = 0.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of a simulation. Times are in seconds.
-
-    runs: the runs in the order of their ends.
-    devices: the number of devices.
-    duration: from the first arrival to the last end.
-    computed: the devices' time in evaluations, including lost and unnecessary ones.
-    hedged: the number of drafts sent to a second worker.
-    lost: the number of workers lost.
-    """
-
-    runs: tuple[SimulatedRun, ...]
-    devices: int
-    duration: float
-    computed: float
-    hedged: int
-    lost: int
-
-    @property
-    def throughput(self) -> float:
-        return len(self.runs) / self.duration
-
-    @property
-    def utilisation(self) -> float:
-        """The share of the devices' time that was spent computing."""
-        return self.computed / (self.devices * self.duration)
-
-    def latency(self, percentile: float) -> float:
-        """Return a percentile of the time from arrival to end."""
-        times = sorted(run.latency for run in self.runs)
-        return times[min(len(times) - 1, int(len(times) * percentile / 100))]
-
-    @property
-    def median(self) -> float:
-        """The median time from a run's start to its end."""
-        return statistics.median(run.seconds for run in self.runs)
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(run.seconds for run in self.runs)
-
-    def cost(self, price: float) -> float:
-        """Return the cost per run if each device costs `price` per hour, busy or idle."""
-        return price * self.devices * self.duration / 3600 / len(self.runs)
 
 
 def simulate(
@@ -151,7 +52,16 @@ def simulate(
 
 
 class _Simulation:
-    """The state of one simulation. `now` is the leader's time in seconds."""
+    """The state of one simulation.
+
+    now                      the leader's time in seconds
+    arrivals, submitted      times of requests to come; the number of requests so far
+    runs, done, numbers      current runs; finished runs; the numbers of future runs
+    worker_slots             the workers and their drafts
+    events, order            a heap of predictions and failures to come; a counter that breaks ties in it
+    draws                    the random number generator
+    hedged, lost             counts for the outcome
+    """
 
     def __init__(
         self,
@@ -179,7 +89,6 @@ class _Simulation:
         self.order = itertools.count()
         self.submitted = len(self.arrivals)
         self.hedged = self.lost = 0
-        self.asleep = True
 
     def run(self) -> Outcome:
         """Execute the loop until all runs are done."""

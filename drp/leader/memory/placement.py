@@ -41,6 +41,14 @@ class MemoryPlacement:
     Placement starts on the GPU of the first device, if that is a GPU, and falls back to the host permanently as soon as
     a worker cannot access that GPU's memory. Blocks of GPU memory are reused and freed only in `close`, since workers
     keep the blocks that they have opened. `init_device` is called in the thread that computes.
+
+        buffer_pool                             free memory on the host
+        _uuid                                   the GPU on which runs are placed, None for the host
+        _all, _free, _probes                    blocks of GPU memory: all, free ones, and by worker those of its probe
+        _counters, _counters_by_worker,         blocks of counters for workers on GPUs; by worker, its current counter;
+        _all_counters                           the counters of all workers that were ever started
+        wakeup, core_placement                  how workers wake the leader, and whether it has a core of its own
+        allows_async, nvtx, _options, _batch    from the options
     """
 
     def __init__(self, devices: Sequence[Device], options: ExecutionOptions, batch: int) -> None:

@@ -40,7 +40,22 @@ COMPLETION_POLL_INTERVAL = 0.001
 
 
 class AsyncRun(SyncRun):
-    """A run with asynchronous dispatch. It has its own stream, so that no run waits for another run's workers."""
+    """A run with asynchronous dispatch. It has its own stream, so that no run waits for another run's workers.
+
+    The state, in addition to that of `RunState`:
+
+        stream, _events                       the stream; the events and completion records in the run's memory
+        _in_flight, _pending                  batches that workers have; those that were added and are not verified
+        _batches_added, _batches_verified     the number of batches in each state so far
+        _batch_of, _reserved                  by slot, the batch of its draft, and the row reserved for its prediction
+        _rounds_formed, _rounds_of            the number of rounds scheduled; by draft index, its round
+        rounds_begun, _round_begun            the number of rounds begun; whether one began since the last placement
+        _base_depth                           the number of batches that workers should have
+        _checkpoints, _kept_states            what is kept until batches are verified: checkpoints and states
+        _evaluated                            the sizes and times of verified batches
+        _exhausted                            whether all drafts were scheduled
+        _last_recorded, _last_progress        the number of the leader's last event; when a batch was last verified
+    """
 
     binds_with_drafts = schedules_ahead = True
 

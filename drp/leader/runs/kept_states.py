@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from drp.protocol.timeline import Stream
-from drp.sampling.run import residual
+from drp.sampling.residuals import residual
 
 
 @dataclass(frozen=True)
