@@ -205,7 +205,7 @@ def test_the_command_line_writes_and_reads(tmp_path: Path) -> None:
     check_format(tmp_path / "run.json")
     said = CliRunner().invoke(main, ["trace", "summary", str(tmp_path / "run.json")])
     assert said.exit_code == 0, said.output
-    assert "6 evaluations on 2 device(s), 4 of them one after the other" in said.output
+    assert "6 evaluations on 2 device(s), 4 consecutive evaluations per run" in said.output
     assert "How each device spent the time" in said.output
     shown = json.loads(CliRunner().invoke(main, ["trace", "summary", str(tmp_path / "run.json"), "--json"]).stdout)
     assert [(path["evaluations"], path["rounds"]) for path in shown["paths"]] == [(6, 4)]
