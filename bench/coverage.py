@@ -20,10 +20,10 @@ import torch
 from bench.tables import update
 from drp.diffusers import reference
 from tests.pipelines import run
-from tests.tiny import flux, others, stable_diffusion
+from tests.tiny import flux, further, others, stable_diffusion
 
 STEPS = 7
-CASES = {**stable_diffusion.CASES, **flux.CASES, **others.CASES}
+CASES = {**stable_diffusion.CASES, **flux.CASES, **others.CASES, **further.CASES}
 LIMIT = 120
 """Seconds that a class may take."""
 HEAD = "| pipeline | one draft is exact | three drafts | why |"
@@ -42,8 +42,12 @@ class Row:
     def __str__(self) -> str:
         """Return the row of the table."""
         drafted = "sequential" if self.rounds == self.steps else f"{self.steps} steps in {self.rounds} rounds"
-        name = self.name.removesuffix("Pipeline")
-        return f"| {name} | {'yes' if self.exact else '**no**'} | {drafted} | {self.why} |"
+        return f"| {short(self.name)} | {'yes' if self.exact else '**no**'} | {drafted} | {self.why} |"
+
+
+def short(name: str) -> str:
+    """Return a class's name as the table has it."""
+    return name.replace("Pipeline", "")
 
 
 def look_at(name: str) -> Row:
@@ -92,10 +96,10 @@ def main() -> None:
         finally:
             signal.alarm(0)
         wrong |= not row.exact
-        rows[name.removesuffix("Pipeline")] = str(row)
+        rows[short(name)] = str(row)
         print(row, flush=True)
     if options.write:
-        update("pipeline classes", HEAD, rows, [name.removesuffix("Pipeline") for name in CASES])
+        update("pipeline classes", HEAD, rows, [short(name) for name in CASES])
     sys.exit(int(wrong))
 
 

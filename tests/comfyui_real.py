@@ -58,8 +58,8 @@ def model(flow: bool) -> Any:
     config.set_inference_dtype(torch.float32, None)
     kind = comfy.model_base.ModelType.FLOW if flow else comfy.model_base.ModelType.EPS
     made = comfy.model_base.BaseModel(config, model_type=kind, device=CPU).eval()
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, std=0.03)
+    for name, parameter in made.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.5 if "transformer_blocks" in name or "proj_out" in name else 0.1)
     return comfy.model_patcher.ModelPatcher(made, load_device=CPU, offload_device=CPU)
 
 

@@ -43,7 +43,7 @@ def flatten(value: Any, path: str = "") -> tuple[Json, list[Tensor], list[str]]:
             return {"map": items} if kind is dict else {"record": name_of(kind), "items": items}
         if kind in (torch.dtype, torch.device):
             return {kind.__name__: str(value).removeprefix("torch.")}
-        raise UnknownValueError(f"{path or 'an argument'} is a {kind.__name__}")
+        raise UnknownValueError(f"{path or 'an argument'} is a {kind.__name__}, which cannot be handed to workers")
 
     return walk(value, path), tensors, paths
 
@@ -91,5 +91,5 @@ def find(name: str) -> Any:
 
 def _key(key: Any, path: str) -> Any:
     if type(key) not in PLAIN:
-        raise UnknownValueError(f"{path or 'an argument'} has the key {key!r:.40}")
+        raise UnknownValueError(f"{path or 'an argument'} has the key {key!r:.40}, which cannot be handed to workers")
     return key

@@ -18,8 +18,11 @@ class Case:
     options: dict[str, Any]
 
     def make(self, name: str) -> Any:
-        """Build the pipeline; components that are not given are None."""
-        kind = getattr(diffusers, name)
+        """Build the pipeline of a class, after whose name a comma and a variant may stand.
+
+        Components that are not given are None.
+        """
+        kind = getattr(diffusers, name.partition(",")[0])
         needed = [p.name for p in inspect.signature(kind).parameters.values() if p.default is p.empty]
         pipe = kind(**{**dict.fromkeys(needed), **self.components()})
         pipe.set_progress_bar_config(disable=True)

@@ -323,6 +323,7 @@ CASES: dict[str, Case] = {
     "WanImageToVideoPipeline": Case(
         lambda: wan_image(4, expand_timesteps=True), {**VIDEO, **IMAGE_OF_VIDEO, "num_frames": 5}
     ),
+    "WanImageToVideoPipeline, Wan 2.1": Case(lambda: wan_image(12), {**VIDEO, **IMAGE_OF_VIDEO, "num_frames": 5}),
     "LTXPipeline": Case(lambda: parts(ltx()), LTX),
     "LTXImageToVideoPipeline": Case(lambda: parts(ltx()), {**LTX, **LARGER}),
     "LTXConditionPipeline": Case(lambda: parts(ltx()), {**LTX, **LARGER}),
