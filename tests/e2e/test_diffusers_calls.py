@@ -19,6 +19,7 @@ from diffusers import (
     KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
     PNDMScheduler,
+    PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
@@ -255,6 +256,14 @@ def test_a_patched_class_is_not_drafted(monkeypatch: pytest.MonkeyPatch) -> None
     [
         (FirstBlockCacheConfig(threshold=0.1), "FirstBlockCache enabled"),
         (TaylorSeerCacheConfig(), "TaylorSeerCache enabled"),
+        (
+            PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=2,
+                spatial_attention_timestep_skip_range=(100, 800),
+                current_timestep_callback=lambda: 500,
+            ),
+            "PyramidAttentionBroadcast enabled",
+        ),
     ],
 )
 def test_caches_are_refused_by_their_name_and_may_be_removed(config: Any, message: str) -> None:
