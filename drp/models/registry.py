@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import time
@@ -47,7 +48,7 @@ class Denoiser:
 
         The model runs in inference mode, or, if it computes gradients itself, under torch.no_grad().
         """
-        return self._run(lambda: self._predict(x, t, cond))
+        return self._run(lambda: self._predict(x.clone(), t.clone(), cond))
 
     def evaluate(
         self, inputs: Mapping[str, Tensor], timestep: float, cond: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
@@ -62,12 +63,12 @@ class Denoiser:
 
         Raises TypeError if the model's result does not have the shape of the input.
         """
-        fill = getattr(self.predict, "fill", None)
+        fill = self._fill
         if fill is not None:
             self._run(lambda: fill(inputs, timestep, cond, outputs))
             return time.perf_counter()
         x = inputs["x"]
-        predicted = self(x, torch.full(x.shape[:1], timestep, dtype=torch.float32, device=x.device), cond)
+        predicted = self._run(lambda: self._predict(x.clone(), _timesteps(x, timestep), cond))
         made = time.perf_counter()
         outputs["x"].copy_(predicted)
         return made
@@ -84,7 +85,7 @@ class Denoiser:
         Conditions whose first dimension is the number of samples are repeated for each draft. A model with a method
         `fill` evaluates one draft after the other.
         """
-        if hasattr(self.predict, "fill") or len(inputs) == 1:
+        if self._fill is not None or len(inputs) == 1:
             for each, timestep, output in zip(inputs, timesteps, outputs, strict=True):
                 made = self.evaluate(each, timestep, cond, output)
             return made
@@ -92,31 +93,41 @@ class Denoiser:
         samples = xs[0].shape[:1]
         if not samples:
             raise TypeError("a state without a first size cannot be batched; leave drafts_per_device at 1")
-        ts = [torch.full(samples, timestep, dtype=torch.float32, device=xs[0].device) for timestep in timesteps]
         given = {
             name: torch.cat([value] * len(xs)) if value.shape[:1] == samples else value for name, value in cond.items()
         }
-        predicted = self(torch.cat(xs), torch.cat(ts), given)
+        predicted = self._run(
+            lambda: self._predict(
+                torch.cat(xs), torch.cat([_timesteps(xs[0], timestep) for timestep in timesteps]), given
+            )
+        )
         made = time.perf_counter()
         for output, one in zip(outputs, predicted.chunk(len(xs)), strict=True):
             output["x"].copy_(one)
         return made
 
+    @functools.cached_property
+    def _fill(self) -> Callable[..., object] | None:
+        return getattr(self.predict, "fill", None)
+
     def _predict(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Evaluate x and t, to which the model may write, and copies of the conditions."""
         own = {name: value.clone(memory_format=torch.contiguous_format) for name, value in cond.items()}
+        shape, dtype, layout = x.shape, x.dtype, x.layout  # Before the model changes them, by x.squeeze_() for example.
         try:
-            predicted = self.predict(x.clone(), t.clone(), own)
+            predicted = self.predict(x, t, own)
             if (
                 not isinstance(predicted, Tensor)
-                or predicted.shape != x.shape
+                or predicted.shape != shape
                 or not predicted.is_floating_point()
-                or predicted.layout != x.layout
+                or predicted.layout != layout
             ):
-                raise TypeError(
-                    f"the denoiser returned {_described(predicted)}; it must return {_described(x)}, like its input"
-                )
+                due = _described(dtype, layout, shape)
+                raise TypeError(f"the denoiser returned {_kind(predicted)}; it must return {due}, like its input")
             # The result may be a view of a buffer that is about to be restored.
-            return predicted.to(x.dtype, copy=self.state.is_written)
+            if self.state.is_written:
+                return predicted.to(dtype, copy=True)
+            return predicted if predicted.dtype == dtype else predicted.to(dtype)
         finally:
             self.state.restore()
 
@@ -178,9 +189,16 @@ def load(name: str) -> Denoiser:
     return Denoiser(predict, spec, ModuleState(predict))
 
 
-def _described(value: object) -> str:
-    """Describe an argument or a result of a denoiser."""
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    dense = "" if value.layout == torch.strided else f" {value.layout}"
-    return f"{value.dtype}{dense} {list(value.shape)}"
+def _timesteps(x: Tensor, timestep: float) -> Tensor:
+    """Return the timestep of each sample of x, float32 [B], new memory."""
+    return torch.full(x.shape[:1], timestep, dtype=torch.float32, device=x.device)
+
+
+def _kind(value: object) -> str:
+    """Describe what a denoiser returned."""
+    return _described(value.dtype, value.layout, value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _described(dtype: torch.dtype, layout: torch.layout, shape: torch.Size) -> str:
+    dense = "" if layout == torch.strided else f" {layout}"
+    return f"{dtype}{dense} {list(shape)}"

@@ -51,17 +51,18 @@ class ModuleState:
     @property
     def is_written(self) -> bool:
         """Whether the last evaluation may have written to a buffer or replaced one by another tensor."""
+        if not self._tables:  # Most networks have no buffers, and this is asked after every evaluation.
+            return False
         return any(kept.is_written for kept in self._kept) or any(
             table.get(name) is not buffer for table, names in self._tables for name, buffer in names.items()
         )
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Restore buffers that were written or replaced."""
         for table, names in self._tables:
             table.update(names)
         for kept in self._kept:
             if kept.is_written:
-                with torch.inference_mode(kept.buffer.is_inference()):
+                with torch.no_grad(), torch.inference_mode(kept.buffer.is_inference()):
                     kept.buffer.copy_(kept.content)
                 kept.version = None
