@@ -51,7 +51,7 @@ class MessageHandler:
     def _done(self, worker_slot: WorkerSlot, sent: InFlightBatch) -> None:
         """Remove a batch that a worker has finished from its slot, and reset the slot's retry budget."""
         worker_slot.drafts.remove(sent)
-        worker_slot.since, worker_slot.retry_budget_used = self._supervisor.clock.now(), 0.0
+        worker_slot.on_draft_finished(self._supervisor.clock.now())
         release_rows(sent)
 
     def _on_prediction(

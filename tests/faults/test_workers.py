@@ -18,6 +18,7 @@ import torch
 import drp
 from drp import ExecutionOptions, Leader, WorkerError
 from drp.leader.scheduling.policies import LoadAdaptive
+from drp.leader.supervision.supervisor import SLOT_RETRY_COST
 from tests.conftest import leftovers, until, what_stays
 from tests.faults.injected import WHERE
 
@@ -142,6 +143,31 @@ def test_one_that_replaces_another_is_killed_as_it_starts(monkeypatch: pytest.Mo
         assert torch.equal(sample(leader, "aggressive").samples, expected("aggressive"))
 
 
+def test_kills_of_starting_workers_do_not_give_up_a_slot_while_another_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("drp.leader.supervision.supervisor.BACKOFF", 0.01)
+    monkeypatch.setattr("drp.leader.supervision.supervisor.MAX_BACKOFF", {"serving": 0.01, "down": 0.01})
+    with faulty(monkeypatch, "never", "", [], devices=2) as leader:
+        for turn in range(1, 26):
+            _kill_starting(leader, 1, turn)
+        until(lambda: leader.workers[1].state == "ready")
+        assert torch.equal(sample(leader, "aggressive").samples, expected("aggressive"))
+
+
+def test_kills_of_starting_workers_end_the_leader_at_a_deadline_if_none_is_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("drp.leader.supervision.supervisor.BACKOFF", 0.01)
+    with faulty(monkeypatch, "never", "", [], devices=1, start_timeout=20.0) as leader:
+        for turn in range(1, 12):
+            _kill_starting(leader, 0, turn)
+        leader._engine.supervisor._start_timeout = 0.1
+        pending = leader.submit(shape=SHAPE, steps=STEPS, drafts=3)
+        _kill_starting(leader, 0, 12)
+        with pytest.raises(WorkerError, match=r"no worker is left: worker 0 .* was killed by SIGKILL"):
+            pending.result(DEADLINE)
+        assert leader.closed
+
+
 def test_before_its_first_word(monkeypatch: pytest.MonkeyPatch) -> None:
     errors: list[BaseException] = []
 
@@ -180,8 +206,9 @@ def test_one_that_is_late_is_overtaken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_none_left_names_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no worker can be started any more, the end comes with every worker's own."""
     with faulty(monkeypatch, "during", "SIGKILL", [0, 1, 2]) as leader:
-        monkeypatch.setattr("drp.leader.supervision.supervisor.SLOT_RETRY_COST", {"outside": 1, "own": 1})
-        with pytest.raises(WorkerError, match=r"no worker is left: worker 0 .*SIGKILL.*; worker 1 .*; worker 2 "):
+        monkeypatch.setitem(SLOT_RETRY_COST, "own", 1)
+        leader._engine.supervisor._start_timeout = 0.1  # Nothing that replaces them is up so soon.
+        with pytest.raises(WorkerError, match=r"no worker is left: worker 0 (.|\n)*; worker 1 (.|\n)*; worker 2 "):
             sample(leader, "aggressive")
         with pytest.raises(WorkerError, match="closed; make a new one: no worker is left"):
             sample(leader, "aggressive")
@@ -194,6 +221,13 @@ def test_memory_that_a_worker_does_not_get(monkeypatch: pytest.MonkeyPatch) -> N
         pending = leader.submit(shape=(4, 1024, 1024), steps=4, drafts=2)
         assert pending.result(DEADLINE).incidents[0].startswith("worker 0 ")
         assert torch.equal(sample(leader, "aggressive").samples, expected("aggressive"))
+
+
+def _kill_starting(leader: Leader, number: int, turn: int) -> None:
+    """Kill a worker, which is the `turn`th that its slot loses."""
+    until(lambda: leader.workers[number].pid is not None and leader.workers[number].losses == turn - 1)
+    os.kill(leader.workers[number].pid or 0, signal.SIGKILL)
+    until(lambda: leader.workers[number].losses == turn)
 
 
 def _has_lost(leader: Leader, count: int) -> bool:

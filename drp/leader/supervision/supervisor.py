@@ -23,15 +23,18 @@ HEALTH_CHECK_INTERVAL = 1.0
 """Seconds between two checks of the heartbeats of idle workers."""
 MAX_MISSED_HEARTBEATS = 5
 """Consecutive checks without a new heartbeat after which an idle worker counts as lost."""
-BACKOFF = (0.5, 2.0)
-"""Seconds before a lost worker is replaced: the first delay, which doubles each time, and the maximum."""
+BACKOFF = 0.5
+"""Seconds before a lost worker is replaced. It doubles with each further loss in the slot, until a draft is finished."""
+MAX_BACKOFF = {"serving": 10.0, "down": 2.0}
+"""The maximum of the backoff, by whether another worker is ready."""
 DRAFT_RETRY_COST = {"outside": 1 / 4, "own": 1 / 3}
 """The share of a draft's retry budget that the loss of its worker uses. A draft is given up once the budget is used:
 after four losses by a signal from outside ("outside"), or three by a crash, a hang or an exit ("own")."""
-SLOT_RETRY_COST = {"shortage": 1 / 60, "outside": 1 / 20, "own": 1 / 8}
+SLOT_RETRY_COST = {"shortage": 1 / 60, "outside": 0.0, "own": 1 / 8}
 """The share of a worker slot's retry budget that a loss uses. The budget is restored when a worker finishes a draft.
 "shortage" means that no worker can be started because this process or the machine has no memory, descriptors or
-processes left; starting is tried for about two minutes."""
+processes left; starting is tried for at least two minutes. A signal from outside says nothing about the worker, so it
+uses no budget: the slot is given up only if no worker at all has been ready for `start_timeout`."""
 CRASH_SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
 
 log = logging.getLogger(__name__)
@@ -48,9 +51,15 @@ class WorkerSlot:
         restarting   a worker is to be started        None      starting, at the time `since`
         starting     the worker loads the model       set       ready; restarting or lost if it fails, or at `since`
         ready        the worker evaluates drafts      set       restarting or lost, if the worker is lost
-        lost         the retry budget is used         None      none
+        lost         the slot is given up             None      none
 
-    A slot whose worker is lost, or cannot be started, goes to restarting while it has retry budget, else to lost.
+    The state after a loss depends on its reason:
+
+        reason    the worker                          next state
+        own       failed, crashed, exited or hung     restarting while there is retry budget, else lost
+        shortage  could not be started                restarting while there is retry budget, else lost
+        outside   was ended by a signal from outside  restarting; lost if no worker of the leader was ready for
+                                                      `start_timeout`, counted from the last one that was
     """
 
     number: int
@@ -70,10 +79,16 @@ class WorkerSlot:
     restarting, the time at which the state ends."""
     retry_budget_used: float = 0.0
     """The share of the retry budget used since a worker last finished a draft."""
+    restarts: int = 0
+    """The number of restarts since a worker last finished a draft."""
     last_failure: str = ""
     """How the slot's last worker ended."""
     _last_heartbeat: int = -1
     _missed_heartbeats: int = 0
+
+    def on_draft_finished(self, now: float) -> None:
+        """Reset the retry budget and the backoff: the worker works."""
+        self.since, self.retry_budget_used, self.restarts = now, 0.0, 0
 
     def check_heartbeat(self) -> bool:
         """Count missed heartbeats of an idle worker; return False if there are too many.
@@ -117,12 +132,15 @@ class Supervisor:
             start_timeout,
         )
         self._next_health_check = clock.now() + HEALTH_CHECK_INTERVAL
+        self._down_since = clock.now()  # the time at which the last ready worker was lost, while none is ready
         self.ready: tuple[WorkerSlot, ...] = ()
         """Worker slots whose workers accept drafts."""
 
     def _set_state(self, worker_slot: WorkerSlot, state: SlotState) -> None:
-        worker_slot.state = state
+        was_serving, worker_slot.state = bool(self.ready), state
         self.ready = tuple(worker_slot for worker_slot in self.worker_slots if worker_slot.state == "ready")
+        if was_serving and not self.ready:
+            self._down_since = self.clock.now()
 
     @property
     def startup(self) -> WorkerStartup:
@@ -243,11 +261,15 @@ class Supervisor:
         return min([*times, self._next_health_check])
 
     def _schedule_restart(self, worker_slot: WorkerSlot, reason: Reason) -> None:
-        first, most = BACKOFF
-        pause = first * 2 ** min(10, round(worker_slot.retry_budget_used / SLOT_RETRY_COST["outside"]))
+        now = self.clock.now()
         worker_slot.retry_budget_used += SLOT_RETRY_COST[reason]
-        self._set_state(worker_slot, "lost" if worker_slot.retry_budget_used > 1 - 1e-9 else "restarting")
-        worker_slot.since = self.clock.now() + min(most, pause)
+        self._set_state(worker_slot, "restarting")
+        down_too_long = not self.ready and now - self._down_since >= self._start_timeout
+        if worker_slot.retry_budget_used > 1 - 1e-9 or (reason == "outside" and down_too_long):
+            self._set_state(worker_slot, "lost")
+        most = MAX_BACKOFF["serving" if self.ready else "down"]
+        worker_slot.since = now + min(most, BACKOFF * 2 ** min(10, worker_slot.restarts))
+        worker_slot.restarts += 1
 
     def close(self, grace: float = SHUTDOWN_TIMEOUT) -> None:
         """End all workers and free the shared weights."""
