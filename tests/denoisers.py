@@ -241,3 +241,17 @@ not_callable = None
 
 def return_nothing() -> None:
     return None
+
+
+def make_unseeded() -> torch.nn.Module:
+    """A network whose weights are drawn without a seed, for x of any shape that ends in 4."""
+
+    class Unseeded(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+            return torch.tanh(self.layer(x))
+
+    return Unseeded()

@@ -21,7 +21,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from drp.errors import RefusedError
 from drp.http.body import MAX_BODY, Body
@@ -30,6 +32,10 @@ from drp.http.jobs import Backend, ImageJob, Images, ProgressEvent
 PAGE = Path(__file__).with_name("page.html")
 LOOK = 0.5
 """Seconds after which is looked whether a client is still there."""
+
+TOO_LONG = f"the body is too long; a request has at most {MAX_BODY} bytes"
+REFUSED = {400: "the Host header names another server than this one; `drp http --allow-host` adds names", 413: TOO_LONG}
+"""The words for what middleware refuses, by status."""
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +52,10 @@ def make_app(backend: Backend, hosts: Sequence[str] = ("localhost", "127.0.0.1",
         yield
         await run_in_threadpool(backend.close)
 
-    app = FastAPI(title="drp", lifespan=closing, docs_url=None, redoc_url=None, max_body_size=MAX_BODY)
+    app = FastAPI(title="drp", lifespan=closing, docs_url=None, redoc_url=None)
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    app.add_middleware(_PlainTextErrors)  # The last one is the outermost.
     _answer_errors(app)
 
     @app.post("/v1/images/generations")
@@ -126,7 +134,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _refused(request: Request, error: HTTPException) -> Response:
-        what = f"{request.method} {request.url.path}: {error.detail}"
+        what = TOO_LONG if error.status_code == 413 else f"{request.method} {request.url.path}: {error.detail}"
         answer = _refusal(error.status_code, what)
         answer.headers.update(error.headers or {})
         return answer
@@ -134,6 +142,28 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def _failed(request: Request, error: Exception) -> Response:
         return _refusal(500, "an error of the gateway's own; its log says which")
+
+
+class _PlainTextErrors:
+    """Middleware that answers in OpenAI's form where the middleware inside it refuses a request in plain text."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refused: int | None = None
+
+        async def convert(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] in REFUSED:
+                kind = dict(message["headers"]).get(b"content-type", b"")
+                refused = message["status"] if kind.startswith(b"text/plain") else None
+            if refused is None:
+                await send(message)
+            elif message["type"] == "http.response.body" and not message.get("more_body"):
+                await _refusal(refused, REFUSED[refused])(scope, receive, send)
+
+        await self._app(scope, receive, convert)
 
 
 async def _images(work: ImageJob, request: Request) -> Images:

@@ -27,6 +27,7 @@ BUILT_IN = {
 }
 
 
+FACTORY_SEED = 0
 NEEDS_AUTOGRAD = ("nference tensor", "does not require grad")
 """Parts of the messages of torch's RuntimeError when a denoiser computes gradients in inference mode."""
 
@@ -165,13 +166,18 @@ def load(name: str) -> Denoiser:
     """Load a model into this process, for inference.
 
     A factory takes no arguments and returns a module or any callable `(x, t, cond) -> prediction`, which may have an
-    attribute `spec`, a `ModelSpec`. The state of torch's random number generator is restored after the factory has run.
+    attribute `spec`, a `ModelSpec`. It is called with torch's random number generators in a fixed state, so that the
+    weights it draws are the same in every process; the generators' own state is restored afterwards.
     """
     describe(name)
     factory: Any = importlib.import_module(BUILT_IN.get(name, (name,))[0].partition(":")[0])
     for attribute in BUILT_IN.get(name, (name,))[0].partition(":")[2].split("."):
         factory = getattr(factory, attribute)
-    with torch.random.fork_rng(devices=()):  # Only the CPU's generator: weights are initialized on the CPU.
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=gpus):
+        torch.default_generator.manual_seed(FACTORY_SEED)
+        for gpu in gpus:
+            torch.cuda.default_generators[gpu].manual_seed(FACTORY_SEED)
         predict = factory()
     if isinstance(predict, torch.export.ExportedProgram):
         predict = predict.module()

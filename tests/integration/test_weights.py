@@ -299,3 +299,14 @@ def test_what_is_done_is_named_in_ranges_if_that_is_asked_for(
     at = mine.index("step 1")
     assert mine[at - 1 : at + 2] == ["drp callback", "step 1", "end"]
     assert "drp refine" in mine[:at]
+
+
+def test_weights_drawn_without_a_seed_are_the_same_in_every_process() -> None:
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    run: dict[str, Any] = {"shape": (4,), "steps": 5}
+    expected = drp.reference("tests.denoisers:make_unseeded", **run).samples
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert torch.equal(drp.reference("tests.denoisers:make_unseeded", **run).samples, expected)
+    assert torch.equal(drp.sample("tests.denoisers:make_unseeded", **run).samples, expected)

@@ -24,7 +24,7 @@ HEALTH_CHECK_INTERVAL = 1.0
 MAX_MISSED_HEARTBEATS = 5
 """Consecutive checks without a new heartbeat after which an idle worker counts as lost."""
 BACKOFF = 0.5
-"""Seconds before a lost worker is replaced. It doubles with each further loss in the slot, until a draft is finished."""
+"""Seconds before a lost worker is replaced. It doubles with each loss in the slot until a draft is finished."""
 MAX_BACKOFF = {"serving": 10.0, "down": 2.0}
 """The maximum of the backoff, by whether another worker is ready."""
 DRAFT_RETRY_COST = {"outside": 1 / 4, "own": 1 / 3}
