@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from drp.comparison import compare
     from drp.errors import CudaError, DRPError, ProtocolError, RefusedError, WorkerError
     from drp.leader import ExecutionOptions, Leader, LeaderOptions
+    from drp.leader.remote import RemoteWorkers
     from drp.models import ModelSpec
     from drp.sampling.result import Result
 
@@ -31,6 +32,7 @@ __all__ = [
     "ModelSpec",
     "ProtocolError",
     "RefusedError",
+    "RemoteWorkers",
     "Result",
     "WorkerError",
     "compare",
@@ -49,6 +51,7 @@ _HOMES = {
     "ModelSpec": "drp.models",
     "ProtocolError": "drp.errors",
     "RefusedError": "drp.errors",
+    "RemoteWorkers": "drp.leader.remote",
     "Result": "drp.sampling.result",
     "WorkerError": "drp.errors",
     "compare": "drp.comparison",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any, cast
@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from drp import models
+from drp.leader.devices import Devices
 from drp.leader.execution import ExecutionOptions
 from drp.leader.job import make_job
 from drp.leader.leader import Leader, model_name
@@ -84,7 +85,7 @@ def check_options(model: str | Callable[[], Any], drafts: int, options: Options)
 def reference(
     model: str | Callable[[], Any] = "digits",
     *,
-    devices: int | str | Sequence[str] = 1,
+    devices: Devices = 1,
     threads: int = 1,
     drafts_per_device: int = 1,
     execution: ExecutionOptions | None = None,

@@ -218,6 +218,13 @@ def make_other_shapes() -> nn.Module:
     return Linear(os.getpid())
 
 
+def make_shifted() -> nn.Module:
+    """Weights that depend on the machine, for which the environment stands."""
+    model = Tiny()
+    model.scale += float(os.environ.get("DRP_TEST_SHIFT", "0"))
+    return model
+
+
 def fail_to_load() -> nn.Module:
     raise FileNotFoundError("weights of the test are not there")
 

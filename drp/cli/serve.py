@@ -68,13 +68,9 @@ def serve(
         import torch  # only now: --help need not wait for it
 
         from drp.leader import Leader
+        from drp.protocol.endpoint import check_address
         from drp.protocol.keys import Keys
-        from drp.server.endpoint import (
-            check_address,
-            check_descriptors,
-            default_address,
-            raise_descriptor_limit,
-        )
+        from drp.server.endpoint import check_descriptors, default_address, raise_descriptor_limit
         from drp.server.server import Server
         from drp.trace.record import record
 
@@ -107,15 +103,17 @@ def serve(
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.argument("clients", nargs=-1)
-def keys(directory: Path, clients: tuple[str, ...]) -> None:
-    """Make the keys of a server, and of CLIENTS by name, in DIRECTORY, where there are none yet.
+@click.option("-w", "--worker", "workers", multiple=True, help="Name of a worker on another machine; may be repeated.")
+def keys(directory: Path, clients: tuple[str, ...], workers: tuple[str, ...]) -> None:
+    """Make the keys of a server or leader, and of CLIENTS by name, in DIRECTORY, where there are none yet.
 
-    A client needs DIRECTORY/clients/NAME.key_secret and DIRECTORY/server.key, and nothing else of it.
+    A client needs DIRECTORY/clients/NAME.key_secret and DIRECTORY/server.key, and nothing else of it; a worker
+    DIRECTORY/workers/NAME.key_secret and DIRECTORY/server.key.
     """
     from drp.protocol.keys import make
 
     with plain_errors():
-        for path in make(directory, list(clients)):
+        for path in make(directory, list(clients), list(workers)):
             click.echo(f"made {path}")
 
 

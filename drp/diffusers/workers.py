@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from drp.diffusers.evaluators import Session
 from drp.diffusers.program import PROGRAM, Program, to_tensor
 from drp.diffusers.pytree import Json
-from drp.leader.devices import parse_devices
+from drp.leader.devices import Devices, parse_devices
 from drp.leader.events import Timeline
 from drp.leader.leader import Leader
 from drp.leader.scheduling.policies import Policy
@@ -31,7 +31,7 @@ class Workers:
 
     def __init__(
         self,
-        devices: int | str | Sequence[str] = 2,
+        devices: Devices = 2,
         *,
         threads: int | None = None,
         start_timeout: float = 120.0,
@@ -41,6 +41,11 @@ class Workers:
         placed = parse_devices(devices, 1)
         if any(device.emulated is not None and device.emulated.values != "model" for device in placed):
             raise ValueError(f"devices is {devices!r}: values other than the model's are for drp's own models only")
+        if any(device.remote is not None for device in placed):
+            raise ValueError(
+                "devices holds RemoteWorkers: a pipeline's weights are in this machine's shared memory, which workers "
+                "on other machines cannot open; name devices of this machine"
+            )
         if any(device.gpu is not None for device in placed):
             raise ValueError(
                 f"devices is {devices!r}: pipelines run on CPU workers so far; name cpu or emulated devices"

@@ -8,9 +8,10 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 from drp.leader.gpus import Gpu, find_gpus, has_gpus, visible
+from drp.leader.remote import RemoteWorkers
 from drp.protocol.messages import Emulated, Values
 
 MAX_WORKERS = 256
@@ -31,12 +32,17 @@ class Device:
     emulated: Emulated | None = None
     gpu: str | None = None
     """The GPU's UUID, None for other devices. A GPU's number may differ between processes."""
+    remote: RemoteWorkers | None = None
+    """The workers to which this one belongs if it is on another machine, where its device has a name of its own."""
+
+
+Devices: TypeAlias = "int | str | RemoteWorkers | Sequence[str | RemoteWorkers]"
 
 
 def parse_devices(
-    devices: int | str | Sequence[str], threads: int, find: Callable[[], tuple[Gpu, ...]] = find_gpus
+    devices: Devices, threads: int, find: Callable[[], tuple[Gpu, ...]] = find_gpus
 ) -> tuple[Device, ...]:
-    """Return one device for each worker.
+    """Return one device for each worker: those of this machine in the order of their names, then those of others.
 
     `devices` is a count, a name, a sequence of names, or names separated by commas; `8xNAME` repeats a name eight
     times. A count means GPUs if CUDA shows any, else cores; see `expand_count`. The names are:
@@ -56,18 +62,40 @@ def parse_devices(
       next GPU in turn. Its worker runs on the cores of the GPU's NUMA node. Several workers may share a GPU: `4xcuda`
       with one GPU starts four workers on it. One leader uses either GPUs or other devices. `find` returns the GPUs.
 
+    Beside names there may be one `RemoteWorkers`, whose devices are named where its workers run.
+
     Raises ValueError for an unknown device; the message lists the available ones.
     """
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
         raise ValueError(f"threads is {threads!r}; a worker needs 1 or more")
-    names = _names(expand_count(devices, None, find))
-    if not 1 <= len(names) <= MAX_WORKERS:
-        raise ValueError(f"{len(names)} devices; a run needs 1 to {MAX_WORKERS}")
+    local, remote = split_devices(devices)
+    names = _names(expand_count(local, None, find))
+    elsewhere = remote.count if remote is not None else 0
+    if not 1 <= len(names) + elsewhere <= MAX_WORKERS:
+        raise ValueError(f"{len(names) + elsewhere} devices; a run needs 1 to {MAX_WORKERS}")
+    here = _on_this_machine(names, threads, find)
+    return *here, *(Device(f"remote:{len(here) + place}", (), remote=remote) for place in range(elsewhere))
+
+
+def split_devices(devices: Devices) -> tuple[int | str | Sequence[str], RemoteWorkers | None]:
+    """Return the devices of this machine and the workers on others; raise ValueError for several kinds of those."""
+    if isinstance(devices, RemoteWorkers):
+        return (), devices
+    if isinstance(devices, int | str) or not isinstance(devices, Sequence):
+        return devices, None
+    remote = [each for each in devices if isinstance(each, RemoteWorkers)]
+    if len(remote) > 1:
+        raise ValueError(f"devices holds {len(remote)} RemoteWorkers; a leader listens at one address, so give one")
+    local = [each for each in devices if not isinstance(each, RemoteWorkers)]
+    return local if remote else devices, remote[0] if remote else None  # type: ignore[return-value]  # without remote
+
+
+def _on_this_machine(names: Sequence[str], threads: int, find: Callable[[], tuple[Gpu, ...]]) -> tuple[Device, ...]:
     cores = sorted(os.sched_getaffinity(0))
     placed = []
     if any(_is_gpu(name) for name in names):
         if not all(_is_gpu(name) for name in names):
-            raise ValueError(f"devices is {devices!r:.80}; GPUs and other devices do not mix: a leader has either")
+            raise ValueError(f"devices is {names!r:.80}; GPUs and other devices do not mix: a leader has either")
         gpus = cache(find)
         return tuple(_on_gpu(name, turn, gpus, cores) for turn, name in enumerate(names))
     for turn, name in enumerate(names):

@@ -76,7 +76,7 @@ class Engine:
     def __init__(self, model: str, options: LeaderOptions) -> None:
         devices, self._batch = options.worker_devices, options.drafts_per_device
         self.recorder, self._clock = EventRecorder(), Clock()
-        self._devices = tuple(device.name for device in devices)
+        self._worker_count = len(devices)
         self._numbers = itertools.count()
         self._next_ready_time = math.inf  # when a run's stream has more to execute
         self._rounds_seen = 0  # `rounds_begun` when drafts were last assigned
@@ -87,12 +87,12 @@ class Engine:
         with contextlib.ExitStack() as undo:
             self._requests = RequestQueue()
             undo.callback(self._requests.close_descriptor)
-            self.placement = MemoryPlacement(devices, options.execution, self._batch)
+            self.placement = MemoryPlacement(devices, options.effective_execution, self._batch)
             undo.callback(self.placement.close)
-            self.pool = WorkerPool(model, options.threads, options.python)
+            self.pool = WorkerPool(model, options.threads, options.python, options.remote)
             undo.callback(self.pool.close)
             self.supervisor = Supervisor(self.pool, model, devices, options.start_timeout, self.placement, self._clock)
-            self.runs = RunTable(self.supervisor, self.recorder, self._devices)
+            self.runs = RunTable(self.supervisor, self.recorder)
             self._scheduler = Scheduler(self.supervisor, self.runs, self.recorder, options.scheduling_policy)
             self._handler = MessageHandler(
                 self.supervisor, self.runs, self._scheduler, self.recorder, options.draft_timeout
@@ -168,7 +168,7 @@ class Engine:
 
     @property
     def _spare_rows(self) -> int:
-        return self._scheduler.policy.depth * len(self._devices) * self._batch
+        return self._scheduler.policy.depth * self._worker_count * self._batch
 
     # The loop.
 
@@ -237,7 +237,7 @@ class Engine:
         for work in list(new):
             if isinstance(work, Submission) and work.future.cancel_requested and not work.future.done():
                 work.future.set_exception(CancelledError())
-        while new and len(running) < RUNS_PER_WORKER * len(self._devices):
+        while new and len(running) < RUNS_PER_WORKER * self._worker_count:
             run = self._begin(new.popleft())
             if run is not None:
                 self.recorder.record("begin", run)
@@ -270,7 +270,7 @@ class Engine:
         return RunConfig(
             number=next(self._numbers) % 2**31,
             dispatch="async" if self.placement.allows_async and self._scheduler.policy.hedge is None else "sync",
-            workers=len(self._devices),
+            workers=self._worker_count,
             batch=self._batch,
             spare_rows=self._spare_rows,
             placement=self.placement,
@@ -378,10 +378,10 @@ class Engine:
             return WorkerError(*error.args) if error else CancelledError("the leader was closed")
 
         for run in self.runs.running.values():
-            run.finish(reason(), self._devices)
+            run.finish(reason(), self.supervisor.device_names)
         for work in self._requests.new:
             if isinstance(work, Session):
-                work.finish(reason(), self._devices)
+                work.finish(reason(), self.supervisor.device_names)
                 work.arena.close()
             elif not work.future.done():
                 work.future.set_exception(reason())

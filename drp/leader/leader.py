@@ -58,9 +58,9 @@ class WorkerStatus:
     @classmethod
     def of(cls, worker_slot: WorkerSlot) -> WorkerStatus:
         """Return the status of a worker slot."""
-        process = worker_slot.worker
-        pid = process.process.pid if process else None
-        lost = worker_slot.generation - (process is not None)
+        worker = worker_slot.worker
+        pid = worker.pid if worker else None
+        lost = worker_slot.generation - (worker is not None)
         name, drafts = worker_slot.device.name, sum(len(sent.tasks) for sent in list(worker_slot.drafts))
         return cls(worker_slot.number, name, worker_slot.state, pid, lost, drafts, worker_slot.last_failure)
 
@@ -152,7 +152,7 @@ class Leader:
     @property
     def devices(self) -> tuple[str, ...]:
         """The names of the workers' devices, by worker number."""
-        return tuple(device.name for device in self._options.worker_devices)
+        return self._engine.supervisor.device_names
 
     @property
     def closed(self) -> bool:

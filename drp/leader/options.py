@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypedDict
 
-from drp.leader.devices import Device, parse_devices
+from drp.leader.devices import Device, Devices, parse_devices, split_devices
 from drp.leader.execution import ExecutionOptions
+from drp.leader.remote import RemoteWorkers
 from drp.leader.scheduling.policies import Policy, find_policy
 from drp.protocol.messages import MAX_BATCHED
 
@@ -18,7 +18,7 @@ from drp.protocol.messages import MAX_BATCHED
 class LeaderArguments(TypedDict, total=False):
     """The keyword arguments of `Leader`; see `LeaderOptions`."""
 
-    devices: int | str | Sequence[str]
+    devices: Devices
     threads: int
     drafts_per_device: int
     policy: str | Policy
@@ -33,7 +33,8 @@ class LeaderOptions:
     """The options of a leader.
 
     devices: a count, of GPUs where CUDA shows any, else of cores, or names (`"cpu"`, `["cpu:0", "cpu:1"]`, `"4xcuda"`,
-        `"8xemulated:20ms"`); see `drp.leader.devices`.
+        `"8xemulated:20ms"`); see `drp.leader.devices`. `drp.RemoteWorkers`, alone or in a list with names, are workers
+        on other machines.
     threads: the number of threads of each worker.
     drafts_per_device: evaluate this many drafts of a round as one batch; see docs/gpus.md. By default the `drafts` of a
         run are then this many times the number of devices. The samples equal those of `drp.reference` with the same
@@ -51,7 +52,7 @@ class LeaderOptions:
     CUDA.
     """
 
-    devices: int | str | Sequence[str] = 1
+    devices: Devices = 1
     threads: int = 1
     drafts_per_device: int = 1
     policy: str | Policy = "load-adaptive"
@@ -71,6 +72,21 @@ class LeaderOptions:
                 f'hedge is {hedge}, but with dispatch="async" no draft is sent twice: it would wait for the later of '
                 'two predictions; give dispatch="auto" or another policy'
             )
+        if self.execution.dispatch == "async" and self.remote is not None:
+            raise ValueError(
+                'dispatch is "async", which needs memory that all workers share, but devices holds RemoteWorkers; give '
+                'dispatch="auto"'
+            )
+
+    @property
+    def remote(self) -> RemoteWorkers | None:
+        """The workers on other machines, if there are any."""
+        return split_devices(self.devices)[1]
+
+    @property
+    def effective_execution(self) -> ExecutionOptions:
+        """The execution options; with workers on other machines, dispatch is synchronous and runs lie on the host."""
+        return self.execution if self.remote is None else replace(self.execution, dispatch="sync", memory="host")
 
     @property
     def scheduling_policy(self) -> Policy:

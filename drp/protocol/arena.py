@@ -25,18 +25,22 @@ class Arena:
 
     drafts, predictions: the first tensor of all drafts [slots, D] and of all predictions [rows, D], with D elements. A
         run whose denoiser takes a state and returns a prediction like it has no other tensors.
+    slot_bytes, row_bytes, cond_bytes: the same memory as bytes [slots, bytes], [rows, bytes] and [bytes].
     """
 
     def __init__(self, memory: Memory, bind: Bind) -> None:
         self.memory = memory
         self.bind = bind
-        start = bind.slots * _stride(bind.inputs)
-        self._inputs = _slots(memory, 0, bind.slots, bind.inputs)
-        self._outputs = _slots(memory, start, bind.rows, bind.outputs)
+        rows, cond = bind.slots * _stride(bind.inputs), _cond_offset(bind)
+        self.end = _end(bind.cond, cond)
+        self.slot_bytes = memory.tensor(0, (bind.slots, _stride(bind.inputs)), torch.uint8)
+        self.row_bytes = memory.tensor(rows, (bind.rows, _stride(bind.outputs)), torch.uint8)
+        self.cond_bytes = memory.tensor(cond, (self.end - cond,), torch.uint8)
+        self._inputs = _by_name(self.slot_bytes, bind.inputs)
+        self._outputs = _by_name(self.row_bytes, bind.outputs)
         self.drafts = self._inputs[bind.inputs[0].name]
         self.predictions = self._outputs[bind.outputs[0].name]
         self.cond = {spec.name: _view(memory, spec) for spec in bind.cond}
-        self.end = _end(bind.cond, start + bind.rows * _stride(bind.outputs))
 
     def draft(self, slot: int) -> dict[str, Tensor]:
         """Return the tensors of the draft in a slot, by name."""
@@ -142,9 +146,18 @@ def _nbytes(spec: TensorSpec) -> int:
     return math.prod(spec.shape) * DTYPES[spec.dtype].itemsize
 
 
-def _slots(memory: Memory, start: int, slots: int, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
-    """Return each tensor of every slot as a matrix [slots, D]."""
-    rows = memory.tensor(start, (slots, _stride(specs)), torch.uint8)
+def nbytes_of(bind: Bind) -> int:
+    """Return the bytes of the memory that a Bind describes; raise ProtocolError if its tensors cannot be."""
+    return _end(bind.cond, _cond_offset(bind))
+
+
+def _cond_offset(bind: Bind) -> int:
+    """Return the offset of the first condition."""
+    return bind.slots * _stride(bind.inputs) + bind.rows * _stride(bind.outputs)
+
+
+def _by_name(rows: Tensor, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
+    """Return each tensor of every slot as a matrix [slots, D]; `rows` [slots, bytes] uint8 are the slots."""
     if any(spec.offset % ALIGNMENT for spec in specs):
         raise ProtocolError(f"a tensor of a slot does not begin at a multiple of {ALIGNMENT} bytes")
     return {spec.name: rows[:, spec.offset : spec.offset + _nbytes(spec)].view(DTYPES[spec.dtype]) for spec in specs}

@@ -6,53 +6,68 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import zmq
 import zmq.auth
 from zmq.utils import z85
 
 SECRET = ".key_secret"  # noqa: S105  # how files with one end
+Role = Literal["clients", "workers"]
 
 
 @dataclass(frozen=True)
 class Keys:
-    """A server's pair in Z85, and the directory with the public keys of the clients that it lets in."""
+    """A server's or leader's pair in Z85, and the names of the peers that it lets in, by public key.
+
+    Peers may be added and removed while a socket uses the keys.
+    """
 
     public: bytes
     secret: bytes
-    clients: Path
+    peers: dict[bytes, str]
 
     @classmethod
-    def read(cls, directory: Path) -> Keys:
-        """Return what `make` has put into a directory; raise ValueError that names a file without a usable key.
-
-        The clients' files are all read here: later, one that cannot be read would keep every client out.
-        """
+    def read(cls, directory: Path, role: Role = "clients") -> Keys:
+        """Return what `make` has put into a directory; raise ValueError that names a file without a usable key."""
         own, secret = pair(directory / f"server{SECRET}")
-        clients = directory / "clients"
-        if not clients.is_dir():
-            raise ValueError(f"{clients} is no directory with the public keys of clients; `drp keys` makes it")
-        for path in sorted(clients.glob("*.key")):
-            public(path)
-        return cls(own, secret, clients)
+        folder = directory / role
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no directory with the public keys of {role}; `drp keys` makes it")
+        return cls(own, secret, {public(path): path.stem for path in sorted(folder.glob("*.key"))})
+
+    @classmethod
+    def generate(cls) -> Keys:
+        """Return a new pair, which is in no file and lets nobody in yet."""
+        return cls(*zmq.curve_keypair(), {})
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Return whether a peer with this public key is let in; pyzmq's authenticator calls this."""
+        return key in self.peers
 
 
-def make(directory: Path, clients: list[str]) -> list[Path]:
-    """Make key pairs of a server and of clients in a directory, where there are none yet; return the new secret files.
+def make(directory: Path, clients: list[str], workers: list[str] | None = None) -> list[Path]:
+    """Make key pairs of a server, of clients and of workers, where there are none yet; return the new secret files.
 
-    A client needs its own secret file, `clients/NAME.key_secret`, and the server's public one, `server.key`.
+    A client needs its own secret file, `clients/NAME.key_secret`, and the server's public one, `server.key`; a worker
+    likewise with `workers/NAME.key_secret`.
     """
-    for name in clients:
-        if not re.fullmatch(r"[\w.-]{1,100}", name) or name.startswith("."):
-            raise ValueError(f"client {name!r}: a name has letters, digits, '-', '_' and '.'")
+    named: dict[Role, list[str]] = {"clients": clients, "workers": workers or []}
+    for role, names in named.items():
+        for name in names:
+            if not re.fullmatch(r"[\w.-]{1,100}", name) or name.startswith("."):
+                raise ValueError(f"{role[:-1]} {name!r}: a name has letters, digits, '-', '_' and '.'")
     made = []
-    for folder, name in ((directory, "server"), *((directory / "clients", name) for name in clients)):
+    pairs = [(directory, "server"), *((directory / role, name) for role, names in named.items() for name in names)]
+    for folder, name in pairs:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         secret = folder / f"{name}{SECRET}"
         if not secret.exists():
             secret.touch(mode=0o600)  # before there is anything in it
             zmq.auth.create_certificates(folder, name)
             made.append(secret)
-    (directory / "clients").mkdir(mode=0o700, exist_ok=True)
+    for role in named:
+        (directory / role).mkdir(mode=0o700, exist_ok=True)
     return made
 
 

@@ -16,6 +16,12 @@ worker -> leader   EvaluationError  the draft cannot be evaluated; the worker co
 leader -> worker   Unbind           the run is over
 leader -> worker   Stop             end
 worker -> leader   WorkerFailed     the worker cannot continue and ends
+
+Only over TCP, with a worker on another machine:
+
+leader -> worker   Ping             answer with the worker's clock
+worker -> leader   Pong             the worker's clock
+leader -> worker   Rejected         the leader does not use this worker, which ends
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ from typing import Annotated, Literal
 
 from drp.protocol.codec import Bounds, Length, numbers
 
-VERSION = 8
+VERSION = 9
 MAX_TENSORS = 1024
 """Maximum number of tensors of a draft, of a prediction or of conditions."""
 MAX_BATCHED = 255
@@ -104,10 +110,17 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Hello:
-    """The first message of a worker."""
+    """The first message of a worker.
+
+    host, device, gpu: where a worker on another machine is: the machine's name, the device's name there, and the
+        device's UUID if it is a GPU. Empty for a worker that the leader has started.
+    """
 
     version: Count
     pid: Count
+    host: Name = ""
+    device: Name = ""
+    gpu: Name = ""
 
 
 @dataclass(frozen=True)
@@ -158,11 +171,15 @@ class GpuConfig:
 
 @dataclass(frozen=True)
 class Load:
-    """Load a model by name, for an emulated device or a GPU if one is given."""
+    """Load a model by name, for an emulated device or a GPU if one is given.
+
+    digest: whether Loaded contains a digest of the weights' values, which takes about a second per gigabyte.
+    """
 
     model: Name
     emulated: Emulated | None = None
     gpu: GpuConfig | None = None
+    digest: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,12 +190,14 @@ class Loaded:
     nbytes: the number of bytes of the weights.
     layout: a digest of the names, dtypes, shapes, strides and offsets of the weights.
     probe_error: why the worker could not write to the probe; empty if it could, or if there was none.
+    digest: a digest of the weights' values; empty unless Load requests it.
     """
 
     spec: ModelSpec
     nbytes: Bytes
     layout: Name
     probe_error: Annotated[str, Length(2000)] = ""
+    digest: Name = ""
 
 
 @dataclass(frozen=True)
@@ -236,7 +255,8 @@ class AsyncConfig:
 class Bind:
     """A run begins.
 
-    memory, gpu: the run's memory; exactly one is not None.
+    memory, gpu: the run's memory; exactly one is not None. Over TCP both are None, and the worker allocates the memory
+        itself, see `drp.protocol.inline`.
     slots: the number of drafts, each of which has the tensors `inputs`.
     rows: the number of predictions, each of which has the tensors `outputs`. The offsets of inputs and outputs count
         from the beginning of the draft or prediction, see `arena.Arena`.
@@ -358,6 +378,28 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Ping:
+    """Answer with Pong. `sent` is when this was sent, in seconds of the leader's CLOCK_MONOTONIC."""
+
+    sent: Seconds
+
+
+@dataclass(frozen=True)
+class Pong:
+    """The answer to the Ping with this `sent`. `clock` is the worker's CLOCK_MONOTONIC, in seconds."""
+
+    sent: Seconds
+    clock: Seconds
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """The leader does not use this worker, or no longer, for this reason. The worker ends."""
+
+    reason: Annotated[str, Length(2000)]
+
+
+@dataclass(frozen=True)
 class WorkerFailed:
     """The worker cannot continue. `activity` is what it was doing."""
 
@@ -366,12 +408,13 @@ class WorkerFailed:
     traceback: Text
 
 
-ToWorker = Load | Share | WarmUp | Bind | Rebind | Draft | Unbind | Stop
-ToLeader = Hello | Loaded | Shared | WarmedUp | Bound | Prediction | EvaluationError | WorkerFailed
+ToWorker = Load | Share | WarmUp | Bind | Rebind | Draft | Unbind | Stop | Ping | Rejected
+ToLeader = Hello | Loaded | Shared | WarmedUp | Bound | Prediction | EvaluationError | WorkerFailed | Pong
 
 TO_WORKER: dict[str, type[ToWorker]] = {
-    kind.__name__: kind for kind in (Load, Share, WarmUp, Bind, Rebind, Draft, Unbind, Stop)
+    kind.__name__: kind for kind in (Load, Share, WarmUp, Bind, Rebind, Draft, Unbind, Stop, Ping, Rejected)
 }
 TO_LEADER: dict[str, type[ToLeader]] = {
-    kind.__name__: kind for kind in (Hello, Loaded, Shared, WarmedUp, Bound, Prediction, EvaluationError, WorkerFailed)
+    kind.__name__: kind
+    for kind in (Hello, Loaded, Shared, WarmedUp, Bound, Prediction, EvaluationError, WorkerFailed, Pong)
 }

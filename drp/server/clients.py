@@ -11,9 +11,9 @@ from typing import Final
 
 from drp.protocol.client_messages import ACK_TIMEOUT, HEARTBEAT_INTERVAL, SILENCE_TIMEOUT, Heartbeat, ToClient
 from drp.protocol.codec import encode
+from drp.protocol.endpoint import Endpoint
 from drp.protocol.frames import Frame
 from drp.protocol.memory import SharedMemory
-from drp.server.endpoint import Endpoint
 from drp.server.server_request import ServerRequest
 
 RETRY_INTERVAL: Final = 0.02

@@ -36,13 +36,14 @@ from drp.protocol.client_messages import (
     Welcome,
 )
 from drp.protocol.codec import decode
+from drp.protocol.endpoint import Endpoint
 from drp.protocol.frames import Frame, shape_of_samples
 from drp.protocol.keys import Keys
 from drp.protocol.tensors import Frames, shared
 from drp.sampling.result import Result
 from drp.server import options
 from drp.server.clients import ClientSession, ClientSessions
-from drp.server.endpoint import Endpoint, check_descriptors
+from drp.server.endpoint import check_descriptors
 from drp.server.evaluation_buffer import EvaluationBuffer
 from drp.server.metrics import Counts, prometheus
 from drp.server.server_request import ServerRequest
@@ -165,7 +166,7 @@ class Server:
             received = self._endpoint.receive()
             if received is None:
                 return
-            address, (head, *frames) = received
+            address, _, (head, *frames) = received
             try:
                 self._on_message(address, decode(bytes(head), TO_SERVER), frames)
             except ProtocolError as error:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import itertools
+import mmap
 import multiprocessing.spawn
 import os
 import signal
+import struct
 import sys
 import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 from drp.workers import parent_death
@@ -30,18 +34,22 @@ def main(config: WorkerConfig) -> None:
                 f"{sys.executable} is not the Python {wanted} that the leader runs; give its path as python="
             )
         os.environ["OMP_NUM_THREADS"] = str(config.threads)
-        from drp.workers.worker import Worker  # only now: torch sizes its thread pool when imported
+        # Only now: torch sizes its thread pool when imported.
+        from drp.protocol.messages import VERSION, Hello
+        from drp.protocol.transport import WorkerSocket
+        from drp.workers.worker import Worker
 
         if config.main is not None:
             _import_main(config.main)
-        Worker(config, words).run()
-        _end()
+        socket = WorkerSocket(config.listener.detach(), config.leader)
+        Worker(socket, Hello(VERSION, os.getpid()), config.threads, _heartbeat(words, config.heartbeat_offset)).run()
+        end()
     except BaseException:
         os.write(words, traceback.format_exc().encode()[-4000:])
         sys.exit(1)
 
 
-def _end() -> NoReturn:
+def end() -> NoReturn:
     """End without the interpreter's finalization, which takes 0.4 s with torch; exit handlers of models are called.
 
     The kernel frees memory, descriptors and devices, as it does when a worker is killed.
@@ -50,6 +58,12 @@ def _end() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _heartbeat(file: int, offset: int) -> Callable[[], None]:
+    """Return a function that counts heartbeats in a file of shared memory, a uint64 at this offset."""
+    memory, beats = mmap.mmap(file, 0), itertools.count(1)
+    return lambda: struct.pack_into("Q", memory, offset, next(beats))
 
 
 def _import_main(path: str) -> None:

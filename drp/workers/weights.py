@@ -32,6 +32,14 @@ class Weights:
             self.nbytes += aligned(tensor.numel() * tensor.element_size())
         self.layout = digest.hexdigest()
 
+    def digest(self) -> str:
+        """Return a digest of the values of all parameters and buffers, 32 hexadecimal digits."""
+        made = hashlib.blake2b(digest_size=16)
+        for tensor, _, _ in self._places:
+            flat = tensor.detach().cpu().contiguous().view(-1)
+            made.update(flat.view(torch.uint8).numpy().data)
+        return made.hexdigest()
+
     def share(self, memory: Memory, publish: bool) -> None:
         """Use the weights in `memory` from now on; with `publish`, copy this module's weights there first."""
         for tensor, stride, offset in self._places:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
-import os
-import struct
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -20,7 +17,6 @@ from drp.nvtx import annotate_methods
 from drp.protocol.arena import Arena
 from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import (
-    VERSION,
     BatchedDraft,
     Bind,
     Bound,
@@ -41,9 +37,7 @@ from drp.protocol.messages import (
     WarmUp,
     WorkerFailed,
 )
-from drp.protocol.transport import WorkerSocket
 from drp.workers.async_executor import AsyncExecutor, HostExecutor, WorkItem
-from drp.workers.config import WorkerConfig
 from drp.workers.cuda_errors import is_unrecoverable
 from drp.workers.emulated import EmulatedDevice, EvaluationTimes, cheap
 from drp.workers.prediction_cache import PredictionCache
@@ -62,6 +56,16 @@ ANSWER_HOLD_TIME, ANSWER_SPIN_TIME = 0.01, 0.001
 run's first draft is about to arrive, and the answer makes the leader wake other workers."""
 
 
+class Socket(Protocol):
+    """The socket to the leader."""
+
+    def send(self, message: ToLeader) -> None: ...
+
+    def receive(self, seconds: float, awake: float = 0.0) -> ToWorker | None: ...
+
+    def close(self) -> None: ...
+
+
 class Worker:
     """Handles the leader's messages in a worker process, one after the other.
 
@@ -77,12 +81,13 @@ class Worker:
         Stop     end                                    none
 
     An error of an evaluation is answered; any other error is reported with WorkerFailed and ends the worker.
+
+    beat: called about once a second, and before each message, to show that the main thread is alive.
     """
 
-    def __init__(self, config: WorkerConfig, words: int) -> None:
-        torch.set_num_threads(config.threads)
-        self._socket = WorkerSocket(config.listener.detach(), config.leader)
-        self._crash_log, self._heartbeat_offset, self._heartbeat = mmap.mmap(words, 0), config.heartbeat_offset, 0
+    def __init__(self, socket: Socket, hello: Hello, threads: int, beat: Callable[[], None] = lambda: None) -> None:
+        torch.set_num_threads(threads)
+        self._socket, self._hello, self._beat = socket, hello, beat
         self._denoiser: Denoiser | None = None
         self._weights = Weights(None)
         self._arenas: dict[int, Arena] = {}
@@ -92,9 +97,9 @@ class Worker:
         self._device: CudaDevice | None = None
         self._executor: AsyncExecutor | None = None
 
-    def run(self) -> None:
-        """Handle messages until Stop. An error is reported to the leader and ends the worker."""
-        self._socket.send(Hello(VERSION, os.getpid()))
+    def run(self) -> BaseException | None:
+        """Handle messages until Stop. An error is reported to the leader, returned, and ends the worker."""
+        self._socket.send(self._hello)
         message: ToWorker | None = None
         answers: list[ToLeader] = []
         try:
@@ -111,15 +116,17 @@ class Worker:
                     self._socket.send(self._evaluation_error(draft, error))
         except BaseException as error:  # Including SystemExit: a model's factory may parse arguments.
             self._socket.send(WorkerFailed(_activity(message), *_describe(error)))
+            return error
+        else:
+            return None
         finally:
             if self._executor is not None:
                 self._executor.close()
             self._socket.close()
 
     def _receive(self, holds: bool) -> ToWorker | None:
-        """Write a heartbeat; return the next message, or None at the timeout."""
-        self._heartbeat += 1
-        struct.pack_into("Q", self._crash_log, self._heartbeat_offset, self._heartbeat)
+        """Return the next message, or None at the timeout."""
+        self._beat()
         if holds:
             return self._socket.receive(ANSWER_HOLD_TIME, ANSWER_SPIN_TIME)
         return self._socket.receive(
@@ -168,7 +175,8 @@ class Worker:
         self._weights = Weights(self._denoiser.module)
         if how.emulated is not None and how.emulated.values == "recorded":
             self._denoiser = replace(self._denoiser, predict=PredictionCache(self._denoiser.predict))
-        return Loaded(self._denoiser.spec, self._weights.nbytes, self._weights.layout, unreached)
+        digest = self._weights.digest() if how.digest else ""
+        return Loaded(self._denoiser.spec, self._weights.nbytes, self._weights.layout, unreached, digest)
 
     def _share(self, share: Share) -> Shared:
         """Use the weights in the leader's memory, after copying this worker's weights there if it is to publish."""

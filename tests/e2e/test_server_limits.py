@@ -172,7 +172,7 @@ def test_a_client_waits_while_a_server_has_too_many_connections(served: Served) 
 
 UNREAD = """
 import sys, time, zmq
-from drp.server.endpoint import Endpoint
+from drp.protocol.endpoint import Endpoint
 
 endpoint = Endpoint("ipc://" + sys.argv[1])
 peer = zmq.Context().socket(zmq.DEALER)
@@ -230,7 +230,7 @@ def test_a_limit_that_there_are_no_descriptors_for_is_refused(monkeypatch: pytes
 def test_a_broken_key_of_one_client_is_named_at_the_start(tmp_path: Path, content: str) -> None:
     """Later it would keep every client out."""
     make(tmp_path, ["anna"])
-    assert Keys.read(tmp_path).clients == tmp_path / "clients"
+    assert [*Keys.read(tmp_path).peers.values()] == ["anna"]
     broken = tmp_path / "clients" / "broken.key"
     broken.write_text(content)
     with pytest.raises(ValueError, match=f"no key in {broken}: .*`drp keys` makes them, or remove the file"):

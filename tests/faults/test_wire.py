@@ -98,8 +98,8 @@ def test_a_flood_from_strangers_changes_nothing(tmp_path: Path) -> None:
     options = {"shape": (64,), "steps": 200, "mode": "aggressive"}
     expected = drp.reference("tests.denoisers:make_slow", devices=2, **options).samples  # type: ignore[arg-type]
     with Leader("tests.denoisers:make_slow", devices=2) as leader:
-        socket, before = leader.internals.pool.socket, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        endpoints = [socket.endpoint(worker.identity) for worker in leader.internals.pool.workers]
+        local, before = leader.internals.pool.local, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        endpoints = [local.socket.endpoint(worker.identity) for worker in local.workers]
         flood = python(["-c", FLOOD, *endpoints], tmp_path)
         assert flood.stdout is not None
         assert flood.stdout.readline() == "flooding\n"

@@ -32,7 +32,7 @@ from drp.leader.request import Request
 from drp.leader.runs.in_flight import PendingCompletion
 from drp.leader.scheduling.policies import LoadAdaptive
 from drp.leader.supervision.supervisor import WorkerSlot
-from drp.leader.supervision.worker_pool import WorkerProcess
+from drp.leader.supervision.worker import Encoded, Worker
 from drp.protocol.messages import ModelSpec, ToWorker
 from drp.protocol.timeline import (
     PENDING,
@@ -409,7 +409,7 @@ def test_others_are_left_alone_until_the_first_worker_has_its_draft() -> None:
     with Leader(TINY, devices=2, execution=DEVICE) as leader:
         send, on_bound = leader.internals.pool.send, leader.internals.runs.on_bound
 
-        def sent(worker: WorkerProcess, *messages: ToWorker | bytes) -> None:
+        def sent(worker: Worker, *messages: ToWorker | Encoded) -> None:
             if not any(isinstance(message, bytes) and b"Unbind" in message for message in messages):
                 events.append(worker.number)
             send(worker, *messages)

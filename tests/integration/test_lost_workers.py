@@ -93,7 +93,7 @@ def test_a_killed_worker_that_takes_its_time_to_end_is_given_back_in_the_end(mon
         patch.setattr(Process, "kill", kill_late)
         run = leader.sample(shape=SHAPE, steps=20)
         assert "sent Hello" in run.incidents[0]
-        assert leader.internals.pool.dying
+        assert leader.internals.pool.local.dying
     for timer in late:
         timer.join(DEADLINE)
     assert not what_stays(before)

@@ -29,7 +29,7 @@ def test_imports_follow_the_arrows() -> None:
         ("drp/protocol/codec.py", "import drp.sampling.linear"),
         ("drp/models/unet.py", "import drp.workers.entry"),
         ("drp/workers/worker.py", "import drp.leader.devices"),
-        ("drp/leader/supervision/worker_pool.py", "import drp.workers.entry"),
+        ("drp/leader/supervision/local.py", "import drp.workers.entry"),
     ],
 )
 def test_a_wrong_arrow_is_noticed(tmp_path: Path, file: str, line: str) -> None:

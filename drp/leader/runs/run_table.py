@@ -29,11 +29,11 @@ class RunTable:
     The memory of a run is released when it leaves `draining`.
     """
 
-    def __init__(self, supervisor: Supervisor, recorder: EventRecorder, devices: tuple[str, ...]) -> None:
+    def __init__(self, supervisor: Supervisor, recorder: EventRecorder) -> None:
         self.running: dict[int, RunState] = {}
         self.draining: dict[int, RunState] = {}
         self._to_bind: list[RunState] = []
-        self._supervisor, self._recorder, self._devices = supervisor, recorder, devices
+        self._supervisor, self._recorder = supervisor, recorder
 
     def charge(self, run: RunState) -> _Charge:
         """Return a context in which any exception ends this run. Code and data of a caller must not end the leader."""
@@ -171,7 +171,7 @@ class RunTable:
         try:
             run.cancel_queued()
         finally:
-            run.finish(error, self._devices)
+            run.finish(error, self._supervisor.device_names)
         self.release_if_idle(run)
 
     def release_if_idle(self, run: RunState) -> None:

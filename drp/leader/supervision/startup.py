@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from drp.errors import CudaError, WorkerError
 from drp.leader.devices import Device
 from drp.leader.memory.placement import MemoryPlacement
-from drp.leader.supervision.worker_pool import WorkerPool, WorkerProcess
+from drp.leader.supervision.worker import Worker
+from drp.leader.supervision.worker_pool import WorkerPool
 from drp.protocol.cuda import GpuMemory
 from drp.protocol.memory import Memory, SharedMemory
 from drp.protocol.messages import VERSION, Hello, Load, Loaded, Share, Shared, ToLeader, WarmedUp, WarmUp
@@ -26,9 +27,9 @@ class SharedWeights:
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
-        self.publisher: WorkerProcess | None = None
+        self.publisher: Worker | None = None
         self.published = False
-        self.waiting: list[WorkerProcess] = []
+        self.waiting: list[Worker] = []
 
 
 class WorkerStartup:
@@ -43,12 +44,15 @@ class WorkerStartup:
     There is one copy of the weights on the host for all workers on cores, and one on each GPU that has several workers.
     The first of these workers to load the model copies its weights there, and all of them use the copy. A GPU's only
     worker keeps its own weights, since a shared copy would need a CUDA context of the leader on that GPU. Workers on
-    GPUs compile, capture and warm up last, because the addresses of the weights must be final.
+    GPUs compile, capture and warm up last, because the addresses of the weights must be final. A worker on another
+    machine loads and keeps its own weights, whose digest must be that of all others.
     """
 
     def __init__(self, pool: WorkerPool, model: str, devices: Sequence[Device], placement: MemoryPlacement) -> None:
         self._pool, self._model, self._placement = pool, model, placement
         self._workers = Counter(device.gpu for device in devices)
+        self._digests = any(device.remote is not None for device in devices)
+        """Whether workers say a digest of their weights: those elsewhere load files of their own."""
         self._expected: dict[bytes, type[ToLeader]] = {}
         self._loaded_model: Loaded | None = None
         self._first_worker = ""
@@ -61,11 +65,11 @@ class WorkerStartup:
         assert self._loaded_model is not None
         return self._loaded_model
 
-    def add_worker(self, worker: WorkerProcess) -> None:
+    def add_worker(self, worker: Worker) -> None:
         """Begin the handshake with a worker that was just started."""
         self._expected[worker.identity] = Hello
 
-    def pending_step(self, worker: WorkerProcess) -> str:
+    def pending_step(self, worker: Worker) -> str:
         """Describe the step that a worker has not completed."""
         return {
             Hello: "start",
@@ -73,12 +77,12 @@ class WorkerStartup:
             Shared: "share its weights and start",
         }.get(self._expected[worker.identity], "compile, capture or warm its model and start")
 
-    def blocked_by(self, worker: WorkerProcess) -> WorkerProcess | None:
+    def blocked_by(self, worker: Worker) -> Worker | None:
         """Return the worker whose copy of the weights another worker waits for, None if it does not wait."""
         copy = self._shared_weights.get(worker.device.gpu)
         return copy.publisher if copy is not None and worker in copy.waiting else None
 
-    def on_message(self, worker: WorkerProcess, message: ToLeader) -> bool:
+    def on_message(self, worker: Worker, message: ToLeader) -> bool:
         """Handle a worker's message; return whether the worker is ready. Raises WorkerError if it cannot be used."""
         due = self._expected.get(worker.identity)
         if due is None:
@@ -89,10 +93,8 @@ class WorkerStartup:
             case Hello(version):
                 if version != VERSION:
                     raise WorkerError(f"{worker} speaks version {version} of the protocol, the leader {VERSION}")
-                load = Load(
-                    self._model, worker.device.emulated, self._placement.worker_config(worker.number, worker.device)
-                )
-                self._send(worker, load, Loaded)
+                config = self._placement.worker_config(worker.number, worker.device)
+                self._send(worker, Load(self._model, worker.device.emulated, config, self._digests), Loaded)
             case Loaded():
                 self._on_loaded(worker, message)
             case Shared(unreached):
@@ -101,7 +103,7 @@ class WorkerStartup:
                 del self._expected[worker.identity]
         return worker.identity not in self._expected
 
-    def remove_worker(self, worker: WorkerProcess) -> None:
+    def remove_worker(self, worker: Worker) -> None:
         """Remove a worker that has ended. If it was copying its weights, another worker does so instead."""
         self._expected.pop(worker.identity, None)
         copy = self._shared_weights.get(worker.device.gpu)
@@ -120,7 +122,7 @@ class WorkerStartup:
                 copy.memory.close()
         self._shared_weights.clear()
 
-    def _on_loaded(self, worker: WorkerProcess, loaded: Loaded) -> None:
+    def _on_loaded(self, worker: Worker, loaded: Loaded) -> None:
         """Have a worker share or use the weights, or continue where each worker keeps its own."""
         if self._loaded_model is None:
             self._loaded_model, self._first_worker = loaded, str(worker)
@@ -128,6 +130,14 @@ class WorkerStartup:
             raise WorkerError(
                 f"{worker} made other weights of {self._model!r} than {self._first_worker}; its factory must not vary"
             )
+        if loaded.digest != self._loaded_model.digest:
+            raise WorkerError(
+                f"{worker} has other weights of {self._model!r} than {self._first_worker}: their digests are "
+                f"{loaded.digest} and {self._loaded_model.digest}; give both machines the same files"
+            )
+        if not worker.shares_memory:
+            self._continue(worker)
+            return
         gpu = worker.device.gpu
         if gpu is not None and (
             why := self._placement.check_peer_access(worker.number, str(worker), loaded.probe_error)
@@ -155,7 +165,7 @@ class WorkerStartup:
             self._warn(gpu, f"the leader cannot share {nbytes} bytes there: {error}")
             return None
 
-    def _on_shared(self, worker: WorkerProcess, unreached: str) -> None:
+    def _on_shared(self, worker: Worker, unreached: str) -> None:
         gpu = worker.device.gpu
         copy = self._shared_weights[gpu]
         assert copy is not None
@@ -182,7 +192,7 @@ class WorkerStartup:
         while copy.published and copy.waiting:
             self._send(copy.waiting.pop(0), Share(handle, False, gpu), Shared)
 
-    def _continue(self, worker: WorkerProcess) -> None:
+    def _continue(self, worker: Worker) -> None:
         """Continue with a worker whose weights are at their final address: warm up on a GPU, else finish."""
         if worker.device.gpu is None:
             del self._expected[worker.identity]
@@ -192,6 +202,6 @@ class WorkerStartup:
     def _warn(self, gpu: str | None, why: str) -> None:
         log.warning("weights on %s are not shared by all its workers, and take memory once more each: %s", gpu, why)
 
-    def _send(self, worker: WorkerProcess, message: Load | Share | WarmUp, due: type[ToLeader]) -> None:
+    def _send(self, worker: Worker, message: Load | Share | WarmUp, due: type[ToLeader]) -> None:
         self._expected[worker.identity] = due
         self._pool.send(worker, message)

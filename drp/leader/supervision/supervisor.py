@@ -15,8 +15,8 @@ from drp.leader.devices import Device
 from drp.leader.memory.placement import MemoryPlacement
 from drp.leader.runs.in_flight import InFlightBatch
 from drp.leader.supervision.startup import WorkerStartup
-from drp.leader.supervision.worker_pool import SHUTDOWN_TIMEOUT, WorkerPool, WorkerProcess, failure
-from drp.protocol.codec import encode
+from drp.leader.supervision.worker import Encoded, Worker
+from drp.leader.supervision.worker_pool import SHUTDOWN_TIMEOUT, WorkerPool, failure
 from drp.protocol.messages import Bind, ToLeader, ToWorker, WorkerFailed
 
 HEALTH_CHECK_INTERVAL = 1.0
@@ -64,11 +64,11 @@ class WorkerSlot:
 
     number: int
     device: Device
-    worker: WorkerProcess | None = None
+    worker: Worker | None = None
     state: SlotState = "restarting"
     generation: int = 0
     drafts: deque[InFlightBatch] = field(default_factory=deque)
-    outbox: list[bytes] = field(default_factory=list)
+    outbox: list[Encoded] = field(default_factory=list)
     """Encoded messages to be sent with the next flush."""
     binds: dict[int, Bind] = field(default_factory=dict)
     """By run number, the Bind that describes the run's memory to the worker."""
@@ -143,6 +143,11 @@ class Supervisor:
             self._down_since = self.clock.now()
 
     @property
+    def device_names(self) -> tuple[str, ...]:
+        """The names of the workers' devices, by worker number."""
+        return tuple(worker_slot.device.name for worker_slot in self.worker_slots)
+
+    @property
     def startup(self) -> WorkerStartup:
         """The start-up handshake, which also knows the model's specification."""
         return self._startup
@@ -150,7 +155,7 @@ class Supervisor:
     def enqueue(self, worker_slot: WorkerSlot, message: ToWorker) -> None:
         """Queue a message for a worker, to be sent with the next `flush`; it is dropped if there is no worker."""
         if worker_slot.worker is not None:
-            worker_slot.outbox.append(encode(message))
+            worker_slot.outbox.append(worker_slot.worker.encode(message))
 
     def flush(self, worker_slots: Iterable[WorkerSlot]) -> None:
         """Send the queued messages, those of a worker together. A worker that has exited is noticed by `poll`."""
@@ -167,7 +172,7 @@ class Supervisor:
         self._set_state(worker_slot, "starting")
         self._startup.add_worker(worker_slot.worker)
 
-    def slot_of(self, worker: WorkerProcess) -> WorkerSlot:
+    def slot_of(self, worker: Worker) -> WorkerSlot:
         """Return a worker's slot."""
         return self.worker_slots[worker.number]
 
@@ -181,7 +186,7 @@ class Supervisor:
             return self.mark_dead(worker_slot, failure(worker, message))
         try:
             if self._startup.on_message(worker, message):
-                worker_slot.since = self.clock.now()
+                worker_slot.since, worker_slot.device = self.clock.now(), worker.device
                 self._set_state(worker_slot, "ready")
         except (MemoryError, OSError) as error:
             return self.mark_dead(worker_slot, f"not enough memory or descriptors for {worker}: {error}", "shortage")
@@ -200,7 +205,7 @@ class Supervisor:
         worker = worker_slot.worker
         assert worker is not None
         name, stopped = str(worker), worker.is_stopped
-        how, code = self._pool.retire(worker)
+        how, code = worker.retire(why)
         self._startup.remove_worker(worker)  # After the process has ended: another worker may reuse its memory.
         outside = stopped or (not why and code is not None and code < 0 and -code not in CRASH_SIGNALS)
         why += "; it was stopped" if stopped else ""
@@ -237,6 +242,8 @@ class Supervisor:
                     seconds = MAX_MISSED_HEARTBEATS * HEALTH_CHECK_INTERVAL
                     why = f"{worker_slot.worker} is idle and has sent no heartbeat for {seconds:g} s; is it stopped?"
                     losses.append(self.mark_dead(worker_slot, why))
+                elif worker_slot.worker is not None:
+                    worker_slot.worker.request_heartbeat()
         if all(worker_slot.state == "lost" for worker_slot in self.worker_slots):
             raise WorkerError(
                 "no worker is left: " + "; ".join(worker_slot.last_failure for worker_slot in self.worker_slots)

@@ -1,268 +1,100 @@
-"""The worker processes and the socket to them: starting workers, sending messages, and detecting exits."""
+"""The workers of one leader, in all places, and waiting for their messages."""
 
 from __future__ import annotations
 
-import importlib
-import logging
-import multiprocessing
 import os
-import signal
-import struct
-import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
-import zmq
-
-from drp.errors import ProtocolError
 from drp.leader.devices import Device
-from drp.leader.supervision.process import Process, find_interpreter
-from drp.protocol.memory import SharedMemory, require_openable
-from drp.protocol.messages import Stop, ToLeader, ToWorker, WorkerFailed
-from drp.protocol.transport import LeaderSocket
+from drp.leader.remote import RemoteWorkers
+from drp.leader.supervision.local import LocalPlace
+from drp.leader.supervision.remote import RemotePlace
+from drp.leader.supervision.worker import Encoded, Place, Worker
+from drp.protocol.messages import ToLeader, ToWorker, WorkerFailed
 
-WORKER_MODULE = "drp.workers.entry"
-CRASH_LOG_NBYTES = 16 * 1024
-"""Bytes of the log that a worker writes when it crashes. The heartbeat, an unsigned 64-bit count, follows it."""
 SHUTDOWN_TIMEOUT = 2.0
 """Seconds that a worker has to exit after Stop, before it is killed."""
-LAST_MESSAGE_TIMEOUT = 0.05
-"""Seconds to wait for the last message of a worker whose process has exited by itself."""
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class WorkerProcess:
-    """A worker process as the leader sees it. `identity` is its address on the leader's socket.
-
-    A replacement has the number of the lost worker and the next generation, and therefore another identity. Late
-    messages of the previous process are ignored.
-    """
-
-    number: int
-    generation: int
-    identity: bytes
-    device: Device
-    process: Process
-    crash_log: SharedMemory
-
-    def __str__(self) -> str:
-        return f"worker {self.number} ({self.device.name}, process {self.process.pid})"
-
-    @property
-    def heartbeat(self) -> int:
-        """The count of the main thread's loop iterations, at least one per `drp.workers.worker.RECEIVE_TIMEOUT`."""
-        return int(struct.unpack_from("Q", self.crash_log.view(), CRASH_LOG_NBYTES)[0])
-
-    @property
-    def is_stopped(self) -> bool:
-        """Whether the process is stopped, by SIGSTOP or by a debugger."""
-        try:
-            return psutil.Process(self.process.pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-        except (psutil.Error, OSError, MemoryError):  # The process is gone, or there is no free descriptor.
-            return False
-
-    @property
-    def exit_code(self) -> int | None:
-        """The exit code, or minus the number of the signal that ended the process; None if it has not ended."""
-        self.process.join(1.0)
-        return self.process.exitcode
-
-    def describe_exit(self, code: int | None) -> str:
-        """Describe how a worker ended with this exit code, including its crash log."""
-        how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
-        if code is None:
-            how = "was killed, and has not ended yet"
-        words = self.crash_log.read()[:CRASH_LOG_NBYTES].rstrip(b"\0").decode(errors="replace").strip()
-        return f"{how}; " + (f"its crash log:\n{words}" if words else "its crash log is empty")
 
 
 class WorkerPool:
-    """The worker processes of one leader, which `close` ends.
+    """The workers of one leader, which `close` ends.
 
     Only one thread may use it. That thread must live as long as the workers, which end with it.
+
+    remote: describes the workers on other machines, if there are any.
     """
 
-    def __init__(self, model: str, threads: int, python: str | os.PathLike[str] | None = None) -> None:
-        _refuse_inside_import()
-        require_openable()
+    def __init__(
+        self,
+        model: str,
+        threads: int,
+        python: str | os.PathLike[str] | None = None,
+        remote: RemoteWorkers | None = None,
+    ) -> None:
         self.owner = os.getpid()
-        self._python = find_interpreter(python)
-        self._main = _main_script() if model.startswith("__main__:") else None
-        self.workers: list[WorkerProcess] = []
-        self.dropped = 0
+        self.remote = RemotePlace(remote) if remote is not None else None
+        try:
+            self.local = LocalPlace(model, threads, python)
+        except BaseException:
+            if self.remote is not None:
+                self.remote.close(0.0)
+            raise
+        self._places: tuple[Place, ...] = (self.local,) if self.remote is None else (self.local, self.remote)
+        for fd in self.remote.descriptors if self.remote is not None else ():
+            self.watch(fd)
+
+    @property
+    def dropped(self) -> int:
         """Number of messages dropped because they were malformed or from an unknown sender."""
-        self._threads = threads
-        self._ended: set[int] = set()
-        self.dying: list[WorkerProcess] = []
-        """Workers that were killed and have not ended: the kernel may take seconds on an overloaded machine."""
-        self.socket = LeaderSocket()
+        return sum(place.dropped for place in self._places)
 
-    def spawn(self, number: int, generation: int, device: Device) -> WorkerProcess:
-        """Start a worker, which the kernel ends together with the calling thread."""
-        entry = importlib.import_module(WORKER_MODULE)
-        identity = f"worker-{number}-{generation}"
-        words = SharedMemory.create(CRASH_LOG_NBYTES + 8)
-        try:
-            listener = self.socket.invite(identity.encode())
-        except BaseException:
-            words.close()
-            raise
-        try:
-            config = entry.WorkerConfig(
-                identity=identity,
-                listener=listener,
-                leader=os.getpid(),
-                crash_log=f"/proc/{os.getpid()}/fd/{words.handle.fd}",
-                heartbeat_offset=CRASH_LOG_NBYTES,
-                cores=device.cores,
-                threads=self._threads,
-                version=sys.version_info[:2],
-                main=self._main,
-            )
-            process = Process(self._python, identity, entry.main, (config,))
-            process.start()
-        except BaseException:
-            self.socket.dismiss(identity.encode())
-            words.close()
-            raise
-        finally:
-            listener.close()
-        worker = WorkerProcess(number, generation, identity.encode(), device, process, words)
-        try:
-            self.socket.watch(process.sentinel)  # Before its first message, so that an early exit is noticed.
-        except OSError:  # The kernel has no memory for the watch.
-            process.kill()
-            self.dying.append(worker)
-            self.socket.dismiss(worker.identity)
-            raise
-        self.workers.append(worker)
-        return worker
+    def spawn(self, number: int, generation: int, device: Device) -> Worker:
+        """Start a worker where its device is."""
+        if device.remote is None:
+            return self.local.start(number, generation, device)
+        assert self.remote is not None
+        return self.remote.start(number, generation, device)
 
-    def send(self, worker: WorkerProcess, *messages: ToWorker | bytes) -> None:
-        """Send messages together. A worker whose queue is full is killed; `poll` reports workers that have ended."""
-        try:
-            self.socket.send(worker.identity, *messages)
-        except zmq.Again:
-            log.warning("%s does not take its messages and is ended", worker)
-            worker.process.kill()
-        except zmq.ZMQError as error:
-            log.debug("%s is gone: %s", worker, error)
+    def send(self, worker: Worker, *messages: ToWorker | Encoded) -> None:
+        """Send messages together. A worker that takes none is ended; `poll` reports workers that have ended."""
+        worker.send(*messages)
 
     def watch(self, fd: int) -> None:
         """Make `poll` also return when this descriptor is ready."""
-        self.socket.watch(fd)
+        self.local.socket.watch(fd)
 
     def sleep(self, deadline: float) -> set[int]:
         """Sleep until the deadline or until `poll` has work; return the ready descriptors. May return early."""
-        return self.socket.sleep(deadline - time.monotonic())
+        return self.local.socket.sleep(deadline - time.monotonic())
 
-    def poll(self, deadline: float, wakeup: int) -> tuple[WorkerProcess, ToLeader | None] | None:
+    def poll(self, deadline: float, wakeup: int) -> tuple[Worker, ToLeader | None] | None:
         """Return the next message with its worker, or a worker that has ended, with None in place of the message.
 
         A worker's messages are returned before its end. Returns None at the deadline, and when the eventfd `wakeup` is
         ready, which is then reset.
         """
-        has_message, ready = self.socket.poll(deadline - time.monotonic())
+        # The descriptor of a ZeroMQ socket does not show messages that came while the socket was used for sending.
+        if self.remote is not None and (got := self.remote.receive_now() or self.remote.find_ended(set())):
+            return got
+        has_message, ready = self.local.socket.poll(deadline - time.monotonic())
         if wakeup in ready:
             os.eventfd_read(wakeup)
-        if has_message and (got := self.receive_now()):
-            return got
-        for worker in self.workers:
-            if worker.process.sentinel not in ready:
-                continue
-            if worker.number not in self._ended and (worker.exit_code or 0) >= 0:
-                self._ended.add(worker.number)
-                self.socket.wait(LAST_MESSAGE_TIMEOUT)
-                if got := self.receive_now():
-                    return got
-            return worker, None
-        return None
+        if (has_message or self.remote is not None) and (received := self.receive_now()):
+            return received
+        return next((ended for place in self._places if (ended := place.find_ended(ready))), None)
 
-    def receive_now(self) -> tuple[WorkerProcess, ToLeader] | None:
+    def receive_now(self) -> tuple[Worker, ToLeader] | None:
         """Return a waiting message with its worker, or None. Malformed messages and unknown senders are dropped."""
-        while True:
-            try:
-                identity, message = self.socket.receive()
-            except zmq.Again:
-                return None
-            except ProtocolError as error:
-                self._drop(f"no message: {error}")
-                continue
-            worker = next((w for w in self.workers if w.identity == identity), None)
-            if worker is not None:
-                return worker, message
-            self._drop(f"a {type(message).__name__} from {identity!r}, which is no worker")
-
-    def _drop(self, what: str) -> None:
-        self.dropped += 1
-        if self.dropped & (self.dropped - 1) == 0:  # Log the 1st, 2nd, 4th, ... only, so that a flood is not logged.
-            log.warning("dropped %s (%d so far)", what, self.dropped)
-
-    def retire(self, worker: WorkerProcess) -> tuple[str, int | None]:
-        """Kill a worker if it still runs, and free its resources; return how it ended and its exit code."""
-        self.workers.remove(worker)
-        self._ended.discard(worker.number)
-        self.socket.forget(worker.process.sentinel)
-        self.socket.dismiss(worker.identity)
-        worker.process.kill()
-        code = worker.exit_code
-        how = worker.describe_exit(code)
-        self.dying = [other for other in (*self.dying, worker) if not _released(other)]
-        return how, code
+        return next((got for place in self._places if (got := place.receive_now())), None)
 
     def close(self, grace: float = SHUTDOWN_TIMEOUT) -> None:
         """End all workers with Stop and, after `grace` seconds, with SIGKILL; free all memory and sockets."""
         if os.getpid() != self.owner:
             return  # In a forked child, the workers belong to the parent.
-        workers, self.workers = [*self.workers, *self.dying], []
-        deadline = time.monotonic() + grace
-        for worker in workers if grace > 0 else ():
-            self.send(worker, Stop())
-        for worker in workers:
-            worker.process.join(max(0.0, deadline - time.monotonic()))
-        for worker in workers:
-            if worker.process.is_alive():
-                worker.process.kill()
-        for worker in workers:
-            worker.process.join(5.0)
-            if not _released(worker):
-                log.warning("%s does not end, though it was killed", worker)
-                worker.crash_log.close()
-        self.socket.close()
+        for place in reversed(self._places):
+            place.close(grace)
 
 
-def _released(worker: WorkerProcess) -> bool:
-    """Free a worker's resources if its process has ended; return whether it has."""
-    if worker.process.is_alive():
-        return False
-    worker.process.close()
-    worker.crash_log.close()
-    return True
-
-
-def failure(worker: WorkerProcess, failed: WorkerFailed) -> str:
+def failure(worker: Worker, failed: WorkerFailed) -> str:
     """Describe the failure that a worker reported before it ended."""
     return f"{worker} failed {failed.activity}: {failed.error}\n{failed.traceback}"
-
-
-def _main_script() -> str:
-    """Return the path of the main script, for a model that is defined there."""
-    path = getattr(sys.modules["__main__"], "__file__", None)
-    if path is None or not Path(path).is_file():
-        raise ValueError(
-            "the model is made in __main__, which no worker can import: it has no file; put it in a module"
-        )
-    return str(Path(path).absolute())
-
-
-def _refuse_inside_import() -> None:
-    """Raise RuntimeError in a process that is importing the main script, where it would start leaders recursively."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise RuntimeError(
-            "this script starts drp while it is being imported by a worker; put what it does under "
-            "if __name__ == '__main__':"
-        )

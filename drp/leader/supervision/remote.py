@@ -1,0 +1,290 @@
+"""Workers on other machines, which dial in over TCP; see drp/protocol/SPEC.md and `drp.protocol.inline`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+from drp.errors import ProtocolError
+from drp.leader.devices import Device, parse_emulated
+from drp.leader.remote import RemoteWorkers
+from drp.leader.supervision.worker import Encoded
+from drp.protocol.arena import Arena
+from drp.protocol.codec import decode, encode
+from drp.protocol.endpoint import Endpoint
+from drp.protocol.frames import Frame
+from drp.protocol.inline import LeaderFrames
+from drp.protocol.messages import (
+    TO_LEADER,
+    VERSION,
+    Bind,
+    Hello,
+    Ping,
+    Pong,
+    Prediction,
+    Rejected,
+    Stop,
+    ToLeader,
+    ToWorker,
+    WorkerFailed,
+)
+
+MAX_IO_THREADS: Final = 4
+"""Maximum number of threads that encrypt; one encrypts about 730 MB/s."""
+PROBE_TIME: Final = 3.0
+"""Seconds after the end of a connection for which all workers are probed: ZeroMQ does not say whose connection it was,
+and may still accept messages for it when it reports the end."""
+CLOCK_SAMPLES: Final = 32
+"""Number of recent round trips of which the shortest gives the offset of a worker's clock."""
+
+log = logging.getLogger(__name__)
+
+
+class RemoteWorker:
+    """A worker on another machine, or the expectation of one, as long as `peer` is None.
+
+    peer: the worker's identity on the socket, which it has made up; no two processes have the same.
+    key: the public key with which it has dialed in.
+    failure: how its connection ended; empty while it has not.
+    """
+
+    shares_memory: Final = False
+    is_stopped: Final = False
+
+    def __init__(self, number: int, generation: int, device: Device, place: RemotePlace) -> None:
+        self.number, self.identity, self._place = number, f"worker-{number}-{generation}".encode(), place
+        self.device = replace(device, name=f"remote:{number}", emulated=None, gpu=None)
+        self.peer: bytes | None = None
+        self.key = b""
+        self.pid: int | None = None
+        self.failure = ""
+        self.heartbeat = 0
+        self._frames = LeaderFrames(place.open_arena)
+        self._awaits_pong = False
+        self._clock_samples: deque[tuple[float, float]] = deque(maxlen=CLOCK_SAMPLES)
+        """Of recent pings, the seconds of the round trip and by how many seconds the worker's clock is ahead."""
+
+    def __str__(self) -> str:
+        where = f"process {self.pid}" if self.peer is not None else f"which is to dial in at {self._place.address}"
+        return f"worker {self.number} ({self.device.name}, {where})"
+
+    def connect(self, peer: bytes, key: bytes, hello: Hello) -> None:
+        """Be the worker that has said this Hello; raise ValueError for a device that it cannot have."""
+        kind, emulated = hello.device.partition(":")[0], None
+        if kind == "emulated":
+            emulated = parse_emulated(hello.device, self.number)
+        name = f"{hello.host}/{hello.device}"
+        self.device = replace(self.device, name=name, emulated=emulated, gpu=hello.gpu or None)
+        self.peer, self.key, self.pid = peer, key, hello.pid
+        self.request_heartbeat()  # The answer comes before any other, so that the clock's offset is known by then.
+
+    def request_heartbeat(self) -> None:
+        """Send a Ping, unless the worker has not answered the last one because it evaluates a draft."""
+        if not self._awaits_pong or self._place.probing:
+            self._awaits_pong = True
+            self.send(Ping(time.monotonic()))
+
+    def encode(self, message: ToWorker) -> Encoded:
+        return self._frames.encode(message)
+
+    def send(self, *messages: ToWorker | Encoded) -> None:
+        """Send messages. A worker that takes none is given up, and its process ends once it reads the reason."""
+        for message in messages:
+            if self.peer is not None and not self.failure:
+                parts = message if isinstance(message, list) else self._frames.encode(_message(message))
+                self._place.send(self, parts)
+
+    def decode(self, frames: Sequence[Frame]) -> ToLeader | None:
+        """Return a message, its times by this machine's clock; None for a Pong. Raises ProtocolError."""
+        message = self._frames.decode(frames)
+        if isinstance(message, Pong):
+            self._on_pong(message)
+            return None
+        if isinstance(message, Prediction):
+            received, began, predicted, ended = (
+                max(0.0, t - self.clock_offset)
+                for t in (message.received, message.began, message.predicted, message.ended)
+            )
+            return replace(message, received=received, began=began, predicted=predicted, ended=ended)
+        return message
+
+    @property
+    def clock_offset(self) -> float:
+        """By how many seconds the worker's CLOCK_MONOTONIC is ahead of this machine's, to half a round trip."""
+        return min(self._clock_samples)[1] if self._clock_samples else 0.0
+
+    def retire(self, why: str) -> tuple[str, int | None]:
+        return self._place.retire(self, why)
+
+    def _on_pong(self, pong: Pong) -> None:
+        now = time.monotonic()
+        self.heartbeat += 1
+        self._awaits_pong = False
+        self._clock_samples.append((now - pong.sent, pong.clock - (now + pong.sent) / 2))
+
+
+class RemotePlace:
+    """The workers of one leader that dial in, and the socket at which they do.
+
+        a peer that has said Hello    is
+        waits for a place             in `_spares`, by its identity on the socket
+        is the worker of a slot       in `_connected`, by its identity on the socket
+        was lost or not let in        in neither: it is sent Rejected, whatever it sends
+
+    Raises ValueError for keys that cannot be used, OSError if the address is in use.
+    """
+
+    def __init__(self, source: RemoteWorkers) -> None:
+        self._keys = source.read_keys()
+        self._endpoint = Endpoint(
+            source.listen,
+            self._keys,
+            2 * source.count + 16,
+            min(MAX_IO_THREADS, os.cpu_count() or 1),
+            encrypted=self._keys is not None,
+        )
+        self._expected: list[RemoteWorker] = []
+        self._connected: dict[bytes, RemoteWorker] = {}
+        self._spares: dict[bytes, tuple[bytes, Hello]] = {}
+        self._ended: deque[RemoteWorker] = deque()
+        self._probe_until = 0.0
+        self._arenas: weakref.WeakValueDictionary[int, Arena] = weakref.WeakValueDictionary()
+        self.dropped = 0
+
+    @property
+    def address(self) -> str:
+        """Where workers dial in."""
+        return self._endpoint.address
+
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        """The descriptors that are ready when there may be a message, or the end of a connection."""
+        return self._endpoint.socket.fileno(), self._endpoint.monitor.fileno()
+
+    @property
+    def probing(self) -> bool:
+        """Whether a connection has ended, and it is not known whose it was."""
+        return time.monotonic() < self._probe_until
+
+    def open_arena(self, bind: Bind) -> Arena:
+        """Return the arena of a run of this process, which the workers cannot open; it is mapped once for all."""
+        arena = self._arenas.get(bind.run)
+        if arena is None:
+            arena = self._arenas[bind.run] = Arena.open(bind)
+        return arena
+
+    def start(self, number: int, generation: int, device: Device) -> RemoteWorker:
+        """Take a worker that has dialed in already, or wait for one."""
+        worker = RemoteWorker(number, generation, device, self)
+        self._expected.append(worker)
+        return worker
+
+    def receive_now(self) -> tuple[RemoteWorker, ToLeader] | None:
+        while self._expected and self._spares:
+            peer, (key, hello) = next(iter(self._spares.items()))
+            del self._spares[peer]
+            worker = self._expected[0]
+            try:
+                worker.connect(peer, key, hello)
+            except ValueError as error:
+                self._reject(peer, str(error))
+                continue
+            self._expected.pop(0)
+            self._connected[peer] = worker
+            log.info("%s has dialed in", worker)
+            return worker, hello
+        while (got := self._endpoint.receive()) is not None:
+            if (received := self._on_frames(*got)) is not None:
+                return received
+        return None
+
+    def _on_frames(self, peer: bytes, key: bytes, frames: Sequence[Frame]) -> tuple[RemoteWorker, ToLeader] | None:
+        worker = self._connected.get(peer)
+        if worker is None or worker.key != key:
+            return self._on_stranger(peer, key, frames)
+        try:
+            message = worker.decode(frames)
+        except ProtocolError as error:
+            message = WorkerFailed("sending a message", f"ProtocolError: {error}"[:2000], "")
+        return (worker, message) if message is not None else None
+
+    def _on_stranger(self, peer: bytes, key: bytes, frames: Sequence[Frame]) -> tuple[RemoteWorker, ToLeader] | None:
+        """Handle a message of a peer that is no worker yet, or no longer."""
+        try:
+            message = decode(bytes(frames[0]), TO_LEADER) if len(frames) == 1 else None
+        except ProtocolError as error:
+            self._drop(f"no message: {error}")
+            return None
+        name = self._keys.peers.get(key, "") if self._keys is not None else ""
+        if isinstance(message, Pong) and peer in self._spares:
+            return None
+        if not isinstance(message, Hello) or peer in self._spares or peer in self._connected:
+            self._reject(peer, "it is not a worker of this leader, or no longer; start it anew")
+        elif message.version != VERSION:
+            self._reject(peer, f"it speaks version {message.version} of the protocol, the leader {VERSION}")
+        elif name and not peer.startswith(f"{name}-".encode()):
+            self._reject(peer, f"its identity does not begin with {name!r}, the name of its key")
+        else:
+            self._spares[peer] = key, message
+            return self.receive_now() if self._expected else None
+        return None
+
+    def find_ended(self, ready: set[int]) -> tuple[RemoteWorker, ToLeader | None] | None:
+        """Return a worker whose connection has ended."""
+        if self.descriptors[1] in ready and self._endpoint.has_lost():
+            self._probe_until = time.monotonic() + PROBE_TIME
+            for worker in list(self._connected.values()):
+                worker.request_heartbeat()
+            ping = [encode(Ping(time.monotonic()))]
+            self._spares = {p: spare for p, spare in self._spares.items() if self._endpoint.send(p, ping) != "gone"}
+        return (self._ended.popleft(), None) if self._ended else None
+
+    def send(self, worker: RemoteWorker, parts: Sequence[Frame]) -> None:
+        """Send a message to a connected worker; a worker that does not take it has ended."""
+        assert worker.peer is not None
+        outcome = self._endpoint.send(worker.peer, parts)
+        if outcome != "sent":
+            worker.failure = "does not take its messages" if outcome == "full" else "has lost its connection"
+            self._ended.append(worker)
+
+    def retire(self, worker: RemoteWorker, why: str) -> tuple[str, int | None]:
+        """Forget a worker; its process ends once it reads why."""
+        if worker in self._expected:
+            self._expected.remove(worker)
+        if worker in self._ended:
+            self._ended.remove(worker)
+        if worker.peer is not None:
+            del self._connected[worker.peer]
+            self._endpoint.send(worker.peer, [encode(Rejected((why or worker.failure)[:2000]))])
+        return worker.failure or "was given up", None
+
+    def close(self, grace: float) -> None:
+        """Send Stop to all, and close their connections when they have taken it, after `grace` seconds at most."""
+        deadline = time.monotonic() + grace
+        stop, ping = [encode(Stop())], [encode(Ping(0.0))]
+        left = [peer for peer in (*self._connected, *self._spares) if self._endpoint.send(peer, stop) != "gone"]
+        while left and (seconds := deadline - time.monotonic()) > 0:
+            self._endpoint.monitor.poll(min(100, round(seconds * 1000)))
+            self._endpoint.has_lost()
+            left = [peer for peer in left if self._endpoint.send(peer, ping) != "gone"]
+        self._endpoint.close()
+
+    def _reject(self, peer: bytes, reason: str) -> None:
+        self._drop(f"{peer[:100]!r} is rejected: {reason}")
+        self._endpoint.send(peer, [encode(Rejected(reason[:2000]))])
+
+    def _drop(self, what: str) -> None:
+        self.dropped += 1
+        if self.dropped & (self.dropped - 1) == 0:  # Log the 1st, 2nd, 4th, ... only, so that a flood is not logged.
+            log.warning("dropped: %s (%d so far)", what, self.dropped)
+
+
+def _message(message: ToWorker | Encoded) -> ToWorker:
+    assert not isinstance(message, bytes | list)
+    return message

@@ -1,0 +1,99 @@
+"""The interface of a worker and of the place where it is: a process of this machine, or one elsewhere that dials in."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from drp.leader.devices import Device
+from drp.protocol.frames import Frame
+from drp.protocol.messages import ToLeader, ToWorker
+
+Encoded = bytes | list[Frame]
+"""A message as its worker's place sends it: one frame, or several where tensors travel with the message."""
+
+
+class Worker(Protocol):
+    """A worker as the leader sees it.
+
+    A replacement has the number of the lost worker and the next generation, and therefore another identity. Late
+    messages of the previous one are ignored.
+    """
+
+    @property
+    def number(self) -> int:
+        """The worker's number, that of its slot."""
+        ...
+
+    @property
+    def identity(self) -> bytes:
+        """A name of number and generation, which no other worker of this leader has."""
+        ...
+
+    @property
+    def device(self) -> Device:
+        """The worker's device; that of a worker elsewhere is known once it has said Hello."""
+        ...
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the worker can open the leader's memory, and so use a copy of the weights there."""
+        ...
+
+    @property
+    def pid(self) -> int | None:
+        """The process, by its number on the worker's machine; None while there is none."""
+        ...
+
+    @property
+    def heartbeat(self) -> int:
+        """A count that grows while the worker's main thread waits for messages."""
+        ...
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the process is known to be stopped, by SIGSTOP or by a debugger."""
+        ...
+
+    def request_heartbeat(self) -> None:
+        """Let the heartbeat grow before the next check, where that takes a message."""
+        ...
+
+    def encode(self, message: ToWorker) -> Encoded:
+        """Return a message as `send` takes it, with the tensors that it names where those travel with it."""
+        ...
+
+    def send(self, *messages: ToWorker | Encoded) -> None:
+        """Send messages. A worker that takes none is ended; workers that are gone are found by `Place.find_ended`."""
+        ...
+
+    def retire(self, why: str) -> tuple[str, int | None]:
+        """End the worker, told `why` if it can be, and free its resources; return how it ended and its exit code."""
+        ...
+
+
+class Place(Protocol):
+    """Where workers are. Only one thread may use it."""
+
+    @property
+    def dropped(self) -> int:
+        """Number of messages dropped because they were malformed or from an unknown sender."""
+        ...
+
+    def start(self, number: int, generation: int, device: Device) -> Worker:
+        """Start a worker, or begin to wait for one; raise OSError or MemoryError if there is no room for it."""
+        ...
+
+    def receive_now(self) -> tuple[Worker, ToLeader] | None:
+        """Return a waiting message with its worker, or None. Malformed messages and unknown senders are dropped."""
+        ...
+
+    def find_ended(self, ready: set[int]) -> tuple[Worker, ToLeader | None] | None:
+        """Return a worker that has ended, with None or the last message that it left; None if there is no such worker.
+
+        `ready` are the watched descriptors that can be read.
+        """
+        ...
+
+    def close(self, grace: float) -> None:
+        """End all workers, `grace` seconds after they were told to; free all memory and sockets."""
+        ...

@@ -1,0 +1,149 @@
+"""The socket of a worker on another machine, which dials its leader over TCP."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from drp.errors import WorkerError
+from drp.protocol import keys
+from drp.protocol.client_messages import MAX_FRAME_NBYTES
+from drp.protocol.inline import WorkerFrames
+from drp.protocol.messages import Ping, Pong, Rejected, ToLeader, ToWorker
+
+MAX_FAILED_HANDSHAKES: Final = 3
+"""Handshakes that fail without a reason before a worker gives up: the leader has another key than it was told."""
+KEEPALIVE: Final = ((zmq.TCP_KEEPALIVE, 1), (zmq.TCP_KEEPALIVE_IDLE, 4), (zmq.TCP_KEEPALIVE_INTVL, 1))
+KEEPALIVE_COUNT, MAX_RETRANSMISSION_MS = 4, 8000
+"""A peer whose host or network is gone is noticed after 8 s."""
+EVENTS: Final = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_MONITOR_STOPPED
+)
+
+
+@dataclass(frozen=True)
+class WorkerKeys:
+    """A worker's pair in Z85, its leader's public key, and the worker's name, which is that of its file."""
+
+    name: str
+    public: bytes
+    secret: bytes
+    leader: bytes
+
+    @classmethod
+    def read(cls, path: Path, leader: Path | None = None) -> WorkerKeys:
+        """Read the file of a worker's secret key, as `drp keys` makes it.
+
+        `leader` is the file of the leader's public key; by default `server.key` beside the worker's, or a folder above.
+        """
+        public, secret = keys.pair(path)
+        beside = [folder / "server.key" for folder in (path.absolute().parent, path.absolute().parent.parent)]
+        if leader is None:
+            leader = next((each for each in beside if each.is_file()), None)
+        if leader is None:
+            raise ValueError(f"there is no leader's key at {beside[0]} or {beside[1]}; copy server.key there")
+        return cls(path.name.removesuffix(keys.SECRET), public, secret, keys.public(leader))
+
+
+class DialedSocket:
+    """A DEALER that dials the leader at `address`, `tcp://HOST:PORT`, and is connected once constructed.
+
+    keys: None for a leader without encryption.
+    timeout: seconds within which the leader must have let this worker in.
+    on_lost: called in a thread of the socket's once the connection is lost, unless `close` was called before. A
+        connection that broke does not come back: the leader has given this worker's drafts to others.
+
+    Raises PermissionError if the leader does not let this worker in, TimeoutError if nobody listens in time.
+    """
+
+    def __init__(
+        self, address: str, keys: WorkerKeys | None, timeout: float, on_lost: Callable[[], None], name: str = "worker"
+    ) -> None:
+        self._frames, self._on_lost, self._closing = WorkerFrames(), on_lost, False
+        self._context = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.DEALER)
+        # Nobody else can guess the identity, and so take this worker's place or read what it is sent.
+        identity = f"{keys.name if keys is not None else name}-{uuid.uuid4().hex}"
+        self._socket.setsockopt(zmq.IDENTITY, identity.encode())
+        self._socket.setsockopt(zmq.LINGER, 1000)  # ms in which a last message is sent after closing
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_NBYTES)
+        for option, value in (*KEEPALIVE, (zmq.TCP_KEEPALIVE_CNT, KEEPALIVE_COUNT)):
+            self._socket.setsockopt(option, value)
+        self._socket.setsockopt(zmq.TCP_MAXRT, MAX_RETRANSMISSION_MS)
+        if keys is not None:
+            self._socket.setsockopt(zmq.CURVE_SERVERKEY, keys.leader)
+            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
+        self._monitor = self._socket.get_monitor_socket(EVENTS)
+        try:
+            self._socket.connect(address)
+            self._shake_hands(address, time.monotonic() + timeout)
+        except BaseException:
+            self._monitor.close()
+            self._context.destroy(linger=0)
+            raise
+        self._thread = threading.Thread(target=self._watch, name="drp-connection", daemon=True)
+        self._thread.start()
+
+    def send(self, message: ToLeader) -> None:
+        self._socket.send_multipart(self._frames.encode(message), copy=False)
+
+    def receive(self, seconds: float, awake: float = 0.0) -> ToWorker | None:
+        """Return the next message, or None if none came in time; raise WorkerError if the leader rejects the worker."""
+        deadline = time.monotonic() + seconds
+        while self._socket.poll(max(0, round((deadline - time.monotonic()) * 1000))):
+            parts = self._socket.recv_multipart(copy=False)
+            message = self._frames.decode([part.buffer for part in parts])
+            if isinstance(message, Rejected):
+                raise WorkerError(f"the leader does not use this worker: {message.reason}")
+            if not isinstance(message, Ping):
+                return message
+            self.send(Pong(message.sent, time.monotonic()))
+        return None
+
+    def close(self) -> None:
+        """Close; what was sent last has a second to leave."""
+        self._closing = True
+        self._socket.disable_monitor()
+        self._thread.join(5.0)
+        self._socket.close()
+        self._context.term()
+        self._frames.close()
+
+    def _shake_hands(self, address: str, deadline: float) -> None:
+        failed = 0
+        while self._monitor.poll(max(0, round((deadline - time.monotonic()) * 1000))):
+            event = parse_monitor_message(self._monitor.recv_multipart())["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                return
+            failed += event != zmq.EVENT_DISCONNECTED
+            if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                raise PermissionError(f"the leader at {address} does not know this worker's key")
+            if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL or failed >= MAX_FAILED_HANDSHAKES:
+                raise PermissionError(
+                    f"the leader at {address} has another key than server.key says, or it encrypts and this worker "
+                    "does not, or the other way around"
+                )
+        raise TimeoutError(f"no leader has answered at {address}; does it listen there?")
+
+    def _watch(self) -> None:
+        with self._monitor as monitor:
+            while True:
+                event = parse_monitor_message(monitor.recv_multipart())["event"]
+                if event == zmq.EVENT_DISCONNECTED and not self._closing:
+                    self._on_lost()
+                if event in (zmq.EVENT_DISCONNECTED, zmq.EVENT_MONITOR_STOPPED):
+                    return
