@@ -1,4 +1,4 @@
-"""Tables of docs/diffusers.md that commands make: each stands between two comments, one row a name."""
+"""Tables of the documentation that commands make: each stands between two comments, one row a name."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 PAGE = Path(__file__).parent.parent / "docs" / "diffusers.md"
 
 
-def update(title: str, head: str, rows: Mapping[str, str], order: Iterable[str]) -> dict[str, str]:
+def update(title: str, head: str, rows: Mapping[str, str], order: Iterable[str], page: Path = PAGE) -> dict[str, str]:
     """Put rows into the table between `<!-- title -->` and `<!-- end of title -->`; return all rows by their names.
 
     Rows of other names that are in `order` stay as they are: a long table can be made in parts.
     """
     begin, end = f"<!-- {title} -->\n", f"<!-- end of {title} -->\n"
-    before, _, rest = PAGE.read_text().partition(begin)
+    before, _, rest = page.read_text().partition(begin)
     old, _, after = rest.partition(end)
     there = {line.split("|")[1].strip(): line for line in old.splitlines() if line.startswith("| ")}
     there |= rows
     kept = {name: there[name] for name in order if name in there}
     lines = [head, "|" + "---|" * (head.count("|") - 1), *kept.values()]
-    PAGE.write_text(before + begin + "\n".join(lines) + "\n" + end + after)
+    page.write_text(before + begin + "\n".join(lines) + "\n" + end + after)
     return kept

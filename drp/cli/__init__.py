@@ -11,6 +11,7 @@ from drp.cli.sample import sample
 from drp.cli.serve import keys, serve, status
 from drp.cli.simulate import simulate
 from drp.cli.trace import trace
+from drp.cli.tune import tune
 from drp.cli.worker import worker
 from drp.platforms import require_linux
 
@@ -42,5 +43,5 @@ def main() -> None:
         raise click.ClickException(str(error)) from None
 
 
-for command in (sample, compare, serve, keys, status, worker, http, simulate, trace, doctor):
+for command in (sample, compare, tune, serve, keys, status, worker, http, simulate, trace, doctor):
     main.add_command(command)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from drp import models
 from drp.api import check_options
 from drp.comparison.settings import Drafted, FewerSteps
-from drp.comparison.subject import Sample, Session, Subject, arguments, to_pixels
+from drp.comparison.subject import Sample, Session, Subject, arguments, to_pixels, worker_memory
 from drp.leader.job import make_job
 from drp.leader.leader import Leader, model_name
 from drp.leader.options import LeaderOptions
@@ -95,6 +95,19 @@ class ModelSubject(Subject):
     def session(self, setting: Drafted | FewerSteps) -> Iterator[Session]:
         yield _ModelSession(self, setting)
 
+    def memory(self) -> dict[str, int]:
+        assert self._leader is not None
+        return worker_memory(self._leader.workers)
+
+    @property
+    def can_batch(self) -> bool:
+        return all(device.emulated is None for device in self._leader_options.worker_devices)
+
+    def batched(self, size: int, one_device: bool = False) -> ModelSubject:
+        devices = [self.devices[0]] if one_device else self._leader_options.devices
+        own = replace(self._leader_options, devices=devices, drafts_per_device=size)
+        return ModelSubject(self._name, own, labels=self._labels, **self._options)
+
     def code(self, setting: Drafted | FewerSteps) -> str:
         found = models.describe(self._name) if self._leader is None else self._leader.spec
         label = self._label(0, found.classes if found is not None else None)
@@ -120,7 +133,15 @@ class ModelSubject(Subject):
             with record(self._leader, trace) if trace is not None else nullcontext():
                 result = self._leader.sample(**cast("Options", options))
         seconds = time.perf_counter() - began
-        return Sample(result.samples, _images(result.samples), seconds, result.rounds, result.evaluations, result.steps)
+        return Sample(
+            latents=result.samples,
+            images=_images(result.samples),
+            seconds=seconds,
+            sampling_seconds=result.seconds,
+            rounds=result.rounds,
+            evaluations=result.evaluations,
+            steps=result.steps,
+        )
 
     def _plain(self, request: Request) -> Result:
         """Run the plain loop in this process, under the settings of torch that workers have."""

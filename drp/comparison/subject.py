@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
 from drp.comparison.settings import Drafted, FewerSteps
+from drp.leader.leader import WorkerStatus
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Sample:
     latents: the last state, float32 [B, ...] in host memory.
     images: uint8 [I, 3 or 1, H, W], the frames of a video one after the other; None if the samples are no pictures.
     seconds: the wall time of the call.
+    sampling_seconds: of that, from the first evaluation to the last step.
     rounds, evaluations: as counted by the run.
     steps: the steps of the solver.
     reason: why there were no drafts although the mode has them; empty if there were.
@@ -30,6 +33,7 @@ class Sample:
     latents: Tensor
     images: Tensor | None
     seconds: float
+    sampling_seconds: float
     rounds: int
     evaluations: int
     steps: int
@@ -73,8 +77,35 @@ class Subject(AbstractContextManager["Subject"]):
         """Prepare to sample in a setting and untouched, in turn."""
 
     @abstractmethod
+    def memory(self) -> dict[str, int]:
+        """Return the bytes that are in use on each device: by its worker, or on a GPU by everything."""
+
+    @property
+    def can_batch(self) -> bool:
+        """Whether devices can evaluate several drafts as one batch, and are not emulated."""
+        return False
+
+    def batched(self, size: int, one_device: bool = False) -> Subject:
+        """Return the same subject with batches of `size` drafts a device; with `one_device`, on the first alone."""
+        raise NotImplementedError
+
+    @abstractmethod
     def code(self, setting: Drafted | FewerSteps) -> str:
         """Return the lines of Python that sample so."""
+
+
+def worker_memory(workers: Sequence[WorkerStatus]) -> dict[str, int]:
+    """Return the bytes that are in use on each device: on a GPU by everything, else by its worker."""
+    found = {}
+    for status in workers:
+        name = f"{status.number}: {status.device}"
+        if status.device.startswith("cuda:"):
+            free, total = torch.cuda.mem_get_info(torch.device(status.device))
+            found[name] = total - free
+        elif status.pid is not None:
+            # Pages that processes share, such as weights, are divided among them.
+            found[name] = int(psutil.Process(status.pid).memory_full_info().pss)
+    return found
 
 
 def to_pixels(images: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from drp.comparison.api import MODES, Comparison, plan, run
 from drp.comparison.measure import Progress
 from drp.comparison.models import facts_of
 from drp.comparison.settings import Drafted, FewerSteps
-from drp.comparison.subject import Sample, Session, Subject, arguments, to_pixels
+from drp.comparison.subject import Sample, Session, Subject, arguments, to_pixels, worker_memory
 from drp.diffusers.parallel import Parallel, make, parallelize
 from drp.diffusers.watch import WatchedMethod, schedulers_of
 from drp.diffusers.workers import Workers
@@ -125,6 +125,10 @@ class PipelineSubject(Subject):
             self._workers.close()
             self._workers = None
 
+    def memory(self) -> dict[str, int]:
+        assert self._workers is not None
+        return worker_memory(self._workers.status)
+
     def check(self, setting: Drafted | FewerSteps) -> None:
         if isinstance(setting, FewerSteps):
             if "num_inference_steps" not in inspect.signature(self._pipe.__call__).parameters:
@@ -163,7 +167,15 @@ class PipelineSubject(Subject):
         if not steps.count:
             raise ValueError(f"{type(self._pipe).__name__} has called no step of its scheduler, so it has no latents")
         latents = steps.latents.detach().float().cpu()
-        return Sample(latents, pictures, seconds, steps.count, steps.count, steps.count)
+        return Sample(
+            latents=latents,
+            images=pictures,
+            seconds=seconds,
+            sampling_seconds=seconds,
+            rounds=steps.count,
+            evaluations=steps.count,
+            steps=steps.count,
+        )
 
     @property
     def pipe(self) -> Any:
@@ -199,7 +211,8 @@ class _Drafted(Session):
         calls = self._parallel.report.calls
         rounds, evaluations = sum(call.rounds for call in calls), sum(call.evaluations for call in calls)
         reason = "; ".join(dict.fromkeys(call.reason for call in calls if call.reason))
-        return replace(sample, rounds=rounds, evaluations=evaluations, reason=reason)
+        sampling = sum(call.seconds for call in calls)
+        return replace(sample, sampling_seconds=sampling, rounds=rounds, evaluations=evaluations, reason=reason)
 
     def untouched(self, seed: int) -> Sample:
         with self._parallel.paused():

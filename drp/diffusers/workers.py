@@ -15,7 +15,7 @@ from drp.diffusers.program import PROGRAM, Program, to_tensor
 from drp.diffusers.pytree import Json
 from drp.leader.devices import Devices, parse_devices
 from drp.leader.events import Timeline
-from drp.leader.leader import Leader
+from drp.leader.leader import Leader, WorkerStatus
 from drp.leader.scheduling.policies import Policy
 from drp.trace.record import record
 
@@ -63,6 +63,11 @@ class Workers:
     @property
     def devices(self) -> tuple[str, ...]:
         return self._leader.devices
+
+    @property
+    def status(self) -> tuple[WorkerStatus, ...]:
+        """The status of every worker."""
+        return self._leader.workers
 
     def bind(
         self,

@@ -1,0 +1,70 @@
+"""`drp tune`: which mode and how many drafts are fastest here, and what other devices would change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from drp.cli.helpers import plain_errors, print_json
+from drp.cli.options import GroupedCommand, common_options, json_option
+from drp.cli.source import make_subject, source_options
+
+if TYPE_CHECKING:
+    from drp.comparison.tuning import Tuning
+
+MAX_ROWS = 12
+
+
+@click.command(cls=GroupedCommand)
+@source_options
+@json_option
+@common_options
+def tune(source: Mapping[str, Any], as_json: bool) -> None:
+    """Predict the time of every mode and number of drafts of PIPELINE from a few runs, and try the best of each mode.
+
+    PIPELINE is digits, a diffusers pipeline's folder or hub name, or package.module:factory of a pipeline or a model.
+    """
+    with plain_errors():
+        subject = make_subject(source)
+        from drp.comparison.tuning import tune as measure
+
+        console = Console(stderr=True)
+        with console.status("starting") as status:
+            tuning = measure(subject, status.update)
+    if as_json:
+        print_json(tuning)
+        return
+    Console(width=max(Console().width, 100)).print(*tables(tuning))
+    for line in tuning.advice:
+        click.echo(line)
+    click.echo(f"\n    {tuning.code.replace(chr(10), chr(10) + '    ')}\n")
+
+
+def tables(tuning: Tuning) -> list[Table]:
+    """Return what was measured, the predictions, and other numbers of devices, as tables."""
+    found = tuning.calibration
+    facts = Table(title="Measured", show_header=False, title_justify="left")
+    facts.add_row("untouched run", f"{found.untouched * 1e3:.1f} ms")
+    for width, seconds in found.rounds.items():
+        facts.add_row(f"the slowest evaluation of {width} at once", f"{seconds * 1e3:.2f} ms")
+    for size, seconds in found.batches.items():
+        facts.add_row(f"a batch of {size} on one device", f"{seconds * 1e3:.2f} ms")
+    for n in found.rounds:
+        facts.add_row(f"loss of a round of {n}", f"{(found.loss.fixed + n * found.loss.each) * 1e3:.2f} ms")
+    for device, used in found.memory.items():
+        facts.add_row(f"memory, {device}", f"{used / 2**20:,.0f} MiB")
+    columns = ("setting", "drafts a device", "rounds", "predicted, ms", "measured, ms", "distance")
+    settings = Table(*columns, title="Settings, the fastest first", title_justify="left")
+    for c in tuning.candidates[:MAX_ROWS] + [c for c in tuning.candidates[MAX_ROWS:] if c.measured is not None]:
+        measured = "" if c.measured is None else f"{c.measured * 1e3:.1f}"
+        distance = "" if c.distance is None else f"{c.distance:.4f}"
+        row = (c.setting.label, str(c.batch), str(c.rounds), f"{c.predicted * 1e3:.1f}", measured, distance)
+        settings.add_row(*row)
+    devices = Table("devices", "window, predicted, ms", title="Other numbers of devices", title_justify="left")
+    for count, predicted in tuning.devices:
+        devices.add_row(str(count), f"{predicted * 1e3:.1f}")
+    return [facts, settings, devices]
