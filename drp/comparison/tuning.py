@@ -6,6 +6,7 @@ import random
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -99,10 +100,10 @@ def tune(subject: Subject, report: Report = lambda _: None) -> Tuning:
         trace = Path(folder, "trace.json")
         with subject:
             calibration, exact = _calibrate(subject, trace, report)
-        calibration = replace(calibration, batches=_time_batches(subject, trace, report))
-        candidates = _predict(subject, calibration)
-        tried = [min((c for c in candidates if c.setting.mode == mode), key=_time) for mode in MODES]
-        measured = _try(subject, tried, exact, report)
+            calibration = replace(calibration, batches=_time_batches(subject, trace, report))
+            candidates = _predict(subject, calibration)
+            tried = [min((c for c in candidates if c.setting.mode == mode), key=_time) for mode in MODES]
+            measured = {id(c): _try(subject, c, exact, report) for c in tried}
     found = sorted((measured.get(id(c), c) for c in candidates), key=_time)
     best = min(measured.values(), key=lambda c: c.measured or c.predicted)
     counts = sorted({1, 2, *(max(1, len(subject.devices) + more) for more in (-1, 0, 1)), 2 * len(subject.devices)})
@@ -209,19 +210,15 @@ def _window_time(steps: int, calibration: Calibration, devices: int) -> float:
     return calibration.fixed + min(_simulated(setting, steps, calibration, 1) for setting in settings)
 
 
-def _try(subject: Subject, candidates: Sequence[Candidate], exact: Sample, report: Report) -> dict[int, Candidate]:
-    """Measure candidates; return them by the id of what they were."""
-    found = {}
-    for candidate in candidates:
-        report(f"trying {candidate.setting.label}")
-        own = subject if candidate.batch == 1 else subject.batched(candidate.batch)
-        with own, own.session(candidate.setting) as session:
-            session.sample(0)
-            runs = [session.sample(0) for _ in range(TRIED_RUNS)]
-        (apart,) = relative_l2(runs[0].latents[None], exact.latents[None])
-        seconds = statistics.median(run.seconds for run in runs)
-        found[id(candidate)] = replace(candidate, measured=seconds, distance=apart)
-    return found
+def _try(subject: Subject, candidate: Candidate, exact: Sample, report: Report) -> Candidate:
+    """Measure a candidate, on the workers there are or, for batches, on others."""
+    report(f"trying {candidate.setting.label}")
+    own = subject.batched(candidate.batch) if candidate.batch > 1 else None
+    with own or nullcontext(), (own or subject).session(candidate.setting) as session:
+        session.sample(0)
+        runs = [session.sample(0) for _ in range(TRIED_RUNS)]
+    (apart,) = relative_l2(runs[0].latents[None], exact.latents[None])
+    return replace(candidate, measured=statistics.median(run.seconds for run in runs), distance=apart)
 
 
 def _advice(

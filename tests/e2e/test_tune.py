@@ -1,0 +1,98 @@
+"""`drp tune`: predictions that follow from what was measured, and what is said of other devices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import drp
+from drp.cli import main
+from drp.cli.tune import tables
+from drp.comparison.models import ModelSubject
+from drp.comparison.tuning import Calibration, Tuning, round_seconds, tune
+from drp.diffusers.comparison import PipelineSubject
+from drp.diffusers.digits import digits_pipeline
+from drp.leader import LeaderOptions
+from drp.simulate.costs import LinearCost
+
+STEPS, DEVICES = 13, 4
+
+
+@pytest.fixture(scope="module")
+def tuning() -> Tuning:
+    leader = LeaderOptions(devices=f"{DEVICES}xemulated:4ms:values=cheap")
+    return tune(ModelSubject("digits", leader, steps=STEPS))
+
+
+def test_predictions_are_the_rounds_with_what_was_measured(tuning: Tuning) -> None:
+    found = tuning.calibration
+    assert list(found.rounds) == [1, 2, 4]
+    assert all(seconds >= 0.004 for seconds in found.rounds.values())  # an emulated device takes that at least
+    assert len(found.memory) == DEVICES
+    assert min(found.memory.values()) > 2**20
+    assert found.batches == {}  # emulated devices take the same time for batches of any size
+    settings = {(c.setting.mode, c.setting.drafts) for c in tuning.candidates}
+    assert settings == {(mode, n) for mode in ("window", "aggressive", "conservative") for n in (2, 3, 4)}
+    for candidate in tuning.candidates:
+        rounds = list(candidate.setting.make_mode().rounds(STEPS))
+        assert candidate.rounds == len(rounds)
+        widths = [len(r.predict) for r in rounds]
+        expected = sum(found.seconds(w) + found.loss.fixed + found.loss.each * w for w in widths)
+        assert candidate.predicted == pytest.approx(found.fixed + expected, rel=1e-6)
+
+
+def test_the_best_of_each_mode_is_tried(tuning: Tuning) -> None:
+    tried = [c for c in tuning.candidates if c.measured is not None]
+    assert {c.setting.mode for c in tried} == {"window", "aggressive", "conservative"}
+    for candidate in tried:
+        same_mode = [c.predicted for c in tuning.candidates if c.setting.mode == candidate.setting.mode]
+        assert candidate.predicted == min(same_mode)
+        assert candidate.distance is not None
+    assert tuning.best in tried
+    assert tuning.best.measured == min(c.measured or 0 for c in tried)
+    assert eval(tuning.code, {"drp": drp}).rounds == tuning.best.rounds
+
+
+def test_other_numbers_of_devices(tuning: Tuning) -> None:
+    assert [count for count, _ in tuning.devices] == [1, 2, 3, 4, 5, 8]
+    times = [seconds for _, seconds in tuning.devices]
+    assert times == sorted(times, reverse=True)  # more devices never take longer, they may stay idle
+    assert len([line for line in tuning.advice if "devices such as these" in line]) == 3
+    assert [table.title for table in tables(tuning)] == [
+        "Measured",
+        "Settings, the fastest first",
+        "Other numbers of devices",
+    ]
+
+
+def test_times_between_and_beyond_the_measured_ones() -> None:
+    found = Calibration({1: 1.0, 4: 1.0, 8: 3.0}, {}, LinearCost(), 0.0, {}, 1.0)
+    assert [found.seconds(width) for width in (1, 2, 4, 6, 8, 10)] == [1.0, 1.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_the_slowest_evaluation_of_a_round(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    drp.sample("digits", devices="2xemulated:5ms:values=cheap", labels=[3], steps=5, mode="aggressive", trace=path)
+    assert round_seconds(path, 2) >= 0.005
+    with pytest.raises(ValueError, match="no round of 3 drafts was recorded"):
+        round_seconds(path, 3)
+
+
+def test_a_pipeline() -> None:
+    pipe = digits_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    found = tune(PipelineSubject(pipe, {"labels": [3], "num_inference_steps": 5}, 2))
+    assert list(found.calibration.rounds) == [1, 2]
+    assert found.calibration.fixed >= 0
+    assert "drp.diffusers.parallelize(pipe, devices=2" in found.code
+
+
+def test_the_command_prints_json() -> None:
+    devices = "2xemulated:2ms:values=cheap"
+    done = CliRunner().invoke(main, ["tune", "digits", "-d", devices, "--steps", "6", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert {"calibration", "candidates", "devices", "best", "code", "advice"} == set(found)
