@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from drp import ExecutionOptions
-from drp.errors import ProtocolError
+from drp.errors import CudaError, ProtocolError
 from drp.leader.devices import parse_devices
 from drp.leader.memory import placement
 from drp.leader.memory.placement import MemoryPlacement
-from drp.protocol.cuda import MAX_COUNTERS, WorkerCounter, WorkerCounterView
+from drp.protocol.cuda import MAX_COUNTERS, GpuCounters, WorkerCounter, WorkerCounterView
 from drp.protocol.timeline import CANCEL_ALL
 from tests.on_host import GPUS, Lent
 
@@ -121,3 +121,17 @@ def test_nothing_is_waited_for_when_all_is_freed(made: list[Noted]) -> None:
     placements.close()
     assert sorted(made[0].calls) == [("set", line, CANCEL_ALL) for line in range(3)]
     assert made[0].freed
+
+
+def test_a_driver_that_cannot_write_counters_makes_auto_synchronous(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create() -> GpuCounters:
+        raise CudaError("cuStreamWriteValue64_v2 is not in this driver")
+
+    monkeypatch.setattr(GpuCounters, "create", create)
+    automatic, explicit = (MemoryPlacement(devices(), ExecutionOptions(dispatch=d), 1) for d in ("auto", "async"))
+    automatic._init_counters()
+    assert not automatic.allows_async
+    with pytest.raises(CudaError, match="not in this driver"):
+        explicit._init_counters()
+    for each in (automatic, explicit):
+        each.close()

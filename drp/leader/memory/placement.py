@@ -82,10 +82,21 @@ class MemoryPlacement:
             torch.cuda.set_device(memory.device)
             torch.cuda.set_stream(torch.cuda.Stream(memory.device))  # type: ignore[no-untyped-call]  # torch has no types for it
             self._free.append(memory)
-            if self.allows_async:
-                self._counters.append(GpuCounters.create())
+            self._init_counters()
         except (CudaError, MemoryError, RuntimeError) as error:
             self._fall_back_to_host(f"the leader cannot share memory of {self._uuid}: {error}")
+
+    def _init_counters(self) -> None:
+        """Create counters for asynchronous runs. Without them, dispatch "auto" is synchronous."""
+        if not self.allows_async:
+            return
+        try:
+            self._counters.append(GpuCounters.create())
+        except CudaError as error:  # For example, the driver is older than that of CUDA 11.7.
+            if self._options.dispatch == "async":
+                raise
+            log.warning("runs are dispatched synchronously: %s", error)
+            self.allows_async = False
 
     def worker_config(self, number: int, device: Device) -> GpuConfig | None:
         """Return the configuration of a worker's GPU, None without a GPU.
