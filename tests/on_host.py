@@ -22,8 +22,8 @@ from torch.cuda import nvtx
 
 from drp import ModelSpec, doctor_peer
 from drp.errors import CudaError
-from drp.leader import leader
-from drp.leader.devices import parse_devices
+from drp.leader import ExecutionOptions, options
+from drp.leader.devices import Device, parse_devices
 from drp.leader.gpus import Gpu
 from drp.leader.memory import placement
 from drp.leader.supervision import startup
@@ -31,6 +31,8 @@ from drp.protocol.arena import Arena
 from drp.protocol.memory import Memory, SharedMemory
 from drp.protocol.messages import GpuConfig, GpuHandle, Handle
 from drp.workers import cuda_device, weights
+
+SYNC = ExecutionOptions(dispatch="sync")  # Asynchronous runs need CUDA streams.
 
 GPUS = (Gpu(0, "GPU-00000000-first"), Gpu(1, "GPU-11111111-second"))
 PLACE = struct.Struct("<QQQ")
@@ -162,12 +164,16 @@ def make_other_dtype() -> Watched:
 
 def use(monkeypatch: Any, folder: Path) -> dict[str, Any]:
     """Let leaders of this process find GPUS, and lend memory of the host for theirs; return what to give them."""
-    monkeypatch.setattr(leader, "parse_devices", lambda devices, threads: parse_devices(devices, threads, lambda: GPUS))
+
+    def find(devices: Any, threads: int) -> tuple[Device, ...]:
+        return parse_devices(devices, threads, lambda: GPUS)
+
+    monkeypatch.setattr(options, "parse_devices", find)
     monkeypatch.setattr(placement, "GpuMemory", Lent)
     monkeypatch.setattr(startup, "GpuMemory", Lent)
     monkeypatch.setattr(placement.MemoryPlacement, "init_device", lambda self: None)
     monkeypatch.setenv("DRP_TEST_STEPS", str(folder / "steps"))
-    return {"python": interpreter(folder)}
+    return {"python": interpreter(folder), "execution": SYNC}
 
 
 def interpreter(folder: Path) -> Path:

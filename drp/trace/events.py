@@ -148,12 +148,15 @@ def _worker(found: Sequence[Evaluation], zero: int, last: int) -> Iterator[Event
             until = e.lost or (later.since if later is not None else last)
             yield _slice("lost", process, max(e.since, free), max(until, free, e.since), zero, **facts)
             continue
+        # The times of a cancelled draft are those of its record's reading, which may follow the next evaluation.
         began = max(e.began, free)
+        predicted = max(e.predicted, began)
+        ended = max(e.ended, predicted)
         yield _slice("receive", process, max(e.since, free), began, zero, **facts)
-        yield _slice("compute", process, began, e.predicted, zero, **facts)
-        yield _slice("copy", process, e.predicted, e.ended, zero, **facts)
-        free = e.answered if later is None else min(e.answered, max(later.since, e.ended))
-        yield _slice("reply", process, e.ended, free, zero, **facts)
+        yield _slice("compute", process, began, predicted, zero, **facts)
+        yield _slice("copy", process, predicted, ended, zero, **facts)
+        free = max(ended, e.answered if later is None else min(e.answered, max(later.since, ended)))
+        yield _slice("reply", process, ended, free, zero, **facts)
 
 
 def _arrows(number: int, e: Evaluation, zero: int) -> Iterator[Event]:

@@ -403,7 +403,7 @@ def test_a_lost_worker_is_told(gateway: Gateway, served: Served) -> None:
         worker.kill()
         status, answer = drawing.result(DEADLINE)
     assert status == 200
-    [incident] = answer["drp"]["incidents"]
+    incident, *_ = answer["drp"]["incidents"]
     assert f"process {worker.pid}) was killed by SIGKILL" in incident
 
 

@@ -59,7 +59,7 @@ def test_no_interpreter_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.Mon
     for name in ("prefix", "exec_prefix", "base_exec_prefix"):
         monkeypatch.setattr(sys, name, str(tmp_path))
     multiprocessing.spawn.set_executable("/usr/bin/env")
-    with pytest.raises(ValueError, match=r"no interpreter for the workers: '/usr/bin/env' is none.*python="):
+    with pytest.raises(ValueError, match=r"no interpreter for the workers: '/usr/bin/env' is not one.*python="):
         find_interpreter()
     with pytest.raises(ValueError, match="python is '/no/such/python', which cannot be run"):
         Leader("digits", python="/no/such/python")

@@ -11,6 +11,7 @@ import re
 import signal
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import drp
-from drp import ExecutionOptions, Leader, WorkerError, models
+from drp import Leader, WorkerError, models
 from drp.leader.job import make_job
 from drp.leader.memory.placement import MIN_BLOCK_NBYTES
 from drp.leader.request import Request
@@ -103,12 +104,12 @@ def test_a_worker_that_takes_a_lost_ones_place_takes_the_copy(host: dict[str, An
 
 
 def test_weights_are_shared_in_the_dtype_in_which_they_are_used(host: dict[str, Any], tmp_path: Path) -> None:
-    gpu = ExecutionOptions(dtype="bfloat16")
+    host["execution"] = replace(on_host.SYNC, dtype="bfloat16")
     model = "tests.on_host:make_other_dtype"  # before it is cast
-    with Leader(model, devices="2xcuda:0", drafts_per_device=2, execution=gpu, **host) as leader:
+    with Leader(model, devices="2xcuda:0", drafts_per_device=2, **host) as leader:
         run = leader.sample(steps=12)
         assert shared_bytes() == 2 * 128 * 128 + 2 * 128
-    denoiser = on_device(models.load(WATCHED), torch.device("cpu"), gpu.worker_config("", 2))
+    denoiser = on_device(models.load(WATCHED), torch.device("cpu"), host["execution"].worker_config("", 2))
     job = make_job(Request(steps=12), denoiser.spec, 4)
     ref = run_reference(denoiser.predict, job.solver, job.mode, job.start, job.cond, batch=2)
     assert torch.equal(run.samples, ref.samples)
@@ -287,7 +288,8 @@ def test_what_is_done_is_named_in_ranges_if_that_is_asked_for(
     mine: list[str] = []
     monkeypatch.setattr("torch.cuda.nvtx.range_push", mine.append)
     monkeypatch.setattr("torch.cuda.nvtx.range_pop", lambda: mine.append("end"))
-    with Leader(WATCHED, devices="cuda:0", execution=ExecutionOptions(nvtx=True), **host) as leader:
+    host["execution"] = replace(on_host.SYNC, nvtx=True)
+    with Leader(WATCHED, devices="cuda:0", **host) as leader:
         leader.sample(steps=3, callback=lambda k, x: mine.append(f"step {k}"))
     ranges = [step.get("name", "end") for step in steps(tmp_path) if step["what"] in ("range", "end")]
     assert ranges.count("end") == len(ranges) // 2
