@@ -47,7 +47,8 @@ def test_bits_equal_the_reference(tiny: Leader, three: Leader, workers: int) -> 
 
 def test_bits_of_digits_equal_the_reference() -> None:
     with Leader("digits", devices=2) as leader:
-        for mode, labels in itertools.product(MODES, ([7], [0, 1, 2])):
+        for mode in MODES:
+            labels = [0, 1, 2]
             run = leader.sample(labels=labels, mode=mode, steps=5, drafts=3)
             ref = drp.reference("digits", labels=labels, mode=mode, steps=5, drafts=3)
             assert torch.equal(run.samples, ref.samples), (mode, labels)
