@@ -75,9 +75,9 @@ def _measure_once(turns: int, deadline: float) -> dict[str, list[float]]:
         with pinned():
             return plain(1)
 
-    ahead = ExecutionOptions(dispatch="async")
+    sync, ahead = ExecutionOptions(dispatch="sync"), ExecutionOptions(dispatch="async")
     with (
-        Leader("digits", devices=DEVICES) as first,
+        Leader("digits", devices=DEVICES, execution=sync) as first,
         Leader("digits", devices=DEVICES, execution=ahead) as second,
     ):
 
