@@ -300,7 +300,7 @@ class AsyncRun(SyncRun):
     def follows_failure(self, sent: InFlightBatch) -> bool:
         """Whether the evaluation of a batch before this one has failed; its EvaluationError may arrive later."""
         before = itertools.takewhile(lambda completion: completion.batch is not sent, self._pending)
-        return any(completion.status == RAISED for completion in before)
+        return any(completion.counts and completion.status == RAISED for completion in before)
 
     def drop_worker(self, worker: int, drafts: tuple[InFlightBatch, ...]) -> bool:
         """Remove a lost worker and its batches; return whether an unverified one was added to the run."""
