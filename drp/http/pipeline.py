@@ -113,7 +113,7 @@ class PipelineBackend:
         return alive and still <= self._stall, {"alive": alive, "requests": unfinished, "since_progress": still}
 
     def metrics(self) -> str:
-        return prometheus(self._counts, {"requests": ("Requests that are not over.", self._unfinished())})
+        return prometheus(self._counts, {"requests": ("Current requests, including waiting ones.", self._unfinished())})
 
     def close(self) -> None:
         with self._changed:

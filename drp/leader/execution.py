@@ -18,8 +18,8 @@ class ExecutionOptions:
     dispatch: with "sync", the leader waits for each prediction before it sends the drafts that are made of it. With
         "async", it sends drafts ahead: waits are queued on the GPUs, or on threads of workers on cores, and completion
         records prove that predictions are finished. The samples are the same. "auto" means "async" where that is
-        possible, else "sync": with a policy that hedges, on processors other than x86-64, and with CUDA drivers older
-        than 11.7's. `drp.Result.dispatch` says which it was.
+        possible, else "sync": with a policy that hedges, with workers on other machines, on processors other than
+        x86-64, and with CUDA drivers older than 11.7's. `drp.Result.dispatch` says which it was.
     dtype: the dtype of the weights and of the evaluation, "float16" or "bfloat16"; by default the model's own. States
         and predictions stay float32.
     compile: compile the model with torch.compile.

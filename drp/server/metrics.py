@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from drp.leader.leader import WorkerStatus
+from drp.protocol.client_messages import Status
 from drp.sampling.result import Result
 
 EDGES: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -61,6 +63,33 @@ class Counts:
         self.device_seconds += result.device_seconds
         self.request_seconds.add(taken)
         self.waited_seconds.add(waited)
+
+
+def server_gauges(
+    now: Status, workers: Sequence[WorkerStatus], dropped: int, unacknowledged: int
+) -> dict[str, tuple[str, float]]:
+    """Return the metrics of the server's current state: name -> (description, value).
+
+    Args:
+        now: the server's status.
+        workers: the status of the leader's workers.
+        dropped: the number of messages that the leader has dropped.
+        unacknowledged: the number of results in shared memory that clients have not read.
+    """
+    return {
+        "requests": ("Current requests, including waiting ones.", now.requests),
+        "requests_limit": ("Maximum number of concurrent requests.", now.max_requests),
+        "clients": ("Current sessions.", now.clients),
+        "workers": ("Workers of the leader.", len(workers)),
+        "workers_ready": ("Workers that accept drafts.", sum(worker.state == "ready" for worker in workers)),
+        "workers_lost_total": ("Workers lost, and replaced or given up.", sum(worker.losses for worker in workers)),
+        "dropped_messages_total": ("Messages to the leader that were malformed or from unknown senders.", dropped),
+        "untaken_results": ("Results in shared memory that clients have not read.", unacknowledged),
+        "healthy": ("1 if requests progress or there are none.", int(now.healthy)),
+        "draining": ("1 if the server refuses requests because it is about to end.", int(now.state != "serving")),
+        "since_progress_seconds": ("Seconds since the last progress; 0 without requests.", now.since_progress),
+        "uptime_seconds": ("Seconds since the server started.", now.uptime),
+    }
 
 
 def prometheus(counts: Counts, gauges: Mapping[str, tuple[str, float]]) -> str:

@@ -45,7 +45,7 @@ from drp.server import options
 from drp.server.clients import ClientSession, ClientSessions
 from drp.server.endpoint import check_descriptors
 from drp.server.evaluation_buffer import EvaluationBuffer
-from drp.server.metrics import Counts, prometheus
+from drp.server.metrics import Counts, prometheus, server_gauges
 from drp.server.server_request import ServerRequest
 
 MAX_MESSAGES_PER_TURN: Final = 100
@@ -380,22 +380,6 @@ class Server:
 
     def metrics(self) -> str:
         """Return the metrics in the text format of Prometheus."""
-        now, workers = self.status(), self._leader.workers
-        gauges = {
-            "requests": ("Requests that are not over.", now.requests),
-            "requests_limit": ("Requests that the server has at once.", now.max_requests),
-            "clients": ("Sessions.", now.clients),
-            "workers": ("Workers of the leader.", len(workers)),
-            "workers_ready": ("Those that can take a draft.", sum(worker.state == "ready" for worker in workers)),
-            "workers_lost_total": ("Workers lost, and replaced or given up.", sum(worker.losses for worker in workers)),
-            "dropped_messages_total": ("Messages to the leader that were no worker's, or none.", self._leader.dropped),
-            "untaken_results": (
-                "Results in shared memory that their clients have not taken.",
-                self._clients.unacknowledged,
-            ),
-            "healthy": ("1 if there is progress, or nothing to do.", int(now.healthy)),
-            "draining": ("1 if the server refuses requests because it is about to end.", int(now.state != "serving")),
-            "since_progress_seconds": ("Since the last progress; 0 without requests.", now.since_progress),
-            "uptime_seconds": ("Seconds since the server started.", now.uptime),
-        }
+        unacknowledged = self._clients.unacknowledged
+        gauges = server_gauges(self.status(), self._leader.workers, self._leader.dropped, unacknowledged)
         return prometheus(self._counts, gauges)
