@@ -66,6 +66,15 @@ class Server:
     stall: seconds without progress of any request after which the server reports itself unhealthy.
 
     Raises ValueError for an invalid address, OSError if it is in use.
+
+        _clients, _requests                sessions, and requests that are not over
+        _reports, _unreported              requests with updates, from the leader's thread (guarded by `_gate`), and
+                                           those whose client's connection was full
+        _wakeup                            the eventfd by which the leader's thread wakes the server
+        _evaluation_buffer, _listening     evaluations for clients that ask for them, and whether they are recorded
+        _draining                          when draining ends, None before
+        _began, _last_progress, _looked    when the server started, a request last progressed, and the loop last ran
+        _counts                            totals for the metrics
     """
 
     def __init__(
@@ -88,9 +97,7 @@ class Server:
         self._clients = ClientSessions(self._endpoint, self._on_gone, self._on_unacknowledged)
         self._requests: set[ServerRequest] = set()
         self._reports: deque[ServerRequest] = deque()
-        """Requests with updates reported by the leader's thread."""
         self._unreported: set[ServerRequest] = set()
-        """Requests with updates that could not be sent yet because the client's connection was full."""
         self._counts = Counts()
         self._evaluation_buffer, self._listening = EvaluationBuffer(), False
         self._began = self._last_progress = self._looked = time.monotonic()
