@@ -23,8 +23,8 @@ from drp.leader.devices import parse_devices
 from drp.leader.gpus import ALLOCATOR, Gpu, find_gpus, parse_cores
 from drp.leader.supervision.process import Process, find_interpreter
 from drp.protocol.cuda import GpuMemory, is_inverted
+from drp.protocol.handles import GpuHandle
 from drp.protocol.memory import SharedMemory
-from drp.protocol.messages import GpuHandle
 
 State = Literal["", "good", "bad"]
 CORES = Path("/sys/devices/system/node")

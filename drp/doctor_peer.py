@@ -9,7 +9,7 @@ import torch
 
 from drp.errors import ProtocolError
 from drp.protocol.cuda import GpuMemory, index_of, invert_probe
-from drp.protocol.messages import GpuHandle
+from drp.protocol.handles import GpuHandle
 
 
 def main(uuid: str, handles: Sequence[GpuHandle], results: Connection) -> None:

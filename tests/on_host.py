@@ -28,8 +28,9 @@ from drp.leader.gpus import Gpu
 from drp.leader.memory import placement
 from drp.leader.supervision import startup
 from drp.protocol.arena import Arena
+from drp.protocol.handles import GpuHandle, Handle
 from drp.protocol.memory import Memory, SharedMemory
-from drp.protocol.messages import GpuConfig, GpuHandle, Handle
+from drp.protocol.messages import GpuConfig
 from drp.workers import cuda_device, weights
 
 SYNC = ExecutionOptions(dispatch="sync")  # Asynchronous runs need CUDA streams.

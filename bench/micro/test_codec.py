@@ -4,7 +4,8 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from drp.protocol.codec import decode, encode
-from drp.protocol.messages import TO_LEADER, TO_WORKER, Bind, Draft, Handle, Prediction, TensorSpec, ToLeader, ToWorker
+from drp.protocol.handles import Handle
+from drp.protocol.messages import TO_LEADER, TO_WORKER, Bind, Draft, Prediction, TensorSpec, ToLeader, ToWorker
 
 X = TensorSpec("x", "float32", (1, 4, 64, 64), 0)
 MESSAGES = [

@@ -14,8 +14,8 @@ from drp.diffusers.program import PROGRAM, Program, from_bytes
 from drp.diffusers.pytree import Json
 from drp.diffusers.structure import make
 from drp.models.state import ModuleState
+from drp.protocol.handles import Handle
 from drp.protocol.memory import DTYPES, SharedMemory
-from drp.protocol.messages import Handle
 
 KEPT = 8
 """Programs kept, and modules."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 
-from drp.protocol.messages import GpuConfig, GpuHandle, Half
+from drp.protocol.handles import GpuHandle
+from drp.protocol.messages import GpuConfig, Half
 
 STORES_IN_ORDER = ("x86_64", "AMD64")
 """Processors on which stores become visible in program order, which `drp.protocol.timeline` relies on."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from drp.errors import ProtocolError
+from drp.protocol.handles import GpuHandle, Handle
 from drp.protocol.memory import ALIGNMENT, DTYPES, NAMES, Memory, SharedMemory, aligned
-from drp.protocol.messages import Bind, GpuHandle, Handle, TensorSpec
+from drp.protocol.messages import Bind, TensorSpec
 
 Allocate = Callable[[int], Memory]
 

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from drp.protocol.codec import Bounds, Length
-from drp.protocol.messages import Count, Handle, ModelSpec, Name, Seconds, Shape, Text
+from drp.protocol.handles import Count, Handle, Name
+from drp.protocol.messages import ModelSpec, Seconds, Shape, Text
 
 VERSION = 3
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from drp.errors import CudaError, ProtocolError
+from drp.protocol.handles import GpuHandle, Handle
 from drp.protocol.memory import Memory, SharedMemory, check_fit
-from drp.protocol.messages import GpuHandle, Handle
 from drp.protocol.timeline import CANCEL_ALL, TIMELINE_NBYTES
 
 HANDLE = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from drp.errors import ProtocolError
-from drp.protocol.messages import Handle
+from drp.protocol.handles import Handle
 
 
 def open_memfd(handle: Handle) -> int:

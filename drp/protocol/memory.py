@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from drp.errors import ProtocolError
+from drp.protocol.handles import GpuHandle, Handle
 from drp.protocol.memfd import open_memfd
-from drp.protocol.messages import GpuHandle, Handle
 
 ALIGNMENT: Final = 256
 """The alignment of every tensor in bytes, that of torch's own allocations. cuBLASLt chooses its algorithms by it, so a

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from drp.protocol.codec import Bounds, Length, numbers
+from drp.protocol.handles import Bytes, Count, GpuHandle, Handle, Name, PipeHandle
 
 VERSION = 9
 MAX_TENSORS = 1024
@@ -37,15 +38,11 @@ MAX_TENSORS = 1024
 MAX_BATCHED = 255
 """Maximum number of drafts of a batch, in addition to the first."""
 
-Count = Annotated[int, Bounds(0, 2**31 - 1)]
-Bytes = Annotated[int, Bounds(0, 2**48)]
 Timestep = Annotated[float, Bounds(-1e9, 1e9)]
 Seconds = Annotated[float, Bounds(0, 1e9)]
 Fraction = Annotated[float, Bounds(0, 1)]
 Shape = Annotated[tuple[Count, ...], Length(16)]
-Name = Annotated[str, Length(200)]
 Text = Annotated[str, Length(20_000)]
-Opaque = Annotated[bytes, Length(64)]
 Sequence = Annotated[int, Bounds(0, 2**32 - 1)]
 Half = Literal["float16", "bfloat16"]
 Values = Literal["model", "recorded", "cheap"]
@@ -63,39 +60,6 @@ class ModelSpec:
     sample_shape: Shape | None = None
     classes: Count | None = None
     guidance: Annotated[float, Bounds(-1e6, 1e6)] | None = None
-
-
-@dataclass(frozen=True)
-class Handle:
-    """Shared memory: descriptor `fd` of the process `pid`, `nbytes` long."""
-
-    pid: Count
-    fd: Count
-    nbytes: Bytes
-
-
-@dataclass(frozen=True)
-class PipeHandle:
-    """The writing end of a pipe: descriptor `fd` of the process `pid`."""
-
-    pid: Count
-    fd: Count
-
-
-@dataclass(frozen=True)
-class GpuHandle:
-    """Memory of a GPU that is shared by CUDA IPC. Anyone with the handle can access the memory, so it is never logged.
-
-    device: the UUID of the GPU.
-    memory: the result of cudaIpcGetMemHandle.
-    event: the result of cudaIpcGetEventHandle for the owner's event, which is recorded before each message that asks to
-        read the memory.
-    """
-
-    device: Name
-    nbytes: Bytes
-    memory: Opaque
-    event: Opaque
 
 
 @dataclass(frozen=True)

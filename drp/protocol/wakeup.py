@@ -6,7 +6,7 @@ import contextlib
 import os
 
 from drp.errors import ProtocolError
-from drp.protocol.messages import PipeHandle
+from drp.protocol.handles import PipeHandle
 
 
 class WakeupReceiver:

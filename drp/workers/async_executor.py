@@ -19,7 +19,8 @@ from torch import Tensor
 
 from drp.errors import ProtocolError
 from drp.protocol.arena import Arena
-from drp.protocol.messages import AsyncConfig, Draft, PipeHandle
+from drp.protocol.handles import PipeHandle
+from drp.protocol.messages import AsyncConfig, Draft
 from drp.protocol.timeline import (
     CANCELLED,
     COMPLETION_SIZE,

@@ -20,7 +20,8 @@ from drp.models.registry import Denoiser
 from drp.nvtx import annotate, annotate_methods
 from drp.protocol.arena import Arena
 from drp.protocol.cuda import GpuMemory, index_of, invert_probe
-from drp.protocol.messages import GpuConfig, GpuHandle
+from drp.protocol.handles import GpuHandle
+from drp.protocol.messages import GpuConfig
 from drp.workers.cuda_errors import is_unrecoverable
 from drp.workers.weights import Weights
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from drp.models.registry import Denoiser
 from drp.protocol.arena import Arena
 from drp.protocol.cuda import ArenaEvent, GpuCounters, WorkerCounter
-from drp.protocol.messages import Draft, Handle
+from drp.protocol.handles import Handle
+from drp.protocol.messages import Draft
 from drp.protocol.timeline import (
     COMPLETED,
     RECHECK_INTERVAL,

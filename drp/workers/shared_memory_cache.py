@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+from drp.protocol.handles import Handle
 from drp.protocol.memory import MAX_RETAINED_NBYTES, SharedMemory
-from drp.protocol.messages import Handle
 
 MAX_ENTRIES = 4
 """Pieces of memory that stay mapped."""

@@ -33,8 +33,8 @@ from drp.leader.runs.submission import RunFuture
 from drp.protocol import client_messages
 from drp.protocol.client_messages import TensorData
 from drp.protocol.codec import decode, encode
+from drp.protocol.handles import Handle
 from drp.protocol.keys import Keys, make
-from drp.protocol.messages import Handle
 from drp.sampling.drafts import PAPER, DraftRule
 from drp.sampling.modes import Sequential
 from drp.sampling.result import Result

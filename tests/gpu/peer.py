@@ -8,8 +8,8 @@ import sys
 import torch
 
 from drp.protocol.cuda import GpuCounters, GpuMemory, WorkerCounter, index_of, invert_probe
+from drp.protocol.handles import GpuHandle, Handle
 from drp.protocol.memory import ALIGNMENT
-from drp.protocol.messages import GpuHandle, Handle
 
 SLEEP = 2_000_000_000
 """Cycles for which a stream is kept busy: about a second."""

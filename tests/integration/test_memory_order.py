@@ -16,8 +16,8 @@ import drp
 from drp import ExecutionOptions, Leader
 from drp.errors import ProtocolError
 from drp.protocol.arena import Arena
+from drp.protocol.handles import GpuHandle, Handle
 from drp.protocol.memory import Memory, SharedMemory
-from drp.protocol.messages import GpuHandle, Handle
 
 HANDLE = GpuHandle("GPU-of-the-test", 1 << 16, bytes(64), bytes(64))
 TINY = "tests.denoisers:Tiny"

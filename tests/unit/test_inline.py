@@ -15,6 +15,7 @@ from drp.errors import ProtocolError
 from drp.protocol import inline
 from drp.protocol.arena import Arena
 from drp.protocol.codec import decode, encode
+from drp.protocol.handles import Handle
 from drp.protocol.inline import LeaderFrames, WorkerFrames
 from drp.protocol.messages import (
     TO_LEADER,
@@ -23,7 +24,6 @@ from drp.protocol.messages import (
     Bind,
     Draft,
     EvaluationError,
-    Handle,
     Prediction,
     Rebind,
     Stop,

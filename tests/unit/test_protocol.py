@@ -25,8 +25,9 @@ from drp.errors import ProtocolError
 from drp.protocol import client_messages, codec, messages
 from drp.protocol.arena import Arena
 from drp.protocol.codec import decode, encode
+from drp.protocol.handles import Handle
 from drp.protocol.memory import SharedMemory
-from drp.protocol.messages import TO_LEADER, TO_WORKER, Bind, Draft, Handle, Load, Prediction, Stop, TensorSpec, Unbind
+from drp.protocol.messages import TO_LEADER, TO_WORKER, Bind, Draft, Load, Prediction, Stop, TensorSpec, Unbind
 from drp.protocol.transport import LeaderSocket, WorkerSocket
 
 KINDS: dict[str, type] = {**TO_WORKER, **TO_LEADER, **client_messages.TO_SERVER, **client_messages.TO_CLIENT}
@@ -135,7 +136,7 @@ def test_memory_is_shared_between_processes() -> None:
     program = f"""
 import torch
 from drp.protocol.memory import SharedMemory
-from drp.protocol.messages import Handle
+from drp.protocol.handles import Handle
 memory = SharedMemory.open(Handle({handle.pid}, {handle.fd}, {handle.nbytes}))
 memory.tensor(256, (2, 3), torch.float32).mul_(10)
 """

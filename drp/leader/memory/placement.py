@@ -23,8 +23,9 @@ from drp.protocol.cuda import (
     WorkerCounterView,
     is_inverted,
 )
+from drp.protocol.handles import GpuHandle
 from drp.protocol.memory import Memory
-from drp.protocol.messages import GpuConfig, GpuHandle
+from drp.protocol.messages import GpuConfig
 from drp.protocol.timeline import TIMELINE_NBYTES, LeaderOwnEvent, Stream, WorkerEvent
 from drp.protocol.wakeup import WakeupReceiver
 
