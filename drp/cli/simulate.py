@@ -125,11 +125,11 @@ def simulate(
             times = parse_time(message), parse_time(row), parse_time(wake)
             costs = {each: Costs.given(*times, each) for each in ("sync", "async")}
         else:
-            marks, names, _ = read(source)
-            measured_costs = Costs.measured(marks, names, "async" if dispatch == "auto" else dispatch)
+            events, names, _ = read(source)
+            measured_costs = Costs.measured(events, names, "async" if dispatch == "auto" else dispatch)
             costs = dict.fromkeys(("sync", "async"), measured_costs)
             if not all(name.startswith("emulated:") for name in names):
-                given = measured(given, marks)
+                given = measured(given, events)
         given = tuple(replace(device, mtbf=mtbf, restart=restart) for device in given)
         counts = [n for n in (2**i for i in range(11)) if n < len(given)] + [len(given)] if best else [len(given)]
         chosen = list(POLICIES) if policy == "all" else policy.split(",")

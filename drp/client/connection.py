@@ -88,7 +88,7 @@ class Connection:
         return self._error is not None or self._closing
 
     def submit(self, run: RemoteRun, message: ToServer, frames: Sequence[Frame]) -> None:
-        """Send a Submit; what becomes of it, `run` is told."""
+        """Send a Submit; `run` is notified of its progress and end."""
         self._put(message, frames, lambda: self._runs.__setitem__(run.number, run))
 
     def cancel(self, number: int) -> None:

@@ -238,7 +238,7 @@ class PipelineJob:
     def _event(
         self, step: int, steps: int, kwargs: dict[str, Any], decode: Callable[[torch.Tensor], bytes | None]
     ) -> ProgressEvent:
-        """Return what is told of a step. Its preview is decoded now: the next step may write over the latents."""
+        """Return the progress of a step. Its preview is decoded now, since the next step may overwrite the latents."""
         latents = kwargs.get("latents")
         png = decode(latents) if latents is not None and self._previews.is_due(step, steps) else None
         return ProgressEvent(step, steps, None if png is None else lambda: png)

@@ -3,7 +3,7 @@
 Other threads submit runs and sessions to the request queue. Each iteration of the loop does the following; the steps
 marked * are skipped while every run has `workers_saturated`.
 
-      _admit            start queued runs while there is room, end cancelled ones
+      _admit            start queued runs up to the limit, end cancelled ones
       _run_ready        execute the arithmetic that asynchronous runs queued for this thread, as far as it is ready
     * _poll_completions check the completion records of asynchronous runs
     * _assign           send waiting drafts to workers, and schedule the drafts that need no further message
@@ -232,7 +232,7 @@ class Engine:
             self._started.set_result(self.supervisor.startup.loaded_model.spec)
 
     def _admit(self) -> None:
-        """Start queued runs while there is room, let sessions continue, and end cancelled runs."""
+        """Start queued runs up to the limit, let sessions continue, and end cancelled runs."""
         new, running = self._requests.new, self.runs.running
         for work in list(new):
             if isinstance(work, Submission) and work.future.cancel_requested and not work.future.done():
@@ -368,8 +368,8 @@ class Engine:
     def _poll_completions(self) -> None:
         """Handle the completion records that have been read since the last call."""
         for run in self.runs.all_runs:
-            for answer, verdict in run.poll_completions():
-                self._handler.on_completion(run, answer, verdict)
+            for completion, status in run.poll_completions():
+                self._handler.on_completion(run, completion, status)
 
     def _finish_all(self, error: WorkerError | None) -> None:
         """Resolve all futures with an error. Each gets its own instance, since raising one adds a traceback to it."""

@@ -305,7 +305,7 @@ class Run:
                 yield from out.slots.values()
 
     def _make_room(self, banks: SlotAllocator, rows: int, used: Callable[[], Iterable[int]]) -> int:
-        """Allocate consecutive rows, dropping checkpoints, oldest first, if there is no room."""
+        """Allocate consecutive rows, dropping checkpoints, oldest first, if too few are free."""
         while self._checkpoints and banks.find(rows, used()) is None:
             self.drop(self._checkpoints[0])
         return banks.allocate(rows, used())

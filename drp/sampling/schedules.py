@@ -15,7 +15,7 @@ KARRAS_RHO = 7.0
 """What Karras et al. 2022 and diffusers' schedulers use."""
 
 RHO_RANGE = (0.1, 1000.0)
-"""Beyond, powers of the noise levels overflow or cannot be told apart."""
+"""Beyond this range, powers of the noise levels overflow or become equal."""
 
 SCHEDULE_NAMES = ("linear", "scaled_linear", "cosine")
 

@@ -133,7 +133,7 @@ class Server:
                 self._looked = time.monotonic()
                 self._clients.check()
         if self._leader.closed and self._draining is None:
-            raise WorkerError("the leader has lost its workers, and every client was told")
+            raise WorkerError("the leader has lost its workers; all clients were notified")
 
     def close(self) -> None:
         """Cancel the remaining requests and close the socket. The leader is not closed."""

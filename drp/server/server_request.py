@@ -25,7 +25,7 @@ class ServerRequest:
     which may be called in either.
 
     report: called in either thread when there is an update for the client.
-    lively: called after every step.
+    on_progress: called after every step.
     """
 
     future: RunFuture

@@ -31,10 +31,10 @@ from drp.workers.cuda_device import CudaDevice
 class CudaExecutor:
     """The streams of one GPU. The compute stream is the current one of the constructing thread."""
 
-    def __init__(self, seat: CudaDevice, denoiser: Denoiser) -> None:
-        self._device, self._denoiser, self.device = seat, denoiser, seat.device
-        self._compute = torch.cuda.current_stream(seat.device)
-        self._in, self._out = (torch.cuda.Stream(seat.device) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types for it
+    def __init__(self, device: CudaDevice, denoiser: Denoiser) -> None:
+        self._device, self._denoiser, self.device = device, denoiser, device.device
+        self._compute = torch.cuda.current_stream(device.device)
+        self._in, self._out = (torch.cuda.Stream(device.device) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types for it
         self._last: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types for it
         self._counters: dict[Handle, WorkerCounter] = {}
         self._runs: dict[int, RunBinding] = {}

@@ -62,8 +62,8 @@ def end() -> NoReturn:
 
 def _heartbeat(file: int, offset: int) -> Callable[[], None]:
     """Return a function that counts heartbeats in a file of shared memory, a uint64 at this offset."""
-    memory, beats = mmap.mmap(file, 0), itertools.count(1)
-    return lambda: struct.pack_into("Q", memory, offset, next(beats))
+    memory, heartbeats = mmap.mmap(file, 0), itertools.count(1)
+    return lambda: struct.pack_into("Q", memory, offset, next(heartbeats))
 
 
 def _import_main(path: str) -> None:

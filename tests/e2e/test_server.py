@@ -601,7 +601,7 @@ def test_a_lost_leader_ends_the_server(tmp_path: Path) -> None:
         leader.close()
         with pytest.raises(RefusedError, match="the server ended first"):
             run.result(DEADLINE)
-        with pytest.raises(WorkerError, match="every client was told"):
+        with pytest.raises(WorkerError, match="all clients were notified"):
             stack.close()
 
 

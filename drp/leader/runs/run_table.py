@@ -56,7 +56,7 @@ class RunTable:
 
     def schedule_drafts(self, run: RunState) -> None:
         """Schedule a run's next drafts, or finish the run if there are none."""
-        since, cuts, formed = time.perf_counter_ns(), len(run.cuts), len(run.waiting)
+        since, cuts, scheduled = time.perf_counter_ns(), len(run.cuts), len(run.waiting)
         with self.charge(run):
             more = run.schedule_drafts()
             if more is False:
@@ -64,7 +64,7 @@ class RunTable:
             if more is not None and self._recorder.timelines:
                 for cut in run.cuts[cuts:]:
                     self._recorder.record("discarded", run, cut)
-                steps = tuple(task.index for batch in itertools.islice(run.waiting, formed, None) for task in batch)
+                steps = tuple(task.index for batch in itertools.islice(run.waiting, scheduled, None) for task in batch)
                 self._recorder.record("scheduled" if more else "end", run, since=since, steps=steps)
             if more is False:
                 self.finish(run, None)

@@ -1,4 +1,4 @@
-"""UniPC, its corrector folded into the next step."""
+"""UniPC, with its corrector merged into the next step."""
 
 from __future__ import annotations
 
