@@ -15,7 +15,7 @@ from drp.cli.helpers import parse_numbers, plain_errors, print_json
 from drp.cli.options import default_devices
 from drp.cli.output import check_output, check_trace, write_samples
 
-SPREAD = ("mode", "drafts", "stride", "rule", "tolerance", "warmup", "threads")
+SPREAD = ("mode", "drafts", "stride", "target_speedup", "target_rounds", "rule", "tolerance", "warmup", "threads")
 """Options of `drp sample` that `parallelize` has too, beside the devices."""
 KEPT = ("rows", "shape", "steps", "devices", "guidance", *SPREAD)
 """Options of `drp sample` that a pipeline has too, beside those of ALWAYS."""
@@ -68,7 +68,7 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
         from diffusers import DiffusionPipeline
 
         from drp.diffusers import parallelize
-        from drp.diffusers.parallel import make
+        from drp.diffusers.pipeline_modes import make_pipeline_mode
         from drp.leader.devices import expand_count, parse_devices
     except ImportError as error:
         raise ValueError(f"{error}; pip install 'draft-refine[diffusers]'") from None
@@ -76,7 +76,10 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
     devices = options["devices"] or default_devices(gpus_too=False).devices
     devices = expand_count(devices, "cpu")  # where the pipeline is loaded to
     count = len(parse_devices(devices, 1))
-    make(options["mode"], options["drafts"] or count, options["rule"], options["tolerance"], options["warmup"])
+    names = ("rule", "tolerance", "warmup", "stride", "target_speedup", "target_rounds")
+    mode = make_pipeline_mode(options["mode"], options["drafts"] or count, **{name: options[name] for name in names})
+    if not mode.feedback:
+        list(mode.rounds(options["steps"]))  # raises ValueError if a target cannot be reached
     pipe = DiffusionPipeline.from_pretrained(path)
     arguments: dict[str, Any] = {"prompt": prompt, "output_type": "pt", "num_inference_steps": options["steps"]}
     arguments["generator"] = torch.Generator().manual_seed(options["seed"])

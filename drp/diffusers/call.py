@@ -302,7 +302,11 @@ class PipelineCall:
             inputs[PART] = torch.tensor(0)
         slots = work.mode.width * program.parts
         session = work.evaluator.bind(program, sources, inputs, learned.outputs, slots, learned.cond)
-        return Predictions(learned, self._drafter, session, work.mode, k, self._end, self._report, program)
+        try:
+            return Predictions(learned, self._drafter, session, work.mode, k, self._end, self._report, program)
+        except BaseException:  # for example the mode's, which cannot take this number of steps
+            session.close()
+            raise
 
     def _split(self, learned: Learned, sources: Mapping[str, Json], k: int) -> Predictions | None:
         """Begin rounds with the branches of guidance apart, if that makes what the step has made; else say why not."""

@@ -21,7 +21,8 @@ from drp.comparison.measure import Progress
 from drp.comparison.models import facts_of
 from drp.comparison.settings import Drafted, FewerSteps
 from drp.comparison.subject import Sample, Session, Subject, arguments, to_pixels, worker_memory
-from drp.diffusers.parallel import Parallel, make, parallelize
+from drp.diffusers.parallel import Parallel, parallelize
+from drp.diffusers.pipeline_modes import make_pipeline_mode
 from drp.diffusers.watch import WatchedMethod, schedulers_of
 from drp.diffusers.workers import Workers
 from drp.leader.devices import expand_count, parse_devices
@@ -135,7 +136,7 @@ class PipelineSubject(Subject):
                 raise ValueError(f"{type(self._pipe).__name__} takes no num_inference_steps; leave out rivals")
             return
         tolerance = 0.0025 if setting.tolerance is None else setting.tolerance
-        make(setting.mode, setting.drafts, setting.rule, tolerance, 0, setting.stride)
+        make_pipeline_mode(setting.mode, setting.drafts, setting.rule, tolerance, 0, setting.stride)
 
     @contextmanager
     def session(self, setting: Drafted | FewerSteps) -> Iterator[Session]:

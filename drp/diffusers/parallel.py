@@ -16,6 +16,7 @@ from torch import nn
 
 from drp.diffusers.call import PipelineCall, PipelineContext
 from drp.diffusers.evaluators import Evaluator, InProcess
+from drp.diffusers.pipeline_modes import make_pipeline_mode
 from drp.diffusers.publish import Publisher
 from drp.diffusers.pytree import Json
 from drp.diffusers.report import CallReport, Report
@@ -23,9 +24,7 @@ from drp.diffusers.structure import Described, PatchedClassError, describe, has_
 from drp.diffusers.watch import WatchedMethod, schedulers_of
 from drp.diffusers.workers import Workers
 from drp.leader.devices import expand_count, parse_devices
-from drp.sampling.drafts import DraftRule, find_rule
-from drp.sampling.mode_selection import make_mode
-from drp.sampling.mode_wrappers import Warmup
+from drp.sampling.drafts import DraftRule
 from drp.sampling.modes import Mode
 from drp.trace.record import check
 
@@ -244,6 +243,8 @@ def parallelize(
     *,
     drafts: int | None = None,
     stride: float | None = None,
+    target_speedup: float | None = None,
+    target_rounds: int | None = None,
     rule: str | DraftRule | None = None,
     tolerance: float = 0.0025,
     warmup: int = 0,
@@ -268,8 +269,9 @@ def parallelize(
 
     devices: a count, of the kind that the pipeline runs on; or names, as of `drp.Leader`; or `Workers`, which several
         pipelines may share.
-    mode, drafts, stride, rule, tolerance, warmup: as of `drp.sample` (docs/drafts.md); modes that go back to steps that
-        were taken, or leave some out, are refused: rolling, windows with gaps, and those with sweeps.
+    mode, drafts, stride, target_speedup, target_rounds, rule, tolerance, warmup: as of `drp.sample` (docs/drafts.md);
+        modes that go back to steps that were taken, or leave some out, are refused: rolling, windows with gaps, and
+        those with sweeps. A call with too few steps for its target is sequential, and the report says so.
     split_guidance: evaluate the two branches of classifier-free guidance on two devices, so that a round has half as
         many drafts as devices. Where they are one doubled batch, halves may have other bits than the whole.
     always_draft: draft also where drafted samples do not come nearer to the sequential ones as steps become shorter:
@@ -292,7 +294,8 @@ def parallelize(
         devices = expand_count(devices, _kind(pipe, names))
     count = len(own.devices if own else parse_devices(cast("str | Sequence[str]", devices), 1))
     drafts = _drafts(drafts, count, split_guidance)
-    parallel = Parallel(pipe, make(mode, drafts, rule, tolerance, warmup, stride), names, split_guidance, always_draft)
+    made = make_pipeline_mode(mode, drafts, rule, tolerance, warmup, stride, target_speedup, target_rounds)
+    parallel = Parallel(pipe, made, names, split_guidance, always_draft)
     with ExitStack() as stack:
         publisher = stack.enter_context(closing(Publisher()))
         for name in names:  # Before workers start: what cannot be described is refused.
@@ -321,6 +324,8 @@ def reference(
     mode: str | Mode = "window",
     drafts: int | None = None,
     stride: float | None = None,
+    target_speedup: float | None = None,
+    target_rounds: int | None = None,
     rule: str | DraftRule | None = None,
     tolerance: float = 0.0025,
     warmup: int = 0,
@@ -337,50 +342,13 @@ def reference(
     placed = parse_devices(expand_count(devices, _kind(pipe, names)), 1)
     own = threads or max(1, torch.get_num_threads() // len(placed))
     drafts = _drafts(drafts, len(placed), split_guidance)
-    parallel = Parallel(pipe, make(mode, drafts, rule, tolerance, warmup, stride), names, split_guidance, always_draft)
+    made = make_pipeline_mode(mode, drafts, rule, tolerance, warmup, stride, target_speedup, target_rounds)
+    parallel = Parallel(pipe, made, names, split_guidance, always_draft)
     parallel.enter(InProcess(parallel.originals, own), None)
     try:
         yield parallel
     finally:
         parallel.leave()
-
-
-def make(
-    mode: str | Mode,
-    drafts: int,
-    rule: str | DraftRule | None,
-    tolerance: float,
-    warmup: int,
-    stride: float | None = None,
-) -> Mode:
-    """Return the mode that the arguments describe; raise ValueError if a pipeline's steps can't be taken in it."""
-    if not isinstance(mode, str) and stride is not None:
-        raise ValueError(f"mode is {mode}, an object that says itself by how much it moves on; leave out stride")
-    made = make_mode(mode, drafts, tolerance, find_rule(rule), stride) if isinstance(mode, str) else mode
-    if warmup:
-        made = Warmup(made, warmup)
-    if made.pipelined or not (made.feedback or _goes_on(made)):
-        raise ValueError(
-            f"mode {mode!r} goes back to steps that a pipeline has already taken, or leaves some out; "
-            "choose window, aggressive, conservative, adaptive or sequential"
-        )
-    return made
-
-
-def _goes_on(mode: Mode, steps: int = 24) -> bool:
-    """Return whether every round predicts indices in a row from the next step on, and the first that step alone.
-
-    The next step is the base, alone, or the one after it; and it is further on than that of the round before.
-    """
-    known, after = 0, -1
-    for r in mode.rounds(steps):
-        k = r.predict[0]
-        if not after < k <= known or r.predict != tuple(range(k, k + len(r.predict))):
-            return False
-        if r.base != k - 1 and (r.base != k or len(r.predict) > 1):
-            return False
-        known, after = max(known, r.predict[-1] + 1), k
-    return known == steps
 
 
 def _drafts(drafts: int | None, devices: int, split: bool) -> int:

@@ -109,7 +109,10 @@ class Predictions:
         """Return the next round; None at the end, or if it depends on how stale the drafts of this one turn out."""
         if self._residuals is not None:
             return None
-        return next(self._rounds, None)
+        try:
+            return next(self._rounds, None)
+        except ValueError as error:  # The mode cannot take this number of steps.
+            raise UnrecognisedError(str(error), final=True) from None
 
     def _due(self, k: int, x: Tensor, stepped: Tensor | None) -> bool:
         """Return whether a round is to be made before step k is answered, from the state x there."""

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from drp.sampling.drafts import DAMPED, PAPER, STEADY, DraftRule
-from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Rolling, Sequential, Sparse, Window
+from drp.sampling.modes import (
+    Adaptive,
+    Aggressive,
+    Conservative,
+    Mode,
+    Rolling,
+    Rounds,
+    Sequential,
+    Sparse,
+    Wide,
+    Window,
+)
 
 MODE_NAMES = ("sequential", "conservative", "aggressive", "window", "adaptive", "rolling")
 PATTERNS: Mapping[str, Callable[[int], tuple[int, ...]]] = {
@@ -138,3 +150,38 @@ def choose_speedup(speedup: float, steps: int, most_drafts: int) -> Choice:
             f"{steps / fewest:.3g}: use more devices or drafts, or more steps"
         )
     return choose_rounds(math.floor(steps / speedup + 1e-9), steps, most_drafts)
+
+
+@dataclass(frozen=True)
+class TargetWindow(Wide):
+    """The window with at most n drafts that reaches a target, for runs whose number of steps is not known beforehand.
+
+    Exactly one of `target_rounds` and `target_speedup` (steps divided by rounds) is given. `rounds` raises ValueError
+    if no window reaches it.
+    """
+
+    target_rounds: int | None = None
+    target_speedup: float | None = None
+    rule: DraftRule = DAMPED
+
+    def __post_init__(self) -> None:
+        if self.target_rounds is not None and self.target_speedup is not None:
+            raise ValueError("both target_speedup and target_rounds are given; leave one of them out")
+        if self.target_rounds is not None and not (isinstance(self.target_rounds, int) and self.target_rounds >= 1):
+            raise ValueError(f"target_rounds is {self.target_rounds!r}; give a whole number from 1")
+        if self.target_rounds is None and not (self.target_speedup or 0) >= 1:
+            raise ValueError(f"target_speedup is {self.target_speedup!r}; give 1 or more")
+
+    @property
+    def name(self) -> str:
+        """`window`: a target is an option of that mode."""
+        return "window"
+
+    def rounds(self, steps: int) -> Rounds:
+        """Yield the rounds of the window that reaches the target in this number of steps."""
+        if self.target_rounds is not None:
+            choice = choose_rounds(self.target_rounds, steps, self.n)
+        else:
+            assert self.target_speedup is not None
+            choice = choose_speedup(self.target_speedup, steps, self.n)
+        yield from make_mode(choice.mode, choice.drafts, 0.0, self.rule, choice.stride).rounds(steps)

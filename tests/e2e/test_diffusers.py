@@ -877,11 +877,32 @@ def test_what_cannot_be_handed_to_workers_is_refused() -> None:
         ({"devices": 0}, "a run needs 1"),
         ({"drafts": -1}, "at least 1 draft"),
         ({"denoisers": ["transformer"]}, "lacks transformer"),
+        ({"mode": "window", "target_rounds": 0}, "target_rounds is 0; give a whole number from 1"),
+        ({"mode": "window", "target_speedup": 0.5}, "target_speedup is 0.5; give 1 or more"),
+        ({"target_speedup": 2.0, "stride": 2.0}, "stride and target_speedup are given"),
+        ({"target_rounds": 9, "mode": "aggressive"}, "target_rounds chooses a window, and mode is 'aggressive'"),
+        ({"target_rounds": 9, "mode": Aggressive(2)}, "leave out target_rounds"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message), parallelize(sdxl(), **{"devices": 2, **options}):
         pass
+
+
+def test_a_target_chooses_the_window_for_the_steps_of_each_call() -> None:
+    pipe = digits_pipeline()
+    window = {"mode": "window"}
+    calls: list[dict[str, Any]] = [{"target_rounds": 6}, {"stride": 23 / 5}, {"target_speedup": 3.0}]
+    images = []
+    for options in calls:
+        with reference(pipe, devices=8, **window, **options) as run:
+            images.append(pipe([3], 24, generator=torch.Generator().manual_seed(1)).images)
+        assert run.report.calls[-1].rounds == (8 if "target_speedup" in options else 6)
+    assert torch.equal(images[0], images[1])
+    with reference(pipe, devices=8, **window, target_rounds=3) as run:
+        pipe([3], 24)
+    why = run.report.calls[-1].sequential
+    assert "target_rounds is 3; with at most 8 drafts, 24 steps take 4 rounds or more" in why
 
 
 def test_a_count_is_of_the_kind_of_device_that_the_pipeline_is_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,59 @@
+"""Modes of a pipeline's calls: those whose rounds follow the pipeline's own steps."""
+
+from __future__ import annotations
+
+from drp.sampling.drafts import DraftRule, find_rule
+from drp.sampling.mode_selection import TargetWindow, make_mode
+from drp.sampling.mode_wrappers import Warmup
+from drp.sampling.modes import Mode
+
+
+def make_pipeline_mode(
+    mode: str | Mode,
+    drafts: int,
+    rule: str | DraftRule | None,
+    tolerance: float,
+    warmup: int,
+    stride: float | None = None,
+    target_speedup: float | None = None,
+    target_rounds: int | None = None,
+) -> Mode:
+    """Return the mode that the arguments describe; raise ValueError if a pipeline's steps can't be taken in it."""
+    given = {"stride": stride, "target_speedup": target_speedup, "target_rounds": target_rounds}
+    names = [name for name, value in given.items() if value is not None]
+    if not isinstance(mode, str) and names:
+        raise ValueError(f"mode is {mode}, an object that says itself by how much it moves on; leave out {names[0]}")
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)} are given, each of which says by how much a window moves on; give one")
+    if isinstance(mode, str) and names and names != ["stride"]:
+        if mode != "window":
+            raise ValueError(f"{names[0]} chooses a window, and mode is {mode!r}; leave one of them out")
+        made: Mode = TargetWindow(drafts, target_rounds, target_speedup, find_rule(rule))
+    else:
+        made = make_mode(mode, drafts, tolerance, find_rule(rule), stride) if isinstance(mode, str) else mode
+    if warmup:
+        made = Warmup(made, warmup)
+    if names and names != ["stride"]:
+        return made  # Its rounds depend on the number of steps, and are always those of a window.
+    if made.pipelined or not (made.feedback or _goes_on(made)):
+        raise ValueError(
+            f"mode {mode!r} goes back to steps that a pipeline has already taken, or leaves some out; "
+            "choose window, aggressive, conservative, adaptive or sequential"
+        )
+    return made
+
+
+def _goes_on(mode: Mode, steps: int = 24) -> bool:
+    """Return whether every round predicts indices in a row from the next step on, and the first that step alone.
+
+    The next step is the base, alone, or the one after it; and it is further on than that of the round before.
+    """
+    known, after = 0, -1
+    for r in mode.rounds(steps):
+        k = r.predict[0]
+        if not after < k <= known or r.predict != tuple(range(k, k + len(r.predict))):
+            return False
+        if r.base != k - 1 and (r.base != k or len(r.predict) > 1):
+            return False
+        known, after = max(known, r.predict[-1] + 1), k
+    return known == steps
