@@ -157,7 +157,8 @@ class PipelineCall:
                 self._fail(error)
         if self._index is not None:
             self._index += 1
-        self._report.steps += 1
+        # A pipeline may ask its scheduler several times about one evaluation.
+        self._report.steps += self._step.in_process or self._step.position > 0
         self._report.rounds += self._step.in_process
         self._report.seconds = time.perf_counter() - self._began
         self._step = StepState()

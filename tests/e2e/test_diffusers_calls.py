@@ -138,6 +138,29 @@ def test_a_pipeline_may_copy_its_scheduler_for_a_second_kind_of_latents() -> Non
     assert parallel.report.calls[0].rounds == 5
 
 
+def test_a_pipeline_that_steps_its_scheduler_twice_for_one_evaluation_is_sequential() -> None:
+    """As Cosmos does, to have the estimate of the data before guidance."""
+
+    @torch.no_grad()
+    def call(pipe: Any) -> torch.Tensor:
+        pipe.scheduler.set_timesteps(8)
+        x, e = normal(1, 4, 8, 8), normal(1, 6, 8, seed=2)
+        for t in pipe.scheduler.timesteps:
+            v = pipe.unet(pipe.scheduler.scale_model_input(x, t), t, encoder_hidden_states=e).sample
+            data = pipe.scheduler.step(v, t, x).pred_original_sample
+            pipe.scheduler._step_index -= 1
+            x = pipe.scheduler.step(v, t, x).prev_sample + 0.01 * data
+        return torch.as_tensor(x)
+
+    pipe = euler()
+    untouched = call(pipe)
+    with reference(pipe, devices=3, mode="aggressive") as parallel:
+        assert torch.equal(call(pipe), untouched)
+    (report,) = parallel.report.calls
+    assert report.steps == report.rounds == report.evaluations == 8
+    assert "does not follow the one before" in report.sequential
+
+
 def test_values_that_are_not_finite_run_sequentially_and_say_so() -> None:
     pipe = euler()
     pipe.unet.conv_out.bias.data[0] = float("nan")
