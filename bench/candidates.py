@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,23 +17,24 @@ PAPERS: Mapping[str, Mode] = {
 
 @dataclass(frozen=True)
 class Warped(Wide):
-    """A window whose base after a share t of the rounds is at the share t^power of the steps: dense first."""
+    """The rounds of a window with this stride, unevenly spaced: base j of M is (N - 1 - tail) (j / M)^power.
 
-    rounds_wanted: int
+    A power above 1 is dense at first. `tail` is how many steps the last round advances.
+    """
+
+    stride: float
     power: float
+    tail: int
     rule: DraftRule = DAMPED
 
     def rounds(self, steps: int) -> Rounds:
-        """Yield the first evaluation, then windows."""
+        """Yield the first evaluation, then windows of n drafts."""
         yield Round(0, (0,))
-        base, more = 0, max(2, round(self.rounds_wanted * steps / 48)) - 1
-        for j in range(more):
+        base, more = 0, math.ceil((steps - 1) / self.stride) - 1
+        for j in range(more + 1):
             if j:
-                base = max(base + 1, min(base + self.n, int((steps - 1) * (j / more) ** self.power)))
-            left = more - j  # what must still be reached with as many windows
-            base = max(base, steps - 1 - self.n * left) if j else 0
-            if base >= steps - 1:
-                return
+                wanted = int((steps - 1 - self.tail) * (j / more) ** self.power + 1e-9)
+                base = max(base + 1, min(wanted, base + self.n), steps - 1 - self.n * (more + 1 - j))
             yield Round(base, tuple(range(base + 1, min(base + self.n, steps - 1) + 1)))
 
 
@@ -70,7 +72,7 @@ CANDIDATES: Mapping[str, tuple[str, Mapping[str, Mode]]] = {
         {
             **{f"window {s:g} of 8": Window(8, s) for s in (4, 4.7, 5, 6)},
             "window 5 of 8, carry 0.5 / 0.1, slope 0.5": Window(8, 5, STRONG),
-            "warped, power 1.3": Warped(8, 11, 1.3),
+            **{f"warped, power {p}, tail {t}": Warped(8, 5, p, t) for p in (1.0, 1.2) for t in (1, 2, 5, 8)},
             "tapered, stride 5": Sparse(8, 5, HALF, TAPERED),
             "adaptive": Adaptive(8, 0.0025),
         },
