@@ -6,7 +6,7 @@ OLDEST := tests/unit/test_sampling_options.py tests/unit/test_protocol.py tests/
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test test-fast test-cpp test-diffusers test-gpu test-faults test-oldest package docs soak fuzz check bench \
+.PHONY: help demo test test-fast test-cpp test-diffusers test-gpu test-ray test-faults test-oldest package docs soak fuzz check bench \
         bench-gpu study bench-pipelines quality micro clean
 
 help: ## Show this list
@@ -36,6 +36,10 @@ test-diffusers: $(READY) ## Run every diffusers pipeline with two, three and fou
 
 test-gpu: $(READY) ## Run what needs a GPU; skipped where there is none, with the reason
 	$(BIN)/python -m pytest -m gpu -s tests/gpu
+
+test-ray: $(READY) ## Run workers on a local Ray cluster of a head and two nodes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	$(BIN)/python -m pytest -m ray -s tests/e2e/test_ray.py
 
 test-faults: $(READY) ## Kill, stop, starve and flood everything, for ten minutes
 	$(BIN)/python -m pytest -m faults -s tests/faults

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from drp.comparison import compare
     from drp.errors import CudaError, DRPError, ProtocolError, RefusedError, WorkerError
     from drp.leader import ExecutionOptions, Leader, LeaderOptions
+    from drp.leader.ray import on_ray
     from drp.leader.remote import RemoteWorkers
     from drp.models import ModelSpec
     from drp.sampling.result import Result
@@ -36,6 +37,7 @@ __all__ = [
     "Result",
     "WorkerError",
     "compare",
+    "on_ray",
     "reference",
     "sample",
 ]
@@ -55,6 +57,7 @@ _HOMES = {
     "Result": "drp.sampling.result",
     "WorkerError": "drp.errors",
     "compare": "drp.comparison",
+    "on_ray": "drp.leader.ray",
     "reference": "drp.api",
     "sample": "drp.api",
 }

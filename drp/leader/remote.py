@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
+from drp.protocol.dial import WorkerKeys
 from drp.protocol.endpoint import check_address
 from drp.protocol.keys import Keys
 
 MAX_REMOTE = 256
+
+
+class Launcher(Protocol):
+    """Starts and ends workers on other machines, by number. A worker then dials in with the keys that it was given."""
+
+    def launch(self, number: int, keys: WorkerKeys, address: str, on_end: Callable[[str], None]) -> None:
+        """Start a worker; raise OSError if that fails. `on_end` is called in any thread with how its process ended."""
+        ...
+
+    def kill(self, number: int) -> None:
+        """End a worker that was launched, if it still runs."""
+        ...
+
+    def close(self) -> None:
+        """End all workers."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -46,6 +64,10 @@ class RemoteWorkers:
             )
         if not self.listen.startswith("tcp://"):
             raise ValueError(f"listen is {self.listen!r}; give tcp://HOST:PORT, where HOST may be 0.0.0.0")
+
+    def make_launcher(self) -> Launcher | None:
+        """Return what starts the workers; None where they are started by others."""
+        return None
 
     def read_keys(self) -> Keys | None:
         """Return the leader's keys and those of the workers; raise ValueError that names a file that is not usable."""

@@ -41,6 +41,17 @@ class Keys:
         """Return a new pair, which is in no file and lets nobody in yet."""
         return cls(*zmq.curve_keypair(), {})
 
+    def issue(self, name: str) -> tuple[bytes, bytes]:
+        """Return a new pair of a peer, public and secret, which is let in from now on."""
+        public, secret = zmq.curve_keypair()
+        self.peers[public] = name
+        return public, secret
+
+    def revoke(self, name: str) -> None:
+        """Let no peer with this name in any more."""
+        for key in [key for key, other in self.peers.items() if other == name]:
+            del self.peers[key]
+
     def callback(self, domain: str, key: bytes) -> bool:
         """Return whether a peer with this public key is let in; pyzmq's authenticator calls this."""
         return key in self.peers

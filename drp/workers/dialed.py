@@ -26,6 +26,7 @@ class DialConfig:
     gpu: the UUID of that device, if it is a GPU.
     threads: the number of torch threads.
     timeout: seconds within which the leader must have let this worker in.
+    host: the machine's name, by default as the machine itself says.
     """
 
     address: str
@@ -34,6 +35,7 @@ class DialConfig:
     gpu: str = ""
     threads: int = 1
     timeout: float = 300.0
+    host: str = ""
 
 
 def serve(config: DialConfig, on_lost: Callable[[], None]) -> None:
@@ -43,7 +45,7 @@ def serve(config: DialConfig, on_lost: Callable[[], None]) -> None:
     is lost, even while a draft is being evaluated.
     """
     link = DialedSocket(config.address, config.keys, config.timeout, on_lost)
-    hello = Hello(VERSION, os.getpid(), socket.gethostname()[:100], config.device, config.gpu)
+    hello = Hello(VERSION, os.getpid(), config.host or socket.gethostname()[:100], config.device, config.gpu)
     error = Worker(link, hello, config.threads).run()
     if error is not None:
         raise error

@@ -17,6 +17,7 @@ from drp.leader.remote import RemoteWorkers
 from drp.leader.supervision.worker import Encoded
 from drp.protocol.arena import Arena
 from drp.protocol.codec import decode, encode
+from drp.protocol.dial import WorkerKeys
 from drp.protocol.endpoint import Endpoint
 from drp.protocol.frames import Frame
 from drp.protocol.inline import LeaderFrames
@@ -51,6 +52,7 @@ class RemoteWorker:
 
     peer: the worker's identity on the socket, which it has made up; no two processes have the same.
     key: the public key with which it has dialed in.
+    key_name: the name of the key with which it must dial in; empty for any.
     failure: how its connection ended; empty while it has not.
     """
 
@@ -61,7 +63,7 @@ class RemoteWorker:
         self.number, self.identity, self._place = number, f"worker-{number}-{generation}".encode(), place
         self.device = replace(device, name=f"remote:{number}", emulated=None, gpu=None)
         self.peer: bytes | None = None
-        self.key = b""
+        self.key, self.key_name = b"", ""
         self.pid: int | None = None
         self.failure = ""
         self.heartbeat = 0
@@ -142,6 +144,7 @@ class RemotePlace:
 
     def __init__(self, source: RemoteWorkers) -> None:
         self._keys = source.read_keys()
+        self._launcher = source.make_launcher()
         self._endpoint = Endpoint(
             source.listen,
             self._keys,
@@ -153,6 +156,8 @@ class RemotePlace:
         self._connected: dict[bytes, RemoteWorker] = {}
         self._spares: dict[bytes, tuple[bytes, Hello]] = {}
         self._ended: deque[RemoteWorker] = deque()
+        self._reports: deque[tuple[RemoteWorker, str]] = deque()
+        """How launched workers have ended, as the launcher reports it in a thread of its own."""
         self._probe_until = 0.0
         self._arenas: weakref.WeakValueDictionary[int, Arena] = weakref.WeakValueDictionary()
         self.dropped = 0
@@ -180,22 +185,33 @@ class RemotePlace:
         return arena
 
     def start(self, number: int, generation: int, device: Device) -> RemoteWorker:
-        """Take a worker that has dialed in already, or wait for one."""
+        """Take a worker that has dialed in already, or wait for one, which is launched if there is a launcher."""
         worker = RemoteWorker(number, generation, device, self)
         self._expected.append(worker)
+        if self._launcher is not None and self._keys is not None:
+            worker.key_name = worker.identity.decode()
+            public, secret = self._keys.issue(worker.key_name)
+            keys = WorkerKeys(worker.key_name, public, secret, self._keys.public)
+            try:
+                self._launcher.launch(number, keys, self.address, lambda how: self._reports.append((worker, how)))
+            except BaseException:
+                self._expected.remove(worker)
+                raise
         return worker
 
     def receive_now(self) -> tuple[RemoteWorker, ToLeader] | None:
-        while self._expected and self._spares:
-            peer, (key, hello) = next(iter(self._spares.items()))
+        for peer, (key, hello) in list(self._spares.items()) if self._expected else ():
+            names = ("", self._name_of(key))
+            worker = next((each for each in self._expected if each.key_name in names), None)
+            if worker is None:
+                continue
             del self._spares[peer]
-            worker = self._expected[0]
             try:
                 worker.connect(peer, key, hello)
             except ValueError as error:
                 self._reject(peer, str(error))
                 continue
-            self._expected.pop(0)
+            self._expected.remove(worker)
             self._connected[peer] = worker
             log.info("%s has dialed in", worker)
             return worker, hello
@@ -221,7 +237,7 @@ class RemotePlace:
         except ProtocolError as error:
             self._drop(f"no message: {error}")
             return None
-        name = self._keys.peers.get(key, "") if self._keys is not None else ""
+        name = self._name_of(key)
         if isinstance(message, Pong) and peer in self._spares:
             return None
         if not isinstance(message, Hello) or peer in self._spares or peer in self._connected:
@@ -235,6 +251,9 @@ class RemotePlace:
             return self.receive_now() if self._expected else None
         return None
 
+    def _name_of(self, key: bytes) -> str:
+        return self._keys.peers.get(key, "") if self._keys is not None else ""
+
     def find_ended(self, ready: set[int]) -> tuple[RemoteWorker, ToLeader | None] | None:
         """Return a worker whose connection has ended."""
         if self.descriptors[1] in ready and self._endpoint.has_lost():
@@ -243,6 +262,11 @@ class RemotePlace:
                 worker.request_heartbeat()
             ping = [encode(Ping(time.monotonic()))]
             self._spares = {p: spare for p, spare in self._spares.items() if self._endpoint.send(p, ping) != "gone"}
+        while self._reports:
+            worker, how = self._reports.popleft()
+            if not worker.failure and (worker in self._expected or worker in self._connected.values()):
+                worker.failure = how
+                self._ended.append(worker)
         return (self._ended.popleft(), None) if self._ended else None
 
     def send(self, worker: RemoteWorker, parts: Sequence[Frame]) -> None:
@@ -262,6 +286,9 @@ class RemotePlace:
         if worker.peer is not None:
             del self._connected[worker.peer]
             self._endpoint.send(worker.peer, [encode(Rejected((why or worker.failure)[:2000]))])
+        if self._launcher is not None and self._keys is not None:
+            self._launcher.kill(worker.number)
+            self._keys.revoke(worker.key_name)
         return worker.failure or "was given up", None
 
     def close(self, grace: float) -> None:
@@ -274,6 +301,8 @@ class RemotePlace:
             self._endpoint.has_lost()
             left = [peer for peer in left if self._endpoint.send(peer, ping) != "gone"]
         self._endpoint.close()
+        if self._launcher is not None:
+            self._launcher.close()
 
     def _reject(self, peer: bytes, reason: str) -> None:
         self._drop(f"{peer[:100]!r} is rejected: {reason}")
