@@ -82,6 +82,8 @@ class Lent:
     def free(self) -> None:
         self._memory.close()
 
+    free_with_tensors = free
+
 
 class HostSeat(cuda_device.CudaDevice):
     """A seat without a stream."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from drp.diffusers.arguments import results_of
+from drp.diffusers.compiled import OriginalForward
 from drp.diffusers.drafting import Drafter, scale_of
 from drp.diffusers.evaluators import Evaluator
 from drp.diffusers.forms import OfState, Point
@@ -47,7 +47,7 @@ class PipelineContext:
 
     pipe: Any
     mode: Mode
-    modules: Mapping[str, types.MethodType]
+    modules: Mapping[str, OriginalForward]
     evaluator: Evaluator
     split: bool
     always_draft: bool
@@ -175,8 +175,7 @@ class PipelineCall:
         """Evaluate in this process, as the pipeline would have done."""
         recorded = None if self._report.sequential else self._record(module, args, kwargs)
         began = time.perf_counter()
-        owner: Any = self._context.modules[module].__self__
-        result = type(owner).forward(owner, *args, **kwargs)  # The class may have been patched since.
+        result = self._context.modules[module](*args, **kwargs)
         self._report.device_seconds += time.perf_counter() - began
         self._report.evaluations += not self._step.in_process
         self._step.in_process = True
@@ -287,6 +286,8 @@ class PipelineCall:
             self._end = len(self._drafter.timesteps)
         self._drafter.taken.clear()
         predictions = self._split(learned, sources, k) if work.split else None
+        if predictions is None and work.evaluator.drafts_per_device > 1:
+            predictions = self._stack(learned, sources, k)
         if predictions is None:
             predictions = self._bind(learned, learned.program, sources, k)
         self._traced = TracedStep(learned, predictions)
@@ -325,6 +326,24 @@ class PipelineCall:
             log.debug("the halves of a batch could not be evaluated: %s", error)
         predictions.close()
         self._report.notes["guidance was not split: the halves of the batch depend on each other"] = 1
+        return None
+
+    def _stack(self, learned: Learned, sources: Mapping[str, Json], k: int) -> Predictions | None:
+        """Begin rounds with the drafts of a device as one batch, if that makes what the step has made; else say so."""
+        forms = [(v.form, v.like) for v in learned.inputs.values() if isinstance(v.form, OfState)]
+        whole = all(form.item is None and like.dim() > 0 for form, like in forms)
+        program = learned.program.stacked({len(like) for _, like in forms}) if whole else None
+        why = "a step has no one batch that drafts could be stacked along"
+        if program is not None:
+            predictions = self._bind(learned, program, sources, k)
+            try:
+                if predictions.agrees_stacked(min(self._context.evaluator.drafts_per_device, self._context.mode.width)):
+                    return predictions
+                why = "the samples of a batch depend on each other"
+            except Exception as error:  # whatever a module makes of a larger batch
+                why = f"a larger batch could not be evaluated: {error}".splitlines()[0]
+            predictions.close()
+        self._report.notes[f"drafts of a device are evaluated one after the other: {why}"] = 1
         return None
 
     # Answering.

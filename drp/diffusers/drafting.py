@@ -52,7 +52,11 @@ class Drafter:
     """Makes the drafts of one pipeline's call. Indices are those of the scheduler's timesteps."""
 
     def __init__(self, scheduler: Any, rule: DraftRule) -> None:
-        self.timesteps: Tensor = scheduler.timesteps
+        self._on_device: Tensor = scheduler.timesteps
+        self.timesteps = self._on_device.cpu()
+        """The timesteps, on the host, where they can be looked at without waiting for a GPU."""
+        self._sigmas: tuple[Any, Any] = (None, None)
+        """The scheduler's noise levels, and the same on the host."""
         self._scheduler, self._rule = scheduler, rule
         self._kind = type(scheduler)
         self._signature = inspect.signature(self._kind.step)
@@ -100,13 +104,19 @@ class Drafter:
             t = t.flatten()[0]
         if index is None:
             return self._first(t)
-        if index >= len(self.timesteps) or not bool(self.timesteps[index] == t):
+        if index >= len(self.timesteps) or not (self._is_view(t, index) or bool(self.timesteps[index] == t)):
             raise UnrecognisedError(f"timestep {t} does not follow the one before in the scheduler's order")
         return index
 
+    def _is_view(self, t: Any, index: int) -> bool:
+        """Return whether a tensor on a GPU is the scheduler's timestep at an index, without waiting for its value."""
+        if not isinstance(t, Tensor) or t.device.type == "cpu" or t.dtype != self._on_device.dtype:
+            return False
+        return t.data_ptr() == self._on_device[index].data_ptr()
+
     def _first(self, t: Any) -> int:
         """Return the index of the first step's timestep; second-order schedulers have each timestep twice."""
-        same: list[int] = (self.timesteps == t).nonzero().flatten().tolist()
+        same: list[int] = (self.timesteps == (t.cpu() if isinstance(t, Tensor) else t)).nonzero().flatten().tolist()
         if not same:
             raise UnrecognisedError(f"timestep {t} is none of the scheduler's")
         if len(same) > 1 and hasattr(self._scheduler, "_init_step_index"):
@@ -115,8 +125,8 @@ class Drafter:
             same.insert(0, asked.step_index)
         elif len(same) > 1 and isinstance(t, Tensor) and t.dtype == self.timesteps.dtype:
             # Pipelines go through a slice of the timesteps, and hand on views of them.
-            apart = t.data_ptr() - self.timesteps.data_ptr()
-            same.insert(0, apart // (t.element_size() * self.timesteps.stride(0)))
+            apart = t.data_ptr() - self._on_device.data_ptr()
+            same.insert(0, apart // (t.element_size() * self._on_device.stride(0)))
         return next(k for k in same if 0 <= k < len(self.timesteps) and bool(self.timesteps[k] == t))
 
     def numbers(self, k: int) -> dict[str, Tensor]:
@@ -127,9 +137,11 @@ class Drafter:
             numbers["last t"] = self.timesteps[k - 1]
         sigmas = getattr(self._scheduler, "sigmas", None)
         if isinstance(sigmas, Tensor) and sigmas.dim() == 1 and len(self.timesteps) <= len(sigmas):
-            numbers["sigma"] = sigmas[k]
+            if sigmas is not self._sigmas[0]:
+                self._sigmas = sigmas, sigmas.cpu()
+            numbers["sigma"] = self._sigmas[1][k]
             if k + 1 < len(sigmas):
-                numbers["next sigma"] = sigmas[k + 1]
+                numbers["next sigma"] = self._sigmas[1][k + 1]
         return numbers
 
     def why_not(self, k: int, x: Tensor, output: Tensor) -> str:
@@ -161,6 +173,7 @@ class Drafter:
         arguments = {name: argument.copied() for name, argument in self._arguments.items()}
         stepped: Sequence[Any] = self.stepped
         drawn = torch.get_rng_state()
+        drawn_there = torch.cuda.get_rng_state(x.device) if x.device.type == "cuda" else None
         try:
             for i in range(k, last + 1):
                 t = self.timesteps[i]
@@ -168,7 +181,8 @@ class Drafter:
                 if i < last:
                     numbers = self.numbers(i)
                     given = {name: argument.at(numbers, stepped) for name, argument in arguments.items()}
-                    time = t.expand(self._time.shape) if isinstance(self._time, Tensor) else t
+                    several = isinstance(self._time, Tensor) and self._time.dim() > 0  # one a sample or a token
+                    time = self._on_device[i].expand(self._time.shape) if several else t
                     output = kept(i, x)
                     if output is None:
                         output = self._extrapolate(newest, known, i, x)
@@ -178,6 +192,8 @@ class Drafter:
                     x = stepped[0].to(x.dtype)
         finally:
             torch.set_rng_state(drawn)  # A scheduler without a generator draws from the common one.
+            if drawn_there is not None:
+                torch.cuda.set_rng_state(drawn_there, x.device)
 
     def _extrapolate(self, last: int, known: StepRecord, i: int, x: Tensor) -> Tensor:
         """Return the output that is assumed at index i, in state x, the last index with a prediction being `last`."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-import types
 from collections.abc import Mapping, Sequence
-from typing import Protocol, cast
+from functools import partial
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from drp.diffusers.compiled import OriginalForward
 from drp.diffusers.program import PROGRAM, Program, to_tensor
 from drp.diffusers.pytree import Json
 from drp.models.state import ModuleState
 from drp.protocol.arena import Arena
-from drp.sampling.run import Task
+from drp.protocol.memory import LocalMemory
+from drp.sampling.run import Task, batches
 from drp.torch_threads import torch_threads
 
 
@@ -38,7 +40,9 @@ class Session(Protocol):
 
 
 class Evaluator(Protocol):
-    """Makes sessions. `devices` are names."""
+    """Makes sessions. `devices` are names; each evaluates up to `drafts_per_device` drafts at once."""
+
+    drafts_per_device: int
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -59,13 +63,13 @@ class Evaluator(Protocol):
 
 
 class InProcess:
-    """This process, on its own modules, one draft at a time, with as many threads as a worker has.
+    """This process, on its own modules, as many drafts at a time, and with as many threads, as a worker has.
 
-    `modules` are their forward methods.
+    `modules` are what the pipeline would call.
     """
 
-    def __init__(self, modules: Mapping[str, types.MethodType], threads: int) -> None:
-        self._modules, self._threads = modules, threads
+    def __init__(self, modules: Mapping[str, OriginalForward], threads: int, batch: int = 1) -> None:
+        self._modules, self._threads, self.drafts_per_device = modules, threads, batch
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -80,25 +84,30 @@ class InProcess:
         slots: int,
         cond: Mapping[str, Tensor],
     ) -> Session:
-        arena = Arena.lay_out(0, inputs, outputs, slots, slots, {**cond, PROGRAM: to_tensor(program, sources)})
-        return _InProcessSession(arena, program, self._modules, self._threads)
+        everything = {**cond, PROGRAM: to_tensor(program, sources)}
+        device = next((t.device for t in outputs.values() if t.device.type != "cpu"), torch.device("cpu"))
+        arena = Arena.lay_out(0, inputs, outputs, slots, slots, everything, partial(LocalMemory, device=device))
+        return _InProcessSession(arena, program, self._modules, self._threads, self.drafts_per_device)
 
 
 class _InProcessSession:
-    def __init__(self, arena: Arena, program: Program, modules: Mapping[str, types.MethodType], threads: int) -> None:
-        self.arena = arena
+    def __init__(
+        self, arena: Arena, program: Program, modules: Mapping[str, OriginalForward], threads: int, batch: int
+    ) -> None:
+        self.arena, self._batch = arena, batch
         self.device_seconds = 0.0
         self.incidents: list[str] = []
         self._program, self._modules, self._threads = program, modules, threads
-        self._state = ModuleState(*(cast("nn.Module", forward.__self__) for forward in modules.values()))
+        self._state = ModuleState(*(forward.module for forward in modules.values()))
 
     def evaluate(self, tasks: Sequence[Task]) -> Mapping[int, int]:
         with torch_threads(self._threads), torch.no_grad():
-            for task in tasks:
+            for group in batches(tasks, self._batch):
                 began = time.perf_counter()
-                inputs, outputs = self.arena.draft(task.slot), self.arena.prediction(task.slot)
+                inputs = [self.arena.draft(task.slot) for task in group]
+                outputs = [self.arena.prediction(task.slot) for task in group]
                 try:
-                    self._program.run(self._modules, inputs, self.arena.cond, outputs)
+                    self._program.run_batch(self._modules, inputs, self.arena.cond, outputs)
                 finally:
                     self._state.restore()
                 self.device_seconds += time.perf_counter() - began

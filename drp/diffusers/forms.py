@@ -187,7 +187,7 @@ def _in_places(tensor: Tensor, point: Point, source: Source) -> OfState | None:
         return None
     places = torch.where(found, order[at], -1)
     if values.numel() % y.numel() == 0:  # Of several equal numbers it is the one at the same place.
-        here = torch.arange(y.numel()).repeat(values.numel() // y.numel())
+        here = torch.arange(y.numel(), device=y.device).repeat(values.numel() // y.numel())
         places = torch.where(y[here] == values, here, places)
     return OfState(source, places=places)
 
@@ -198,7 +198,7 @@ def _times_a_number(tensor: Tensor, point: Point, config: Mapping[str, Any]) -> 
     if tensor.numel() % x.numel():
         return None
     some = _repeat(x, tensor.numel() // x.numel()).reshape(-1)
-    spread = torch.linspace(0, some.numel() - 1, min(SAMPLE, some.numel())).long()
+    spread = torch.linspace(0, some.numel() - 1, min(SAMPLE, some.numel()), device=x.device).long()
     some, wanted = some[spread], tensor.reshape(-1)[spread]
     for number in numbers_of(point.numbers, config):
         made = (some * number.at(point.numbers, _working(x.dtype))).to(wanted.dtype)

@@ -138,6 +138,12 @@ class Learned:
             raise UnrecognisedError(f"{module} has other arguments")
         return tensors
 
+    def _expected(self, leaf: Leaf, inputs: Mapping[str, Tensor], answered: Mapping[tuple[int, int], Tensor]) -> Tensor:
+        """Return what an argument is to be."""
+        if leaf.kind == "output":
+            return with_zeros(answered[leaf.call, leaf.place], leaf.zeros)
+        return (self.cond if leaf.kind == "cond" else inputs)[leaf.name]
+
     def check(
         self,
         number: int,
@@ -151,17 +157,16 @@ class Learned:
         is given.
         """
         call = self.program.calls[number]
-        for leaf, tensor, path in zip(call.leaves, tensors, self.paths[number], strict=True):
-            if leaf.kind == "output":
-                same = _equal(tensor, with_zeros(answered[leaf.call, leaf.place], leaf.zeros))
-            elif leaf.kind == "cond":
-                same = _equal(tensor, self.cond[leaf.name])
-            elif number == 0:
-                same = alike(inputs[leaf.name], tensor)
-                inputs[leaf.name] = tensor
-            else:
-                same = _equal(tensor, inputs[leaf.name])
-            if not same:
+        expected = [self._expected(leaf, inputs, answered) for leaf in call.leaves]
+        approximate = [leaf.kind == "input" and number == 0 for leaf in call.leaves]
+        if number == 0:
+            inputs.update((leaf.name, t) for leaf, t in zip(call.leaves, tensors, strict=True) if leaf.kind == "input")
+        if all_equal(tensors, expected):
+            return
+        for leaf, tensor, wanted, rounded, path in zip(
+            call.leaves, tensors, expected, approximate, self.paths[number], strict=True
+        ):
+            if not (alike(wanted, tensor) if rounded else _equal(tensor, wanted)):
                 form = self.inputs[leaf.name].form if leaf.kind == "input" else None
                 refuted = [part.name for part, _ in form.parts] if isinstance(form, OfTime) else ()
                 raise UnrecognisedError(
@@ -170,7 +175,17 @@ class Learned:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b))
+
+
+def all_equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Return whether tensors are pairwise equal, waiting once for a GPU."""
+    pairs = list(zip(a, b, strict=True))
+    if any(x.shape != y.shape or x.dtype != y.dtype or x.device != y.device for x, y in pairs):
+        return False
+    on_host = [pair for pair in pairs if pair[0].device.type == "cpu"]
+    others = [(x == y).all() for x, y in pairs if x.device.type != "cpu"]
+    return all(torch.equal(x, y) for x, y in on_host) and (not others or bool(torch.stack(others).all()))
 
 
 def learn(
@@ -212,7 +227,7 @@ def learn(
     if most > MAX_TENSORS:
         raise UnrecognisedError(f"a step takes or returns {most} tensors; drp passes {MAX_TENSORS}")
     for tensor in (*learned.cond.values(), *learned.outputs.values()):
-        if tensor.dtype not in NAMES or tensor.device.type != "cpu":
+        if tensor.dtype not in NAMES or tensor.device.type not in ("cpu", point.x.device.type):
             raise UnrecognisedError(f"there is a tensor of {tensor.dtype} on {tensor.device}, which drp does not pass")
     return learned
 
@@ -252,11 +267,11 @@ def _leaf(
     suspects: Mapping[str, Collection[str]],
 ) -> Leaf:
     """Say where a tensor among the arguments comes from, and remember it there."""
-    stride = stride_of(original)
+    stride, on_host = stride_of(original), original.device.type == "cpu" != point.x.device.type
     may_be_time = path in suspects or _of_time(path)
     for name, varying in learned.inputs.items():
         if _equal(varying.like, tensor) and (may_be_time or isinstance(varying.form, OfState)):
-            return Leaf("input", name, stride=stride)
+            return Leaf("input", name, stride=stride, on_host=on_host)
     form: OfState | OfTime | None = of_state(tensor, point, config)
     if form is None and may_be_time:
         form = of_time(tensor, point.numbers, config, suspects.get(path, ()))
@@ -266,9 +281,9 @@ def _leaf(
         if number == 0 or _equal(varying.at(point), tensor):
             name = f"input{len(learned.inputs)}"
             learned.inputs[name] = varying
-            return Leaf("input", name, stride=stride)
+            return Leaf("input", name, stride=stride, on_host=on_host)
     same = (name for known, name in kept if known is original and _equal(learned.cond[name], tensor))
     name = next(same, f"cond{len(learned.cond)}")
     learned.cond[name] = tensor
     kept.append((original, name))
-    return Leaf("cond", name, stride=stride)
+    return Leaf("cond", name, stride=stride, on_host=on_host)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Numbers = Mapping[str, Tensor]
-"""The numbers of one step, each of no dimension: "t", "sigma", and those of the steps before and after it."""
+"""The numbers of one step, of no dimension, on the host: "t", "sigma", and those of the steps before and after it."""
 
 MOST_VALUES = 4
 """How many different values a tensor may have that is looked at for numbers of time."""
@@ -89,7 +89,8 @@ class OfTime:
         out = like
         for number, part in self.parts:
             value = number.at(numbers, like.dtype)
-            out = value.expand(like.shape) if part is None else torch.where(part, value, out)
+            # On a GPU the number goes with the launch: nothing is copied, and nobody waits.
+            out = like.new_full(like.shape, value.item()) if part is None else torch.where(part, value, out)
         return out
 
 
@@ -100,7 +101,7 @@ def of_time(
     if tensor.dtype == torch.bool or tensor.is_complex() or tensor.numel() == 0:
         return None
     first = tensor.flatten()[0]
-    values = first[None] if bool((tensor == first).all()) else torch.unique(tensor)
+    values = (first[None] if bool((tensor == first).all()) else torch.unique(tensor)).cpu()
     if len(values) > MOST_VALUES:
         return None
     whole = not tensor.is_floating_point()

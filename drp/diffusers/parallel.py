@@ -15,15 +15,20 @@ import torch
 from torch import nn
 
 from drp.diffusers.call import PipelineCall, PipelineContext
+from drp.diffusers.compiled import COMPILED, OriginalForward
+from drp.diffusers.devices import device_of
 from drp.diffusers.evaluators import Evaluator, InProcess
+from drp.diffusers.hook import Hook
+from drp.diffusers.offload import ModelOffload
 from drp.diffusers.pipeline_modes import make_pipeline_mode
 from drp.diffusers.publish import Publisher
 from drp.diffusers.pytree import Json
 from drp.diffusers.report import CallReport, Report
 from drp.diffusers.structure import Described, PatchedClassError, describe, has_own_forward
 from drp.diffusers.watch import WatchedMethod, schedulers_of
-from drp.diffusers.workers import Workers
+from drp.diffusers.workers import Workers, on_gpu_of
 from drp.leader.devices import expand_count, parse_devices
+from drp.leader.execution import ExecutionOptions
 from drp.sampling.drafts import DraftRule
 from drp.sampling.modes import Mode
 from drp.trace.record import check
@@ -41,14 +46,13 @@ class Parallel:
         self.report = Report()
         self._split, self._always_draft = split, always_draft
         self._pipe, self._mode = pipe, mode
-        self._modules = {name: getattr(pipe, name) for name in names}
+        self.originals = {name: OriginalForward(getattr(pipe, name)) for name in names}
+        """The modules as the pipeline calls them without drp; another module if that is exchanged for it."""
+        self._modules = {name: original.module for name, original in self.originals.items()}
+        self.offload = ModelOffload(pipe, names)
         self._watched: list[Any] = []
         self._methods: list[WatchedMethod] = []
         self._hooks: dict[str, Hook] = {}
-        self.originals: dict[str, types.MethodType] = {}
-        """The modules' own forward methods; another module's if that is exchanged for it."""
-        for name, module in self._modules.items():
-            self.originals[name] = types.MethodType(type(module).forward, module)
         self._call: PipelineCall | None = None
         self._latest: Any = None
         self._fresh = True
@@ -96,7 +100,10 @@ class Parallel:
 
     def _hook(self, name: str) -> None:
         module = self._modules[name]
-        hook = Hook(functools.partial(self._evaluate, name), self.originals[name])
+        hook = Hook(functools.partial(self._evaluate, name), types.MethodType(type(module).forward, module))
+        vars(module).pop(COMPILED, None)
+        if getattr(self._pipe, name) is self.originals[name].compiled:
+            setattr(self._pipe, name, module)
         self._hooks[name] = module.forward = hook
 
     def _unhook(self, name: str) -> None:
@@ -104,6 +111,11 @@ class Parallel:
         hook.over = True  # What was put around it meanwhile still calls it.
         if vars(module).get("forward") is hook:
             del module.forward
+        compiled = self.originals[name].compiled
+        if not isinstance(compiled, nn.Module):
+            vars(module).update({COMPILED: compiled} if compiled is not None else {})
+        elif getattr(self._pipe, name) is module:
+            setattr(self._pipe, name, compiled)
 
     def _follow_exchanges(self) -> None:
         """Answer for the modules that the pipeline has now, if some were exchanged."""
@@ -111,9 +123,9 @@ class Parallel:
             module = getattr(self._pipe, name, None)
             if module is not known and isinstance(module, nn.Module) and "forward" not in vars(module):
                 self._unhook(name)
-                self._modules[name] = module
+                self.originals[name] = OriginalForward(module)
+                self._modules[name] = self.originals[name].module
                 self._described.pop(name, None)
-                self.originals[name] = types.MethodType(type(module).forward, module)
                 self._hook(name)
 
     def _watch(self) -> None:
@@ -164,6 +176,7 @@ class Parallel:
             self._check_thread()
             self._watch()
             if self._fresh:
+                self.offload.make_room()
                 self._begin()
             assert self._call is not None
             return self._call.evaluate(name, args, kwargs)
@@ -194,7 +207,7 @@ class Parallel:
 
     def publish(self, name: str, described: Described) -> Json:
         """Put a module where workers find it."""
-        return None if self._publisher is None else self._publisher.publish(name, self._modules[name], described)
+        return None if self._publisher is None else self._publisher.publish(name, described)
 
     def _describe(self, name: str) -> Described:
         """Describe a module as it is, which is the description before if nothing has changed."""
@@ -204,7 +217,7 @@ class Parallel:
 
     def describe(self, name: str) -> Described:
         """Describe a module; raise UnknownValueError, a ValueError, if it cannot be described."""
-        return describe(self._modules[name], lambda value: isinstance(value, Hook))
+        return describe(self._modules[name], lambda value: isinstance(value, Hook), self.originals[name].compiled)
 
     def _unchanged(self, name: str) -> bool:
         """Return whether a module is still as it was described last."""
@@ -221,18 +234,6 @@ class Parallel:
 
     def _config(self, name: str) -> Mapping[str, Any]:
         return getattr(self._modules[name], "config", {})
-
-
-class Hook:
-    """Stands in for a module's `forward`, until it is `over`."""
-
-    def __init__(self, evaluate: Callable[..., Any], original: Callable[..., Any]) -> None:
-        self._evaluate, self._original = evaluate, original
-        self.over = False
-        functools.update_wrapper(self, original)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._original(*args, **kwargs) if self.over else self._evaluate(*args, **kwargs)
 
 
 @contextmanager
@@ -254,6 +255,8 @@ def parallelize(
     denoisers: Sequence[str] | None = None,
     start_timeout: float = 120.0,
     draft_timeout: float | None = 600.0,
+    execution: ExecutionOptions | None = None,
+    drafts_per_device: int = 1,
     trace: str | os.PathLike[str] | None = None,
     trace_most: int | None = None,
 ) -> Iterator[Parallel]:
@@ -279,7 +282,9 @@ def parallelize(
         are sequential, and the report says why.
     threads: of each worker; by default an equal share of this process's. Bits may depend on it.
     denoisers: the names of the components that the steps call, if they are called unusually.
-    start_timeout, draft_timeout: as of `drp.Leader`.
+    start_timeout, draft_timeout, execution: as of `drp.LeaderOptions`.
+    drafts_per_device: evaluate so many drafts of a round as one batch, where that is verified at the first step of a
+        call; a round then has as many times the drafts.
     trace: a file to write what happened where and when to, see `drp.trace`; with at most `trace_most` marks.
 
     Raises ValueError for a pipeline or arguments that cannot be, WorkerError if a worker cannot start or, from the
@@ -291,24 +296,30 @@ def parallelize(
     names = _denoisers(pipe, denoisers)
     own = devices if isinstance(devices, Workers) else None
     if not isinstance(devices, Workers):
-        devices = expand_count(devices, _kind(pipe, names))
+        devices = expand_count(devices, device_of(pipe, names).type)
     count = len(own.devices if own else parse_devices(cast("str | Sequence[str]", devices), 1))
-    drafts = _drafts(drafts, count, split_guidance)
+    batch = own.drafts_per_device if own else drafts_per_device
+    drafts = _drafts(drafts, count * batch, split_guidance)
     made = make_pipeline_mode(mode, drafts, rule, tolerance, warmup, stride, target_speedup, target_rounds)
     parallel = Parallel(pipe, made, names, split_guidance, always_draft)
+    device = device_of(pipe, names)
     with ExitStack() as stack:
-        publisher = stack.enter_context(closing(Publisher()))
+        stack.callback(parallel.offload.leave)
+        parallel.offload.enter()
         for name in names:  # Before workers start: what cannot be described is refused.
             with suppress(PatchedClassError):  # Each call will be sequential, and say so.
-                publisher.publish(name, getattr(pipe, name), parallel.describe(name))
+                parallel.describe(name)
         workers = own or stack.enter_context(
             Workers(
                 cast("str | Sequence[str]", devices),
                 threads=threads,
                 start_timeout=start_timeout,
                 draft_timeout=draft_timeout,
+                execution=on_gpu_of(device, execution),
+                drafts_per_device=drafts_per_device,
             )
         )
+        publisher = stack.enter_context(closing(workers.publisher(device)))
         if trace is not None:
             stack.enter_context(workers.record(trace, trace_most))
         parallel.enter(workers, publisher)
@@ -332,6 +343,7 @@ def reference(
     split_guidance: bool = False,
     always_draft: bool = False,
     threads: int | None = None,
+    drafts_per_device: int = 1,
     denoisers: Sequence[str] | None = None,
 ) -> Iterator[Parallel]:
     """Do in this process what `parallelize` does with the same arguments on workers: the bits are the same.
@@ -339,29 +351,22 @@ def reference(
     `devices` only counts, for the drafts a round.
     """
     names = _denoisers(pipe, denoisers)
-    placed = parse_devices(expand_count(devices, _kind(pipe, names)), 1)
+    placed = parse_devices(expand_count(devices, device_of(pipe, names).type), 1)
     own = threads or max(1, torch.get_num_threads() // len(placed))
-    drafts = _drafts(drafts, len(placed), split_guidance)
+    drafts = _drafts(drafts, len(placed) * drafts_per_device, split_guidance)
     made = make_pipeline_mode(mode, drafts, rule, tolerance, warmup, stride, target_speedup, target_rounds)
     parallel = Parallel(pipe, made, names, split_guidance, always_draft)
-    parallel.enter(InProcess(parallel.originals, own), None)
-    try:
+    with ExitStack() as stack:
+        stack.callback(parallel.offload.leave)
+        parallel.offload.enter()
+        parallel.enter(InProcess(parallel.originals, own, drafts_per_device), None)
+        stack.callback(parallel.leave)
         yield parallel
-    finally:
-        parallel.leave()
 
 
 def _drafts(drafts: int | None, devices: int, split: bool) -> int:
     """Return the drafts a round: by default one a device, or one for two devices."""
     return drafts if drafts is not None else max(1, devices // 2) if split else devices
-
-
-def _kind(pipe: Any, names: Sequence[str]) -> str:
-    """Return the kind of device that a pipeline runs on, as torch calls it."""
-    device = getattr(pipe, "_execution_device", None)  # which it may only be brought to while it runs
-    if device is None:
-        device = next((parameter.device for parameter in getattr(pipe, names[0]).parameters()), torch.device("cpu"))
-    return str(device.type)
 
 
 def _denoisers(pipe: Any, denoisers: Sequence[str] | None) -> list[str]:

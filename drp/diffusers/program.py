@@ -30,7 +30,7 @@ class Leaf:
     """A tensor among the arguments: `kind` "input" or "cond" and its name, or "output", the call and the place there.
 
     `zeros` go before an output, so many along the batch. `stride`, if its numbers do not lie in order: bits may depend
-    on it.
+    on it. `on_host`: it is on the host, though the pipeline is on a GPU.
     """
 
     kind: str
@@ -39,6 +39,7 @@ class Leaf:
     place: int = 0
     zeros: int = 0
     stride: tuple[int, ...] | None = None
+    on_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,23 @@ class Program:
 
     It may be run in `parts`, each on another device: of a doubled batch, of `batch` samples, a part of the samples; or
     else one of the calls. `settings` are those of torch and diffusers that it is run with (None: as they are).
+
+    It may be run for several drafts at once if `samples` is not 0: what has so many samples is stacked.
     """
 
     calls: tuple[Call, ...]
     parts: int = 1
     batch: int = 0
     settings: Json = None
+    samples: int = 0
+
+    def stacked(self, sizes: Collection[int]) -> Program | None:
+        """Return the program for several drafts at once, None if they cannot be stacked.
+
+        `sizes` are those of the batches that the latents go into.
+        """
+        zeros = any(leaf.zeros for call in self.calls for leaf in call.leaves)
+        return None if len(sizes) != 1 or zeros or self.parts > 1 else replace(self, samples=next(iter(sizes)))
 
     def in_branches(self, sizes: Collection[int]) -> Program | None:
         """Return the program in parts, one a branch of guidance; None if there are none that are known.
@@ -102,6 +114,46 @@ class Program:
         with applied(self.settings) if self.settings is not None else nullcontext():
             self._run(modules, inputs, cond, outputs)
 
+    def run_batch(
+        self,
+        modules: Mapping[str, Callable[..., Any]],
+        inputs: Sequence[Mapping[str, Tensor]],
+        cond: Mapping[str, Tensor],
+        outputs: Sequence[Mapping[str, Tensor]],
+    ) -> None:
+        """Make the calls for several drafts at once; write the results of each into its `outputs`."""
+        if not self.samples or len(inputs) == 1:
+            for each, out in zip(inputs, outputs, strict=True):
+                self.run(modules, each, cond, out)
+            return
+        known: dict[tuple[int, int], Tensor] = {}
+        with applied(self.settings) if self.settings is not None else nullcontext():
+            for number, call in enumerate(self.calls):
+                tensors = [self._stack(leaf, inputs, cond, known) for leaf in call.leaves]
+                args, kwargs = rebuild(call.arguments, tensors)
+                _, results, _ = flatten(modules[call.module](*args, **kwargs))
+                for place, tensor in enumerate(results):
+                    known[number, place] = tensor
+                    for part, out in zip(tensor.chunk(len(inputs)), outputs, strict=True):
+                        _write(part, out[output_name(number, place)])
+
+    def _stack(
+        self,
+        leaf: Leaf,
+        inputs: Sequence[Mapping[str, Tensor]],
+        cond: Mapping[str, Tensor],
+        known: Mapping[tuple[int, int], Tensor],
+    ) -> Tensor:
+        """Return an argument of several drafts: their samples one after the other, or what all of them have."""
+        if leaf.kind == "output":
+            return known[leaf.call, leaf.place]
+        each = [self._tensor(leaf, draft, cond, {}, 0) for draft in inputs]
+        if each[0].dim() == 0 and leaf.kind == "input":
+            return torch.stack(each).repeat_interleave(self.samples)
+        if leaf.kind == "input" or (each[0].dim() > 0 and len(each[0]) == self.samples):
+            return torch.cat(each)
+        return each[0]
+
     def _run(
         self,
         modules: Mapping[str, Callable[..., Any]],
@@ -134,6 +186,8 @@ class Program:
         if leaf.kind == "output":
             return with_zeros(known[leaf.call, leaf.place], leaf.zeros)
         tensor = (inputs if leaf.kind == "input" else cond)[leaf.name]
+        if leaf.on_host:
+            tensor = tensor.cpu()
         # A copy in either case: a module may write to what it is given.
         return self._own(tensor.clone() if leaf.stride is None else with_stride(tensor, leaf.stride), part)
 
@@ -156,7 +210,7 @@ def stride_of(tensor: Tensor) -> tuple[int, ...] | None:
 def with_stride(tensor: Tensor, stride: Sequence[int]) -> Tensor:
     """Return a contiguous tensor's numbers laid out with a stride; what is repeated by a stride of 0 is once there."""
     once = tensor[tuple(slice(0, 1) if s == 0 else slice(None) for s in stride)]
-    laid = torch.empty_strided(once.shape, tuple(stride), dtype=tensor.dtype)
+    laid = torch.empty_strided(once.shape, tuple(stride), dtype=tensor.dtype, device=tensor.device)
     return laid.copy_(once).expand(tensor.shape)
 
 
@@ -165,7 +219,8 @@ def _write(tensor: Tensor, out: Tensor) -> None:
         raise TypeError(
             f"a module returned {tensor.dtype} {list(tensor.shape)}; it has returned {out.dtype} {list(out.shape)}"
         )
-    out.copy_(tensor)
+    with torch.inference_mode(out.is_inference()):
+        out.copy_(tensor)
 
 
 def to_tensor(program: Program, sources: Mapping[str, Json]) -> Tensor:
@@ -178,6 +233,7 @@ def to_tensor(program: Program, sources: Mapping[str, Json]) -> Tensor:
         "parts": program.parts,
         "batch": program.batch,
         "settings": program.settings,
+        "samples": program.samples,
         "modules": dict(sources),
     }
     return torch.frombuffer(bytearray(json.dumps(fields).encode()), dtype=torch.uint8)
@@ -190,4 +246,5 @@ def from_bytes(text: bytes) -> tuple[Program, dict[str, Json]]:
         Call(c["module"], c["arguments"], tuple(Leaf(**leaf) for leaf in c["leaves"]), c["results"])
         for c in fields["calls"]
     )
-    return Program(calls, fields["parts"], fields["batch"], fields["settings"]), fields["modules"]
+    program = Program(calls, fields["parts"], fields["batch"], fields["settings"], fields["samples"])
+    return program, fields["modules"]

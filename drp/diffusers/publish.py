@@ -1,61 +1,154 @@
-"""Publish: modules, put where workers find them: descriptions and weights in shared memory, one copy for all.
+"""Publish: modules, put where workers find them: pickles on the host, and weights in memory that processes share.
 
-The weights *move* there: the pipeline's own parameters use the same pages from then on, in this process too, also after
-the workers have ended. So there is one copy on the machine, and what is later done to a weight in place (a LoRA fused
-into it, say) is what the workers see.
+The weights *move* there: the pipeline's own parameters use the same memory from then on, in this process too, also
+after the workers have ended. On the host there is thus one copy on the machine, and what is later done to a weight in
+place (a LoRA fused into it, say) is what the workers see. On GPUs there is one copy on each, all this process's:
+the workers of the pipeline's GPU use the pipeline's own weights, and the copies on other GPUs follow when those change.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from drp.diffusers.pytree import Json
-from drp.diffusers.structure import Described, equal_bits
-from drp.protocol.memory import NAMES, SharedMemory, aligned
+from drp.diffusers.pytree import Json, UnknownValueError
+from drp.diffusers.sources import Block, Place, Source, seal
+from drp.diffusers.structure import Described, equal_bits, plain_tensors
+from drp.errors import CudaError
+from drp.protocol.cuda import GpuMemory
+from drp.protocol.handles import GpuHandle
+from drp.protocol.memory import ALIGNMENT, LocalMemory, Memory, SharedMemory, aligned
 
 _numbers = itertools.count(1)
 
+MAX_BLOCK_NBYTES = 2**28
+"""Bytes of weights that are moved at once; meanwhile they are there twice."""
+ROW = 32
+"""Words of 8 bytes in a row of a fingerprint; blocks consist of whole rows."""
 
-MOST = 2**30
-"""Bytes of weights that are moved at once."""
+log = logging.getLogger(__name__)
 
 Key = tuple[int, tuple[int, ...], torch.dtype, tuple[int, ...]]
 """Where a tensor lies, its shape, dtype and stride."""
 
 
+@dataclass
+class GpuWeights:
+    """The GPUs on which weights are to lie, by their UUIDs.
+
+    home: the GPU of the pipeline.
+    others: those of the workers, but for that one.
+    ipc: whether processes can share GPU memory here. Otherwise workers copy weights from the host.
+    exported: collects the memory, which must not be freed before the workers have ended.
+    """
+
+    home: str
+    others: tuple[str, ...]
+    ipc: bool
+    exported: list[GpuMemory] = field(default_factory=list)
+
+    def create(self, nbytes: int, gpu: str) -> GpuMemory:
+        """Allocate memory; it is freed when it was closed and no tensor uses it. Raises MemoryError or CudaError."""
+        memory = GpuMemory.create(nbytes, gpu, GpuMemory.free_with_tensors)
+        self.exported.append(memory)
+        return memory
+
+
+@dataclass(eq=False)
+class _Weights:
+    """A block of weights: the pipeline's own, with copies on other GPUs, or on the host where workers need them."""
+
+    memory: Memory
+    copies: list[Memory]
+    block: Block
+    fingerprint: tuple[int, ...] = ()
+
+    def follow(self) -> bool:
+        """Update the copies if the weights were changed in place; return whether they were."""
+        if not self.copies:
+            return False
+        flat = self.memory.tensor(0, (self.memory.nbytes,), torch.uint8)
+        now = _fingerprint(flat)
+        if now == self.fingerprint:
+            return False
+        for copy in self.copies:
+            copy.tensor(0, (self.memory.nbytes,), torch.uint8).copy_(flat)
+            _synchronize(copy.device)
+        self.fingerprint = now
+        if self.block.host is not None:
+            self.block = replace(self.block, version=self.block.version + 1)
+        return True
+
+
+@dataclass
+class _Copies:
+    """Copies, on the host, of tensors that a module may write to; `known` are the values, where the tensors are."""
+
+    memory: SharedMemory | None
+    block: Block
+    known: dict[int, Tensor]
+    places: dict[int, Place]
+
+
 class Publisher:
-    """The shared memory of one pipeline's modules."""
+    """The shared memory of one pipeline's modules. `gpus` says where weights are to lie, None for the host."""
 
-    def __init__(self) -> None:
-        self._blocks: list[SharedMemory] = []
-        self._places: dict[Key, Json] = {}
-        self._copies: dict[str, tuple[SharedMemory | None, dict[int, tuple[Tensor, Json]]]] = {}
-        self._latest: dict[str, tuple[Json, Json, SharedMemory | None]] = {}
+    def __init__(self, gpus: GpuWeights | None = None) -> None:
+        self._gpus = gpus
+        self._host: list[SharedMemory] = []
+        self._places: dict[Key, tuple[_Weights, Place]] = {}
+        self._copies: dict[str, _Copies] = {}
+        self._latest: dict[str, tuple[Source, Json, SharedMemory]] = {}
 
-    def publish(self, name: str, module: nn.Module, described: Described) -> Json:
+    def publish(self, name: str, described: Described) -> Json:
         """Return the JSON by which a worker finds a module; the same as the last time if nothing has changed since."""
-        description, tensors = described.json, described.tensors
-        weights = {id(tensor) for tensor in module.parameters()}
-        self._move([tensor for tensor in tensors if id(tensor) in weights])
-        copies = self._copy(name, {i: tensor for i, tensor in enumerate(tensors) if id(tensor) not in weights})
-        places = [copies[i] if i in copies else self._places[_key(tensor)] for i, tensor in enumerate(tensors)]
-        known, source, old = self._latest.get(name, (None, None, None))
-        if known != (description, places):
-            text = json.dumps({"structure": description, "weights": places}).encode()
-            memory = self._block(len(text))
-            memory.tensor(0, (len(text),), torch.uint8).copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-            source = {"number": next(_numbers), "length": len(text), "memory": _fields(memory)}
-            self._latest[name] = ((description, places), source, memory)
-            if old is not None:
-                self._blocks.remove(old)
-                old.close()
+        tensors = described.tensors
+        home = self._home_of(name, tensors)
+        shared = {i for i, t in enumerate(tensors) if described.is_weight[i] and (home is None or t.device == home)}
+        self._move([tensors[i] for i in sorted(shared)])
+        copies = self._copy(name, {i: t for i, t in enumerate(tensors) if i not in shared}, home)
+        used: list[_Weights] = []
+        places = []
+        for i, tensor in enumerate(tensors):
+            if i in shared:
+                weights, place = self._places[_key(tensor)]
+                if weights not in used:
+                    used.append(weights)
+                places.append(replace(place, block=1 + used.index(weights)))
+            else:
+                places.append(copies.places[i])
+        for weights in used:
+            weights.follow()
+        source = Source(described.pickled, (copies.block, *(weights.block for weights in used)), tuple(places))
         described.note_pointers()
-        return source
+        return self._json(name, source)
+
+    def _json(self, name: str, source: Source) -> Json:
+        known, json, old = self._latest.get(name, (None, None, None))
+        if known == source:
+            return json
+        data = seal(source)
+        memory = self._on_host(len(data))
+        memory.tensor(0, (len(data),), torch.uint8).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        handle = memory.handle
+        place = {"pid": handle.pid, "fd": handle.fd, "nbytes": handle.nbytes}
+        json = {"number": next(_numbers), "length": len(data), "memory": place}
+        self._latest[name] = source, json, memory
+        if old is not None:
+            self._close(old)
+        return json
+
+    def _home_of(self, name: str, tensors: Sequence[Tensor]) -> torch.device | None:
+        """Return the GPU that a module is on, None for the host; raise UnknownValueError if it is on several."""
+        devices = sorted({str(tensor.device) for tensor in tensors if tensor.device.type != "cpu"})
+        if len(devices) > 1:
+            raise UnknownValueError(f"{name} is spread over {', '.join(devices)}; drp takes a module on one GPU")
+        return torch.device(devices[0]) if devices else None
 
     def _move(self, weights: Sequence[Tensor]) -> None:
         """Move the weights that are not there yet, some at a time, so that few are there twice meanwhile."""
@@ -64,60 +157,104 @@ class Publisher:
             if _key(tensor) not in self._places:
                 fresh.setdefault(_key(tensor), []).append(tensor)  # Tied weights are one.
         for group in _groups(list(fresh.values())):
-            for (shared, place), same in zip(self._fill([same[0] for same in group]), group, strict=True):
-                for tensor in same:
-                    tensor.data = shared
-                self._places[_key(shared)] = place
+            places, nbytes = _lay_out([same[0] for same in group], private=False)
+            device = group[0][0].device
+            block = self._create(max(nbytes, ALIGNMENT), device)
+            if block.memory.device != device:
+                raise UnknownValueError(
+                    f"a weight is on {device}, the pipeline on {block.memory.device}; move it there"
+                )
+            for same, place in zip(group, places, strict=True):
+                moved = place.of(block.memory)
+                with plain_tensors():
+                    moved.copy_(same[0].detach())
+                    for tensor in same:
+                        tensor.data = moved
+                self._places[_key(moved)] = block, place
+            _synchronize(device)  # Workers read them on streams of their own.
+            block.follow()
 
-    def _copy(self, name: str, tensors: Mapping[int, Tensor]) -> dict[int, Json]:
+    def _create(self, nbytes: int, device: torch.device) -> _Weights:
+        """Allocate a block of weights, and its copies."""
+        if self._gpus is None:
+            shared = self._on_host(nbytes)
+            return _Weights(shared, [], Block(next(_numbers), {}, shared.handle))
+        memory: Memory | None = None
+        copies: list[Memory] = []
+        handles: dict[str, GpuHandle] = {}
+        for gpu in (self._gpus.home, *self._gpus.others) if self._gpus.ipc else ():
+            try:
+                made = self._gpus.create(nbytes, gpu)
+            except CudaError as error:
+                log.warning("weights are copied from the host by each worker on %s: %s", gpu, error)
+                continue
+            handle = made.ipc_handles[1]
+            assert handle is not None
+            handles[gpu] = handle
+            if gpu == self._gpus.home:
+                memory = made
+            else:
+                copies.append(made)
+        host = None
+        if len(handles) <= len(self._gpus.others):
+            mirror = self._on_host(nbytes)
+            host = mirror.handle
+            copies.append(mirror)
+        return _Weights(memory or LocalMemory(nbytes, device), copies, Block(next(_numbers), handles, host))
+
+    def _copy(self, name: str, tensors: Mapping[int, Tensor], home: torch.device | None) -> _Copies:
         """Return where copies are of tensors that a module may write to: buffers, and attributes that it computes."""
-        block, known = self._copies.get(name, (None, {}))
-        if known.keys() != tensors.keys() or not all(_equal(known[i][0], tensor) for i, tensor in tensors.items()):
-            known = dict(zip(tensors, self._fill(list(tensors.values())), strict=True))
-            self._copies[name] = self._blocks[-1] if tensors else None, known
-            if block is not None:  # The rounds that used it are over. The new one has another descriptor.
-                self._blocks.remove(block)
-                block.close()
-        return {i: place for i, (_, place) in known.items()}
-
-    def _fill(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, Json]]:
-        """Copy tensors into one more block; return the copies, and where they are."""
-        if not tensors:
-            return []
-        sizes = [_count(tensor) * tensor.element_size() for tensor in tensors]
-        block, offset = self._block(sum(map(aligned, sizes))), 0
-        filled = []
-        for tensor, size in zip(tensors, sizes, strict=True):
-            # Messages never name the dtypes of 8 bits that weights may be stored in, so the protocol has none.
-            known = tensor.dtype if tensor.dtype in NAMES else torch.uint8
-            flat = block.tensor(offset, (_count(tensor),), known).view(tensor.dtype)
-            shape, stride = list(tensor.shape), list(tensor.stride())
-            shared = flat.as_strided(shape, stride) if len(flat) else flat.view(shape)
+        latest = self._copies.get(name)
+        same = latest is not None and latest.known.keys() == tensors.keys()
+        if latest is not None and same and all(_equal(latest.known[i], tensor) for i, tensor in tensors.items()):
+            return latest
+        places, nbytes = _lay_out(list(tensors.values()), private=True, home=home)
+        memory = self._on_host(nbytes) if tensors else None
+        block = Block(next(_numbers), {}, memory.handle if memory else None)
+        copies = _Copies(memory, block, {}, dict(zip(tensors, places, strict=True)))
+        for i, tensor in tensors.items():
+            assert memory is not None
+            shared = copies.places[i].of(memory)
             shared.copy_(tensor.detach())
-            place = {"memory": _fields(block), "offset": offset, "dtype": NAMES[known]}
-            view = str(tensor.dtype).removeprefix("torch.")
-            filled.append((shared, {**place, "view": view, "shape": shape, "stride": stride}))
-            offset += aligned(size)
-        return filled
+            copies.known[i] = shared if home is None else tensor.detach().clone()
+        self._copies[name] = copies
+        if latest is not None and latest.memory is not None:
+            self._close(latest.memory)  # The rounds that used it are over. The new one has another descriptor.
+        return copies
 
-    def _block(self, nbytes: int) -> SharedMemory:
-        self._blocks.append(SharedMemory.create(nbytes))
-        return self._blocks[-1]
+    def _on_host(self, nbytes: int) -> SharedMemory:
+        self._host.append(SharedMemory.create(nbytes))
+        return self._host[-1]
+
+    def _close(self, memory: SharedMemory) -> None:
+        self._host.remove(memory)
+        memory.close()
 
     def close(self) -> None:
         """Give the descriptors back: nobody can open the memory any more; the pipeline's weights stay in it."""
         self._copies.clear()
-        for block in self._blocks:
-            block.close()
-        self._blocks.clear()
+        for memory in self._host:
+            memory.close()
+        self._host.clear()
+
+
+def _lay_out(tensors: Sequence[Tensor], private: bool, home: torch.device | None = None) -> tuple[list[Place], int]:
+    """Return the places of tensors one after the other in a block, and the block's length."""
+    places, offset = [], 0
+    for tensor in tensors:
+        on_host = home is not None and tensor.device.type == "cpu"
+        place = Place(0, offset, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), private, on_host)
+        places.append(place)
+        offset += aligned(place.count * tensor.element_size())
+    return places, offset
 
 
 def _groups(weights: Sequence[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
-    """Yield weights in groups of about `MOST` bytes, in order."""
+    """Yield weights on one device in groups of about `MAX_BLOCK_NBYTES`, in order."""
     group: list[list[Tensor]] = []
     nbytes = 0
     for same in weights:
-        if group and nbytes + same[0].nbytes > MOST:
+        if group and nbytes + same[0].nbytes > MAX_BLOCK_NBYTES:
             yield group
             group, nbytes = [], 0
         group.append(same)
@@ -126,19 +263,23 @@ def _groups(weights: Sequence[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
         yield group
 
 
+def _synchronize(device: torch.device) -> None:
+    """Wait until what this thread has queued on a device is done."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _fingerprint(flat: Tensor) -> tuple[int, ...]:
+    """Return two sums over the bytes of a block, weighted by place: changed weights have others. One wait for a GPU."""
+    words = flat.view(torch.int64).view(-1, ROW)
+    sums = words.sum(1), words.sum(0)
+    weights = (2 * torch.arange(len(s), device=s.device) + 1 for s in sums)
+    return tuple(torch.stack([(s * w).sum() for s, w in zip(sums, weights, strict=True)]).tolist())
+
+
 def _key(tensor: Tensor) -> Key:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.dtype, tuple(tensor.stride())
 
 
 def _equal(copy: Tensor, tensor: Tensor) -> bool:
     return _key(copy)[1:] == _key(tensor)[1:] and equal_bits(copy, tensor)
-
-
-def _count(tensor: Tensor) -> int:
-    """Return how many numbers the memory has that a tensor lies in."""
-    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
-
-
-def _fields(memory: SharedMemory) -> dict[str, int]:
-    handle = memory.handle
-    return {"pid": handle.pid, "fd": handle.fd, "nbytes": handle.nbytes}

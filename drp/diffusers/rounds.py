@@ -10,7 +10,7 @@ from torch import Tensor
 
 from drp.diffusers.drafting import Drafter, gain_of, outputs_as_branches, weights_of
 from drp.diffusers.evaluators import Session
-from drp.diffusers.forms import Point
+from drp.diffusers.forms import OfState, Point
 from drp.diffusers.learned import Learned, UnrecognisedError
 from drp.diffusers.program import PART, Program, output_name
 from drp.diffusers.report import CallReport
@@ -80,13 +80,27 @@ class Predictions:
     def agrees(self) -> bool:
         """Return whether the parts of the program make together what the step that was learned from returned."""
         like = {name: varying.like for name, varying in self._learned.inputs.items()}
-        rows = self._evaluate([(self._first, 0.0, like)])
+        return self._as_recorded(self._evaluate([(self._first, 0.0, like)]))
+
+    def _as_recorded(self, rows: Mapping[int, list[int]]) -> bool:
+        """Return whether the results at the first index are those of the step that was learned from, to rounding."""
         for name, made in self._stored(rows, self._first).items():
             wanted = self._learned.outputs[name].double()
             few = 1e-4 if torch.finfo(made.dtype).bits >= 32 else 0.05
             if not float((made.double() - wanted).norm()) <= few * float(wanted.norm()):
                 return False
         return True
+
+    def agrees_stacked(self, count: int) -> bool:
+        """Return whether a draft that is stacked with others makes what the step that was learned from returned.
+
+        The others have the latents negated, so that it shows if the samples of a batch depend on each other.
+        """
+        like = {name: varying.like for name, varying in self._learned.inputs.items()}
+        forms = {name: varying.form for name, varying in self._learned.inputs.items()}
+        other = {name: -value if isinstance(forms[name], OfState) else value for name, value in like.items()}
+        rows = self._evaluate([(self._first + i, 0.0, other if i else like) for i in range(count)])
+        return self._as_recorded(rows)
 
     def close(self) -> None:
         self._tell()
@@ -195,8 +209,9 @@ class Predictions:
         return {index: [rows[index * parts + part] for part in range(parts)] for index, *_ in drafts}
 
     def _stored(self, rows: Mapping[int, list[int]], k: int) -> dict[str, Tensor]:
-        """Return the results at an index, put together of their parts."""
-        return self._program.merge([self._session.arena.prediction(row) for row in rows[k]])
+        """Return the results at an index, put together of their parts, on the pipeline's device."""
+        merged = self._program.merge([self._session.arena.prediction(row) for row in rows[k]])
+        return {name: tensor.to(self._learned.outputs[name].device) for name, tensor in merged.items()}
 
 
 def _final_results(learned: Learned) -> list[str]:
@@ -212,6 +227,9 @@ def _final_results(learned: Learned) -> list[str]:
 
 def _apart(x: Tensor, draft: Tensor) -> float:
     """Return |x - draft| / |x|, the largest among the samples; numpy adds in one order whatever the threads."""
+    if x.device.type != "cpu":
+        norms = [torch.linalg.vector_norm(each.flatten(1), dim=1, dtype=torch.float64) for each in (x - draft, x)]
+        return float((norms[0] / norms[1]).max())
     difference = (x.double() - draft.double()).reshape(len(x), -1).cpu().numpy()
     whole = x.double().reshape(len(x), -1).cpu().numpy()
     return float(np.sqrt(np.square(difference).sum(axis=1) / np.square(whole).sum(axis=1)).max())

@@ -50,11 +50,16 @@ def why_drafts_differ(scheduler: Any) -> str:
     return ""
 
 
+TABLES = ("timesteps", "sigmas", "betas", "alphas", "alphas_cumprod", "alpha_t", "sigma_t", "lambda_t")
+"""Tensors of a scheduler that its steps read and never write: copies share them."""
+
+
 def copy_of(scheduler: Any, hidden: tuple[str, ...]) -> Any:
     """Return a scheduler that goes on from where this one is, without the attributes `hidden`."""
     made = object.__new__(type(scheduler))
     # A Brownian tree gives the same noise for the same interval in whatever order it is asked: copies may share it.
     memo: dict[int, Any] = {id(v): v for v in vars(scheduler).values() if type(v).__name__ in BROWNIAN}
+    memo.update((id(table), table) for name in TABLES if (table := vars(scheduler).get(name)) is not None)
     for name, value in vars(scheduler).items():
         if name not in hidden:
             made.__dict__[name] = value if name == "_internal_dict" else copy.deepcopy(value, memo)
@@ -106,7 +111,7 @@ class Levels:
         sigmas = getattr(scheduler, "sigmas", None)
         if not isinstance(sigmas, Tensor) or len(sigmas) < n or name.startswith(OTHERWISE):
             return []
-        values = [float(s) for s in sigmas[:n].double()]
+        values: list[float] = sigmas[:n].double().tolist()
         if name.startswith(MIDWAY):
             values[1::2] = [math.sqrt(a * b) for a, b in zip(values[::2], values[1::2], strict=False)]
         if flow:

@@ -21,7 +21,7 @@ def read_settings() -> Json:
 
     Raises ValueError under torch.autocast, which is not carried over.
     """
-    if torch.is_autocast_enabled("cpu"):
+    if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
         raise ValueError("the pipeline runs under torch.autocast, which workers do not")
     values = [read() for read, _, _ in SETTINGS]
     backend = None if _AttentionBackendRegistry is None else _AttentionBackendRegistry.get_active_backend()[0]

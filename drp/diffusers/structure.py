@@ -1,25 +1,33 @@
-"""Structure: a module as it is, described so that another process can make it again, without pickles.
+"""Structure: a module as it is, pickled so that a worker can make it again around the same weights.
 
-What is described is the tree of live objects: classes by name, attributes, and which tensor goes where. A LoRA that was
-loaded, attention processors that were exchanged or layers that were fused are therefore part of it, whoever did it.
+As in `torch.save`, the pickle has persistent ids in the place of tensors, whose memory is shared instead. What is
+pickled is the tree of live objects, so a LoRA that was loaded, attention processors that were exchanged, layers that
+were fused and quantized weights are part of it. A pickle reaches a worker through this process's shared memory, signed
+with the key that `multiprocessing` gives its children when they start, and never through a socket.
+
+The reducers of `torch.multiprocessing` are not used for the tensors: they share each storage by itself, with a
+descriptor for each on the host and a reference counter for each reader on a GPU, and a U-Net has 1,700.
 """
 
 from __future__ import annotations
 
-import enum
-import functools
+import io
 import operator
+import pickle
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from drp.diffusers.compiled import COMPILED, compile_in_worker, options_of
 from drp.diffusers.features import LEFT_OUT, add_cast, casts_of
+from drp.diffusers.offload import is_held
 from drp.diffusers.patched import methods_of, patched_method
-from drp.diffusers.pytree import PLAIN, Json, UnknownValueError, find, name_of
+from drp.diffusers.pytree import UnknownValueError, name_of
 
 
 class PatchedClassError(UnknownValueError):
@@ -27,20 +35,21 @@ class PatchedClassError(UnknownValueError):
 
 
 HOOKS = tuple(name for name, value in vars(nn.Module()).items() if name.endswith("hooks") and isinstance(value, dict))
-PARTS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 FORBIDDEN = {
-    "_hf_hook": "it is offloaded or dispatched by accelerate; keep it in memory, and call remove_all_hooks()",
-    "hf_quantizer": "it is quantised",
-    "quantization_config": "it is quantised",
+    "_hf_hook": "it is offloaded or dispatched by accelerate; call pipe.remove_all_hooks() and pipe.to('cuda'), or "
+    "offload whole models, by pipe.enable_model_cpu_offload()"
 }
-TENSORS = (Tensor, nn.Parameter)
+PARTS = ("_parameters", "_buffers", "_modules")
+PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+SINGLETONS = (type(None), type(...), type(NotImplemented))
+NAMED = (type, types.FunctionType, types.BuiltinFunctionType)
 
 
 class Described:
-    """A module's description, as JSON, and the `tensors` in it, each once."""
+    """A module's pickle, and the `tensors` that it leaves out, each once; `is_weight` says which are parameters."""
 
-    def __init__(self, json: Json, tensors: list[Tensor], containers: Sequence[Any]) -> None:
-        self.json, self.tensors = json, tensors
+    def __init__(self, pickled: bytes, tensors: list[Tensor], is_weight: list[bool], containers: Sequence[Any]) -> None:
+        self.pickled, self.tensors, self.is_weight = pickled, tensors, is_weight
         self._containers = [(container, _items(container)) for container in containers]
         self._pointers: list[int] = []
         self.note_pointers()
@@ -48,7 +57,8 @@ class Described:
     def note_pointers(self) -> None:
         """Take it that the tensors are where they belong."""
         self._pointers = [tensor.data_ptr() for tensor in self.tensors]
-        self._noted = [tensor.detach() for tensor in self.tensors]
+        with plain_tensors():
+            self._noted = [tensor.detach() for tensor in self.tensors]
 
     def untouched(self) -> bool:
         """Return whether every attribute is still the same object, and every tensor where it was: a quick look."""
@@ -57,7 +67,7 @@ class Described:
 
     def same(self, other: Described) -> bool:
         """Return whether a later description is of the same structure and the same tensors, or of equal ones."""
-        if self.json != other.json:
+        if self.pickled != other.pickled:
             return False
         pairs = zip(self._noted, other.tensors, strict=True)
         return all(a.data_ptr() == b.data_ptr() or equal_bits(a, b) for a, b in pairs)
@@ -67,22 +77,31 @@ class Described:
 
         Parameters that lie elsewhere with the same values (they were cast to and fro, say) are put back.
         """
-        for noted, tensor in zip(self._noted, other.tensors, strict=True):
-            if isinstance(tensor, nn.Parameter) and tensor.data_ptr() != noted.data_ptr():
-                tensor.data = noted
+        for noted, tensor, is_weight in zip(self._noted, other.tensors, other.is_weight, strict=True):
+            if is_weight and tensor.data_ptr() != noted.data_ptr():
+                with plain_tensors():
+                    tensor.data = noted
         other.note_pointers()
         self._noted = other._noted
-        self.json, self.tensors = other.json, other.tensors
+        self.pickled, self.tensors, self.is_weight = other.pickled, other.tensors, other.is_weight
         self._containers, self._pointers = other._containers, other._pointers
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Have torch take tensors of classes with a `__torch_function__` of their own for what they lie in memory as."""
+    with torch._C.DisableTorchFunctionSubclass():
+        yield
 
 
 def equal_bits(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors are the same, also of dtypes that torch does not compare."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if a.element_size() == 1 and a.dtype.is_floating_point:
-        a, b = a.view(torch.uint8), b.view(torch.uint8)
-    return torch.equal(a, b)
+    with plain_tensors():
+        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+            return False
+        if a.element_size() == 1 and a.dtype.is_floating_point:
+            a, b = a.view(torch.uint8), b.view(torch.uint8)
+        return torch.equal(a, b)
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -102,232 +121,191 @@ def _identical(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
-def describe(module: nn.Module, ours: Callable[[Any], bool] = lambda value: False) -> Described:
+def describe(module: nn.Module, ours: Callable[[Any], bool] = lambda value: False, compiled: Any = None) -> Described:
     """Describe a module.
 
-    `ours` says which attributes are left out. Raises UnknownValueError, saying what and where, for a module that
-    another process could not make again as it is: hooked, offloaded, compiled, quantised, or with attributes of kinds
-    that have no description.
+    `ours` says which attributes are left out; `compiled` is what the module was compiled to, where it lacks that.
+    Raises UnknownValueError, saying what and where, for a module that another process could not make again as it is:
+    hooked, offloaded, or with attributes that cannot be pickled.
     """
-    describer = _Describer(ours)
-    root = describer.value(module, type(module).__name__)
-    return Described({"objects": describer.objects, "root": root}, describer.tensors, describer.containers)
+    file = io.BytesIO()
+    pickler = _Pickler(file, module, ours, compiled)
+    try:
+        pickler.dump(module)
+    except UnknownValueError as error:
+        if str(error).startswith(type(module).__name__):
+            raise
+        raise type(error)(f"{_find_culprit(module, ours)}: {error}") from error
+    except Exception as error:  # whatever objects raise that cannot be pickled
+        raise UnknownValueError(f"{_find_culprit(module, ours)} cannot be handed to workers: {error}") from error
+    return Described(file.getvalue(), pickler.tensors, pickler.is_weight, pickler.containers)
 
 
-class _Describer:
-    def __init__(self, ours: Callable[[Any], bool]) -> None:
-        self.objects: list[Json] = []
+def _find_culprit(root: nn.Module, ours: Callable[[Any], bool]) -> str:
+    """Return the path of the first attribute of a module that cannot be pickled, the module's own name if none is."""
+    for path, module in root.named_modules():
+        attributes = {k: v for k, v in vars(module).items() if k not in (*PARTS, "forward") and not ours(v)}
+        for name, value in (attributes | module._parameters | module._buffers).items():
+            try:
+                _Pickler(io.BytesIO(), root, ours).dump(value)
+            except Exception:
+                return ".".join(filter(None, [type(root).__name__, path, name]))
+    return type(root).__name__
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles a module without its tensors. A persistent id is ("device", name) or the arguments of `_Tensors.make`."""
+
+    def __init__(self, file: io.BytesIO, root: nn.Module, ours: Callable[[Any], bool], compiled: Any = None) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._root, self._compiled = root, compiled
         self.tensors: list[Tensor] = []
+        self.is_weight: list[bool] = []
         self.containers: list[Any] = []
         self._ours = ours
+        name = type(root).__name__
+        self._paths = {id(module): f"{name}.{path}" if path else name for path, module in root.named_modules()}
+        self._weights = {id(parameter) for parameter in root.parameters()}
         self._places: dict[int, int] = {}
-        self._tensor_places: dict[int, int] = {}
         self._kinds: set[type] = set()
-        self._alive: list[Any] = []  # an id is an object's only while it lives
 
-    def value(self, value: Any, path: str) -> Json:
+    def persistent_id(self, value: Any) -> Any:
+        """Return what stands for a tensor or a device; note containers, which may be changed later."""
         kind = type(value)
-        if kind in PLAIN:
-            return value
-        if isinstance(value, Tensor):
-            return self._tensor(value, path)
-        if kind in (list, dict, OrderedDict):
+        if kind in (dict, list, OrderedDict):
             self.containers.append(value)
-        if kind in (list, tuple, torch.Size, set, frozenset):
-            items = sorted(value, key=repr) if kind in (set, frozenset) else value
-            name = "tuple" if kind is torch.Size else kind.__name__
-            return {name: [self.value(item, f"{path}[{i}]") for i, item in enumerate(items)]}
-        if kind in (dict, OrderedDict):
-            return {kind.__name__: [[self.value(k, path), self.value(v, f"{path}.{k}")] for k, v in value.items()]}
-        if kind in (torch.dtype, torch.device):
-            return {kind.__name__: str(value).removeprefix("torch.")}
-        if isinstance(value, enum.Enum):
-            return {"enum": [name_of(kind), value.name]}
-        if isinstance(value, functools.partial):
-            return {"partial": [self.value(part, path) for part in (value.func, value.args, value.keywords)]}
-        if isinstance(value, types.MethodType):
-            return {"method": [self.value(value.__self__, path), value.__name__]}
-        if isinstance(value, type) or (callable(value) and not hasattr(value, "__dict__")):
-            return {"name": _named(value, path)}
-        if isinstance(value, types.FunctionType):
-            return {"name": _named(value, path)}
-        return self._object(value, path)
+        elif kind is torch.device:
+            # A GPU has other numbers in other processes, and a worker has one.
+            return "device", value.type if value.type == "cuda" else str(value)
+        elif isinstance(value, Tensor) and torch._C._has_storage(value):
+            return self._tensor(value)
+        return None
 
-    def _tensor(self, tensor: Tensor, path: str) -> Json:
-        if type(tensor) not in TENSORS and type(tensor).__name__ not in ("Buffer", "UninitializedParameter"):
-            raise UnknownValueError(f"{path} is a {type(tensor).__name__}: quantised or otherwise special weights")
-        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-            raise UnknownValueError(f"{path} is on {tensor.device} ({tensor.layout}); workers take dense CPU tensors")
-        place = self._tensor_places.setdefault(id(tensor), len(self.tensors))
+    def reducer_override(self, value: Any) -> Any:
+        """Return how to pickle what pickle itself would not, or not rightly; see that the rest can be unpickled."""
+        kind = type(value)
+        if isinstance(value, NAMED):
+            if value not in SINGLETONS:
+                name_of(value)  # It raises for what a worker cannot import.
+            return NotImplemented
+        if isinstance(value, types.MethodType):
+            name, owner = value.__name__ if hasattr(value, "__name__") else "", value.__self__
+            own = name and getattr(getattr(owner, name, None), "__func__", None) is value.__func__
+            return (getattr, (owner, name)) if own else (_bind, (value.__func__, owner))
+        self._check_class(kind)
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        if isinstance(value, Tensor):
+            self._check_device(value)
+            if id(value) in self._weights:  # What it is made of, as quantized weights are, are weights too.
+                self._weights |= {id(inner) for inner in vars(value).values() if isinstance(inner, Tensor)}
+        elif hasattr(value, "__dict__"):
+            self.containers.append(vars(value))
+        return NotImplemented
+
+    def _tensor(self, tensor: Tensor) -> tuple[Any, ...]:
+        self._check_device(tensor)
+        place = self._places.setdefault(id(tensor), len(self.tensors))
         if place == len(self.tensors):
             self.tensors.append(tensor)
+            self.is_weight.append(id(tensor) in self._weights)
+        if type(tensor) not in PLAIN_TENSORS:
+            self._check_class(type(tensor))
+            return "tensor", place, tensor.requires_grad, type(tensor), dict(vars(tensor))
         # torch chooses some kernels by whether a weight requires a gradient, even where none is recorded.
-        kind = "parameter" if isinstance(tensor, nn.Parameter) else "tensor"
-        return {"trained" if kind == "parameter" and tensor.requires_grad else kind: place}
+        return "tensor", place, tensor.requires_grad, type(tensor), None
 
-    def _object(self, value: Any, path: str) -> Json:
-        if id(value) not in self._places:
-            self._places[id(value)] = len(self.objects)
-            self._alive.append(value)
-            self.objects.append(None)
-            self.objects[self._places[id(value)]] = self._describe(value, path)
-        return {"object": self._places[id(value)]}
+    def _check_device(self, tensor: Tensor) -> None:
+        if tensor.device.type not in ("cpu", "cuda") or tensor.layout != torch.strided:
+            raise UnknownValueError(
+                f"a weight is on {tensor.device} ({tensor.layout}); workers take dense tensors on cores and GPUs"
+            )
 
-    def _check_class(self, kind: type, path: str) -> None:
+    def _check_class(self, kind: type) -> None:
         """See that a class is as its module has defined it, and note its methods to see later changes."""
         if kind in self._kinds:
             return
         self._kinds.add(kind)
         if (method := patched_method(kind)) is not None:
             raise PatchedClassError(
-                f"{path}: {method} was exchanged in the class after its module was imported, and workers import the "
+                f"{method} was exchanged in the class after its module was imported, and workers import the "
                 "class without that; undo it, or make a subclass in a module of its own"
             )
         self.containers += methods_of(kind)
 
-    def _describe(self, value: Any, path: str) -> Json:
-        kind = type(value)
-        self._check_class(kind, path)
-        if isinstance(value, nn.Module):
-            return self._module(value, path)
-        name = _named(kind, path)
-        if not hasattr(value, "__dict__") or kind.__module__ == "builtins":
-            raise UnknownValueError(f"{path} is a {kind.__name__}, which cannot be described")
-        items = (
-            [[k, self.value(v, f"{path}.{k}")] for k, v in value.items()] if isinstance(value, OrderedDict) else None
-        )
-        state = [[k, self.value(v, f"{path}.{k}")] for k, v in vars(value).items()]
-        if isinstance(value, (dict, list, tuple, set)) and items is None:
-            raise UnknownValueError(f"{path} is a {kind.__name__}, which cannot be described")
-        return {"class": name, "state": state, "items": items}
-
-    def _module(self, module: nn.Module, path: str) -> Json:
-        state = []
+    def _module(self, module: nn.Module) -> Any:
+        path, state = self._paths.get(id(module), type(module).__name__), {}
         casts = casts_of(module, path)
-        self.containers += [vars(module), *(getattr(module, part) for part in PARTS[:3])]
+        self.containers.append(vars(module))
         for name, value in vars(module).items():
+            if name in FORBIDDEN and is_held(module):
+                continue
             if name in FORBIDDEN and value is not None:
                 raise UnknownValueError(f"{path}: {FORBIDDEN[name]}")
             if name in HOOKS:
                 if value:
                     raise UnknownValueError(f"{path} has forward hooks, which stay in this process; remove them")
-            elif name == "_compiled_call_impl":
-                if value is not None:
-                    raise UnknownValueError(f"{path} is compiled; leave that to the workers' own process")
             elif name == "forward":
-                if self._ours(value) or casts or has_own_forward(module):
-                    continue
-                raise UnknownValueError(f"{path}.forward was exchanged on the object, by a hook or by hand; undo that")
-            elif name not in (*PARTS, *LEFT_OUT) and not self._ours(value):
-                state.append([name, self.value(value, f"{path}.{name}")])
-        parts = {
-            part: [[name, self.value(value, f"{path}.{name}")] for name, value in getattr(module, part).items()]
-            for part in PARTS[:3]
-        }
-        fleeting = sorted(module._non_persistent_buffers_set)
-        kind = _named(type(module), path)
-        return {"module": kind, "state": state, "fleeting": fleeting, "casts": casts, **parts}
+                if not (self._ours(value) or casts or has_own_forward(module)):
+                    raise UnknownValueError(
+                        f"{path}.forward was exchanged on the object, by a hook or by hand; undo that"
+                    )
+            elif name not in LEFT_OUT and not self._ours(value):
+                state[name] = value
+        compiled = options_of(state.pop(COMPILED, None) or (self._compiled if module is self._root else None), path)
+        return _blank, (type(module),), (state, casts, compiled), None, None, _fill
 
 
-def _named(thing: Any, path: str) -> str:
-    try:
-        return name_of(thing)
-    except UnknownValueError as error:
-        raise UnknownValueError(f"{path}: {error}") from None
+def _bind(function: Any, owner: Any) -> types.MethodType:
+    """Return a method whose function is not its class's. It may be a `functools.partial`, as torchao's are."""
+    return types.MethodType(function, owner)
 
 
-def make(description: Json, tensors: Sequence[Tensor]) -> nn.Module:
-    """Return the module that `describe` described, with these tensors in it."""
-    module = _Maker(description["objects"], tensors).value(description["root"])
+def _blank(kind: type[nn.Module]) -> nn.Module:
+    """Return a module of a class, without calling the class's own initialization."""
+    made = kind.__new__(kind)
+    nn.Module.__init__(made)
+    return made
+
+
+def _fill(module: nn.Module, packed: tuple[dict[str, Any], Any, dict[str, Any] | None]) -> None:
+    """Give a module its attributes, casts and compilation."""
+    state, casts, compiled = packed
+    vars(module).update(state)
+    for storage, compute in casts:
+        add_cast(module, getattr(torch, storage), getattr(torch, compute))
+    if compiled is not None:
+        compile_in_worker(module, compiled)
+
+
+def make(pickled: bytes, tensors: Sequence[Tensor]) -> nn.Module:
+    """Return the module that `describe` described, with these tensors in it. The pickle must be trusted."""
+    module = _Unpickler(io.BytesIO(pickled), tensors).load()
     assert isinstance(module, nn.Module)
     return module
 
 
-class _Maker:
-    def __init__(self, objects: Sequence[Json], tensors: Sequence[Tensor]) -> None:
-        self._objects, self._tensors = objects, tensors
-        self._made: dict[int, Any] = {}
-        self._parameters: dict[int, nn.Parameter] = {}
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+        self._made: dict[int, Tensor] = {}
 
-    def value(self, description: Json) -> Any:
-        if not isinstance(description, dict):
-            return description
-        ((kind, content),) = description.items()
-        make: Callable[[Any], Any] = getattr(self, f"_make_{kind}")
-        return make(content)
-
-    def _items(self, content: Json) -> list[Any]:
-        return [self.value(item) for item in content]
-
-    def _pairs(self, content: Json) -> list[tuple[Any, Any]]:
-        return [(self.value(k), self.value(v)) for k, v in content]
-
-    def _make_list(self, content: Json) -> Any:
-        return self._items(content)
-
-    def _make_tuple(self, content: Json) -> Any:
-        return tuple(self._items(content))
-
-    def _make_set(self, content: Json) -> Any:
-        return set(self._items(content))
-
-    def _make_frozenset(self, content: Json) -> Any:
-        return frozenset(self._items(content))
-
-    def _make_dict(self, content: Json) -> Any:
-        return dict(self._pairs(content))
-
-    def _make_OrderedDict(self, content: Json) -> Any:  # noqa: N802  # named after the class
-        return OrderedDict(self._pairs(content))
-
-    def _make_dtype(self, content: str) -> Any:
-        return getattr(torch, content)
-
-    def _make_device(self, content: str) -> Any:
-        return torch.device(content)
-
-    def _make_enum(self, content: Json) -> Any:
-        return find(content[0])[content[1]]
-
-    def _make_partial(self, content: Json) -> Any:
-        function, arguments, keywords = self._items(content)
-        return functools.partial(function, *arguments, **keywords)
-
-    def _make_method(self, content: Json) -> Any:
-        return getattr(self.value(content[0]), content[1])
-
-    def _make_name(self, content: str) -> Any:
-        return find(content)
-
-    def _make_tensor(self, place: int) -> Tensor:
-        return self._tensors[place]
-
-    def _make_parameter(self, place: int, trained: bool = False) -> nn.Parameter:
-        if place not in self._parameters:
-            self._parameters[place] = nn.Parameter(self._tensors[place], requires_grad=trained)
-        return self._parameters[place]
-
-    def _make_trained(self, place: int) -> nn.Parameter:
-        return self._make_parameter(place, trained=True)
-
-    def _make_object(self, place: int) -> Any:
+    def persistent_load(self, pid: Any) -> Any:
+        """Return a device of this process, or a tensor, the same object for the same place."""
+        if pid[0] == "device":
+            return torch.device(pid[1])
+        _, place, requires_grad, kind, attributes = pid
         if place not in self._made:
-            description = self._objects[place]
-            cls = find(description["module" if "module" in description else "class"])
-            self._made[place] = made = cls.__new__(cls)
-            (self._fill_module if "module" in description else self._fill)(made, description)
+            self._made[place] = _tensor_of(kind, self._tensors[place], requires_grad, attributes)
         return self._made[place]
 
-    def _fill(self, made: Any, description: Json) -> None:
-        for name, value in description["items"] or ():
-            OrderedDict.__setitem__(made, name, self.value(value))
-        made.__dict__.update({name: self.value(value) for name, value in description["state"]})
 
-    def _fill_module(self, made: nn.Module, description: Json) -> None:
-        nn.Module.__init__(made)
-        for part in PARTS[:3]:
-            getattr(made, part).update({name: self.value(value) for name, value in description[part]})
-        made._non_persistent_buffers_set.update(description["fleeting"])
-        made.__dict__.update({name: self.value(value) for name, value in description["state"]})
-        for storage, compute in description["casts"]:
-            add_cast(made, getattr(torch, storage), getattr(torch, compute))
+def _tensor_of(kind: type, tensor: Tensor, requires_grad: bool, attributes: Mapping[str, Any] | None) -> Tensor:
+    if kind is nn.Parameter:
+        return nn.Parameter(tensor, requires_grad)
+    if attributes is None:
+        return tensor.requires_grad_(requires_grad)
+    made: Tensor = torch.Tensor._make_subclass(kind, tensor, requires_grad)
+    vars(made).update(attributes)
+    return made

@@ -3,30 +3,51 @@
 from __future__ import annotations
 
 import importlib
-import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from drp.diffusers.program import PROGRAM, Program, from_bytes
 from drp.diffusers.pytree import Json
+from drp.diffusers.sources import Block, Place, unseal
 from drp.diffusers.structure import make
 from drp.models.state import ModuleState
-from drp.protocol.handles import Handle
-from drp.protocol.memory import DTYPES, SharedMemory
+from drp.protocol.handles import GpuHandle, Handle
+from drp.protocol.memory import LocalMemory, Memory, SharedMemory
+from drp.protocol.messages import GpuConfig
 
 KEPT = 8
 """Programs kept, and modules."""
+
+
+class Gpu(Protocol):
+    """A worker's GPU, as of `drp.workers.cuda_device`."""
+
+    device: torch.device
+    config: GpuConfig
+
+    def open_ipc(self, handle: GpuHandle) -> Memory:
+        """Open memory of another process on this GPU."""
+        ...
 
 
 class Programs:
     """Runs the program that a run's conditions hold."""
 
     def __init__(self) -> None:
+        self._gpu: Gpu | None = None
+        self._texts: dict[int, tuple[Tensor, bytes]] = {}
         self._programs: dict[bytes, tuple[Program, dict[str, nn.Module], ModuleState]] = {}
-        self._modules: dict[int, nn.Module] = {}
+        self._modules: dict[int, tuple[nn.Module, set[int]]] = {}
+        """By number, modules and the numbers of their blocks."""
+        self._uploads: dict[int, tuple[int, LocalMemory]] = {}
+        """By number, the version and the copy of blocks that are on the host, for a GPU that shares no memory."""
+
+    def use_gpu(self, gpu: Gpu) -> None:
+        """Run on this GPU from now on."""
+        self._gpu = gpu
 
     def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Refuse: a program's drafts are more than a state."""
@@ -40,11 +61,29 @@ class Programs:
         outputs: Mapping[str, Tensor],
     ) -> None:
         """Write the program's results for a draft into `outputs`."""
-        program, modules, state = self._program(bytes(cond[PROGRAM].numpy()))
+        self.fill_batch([inputs], cond, [outputs])
+
+    def fill_batch(
+        self,
+        inputs: Sequence[Mapping[str, Tensor]],
+        cond: Mapping[str, Tensor],
+        outputs: Sequence[Mapping[str, Tensor]],
+    ) -> None:
+        """Write the program's results for several drafts into their `outputs`."""
+        program, modules, state = self._program(self._text(cond[PROGRAM]))
         try:
-            program.run(modules, inputs, cond, outputs)
+            # Compiled code, and what a module keeps for later, must not consist of tensors of inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                program.run_batch(modules, inputs, cond, outputs)
         finally:
             state.restore()
+
+    def _text(self, program: Tensor) -> bytes:
+        """Return a condition's bytes, which are on the GPU, and fetched once a run."""
+        if id(program) not in self._texts:
+            self._texts[id(program)] = program, bytes(program.cpu().numpy())
+            _forget(self._texts)
+        return self._texts[id(program)][1]
 
     def _program(self, text: bytes) -> tuple[Program, dict[str, nn.Module], ModuleState]:
         if text not in self._programs:
@@ -54,40 +93,62 @@ class Programs:
             _forget(self._programs)
         return self._programs[text]
 
-    def _module(self, source: Json) -> nn.Module:
-        number = source["number"]
+    def _module(self, json: Json) -> nn.Module:
+        number = json["number"]
         if number not in self._modules:
-            memory = SharedMemory.open(Handle(**source["memory"]))
-            fields = json.loads(memory.read()[: source["length"]])
+            memory = SharedMemory.open(Handle(**json["memory"]))
+            source = unseal(memory.read()[: json["length"]])
             memory.close()
             with torch.inference_mode(False):  # Weights made in that mode are tensors of another kind.
-                self._modules[number] = make(fields["structure"], _weights(fields["weights"]))
+                private, *weights = source.blocks
+                blocks = [_on_host(private), *map(self._open, weights)]
+                tensors = [self._tensor(place, blocks[place.block]) for place in source.places]
+                module = make(source.pickled, tensors)
+            for block in blocks:
+                if isinstance(block, SharedMemory):
+                    block.close()
+            self._modules[number] = module, {block.number for block in weights}
             _forget(self._modules)
-        return self._modules[number]
+            used = set().union(*(numbers for _, numbers in self._modules.values()))
+            self._uploads = {block: copy for block, copy in self._uploads.items() if block in used}
+        return self._modules[number][0]
+
+    def _open(self, block: Block) -> Memory | None:
+        """Return the memory of a block of weights: on this worker's GPU, or on the host."""
+        if self._gpu is None:
+            return _on_host(block)
+        if (handle := block.gpus.get(self._gpu.config.device)) is not None:
+            return self._gpu.open_ipc(handle)
+        shared = _on_host(block)
+        assert shared is not None
+        version, copy = self._uploads.get(block.number, (-1, None))
+        if copy is None:
+            copy = LocalMemory(shared.nbytes, self._gpu.device)
+        if version != block.version:
+            copy.bytes.copy_(shared.tensor(0, (shared.nbytes,), torch.uint8))
+            self._uploads[block.number] = block.version, copy
+        shared.close()
+        return copy
+
+    def _tensor(self, place: Place, memory: Memory | None) -> Tensor:
+        """Return a tensor where it is used."""
+        assert memory is not None
+        if self._gpu is None or place.on_host:
+            return place.of(memory)
+        if place.private:
+            return place.of(memory).to(self._gpu.device, copy=True)
+        return place.of(memory).to(self._gpu.device)
+
+
+def _on_host(block: Block) -> SharedMemory | None:
+    """Open a block on the host. What this process writes to it nobody else sees."""
+    return SharedMemory.open(block.host, private=True) if block.host is not None else None
 
 
 def load() -> Programs:
     """Return it: the model `drp.diffusers.worker:load`. Importing diffusers takes seconds: they belong to the start."""
     importlib.import_module("diffusers.models.unets")
     return Programs()
-
-
-def _weights(places: Json) -> list[Tensor]:
-    """Return tensors where they are published; what this process writes to them nobody else sees."""
-    blocks: dict[str, SharedMemory] = {}
-    tensors = []
-    for place in places:
-        key = json.dumps(place["memory"])
-        if key not in blocks:
-            blocks[key] = SharedMemory.open(Handle(**place["memory"]), private=True)
-        block = blocks[key]
-        shape, stride = place["shape"], place["stride"]
-        count = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-        flat = block.tensor(place["offset"], (count,), DTYPES[place["dtype"]]).view(getattr(torch, place["view"]))
-        tensors.append(flat.as_strided(shape, stride) if count else flat.view(shape))
-    for block in blocks.values():
-        block.close()
-    return tensors
 
 
 def _forget(known: dict[Any, Any]) -> None:

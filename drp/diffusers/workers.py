@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from drp.diffusers.devices import gpu_of, weights_of
 from drp.diffusers.evaluators import Session
 from drp.diffusers.program import PROGRAM, Program, to_tensor
+from drp.diffusers.publish import Publisher
 from drp.diffusers.pytree import Json
 from drp.leader.devices import Devices, parse_devices
 from drp.leader.events import Timeline
+from drp.leader.execution import ExecutionOptions
 from drp.leader.leader import Leader, WorkerStatus
 from drp.leader.scheduling.policies import Policy
+from drp.protocol.cuda import GpuMemory
 from drp.trace.record import record
 
 MODEL = "drp.diffusers.worker:load"
@@ -25,7 +30,9 @@ MODEL = "drp.diffusers.worker:load"
 class Workers:
     """Worker processes for pipelines: hand them to `parallelize` as `devices`, and several pipelines share them.
 
-    devices, start_timeout, draft_timeout, policy: as of `drp.LeaderOptions`.
+    devices, start_timeout, draft_timeout, policy, execution: as of `drp.LeaderOptions`. On GPUs, latents lie in the
+        memory of the first one, or where `execution` says. The weights of pipelines that were used stay until `close`.
+    drafts_per_device: evaluate so many drafts of a round as one batch, where the pipeline's calls can be stacked.
     threads: of each worker; by default an equal share of this process's.
     """
 
@@ -37,6 +44,8 @@ class Workers:
         start_timeout: float = 120.0,
         draft_timeout: float | None = 600.0,
         policy: str | Policy = "load-adaptive",
+        execution: ExecutionOptions | None = None,
+        drafts_per_device: int = 1,
     ) -> None:
         placed = parse_devices(devices, 1)
         if any(device.emulated is not None and device.emulated.values != "model" for device in placed):
@@ -46,11 +55,19 @@ class Workers:
                 "devices holds RemoteWorkers: a pipeline's weights are in this machine's shared memory, which workers "
                 "on other machines cannot open; name devices of this machine"
             )
-        if any(device.gpu is not None for device in placed):
+        if execution is not None and (execution.compile or execution.graphs):
             raise ValueError(
-                f"devices is {devices!r}: pipelines run on CPU workers so far; name cpu or emulated devices"
+                "compile and graphs are for models of a drp.Leader; compile the pipeline's module, as by "
+                "pipe.unet.compile(): workers do the same"
+            )
+        if execution is not None and execution.dtype is not None:
+            raise ValueError(
+                f"dtype is {execution.dtype!r}; a pipeline has a dtype of its own: load it with torch_dtype="
             )
         self.threads = threads or max(1, torch.get_num_threads() // len(placed))
+        self.drafts_per_device = drafts_per_device
+        self._gpus = [device.gpu for device in placed]
+        self._exported: list[GpuMemory] = []
         self._leader = Leader(
             MODEL,
             devices=devices,
@@ -58,6 +75,8 @@ class Workers:
             start_timeout=start_timeout,
             draft_timeout=draft_timeout,
             policy=policy,
+            execution=replace(execution or ExecutionOptions(), dispatch="sync"),  # as sessions are
+            drafts_per_device=drafts_per_device,
         )
 
     @property
@@ -66,8 +85,18 @@ class Workers:
 
     @property
     def status(self) -> tuple[WorkerStatus, ...]:
-        """The status of every worker."""
+        """The status of every worker, as `drp.Leader.workers`."""
         return self._leader.workers
+
+    def publisher(self, device: torch.device) -> Publisher:
+        """Return what puts the modules of a pipeline on a device where these workers find them.
+
+        Raises ValueError if the workers are on devices of another kind.
+        """
+        gpus = weights_of(gpu_of(device), self._gpus, self._leader.shares_gpu_memory)
+        if gpus is not None:
+            gpus.exported = self._exported
+        return Publisher(gpus)
 
     def bind(
         self,
@@ -86,6 +115,8 @@ class Workers:
 
     def close(self) -> None:
         self._leader.close()
+        while self._exported:
+            self._exported.pop().close()
 
     def __enter__(self) -> Workers:
         return self
@@ -94,3 +125,9 @@ class Workers:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def on_gpu_of(device: torch.device, execution: ExecutionOptions | None) -> ExecutionOptions:
+    """Return options with which latents lie on the pipeline's GPU."""
+    options, home = execution or ExecutionOptions(), gpu_of(device)
+    return options if home is None or options.memory != "auto" else replace(options, memory=home)

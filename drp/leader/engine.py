@@ -53,6 +53,7 @@ from drp.leader.scheduling.scheduler import Scheduler
 from drp.leader.supervision.supervisor import Supervisor
 from drp.leader.supervision.worker_pool import SHUTDOWN_TIMEOUT, WorkerPool
 from drp.protocol.arena import Arena
+from drp.protocol.memory import Memory
 from drp.protocol.messages import ModelSpec
 from drp.protocol.waiting import set_timer_slack
 from drp.sampling.run import Callback
@@ -143,6 +144,15 @@ class Engine:
     def set_policy(self, policy: Policy) -> None:
         """Replace the policy. Only valid while no run is running."""
         self._scheduler.policy = policy
+
+    def allocate_for_caller(self, nbytes: int) -> Memory:
+        """Return memory for a session; see `MemoryPlacement.allocate_for_caller`."""
+        return self.placement.allocate_for_caller(nbytes)
+
+    @property
+    def shares_gpu_memory(self) -> bool:
+        """Whether processes can share memory of a GPU."""
+        return self.placement.shares_gpu_memory
 
     @property
     def in_engine_thread(self) -> bool:

@@ -26,7 +26,8 @@ class ExecutionOptions:
     compile: compile the model with torch.compile.
     graphs: capture evaluations as CUDA graphs, one for each shape.
     memory: "auto" places runs in the memory of the first worker's GPU if all workers can access it, else on the host.
-        "host" always places them on the host; workers then copy drafts to their GPU and predictions back.
+        "host" always places them on the host; workers then copy drafts to their GPU and predictions back. The UUID of a
+        GPU places them there, whether it has a worker or not.
     nvtx: annotate the work of the leader and the workers with NVTX ranges, for Nsight Systems.
 
     Raises ValueError for an invalid option.
@@ -42,8 +43,8 @@ class ExecutionOptions:
     def __post_init__(self) -> None:
         if self.dtype not in (None, "float16", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; give 'bfloat16', 'float16', or None for the model's own")
-        if self.memory not in ("auto", "host"):
-            raise ValueError(f"memory is {self.memory!r}; give 'auto' or 'host'")
+        if self.memory not in ("auto", "host") and not self.memory.startswith("GPU-"):
+            raise ValueError(f"memory is {self.memory!r}; give 'auto', 'host' or the UUID of a GPU")
         if self.dispatch not in ("auto", "sync", "async"):
             raise ValueError(f"dispatch is {self.dispatch!r}; give 'auto', 'sync' or 'async'")
         if self.dispatch == "async" and (machine := platform.machine()) not in STORES_IN_ORDER:

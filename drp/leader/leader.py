@@ -206,9 +206,15 @@ class Leader:
         """
         if self._engine.in_engine_thread:
             raise RuntimeError("a callback must not use the leader that calls it")
+        allocate = self._engine.allocate_for_caller
         return self._engine.open_session(
-            lambda number, spare: Arena.lay_out(number, inputs, outputs, slots, slots + spare, cond)
+            lambda number, spare: Arena.lay_out(number, inputs, outputs, slots, slots + spare, cond, allocate)
         )
+
+    @property
+    def shares_gpu_memory(self) -> bool:
+        """Whether this process and workers on the same GPU can share its memory by CUDA IPC."""
+        return self._engine.shares_gpu_memory
 
     def close(self) -> None:
         """Cancel all runs, end the workers and free all memory. Further calls do nothing."""

@@ -96,10 +96,7 @@ class Compiled:
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        options: dict[str, Any] = {}
-        if "deterministic" in torch._inductor.list_options():  # not in older versions of torch
-            options["deterministic"] = os.environ.get("TORCHINDUCTOR_DETERMINISTIC", "1") == "1"
-        self._compiled = torch.compile(module, dynamic=False, options=options)
+        self._compiled = torch.compile(module, **compiler_options())
         known = [name for name in LIMITS if hasattr(torch._dynamo.config, name)]
         self._unlimited = dict.fromkeys(known, sys.maxsize)
         self._seen: set[object] = set()
@@ -113,6 +110,14 @@ class Compiled:
                 predicted: Tensor = self._compiled(*arguments)
             self._seen.add(key)
             return predicted
+
+
+def compiler_options() -> dict[str, Any]:
+    """Return the keyword arguments of torch.compile in workers: a compilation for each shape, the same in each."""
+    options: dict[str, Any] = {}
+    if "deterministic" in torch._inductor.list_options():  # not in older versions of torch
+        options["deterministic"] = os.environ.get("TORCHINDUCTOR_DETERMINISTIC", "1") == "1"
+    return {"dynamic": False, "options": options}
 
 
 def _named(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -84,8 +84,12 @@ class Denoiser:
         """Evaluate several drafts as one batch, concatenated along the first dimension; see `evaluate`.
 
         Conditions whose first dimension is the number of samples are repeated for each draft. A model with a method
-        `fill` evaluates one draft after the other.
+        `fill` evaluates one draft after the other, unless it has a method `fill_batch(inputs, cond, outputs)`.
         """
+        if len(inputs) > 1 and hasattr(self.predict, "fill_batch"):
+            fill_batch: Any = self.predict.fill_batch
+            self._run(lambda: fill_batch(inputs, cond, outputs))
+            return time.perf_counter()
         if self._fill is not None or len(inputs) == 1:
             for each, timestep, output in zip(inputs, timesteps, outputs, strict=True):
                 made = self.evaluate(each, timestep, cond, output)

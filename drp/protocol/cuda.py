@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -62,7 +63,8 @@ class GpuMemory:
         self._address, self._event, self._handle, self._keep = address, event, handle, keep
         self.nbytes, self.device = handle.nbytes, torch.device("cuda", index)
         # torch finds the device by the address; a different one here would make this a copy.
-        self._bytes = torch.as_tensor(_Span(address, handle.nbytes), device=self.device)
+        self._span = _Span(address, handle.nbytes)
+        self._bytes = torch.as_tensor(self._span, device=self.device)
 
     @classmethod
     def create(cls, nbytes: int, uuid: str, keep: Callable[[GpuMemory], None]) -> GpuMemory:
@@ -73,8 +75,12 @@ class GpuMemory:
             address, event = ctypes.c_void_p(), ctypes.c_void_p()
             try:
                 _call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes))
-            except CudaError as error:
-                raise MemoryError(f"no {nbytes} bytes on {uuid}: {error}") from error
+            except CudaError:
+                torch.cuda.empty_cache()  # What torch holds for later may be enough.
+                try:
+                    _call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes))
+                except CudaError as error:
+                    raise MemoryError(f"no {nbytes} bytes on cuda:{index} ({uuid}): {error}") from error
             try:
                 _call("cudaMemset", address, 0, ctypes.c_size_t(nbytes))
                 _call("cudaStreamSynchronize", None)  # not the device: other streams may wait for workers
@@ -133,10 +139,12 @@ class GpuMemory:
 
     def free(self) -> None:
         """Free it; what was queued there is waited for. No tensor of it may be used any more."""
-        with torch.cuda.device(self.device):
-            torch.cuda.synchronize()
-            _call("cudaEventDestroy", ctypes.c_void_p(self._event))
-            _call("cudaFree", ctypes.c_void_p(self._address))
+        _free(self._address, self._event, self.device)
+
+    def free_with_tensors(self) -> None:
+        """Free it as soon as no tensor of it exists any more; this object must not be used any more."""
+        weakref.finalize(self._span, _free, self._address, self._event, self.device).atexit = False
+        del self._span, self._bytes
 
 
 class GpuCounters:
@@ -291,6 +299,13 @@ class _Span:
             "data": (address, False),
             "version": 3,
         }
+
+
+def _free(address: int, event: int, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        _call("cudaEventDestroy", ctypes.c_void_p(event))
+        _call("cudaFree", ctypes.c_void_p(address))
 
 
 def invert_probe(memory: GpuMemory) -> None:

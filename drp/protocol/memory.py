@@ -129,6 +129,30 @@ class Memory(Protocol):
         ...
 
 
+class LocalMemory:
+    """Memory of this process alone, on any device."""
+
+    ipc_handles: Final = (None, None)
+    number: Final = 0
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.nbytes, self.device = nbytes, device
+        self.bytes = torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        count = check_fit(offset, shape, dtype, self.nbytes)
+        return self.bytes[offset : offset + count * dtype.itemsize].view(dtype).view(tuple(shape))
+
+    def record_event(self) -> None:
+        """Do nothing: nobody else reads it."""
+
+    def wait_event(self) -> None:
+        """Do nothing: nobody else writes it."""
+
+    def close(self, reuse: bool = True) -> None:
+        """Do nothing: it goes with its last tensor."""
+
+
 Keep = Callable[["SharedMemory"], bool]
 _numbers = itertools.count()
 

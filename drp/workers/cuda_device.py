@@ -40,7 +40,13 @@ class CudaDevice:
         self._pinned: dict[int, int] = {}
 
     def in_dtype(self, denoiser: Denoiser) -> Denoiser:
-        """Return the denoiser in the requested dtype, its weights still on the device where they were made."""
+        """Return the denoiser in the requested dtype, its weights still on the device where they were made.
+
+        A model with a method `use_gpu` sees to its weights itself.
+        """
+        if hasattr(denoiser.predict, "use_gpu"):
+            denoiser.predict.use_gpu(self)
+            return denoiser
         return in_dtype(denoiser, self.config)
 
     def share(self, weights: Weights, handle: GpuHandle, publish: bool) -> str:
@@ -56,9 +62,10 @@ class CudaDevice:
 
     def warm(self, denoiser: Denoiser) -> Denoiser:
         """Return the denoiser on this GPU, compiled, captured and warmed up as configured."""
-        ready = warmed(denoiser, self.device, self.config)
+        own = hasattr(denoiser.predict, "use_gpu")
+        ready = denoiser if own else warmed(denoiser, self.device, self.config)
         self._synchronize()
-        if not self.config.nvtx:
+        if not self.config.nvtx or own:
             return ready
         annotate_methods(self, copy_in="drp copy in", copy_out="drp copy out")
         return replace(ready, predict=annotate("drp compute", ready.predict))

@@ -1,6 +1,6 @@
 """Flux, one image on several devices, with a callback that watches the steps.
 
-    python examples/pipelines/flux.py "an astronaut on a horse" --devices 4
+    python examples/pipelines/flux.py "an astronaut on a horse" --devices 4xcuda
     python examples/pipelines/flux.py --tiny
 
 `--tiny` needs no weights: what it draws is noise.
@@ -35,6 +35,9 @@ if __name__ == "__main__":
         pipe, size = tiny.flux(), {"height": 64, "width": 64, "max_sequence_length": 16}
     else:
         pipe, size = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev"), {}
+
+    if "cuda" in args.devices:
+        pipe.to("cuda", torch.bfloat16)
 
     with parallelize(pipe, devices=args.devices, mode="aggressive") as run:
         seed = torch.Generator().manual_seed(0)

@@ -1,6 +1,6 @@
 """Stable Diffusion 3, one image on several devices, and again with a negative prompt: the workers stay.
 
-    python examples/pipelines/sd3.py "an astronaut on a horse" --devices 4
+    python examples/pipelines/sd3.py "an astronaut on a horse" --devices 4xcuda
     python examples/pipelines/sd3.py --tiny
 
 `--tiny` needs no weights: what it draws is noise.
@@ -29,6 +29,9 @@ if __name__ == "__main__":
         pipe, size = tiny.sd3(), {"max_sequence_length": 16, "height": 64, "width": 64}
     else:
         pipe, size = StableDiffusion3Pipeline.from_pretrained("stabilityai/stable-diffusion-3-medium-diffusers"), {}
+
+    if "cuda" in args.devices:
+        pipe.to("cuda", torch.float16)
 
     with parallelize(pipe, devices=args.devices, mode="aggressive") as run:
         seed = torch.Generator().manual_seed(0)

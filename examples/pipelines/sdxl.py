@@ -1,6 +1,6 @@
 """SDXL, one image on several devices.
 
-    python examples/pipelines/sdxl.py "an astronaut on a horse" --devices 4
+    python examples/pipelines/sdxl.py "an astronaut on a horse" --devices 4xcuda
     python examples/pipelines/sdxl.py --tiny
 
 `--tiny` needs no weights: what it draws is noise.
@@ -28,6 +28,9 @@ if __name__ == "__main__":
         pipe, size = tiny.sdxl(), {"height": 64, "width": 64, "original_size": (64, 64)}
     else:
         pipe, size = StableDiffusionXLPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0"), {}
+
+    if "cuda" in args.devices:
+        pipe.to("cuda", torch.float16)
 
     with parallelize(pipe, devices=args.devices, mode="aggressive") as run:
         seed = torch.Generator().manual_seed(0)

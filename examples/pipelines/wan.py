@@ -1,6 +1,6 @@
 """Wan, one video on several devices: two calls of the transformer a step, both drafted.
 
-    python examples/pipelines/wan.py "a fox runs through snow" --devices 4
+    python examples/pipelines/wan.py "a fox runs through snow" --devices 4xcuda
     python examples/pipelines/wan.py --tiny
 
 `--tiny` needs no weights: what it draws is noise.
@@ -28,6 +28,9 @@ if __name__ == "__main__":
         pipe, size = tiny.wan(), {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16}
     else:
         pipe, size = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers"), {}
+
+    if "cuda" in args.devices:
+        pipe.to("cuda", torch.bfloat16)
 
     with parallelize(pipe, devices=args.devices, mode="aggressive") as run:
         seed = torch.Generator().manual_seed(0)

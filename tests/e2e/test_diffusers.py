@@ -122,10 +122,6 @@ def other_workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
         yield made
 
 
-class Quantised(torch.Tensor):
-    """Weights of a kind of their own."""
-
-
 def attributes(pipe: Any) -> dict[str, Any]:
     """What a user could see of a pipeline: what its components hold, and the weights."""
     seen: dict[str, Any] = {"pipe": dict(vars(pipe))}
@@ -845,16 +841,12 @@ def test_what_cannot_be_handed_to_workers_is_refused() -> None:
     with pytest.raises(ValueError, match="forward hooks"), parallelize(pipe, 2):
         pass
     pipe = sdxl()
-    pipe.unet._compiled_call_impl = run  # as by pipe.unet.compile()
-    with pytest.raises(ValueError, match="compiled"), parallelize(pipe, 2):
+    pipe.unet.compile(backend="eager")
+    with pytest.raises(ValueError, match="compiled by another backend than Inductor"), parallelize(pipe, 2):
         pass
     pipe = sdxl()
     pipe.unet.conv_in.forward = functools.partial(pipe.unet.conv_in.forward)
     with pytest.raises(ValueError, match=r"conv_in\.forward was exchanged"), parallelize(pipe, 2):
-        pass
-    pipe = sdxl()
-    pipe.unet.conv_in.weight = torch.nn.Parameter(pipe.unet.conv_in.weight.data.as_subclass(Quantised))
-    with pytest.raises(ValueError, match=r"conv_in\.weight is a .*quantised"), parallelize(pipe, 2):
         pass
     pipe = sdxl()
     pipe.unet._hf_hook = object()

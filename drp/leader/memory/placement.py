@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -24,7 +26,7 @@ from drp.protocol.cuda import (
     is_inverted,
 )
 from drp.protocol.handles import GpuHandle
-from drp.protocol.memory import Memory
+from drp.protocol.memory import Memory, SharedMemory
 from drp.protocol.messages import GpuConfig
 from drp.protocol.timeline import TIMELINE_NBYTES, LeaderOwnEvent, Stream, WorkerEvent
 from drp.protocol.wakeup import WakeupReceiver
@@ -53,9 +55,14 @@ class MemoryPlacement:
     """
 
     def __init__(self, devices: Sequence[Device], options: ExecutionOptions, batch: int) -> None:
-        self._uuid = devices[0].gpu if options.memory == "auto" else None
-        self._options, self._batch = options, batch
+        where = {"auto": devices[0].gpu, "host": None}
         self._has_gpus = devices[0].gpu is not None
+        self._uuid = where.get(options.memory, options.memory) if self._has_gpus else None
+        self._gpus = [device.gpu for device in devices]
+        self._lock = threading.Lock()
+        self.shares_gpu_memory = self._has_gpus
+        """Whether processes can share memory of a GPU by CUDA IPC, as far as is known."""
+        self._options, self._batch = options, batch
         self.nvtx = options.nvtx and self._has_gpus
         self.buffer_pool = BufferPool()
         self._all: list[GpuMemory] = []
@@ -85,6 +92,7 @@ class MemoryPlacement:
             self._free.append(memory)
             self._init_counters()
         except (CudaError, MemoryError, RuntimeError) as error:
+            self.shares_gpu_memory = False
             self._fall_back_to_host(f"the leader cannot share memory of {self._uuid}: {error}")
 
     def _init_counters(self) -> None:
@@ -129,6 +137,8 @@ class MemoryPlacement:
             return ""
         if not unreached and is_inverted(self._probes[number], self._pattern):
             return ""
+        if self._gpus[number] == self._uuid:  # Another GPU may merely be no peer.
+            self.shares_gpu_memory = False
         why = f"{worker} cannot reach the memory of {self._uuid}: {unreached or 'what it wrote did not arrive'}"
         if len(self._all) > len(self._free) + len(self._probes):
             return why
@@ -140,10 +150,22 @@ class MemoryPlacement:
         if self._uuid is None:
             return self.buffer_pool.acquire(nbytes)
         size = max(MIN_BLOCK_NBYTES, 1 << (nbytes - 1).bit_length())
-        memory = next((each for each in self._free if each.nbytes == size), None)
-        if memory is None:
-            return self._create(size)
-        self._free.remove(memory)
+        with self._lock:
+            memory = next((each for each in self._free if each.nbytes == size), None)
+            if memory is not None:
+                self._free.remove(memory)
+        return memory or self._create(size)
+
+    def allocate_for_caller(self, nbytes: int) -> Memory:
+        """Return memory for a session, whose caller computes in a thread and on a stream of its own.
+
+        What that stream does from now on waits for what the last session read of the same memory.
+        """
+        if self._uuid is None:
+            return SharedMemory.create(nbytes)
+        memory = self.allocate(nbytes)
+        with torch.cuda.device(memory.device) if memory.device.type == "cuda" else contextlib.nullcontext():
+            memory.wait_event()
         return memory
 
     def free_unused(self) -> None:
@@ -212,6 +234,7 @@ class MemoryPlacement:
             memory.free()
         self._all.clear()
         self._free.clear()
+        self._probes.clear()
         for counters in self._counters:
             counters.free()
         self._counters.clear()

@@ -9,6 +9,7 @@ from concurrent.futures import CancelledError, Future
 
 from drp.leader.runs.run_state import RunState
 from drp.protocol.arena import Arena
+from drp.protocol.messages import Bind
 from drp.sampling.run import Task
 
 
@@ -25,12 +26,14 @@ class Session(RunState):
     """An arena that all workers open, in which blocks of drafts are evaluated, one block at a time.
 
     The caller writes drafts to `arena.drafts`, calls `evaluate` in its own thread, and reads the predictions from the
-    rows that are returned. The engine handles lost workers and timeouts as for runs. `close` ends the session.
+    rows that are returned. On a GPU it does so on its current stream, which the workers wait for by the memory's event.
+    The engine handles lost workers and timeouts as for runs. `close` ends the session.
     """
 
     def __init__(self, number: int, arena: Arena, notify: Callable[[Session], None], batch: int) -> None:
         super().__init__(number, arena, batch)
         self._notify = notify
+        self.arena.memory.record_event()  # The conditions were copied by this thread, which is the caller's.
         self._gate = threading.Lock()
         self._blocks: deque[EvaluationBlock] = deque()
         self._block: EvaluationBlock | None = None
@@ -52,6 +55,7 @@ class Session(RunState):
         if not tasks or len(indices) < len(tasks):
             raise ValueError(f"{len(tasks)} tasks with {len(indices)} different indices; give one or more, each once")
         block = EvaluationBlock(tasks)
+        self.arena.memory.record_event()
         with self._gate:
             if self._closed:
                 raise RuntimeError("this session is closed; open another")
@@ -62,11 +66,21 @@ class Session(RunState):
     def close(self) -> None:
         """End the session and release its memory, which must not be used any more. Further calls do nothing."""
         with self._gate:
+            if not self._closed:
+                self.arena.memory.record_event()  # The next session in this memory waits for what was read of it.
             self._closed = True
         self._notify(self)
         self._finished.result()
 
     # Called by the engine.
+
+    def bind(self, worker: int) -> Bind:
+        """Return the message that describes the memory to a worker."""
+        return self.arena.bind
+
+    def prepare_dispatch(self, worker: int) -> tuple[int, int]:
+        """Do nothing: the caller has recorded the memory's event, on its own stream."""
+        return 0, 0
 
     @property
     def cancel_requested(self) -> bool:

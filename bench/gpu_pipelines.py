@@ -1,0 +1,253 @@
+"""Pipelines of diffusers on one GPU: bits, memory, time and synchronizations, with networks of real sizes.
+
+    python -m bench.gpu_pipelines [--tiny] [--devices 2xcuda:0] [--steps 24]
+
+Stable Diffusion 1.5, SDXL and Flux (fewer layers) with random weights in bfloat16 and real pipeline classes; text
+embeddings are random, and latents are not decoded. Printed, each relative to the untouched pipeline: whether one draft
+has its bits, whether the workers have the bits of `reference`, the memory that the workers add, and the time of a call,
+eager and compiled. `--tiny` does the same with tiny networks on two cores, to test this script where no GPU is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor
+
+from bench import figures
+from drp.diffusers import parallelize, reference
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+BLOCKS = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
+TINY_UNET = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 4,
+    "cross_attention_dim": 8,
+    "attention_head_dim": 2,
+}
+TINY_XL = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 8}
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SD15 = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64, "down_block_types": BLOCKS}
+FLUX = {"num_layers": 4, "num_single_layers": 8, "guidance_embeds": True}
+TINY_FLUX = {
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 8,
+    "pooled_projection_dim": 8,
+    "axes_dims_rope": (4, 4, 8),
+    "in_channels": 16,
+    "guidance_embeds": True,
+}
+
+
+@dataclass
+class Setting:
+    """Where the networks run: their dtype, whether they are tiny, and the workers' devices."""
+
+    device: str
+    dtype: torch.dtype
+    tiny: bool
+    devices: str
+    steps: int
+
+    def made(self, kind: Any, options: dict[str, Any]) -> Any:
+        """Return a network with random weights."""
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            return kind(**options).to(self.dtype).eval()
+
+    def normal(self, *shape: int) -> Tensor:
+        """Return random numbers, the same every time."""
+        generator = torch.Generator().manual_seed(len(shape))
+        return torch.randn(shape, generator=generator).to(self.device, self.dtype)
+
+
+def sd15(setting: Setting) -> tuple[Any, dict[str, Any]]:
+    """Return Stable Diffusion 1.5 at 512 x 512, and the arguments of a call."""
+    width, size = (8, 16) if setting.tiny else (768, 512)
+    none = {"text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
+    pipe = StableDiffusionPipeline(
+        vae=_vae(setting),
+        unet=setting.made(UNet2DConditionModel, TINY_UNET if setting.tiny else SD15),
+        scheduler=EulerDiscreteScheduler(**BETAS),
+        requires_safety_checker=False,
+        **none,
+    )
+    return pipe, _prompts(setting, 77, width) | {"height": size, "width": size}
+
+
+def sdxl(setting: Setting) -> tuple[Any, dict[str, Any]]:
+    """Return SDXL at 1024 x 1024, and the arguments of a call."""
+    width, pooled, size = (8, 8, 16) if setting.tiny else (2048, 1280, 1024)
+    none = {"text_encoder": None, "text_encoder_2": None, "tokenizer": None, "tokenizer_2": None}
+    options = {**TINY_UNET, **TINY_XL} if setting.tiny else SDXL
+    unet = {**options, "addition_embed_type": "text_time", "use_linear_projection": True}
+    pipe = StableDiffusionXLPipeline(
+        vae=_vae(setting),
+        unet=setting.made(UNet2DConditionModel, unet),
+        scheduler=EulerDiscreteScheduler(**BETAS),
+        **none,
+    )
+    names = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    more = {name: setting.normal(1, pooled) for name in names}
+    return pipe, _prompts(setting, 77, width) | more | {"height": size, "width": size}
+
+
+def flux(setting: Setting) -> tuple[Any, dict[str, Any]]:
+    """Return a part of Flux at 1024 x 1024, and the arguments of a call."""
+    width, pooled, size = (8, 8, 16) if setting.tiny else (4096, 768, 1024)
+    names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    pipe = FluxPipeline(
+        vae=_vae(setting),
+        transformer=setting.made(FluxTransformer2DModel, TINY_FLUX if setting.tiny else FLUX),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        **dict.fromkeys(names),
+    )
+    embeds = {"prompt_embeds": setting.normal(1, 64, width), "pooled_prompt_embeds": setting.normal(1, pooled)}
+    return pipe, embeds | {"height": size, "width": size}
+
+
+def _vae(setting: Setting) -> Any:
+    """Return a tiny autoencoder that makes latents an eighth of the image's size, or half of it if all is tiny."""
+    blocks = 2 if setting.tiny else 4
+    return setting.made(
+        AutoencoderKL,
+        {
+            "block_out_channels": (8,) * blocks,
+            "norm_num_groups": 4,
+            "down_block_types": ("DownEncoderBlock2D",) * blocks,
+            "up_block_types": ("UpDecoderBlock2D",) * blocks,
+            "latent_channels": 4,
+        },
+    )
+
+
+def _prompts(setting: Setting, tokens: int, width: int) -> dict[str, Any]:
+    return {name: setting.normal(1, tokens, width) for name in ("prompt_embeds", "negative_prompt_embeds")}
+
+
+def call(pipe: Any, options: dict[str, Any], setting: Setting) -> Tensor:
+    """Return the latents of a call."""
+    generator = torch.Generator().manual_seed(0)
+    result = pipe(**options, num_inference_steps=setting.steps, generator=generator, output_type="latent").images
+    return torch.as_tensor(result).clone()
+
+
+def seconds(what: Callable[[], Tensor], times: int = 3) -> float:
+    """Return the shortest time of a call, after one that does not count."""
+    best = float("inf")
+    for turn in range(times + 1):
+        _synchronize()
+        began = time.perf_counter()
+        what()
+        _synchronize()
+        best = min(best, time.perf_counter() - began) if turn else best
+    return best
+
+
+def synchronizations(what: Callable[[], Tensor]) -> int:
+    """Return how often this process waited for its GPU in a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        what()
+    events = profile.events() or ()
+    return sum(event.count for event in events if "Synchronize" in event.name or event.name == "aten::item")
+
+
+def measure(make: Callable[[Setting], tuple[Any, dict[str, Any]]], setting: Setting) -> Iterator[tuple[str, str]]:
+    """Yield what was found of one pipeline, as names and values."""
+    pipe, options = make(setting)
+    pipe.set_progress_bar_config(disable=True)
+    untouched = call(pipe, options, setting)
+    plain = seconds(lambda: call(pipe, options, setting))
+    yield "untouched, s", f"{plain:.3f}"
+    with reference(pipe, devices=setting.devices, mode="aggressive"):
+        expected = call(pipe, options, setting)
+    before = _used()
+    with parallelize(pipe, setting.devices, "aggressive", threads=1) as run:
+        same = torch.equal(call(pipe, options, setting), expected)
+        yield "the bits of reference", str(same)
+        yield "GPU memory of the workers, MB", f"{(_used() - before) / 1e6:.0f}"
+        took = seconds(lambda: call(pipe, options, setting))
+        yield "parallelized, s", f"{took:.3f} ({plain / took:.2f} times as fast)"
+        yield "rounds", f"{run.report.calls[-1].rounds} of {run.report.calls[-1].steps} steps"
+        yield "waits of this process in a call", str(synchronizations(lambda: call(pipe, options, setting)))
+        yield "sequential because", run.report.calls[-1].sequential or "it was not"
+    with parallelize(pipe, setting.devices, drafts=1, threads=1):
+        yield "one draft, the untouched bits", str(torch.equal(call(pipe, options, setting), untouched))
+    module = getattr(pipe, "unet", None) or pipe.transformer
+    module.compile()
+    plain = seconds(lambda: call(pipe, options, setting))
+    yield "compiled, untouched, s", f"{plain:.3f}"
+    with parallelize(pipe, setting.devices, "aggressive", threads=1):
+        took = seconds(lambda: call(pipe, options, setting))
+        yield "compiled, parallelized, s", f"{took:.3f} ({plain / took:.2f} times as fast)"
+
+
+def _used() -> int:
+    """Return the bytes of the GPU that all processes use."""
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure all pipelines and print a table of each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="tiny networks on cores")
+    parser.add_argument("--devices", help="the workers' devices (default: 2xcuda:0)")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--only", choices=["sd15", "sdxl", "flux"])
+    given = parser.parse_args(arguments)
+    device, dtype = ("cpu", torch.float32) if given.tiny else ("cuda", torch.bfloat16)
+    devices = given.devices or ("2xcpu" if given.tiny else "2xcuda:0")
+    setting = Setting(device, dtype, given.tiny, devices, given.steps)
+    if given.tiny:
+        torch.set_num_threads(1)
+    print(figures.machine())
+    for make in (sd15, sdxl, flux):
+        if given.only in (None, make.__name__):
+            print(f"\n{make.__name__}, {setting.steps} steps on {devices}")
+            for name, value in measure(make, setting):
+                print(f"  {name:34}{value}", flush=True)
+            if not given.tiny:
+                torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

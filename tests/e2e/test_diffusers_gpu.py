@@ -1,0 +1,137 @@
+"""Pipelines on GPUs, whose place the host takes: leader, workers, sockets and handles are the real ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drp.diffusers import CallReport, Workers, parallelize, reference
+from tests import on_host, on_host_pipelines
+from tests.pipelines import IMAGE, PIPELINES, pooled, prompts, run, sdxl
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
+SDXL = {**prompts(1, 6, 8), **pooled(), **IMAGE}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Bits depend on it; the workers have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        on_host_pipelines.use(patch, tmp_path_factory.mktemp("gpus"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def workers(gpus: None) -> Iterator[Workers]:
+    with Workers("2xcuda:0,cuda:1", threads=1) as made:
+        yield made
+
+
+def pids(workers: Workers) -> list[int]:
+    return [worker.pid or 0 for worker in workers.status]
+
+
+def inodes(pid: int) -> set[int]:
+    """The files that a process has mapped."""
+    return {int(line.split()[4]) for line in Path(f"/proc/{pid}/maps").read_text().splitlines()}
+
+
+def drafted(report: CallReport) -> None:
+    assert not report.sequential
+    assert report.rounds < report.steps
+
+
+@pytest.mark.parametrize("name", ["SDXL", "DiT", "Flux"])
+def test_workers_on_gpus_have_the_bits_of_one_process(name: str, workers: Workers) -> None:
+    make, options = PIPELINES[name]
+    pipe = make()
+    untouched = run(pipe, options)
+    with reference(pipe, devices="3xcuda", mode="aggressive"):
+        expected = run(pipe, options)
+    with parallelize(pipe, workers, "aggressive") as parallel:
+        assert torch.equal(run(pipe, options), expected)
+    drafted(parallel.report.calls[0])
+    with parallelize(pipe, workers, drafts=1):
+        assert torch.equal(run(pipe, options), untouched)
+
+
+def test_each_gpu_has_the_weights_once_and_that_of_the_pipeline_its_own(workers: Workers) -> None:
+    pipe = sdxl()
+    weight = pipe.unet.conv_in.weight
+    with parallelize(pipe, workers, "aggressive"):
+        run(pipe, SDXL)
+        home = on_host.inode(weight.data_ptr())
+        first, second, other = (inodes(pid) for pid in pids(workers))
+    assert home
+    assert home in first & second
+    assert home not in other
+    assert on_host.inode(weight.data_ptr()) == home  # after the `with`, too
+
+
+def test_weights_that_change_in_place_are_followed_on_all_gpus(workers: Workers) -> None:
+    pipe = sdxl()
+    with reference(pipe, devices="3xcuda", mode="aggressive"):
+        before = run(pipe, SDXL)
+    with parallelize(pipe, workers, "aggressive"):
+        assert torch.equal(run(pipe, SDXL), before)
+        pipe.unet.conv_in.weight.data.mul_(1.1)  # as a LoRA is fused
+        changed = run(pipe, SDXL)
+    with reference(pipe, devices="3xcuda", mode="aggressive"):
+        assert torch.equal(run(pipe, SDXL), changed)
+    assert not torch.equal(before, changed)
+
+
+def test_a_lost_worker_s_drafts_are_evaluated_on_another_gpu(workers: Workers) -> None:
+    pipe = sdxl()
+    with reference(pipe, devices="3xcuda", mode="aggressive"):
+        expected = run(pipe, SDXL)
+
+    def kill(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        if i == 2:
+            os.kill(pids(workers)[2], signal.SIGKILL)
+        return {}
+
+    with parallelize(pipe, workers, "aggressive") as parallel:
+        assert torch.equal(run(pipe, {**SDXL, "callback_on_step_end": kill}), expected)
+    (report,) = parallel.report.calls
+    drafted(report)
+    assert any("worker 2 (cuda:1, process" in note and "SIGKILL" in note for note in report.notes)
+
+
+def test_workers_that_cannot_share_a_gpu_s_memory_have_weights_from_the_host(
+    gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRP_TEST_FULL", "")
+    pipe = sdxl()
+    with reference(pipe, devices="2xcuda", mode="aggressive"):
+        expected = run(pipe, SDXL)
+    with Workers("cuda:0,cuda:1", threads=1) as workers:
+        monkeypatch.setattr(workers._leader._engine.placement, "shares_gpu_memory", False)
+        with parallelize(pipe, workers, "aggressive") as parallel:
+            assert torch.equal(run(pipe, SDXL), expected)
+            pipe.unet.conv_in.weight.data.mul_(1.1)
+            changed = run(pipe, SDXL)
+        drafted(parallel.report.calls[1])
+    with reference(pipe, devices="2xcuda", mode="aggressive"):
+        assert torch.equal(run(pipe, SDXL), changed)
+
+
+def test_a_pipeline_and_its_workers_are_on_devices_of_one_kind(gpus: None) -> None:
+    with pytest.raises(ValueError, match="the pipeline is on a GPU and its workers are not"):  # noqa: SIM117
+        with parallelize(sdxl(), "cpu"):
+            pass

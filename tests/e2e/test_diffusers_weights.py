@@ -1,0 +1,102 @@
+"""Pipelines whose denoiser is compiled or quantized, with the real packages, on cores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from drp.diffusers import Workers, parallelize, reference
+from tests.pipelines import PIPELINES, dit, flux, run
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # Inductor's own
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Bits depend on it; the workers have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    with Workers(2, threads=1) as made:
+        yield made
+
+
+def drafts(pipe: Any, options: dict[str, Any], workers: Workers) -> None:
+    """See that one draft has the untouched pipeline's bits, and two workers those of one process."""
+    untouched = run(pipe, options)
+    with parallelize(pipe, workers, drafts=1) as parallel:
+        assert torch.equal(run(pipe, options), untouched)
+    assert not parallel.report.calls[0].sequential
+    with reference(pipe, devices=2, mode="aggressive"):
+        expected = run(pipe, options)
+    with parallelize(pipe, workers, "aggressive") as parallel:
+        assert torch.equal(run(pipe, options), expected)
+    assert parallel.report.calls[0].rounds < parallel.report.calls[0].steps
+    assert torch.equal(run(pipe, options), untouched)
+
+
+@pytest.mark.diffusers
+@pytest.mark.timeout(600)  # Inductor compiles C++ for a minute, in three processes.
+@pytest.mark.parametrize("how", ["module.compile", "torch.compile"])
+def test_workers_compile_what_was_compiled(how: str, workers: Workers) -> None:
+    pipe = dit()
+    if how == "module.compile":
+        pipe.transformer.compile()
+    else:
+        pipe.transformer = torch.compile(pipe.transformer)
+    compiled = pipe.transformer
+    drafts(pipe, PIPELINES["DiT"][1], workers)
+    assert pipe.transformer is compiled
+    assert how != "module.compile" or vars(compiled)["_compiled_call_impl"] is not None
+
+
+def test_weights_that_torchao_has_quantized(workers: Workers) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    pipe = flux()
+    quantization.quantize_(pipe.transformer, quantization.Int8WeightOnlyConfig())
+    drafts(pipe, PIPELINES["Flux"][1], workers)
+
+
+def test_weights_in_ggufs_blocks(workers: Workers) -> None:
+    gguf = pytest.importorskip("gguf")
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    pipe = flux()
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for module in pipe.transformer.modules():
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Linear and child.in_features % 32 == 0:
+                made = GGUFLinear(child.in_features, child.out_features, child.bias is not None, torch.float32)
+                packed = torch.from_numpy(gguf.quants.quantize(child.weight.detach().numpy(), kind))
+                made.weight, made.bias = GGUFParameter(packed, quant_type=kind), child.bias
+                setattr(module, name, made)
+    assert any(isinstance(parameter, GGUFParameter) for parameter in pipe.transformer.parameters())
+    drafts(pipe, PIPELINES["Flux"][1], workers)
+
+
+def test_a_pipeline_whose_models_are_offloaded_holds_its_denoiser(workers: Workers) -> None:
+    pipe = flux()
+    pipe.text_encoder = torch.nn.Linear(2, 2)  # which runs before the denoiser, as far as accelerate is told
+    pipe.enable_model_cpu_offload(device="cpu")
+    options = PIPELINES["Flux"][1]
+    hooks = [(hook.model, hook.hook.prev_module_hook) for hook in pipe._all_hooks]
+    assert len(hooks) == 3
+    drafts(pipe, options, workers)
+    with parallelize(pipe, workers, "aggressive"):
+        run(pipe, options)
+        assert "_old_forward" not in vars(pipe.transformer)
+        assert pipe.vae._hf_hook.prev_module_hook.model is pipe.text_encoder  # no longer the denoiser
+    assert "_old_forward" in vars(pipe.transformer)
+    assert pipe.vae._hf_hook.prev_module_hook.model is pipe.transformer
+    assert "maybe_free_model_hooks" not in vars(pipe)
