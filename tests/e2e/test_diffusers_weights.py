@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from drp.diffusers import Workers, parallelize, reference
-from tests.pipelines import PIPELINES, dit, flux, run
+from tests.pipelines import PIPELINES, dit, flux, run, vae
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
@@ -87,7 +87,7 @@ def test_weights_in_ggufs_blocks(workers: Workers) -> None:
 
 def test_a_pipeline_whose_models_are_offloaded_holds_its_denoiser(workers: Workers) -> None:
     pipe = flux()
-    pipe.text_encoder = torch.nn.Linear(2, 2)  # which runs before the denoiser, as far as accelerate is told
+    pipe.text_encoder = vae()  # which runs before the denoiser, as far as accelerate is told
     pipe.enable_model_cpu_offload(device="cpu")
     options = PIPELINES["Flux"][1]
     hooks = [(hook.model, hook.hook.prev_module_hook) for hook in pipe._all_hooks]
