@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,6 +11,7 @@ import click
 from drp.cli.options import Number, default_devices
 
 if TYPE_CHECKING:
+    from drp.leader.devices import Devices
     from drp.leader.options import LeaderOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -23,6 +25,11 @@ _OPTIONS = (
         "--devices",
         help="A count, of GPUs if there are any, else of cores; or names: 2xcpu or cuda:0,cuda:1 or 8xemulated:20ms. "
         "By default all GPUs, else all cores, up to 4.",
+    ),
+    click.option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Ray cluster on whose machines the devices are: auto or HOST:PORT. --devices is then a count, or 8xcuda.",
     ),
     click.option("--threads", type=POSITIVE, help="Threads of each worker; by default 1, without --devices all cores."),
     click.option(
@@ -70,7 +77,11 @@ def make_leader_options(given: Mapping[str, Any]) -> LeaderOptions:
     from drp.leader.options import LeaderOptions
     from drp.leader.scheduling.policies import find_policy
 
-    devices, threads, batch = (given["devices"], 1, 1) if given["devices"] is not None else default_devices()
+    devices: Devices
+    if given["ray"] is not None:
+        devices, threads, batch = _on_ray(given["ray"], given["devices"], given["threads"] or 1), 1, 1
+    else:
+        devices, threads, batch = (given["devices"], 1, 1) if given["devices"] is not None else default_devices()
     policy = find_policy(given["policy"])
     return LeaderOptions(
         devices=devices,
@@ -81,3 +92,16 @@ def make_leader_options(given: Mapping[str, Any]) -> LeaderOptions:
         start_timeout=given["start_timeout"],
         draft_timeout=given["draft_timeout"],
     )
+
+
+def _on_ray(address: str, devices: str | None, threads: int) -> Devices:
+    """Return the workers that Ray places; `devices` is a count, or a count and a kind such as 8xcuda."""
+    from drp.leader.ray import on_ray
+
+    named = re.fullmatch(r"(\d{1,6})(?:x(.+))?", devices or "")
+    if named is None:
+        raise ValueError(f"devices is {devices!r}; with --ray give a count, such as 8, or 8xcuda or 8xcpu")
+    try:
+        return on_ray(address, workers=int(named[1]), device=named[2], threads=threads)
+    except ImportError as error:
+        raise ValueError(str(error)) from None

@@ -21,7 +21,7 @@ from drp.sampling.registry import SOLVER_NAMES
 if TYPE_CHECKING:
     from drp.comparison.subject import Subject
 
-OF_MODELS = ("labels", "solver", "prediction_type", "shift", "drafts_per_device", "hedge", "dispatch")
+OF_MODELS = ("labels", "solver", "prediction_type", "shift", "drafts_per_device", "hedge", "dispatch", "ray")
 OF_PIPELINES = ("prompt", "negative_prompt", "call", "split_guidance")
 
 

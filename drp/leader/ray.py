@@ -19,7 +19,7 @@ def on_ray(
     address: str | None = "auto",
     *,
     workers: int,
-    device: str = "cuda",
+    device: str | None = None,
     threads: int = 1,
     strategy: str = "PACK",
     timeout: float = 60.0,
@@ -36,6 +36,7 @@ def on_ray(
         address: the cluster's address, as of `ray.init`; not used if this program is connected to one.
         workers: the number of workers.
         device: "cuda", a GPU for each worker; "cpu", `threads` cores for each; or an emulated device, "emulated:20ms".
+            By default "cuda" if the cluster has GPUs, else "cpu".
         threads: the number of torch threads of each worker.
         strategy: Ray's placement strategy, such as "PACK" or "SPREAD".
         timeout: seconds within which the cluster must have room for all workers.
@@ -44,13 +45,15 @@ def on_ray(
     """
     if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= MAX_REMOTE:
         raise ValueError(f"workers is {workers!r}; give a whole number from 1 to {MAX_REMOTE}")
-    if device.startswith("emulated:"):
+    if device is not None and device.startswith("emulated:"):
         parse_emulated(device, 0)
-    elif device not in ("cpu", "cuda"):
+    elif device not in ("cpu", "cuda", None):
         raise ValueError(f"device is {device!r}; give 'cuda', 'cpu' or 'emulated:TIME'")
     ray = _import_ray()
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False, configure_logging=False)
+    if device is None:
+        device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
     listen = f"tcp://{ray.util.get_node_ip_address()}:*"
     return RayWorkers(workers, listen, device=device, threads=threads, strategy=strategy, timeout=timeout)
 

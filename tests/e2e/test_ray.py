@@ -7,13 +7,16 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import drp
 from drp import Leader, WorkerError
+from drp.cli import main
 from tests.conftest import until
 
 pytestmark = [
@@ -125,3 +128,14 @@ def test_a_cluster_without_room_is_a_clear_error(cluster: Any) -> None:
 def test_arguments_that_cannot_be_are_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         drp.on_ray(**arguments)
+
+
+def test_the_command_line(cluster: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    result = CliRunner().invoke(
+        main, ["sample", TINY, "-l", "3,1", "-n", "6", "--ray", "auto", "-d", "2xcpu", "-o", str(out)]
+    )
+    assert result.exit_code == 0, result.output
+    assert re.search(r"2 worker\(s\) on .*-[0-9a-f]{6}/cpu", result.output)
+    refused = CliRunner().invoke(main, ["sample", TINY, "--ray", "auto", "-d", "cuda:0,cuda:1"])
+    assert "with --ray give a count, such as 8, or 8xcuda or 8xcpu" in refused.output
