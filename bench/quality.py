@@ -136,8 +136,12 @@ def summary(values: Tensor) -> dict[str, float]:
 
 def frechet(a: Tensor, b: Tensor) -> float:
     """Return the Frechet distance of two sets of features [n, d] as Gaussians."""
-    mean = (a.mean(0) - b.mean(0)).square().sum()
-    one, two = torch.cov(a.T), torch.cov(b.T)
+    return frechet_of_moments(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T))
+
+
+def frechet_of_moments(mean_a: Tensor, one: Tensor, mean_b: Tensor, two: Tensor) -> float:
+    """Return the Frechet distance of two Gaussians with means [d] and covariances [d, d] (Heusel et al. 2017)."""
+    mean = (mean_a - mean_b).square().sum()
     # The trace of the root of a product of two covariances, by the eigenvalues of a symmetric matrix like it.
     values, vectors = torch.linalg.eigh(one)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T

@@ -175,14 +175,15 @@ def cell(found: tuple[Outcome | None, Outcome | None]) -> str:
 
 @click.command()
 @click.option("--networks", "-w", multiple=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--samples", default=8, show_default=True)
+@click.option("--only", help="Networks, by name, with commas between.")
+@click.option("--samples", default=4, show_default=True)
 @click.option("--write", is_flag=True, help="Put the rows into the table of docs/quality.md.")
-def main(networks: tuple[Path, ...], samples: int, write: bool) -> None:
+def main(networks: tuple[Path, ...], only: str | None, samples: int, write: bool) -> None:
     """Measure every rival on `digits` and on other networks, within some rounds on some devices."""
     torch.set_num_threads(1)
     nets = Networks(networks)
     rows: dict[str, str] = {}
-    for name in nets.names:
+    for name in only.split(",") if only else nets.names:
         denoiser, predicts = nets[name]
         bench = Bench(denoiser, predicts, samples)
         for devices, rounds in BUDGETS:
@@ -196,7 +197,7 @@ def main(networks: tuple[Path, ...], samples: int, write: bool) -> None:
             print("  " + "; ".join(one.choice if one else "none" for one in chosen), flush=True)
     if write:
         page = Path(__file__).parent.parent / "docs" / "quality.md"
-        order = [*rows, *(label for label in _labels(page) if label not in rows)]
+        order = sorted({*rows, *_labels(page)}, key=lambda label: (not label.startswith("digits"), label))
         update("rivals", f"| relative L2 to 48 steps | {' | '.join(COLUMNS)} |", rows, order, page)
 
 

@@ -54,11 +54,11 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
 def make_subject(source: Mapping[str, Any]) -> Subject:
     """Return the subject that the options name; raise ValueError for options that it does not have."""
     name: str = source["pipeline"]
-    made = _load(name)
+    made = load_pipeline(name)
     return _model(name, source) if made is None else _pipeline(name, made, source)
 
 
-def _load(name: str) -> Any:
+def load_pipeline(name: str) -> Any:
     """Return the pipeline of this name, None for a model."""
     from drp.models.registry import BUILT_IN
 

@@ -175,7 +175,8 @@ class _ModelSession(Session):
     def __init__(self, subject: ModelSubject, setting: Drafted | FewerSteps) -> None:
         self._subject, self._setting = subject, setting
 
-    def sample(self, seed: int, trace: Path | None = None) -> Sample:
+    def sample(self, seed: int, trace: Path | None = None, **changed: Any) -> Sample:
+        assert not changed
         return self._subject.run(self._setting, seed, trace)
 
     def untouched(self, seed: int) -> Sample:

@@ -44,8 +44,11 @@ class Session(ABC):
     """The workers and the pipeline while one setting is measured."""
 
     @abstractmethod
-    def sample(self, seed: int, trace: Path | None = None) -> Sample:
-        """Sample in the setting; with `trace`, write a trace of the run to that file if workers take part."""
+    def sample(self, seed: int, trace: Path | None = None, **changed: Any) -> Sample:
+        """Sample in the setting, with some arguments of a pipeline's call changed.
+
+        With `trace`, write a trace of the run to that file if workers take part.
+        """
 
     @abstractmethod
     def untouched(self, seed: int) -> Sample:

@@ -203,12 +203,12 @@ class _Drafted(Session):
     def __init__(self, subject: PipelineSubject, parallel: Parallel, workers: Workers) -> None:
         self._subject, self._parallel, self._workers = subject, parallel, workers
 
-    def sample(self, seed: int, trace: Path | None = None) -> Sample:
+    def sample(self, seed: int, trace: Path | None = None, **changed: Any) -> Sample:
         with ExitStack() as stack:
             if trace is not None:
                 stack.enter_context(self._workers.record(trace))
             self._parallel.report.calls.clear()
-            sample = self._subject.sample(seed)
+            sample = self._subject.sample(seed, **changed)
         calls = self._parallel.report.calls
         rounds, evaluations = sum(call.rounds for call in calls), sum(call.evaluations for call in calls)
         reason = "; ".join(dict.fromkeys(call.reason for call in calls if call.reason))
@@ -226,14 +226,14 @@ class _Sequential(Session):
     def __init__(self, subject: PipelineSubject, setting: FewerSteps) -> None:
         self._subject, self._setting = subject, setting
 
-    def sample(self, seed: int, trace: Path | None = None) -> Sample:
+    def sample(self, seed: int, trace: Path | None = None, **changed: Any) -> Sample:
         pipe = self._subject.pipe
         own = pipe.scheduler
         if self._setting.solver is not None:
             more = _unipc_options(own)
             pipe.scheduler = UniPCMultistepScheduler.from_config(own.config, **more)
         try:
-            return self._subject.sample(seed, num_inference_steps=self._setting.steps)
+            return self._subject.sample(seed, **changed, num_inference_steps=self._setting.steps)
         finally:
             pipe.scheduler = own
 
