@@ -86,9 +86,9 @@ def table(rows: Sequence[Row]) -> str:
 
 
 @contextmanager
-def digits(devices: str) -> Iterator[Callable[[Drafted | None], Sampler]]:
+def digits(devices: str, steps: int) -> Iterator[Callable[[Drafted | None], Sampler]]:
     """Yield what makes a sampler of `digits` for a setting, None for the sequential run."""
-    with ModelSubject("digits", LeaderOptions(devices=devices), steps=48) as subject:
+    with ModelSubject("digits", LeaderOptions(devices=devices), steps=steps) as subject:
         yield lambda setting: lambda i: subject.run(setting, i)
 
 
@@ -143,7 +143,7 @@ def pipeline(
 @click.option("--metrics", default="fid,clip,pickscore,hpsv2", show_default=True)
 @click.option("--clip", default="openai/clip-vit-large-patch14", show_default=True, help="Model of the CLIP score.")
 @click.option("--pickscore", default="yuvalkirstain/PickScore_v1", show_default=True, help="Model of PickScore.")
-@click.option("--steps", type=click.IntRange(2), help="Of a pipeline; by default its own.")
+@click.option("--steps", type=click.IntRange(2), help="By default a pipeline's own, and 48 of digits.")
 @click.option("--devices", default="2", show_default=True)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="JSON.")
 def main(
@@ -162,7 +162,7 @@ def main(
     if path == "digits":
         number = count or 200
         texts = [str(i % 10) for i in range(number)]
-        opened = digits(devices)
+        opened = digits(devices, steps or 48)
     elif captions is None:
         raise click.UsageError("a pipeline needs --captions")
     else:
