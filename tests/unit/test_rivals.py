@@ -67,10 +67,10 @@ def test_as_many_iterations_as_blocks_of_srds_are_the_sequential_run(predicts: s
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 3])
-def test_srds_takes_the_rounds_of_its_paper(iterations: int) -> None:
+def test_srds_takes_the_rounds_of_its_pipeline(iterations: int) -> None:
     given = problem(25, 25)
     srds(given, 5, iterations)
-    assert given.rounds == 5 * iterations + 5 - iterations  # section 3.4: sqrt(N) p + sqrt(N) - p, pipelined
+    assert given.rounds == 5 * iterations + 5 - iterations  # S p + B - p with S steps a block and B blocks
 
 
 def test_iterations_bring_srds_nearer_and_few_devices_take_longer() -> None:
