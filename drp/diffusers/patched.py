@@ -7,7 +7,17 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-LIBRARIES = {"torch", "diffusers", "transformers", "peft", "accelerate", "huggingface_hub", "typing_extensions"}
+LIBRARIES = {
+    "accelerate",
+    "bitsandbytes",
+    "diffusers",
+    "huggingface_hub",
+    "peft",
+    "torch",
+    "torchao",
+    "transformers",
+    "typing_extensions",
+}
 """Packages whose functions are in classes from the beginning: decorators, and methods that are taken over."""
 
 

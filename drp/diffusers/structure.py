@@ -177,7 +177,7 @@ class _Pickler(pickle.Pickler):
         elif kind is torch.device:
             # A GPU has other numbers in other processes, and a worker has one.
             return "device", value.type if value.type == "cuda" else str(value)
-        elif isinstance(value, Tensor) and torch._C._has_storage(value):
+        elif isinstance(value, Tensor) and not hasattr(value, "__tensor_flatten__"):  # which consists of others
             return self._tensor(value)
         return None
 
