@@ -121,7 +121,7 @@ def test_workers_that_cannot_share_a_gpu_s_memory_have_weights_from_the_host(
     with reference(pipe, devices="2xcuda", mode="aggressive"):
         expected = run(pipe, SDXL)
     with Workers("cuda:0,cuda:1", threads=1) as workers:
-        monkeypatch.setattr(workers._leader._engine.placement, "shares_gpu_memory", False)
+        monkeypatch.setattr(workers._leader.internals.placement, "shares_gpu_memory", False)
         with parallelize(pipe, workers, "aggressive") as parallel:
             assert torch.equal(run(pipe, SDXL), expected)
             pipe.unet.conv_in.weight.data.mul_(1.1)

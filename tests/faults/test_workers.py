@@ -160,7 +160,7 @@ def test_kills_of_starting_workers_end_the_leader_at_a_deadline_if_none_is_ready
     with faulty(monkeypatch, "never", "", [], devices=1, start_timeout=20.0) as leader:
         for turn in range(1, 12):
             _kill_starting(leader, 0, turn)
-        leader._engine.supervisor._start_timeout = 0.1
+        leader.internals.supervisor._start_timeout = 0.1
         pending = leader.submit(shape=SHAPE, steps=STEPS, drafts=3)
         _kill_starting(leader, 0, 12)
         with pytest.raises(WorkerError, match=r"no worker is left: worker 0 .* was killed by SIGKILL"):
@@ -207,7 +207,7 @@ def test_none_left_names_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no worker can be started any more, the end comes with every worker's own."""
     with faulty(monkeypatch, "during", "SIGKILL", [0, 1, 2]) as leader:
         monkeypatch.setitem(SLOT_RETRY_COST, "own", 1)
-        leader._engine.supervisor._start_timeout = 0.1  # Nothing that replaces them is up so soon.
+        leader.internals.supervisor._start_timeout = 0.1  # Nothing that replaces them is up so soon.
         with pytest.raises(WorkerError, match=r"no worker is left: worker 0 (.|\n)*; worker 1 (.|\n)*; worker 2 "):
             sample(leader, "aggressive")
         with pytest.raises(WorkerError, match="closed; make a new one: no worker is left"):

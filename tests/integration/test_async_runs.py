@@ -382,15 +382,19 @@ def test_drafts_of_a_round_go_to_different_workers_and_the_first_is_first(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, three: Leader
 ) -> None:
     """Whatever they have of other rounds; so one worker is as good as another only if they are needed."""
-    given: dict[int, int] = {}
-    for mode, drafts in (("conservative", 3), ("aggressive", 2), ("sequential", 1)):
+    workers: list[int] = []
+    for mode, drafts in (("conservative", 3), ("aggressive", 2), ("window", 3), ("sequential", 1)):
         timeline = list[TraceEvent]()
         three.timeline = timeline
         three.sample(labels=[1], steps=30, mode=mode, drafts=drafts)
-        rounds = [mark.steps for mark in timeline if mark.kind == "scheduled"]
-        given = {mark.step: mark.worker for mark in timeline if mark.kind == "sent"}
-        assert all(len({given[step] for step in steps}) == len(steps) for steps in rounds), mode
-    assert set(given.values()) == {0}
+        sent = iter(mark for mark in timeline if mark.kind == "sent")  # in the order in which rounds are scheduled
+        for steps in (mark.steps for mark in timeline if mark.kind == "scheduled"):
+            batch = [next(sent) for _ in steps]
+            workers = [mark.worker for mark in batch]
+            assert [mark.step for mark in batch] == list(steps), mode
+            assert len(set(workers)) == len(steps), (mode, steps, workers)
+        assert next(sent, None) is None
+    assert workers == [0]
 
 
 def test_workers_are_bound_when_they_are_needed() -> None:
