@@ -1,11 +1,12 @@
 """Pipelines of diffusers on one GPU: bits, memory, time and synchronizations, with networks of real sizes.
 
-    python -m bench.gpu_pipelines [--tiny] [--devices 2xcuda:0] [--steps 24]
+    python -m bench.gpu_pipelines [--tiny] [--devices 2xcuda:0] [--steps 24] [--eager]
 
 Stable Diffusion 1.5, SDXL and Flux (fewer layers) with random weights in bfloat16 and real pipeline classes; text
 embeddings are random, and latents are not decoded. Printed, each relative to the untouched pipeline: whether one draft
 has its bits, whether the workers have the bits of `reference`, the memory that the workers add, and the time of a call,
-eager and compiled. `--tiny` does the same with tiny networks on two cores, to test this script where no GPU is.
+eager, compiled, and with four drafts as one batch on one device. `--tiny` does
+the same with tiny networks on two cores, to test this script where no GPU is.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class Setting:
     tiny: bool
     devices: str
     steps: int
+    eager: bool
 
     def made(self, kind: Any, options: dict[str, Any]) -> Any:
         """Return a network with random weights."""
@@ -99,7 +101,7 @@ def sd15(setting: Setting) -> tuple[Any, dict[str, Any]]:
     pipe = StableDiffusionPipeline(
         vae=_vae(setting),
         unet=setting.made(UNet2DConditionModel, TINY_UNET if setting.tiny else SD15),
-        scheduler=EulerDiscreteScheduler(**BETAS),
+        scheduler=EulerDiscreteScheduler(**BETAS, steps_offset=1),
         requires_safety_checker=False,
         **none,
     )
@@ -115,7 +117,7 @@ def sdxl(setting: Setting) -> tuple[Any, dict[str, Any]]:
     pipe = StableDiffusionXLPipeline(
         vae=_vae(setting),
         unet=setting.made(UNet2DConditionModel, unet),
-        scheduler=EulerDiscreteScheduler(**BETAS),
+        scheduler=EulerDiscreteScheduler(**BETAS, steps_offset=1),
         **none,
     )
     names = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -176,11 +178,13 @@ def seconds(what: Callable[[], Tensor], times: int = 3) -> float:
 
 
 def synchronizations(what: Callable[[], Tensor]) -> int:
-    """Return how often this process waited for its GPU in a call."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    """Return how often this process waited for its GPU in a call; 0 where there is no GPU."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)  # It records the calls of CUDA's runtime, too.
+    with torch.profiler.profile(activities=kinds) as profile:
         what()
-    events = profile.events() or ()
-    return sum(event.count for event in events if "Synchronize" in event.name or event.name == "aten::item")
+    return sum(event.count for event in profile.events() or () if "Synchronize" in event.name)
 
 
 def measure(make: Callable[[Setting], tuple[Any, dict[str, Any]]], setting: Setting) -> Iterator[tuple[str, str]]:
@@ -202,8 +206,11 @@ def measure(make: Callable[[Setting], tuple[Any, dict[str, Any]]], setting: Sett
         yield "rounds", f"{run.report.calls[-1].rounds} of {run.report.calls[-1].steps} steps"
         yield "waits of this process in a call", str(synchronizations(lambda: call(pipe, options, setting)))
         yield "sequential because", run.report.calls[-1].sequential or "it was not"
+    yield from measure_batch(pipe, options, setting, plain)
     with parallelize(pipe, setting.devices, drafts=1, threads=1):
         yield "one draft, the untouched bits", str(torch.equal(call(pipe, options, setting), untouched))
+    if setting.eager:
+        return
     module = getattr(pipe, "unet", None) or pipe.transformer
     module.compile()
     plain = seconds(lambda: call(pipe, options, setting))
@@ -211,6 +218,18 @@ def measure(make: Callable[[Setting], tuple[Any, dict[str, Any]]], setting: Sett
     with parallelize(pipe, setting.devices, "aggressive", threads=1):
         took = seconds(lambda: call(pipe, options, setting))
         yield "compiled, parallelized, s", f"{took:.3f} ({plain / took:.2f} times as fast)"
+
+
+def measure_batch(pipe: Any, options: dict[str, Any], setting: Setting, plain: float) -> Iterator[tuple[str, str]]:
+    """Yield what one device makes of four drafts as a batch; `plain` is the untouched pipeline's time in seconds."""
+    device = setting.devices.partition("x")[2]
+    with reference(pipe, devices=device, mode="aggressive", drafts_per_device=4):
+        expected = call(pipe, options, setting)
+    with parallelize(pipe, device, "aggressive", threads=1, drafts_per_device=4) as run:
+        yield "four drafts as a batch, the bits", str(torch.equal(call(pipe, options, setting), expected))
+        took = seconds(lambda: call(pipe, options, setting))
+        yield "four drafts as a batch, s", f"{took:.3f} ({plain / took:.2f} times as fast)"
+        yield "batched", run.report.calls[-1].sequential or "; ".join(run.report.calls[-1].notes) or "yes"
 
 
 def _used() -> int:
@@ -233,10 +252,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--devices", help="the workers' devices (default: 2xcuda:0)")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--only", choices=["sd15", "sdxl", "flux"])
+    parser.add_argument("--eager", action="store_true", help="leave the compiled modules out")
     given = parser.parse_args(arguments)
     device, dtype = ("cpu", torch.float32) if given.tiny else ("cuda", torch.bfloat16)
     devices = given.devices or ("2xcpu" if given.tiny else "2xcuda:0")
-    setting = Setting(device, dtype, given.tiny, devices, given.steps)
+    setting = Setting(device, dtype, given.tiny, devices, given.steps, given.eager)
     if given.tiny:
         torch.set_num_threads(1)
     print(figures.machine())

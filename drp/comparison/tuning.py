@@ -175,7 +175,10 @@ def _time_batches(subject: Subject, trace: Path, report: Report) -> dict[int, fl
 
 
 def _simulated(setting: Drafted, steps: int, calibration: Calibration, batch: int) -> float:
-    """Return the simulated time of a run with a device for each draft, and the calibration's losses."""
+    """Return the simulated time of a run with a device for each draft, and the calibration's losses.
+
+    An index that rounds of different widths draft, as the last ones of a window do, always has the time of the latest.
+    """
     mode = setting.make_mode()
     share = calibration.batches[batch] / calibration.rounds[1] if batch > 1 else 1.0
     times: dict[int, float] = {}

@@ -70,6 +70,7 @@ def test_dispatch_is_synchronous_where_it_must_be(monkeypatch: pytest.MonkeyPatc
 def test_the_command_line_has_the_same_options() -> None:
     given = {
         "devices": "2xcpu",
+        "ray": None,
         "threads": None,
         "drafts_per_device": 3,
         "policy": "run-affinity",
