@@ -93,8 +93,9 @@ def http(
         if diffusers is not None:
             if trace is not None:
                 check_trace(trace, force)
-            places = devices or default_devices(gpus_too=False).devices
-            spread: dict[str, Any] = {"devices": places, "mode": mode, "drafts": drafts}
+            found = default_devices()
+            places, batch = (devices, 1) if devices else (found.devices, found.drafts_per_device)
+            spread: dict[str, Any] = {"devices": places, "mode": mode, "drafts": drafts, "drafts_per_device": batch}
             if trace is not None:
                 spread |= {"trace": trace, "trace_most": trace_most}
             backend = _pipeline(diffusers, spread, max_work, queue)

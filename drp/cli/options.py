@@ -147,18 +147,17 @@ class DeviceDefaults(NamedTuple):
     drafts_per_device: int
 
 
-def default_devices(gpus_too: bool = True) -> DeviceDefaults:
+def default_devices() -> DeviceDefaults:
     """Return the GPUs if there are any, else the cores that this process may use; at most four workers.
 
-    Without `gpus_too` it is the cores, also where there are GPUs: pipelines of diffusers run on CPU workers only. With
-    more drafts a round samples differ more from the sequential ones; beyond four a user should decide. A single GPU
-    evaluates four drafts as one batch.
+    With more drafts a round samples differ more from the sequential ones; beyond four a user should decide. A single
+    GPU evaluates four drafts as one batch.
     """
     from drp.leader.gpus import find_gpus  # imports torch
 
     cores = len(os.sched_getaffinity(0))
     try:
-        gpus = len(find_gpus()) if gpus_too else 0
+        gpus = len(find_gpus())
     except ValueError:
         gpus = 0
     if not gpus:

@@ -68,19 +68,22 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
         from diffusers import DiffusionPipeline
 
         from drp.diffusers import parallelize
+        from drp.diffusers.devices import move_to_gpu
         from drp.diffusers.pipeline_modes import make_pipeline_mode
         from drp.leader.devices import expand_count, parse_devices
     except ImportError as error:
         raise ValueError(f"{error}; pip install 'draft-refine[diffusers]'") from None
 
-    devices = options["devices"] or default_devices(gpus_too=False).devices
-    devices = expand_count(devices, "cpu")  # where the pipeline is loaded to
-    count = len(parse_devices(devices, 1))
+    found = default_devices()
+    devices, batch = (options["devices"], 1) if options["devices"] else (found.devices, found.drafts_per_device)
+    devices = expand_count(devices, None)
+    count = len(parse_devices(devices, 1)) * batch
     names = ("rule", "tolerance", "warmup", "stride", "target_speedup", "target_rounds")
     mode = make_pipeline_mode(options["mode"], options["drafts"] or count, **{name: options[name] for name in names})
     if not mode.feedback:
         list(mode.rounds(options["steps"]))  # raises ValueError if a target cannot be reached
     pipe = DiffusionPipeline.from_pretrained(path)
+    move_to_gpu(pipe, devices)
     arguments: dict[str, Any] = {"prompt": prompt, "output_type": "pt", "num_inference_steps": options["steps"]}
     arguments["generator"] = torch.Generator().manual_seed(options["seed"])
     arguments["num_images_per_prompt"] = options["rows"]
@@ -95,7 +98,7 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
     if unknown:
         raise ValueError(f"{type(pipe).__name__} takes no {unknown[0]}; call it from Python, with drp.diffusers")
     chosen = {name: options[name] for name in SPREAD}
-    with parallelize(pipe, devices, **chosen, trace=options["trace"]) as run:
+    with parallelize(pipe, devices, **chosen, drafts_per_device=batch, trace=options["trace"]) as run:
         images = pipe(**arguments).images
     write_samples(images.float() * 2 - 1, 1, out, scale=1)
     if options["as_json"]:

@@ -112,6 +112,8 @@ def _model(name: str, source: Mapping[str, Any]) -> Subject:
 
 def _pipeline(name: str, pipe: Any, source: Mapping[str, Any]) -> Subject:
     from drp.diffusers.comparison import PipelineSubject
+    from drp.diffusers.devices import move_to_gpu
+    from drp.leader.devices import expand_count
 
     _refuse(source, OF_MODELS, f"a model of drp's, and {name} is a pipeline; use --call")
     try:
@@ -130,6 +132,7 @@ def _pipeline(name: str, pipe: Any, source: Mapping[str, Any]) -> Subject:
         call["height"], call["width"] = size
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
-    devices = source["devices"] or default_devices(gpus_too=False).devices
+    devices = expand_count(source["devices"] or default_devices().devices, None)
+    move_to_gpu(pipe, devices)
     split = {"split_guidance": True} if source["split_guidance"] else {}
     return PipelineSubject(pipe, call, devices, threads=source["threads"], name=name, **split)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from drp.diffusers.publish import GpuWeights
+from drp.leader.devices import parse_devices
+from drp.leader.gpus import find_gpus
 from drp.protocol.cuda import uuid_of
 
 
@@ -20,6 +22,17 @@ def device_of(pipe: Any, names: Sequence[str]) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def move_to_gpu(pipe: Any, devices: str | Sequence[str]) -> None:
+    """Move a pipeline that is on the host to the first GPU that the workers' devices name, if they name one.
+
+    This is for pipelines that drp loads by their name. A program moves its pipeline itself.
+    """
+    gpus = [device.gpu for device in parse_devices(devices, 1) if device.gpu is not None]
+    modules = [name for name, component in pipe.components.items() if isinstance(component, torch.nn.Module)]
+    if gpus and device_of(pipe, modules).type == "cpu":
+        pipe.to(torch.device("cuda", next(gpu.index for gpu in find_gpus() if gpu.uuid == gpus[0])))
 
 
 def gpu_of(device: torch.device) -> str | None:

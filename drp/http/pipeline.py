@@ -21,9 +21,11 @@ from diffusers import DiffusionPipeline
 
 from drp.diffusers import Report as Calls
 from drp.diffusers import parallelize
+from drp.diffusers.devices import move_to_gpu
 from drp.errors import RefusedError, WorkerError
 from drp.http.jobs import ImageRequest, Images, Previews, ProgressEvent, Report, check_work
 from drp.http.previews import decoder
+from drp.leader.devices import expand_count
 from drp.limits import MAX_STEPS
 from drp.server.metrics import Counts, prometheus
 
@@ -254,17 +256,25 @@ def _defaults(pipe: Any) -> dict[str, Any]:
 
 
 def load(name: str, spread: Mapping[str, Any], max_work: float = 1e9, max_queue: int = 64) -> PipelineBackend:
-    """Return the backend over `package.module:factory`, or over a folder or a hub's name; ValueError if it is none."""
+    """Return the backend over `package.module:factory`, or over a folder or a hub's name; ValueError if it is none.
+
+    The pipeline is moved to the first GPU of the devices in `spread`, if they name one.
+    """
     module, colon, attribute = name.partition(":")
-    if not colon:
-        return PipelineBackend(
-            functools.partial(DiffusionPipeline.from_pretrained, name), name, spread, max_work, max_queue
-        )
-    try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name!r} is no pipeline: {error}; write package.module:factory, or a folder") from None
-    return PipelineBackend(factory, name, spread, max_work, max_queue)
+    factory: Callable[[], Any] = functools.partial(DiffusionPipeline.from_pretrained, name)
+    if colon:
+        try:
+            factory = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"{name!r} is no pipeline: {error}; write package.module:factory, or a folder") from None
+    devices = expand_count(spread["devices"], None)
+
+    def made() -> Any:
+        pipe = factory()
+        move_to_gpu(pipe, devices)
+        return pipe
+
+    return PipelineBackend(made, name, {**spread, "devices": devices}, max_work, max_queue)
 
 
 def _png(image: Any) -> bytes:
