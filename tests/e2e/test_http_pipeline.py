@@ -98,7 +98,7 @@ def test_the_images_are_the_pipelines(backend: PipelineBackend) -> None:
 
 
 def test_a_lost_worker_is_told(backend: PipelineBackend) -> None:
-    assert backend.begin(order()).images.result(DEADLINE).facts["notes"] == []
+    assert backend.begin(order(steps=12)).images.result(DEADLINE).facts["notes"] == []  # fewer than 10 would be noted
     begun: SimpleQueue[ProgressEvent] = SimpleQueue()
     work = backend.begin(order(steps=30), begun.put)
     while begun.get(timeout=DEADLINE).step == 0:
