@@ -24,6 +24,7 @@ from drp.diffusers.report import CallReport
 from drp.diffusers.rounds import Predictions
 from drp.diffusers.scheduler import copy_of
 from drp.diffusers.settings import read_settings
+from drp.diffusers.step_state import StepState, TracedStep
 from drp.diffusers.structure import Described
 from drp.diffusers.watch import METHODS
 from drp.sampling.modes import Mode
@@ -55,34 +56,6 @@ class PipelineContext:
     publish: Callable[[str, Described], Json]
     unchanged: Callable[[str], bool]
     config_of: Callable[[str], Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class TracedStep:
-    """What a step showed, and the predictions for those that follow."""
-
-    learned: Learned
-    predictions: Predictions
-
-
-class StepState:
-    """A step that is under way: what was recorded of it, or how far it is answered."""
-
-    def __init__(self) -> None:
-        self.recorded: list[RecordedCall] = []
-        self.position = 0
-        """Calls answered."""
-        self.mismatch = False
-        """It has turned out not to be as the program says: the rest of it is evaluated here."""
-        self.in_process = False
-        """Something of it was evaluated here."""
-        self.x: Tensor | None = None
-        """The latents, as the denoiser's arguments show them."""
-        self.exact = True
-        """They are what the scheduler's last step returned."""
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-        self.answered: dict[tuple[int, int], Tensor] = {}
 
 
 class PipelineCall:

@@ -199,8 +199,8 @@ class Drafter:
         """Return the output that is assumed at index i, in state x, the last index with a prediction being `last`."""
         if not self._levels.known or known.output.shape != x.shape:
             return known.output
-        anchor = self.previous_base if self.previous_base in self.taken else last
-        weights = self._rule.extrapolate(i, anchor, last, self._levels.of_run)
+        base = self.previous_base if self.previous_base in self.taken else last
+        weights = self._rule.extrapolate(i, base, last, self._levels.of_run)
         data = torch.zeros((), dtype=torch.float32)
         for k, weight in weights.items():
             data = data + weight * self._data(k, known if k == last else self.taken[k])

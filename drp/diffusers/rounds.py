@@ -48,7 +48,7 @@ class Predictions:
         self._drafts: dict[int, Tensor] = {}
         self._residuals: list[float] | None = None
         self._weights: list[float] | None = None
-        self._gain = self._told = self._jumps = 0
+        self._gain = self._reported = self._jumps = 0
         self._final = _final_results(learned)
         for doubt in doubts(len(drafter.timesteps), mode.width, False).values():
             report.notes[doubt] = 1
@@ -108,9 +108,9 @@ class Predictions:
 
     def _tell(self) -> None:
         """Report the workers that were lost since the last time."""
-        new = self._session.incidents[self._told :]
+        new = self._session.incidents[self._reported :]
         self._report.notes.update(new)
-        self._told += len(new)
+        self._reported += len(new)
 
     def _begin(self, k: int) -> None:
         """Begin rounds for the steps from k on, as in a run that starts there."""

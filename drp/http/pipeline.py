@@ -208,7 +208,7 @@ class PipelineJob:
     ) -> None:
         self.images: Future[Images] = Future()
         self._arguments, self._previews, self._report = arguments, Previews(previews), report
-        self._lively, self._withdraw = on_progress, withdraw
+        self._on_progress, self._withdraw = on_progress, withdraw
         self._unwanted = False
 
     def cancel(self) -> None:
@@ -225,7 +225,7 @@ class PipelineJob:
         def step(own: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
             if self._unwanted:
                 raise CancelledError
-            self._lively()
+            self._on_progress()
             if self._report is not None:
                 self._report(self._event(index + 1, int(own.num_timesteps), kwargs, decode))
             return kwargs
