@@ -28,11 +28,12 @@ Noise = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """One evaluation: the draft in `slot`, at `timestep`."""
+    """One evaluation: the draft in `slot`, at `timestep`. Only tasks of the same round have the same `round`."""
 
     index: int
     timestep: float
     slot: int
+    round: int = 0
 
 
 def batches(tasks: Sequence[Task], size: int) -> list[tuple[Task, ...]]:
@@ -154,7 +155,8 @@ class Run:
             self._in_flight.append(InFlightRound(dict(zip(event.indices, slots, strict=True)), self.rounds_done + 1))
             for k in event.indices:
                 self.evaluated[k] += 1
-            yield [Task(k, self._timesteps[k], slot) for k, slot in zip(event.indices, slots, strict=True)]
+            round_ = self._position  # in the plan, which is unique
+            yield [Task(k, self._timesteps[k], slot, round_) for k, slot in zip(event.indices, slots, strict=True)]
 
     def _next(self) -> PlannedRound | PlannedAdvance | None:
         """Return the next event, after making the predictions that it uses available."""

@@ -48,7 +48,7 @@ class AsyncRun(SyncRun):
         _in_flight, _pending                  batches that workers have; those that were added and are not verified
         _batches_added, _batches_verified     the number of batches in each state so far
         _batch_of, _reserved                  by slot, the batch of its draft, and the row reserved for its prediction
-        _rounds_formed, _rounds_of            the number of rounds scheduled; by slot, its draft's round
+        _rounds_formed                        the number of rounds scheduled
         rounds_begun, _round_begun            the number of rounds begun; whether one began since the last placement
         _base_depth                           the number of batches that workers should have
         _checkpoints, _kept_states            what is kept until batches are verified: checkpoints and states
@@ -67,8 +67,6 @@ class AsyncRun(SyncRun):
         """Sequence numbers of the batches that workers have, in the order in which they were sent."""
         self._pending: deque[PendingCompletion] = deque()
         """In the order in which the batches were added, in which their completion records are also read."""
-        self._rounds_of: dict[int, int] = {}
-        """By slot, the number of the round that scheduled its draft. In windows, several rounds draft an index."""
         self._reserved: dict[int, int] = {}
         """By slot, the row reserved for the prediction of the draft in it."""
         self._batch_of: dict[int, tuple[Task, ...]] = {}
@@ -119,7 +117,6 @@ class AsyncRun(SyncRun):
         super()._queue_drafts(tasks)
         self._rounds_formed += 1
         for task in tasks:
-            self._rounds_of[task.slot] = self._rounds_formed
             # Reserve the row now: at send time the waits for other drafts of the round may be queued ahead of it.
             self._reserved[task.slot] = super().free_row(task.slot)
         for some in batches(tasks, self._batch):
@@ -149,18 +146,15 @@ class AsyncRun(SyncRun):
 
     def _joins_last_batch(self, tasks: Sequence[Task], last: Sequence[Task], workers: int) -> bool:
         """Whether a batch is sent together with the last one: both are of a round with at most one batch per worker."""
-        mine = self._rounds_of[tasks[0].slot]
-        return self._rounds_of[last[0].slot] == mine and self.job.mode.width <= workers * self._batch
+        return last[0].round == tasks[0].round and self.job.mode.width <= workers * self._batch
 
     def _evaluated_before(self, tasks: Sequence[Task], drafts: Sequence[InFlightBatch]) -> int:
         """Count the batches that a device would evaluate before these drafts.
 
         If rounds wait for each other, only batches of the same round count, since earlier ones are finished by then.
         """
-        mine = self._rounds_of[tasks[0].slot]
         return sum(
-            self.job.mode.pipelined or sent.run is not self or self._rounds_of.get(sent.tasks[0].slot) == mine
-            for sent in drafts
+            self.job.mode.pipelined or sent.run is not self or sent.tasks[0].round == tasks[0].round for sent in drafts
         )
 
     def free_row(self, slot: int) -> int:
