@@ -13,6 +13,7 @@ from pathlib import Path
 import hypothesis
 import psutil
 import pytest
+import torch
 
 from drp import Leader
 
@@ -38,6 +39,15 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Have torch use one thread in this process, as workers do: bits depend on the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def leftovers() -> dict[str, set[str]]:

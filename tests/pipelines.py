@@ -294,20 +294,23 @@ def z_image() -> Any:
     )
 
 
+WAN: dict[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 8,
+    "freq_dim": 32,
+    "ffn_dim": 16,
+    "num_layers": 1,
+    "rope_max_seq_len": 32,
+}
+
+
 def wan() -> Any:
     torch.manual_seed(0)
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=32,
-        ffn_dim=16,
-        num_layers=1,
-        rope_max_seq_len=32,
-    )
+    transformer = WanTransformer3DModel(**WAN)
     decoder = AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )

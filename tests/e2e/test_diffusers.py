@@ -69,6 +69,7 @@ from tests.pipelines import (
 )
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     # diffusers hands tensors to numpy in a way that numpy means to forbid.
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Should have ta>=t0:UserWarning"),  # torchsde, of rounding
@@ -93,15 +94,6 @@ def told(report: CallReport) -> Counter[str]:
 
 EVERY = {**PIPELINES, **VARIANTS}
 CHEAP = {**prompts(1, 6, 8), **pooled(), **IMAGE}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Bits depend on it; the workers have one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,10 @@ import torch
 from drp.diffusers import Workers, parallelize, reference
 from tests.pipelines import IMAGE, PIPELINES, MixingConv, pooled, prompts, run, sdxl
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Bits depend on it; the workers have one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
+]
 
 
 @pytest.fixture(scope="module")

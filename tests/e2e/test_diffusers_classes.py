@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 pytest.importorskip("diffusers")
 
-import torch
 
 from bench.coverage import CASES, look_at
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of all kinds, from diffusers' own pipelines
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),  # of all kinds, from diffusers' own pipelines
+]
 
 CHEAP = ("StableDiffusionXLAdapterPipeline", "ZImageInpaintPipeline", "LTXImageToVideoPipeline", "LuminaPipeline")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 pytest.importorskip("diffusers")
 
-import torch
 
 from bench.convergence import STEPS, converges, measure
 from tests.tiny.schedulers import SCHEDULERS
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore"),  # torchsde, and numpy in diffusers' schedulers
     pytest.mark.timeout(600),  # some 1,000 evaluations each, on a machine that may be busy
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 CHEAP = ("DDIM, clip_sample", "DDPM, clip_sample")

@@ -15,18 +15,12 @@ from drp.diffusers import CallReport, Workers, parallelize, reference
 from tests import on_host, on_host_pipelines
 from tests.pipelines import IMAGE, PIPELINES, pooled, prompts, run, sdxl
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
+]
 
 SDXL = {**prompts(1, 6, 8), **pooled(), **IMAGE}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Bits depend on it; the workers have one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

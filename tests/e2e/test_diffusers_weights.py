@@ -12,18 +12,10 @@ from drp.diffusers import Workers, parallelize, reference
 from tests.pipelines import PIPELINES, dit, flux, run, vae
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # Inductor's own
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Bits depend on it; the workers have one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

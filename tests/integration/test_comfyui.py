@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,17 +11,12 @@ import torch
 from tests.comfyui import CONTROL, PATH, Comfy, spy
 
 # Warnings of ComfyUI and of what it imports are its own.
-pytestmark = pytest.mark.filterwarnings("ignore" if PATH else "error")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore" if PATH else "error"),
+]
 
 NAMES = ("euler", "heun", "dpmpp_2m", "euler_ancestral")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +187,7 @@ def test_samplers_that_cannot_be_drafted_run_as_they_are(
     options = {"memory": [1]} if function is sample_with_a_memory else {}  # which has then run before
     untouched = comfy.sample(kind(function, options, {}), model)
     if options:
-        options["memory"].clear()  # The rehearsal that counts the calls comes first.
+        options["memory"].clear()  # The dry run that counts the calls comes first.
     (drafted,) = comfy.node.get_sampler(kind(function, options, {}), 3, "aggressive")
     made = comfy.sample(drafted, model)
     assert reason in runs[0].reason

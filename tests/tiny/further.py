@@ -32,7 +32,7 @@ from diffusers.pipelines.stable_audio import StableAudioProjectionModel
 from PIL import Image
 from torch import Tensor, nn
 
-from tests.pipelines import MASK, PICTURE, TEXT, ddim, normal, pooled, prompts, vae, wan
+from tests.pipelines import MASK, PICTURE, TEXT, WAN, ddim, normal, pooled, prompts, vae, wan
 from tests.tiny import Case
 from tests.tiny.others import HUNYUAN, IMAGE_OF_VIDEO, VIDEO, deep_floyd, hunyuan_dit
 from tests.tiny.stable_diffusion import SIZE, control, sd, without
@@ -342,21 +342,7 @@ def flux2() -> dict[str, Any]:
 
 def any_flow() -> dict[str, Any]:
     torch.manual_seed(0)
-    transformer = AnyFlowTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=32,
-        ffn_dim=16,
-        num_layers=1,
-        cross_attn_norm=True,
-        rope_max_seq_len=32,
-        gate_value=0.25,
-        deltatime_type="r",
-    )
+    transformer = AnyFlowTransformer3DModel(**WAN, cross_attn_norm=True, gate_value=0.25, deltatime_type="r")
     scheduler = FlowMapEulerDiscreteScheduler(num_train_timesteps=1000, shift=5.0)
     return {"transformer": transformer.eval(), "vae": wan().vae, "scheduler": scheduler}
 
