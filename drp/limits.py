@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Final
 
+MAX_WORKERS: Final = 256
+"""Of one leader."""
 MAX_SAMPLES: Final = 16_384
 MAX_STEPS: Final = 10_000
 MAX_DRAFTS: Final = 256
@@ -16,3 +18,10 @@ MAX_GUIDANCE: Final = 1e6
 MAX_TIMESTEP: Final = 1e9
 MAX_NUMBERS: Final = 2**34
 """Of all slots of a run together."""
+
+
+def check_count(name: str, value: object, most: int) -> int:
+    """Return `value` if it is a whole number from 1 to `most`; raise ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"{name} is {value!r}; give a whole number from 1 to {most}")
+    return value

@@ -12,10 +12,8 @@ from typing import Any, TypeAlias
 
 from drp.leader.gpus import Gpu, find_gpus, has_gpus, visible
 from drp.leader.remote import RemoteWorkers
+from drp.limits import MAX_WORKERS
 from drp.protocol.messages import Emulated, Values
-
-MAX_WORKERS = 256
-"""Maximum number of workers of one leader."""
 
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 MAX_SECONDS = 3600

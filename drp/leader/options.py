@@ -12,6 +12,7 @@ from drp.leader.devices import Device, Devices, parse_devices, split_devices
 from drp.leader.execution import ExecutionOptions
 from drp.leader.remote import RemoteWorkers
 from drp.leader.scheduling.policies import Policy, find_policy
+from drp.limits import check_count
 from drp.protocol.messages import MAX_BATCHED
 
 
@@ -65,7 +66,7 @@ class LeaderOptions:
         for name, value in (("start_timeout", self.start_timeout), ("draft_timeout", self.draft_timeout)):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; give seconds above 0")
-        check_batch(self.drafts_per_device)
+        check_count("drafts_per_device", self.drafts_per_device, MAX_BATCHED)
         hedge = self.scheduling_policy.hedge
         if self.execution.dispatch == "async" and hedge is not None:
             raise ValueError(
@@ -102,14 +103,3 @@ class LeaderOptions:
     def drafts(self) -> int:
         """The number of drafts that all workers evaluate at once."""
         return len(self.worker_devices) * self.drafts_per_device
-
-
-def check_batch(drafts_per_device: int) -> int:
-    """Return `drafts_per_device`; raise ValueError if it is not a valid batch size."""
-    if (
-        isinstance(drafts_per_device, bool)
-        or not isinstance(drafts_per_device, int)
-        or not 1 <= drafts_per_device <= MAX_BATCHED
-    ):
-        raise ValueError(f"drafts_per_device is {drafts_per_device!r}; give a whole number from 1 to {MAX_BATCHED}")
-    return drafts_per_device

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from drp.leader.devices import parse_emulated
-from drp.leader.remote import MAX_REMOTE, RemoteWorkers
+from drp.leader.remote import RemoteWorkers
+from drp.limits import MAX_WORKERS, check_count
 from drp.protocol.dial import WorkerKeys
 from drp.protocol.keys import Keys
 
@@ -43,8 +44,7 @@ def on_ray(
 
     Raises ImportError without Ray, ConnectionError if there is no cluster, ValueError for other arguments.
     """
-    if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= MAX_REMOTE:
-        raise ValueError(f"workers is {workers!r}; give a whole number from 1 to {MAX_REMOTE}")
+    check_count("workers", workers, MAX_WORKERS)
     if device is not None and device.startswith("emulated:"):
         parse_emulated(device, 0)
     elif device not in ("cpu", "cuda", None):

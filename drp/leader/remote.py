@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from drp.limits import MAX_WORKERS, check_count
 from drp.protocol.dial import WorkerKeys
 from drp.protocol.endpoint import check_address
 from drp.protocol.keys import Keys
-
-MAX_REMOTE = 256
 
 
 class Launcher(Protocol):
@@ -53,8 +52,7 @@ class RemoteWorkers:
     transport_security: Literal["curve", "none"] = "curve"
 
     def __post_init__(self) -> None:
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or not 1 <= self.count <= MAX_REMOTE:
-            raise ValueError(f"count is {self.count!r}; give a whole number from 1 to {MAX_REMOTE}")
+        check_count("count", self.count, MAX_WORKERS)
         if self.transport_security not in ("curve", "none"):
             raise ValueError(f"transport_security is {self.transport_security!r}; give 'curve', or 'none'")
         if (self.keys is None) == (self.transport_security == "curve"):

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import drp
-from drp.leader.devices import MAX_WORKERS, parse_devices, parse_emulated
+from drp.leader.devices import parse_devices, parse_emulated
+from drp.limits import MAX_WORKERS
 from drp.protocol import waiting
 from drp.protocol.codec import decode, encode
 from drp.protocol.messages import TO_WORKER, Draft, Emulated, Load
