@@ -18,7 +18,7 @@ import torch
 import drp
 from drp import Leader, RemoteWorkers
 from drp.errors import ProtocolError
-from drp.leader.supervision.remote import RemotePlace
+from drp.leader.supervision.remote import RemoteBackend
 from drp.protocol.codec import decode
 from drp.protocol.dial import DialedSocket, WorkerKeys
 from drp.protocol.keys import make
@@ -49,7 +49,7 @@ def leader(folder: Path) -> Iterator[Leader]:
 
 
 @pytest.fixture
-def place(leader: Leader) -> RemotePlace:
+def backend(leader: Leader) -> RemoteBackend:
     found = leader.internals.pool.remote
     assert found is not None
     return found
@@ -72,18 +72,18 @@ def refused(address: str, keys: WorkerKeys | None) -> str:
 
 
 @pytest.mark.usefixtures("undisturbed")
-def test_strangers_are_not_let_in(place: RemotePlace, folder: Path, tmp_path: Path) -> None:
+def test_strangers_are_not_let_in(backend: RemoteBackend, folder: Path, tmp_path: Path) -> None:
     make(tmp_path, [], ["anna"])
     unknown = WorkerKeys.read(tmp_path / "workers" / "anna.key_secret", folder / "server.key")
-    assert refused(place.address, unknown) == f"the leader at {place.address} does not know this worker's key"
-    assert "encrypts" in refused(place.address, None)
+    assert refused(backend.address, unknown) == f"the leader at {backend.address} does not know this worker's key"
+    assert "encrypts" in refused(backend.address, None)
     elsewhere = WorkerKeys.read(folder / "workers" / "anna.key_secret", tmp_path / "server.key")
-    assert "has another key than server.key says" in refused(place.address, elsewhere)
+    assert "has another key than server.key says" in refused(backend.address, elsewhere)
 
 
 @pytest.mark.usefixtures("undisturbed")
-def test_a_known_key_under_another_name_is_rejected(place: RemotePlace, folder: Path) -> None:
-    worker = FakeWorker(place.address, folder, "berta", identity="anna-0123")
+def test_a_known_key_under_another_name_is_rejected(backend: RemoteBackend, folder: Path) -> None:
+    worker = FakeWorker(backend.address, folder, "berta", identity="anna-0123")
     worker.hello()
     message, _ = worker.receive()
     assert message == Rejected("its identity does not begin with 'berta', the name of its key")
@@ -91,10 +91,10 @@ def test_a_known_key_under_another_name_is_rejected(place: RemotePlace, folder: 
 
 
 @pytest.mark.usefixtures("undisturbed")
-def test_the_identity_of_another_worker_is_of_no_use(place: RemotePlace, folder: Path) -> None:
+def test_the_identity_of_another_worker_is_of_no_use(backend: RemoteBackend, folder: Path) -> None:
     """ZeroMQ lets nobody have an identity that another connection has."""
-    (peer,) = place._connected
-    worker = FakeWorker(place.address, folder, "berta", identity=peer.decode())
+    (peer,) = backend._connected
+    worker = FakeWorker(backend.address, folder, "berta", identity=peer.decode())
     worker.hello()
     for row in range(4):
         worker.send(Prediction(0, row, row, 0.1), bytes(256))
@@ -103,29 +103,29 @@ def test_the_identity_of_another_worker_is_of_no_use(place: RemotePlace, folder:
 
 
 @pytest.mark.usefixtures("undisturbed")
-def test_a_worker_that_was_not_let_in_or_is_no_longer_one_is_turned_away(place: RemotePlace, folder: Path) -> None:
-    worker, dropped = FakeWorker(place.address, folder, "berta"), place.dropped
+def test_a_worker_that_was_not_let_in_or_is_no_longer_one_is_turned_away(backend: RemoteBackend, folder: Path) -> None:
+    worker, dropped = FakeWorker(backend.address, folder, "berta"), backend.dropped
     worker.send(Loaded(ModelSpec(), 0, "", "", ""))
     message, _ = worker.receive()
     assert isinstance(message, Rejected)
     assert "it is not a worker of this leader, or no longer; start it anew" in message.reason
     worker.send(Hello(1, 1))
     assert worker.receive()[0] == Rejected("it speaks version 1 of the protocol, the leader 9")
-    assert place.dropped == dropped + 2
+    assert backend.dropped == dropped + 2
     worker.close()
 
 
 @pytest.mark.usefixtures("undisturbed")
-def test_garbage_of_a_known_key_is_dropped(place: RemotePlace, folder: Path) -> None:
-    draws, dropped = random.Random(1), place.dropped
-    worker = FakeWorker(place.address, folder, "berta")
+def test_garbage_of_a_known_key_is_dropped(backend: RemoteBackend, folder: Path) -> None:
+    draws, dropped = random.Random(1), backend.dropped
+    worker = FakeWorker(backend.address, folder, "berta")
     sent = 0
     for _ in range(300):
         data = mutated(draws)
         if not is_hello(data):
             worker.socket.send_multipart([data] if draws.random() < 0.8 else [data, b"", data])
             sent += 1
-    until(lambda: place.dropped > dropped + sent // 2, "most of it is no message of a stranger's")
+    until(lambda: backend.dropped > dropped + sent // 2, "most of it is no message of a stranger's")
     worker.close()
 
 
@@ -149,9 +149,9 @@ GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE".ljust(24, b"\0") + bytes(32
         GREETING + b"\x04\xc8" + bytes(200),  # as long as HELLO, and nonsense
     ],
 )
-def test_bytes_of_a_stranger_end_the_connection(place: RemotePlace, data: bytes) -> None:
+def test_bytes_of_a_stranger_end_the_connection(backend: RemoteBackend, data: bytes) -> None:
     before = psutil.Process().memory_info().rss
-    with socket.create_connection(("127.0.0.1", int(place.address.rpartition(":")[2])), DEADLINE) as stranger:
+    with socket.create_connection(("127.0.0.1", int(backend.address.rpartition(":")[2])), DEADLINE) as stranger:
         stranger.sendall(data)
         with contextlib.suppress(ConnectionResetError):
             while stranger.recv(4096):
@@ -160,8 +160,8 @@ def test_bytes_of_a_stranger_end_the_connection(place: RemotePlace, data: bytes)
 
 
 @pytest.mark.usefixtures("undisturbed")
-def test_a_flood_of_connections_is_closed(place: RemotePlace) -> None:
-    port, before = int(place.address.rpartition(":")[2]), psutil.Process().num_fds()
+def test_a_flood_of_connections_is_closed(backend: RemoteBackend) -> None:
+    port, before = int(backend.address.rpartition(":")[2]), psutil.Process().num_fds()
     flood = [socket.create_connection(("127.0.0.1", port), DEADLINE) for _ in range(100)]
     until(lambda: psutil.Process().num_fds() - before < 100 + 50, "those beyond the limit are closed")
     for each in flood:

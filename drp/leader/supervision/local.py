@@ -19,6 +19,7 @@ import zmq
 
 from drp.errors import ProtocolError
 from drp.leader.devices import Device
+from drp.leader.supervision.dropped import DroppedMessages
 from drp.leader.supervision.process import Process, find_interpreter
 from drp.leader.supervision.worker import Encoded
 from drp.protocol.codec import encode
@@ -44,7 +45,7 @@ class WorkerProcess:
     device: Device
     process: Process
     crash_log: SharedMemory
-    place: LocalPlace = field(repr=False)
+    backend: LocalBackend = field(repr=False)
     shares_memory: ClassVar[bool] = True
 
     def __str__(self) -> str:
@@ -83,7 +84,7 @@ class WorkerProcess:
         """Send messages together. A worker whose queue is full is killed."""
         try:
             # What this worker's `encode` has made is one frame.
-            self.place.socket.send(self.identity, *(each for each in messages if not isinstance(each, list)))
+            self.backend.socket.send(self.identity, *(each for each in messages if not isinstance(each, list)))
         except zmq.Again:
             log.warning("%s does not take its messages and is ended", self)
             self.process.kill()
@@ -91,7 +92,7 @@ class WorkerProcess:
             log.debug("%s is gone: %s", self, error)
 
     def retire(self, why: str) -> tuple[str, int | None]:
-        return self.place.retire(self)
+        return self.backend.retire(self)
 
     def describe_exit(self, code: int | None) -> str:
         """Describe how a worker ended with this exit code, including its crash log."""
@@ -102,7 +103,7 @@ class WorkerProcess:
         return f"{how}; " + (f"its crash log:\n{words}" if words else "its crash log is empty")
 
 
-class LocalPlace:
+class LocalBackend:
     """The worker processes of one leader on its own machine; they end with the thread that has started them."""
 
     def __init__(self, model: str, threads: int, python: str | os.PathLike[str] | None = None) -> None:
@@ -111,13 +112,17 @@ class LocalPlace:
         self._python = find_interpreter(python)
         self._main = _main_script() if model.startswith("__main__:") else None
         self.workers: list[WorkerProcess] = []
-        self.dropped = 0
-        """Number of messages dropped because they were malformed or from an unknown sender."""
+        self._dropped = DroppedMessages(log)
         self._threads = threads
         self._ended: set[int] = set()
         self.dying: list[WorkerProcess] = []
         """Workers that were killed and have not ended: the kernel may take seconds on an overloaded machine."""
         self.socket = LeaderSocket()
+
+    @property
+    def dropped(self) -> int:
+        """Number of messages dropped because they were malformed or from an unknown sender."""
+        return self._dropped.count
 
     def start(self, number: int, generation: int, device: Device) -> WorkerProcess:
         """Start a worker, which the kernel ends together with the calling thread."""
@@ -181,17 +186,12 @@ class LocalPlace:
             except zmq.Again:
                 return None
             except ProtocolError as error:
-                self._drop(f"no message: {error}")
+                self._dropped.add(f"no message: {error}")
                 continue
             worker = next((w for w in self.workers if w.identity == identity), None)
             if worker is not None:
                 return worker, message
-            self._drop(f"a {type(message).__name__} from {identity!r}, which is no worker")
-
-    def _drop(self, what: str) -> None:
-        self.dropped += 1
-        if self.dropped & (self.dropped - 1) == 0:  # Log the 1st, 2nd, 4th, ... only, so that a flood is not logged.
-            log.warning("dropped %s (%d so far)", what, self.dropped)
+            self._dropped.add(f"a {type(message).__name__} from {identity!r}, which is no worker")
 
     def retire(self, worker: WorkerProcess) -> tuple[str, int | None]:
         """Kill a worker if it still runs, and free its resources; return how it ended and its exit code."""

@@ -14,6 +14,7 @@ from typing import Final
 from drp.errors import ProtocolError
 from drp.leader.devices import Device, parse_emulated
 from drp.leader.remote import RemoteWorkers
+from drp.leader.supervision.dropped import DroppedMessages
 from drp.leader.supervision.worker import Encoded
 from drp.protocol.arena import Arena
 from drp.protocol.codec import decode, encode
@@ -59,21 +60,21 @@ class RemoteWorker:
     shares_memory: Final = False
     is_stopped: Final = False
 
-    def __init__(self, number: int, generation: int, device: Device, place: RemotePlace) -> None:
-        self.number, self.identity, self._place = number, f"worker-{number}-{generation}".encode(), place
+    def __init__(self, number: int, generation: int, device: Device, backend: RemoteBackend) -> None:
+        self.number, self.identity, self._backend = number, f"worker-{number}-{generation}".encode(), backend
         self.device = replace(device, name=f"remote:{number}", emulated=None, gpu=None)
         self.peer: bytes | None = None
         self.key, self.key_name = b"", ""
         self.pid: int | None = None
         self.failure = ""
         self.heartbeat = 0
-        self._frames = LeaderFrames(place.open_arena)
+        self._frames = LeaderFrames(backend.open_arena)
         self._awaits_pong = False
         self._clock_samples: deque[tuple[float, float]] = deque(maxlen=CLOCK_SAMPLES)
         """Of recent pings, the seconds of the round trip and by how many seconds the worker's clock is ahead."""
 
     def __str__(self) -> str:
-        where = f"process {self.pid}" if self.peer is not None else f"which is to dial in at {self._place.address}"
+        where = f"process {self.pid}" if self.peer is not None else f"which is to dial in at {self._backend.address}"
         return f"worker {self.number} ({self.device.name}, {where})"
 
     def connect(self, peer: bytes, key: bytes, hello: Hello) -> None:
@@ -88,7 +89,7 @@ class RemoteWorker:
 
     def request_heartbeat(self) -> None:
         """Send a Ping, unless the worker has not answered the last one because it evaluates a draft."""
-        if not self._awaits_pong or self._place.probing:
+        if not self._awaits_pong or self._backend.probing:
             self._awaits_pong = True
             self.send(Ping(time.monotonic()))
 
@@ -100,7 +101,7 @@ class RemoteWorker:
         for message in messages:
             if self.peer is not None and not self.failure:
                 parts = message if isinstance(message, list) else self._frames.encode(_message(message))
-                self._place.send(self, parts)
+                self._backend.send(self, parts)
 
     def decode(self, frames: Sequence[Frame]) -> ToLeader | None:
         """Return a message, its times by this machine's clock; None for a Pong. Raises ProtocolError."""
@@ -122,7 +123,7 @@ class RemoteWorker:
         return min(self._clock_samples)[1] if self._clock_samples else 0.0
 
     def retire(self, why: str) -> tuple[str, int | None]:
-        return self._place.retire(self, why)
+        return self._backend.retire(self, why)
 
     def _on_pong(self, pong: Pong) -> None:
         now = time.monotonic()
@@ -131,11 +132,11 @@ class RemoteWorker:
         self._clock_samples.append((now - pong.sent, pong.clock - (now + pong.sent) / 2))
 
 
-class RemotePlace:
+class RemoteBackend:
     """The workers of one leader that dial in, and the socket at which they do.
 
         a peer that has said Hello    is
-        waits for a place             in `_spares`, by its identity on the socket
+        waits for a slot              in `_spares`, by its identity on the socket
         is the worker of a slot       in `_connected`, by its identity on the socket
         was lost or not let in        in neither: it is sent Rejected, whatever it sends
 
@@ -160,7 +161,12 @@ class RemotePlace:
         """How launched workers have ended, as the launcher reports it in a thread of its own."""
         self._probe_until = 0.0
         self._arenas: weakref.WeakValueDictionary[int, Arena] = weakref.WeakValueDictionary()
-        self.dropped = 0
+        self._dropped = DroppedMessages(log)
+
+    @property
+    def dropped(self) -> int:
+        """Number of messages dropped because they were malformed or from an unknown sender."""
+        return self._dropped.count
 
     @property
     def address(self) -> str:
@@ -235,7 +241,7 @@ class RemotePlace:
         try:
             message = decode(bytes(frames[0]), TO_LEADER) if len(frames) == 1 else None
         except ProtocolError as error:
-            self._drop(f"no message: {error}")
+            self._dropped.add(f"no message: {error}")
             return None
         name = self._name_of(key)
         if isinstance(message, Pong) and peer in self._spares:
@@ -305,13 +311,8 @@ class RemotePlace:
             self._launcher.close()
 
     def _reject(self, peer: bytes, reason: str) -> None:
-        self._drop(f"{peer[:100]!r} is rejected: {reason}")
+        self._dropped.add(f"{peer[:100]!r} is rejected: {reason}")
         self._endpoint.send(peer, [encode(Rejected(reason[:2000]))])
-
-    def _drop(self, what: str) -> None:
-        self.dropped += 1
-        if self.dropped & (self.dropped - 1) == 0:  # Log the 1st, 2nd, 4th, ... only, so that a flood is not logged.
-            log.warning("dropped: %s (%d so far)", what, self.dropped)
 
 
 def _message(message: ToWorker | Encoded) -> ToWorker:

@@ -1,4 +1,4 @@
-"""The interface of a worker and of the place where it is: a process of this machine, or one elsewhere that dials in."""
+"""The interfaces of a worker and of its backend: processes of this machine, or processes elsewhere that dial in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from drp.protocol.frames import Frame
 from drp.protocol.messages import ToLeader, ToWorker
 
 Encoded = bytes | list[Frame]
-"""A message as its worker's place sends it: one frame, or several where tensors travel with the message."""
+"""A message as its worker's backend sends it: one frame, or several where tensors travel with the message."""
 
 
 class Worker(Protocol):
@@ -63,7 +63,10 @@ class Worker(Protocol):
         ...
 
     def send(self, *messages: ToWorker | Encoded) -> None:
-        """Send messages. A worker that takes none is ended; workers that are gone are found by `Place.find_ended`."""
+        """Send messages. A worker that takes none is ended.
+
+        Workers that are gone are found by `WorkerBackend.find_ended`.
+        """
         ...
 
     def retire(self, why: str) -> tuple[str, int | None]:
@@ -71,8 +74,8 @@ class Worker(Protocol):
         ...
 
 
-class Place(Protocol):
-    """Where workers are. Only one thread may use it."""
+class WorkerBackend(Protocol):
+    """Starts workers of one kind, receives their messages and detects their ends. Only one thread may use it."""
 
     @property
     def dropped(self) -> int:

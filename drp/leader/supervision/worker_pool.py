@@ -1,4 +1,4 @@
-"""The workers of one leader, in all places, and waiting for their messages."""
+"""The workers of one leader, of all backends, and waiting for their messages."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import time
 
 from drp.leader.devices import Device
 from drp.leader.remote import RemoteWorkers
-from drp.leader.supervision.local import LocalPlace
-from drp.leader.supervision.remote import RemotePlace
-from drp.leader.supervision.worker import Encoded, Place, Worker
+from drp.leader.supervision.local import LocalBackend
+from drp.leader.supervision.remote import RemoteBackend
+from drp.leader.supervision.worker import Encoded, Worker, WorkerBackend
 from drp.protocol.messages import ToLeader, ToWorker, WorkerFailed
 
 SHUTDOWN_TIMEOUT = 2.0
@@ -32,21 +32,21 @@ class WorkerPool:
         remote: RemoteWorkers | None = None,
     ) -> None:
         self.owner = os.getpid()
-        self.remote = RemotePlace(remote) if remote is not None else None
+        self.remote = RemoteBackend(remote) if remote is not None else None
         try:
-            self.local = LocalPlace(model, threads, python)
+            self.local = LocalBackend(model, threads, python)
         except BaseException:
             if self.remote is not None:
                 self.remote.close(0.0)
             raise
-        self._places: tuple[Place, ...] = (self.local,) if self.remote is None else (self.local, self.remote)
+        self._backends: tuple[WorkerBackend, ...] = (self.local,) if self.remote is None else (self.local, self.remote)
         for fd in self.remote.descriptors if self.remote is not None else ():
             self.watch(fd)
 
     @property
     def dropped(self) -> int:
         """Number of messages dropped because they were malformed or from an unknown sender."""
-        return sum(place.dropped for place in self._places)
+        return sum(backend.dropped for backend in self._backends)
 
     def spawn(self, number: int, generation: int, device: Device) -> Worker:
         """Start a worker where its device is."""
@@ -81,18 +81,18 @@ class WorkerPool:
             os.eventfd_read(wakeup)
         if (has_message or self.remote is not None) and (received := self.receive_now()):
             return received
-        return next((ended for place in self._places if (ended := place.find_ended(ready))), None)
+        return next((ended for backend in self._backends if (ended := backend.find_ended(ready))), None)
 
     def receive_now(self) -> tuple[Worker, ToLeader] | None:
         """Return a waiting message with its worker, or None. Malformed messages and unknown senders are dropped."""
-        return next((got for place in self._places if (got := place.receive_now())), None)
+        return next((got for backend in self._backends if (got := backend.receive_now())), None)
 
     def close(self, grace: float = SHUTDOWN_TIMEOUT) -> None:
         """End all workers with Stop and, after `grace` seconds, with SIGKILL; free all memory and sockets."""
         if os.getpid() != self.owner:
             return  # In a forked child, the workers belong to the parent.
-        for place in reversed(self._places):
-            place.close(grace)
+        for backend in reversed(self._backends):
+            backend.close(grace)
 
 
 def failure(worker: Worker, failed: WorkerFailed) -> str:
