@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from drp.diffusers.pytree import Json, UnknownValueError
-from drp.diffusers.sources import Block, Place, Source, seal
+from drp.diffusers.sources import Block, Source, TensorLocation, dump_signed
 from drp.diffusers.structure import Described, equal_bits, plain_tensors
 from drp.errors import CudaError
 from drp.protocol.cuda import GpuMemory
@@ -92,7 +92,7 @@ class _Copies:
     memory: SharedMemory | None
     block: Block
     known: dict[int, Tensor]
-    places: dict[int, Place]
+    places: dict[int, TensorLocation]
 
 
 class Publisher:
@@ -101,7 +101,7 @@ class Publisher:
     def __init__(self, gpus: GpuWeights | None = None) -> None:
         self._gpus = gpus
         self._host: list[SharedMemory] = []
-        self._places: dict[Key, tuple[_Weights, Place]] = {}
+        self._places: dict[Key, tuple[_Weights, TensorLocation]] = {}
         self._copies: dict[str, _Copies] = {}
         self._latest: dict[str, tuple[Source, Json, SharedMemory]] = {}
 
@@ -132,7 +132,7 @@ class Publisher:
         known, json, old = self._latest.get(name, (None, None, None))
         if known == source:
             return json
-        data = seal(source)
+        data = dump_signed(source)
         memory = self._on_host(len(data))
         memory.tensor(0, (len(data),), torch.uint8).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         handle = memory.handle
@@ -238,12 +238,14 @@ class Publisher:
         self._host.clear()
 
 
-def _lay_out(tensors: Sequence[Tensor], private: bool, home: torch.device | None = None) -> tuple[list[Place], int]:
+def _lay_out(
+    tensors: Sequence[Tensor], private: bool, home: torch.device | None = None
+) -> tuple[list[TensorLocation], int]:
     """Return the places of tensors one after the other in a block, and the block's length."""
     places, offset = [], 0
     for tensor in tensors:
         on_host = home is not None and tensor.device.type == "cpu"
-        place = Place(0, offset, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), private, on_host)
+        place = TensorLocation(0, offset, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), private, on_host)
         places.append(place)
         offset += aligned(place.count * tensor.element_size())
     return places, offset

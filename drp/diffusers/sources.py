@@ -32,7 +32,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where a tensor lies: in a block, from an offset in bytes on.
 
     private: a module may write to it, which nobody else may see; on a GPU a worker therefore uses a copy.
@@ -68,16 +68,16 @@ class Source:
 
     pickled: bytes
     blocks: tuple[Block, ...]
-    places: tuple[Place, ...]
+    places: tuple[TensorLocation, ...]
 
 
-def seal(source: Source) -> bytes:
+def dump_signed(source: Source) -> bytes:
     """Return a source as bytes, signed with the key that this process shares with its children."""
     data = pickle.dumps(source, pickle.HIGHEST_PROTOCOL)
     return _digest(data) + data
 
 
-def unseal(data: bytes) -> Source:
+def load_signed(data: bytes) -> Source:
     """Return the source; raise PermissionError if it is not from this process's parent, before it is unpickled."""
     digest, data = data[:DIGEST_NBYTES], data[DIGEST_NBYTES:]
     if not hmac.compare_digest(digest, _digest(data)):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from drp.diffusers.program import PROGRAM, Program, from_bytes
 from drp.diffusers.pytree import Json
-from drp.diffusers.sources import Block, Place, unseal
+from drp.diffusers.sources import Block, TensorLocation, load_signed
 from drp.diffusers.structure import make
 from drp.models.state import ModuleState
 from drp.protocol.handles import GpuHandle, Handle
@@ -97,7 +97,7 @@ class Programs:
         number = json["number"]
         if number not in self._modules:
             memory = SharedMemory.open(Handle(**json["memory"]))
-            source = unseal(memory.read()[: json["length"]])
+            source = load_signed(memory.read()[: json["length"]])
             memory.close()
             with torch.inference_mode(False):  # Weights made in that mode are tensors of another kind.
                 private, *weights = source.blocks
@@ -130,14 +130,12 @@ class Programs:
         shared.close()
         return copy
 
-    def _tensor(self, place: Place, memory: Memory | None) -> Tensor:
+    def _tensor(self, place: TensorLocation, memory: Memory | None) -> Tensor:
         """Return a tensor where it is used."""
         assert memory is not None
         if self._gpu is None or place.on_host:
             return place.of(memory)
-        if place.private:
-            return place.of(memory).to(self._gpu.device, copy=True)
-        return place.of(memory).to(self._gpu.device)
+        return place.of(memory).to(self._gpu.device, copy=place.private)
 
 
 def _on_host(block: Block) -> SharedMemory | None:
