@@ -6,12 +6,13 @@ import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 from rich.console import Console
+
+from drp.processor import processor_name
 
 PACKAGES = ("drp", "torch", "numpy", "pyzmq", "msgpack", "ray")
 
@@ -36,7 +37,7 @@ def machine() -> dict[str, Any]:
             versions[package] = None
     frequency = psutil.cpu_freq()
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "mhz": round(frequency.max or frequency.current) if frequency else None,
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
@@ -45,10 +46,3 @@ def machine() -> dict[str, Any]:
         "versions": versions,
         "load_before": round(psutil.getloadavg()[0], 2),
     }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()

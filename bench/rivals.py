@@ -24,7 +24,7 @@ from torch import Tensor
 from bench.drafting import Networks, mean
 from bench.quality import distances, draw
 from bench.rival_samplers import Problem, chords, paradigms, srds
-from bench.tables import update
+from bench.tables import read, update
 from drp.sampling.drafts import PAPER
 from drp.sampling.mode_selection import choose_rounds
 from drp.sampling.modes import Aggressive, Conservative, Mode, Sequential, Window
@@ -196,15 +196,10 @@ def main(networks: tuple[Path, ...], only: str | None, samples: int, write: bool
             chosen = [within or beyond for within, beyond in found]
             print("  " + "; ".join(one.choice if one else "none" for one in chosen), flush=True)
     if write:
-        page = Path(__file__).parent.parent / "docs" / "quality.md"
-        order = sorted({*rows, *_labels(page)}, key=lambda label: (not label.startswith("digits"), label))
-        update("rivals", f"| relative L2 to 48 steps | {' | '.join(COLUMNS)} |", rows, order, page)
-
-
-def _labels(page: Path) -> list[str]:
-    """Return the labels of the rows that the table has."""
-    table = page.read_text().partition("<!-- rivals -->")[2].partition("<!-- end of rivals -->")[0]
-    return [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")][1:]
+        page, head = Path(__file__).parent.parent / "docs" / "quality.md", "relative L2 to 48 steps"
+        labels = {*rows, *read("rivals", page)} - {head}
+        order = sorted(labels, key=lambda label: (not label.startswith("digits"), label))
+        update("rivals", f"| {head} | {' | '.join(COLUMNS)} |", rows, order, page)
 
 
 if __name__ == "__main__":

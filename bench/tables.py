@@ -15,10 +15,15 @@ def update(title: str, head: str, rows: Mapping[str, str], order: Iterable[str],
     """
     begin, end = f"<!-- {title} -->\n", f"<!-- end of {title} -->\n"
     before, _, rest = page.read_text().partition(begin)
-    old, _, after = rest.partition(end)
-    there = {line.split("|")[1].strip(): line for line in old.splitlines() if line.startswith("| ")}
-    there |= rows
+    after = rest.partition(end)[2]
+    there = {**read(title, page), **rows}
     kept = {name: there[name] for name in order if name in there}
     lines = [head, "|" + "---|" * (head.count("|") - 1), *kept.values()]
     page.write_text(before + begin + "\n".join(lines) + "\n" + end + after)
     return kept
+
+
+def read(title: str, page: Path = PAGE) -> dict[str, str]:
+    """Return the lines of the table between `<!-- title -->` and `<!-- end of title -->` by their first cells."""
+    table = page.read_text().partition(f"<!-- {title} -->\n")[2].partition(f"<!-- end of {title} -->\n")[0]
+    return {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("| ")}

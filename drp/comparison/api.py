@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from drp.comparison.report import write_reports
 from drp.comparison.settings import Setting, default_drafts, expand, fewer_steps
 from drp.comparison.store import Store
 from drp.comparison.subject import Subject
+from drp.processor import processor_name
 
 MODES = ("window", "aggressive", "conservative", "adaptive")
 """The modes that are compared if none are named."""
@@ -119,8 +119,8 @@ def run(
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not numbers or turns < 1:
         raise ValueError(f"seeds is {seeds!r} and turns {turns}; give 1 or more of each")
-    for name, bound, least in (("max_distance", max_distance, 0.0), ("min_speedup", min_speedup, 0.0)):
-        if bound is not None and not bound > least:
+    for name, bound in (("max_distance", max_distance), ("min_speedup", min_speedup)):
+        if bound is not None and not bound > 0:
             raise ValueError(f"{name} is {bound}; give a number above 0")
     store = Store(Path(out), {**subject.facts, "seeds": numbers}, force)
     store.results["machine"] = machine()
@@ -136,16 +136,11 @@ def machine() -> dict[str, Any]:
     """Return what times depend on."""
     import drp
 
-    named = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
     return {
-        "processor": named[0] if named else platform.machine(),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "gpus": gpus,
         "torch": torch.__version__,

@@ -30,13 +30,14 @@ def choose(
     drafted = {key: cell for key, cell in cells.items() if cell["kind"] == "drafted"}
     if not drafted:
         return Choice(None, "No drafted setting was measured.")
-    largest = DEFAULT_DISTANCE if max_distance is None and min_speedup is None else max_distance
+    unbounded = max_distance is None and min_speedup is None
+    largest = DEFAULT_DISTANCE if unbounded else max_distance
     fits = [
         key
         for key, cell in drafted.items()
         if (largest is None or distance(cell) <= largest) and (min_speedup is None or cell["speedup"] >= min_speedup)
     ]
-    wanted = _bounds(largest, min_speedup, max_distance is None and min_speedup is None)
+    wanted = _bounds(largest, min_speedup, unbounded)
     if not fits:
         order = speedup if largest is None else (lambda cell: -distance(cell))
         near = max(drafted.values(), key=order)
