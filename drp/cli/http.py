@@ -17,8 +17,8 @@ from drp.cli.options import (
     GroupedCommand,
     Number,
     common_options,
-    default_devices,
     force_option,
+    pipeline_devices,
     trace_most_option,
     trace_option,
 )
@@ -93,8 +93,7 @@ def http(
         if diffusers is not None:
             if trace is not None:
                 check_trace(trace, force)
-            found = default_devices()
-            places, batch = (devices, 1) if devices else (found.devices, found.drafts_per_device)
+            places, batch = pipeline_devices(devices)
             spread: dict[str, Any] = {"devices": places, "mode": mode, "drafts": drafts, "drafts_per_device": batch}
             if trace is not None:
                 spread |= {"trace": trace, "trace_most": trace_most}

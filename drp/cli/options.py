@@ -168,6 +168,12 @@ def default_devices() -> DeviceDefaults:
     return DeviceDefaults(f"{min(gpus, MAX_DEFAULT_WORKERS)}xcuda", 1, 1)
 
 
+def pipeline_devices(given: str | None) -> tuple[str, int]:
+    """Return a pipeline's devices and the number of drafts of each; without `given`, those that this machine has."""
+    found = DeviceDefaults(given, 1, 1) if given else default_devices()
+    return found.devices, found.drafts_per_device
+
+
 def common_options(command: F) -> F:
     """Add --config, --app-dir and --verbose."""
     return config_option(app_dir_option(verbose_option(command)))

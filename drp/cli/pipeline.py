@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from drp.cli.helpers import parse_numbers, plain_errors, print_json
-from drp.cli.options import default_devices
+from drp.cli.options import pipeline_devices
 from drp.cli.output import check_output, check_trace, write_samples
 
 SPREAD = ("mode", "drafts", "stride", "target_speedup", "target_rounds", "rule", "tolerance", "warmup", "threads")
@@ -70,13 +70,11 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
         from drp.diffusers import parallelize
         from drp.diffusers.devices import move_to_gpu
         from drp.diffusers.pipeline_modes import make_pipeline_mode
-        from drp.leader.devices import expand_count, parse_devices
+        from drp.leader.devices import parse_devices
     except ImportError as error:
         raise ValueError(f"{error}; pip install 'draft-refine[diffusers]'") from None
 
-    found = default_devices()
-    devices, batch = (options["devices"], 1) if options["devices"] else (found.devices, found.drafts_per_device)
-    devices = expand_count(devices, None)
+    devices, batch = pipeline_devices(options["devices"])
     count = len(parse_devices(devices, 1)) * batch
     names = ("rule", "tolerance", "warmup", "stride", "target_speedup", "target_rounds")
     mode = make_pipeline_mode(options["mode"], options["drafts"] or count, **{name: options[name] for name in names})

@@ -13,7 +13,7 @@ import click
 
 from drp.cli.helpers import parse_numbers
 from drp.cli.leader_options import leader_options, make_leader_options
-from drp.cli.options import Number, default_devices
+from drp.cli.options import Number, pipeline_devices
 from drp.cli.sample import check_module, parse_labels
 from drp.sampling.predictions import PREDICTION_TYPES
 from drp.sampling.registry import SOLVER_NAMES
@@ -113,7 +113,6 @@ def _model(name: str, source: Mapping[str, Any]) -> Subject:
 def _pipeline(name: str, pipe: Any, source: Mapping[str, Any]) -> Subject:
     from drp.diffusers.comparison import PipelineSubject
     from drp.diffusers.devices import move_to_gpu
-    from drp.leader.devices import expand_count
 
     _refuse(source, OF_MODELS, f"a model of drp's, and {name} is a pipeline; use --call")
     try:
@@ -132,7 +131,7 @@ def _pipeline(name: str, pipe: Any, source: Mapping[str, Any]) -> Subject:
         call["height"], call["width"] = size
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
-    devices = expand_count(source["devices"] or default_devices().devices, None)
+    devices, _ = pipeline_devices(source["devices"])
     move_to_gpu(pipe, devices)
     split = {"split_guidance": True} if source["split_guidance"] else {}
     return PipelineSubject(pipe, call, devices, threads=source["threads"], name=name, **split)

@@ -24,8 +24,8 @@ def device_of(pipe: Any, names: Sequence[str]) -> torch.device:
     return device
 
 
-def move_to_gpu(pipe: Any, devices: str | Sequence[str]) -> None:
-    """Move a pipeline that is on the host to the first GPU that the workers' devices name, if they name one.
+def move_to_gpu(pipe: Any, devices: int | str | Sequence[str]) -> None:
+    """Move a pipeline that is on the host to the first GPU among the workers' devices, if there is one.
 
     This is for pipelines that drp loads by their name. A program moves its pipeline itself.
     """

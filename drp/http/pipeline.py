@@ -25,7 +25,6 @@ from drp.diffusers.devices import move_to_gpu
 from drp.errors import RefusedError, WorkerError
 from drp.http.jobs import ImageRequest, Images, Previews, ProgressEvent, Report, check_work
 from drp.http.previews import decoder
-from drp.leader.devices import expand_count
 from drp.limits import MAX_STEPS
 from drp.server.metrics import Counts, prometheus
 
@@ -267,14 +266,13 @@ def load(name: str, spread: Mapping[str, Any], max_work: float = 1e9, max_queue:
             factory = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"{name!r} is no pipeline: {error}; write package.module:factory, or a folder") from None
-    devices = expand_count(spread["devices"], None)
 
     def made() -> Any:
         pipe = factory()
-        move_to_gpu(pipe, devices)
+        move_to_gpu(pipe, spread["devices"])
         return pipe
 
-    return PipelineBackend(made, name, {**spread, "devices": devices}, max_work, max_queue)
+    return PipelineBackend(made, name, spread, max_work, max_queue)
 
 
 def _png(image: Any) -> bytes:
