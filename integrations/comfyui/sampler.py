@@ -31,14 +31,14 @@ Evaluate = Callable[[Sequence[Tensor], Sequence[Tensor], Mapping[str, Any]], Seq
 """(inputs [B, ...], their sigmas [B], the model's further arguments) -> what the model returns for each."""
 
 MAX_CALLS = 10_000
-"""A sampler that calls its model more often than this in a rehearsal is taken for one that does not end."""
+"""A sampler that calls its model more often than this in a dry run is taken for one that does not end."""
 
 
-class _EnoughError(Exception):
-    """Ends a rehearsal once the drafts are known."""
+class _DryRunEndedError(Exception):
+    """Ends a dry run once the drafts are known."""
 
 
-class _StandIn:
+class _ModelProxy:
     """What a sampler function takes for the model: `answer` is called in its place, attributes are the model's."""
 
     def __init__(self, model: Any, answer: Callable[..., Tensor]) -> None:
@@ -94,13 +94,13 @@ class DraftedRun:
         self._extra, self._options = dict(extra_args or {}), options
         self._start, self._sigmas = x.clone(), sigmas.clone()
         self._random = _random_state(x.device)
-        self._plan = self._rehearse_all()
+        self._plan = self._dry_run_all()
         self._levels = self._make_levels()
         self._schedule = self._mode.rounds(len(self._plan))
         self._next: Round | None = next(self._schedule, None)
         extra = dict(self._extra)
         return self._function(
-            _StandIn(self._model, self._answer),
+            _ModelProxy(self._model, self._answer),
             x,
             sigmas,
             extra_args=extra,
@@ -187,41 +187,41 @@ class DraftedRun:
                 return self._taken[number].clone()
             inputs.append(state.clone())
             if number == last:
-                raise _EnoughError
+                raise _DryRunEndedError
             if number in self._predicted:
                 newest, data = number, self._carried(number, *self._predicted[number], state)
                 return data.clone()
             return self._extrapolated(number, newest, data)
 
-        self._rehearse(answer)
+        self._dry_run(answer)
         if len(inputs) != len(r.predict) or not torch.equal(inputs[0], x):
             raise RuntimeError("run a second time, the sampler does not do the same")
         return inputs
 
     def _extrapolated(self, k: int, newest: int, data: Tensor) -> Tensor:
         """Return the denoised latents that the rule assumes for call k."""
-        anchor = self._previous_base if self._previous_base <= newest else newest
-        weights = self._mode.rule.extrapolate(k, anchor, newest, self._levels)
+        base = self._previous_base if self._previous_base <= newest else newest
+        weights = self._mode.rule.extrapolate(k, base, newest, self._levels)
         total = torch.zeros_like(data)
         for number, weight in weights.items():
             total = total + weight * (data if number == newest else self._taken[number])
         return total
 
-    # Rehearsals.
+    # Dry runs.
 
-    def _rehearse(self, answer: Callable[[int, Tensor], Tensor]) -> list[float]:
+    def _dry_run(self, answer: Callable[[int, Tensor], Tensor]) -> list[float]:
         """Run the sampler function without the model; return the noise level of each call."""
         levels: list[float] = []
 
-        def stand_in(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+        def model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
             levels.append(float(sigma[0]))
             if len(levels) > MAX_CALLS:
                 raise RuntimeError("the sampler does not end")
             return answer(len(levels) - 1, x)
 
-        with suppress(_EnoughError), _random_numbers(self._start.device, self._random):
+        with suppress(_DryRunEndedError), _random_numbers(self._start.device, self._random):
             self._function(
-                _StandIn(self._model, stand_in),
+                _ModelProxy(self._model, model),
                 self._start.clone(),
                 self._sigmas.clone(),
                 extra_args=dict(self._extra),
@@ -231,12 +231,12 @@ class DraftedRun:
             )
         return levels
 
-    def _rehearse_all(self) -> list[float]:
+    def _dry_run_all(self) -> list[float]:
         """Return the noise levels of all calls."""
         try:
-            return self._rehearse(lambda number, x: torch.zeros_like(x))
+            return self._dry_run(lambda number, x: torch.zeros_like(x))
         except Exception as error:  # the sampler itself may do all the same
-            log.debug("the sampler cannot be rehearsed", exc_info=error)
+            log.debug("the sampler has no dry run", exc_info=error)
             self.reason = f"the sampler cannot be run without its model: {type(error).__name__}: {error}"
             return []
 
