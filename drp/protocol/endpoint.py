@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import math
@@ -83,6 +84,8 @@ class Endpoint:
             self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
             if self._path is not None:
                 self._path.chmod(0o600)
+            # libzmq signals a socket's descriptor only for what comes after the socket was once found empty.
+            self.has_lost()
         except BaseException:
             self.close()
             raise
@@ -141,12 +144,18 @@ class Endpoint:
     def _disconnect(self, descriptor: int) -> None:
         """Shut a connection down, which libzmq then closes. A descriptor that was reused in the meantime is ignored."""
         try:
-            with socket.socket(fileno=os.dup(descriptor)) as connection:
-                own = connection.getsockname()
-                if own == str(self._path) if self.local else own[1:2] == (int(self.address.rpartition(":")[2]),):
-                    connection.shutdown(socket.SHUT_RDWR)
-        except OSError:  # The descriptor is closed already, or is not a socket.
-            pass
+            duplicate = os.dup(descriptor)
+        except OSError:  # It is closed already.
+            return
+        try:
+            connection = socket.socket(fileno=duplicate)
+        except OSError:  # It is no socket now.
+            os.close(duplicate)
+            return
+        with connection, contextlib.suppress(OSError):  # It may be disconnected in the meantime.
+            own = connection.getsockname()
+            if own == str(self._path) if self.local else own[1:2] == (int(self.address.rpartition(":")[2]),):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the socket; the last messages are sent for up to the linger time."""

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from drp.cli import main
+from drp.cli.options import pipeline_devices
 from drp.leader.gpus import Gpu
 from drp.trace import read
 
@@ -62,6 +63,23 @@ def test_sample_draws_with_a_pipeline(tmp_path: Path) -> None:
     assert len(devices) == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "gpus", "expected"),
+    [
+        (None, 1, ("cuda", 4)),
+        (None, 3, ("3xcuda", 1)),
+        (None, 8, ("4xcuda", 1)),
+        ("2xcpu", 3, ("2xcpu", 1)),
+        ("6xcuda", 8, ("6xcuda", 1)),
+    ],
+)
+def test_pipelines_use_the_gpus_unless_devices_are_named(
+    given: str | None, gpus: int, expected: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("drp.leader.gpus.find_gpus", lambda: tuple(Gpu(n, f"GPU-{n}") for n in range(gpus)))
+    assert pipeline_devices(given) == expected
+
+
 @pytest.mark.filterwarnings("ignore")  # of diffusers' own imports
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -70,18 +88,10 @@ def test_sample_draws_with_a_pipeline(tmp_path: Path) -> None:
         (["http", "--diffusers", "a:b"], "'a:b'"),
     ],
 )
-def test_pipelines_do_not_ask_for_gpus(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without --devices the workers are cores, whatever CUDA shows, since pipelines have CPU workers only."""
-    asked = []
-
-    def find() -> tuple[Gpu, ...]:
-        asked.append(1)
-        return (Gpu(0, "GPU-0"), Gpu(1, "GPU-1"))
-
-    monkeypatch.setattr("drp.leader.gpus.find_gpus", find)
+def test_names_that_are_no_pipelines_are_refused(arguments: list[str], message: str) -> None:
     done = CliRunner().invoke(main, arguments)
     assert message in done.output
-    assert not asked
+    assert done.exit_code == 1
 
 
 @pytest.mark.diffusers

@@ -160,9 +160,10 @@ def test_bytes_of_a_stranger_end_the_connection(backend: RemoteBackend, data: by
 
 
 @pytest.mark.usefixtures("undisturbed")
-def test_a_flood_of_connections_is_closed(backend: RemoteBackend) -> None:
+def test_a_flood_of_connections_is_closed(backend: RemoteBackend, caplog: pytest.LogCaptureFixture) -> None:
     port, before = int(backend.address.rpartition(":")[2]), psutil.Process().num_fds()
     flood = [socket.create_connection(("127.0.0.1", port), DEADLINE) for _ in range(100)]
+    until(lambda: "18 connections are open; those beyond are closed" in caplog.text, "the flood is noticed")
     until(lambda: psutil.Process().num_fds() - before < 100 + 50, "those beyond the limit are closed")
     for each in flood:
         each.close()

@@ -82,7 +82,8 @@ def test_times_of_evaluations_are_by_the_leaders_clock(mixed: Leader) -> None:
     assert {event.worker for event in answers} == {0, 1, 2}
     for event in answers:
         assert event.times is not None
-        assert began < event.times[0] <= event.times[1] <= event.times[3] < event.ns / 1e9 + 0.001
+        assert event.times[0] <= event.times[1] <= event.times[3] < event.ns / 1e9  # none ends after it is known
+        assert event.times[0] > began - 1.0  # by its clock to half a round trip, which a busy machine makes long
 
 
 def test_batches_and_several_conditions(folder: Path) -> None:

@@ -110,9 +110,9 @@ class RemoteWorker:
             self._on_pong(message)
             return None
         if isinstance(message, Prediction):
+            offset = max(self.clock_offset, message.ended - time.monotonic())  # It ended before the message came.
             received, began, predicted, ended = (
-                max(0.0, t - self.clock_offset)
-                for t in (message.received, message.began, message.predicted, message.ended)
+                max(0.0, t - offset) for t in (message.received, message.began, message.predicted, message.ended)
             )
             return replace(message, received=received, began=began, predicted=predicted, ended=ended)
         return message
