@@ -29,6 +29,7 @@ from drp.comparison.settings import Drafted
 from drp.comparison.subject import Sample
 from drp.leader import LeaderOptions
 from drp.models.classifier import load_classifier
+from drp.pipelines import load_pipeline
 
 NUMBERS = (2, 3, 4)
 PAPER = "1.4 to 3.7 times as fast; FID and CLIP on par; PickScore 0.17 and HPSv2.1 0.43 lower on average"
@@ -116,12 +117,9 @@ def pipeline(
     path: str, devices: str, captions: Sequence[str], steps: int | None
 ) -> Iterator[Callable[[Drafted | None], Sampler]]:
     """Yield what makes a sampler of a pipeline for a setting, None for the sequential run."""
-    from drp.cli.source import load_pipeline
     from drp.diffusers.comparison import PipelineSubject
 
     pipe = load_pipeline(path)
-    if pipe is None:
-        raise click.UsageError(f"{path} is no pipeline of diffusers")
     more: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
     with PipelineSubject(pipe, {"prompt": captions[0], **more}, devices) as subject, ExitStack() as stack:
 

@@ -24,6 +24,7 @@ from drp.cli.options import (
 )
 from drp.cli.output import check_trace
 from drp.http.jobs import Backend
+from drp.pipelines import KINDS
 from drp.sampling.mode_selection import MODE_NAMES
 
 
@@ -34,7 +35,7 @@ from drp.sampling.mode_selection import MODE_NAMES
 @click.option(
     "--diffusers",
     metavar="PATH",
-    help="Instead: a diffusers pipeline, a folder, a hub's name or package.module:factory.",
+    help=f"Instead: a diffusers pipeline: {KINDS}.",
 )
 @click.option("-d", "--devices", help="Of the pipeline, as those of `drp sample`.")
 @click.option(

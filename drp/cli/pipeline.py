@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from drp.cli.helpers import parse_numbers, plain_errors, print_json
 from drp.cli.options import pipeline_devices
 from drp.cli.output import check_output, check_trace, write_samples
+from drp.pipelines import KINDS, load_pipeline
 
 SPREAD = ("mode", "drafts", "stride", "target_speedup", "target_rounds", "rule", "tolerance", "warmup", "threads")
 """Options of `drp sample` that `parallelize` has too, beside the devices."""
@@ -25,9 +26,7 @@ ALWAYS = ("seed", "out", "trace", "force", "as_json")
 def pipeline_options(command: Callable[..., None]) -> Callable[..., None]:
     """Let `drp sample` draw with a pipeline if it is given one."""
 
-    @click.option(
-        "--diffusers", metavar="PATH", help="Instead of MODEL a diffusers pipeline: a folder, or a hub's name."
-    )
+    @click.option("--diffusers", metavar="PATH", help=f"Instead of MODEL a diffusers pipeline: {KINDS}.")
     @click.option("-p", "--prompt", help="What the pipeline is to draw.")
     @click.option("--negative-prompt", help="What it is not to draw.")
     @functools.wraps(command)
@@ -65,7 +64,6 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
         raise ValueError(f"shape is {options['shape']!r}; a pipeline's is height and width, such as 512,768")
     try:
         import torch
-        from diffusers import DiffusionPipeline
 
         from drp.diffusers import parallelize
         from drp.diffusers.devices import move_to_gpu
@@ -80,7 +78,7 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
     mode = make_pipeline_mode(options["mode"], options["drafts"] or count, **{name: options[name] for name in names})
     if not mode.feedback:
         list(mode.rounds(options["steps"]))  # raises ValueError if a target cannot be reached
-    pipe = DiffusionPipeline.from_pretrained(path)
+    pipe = load_pipeline(path)
     move_to_gpu(pipe, devices)
     arguments: dict[str, Any] = {"prompt": prompt, "output_type": "pt", "num_inference_steps": options["steps"]}
     arguments["generator"] = torch.Generator().manual_seed(options["seed"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +16,7 @@ from drp.cli.leader_options import POSITIVE, leader_options, make_leader_options
 from drp.cli.options import GroupedCommand, Number, common_options, force_option, json_option, trace_option
 from drp.cli.output import check_output, check_shape, check_trace, default_output, write_samples
 from drp.cli.pipeline import pipeline_options
+from drp.pipelines import check_module
 from drp.sampling.drafts import RULES
 from drp.sampling.mode_selection import MODE_NAMES, PATTERNS
 from drp.sampling.predictions import PREDICTION_TYPES
@@ -146,20 +146,6 @@ def _sample(model: str, given: Mapping[str, Any]) -> None:
                 result = leader.sample(**options, callback=advance)
     write_samples(result.samples, max(len(columns), 1), out)
     _report(result, out, given["as_json"])
-
-
-def check_module(model: str) -> None:
-    """Raise ValueError if there is no module of that name: a worker would find that out after its start."""
-    module, colon, _ = model.partition(":")
-    try:
-        found = not colon or importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        found = False
-    if not found:
-        raise ValueError(
-            f"model {model!r}: there is no module {module!r} in the working directory or on Python's path; "
-            "give its folder with --app-dir"
-        )
 
 
 def _output(out: Path | None, shape: Any, force: bool) -> Path:

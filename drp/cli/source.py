@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,7 +12,8 @@ import click
 from drp.cli.helpers import parse_numbers
 from drp.cli.leader_options import leader_options, make_leader_options
 from drp.cli.options import Number, pipeline_devices
-from drp.cli.sample import check_module, parse_labels
+from drp.cli.sample import parse_labels
+from drp.pipelines import find_factory, is_pipeline, load_pipeline
 from drp.sampling.predictions import PREDICTION_TYPES
 from drp.sampling.registry import SOLVER_NAMES
 
@@ -54,35 +53,20 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
 def make_subject(source: Mapping[str, Any]) -> Subject:
     """Return the subject that the options name; raise ValueError for options that it does not have."""
     name: str = source["pipeline"]
-    made = load_pipeline(name)
+    made = load_if_pipeline(name)
     return _model(name, source) if made is None else _pipeline(name, made, source)
 
 
-def load_pipeline(name: str) -> Any:
-    """Return the pipeline of this name, None for a model."""
+def load_if_pipeline(name: str) -> Any:
+    """Return the pipeline of this name, None if it is a built-in model or the factory of a model."""
     from drp.models.registry import BUILT_IN
 
     if name in BUILT_IN:
         return None
     if ":" in name:
-        check_module(name)
-        module, _, attribute = name.partition(":")
-        factory: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            factory = getattr(factory, part)
-        made = factory()
-        return made if hasattr(made, "components") and hasattr(made, "scheduler") else None
-    if not Path(name).is_dir() and "/" not in name:
-        known = ", ".join(BUILT_IN)
-        raise ValueError(
-            f"{name!r} is no model and no folder; give one of {known}, a pipeline's folder, a hub's name such as "
-            "org/name, or package.module:factory"
-        )
-    try:
-        from diffusers import DiffusionPipeline
-    except ImportError as error:
-        raise ValueError(f"{error}; pip install 'draft-refine[diffusers]'") from None
-    return DiffusionPipeline.from_pretrained(name)
+        made = find_factory(name)()
+        return made if is_pipeline(made) else None
+    return load_pipeline(name, list(BUILT_IN))
 
 
 def _refuse(source: Mapping[str, Any], names: tuple[str, ...], kind: str) -> None:

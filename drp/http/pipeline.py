@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import inspect
 import io
 import logging
@@ -17,7 +15,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from diffusers import DiffusionPipeline
 
 from drp.diffusers import Report as Calls
 from drp.diffusers import parallelize
@@ -26,6 +23,7 @@ from drp.errors import RefusedError, WorkerError
 from drp.http.jobs import ImageRequest, Images, Previews, ProgressEvent, Report, check_work
 from drp.http.previews import decoder
 from drp.limits import MAX_STEPS
+from drp.pipelines import load_pipeline
 from drp.server.metrics import Counts, prometheus
 
 NAMES: Final = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
@@ -255,20 +253,13 @@ def _defaults(pipe: Any) -> dict[str, Any]:
 
 
 def load(name: str, spread: Mapping[str, Any], max_work: float = 1e9, max_queue: int = 64) -> PipelineBackend:
-    """Return the backend over `package.module:factory`, or over a folder or a hub's name; ValueError if it is none.
+    """Return the backend over a pipeline that `load_pipeline` loads by its name; raise ValueError if there is none.
 
     The pipeline is moved to the first GPU of the devices in `spread`, if they name one.
     """
-    module, colon, attribute = name.partition(":")
-    factory: Callable[[], Any] = functools.partial(DiffusionPipeline.from_pretrained, name)
-    if colon:
-        try:
-            factory = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"{name!r} is no pipeline: {error}; write package.module:factory, or a folder") from None
 
     def made() -> Any:
-        pipe = factory()
+        pipe = load_pipeline(name)
         move_to_gpu(pipe, spread["devices"])
         return pipe
 

@@ -214,7 +214,7 @@ def test_an_interrupted_comparison_leaves_a_report_and_goes_on(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["digitz"], "'digitz' is no model and no folder"),
+        (["digitz"], "'digitz' is no folder here, and no hub's name; give digits, a pipeline's folder"),
         (["no_such_module:make"], "there is no module 'no_such_module'"),
         (["digits", "--prompt", "a cat"], "--prompt goes with a pipeline"),
         (["digits", "--modes", "agressive"], "unknown mode 'agressive'"),

@@ -118,7 +118,7 @@ def test_what_a_pipeline_does_not_take_is_refused(backend: PipelineBackend) -> N
         backend.begin(ImageRequest("a cat", size="99999x99999"))
     with pytest.raises(ValueError, match=r"1000 steps are .* pixel steps, and one request may have 1e\+09"):
         backend.begin(ImageRequest("a cat", n=10, size="1024x1024", options={"steps": 1000}))
-    with pytest.raises(ValueError, match="'nowhere:sdxl' is no pipeline"):
+    with pytest.raises(ValueError, match="'nowhere:sdxl': there is no module 'nowhere'"):
         load("nowhere:sdxl", SPREAD)
 
 
