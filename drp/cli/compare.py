@@ -67,10 +67,15 @@ def compare(source: Mapping[str, Any], as_json: bool, **options: Any) -> None:
     """
     with plain_errors():
         from drp.comparison.api import plan, run  # imports torch
+        from drp.comparison.settings import check_values
+        from drp.comparison.store import check_folder
 
         planned = ("modes", "drafts", "strides", "tolerances", "rule", "rivals")
         chosen = {name: options.pop(name) for name in planned}
         chosen |= {name: chosen[name] or () for name in ("strides", "tolerances")}
+        # Before a pipeline is loaded, which may take minutes.
+        check_values(chosen["modes"], chosen["drafts"] or (), chosen["strides"], chosen["tolerances"])
+        check_folder(options["out"], options["force"])
         subject = make_subject(source)
         settings = plan(subject, **chosen)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()

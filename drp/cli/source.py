@@ -52,9 +52,14 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def make_subject(source: Mapping[str, Any]) -> Subject:
     """Return the subject that the options name; raise ValueError for options that it does not have."""
+    from drp.leader.devices import parse_devices
+
     name: str = source["pipeline"]
+    call = _parse_call(source["call"])
+    if source["devices"] is not None and source["ray"] is None:
+        parse_devices(source["devices"], 1)  # raises ValueError before a pipeline is loaded
     made = load_if_pipeline(name)
-    return _model(name, source) if made is None else _pipeline(name, made, source)
+    return _model(name, source) if made is None else _pipeline(name, made, source, call)
 
 
 def load_if_pipeline(name: str) -> Any:
@@ -67,6 +72,17 @@ def load_if_pipeline(name: str) -> Any:
         made = find_factory(name)()
         return made if is_pipeline(made) else None
     return load_pipeline(name, list(BUILT_IN))
+
+
+def _parse_call(text: str | None) -> dict[str, Any]:
+    """Return the arguments that `--call` gives."""
+    try:
+        call = json.loads(text) if text is not None else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"call is {text!r:.80}, which is no JSON: {error}") from None
+    if not isinstance(call, dict):
+        raise ValueError(f"call is {text!r:.80}; give an object with the arguments by name")
+    return call
 
 
 def _refuse(source: Mapping[str, Any], names: tuple[str, ...], kind: str) -> None:
@@ -94,17 +110,11 @@ def _model(name: str, source: Mapping[str, Any]) -> Subject:
     )
 
 
-def _pipeline(name: str, pipe: Any, source: Mapping[str, Any]) -> Subject:
+def _pipeline(name: str, pipe: Any, source: Mapping[str, Any], call: dict[str, Any]) -> Subject:
     from drp.diffusers.comparison import PipelineSubject
     from drp.diffusers.devices import move_to_gpu
 
     _refuse(source, OF_MODELS, f"a model of drp's, and {name} is a pipeline; use --call")
-    try:
-        call = json.loads(source["call"]) if source["call"] is not None else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"call is {source['call']!r:.80}, which is no JSON: {error}") from None
-    if not isinstance(call, dict):
-        raise ValueError(f"call is {source['call']!r:.80}; give an object with the arguments by name")
     wanted = {"prompt": "prompt", "negative_prompt": "negative_prompt", "num_inference_steps": "steps"}
     wanted |= {"guidance_scale": "guidance"}
     call |= {argument: source[option] for argument, option in wanted.items() if source[option] is not None}

@@ -13,7 +13,7 @@ from drp.trace import read
 from drp.trace.evaluations import evaluations
 
 WIDTH, HEIGHT = 460, 320
-LEFT, RIGHT, TOP, BOTTOM = 44, 14, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 44, 14, 22, 44
 """The margins of the plot around its axes."""
 
 

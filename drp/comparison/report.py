@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from drp.comparison.charts import HEIGHT, LEFT, WIDTH, plot, timeline
+from drp.comparison.charts import HEIGHT, LEFT, TOP, WIDTH, plot, timeline
 from drp.comparison.choose import DEFAULT_DISTANCE, Choice, choose, speedup
 from drp.comparison.contact_sheet import contact_sheet
 from drp.comparison.store import UNTOUCHED, Store
@@ -45,7 +45,7 @@ def write_reports(
         chosen=chosen,
         chosen_label=cells[chosen.key]["label"] if chosen.key else None,
         plot=plot(list(cells.values()), bound) if cells else None,
-        size=(WIDTH, HEIGHT, LEFT),
+        size=(WIDTH, HEIGHT, LEFT, TOP),
         sheet=contact_sheet(store, seeds) if untouched else None,
         timeline=timeline(cells[shown]["label"], store.samples(shown) / "trace.json") if shown else None,
         notes=notes(store),
@@ -57,7 +57,7 @@ def write_reports(
 
 def heads(measures: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Return the titles of the table's columns."""
-    fixed = ["#", "setting", "rounds", "evaluations", "seconds", "times as fast", "relative L2, mean", "largest"]
+    fixed = ["#", "setting", "times as fast", "relative L2, mean", "largest", "rounds", "evaluations", "seconds"]
     return fixed + [measure["title"] for measure in measures.values()]
 
 
@@ -67,12 +67,12 @@ def row(number: int, cell: Mapping[str, Any], measures: Mapping[str, Mapping[str
     figures = [
         str(number),
         cell["label"],
-        f"{fmean(cell['rounds']):.4g}",
-        f"{fmean(cell['evaluations']):.4g}",
-        f"{median(cell['seconds']):.3f}",
         f"{speedup(cell):.2f}",
         f"{l2['mean']:.4f}",
         f"{l2['max']:.4f}",
+        f"{fmean(cell['rounds']):.4g}",
+        f"{fmean(cell['evaluations']):.4g}",
+        f"{median(cell['seconds']):.3f}",
     ]
     for name, measure in measures.items():
         value = cell["distances"][name][measure["summary"]]
@@ -107,12 +107,19 @@ def notes(store: Store) -> list[str]:
     return found
 
 
+def _in_words(value: Any) -> str:
+    """Return a fact of a comparison as text."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_in_words(each)}" for name, each in value.items() if each is not None)
+    return ", ".join(map(_in_words, value)) if isinstance(value, list) else str(value)
+
+
 def markdown(store: Store, chosen: Choice, rows: Sequence[Sequence[str]], planned: int) -> str:
     """Return report.md."""
     facts, untouched = store.results["facts"], store.results.get(UNTOUCHED)
     titles = heads(store.results.get("measures", {}))
     lines = ["# Drafting compared with the untouched run", ""]
-    lines += [f"- {name}: {value}" for name, value in facts.items() if value is not None]
+    lines += [f"- {name.replace('_', ' ')}: {_in_words(value)}" for name, value in facts.items() if value is not None]
     if untouched:
         lines.append(f"- untouched: {untouched['baseline']}, {median(untouched['seconds']):.3f} s a call")
     if len(rows) < planned:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -116,6 +117,20 @@ def expand(
             f"strides {list(strides)} leave nothing to compare: a window of n drafts moves on by 1 to n steps"
         )
     return list(found.values())
+
+
+def check_values(
+    modes: Sequence[str], drafts: Sequence[int], strides: Sequence[float], tolerances: Sequence[float]
+) -> None:
+    """Raise ValueError for a value that no setting can have, whatever the model and the devices."""
+    if not modes:
+        raise ValueError("modes is empty; name at least one")
+    for mode, n in itertools.product(modes, drafts or (2,)):
+        Drafted(mode, n).make_mode()
+    for stride in strides:
+        Drafted("window", max(2, math.ceil(stride)) if math.isfinite(stride) else 2, stride=stride).make_mode()
+    for tolerance in tolerances:
+        Drafted("adaptive", 2, tolerance=tolerance).make_mode()
 
 
 def fewer_steps(settings: Sequence[Drafted], steps: int) -> list[FewerSteps]:

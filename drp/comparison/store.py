@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,14 +40,14 @@ class Store:
     def __init__(self, folder: Path, facts: Mapping[str, Any], force: bool = False) -> None:
         self.folder = folder
         self.results: dict[str, Any] = {"software": SOFTWARE, "facts": json.loads(json.dumps(facts)), "cells": {}}
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"out is {str(folder)!r}, which is a file; name a folder")
+        check_folder(folder, force)
         path = folder / RESULTS
         if path.exists():
             self._take_over(path, force)
-        elif folder.exists() and any(folder.iterdir()) and not force:
-            raise ValueError(f"out is {str(folder)!r}, a folder with other things in it; name a new one, or use force")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"out is {str(folder)!r}, which cannot be made: {error.strerror}") from None
 
     def _take_over(self, path: Path, force: bool) -> None:
         """Continue an earlier comparison, or remove it."""
@@ -104,6 +105,18 @@ class Store:
         draft = path.with_suffix(".json.part")
         draft.write_text(json.dumps(_plain(self.results), indent=1, allow_nan=False) + "\n")
         draft.replace(path)
+
+
+def check_folder(folder: Path, force: bool = False) -> None:
+    """Raise ValueError unless a comparison can be in this folder: it is new, empty, or has one already."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        what = "which is a file" if there == folder.absolute() else f"and {str(there)!r} is a file"
+        raise ValueError(f"out is {str(folder)!r}, {what}; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"out is {str(folder)!r}, and you may not write to {str(there)!r}; name another folder")
+    if folder.exists() and any(folder.iterdir()) and not (force or (folder / RESULTS).exists()):
+        raise ValueError(f"out is {str(folder)!r}, a folder with other things in it; name a new one, or use force")
 
 
 def read_image(path: Path) -> Tensor:

@@ -219,6 +219,13 @@ def test_an_interrupted_comparison_leaves_a_report_and_goes_on(tmp_path: Path) -
         (["digits", "--prompt", "a cat"], "--prompt goes with a pipeline"),
         (["digits", "--modes", "agressive"], "unknown mode 'agressive'"),
         (["digits", "--drafts", "two"], "is no list of numbers"),
+        (["digits", "--drafts", "0"], "drafts is 0; a round needs at least 1 draft"),
+        (["digits", "--strides", "nan"], "stride is nan"),
+        (["digits", "--tolerances", "-1"], "tolerance is -1.0"),
+        (["digits", "--devices", "2xabacus"], "abacus"),
+        (["digits", "--out", __file__], "test_compare.py', which is a file; name a folder"),
+        (["digits", "--out", f"{__file__}/report"], "test_compare.py' is a file; name a folder"),
+        (["digits", "--out", str(ROOT)], "a folder with other things in it; name a new one"),
         (["digits", "--labels", "11"], "label 11 is out of range"),
         (["drp.diffusers.digits:digits_pipeline", "--labels", "3"], "--labels goes with a model"),
         (["drp.diffusers.digits:digits_pipeline", "--call", "{"], "which is no JSON"),
@@ -236,6 +243,32 @@ def test_bad_input_is_a_line(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--modes", "agressive"], "unknown mode 'agressive'; choose one of sequential, conservative"),
+        (["--out", __file__], "which is a file; name a folder"),
+        (["--call", "{"], "which is no JSON"),
+        (["--devices", "2xabacus"], "abacus"),
+    ],
+)
+def test_bad_input_is_refused_before_a_pipeline_is_loaded(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loads_long.py").write_text("raise AssertionError('it is loaded')")
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["compare", "loads_long:make", *arguments])
+    assert done.exit_code == 1
+    assert message in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="you may not write to"):
+        compare("digits", **ASKED, out=tmp_path / "report")
 
 
 def test_settings() -> None:
