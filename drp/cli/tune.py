@@ -49,20 +49,28 @@ def tables(tuning: Tuning) -> list[Table]:
     found = tuning.calibration
     facts = Table(title="Measured", show_header=False, title_justify="left")
     facts.add_row("untouched run", f"{found.untouched * 1e3:.1f} ms")
-    for width, seconds in found.rounds.items():
-        facts.add_row(f"the slowest evaluation of {width} at once", f"{seconds * 1e3:.2f} ms")
+    for width, took in found.rounds.items():
+        facts.add_row(f"the slowest evaluation of {width} at once", f"{took.slowest * 1e3:.2f} ms")
+        facts.add_row(f"what a round of {width} takes besides", f"{took.loss * 1e3:.2f} ms")
     for size, seconds in found.batches.items():
         facts.add_row(f"a batch of {size} on one device", f"{seconds * 1e3:.2f} ms")
-    for n in found.rounds:
-        facts.add_row(f"loss of a round of {n}", f"{(found.loss.fixed + n * found.loss.each) * 1e3:.2f} ms")
     for device, used in found.memory.items():
         facts.add_row(f"memory, {device}", f"{used / 2**20:,.0f} MiB")
-    columns = ("setting", "drafts a device", "rounds", "predicted, ms", "measured, ms", "distance")
+    columns = (
+        "setting",
+        "drafts a device",
+        "rounds",
+        "predicted, ms",
+        "measured, ms",
+        "off by",
+        "times as fast",
+        "distance",
+    )
     settings = Table(*columns, title="Settings, the fastest first", title_justify="left")
     for c in tuning.candidates[:MAX_ROWS] + [c for c in tuning.candidates[MAX_ROWS:] if c.measured is not None]:
-        measured = "" if c.measured is None else f"{c.measured * 1e3:.1f}"
-        distance = "" if c.distance is None else f"{c.distance:.4f}"
-        row = (c.setting.label, str(c.batch), str(c.rounds), f"{c.predicted * 1e3:.1f}", measured, distance)
+        row = [c.setting.label, str(c.batch), str(c.rounds), f"{c.predicted * 1e3:.1f}"]
+        if c.measured is not None:
+            row += [f"{c.measured * 1e3:.1f}", f"{c.error:+.1%}", f"{c.speedup:.2f}", f"{c.distance:.4f}"]
         settings.add_row(*row)
     devices = Table("devices", "window, predicted, ms", title="Other numbers of devices", title_justify="left")
     for count, predicted in tuning.devices:

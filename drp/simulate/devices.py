@@ -43,8 +43,8 @@ class Device:
         """The latency of the link in one direction, in seconds."""
         return self.emulated.latency
 
-    def seconds(self, run: int, step: int, draws: random.Random) -> float:
-        """Return the time of an evaluation in seconds."""
+    def seconds(self, run: int, step: int, draws: random.Random, width: int = 1) -> float:
+        """Return the time of an evaluation in seconds, in a round of `width` drafts."""
         e = self.emulated
         if self.distribution == "normal":
             return seconds_of(e, run, step)

@@ -164,7 +164,7 @@ class _Simulation:
         worker_slot.drafts.append((run, draft))
         link = worker_slot.device.link
         began = max(began, worker_slot.free_at) + link
-        seconds = worker_slot.device.seconds(run.number, draft.step, self.draws)
+        seconds = worker_slot.device.seconds(run.number, draft.step, self.draws, draft.width)
         seconds = max(0.0, seconds + self._some(self.costs.late))
         worker_slot.free_at = began + seconds + link
         if worker_slot.free_at > worker_slot.fails_at:

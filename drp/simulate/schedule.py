@@ -16,6 +16,8 @@ class ScheduledDraft:
     step: int
     distance: int
     """Steps from the state from which the draft was computed."""
+    width: int = 1
+    """The number of drafts of its round."""
 
 
 class Schedule:
@@ -70,7 +72,7 @@ class Schedule:
             while len(self._out) > r.unawaited_rounds:
                 self.depth = max(self.depth, self._out.popleft()[1])
             self._progress.base = r.base
-            made = [ScheduledDraft(k, k - r.base) for k in r.predict]
+            made = [ScheduledDraft(k, k - r.base, len(r.predict)) for k in r.predict]
             self._progress.in_flight.append(r)
             self._out.append((set(made), self.depth + 1))
             drafts += made
