@@ -45,18 +45,26 @@ class GpuWeights:
     others: those of the workers, but for that one.
     ipc: whether processes can share GPU memory here. Otherwise workers copy weights from the host.
     exported: collects the memory, which must not be freed before the workers have ended.
+    places: where weights are that were moved there, for publishers that follow one another.
     """
 
     home: str
     others: tuple[str, ...]
     ipc: bool
     exported: list[GpuMemory] = field(default_factory=list)
+    places: dict[Key, tuple[_Weights, TensorLocation]] = field(default_factory=dict)
 
     def create(self, nbytes: int, gpu: str) -> GpuMemory:
         """Allocate memory; it is freed when it was closed and no tensor uses it. Raises MemoryError or CudaError."""
         memory = GpuMemory.create(nbytes, gpu, GpuMemory.free_with_tensors)
         self.exported.append(memory)
         return memory
+
+    def close(self) -> None:
+        """Free the memory as soon as the pipelines whose weights are in it are gone; the workers have ended."""
+        self.places.clear()
+        while self.exported:
+            self.exported.pop().close()
 
 
 @dataclass(eq=False)
@@ -101,7 +109,7 @@ class Publisher:
     def __init__(self, gpus: GpuWeights | None = None) -> None:
         self._gpus = gpus
         self._host: list[SharedMemory] = []
-        self._places: dict[Key, tuple[_Weights, TensorLocation]] = {}
+        self._places: dict[Key, tuple[_Weights, TensorLocation]] = {} if gpus is None else gpus.places
         self._copies: dict[str, _Copies] = {}
         self._latest: dict[str, tuple[Source, Json, SharedMemory]] = {}
 
@@ -173,6 +181,8 @@ class Publisher:
                 self._places[_key(moved)] = block, place
             _synchronize(device)  # Workers read them on streams of their own.
             block.follow()
+        if fresh and self._gpus is not None and self._gpus.ipc:
+            free_cached()
 
     def _create(self, nbytes: int, device: torch.device) -> _Weights:
         """Allocate a block of weights, and its copies."""
@@ -233,6 +243,8 @@ class Publisher:
     def close(self) -> None:
         """Give the descriptors back: nobody can open the memory any more; the pipeline's weights stay in it."""
         self._copies.clear()
+        for key in [key for key, (weights, _) in self._places.items() if weights.block.host is not None]:
+            del self._places[key]
         for memory in self._host:
             memory.close()
         self._host.clear()
@@ -263,6 +275,12 @@ def _groups(weights: Sequence[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
         nbytes += same[0].nbytes
     if group:
         yield group
+
+
+def free_cached() -> None:
+    """Give back what torch keeps of the GPU's memory where the weights were: workers there are other processes."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no types for it
+        torch.cuda.empty_cache()
 
 
 def _synchronize(device: torch.device) -> None:

@@ -14,14 +14,13 @@ from torch import Tensor
 from drp.diffusers.devices import gpu_of, weights_of
 from drp.diffusers.evaluators import Session
 from drp.diffusers.program import PROGRAM, Program, to_tensor
-from drp.diffusers.publish import Publisher
+from drp.diffusers.publish import GpuWeights, Publisher
 from drp.diffusers.pytree import Json
 from drp.leader.devices import Devices, parse_devices
 from drp.leader.events import Timeline
 from drp.leader.execution import ExecutionOptions
 from drp.leader.leader import Leader, WorkerStatus
 from drp.leader.scheduling.policies import Policy
-from drp.protocol.cuda import GpuMemory
 from drp.trace.record import record
 
 MODEL = "drp.diffusers.worker:load"
@@ -67,7 +66,8 @@ class Workers:
         self.threads = threads or max(1, torch.get_num_threads() // len(placed))
         self.drafts_per_device = drafts_per_device
         self._gpus = [device.gpu for device in placed]
-        self._exported: list[GpuMemory] = []
+        self._weights: dict[str, GpuWeights] = {}
+        """By the GPU of their pipeline."""
         self._leader = Leader(
             MODEL,
             devices=devices,
@@ -94,9 +94,11 @@ class Workers:
         Raises ValueError if the workers are on devices of another kind.
         """
         gpus = weights_of(gpu_of(device), self._gpus, self._leader.shares_gpu_memory)
-        if gpus is not None:
-            gpus.exported = self._exported
-        return Publisher(gpus)
+        if gpus is None:
+            return Publisher()
+        kept = self._weights.setdefault(gpus.home, gpus)
+        kept.ipc = gpus.ipc  # A worker that has replaced another may have shown that it is not possible.
+        return Publisher(kept)
 
     def bind(
         self,
@@ -115,8 +117,8 @@ class Workers:
 
     def close(self) -> None:
         self._leader.close()
-        while self._exported:
-            self._exported.pop().close()
+        for weights in self._weights.values():
+            weights.close()
 
     def __enter__(self) -> Workers:
         return self

@@ -62,9 +62,8 @@ class GpuMemory:
     ) -> None:
         self._address, self._event, self._handle, self._keep = address, event, handle, keep
         self.nbytes, self.device = handle.nbytes, torch.device("cuda", index)
-        # torch finds the device by the address; a different one here would make this a copy.
         self._span = _Span(address, handle.nbytes)
-        self._bytes = torch.as_tensor(self._span, device=self.device)
+        self._bytes = _as_tensor(self._span, address, (index, torch.cuda.current_device()))
 
     @classmethod
     def create(cls, nbytes: int, uuid: str, keep: Callable[[GpuMemory], None]) -> GpuMemory:
@@ -301,6 +300,20 @@ class _Span:
         }
 
 
+def _as_tensor(span: _Span, address: int, devices: Sequence[int]) -> Tensor:
+    """Return the bytes there as a tensor, for which torch finds the device by the address.
+
+    Of a peer's memory it may find the GPU that has opened it, or the one that it lies on; for any other it would return
+    a copy. Memory is used by calls inside inference mode and outside, for which the tensor must not be made in it.
+    """
+    with torch.inference_mode(mode=False):
+        for index in devices:
+            made = torch.as_tensor(span, device=torch.device("cuda", index))
+            if made.data_ptr() == address:
+                return made
+    raise CudaError(f"torch does not find that memory on {', '.join(f'cuda:{index}' for index in devices)}")
+
+
 def _free(address: int, event: int, device: torch.device) -> None:
     with torch.cuda.device(device):
         torch.cuda.synchronize()
@@ -320,6 +333,20 @@ def invert_probe(memory: GpuMemory) -> None:
 def is_inverted(memory: GpuMemory, pattern: Tensor) -> bool:
     """Whether a peer has turned over what was this pattern, uint8 on the host."""
     return torch.equal(memory.tensor(0, (memory.nbytes,), torch.uint8).cpu(), 255 - pattern)
+
+
+def pin(address: int, nbytes: int) -> bool:
+    """Pin memory of the host, so that copies from and to it are asynchronous; return whether that is possible here."""
+    try:
+        _call("cudaHostRegister", ctypes.c_void_p(address), ctypes.c_size_t(nbytes), 0)
+    except CudaError:
+        return False
+    return True
+
+
+def unpin(address: int) -> None:
+    """Let go of memory that was pinned."""
+    _call("cudaHostUnregister", ctypes.c_void_p(address))
 
 
 @functools.cache

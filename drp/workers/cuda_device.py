@@ -9,17 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from drp.errors import CudaError
+from drp.models.finite import check_finite
 from drp.models.gpu import in_dtype, warmed
 from drp.models.registry import Denoiser
 from drp.nvtx import annotate, annotate_methods
 from drp.protocol.arena import Arena
-from drp.protocol.cuda import GpuMemory, index_of, invert_probe
+from drp.protocol.cuda import GpuMemory, index_of, invert_probe, pin, unpin
 from drp.protocol.handles import GpuHandle
 from drp.protocol.messages import GpuConfig
 from drp.workers.cuda_errors import is_unrecoverable
@@ -35,7 +35,6 @@ class CudaDevice:
         torch.cuda.set_device(self.device)
         torch.cuda.set_stream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]  # torch has no types for it
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types for it
-        self._runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch has no types for it
         self._opened: dict[bytes, GpuMemory] = {}
         self._pinned: dict[int, int] = {}
 
@@ -100,14 +99,14 @@ class CudaDevice:
         arena.memory.wait_event()
         if arena.memory.device.type == "cpu":
             start = arena.drafts.untyped_storage().data_ptr()
-            if not int(self._runtime.cudaHostRegister(start, arena.memory.nbytes, 0)):
+            if pin(start, arena.memory.nbytes):
                 self._pinned[run] = start  # Else copies go by way of the driver's own buffer: slower, no worse.
         arena.cond = {name: value.to(self.device) for name, value in arena.cond.items()}
         self._synchronize()
 
     def unbind(self, run: int) -> None:
         if run in self._pinned:
-            self._runtime.cudaHostUnregister(self._pinned.pop(run))
+            unpin(self._pinned.pop(run))
 
     def evaluate(
         self,
@@ -117,13 +116,20 @@ class CudaDevice:
         timesteps: Sequence[float],
         outputs: Sequence[Mapping[str, Tensor]],
     ) -> float:
-        """Evaluate as `Denoiser.evaluate_batch` does, wherever the drafts lie; return when everything is finished."""
+        """Evaluate as `Denoiser.evaluate_batch` does, wherever the drafts lie; return when everything is finished.
+
+        Raises FloatingPointError if a prediction is not finite.
+        """
         arena.memory.wait_event()
         made = [{name: torch.empty_like(value, device=self.device) for name, value in each.items()} for each in outputs]
-        denoiser.evaluate_batch(self.copy_in(inputs), timesteps, arena.cond, made)
+        here = self.copy_in(inputs)
+        denoiser.evaluate_batch(here, timesteps, arena.cond, made)
         self.copy_out(made, outputs)
         self._synchronize()
-        return time.perf_counter()
+        finished = time.perf_counter()
+        for given, mine in zip(here, made, strict=True):
+            check_finite(mine, given)  # Not in the arena, where it would compute on another process's GPU.
+        return finished
 
     def copy_in(self, inputs: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Return the drafts on this GPU, copied if they lie elsewhere."""

@@ -273,13 +273,11 @@ class Worker:
 
         def evaluate() -> float:
             assert self._denoiser is not None
-            if self._device is None:
-                predicted = self._denoiser.evaluate_batch(work.inputs, work.timesteps, work.arena.cond, work.outputs)
-            else:
-                predicted = self._device.evaluate(self._denoiser, work.arena, work.inputs, work.timesteps, work.outputs)
-            if self._device is None or not work.draft.sequence:  # Else the completion record reports it.
-                for given, made in zip(work.inputs, work.outputs, strict=True):
-                    check_finite(made, given)
+            if self._device is not None:
+                return self._device.evaluate(self._denoiser, work.arena, work.inputs, work.timesteps, work.outputs)
+            predicted = self._denoiser.evaluate_batch(work.inputs, work.timesteps, work.arena.cond, work.outputs)
+            for given, made in zip(work.inputs, work.outputs, strict=True):
+                check_finite(made, given)
             return predicted
 
         nbytes = sum(tensor.nbytes for each in work.inputs for tensor in each.values())

@@ -98,6 +98,25 @@ def guided(pipe: Any, steps: int = 8, between: Callable[[Any, bool], None] = lam
     return torch.as_tensor(x)
 
 
+def test_a_callback_may_add_a_hook_to_a_part_of_the_denoiser() -> None:
+    pipe = euler()
+
+    def call(pipe: Any) -> torch.Tensor:
+        handles = []
+
+        def hook(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+            if i == 2:
+                handles.append(pipe.unet.mid_block.register_forward_hook(lambda module, args, result: result * 0.5))
+            return {}
+
+        made = run(pipe, {**CHEAP, "callback_on_step_end": hook})
+        handles[0].remove()
+        return made
+
+    parallel = exact(pipe, call)
+    assert "forward hooks" in parallel.report.calls[0].sequential
+
+
 def test_a_module_that_is_another_for_each_branch_is_not_drafted() -> None:
     pipe = euler()
     torch.manual_seed(3)

@@ -77,6 +77,51 @@ def test_each_gpu_has_the_weights_once_and_that_of_the_pipeline_its_own(workers:
     assert on_host.inode(weight.data_ptr()) == home  # after the `with`, too
 
 
+def test_weights_are_moved_once_for_parallelizations_that_follow_one_another(workers: Workers) -> None:
+    """What was moved stays until the workers are closed: to move it anew each time would fill the GPUs."""
+    pipe = sdxl()
+    sizes = []
+    for _ in range(3):
+        with parallelize(pipe, workers, "aggressive") as parallel:
+            run(pipe, SDXL)
+        drafted(parallel.report.calls[0])
+        sizes.append(sum(len(weights.exported) for weights in workers._weights.values()))
+    assert sizes == sizes[:1] * 3
+    pipe.unet.conv_in.weight.data.mul_(1.1)  # between two of them
+    with reference(pipe, devices="3xcuda", mode="aggressive"):
+        changed = run(pipe, SDXL)
+    with parallelize(pipe, workers, "aggressive"):
+        assert torch.equal(run(pipe, SDXL), changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_and_another_memory_format(dtype: torch.dtype, workers: Workers) -> None:
+    pipe = sdxl()
+    pipe.to(dtype)
+    pipe.unet.to(memory_format=torch.channels_last)
+    options = {n: v.to(dtype) if isinstance(v, torch.Tensor) else v for n, v in SDXL.items()}
+    untouched = run(pipe, options)
+    with reference(pipe, devices="3xcuda", mode="aggressive"):
+        expected = run(pipe, options)
+    with parallelize(pipe, workers, "aggressive") as parallel:
+        assert torch.equal(run(pipe, options), expected)
+    drafted(parallel.report.calls[0])
+    with parallelize(pipe, workers, drafts=1) as parallel:
+        assert torch.equal(run(pipe, options), untouched)
+    assert not parallel.report.calls[0].sequential
+
+
+def test_calls_inside_inference_mode_and_outside(workers: Workers) -> None:
+    pipe = sdxl()
+    untouched = run(pipe, SDXL)
+    with parallelize(pipe, workers, drafts=1) as parallel:
+        with torch.inference_mode():
+            inside = run(pipe, SDXL)
+        assert torch.equal(run(pipe, SDXL), untouched)
+    assert torch.equal(inside, untouched)
+    assert not any(call.sequential for call in parallel.report.calls)
+
+
 def test_weights_that_change_in_place_are_followed_on_all_gpus(workers: Workers) -> None:
     pipe = sdxl()
     with reference(pipe, devices="3xcuda", mode="aggressive"):

@@ -137,8 +137,8 @@ class MemoryPlacement:
             return ""
         if not unreached and is_inverted(self._probes[number], self._pattern):
             return ""
-        if self._gpus[number] == self._uuid:  # Another GPU may merely be no peer.
-            self.shares_gpu_memory = False
+        if self._gpus[number] == self._uuid or self._uuid not in self._gpus:
+            self.shares_gpu_memory = False  # Else that GPU may merely be no peer: a worker on this one shows it.
         why = f"{worker} cannot reach the memory of {self._uuid}: {unreached or 'what it wrote did not arrive'}"
         if len(self._all) > len(self._free) + len(self._probes):
             return why
