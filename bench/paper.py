@@ -6,11 +6,13 @@
 Sequential, conservative and aggressive with the paper's drafts for n = 2, 3 and 4, and the default window; caption i
 has seed i. With `digits` the features of its classifier stand in for Inception's, the sequential samples for the
 reference images of FID, and the share of samples that are read as asked for CLIP: figures of digits say nothing of text
-to image. Metrics whose package or weights are missing are left out, and named.
+to image. `--write` puts their rounds and metrics into docs/compare.md. Metrics whose package or weights are missing are
+left out, and named.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 from bench.paper_metrics import Frechet, Metric, Score, make_metrics
+from bench.tables import update
 from drp.comparison.models import ModelSubject
 from drp.comparison.settings import Drafted
 from drp.comparison.subject import Sample
@@ -86,11 +89,22 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def write_table(rows: Sequence[Row], count: int) -> None:
+    """Put rounds and metrics into docs/compare.md; times of digits are those of two cores, and left out."""
+    names = list(rows[0].metrics)
+    head = f"| {count} samples of digits | rounds | {' | '.join(names)} |"
+    lines = {
+        row.label: f"| {row.label} | {row.rounds:.4g} | {' | '.join(f'{row.metrics[name]:.3f}' for name in names)} |"
+        for row in rows
+    }
+    update("paper", head, lines, lines, Path(__file__).parent.parent / "docs" / "compare.md")
+
+
 @contextmanager
 def digits(devices: str, steps: int) -> Iterator[Callable[[Drafted | None], Sampler]]:
     """Yield what makes a sampler of `digits` for a setting, None for the sequential run."""
     with ModelSubject("digits", LeaderOptions(devices=devices), steps=steps) as subject:
-        yield lambda setting: lambda i: subject.run(setting, i)
+        yield lambda setting: functools.cache(lambda i: subject.run(setting, i))
 
 
 def digits_metrics(sample: Sampler, count: int) -> list[Metric]:
@@ -144,6 +158,7 @@ def pipeline(
 @click.option("--steps", type=click.IntRange(2), help="By default a pipeline's own, and 48 of digits.")
 @click.option("--devices", default="2", show_default=True)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="JSON.")
+@click.option("--write", is_flag=True, help="Put rounds and metrics of digits into the table of docs/compare.md.")
 def main(
     path: str,
     captions: Path | None,
@@ -155,8 +170,11 @@ def main(
     steps: int | None,
     devices: str,
     out: Path | None,
+    write: bool,
 ) -> None:
     """Print the paper's table for a pipeline."""
+    if write and path != "digits":
+        raise click.UsageError("--write goes with --pipeline digits")
     if path == "digits":
         number = count or 200
         texts = [str(i % 10) for i in range(number)]
@@ -169,11 +187,12 @@ def main(
         opened = pipeline(path, devices, texts, steps)
     with opened as samplers:
         missing: dict[str, str] = {}
+        sequential = samplers(None)
         if path == "digits":
-            chosen: list[Metric] = digits_metrics(samplers(None), number)
+            chosen: list[Metric] = digits_metrics(sequential, number)
         else:
             chosen, missing = make_metrics(metrics.split(","), reference_stats, {"clip": clip, "pickscore": pickscore})
-        rows = [evaluate("sequential", samplers(None), number, texts, chosen, None)]
+        rows = [evaluate("sequential", sequential, number, texts, chosen, None)]
         for setting in settings():
             rows.append(evaluate(setting.label, samplers(setting), number, texts, chosen, rows[0].seconds))
             click.echo(f"{setting.label}: done", err=True)
@@ -183,6 +202,8 @@ def main(
         click.echo(f"Left out: {name}, because {reason}.")
     if path == "digits":
         click.echo("The classifier's features and its reading stand in for Inception and CLIP.")
+    if write:
+        write_table(rows, number)
     if out is not None:
         out.write_text(json.dumps([vars(row) for row in rows], indent=1) + "\n")
 
