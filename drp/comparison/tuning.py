@@ -17,6 +17,7 @@ from drp.comparison.subject import Sample, Subject
 MODES = ("window", "aggressive", "conservative")
 """The modes whose rounds are known before a run; those of the adaptive mode depend on the samples."""
 TRIED_RUNS = 5
+LEAST_STEPS = 3
 NOTHING = 0.02
 """The share of the time below which further devices gain nothing."""
 VARIED = 1.2
@@ -61,6 +62,8 @@ class Tuning:
 
 def tune(subject: Subject, report: Report = lambda _: None) -> Tuning:
     """Measure, predict, try the best setting of each mode, and say what to use and what other devices would change."""
+    if subject.steps < LEAST_STEPS:
+        raise ValueError(f"steps is {subject.steps}; a round of two drafts needs {LEAST_STEPS} steps or more")
     with tempfile.TemporaryDirectory(prefix="drp-tune") as folder:
         trace = Path(folder, "trace.json")
         with subject:

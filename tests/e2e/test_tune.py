@@ -102,3 +102,10 @@ def test_the_command_prints_json() -> None:
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert {"calibration", "candidates", "devices", "best", "code", "advice"} == set(found)
+
+
+def test_too_few_steps_are_refused_before_workers_start() -> None:
+    with pytest.raises(ValueError, match="steps is 2; a round of two drafts needs 3 steps or more"):
+        tune(ModelSubject("digits", LeaderOptions(devices=2), steps=2))
+    leader = LeaderOptions(devices="2xemulated:2ms:values=cheap")
+    assert tune(ModelSubject("digits", leader, steps=3)).best.rounds == 2
