@@ -35,6 +35,7 @@ from drp.models.classifier import load_classifier
 from drp.pipelines import load_pipeline
 
 NUMBERS = (2, 3, 4)
+PAGE = Path(__file__).parent.parent / "docs" / "compare.md"
 PAPER = "1.4 to 3.7 times as fast; FID and CLIP on par; PickScore 0.17 and HPSv2.1 0.43 lower on average"
 """What the paper's abstract reports, on MS-COCO and up to four GPUs."""
 
@@ -89,15 +90,15 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_table(rows: Sequence[Row], count: int) -> None:
-    """Put rounds and metrics into docs/compare.md; times of digits are those of two cores, and left out."""
+def write_table(rows: Sequence[Row], count: int, page: Path = PAGE) -> None:
+    """Put rounds and metrics into a page; times of digits are those of two cores, and left out."""
     names = list(rows[0].metrics)
     head = f"| {count} samples of digits | rounds | {' | '.join(names)} |"
     lines = {
         row.label: f"| {row.label} | {row.rounds:.4g} | {' | '.join(f'{row.metrics[name]:.3f}' for name in names)} |"
         for row in rows
     }
-    update("paper", head, lines, lines, Path(__file__).parent.parent / "docs" / "compare.md")
+    update("paper", head, lines, lines, page)
 
 
 @contextmanager

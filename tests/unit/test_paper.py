@@ -12,6 +12,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from bench.paper import Row, write_table
 from bench.paper_metrics import Frechet, MissingError, Score, clip_score, make_metrics, pick_score, reference_stats
 from bench.quality import frechet, frechet_of_moments
 
@@ -92,3 +93,14 @@ def test_scores_are_means_and_what_is_missing_is_named(tmp_path: Path) -> None:
     assert "is not here" in missing["clip"]
     with pytest.raises(ValueError, match="metric 'is' does not exist"):
         make_metrics(["is"], None, {})
+
+
+def test_the_table_in_the_docs(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- paper -->\n| old |\n<!-- end of paper -->\nafter\n")
+    rows = [Row("sequential", 48.0, 1.0, 1.0, {"FID": 0.0}), Row("window, n = 4", 17.0, 0.4, 2.5, {"FID": 1.23456})]
+    write_table(rows, 20, page)
+    lines = page.read_text().splitlines()
+    assert lines[2] == "| 20 samples of digits | rounds | FID |"
+    assert lines[4:6] == ["| sequential | 48 | 0.000 |", "| window, n = 4 | 17 | 1.235 |"]
+    assert (lines[0], lines[-1]) == ("before", "after")
