@@ -1,7 +1,7 @@
 """The host in the place of a GPU: leader, workers and messages as they are, with a memfd where CUDA IPC would be.
 
-What is left out is what only a GPU can do: its streams, and captured graphs. `python -m tests.on_host` is the
-interpreter of such workers; every step of theirs that is worth knowing goes to the file that DRP_TEST_STEPS names.
+What is left out is what only a GPU can do: its streams, and the replay of captured graphs. `python -m tests.on_host` is
+the interpreter of such workers; every step of theirs that is worth knowing goes to the file that DRP_TEST_STEPS names.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.cuda import nvtx
+from torch.utils._pytree import tree_leaves
 
 from drp import ModelSpec, doctor_peer
 from drp.errors import CudaError
@@ -27,6 +28,7 @@ from drp.leader.devices import Device, parse_devices
 from drp.leader.gpus import Gpu
 from drp.leader.memory import placement
 from drp.leader.supervision import startup
+from drp.models import gpu as models_gpu
 from drp.protocol.arena import Arena
 from drp.protocol.handles import GpuHandle, Handle
 from drp.protocol.memory import Memory, SharedMemory
@@ -101,6 +103,24 @@ class HostSeat(cuda_device.CudaDevice):
     def unbind(self, run: int) -> None: ...
 
     def _synchronize(self) -> None: ...
+
+
+def capture(
+    self: models_gpu.Graphs, function: Callable[[], Any], device: torch.device, restore: Callable[[], object]
+) -> tuple[Callable[[], object], Any]:
+    """Capture as a GPU does, except that a replay calls the function: with the same arguments, to the same places."""
+    for _ in range(models_gpu.WARM):
+        function()
+        restore()
+    output = function()
+    restore()
+    step("captured")
+
+    def replay() -> None:
+        for place, made in zip(tree_leaves(output), tree_leaves(function()), strict=True):
+            place.copy_(made)
+
+    return replay, output
 
 
 def invert_probe(memory: Memory) -> None:
@@ -207,6 +227,7 @@ def _stand_in() -> None:
     nvtx.range_push = lambda name: step("range", name=name)
     nvtx.range_pop = lambda: step("end")
     vars(cuda_device).update(CudaDevice=HostSeat, GpuMemory=Lent, invert_probe=invert_probe)
+    models_gpu.Graphs._capture = capture  # type: ignore[method-assign]  # the worker's own code, in the worker's own process
     vars(doctor_peer).update(GpuMemory=Lent, invert_probe=invert_probe)
     doctor_peer._sit_down = lambda uuid: None
 

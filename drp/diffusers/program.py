@@ -88,6 +88,11 @@ class Program:
             return None
         return replace(self, parts=2, batch=next(iter(sizes)))
 
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether running it reads no number on the host, so that it can be captured as a CUDA graph."""
+        return self.parts == 1 and not any(leaf.on_host for call in self.calls for leaf in call.leaves)
+
     def merge(self, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Return all results, given what each part has written; views or copies."""
         merged = dict(outputs[0])
@@ -135,7 +140,7 @@ class Program:
                 for place, tensor in enumerate(results):
                     known[number, place] = tensor
                     for part, out in zip(tensor.chunk(len(inputs)), outputs, strict=True):
-                        _write(part, out[output_name(number, place)])
+                        write(part, out[output_name(number, place)])
 
     def _stack(
         self,
@@ -173,7 +178,7 @@ class Program:
                 raise TypeError(f"{call.module} returned {len(results)} tensors; it has returned {call.results}")
             for place, tensor in enumerate(results):
                 known[number, place] = tensor
-                _write(tensor, self._own(outputs[output_name(number, place)], part))
+                write(tensor, self._own(outputs[output_name(number, place)], part))
 
     def _tensor(
         self,
@@ -214,7 +219,8 @@ def with_stride(tensor: Tensor, stride: Sequence[int]) -> Tensor:
     return laid.copy_(once).expand(tensor.shape)
 
 
-def _write(tensor: Tensor, out: Tensor) -> None:
+def write(tensor: Tensor, out: Tensor) -> None:
+    """Write a result, or a part of it, to its place; raise TypeError unless it has the place's shape and dtype."""
     if tensor.shape != out.shape or tensor.dtype != out.dtype:
         raise TypeError(
             f"a module returned {tensor.dtype} {list(tensor.shape)}; it has returned {out.dtype} {list(out.shape)}"

@@ -9,10 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from drp.diffusers.program import PROGRAM, Program, from_bytes
+from drp.diffusers.program import PROGRAM, Program, from_bytes, write
 from drp.diffusers.pytree import Json
 from drp.diffusers.sources import Block, TensorLocation, load_signed
 from drp.diffusers.structure import make
+from drp.models.gpu import Graphs
 from drp.models.state import ModuleState
 from drp.protocol.handles import GpuHandle, Handle
 from drp.protocol.memory import LocalMemory, Memory, SharedMemory
@@ -44,10 +45,12 @@ class Programs:
         """By number, modules and the numbers of their blocks."""
         self._uploads: dict[int, tuple[int, LocalMemory]] = {}
         """By number, the version and the copy of blocks that are on the host, for a GPU that shares no memory."""
+        self._graphs: Graphs | None = None
 
     def use_gpu(self, gpu: Gpu) -> None:
-        """Run on this GPU from now on."""
+        """Run on this GPU from now on, by CUDA graphs if its configuration says so."""
         self._gpu = gpu
+        self._graphs = Graphs() if gpu.config.graphs else None
 
     def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Refuse: a program's drafts are more than a state."""
@@ -70,13 +73,43 @@ class Programs:
         outputs: Sequence[Mapping[str, Tensor]],
     ) -> None:
         """Write the program's results for several drafts into their `outputs`."""
-        program, modules, state = self._program(self._text(cond[PROGRAM]))
+        text = self._text(cond[PROGRAM])
+        program, modules, state = self._program(text)
         try:
             # Compiled code, and what a module keeps for later, must not consist of tensors of inference mode.
             with torch.inference_mode(False), torch.no_grad():
-                program.run_batch(modules, inputs, cond, outputs)
+                if self._graphs is not None and program.can_be_captured:
+                    self._replay(self._graphs, text, inputs, cond, outputs)
+                else:
+                    program.run_batch(modules, inputs, cond, outputs)
         finally:
             state.restore()
+
+    def _replay(
+        self,
+        graphs: Graphs,
+        text: bytes,
+        inputs: Sequence[Mapping[str, Tensor]],
+        cond: Mapping[str, Tensor],
+        outputs: Sequence[Mapping[str, Tensor]],
+    ) -> None:
+        """Do as `fill_batch` by a CUDA graph, whose arguments are copies of the drafts and conditions."""
+        program, modules, state = self._programs[text]
+        drafts = [{name: f"draft {number} {name}" for name in draft} for number, draft in enumerate(inputs)]
+        conditions = {name: f"cond {name}" for name in cond if name != PROGRAM}
+
+        def run(given: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+            made = [{name: torch.empty_like(out) for name, out in each.items()} for each in outputs]
+            own = [{name: given[place] for name, place in draft.items()} for draft in drafts]
+            program.run_batch(modules, own, {name: given[place] for name, place in conditions.items()}, made)
+            return made
+
+        given = {place: cond[name] for name, place in conditions.items()}
+        for draft, names in zip(inputs, drafts, strict=True):
+            given.update((place, draft[name]) for name, place in names.items())
+        for each, made in zip(outputs, graphs(run, given, state.restore, text), strict=True):
+            for name, out in each.items():
+                write(made[name], out)
 
     def _text(self, program: Tensor) -> bytes:
         """Return a condition's bytes, which are on the GPU, and fetched once a run."""
@@ -91,6 +124,8 @@ class Programs:
             modules = {name: self._module(source) for name, source in sources.items()}
             self._programs[text] = program, modules, ModuleState(*modules.values())
             _forget(self._programs)
+            if self._graphs is not None:
+                self._graphs.retain(self._programs)
         return self._programs[text]
 
     def _module(self, json: Json) -> nn.Module:

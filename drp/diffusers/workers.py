@@ -31,6 +31,8 @@ class Workers:
 
     devices, start_timeout, draft_timeout, policy, execution: as of `drp.LeaderOptions`. On GPUs, latents lie in the
         memory of the first one, or where `execution` says. The weights of pipelines that were used stay until `close`.
+        With `ExecutionOptions(graphs=True)`, workers on GPUs capture a step's calls as a CUDA graph, at the first draft
+        of each shape.
     drafts_per_device: evaluate so many drafts of a round as one batch, where the pipeline's calls can be stacked.
     threads: of each worker; by default an equal share of this process's.
     """
@@ -54,10 +56,10 @@ class Workers:
                 "devices holds RemoteWorkers: a pipeline's weights are in this machine's shared memory, which workers "
                 "on other machines cannot open; name devices of this machine"
             )
-        if execution is not None and (execution.compile or execution.graphs):
+        if execution is not None and execution.compile:
             raise ValueError(
-                "compile and graphs are for models of a drp.Leader; compile the pipeline's module, as by "
-                "pipe.unet.compile(): workers do the same"
+                "compile is for models of a drp.Leader; compile the pipeline's module, as by pipe.unet.compile(): "
+                "workers do the same"
             )
         if execution is not None and execution.dtype is not None:
             raise ValueError(

@@ -24,7 +24,7 @@ class ExecutionOptions:
     dtype: the dtype of the weights and of the evaluation, "float16" or "bfloat16"; by default the model's own. States
         and predictions stay float32.
     compile: compile the model with torch.compile.
-    graphs: capture evaluations as CUDA graphs, one for each shape.
+    graphs: capture evaluations as CUDA graphs, one for each shape; of pipelines, the calls of a step.
     memory: "auto" places runs in the memory of the first worker's GPU if all workers can access it, else on the host.
         "host" always places them on the host; workers then copy drafts to their GPU and predictions back. The UUID of a
         GPU places them there, whether it has a worker or not.

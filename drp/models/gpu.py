@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from torch import Tensor
 from drp.models.registry import Denoiser, Predict
 from drp.protocol.memory import DTYPES
 from drp.protocol.messages import GpuConfig
+
+T = TypeVar("T")
 
 WARM = 3
 """Evaluations before a capture, in which libraries choose their algorithms and allocate memory."""
@@ -59,7 +61,7 @@ def warmed(denoiser: Denoiser, device: torch.device, how: GpuConfig) -> Denoiser
     if how.dtype:
         predict = Cast(predict, DTYPES[how.dtype])
     if how.graphs:
-        predict = Captured(predict)
+        predict = Captured(predict, denoiser.state.restore)
     ready = replace(denoiser, predict=predict)
     examples: Any = getattr(module, "examples", tuple)
     for x, t, cond in examples():
@@ -132,36 +134,56 @@ def _ordinary(value: Tensor) -> Tensor:
     return value.clone() if value.is_inference() else value
 
 
-class Captured:
-    """A denoiser as CUDA graphs, captured at the first call of each shape and replayed afterwards.
+class Graphs:
+    """Functions of named tensors as CUDA graphs, captured at the first call with each shape and replayed afterwards.
 
-    The denoiser must not read values on the host, nor keep its arguments. Its result is valid until the next call of
-    any shape: all graphs share one memory pool, which is safe because they are replayed one after the other in one
+    A function must not read values on the host, nor keep its arguments. Its results are valid until the next call of
+    any function: all graphs share one memory pool, which is safe because they are replayed one after the other in one
     stream.
     """
 
-    def __init__(self, predict: Predict) -> None:
-        self._predict = predict
-        self._graphs: dict[object, tuple[Callable[[], object], dict[str, Tensor], Tensor]] = {}
+    def __init__(self) -> None:
+        self._graphs: dict[tuple[object, object], tuple[Callable[[], object], Any, dict[str, Tensor]]] = {}
         self._stream: Any = None
         self._pool: Any = None
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        given = _named(x, t, cond)
-        key = _shapes(given)
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def retain(self, names: Container[object]) -> None:
+        """Free the graphs of functions with other names than these."""
+        self._graphs = {key: graph for key, graph in self._graphs.items() if key[0] in names}
+
+    def __call__(
+        self,
+        function: Callable[[dict[str, Tensor]], T],
+        given: Mapping[str, Tensor],
+        restore: Callable[[], object],
+        name: object = None,
+    ) -> T:
+        """Return what a function returns for these tensors.
+
+        Args:
+            function: called for the capture only; `name` says which it is.
+            given: its argument, or tensors like it in the other calls.
+            restore: undoes what the function has written, between the evaluations that precede a capture and its own.
+        """
+        key = name, _shapes(given)
         with torch.inference_mode(mode=False), torch.no_grad():  # Calls in either mode write to the graph's inputs.
             if key not in self._graphs:
-                self._graphs[key] = self._capture(given)
-            replay, inputs, output = self._graphs[key]
-            for name, value in given.items():
-                inputs[name].copy_(value)
+                inputs = {each: value.clone() for each, value in given.items()}
+                device = next(iter(inputs.values())).device
+                self._graphs[key] = *self._capture(lambda: function(dict(inputs)), device, restore), inputs
+            replay, output, inputs = self._graphs[key]
+            for each, value in given.items():
+                inputs[each].copy_(value)
         replay()
-        return output
+        return cast("T", output)
 
-    def _capture(self, given: Mapping[str, Tensor]) -> tuple[Callable[[], object], dict[str, Tensor], Tensor]:
-        inputs = {name: value.clone() for name, value in given.items()}
-        cond = {name.removeprefix("cond "): value for name, value in inputs.items() if name.startswith("cond ")}
-        device = inputs["x"].device
+    def _capture(
+        self, function: Callable[[], T], device: torch.device, restore: Callable[[], object]
+    ) -> tuple[Callable[[], object], T]:
+        """Return what replays a function without arguments, and what it returns each time."""
         if self._stream is None:  # torch's default capture stream is on the GPU where it was used first.
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
             self._pool = torch.cuda.graph_pool_handle()
@@ -170,17 +192,32 @@ class Captured:
             self._stream.wait_stream(mine)
             with torch.cuda.stream(self._stream):
                 for _ in range(WARM):
-                    self._predict(inputs["x"], inputs["t"], cond)
+                    function()
+                    restore()
             mine.wait_stream(self._stream)
             graph: Any = torch.cuda.CUDAGraph()
             try:
                 # Other threads of this program may allocate in the meantime: capture only this thread's operations.
                 with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                    output = self._predict(inputs["x"], inputs["t"], cond)
+                    output = function()
             except RuntimeError as error:
                 torch.cuda.set_stream(mine)  # If the capture failed, torch leaves its own stream current.
                 raise RuntimeError(
                     f"the model cannot be captured as a CUDA graph: {error}; it must not look at numbers on the host, "
                     "nor make tensors there; or leave graphs out of ExecutionOptions"
                 ) from error
-        return graph.replay, inputs, output
+        return graph.replay, output
+
+
+class Captured:
+    """A denoiser as CUDA graphs, one for each shape. Its result is valid until the next call."""
+
+    def __init__(self, predict: Predict, restore: Callable[[], object]) -> None:
+        self._predict, self._restore, self.graphs = predict, restore, Graphs()
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        return self.graphs(self._apply, _named(x, t, cond), self._restore)
+
+    def _apply(self, given: dict[str, Tensor]) -> Tensor:
+        x, t = given.pop("x"), given.pop("t")
+        return self._predict(x, t, {name.removeprefix("cond "): value for name, value in given.items()})

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from drp import ExecutionOptions
 from drp.diffusers import CallReport, Workers, parallelize, reference
 from tests import on_host, on_host_pipelines
-from tests.pipelines import IMAGE, PIPELINES, pooled, prompts, run, sdxl
+from tests.pipelines import IMAGE, PIPELINES, normal, pooled, prompts, run, sdxl
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -167,6 +168,37 @@ def test_workers_that_cannot_share_a_gpu_s_memory_have_weights_from_the_host(
             changed = run(pipe, SDXL)
         drafted(parallel.report.calls[1])
     with reference(pipe, devices="2xcuda", mode="aggressive"):
+        assert torch.equal(run(pipe, SDXL), changed)
+
+
+def captures() -> int:
+    """How many graphs workers have captured so far."""
+    found = Path(os.environ["DRP_TEST_STEPS"])
+    return found.read_text().count('"captured"') if found.exists() else 0
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_step_s_calls_are_captured_once(batch: int, gpus: None) -> None:
+    """As graphs they have the same bits, also after a weight was changed in place, and with other conditions."""
+    pipe = sdxl()
+    count: dict[str, Any] = {"drafts": 4, "mode": "aggressive"}
+    other = {**SDXL, "prompt_embeds": normal(1, 6, 8, seed=5)}
+    with Workers("cuda:0", threads=1, execution=ExecutionOptions(graphs=True), drafts_per_device=batch) as workers:
+        expected = []
+        for options in (SDXL, other):
+            with reference(pipe, devices="cuda:0", drafts_per_device=batch, **count):
+                expected.append(run(pipe, options))
+        before = captures()
+        with parallelize(pipe, workers, **count) as parallel:
+            assert torch.equal(run(pipe, SDXL), expected[0])
+            made = captures() - before
+            assert torch.equal(run(pipe, other), expected[1])
+            pipe.unet.conv_in.weight.data.mul_(1.1)
+            changed = run(pipe, SDXL)
+            assert captures() - before == made >= 1
+        for call in parallel.report.calls:
+            drafted(call)
+    with reference(pipe, devices="cuda:0", drafts_per_device=batch, **count):
         assert torch.equal(run(pipe, SDXL), changed)
 
 

@@ -93,13 +93,13 @@ def test_graphs_of_several_shapes_share_memory_without_harm(uuid: str) -> None:
     device = torch.device("cuda", index_of(uuid))
     captured = on_device(load(SMALL), device, GpuConfig(uuid, graphs=True, batch=2)).predict
     assert isinstance(captured, Captured)
-    assert len(captured._graphs) == 2  # alone and as a batch, from the model's examples
+    assert len(captured.graphs) == 2  # alone and as a batch, from the model's examples
     plain = on_device(load(SMALL), device, GpuConfig(uuid)).predict
     with torch.inference_mode():
         for turn, size in enumerate((1, 3, 2, 1, 5, 3, 1)):
             x, t = torch.randn(size, 4, 32, 32, device=device), torch.full((size,), 10.0 * turn, device=device)
             assert torch.equal(captured(x, t, {}), plain(x, t, {})), (turn, size)
-            assert len(captured._graphs) == (2 if turn == 0 else 4 if turn > 3 else 3), (turn, size)
+            assert len(captured.graphs) == (2 if turn == 0 else 4 if turn > 3 else 3), (turn, size)
     assert torch.equal(captured(x, t, {}), plain(x, t, {}))  # outside that mode too
 
 

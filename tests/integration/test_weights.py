@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 import drp
-from drp import Leader, WorkerError, models
+from drp import Leader, ModelSpec, WorkerError, models
 from drp.leader.job import make_job
 from drp.leader.memory.placement import MIN_BLOCK_NBYTES
 from drp.leader.request import Request
-from drp.models.gpu import Compiled, on_device
+from drp.models.gpu import Compiled, Graphs, on_device, warmed
+from drp.models.registry import Denoiser
+from drp.models.state import ModuleState
 from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import GpuConfig
 from drp.sampling.reference import run_reference
@@ -262,6 +264,44 @@ def test_what_was_warmed_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) 
             denoiser.predict(torch.randn(9, 3), torch.zeros(9), {"shift": torch.zeros(9)})
     finally:
         torch.compiler.set_stance("default")
+
+
+class Counting(nn.Module):
+    """It counts its evaluations in a buffer, and predicts by the count."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        self.count += 1
+        return x * self.count
+
+
+def test_what_is_evaluated_before_a_capture_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DRP_TEST_STEPS", str(tmp_path / "steps"))
+    monkeypatch.setattr(Graphs, "_capture", on_host.capture)
+    module = Counting()
+    ready = warmed(Denoiser(module, ModelSpec(), ModuleState(module)), torch.device("cpu"), GpuConfig("", graphs=True))
+    for size in (1, 2, 1):
+        x = torch.randn(size, 3)
+        made = {"x": torch.empty(size, 3)}
+        ready.evaluate({"x": x}, 1.0, {}, made)
+        assert torch.equal(made["x"], x)  # times 1
+    assert [step["what"] for step in steps(tmp_path)] == ["captured"] * 2
+
+
+def test_workers_capture_each_shape_once(host: dict[str, Any], tmp_path: Path) -> None:
+    with Leader(WATCHED, devices="2xcuda:0", **host) as leader:
+        plain = [leader.sample(steps=9, count=count, seed=2).samples for count in (1, 2)]
+    host["execution"] = replace(on_host.SYNC, graphs=True)
+    with Leader(WATCHED, devices="2xcuda:0", **host) as leader:
+        for count, expected in zip((1, 2, 1, 2), plain * 2, strict=True):
+            assert torch.equal(leader.sample(steps=9, count=count, seed=2).samples, expected)
+    captured = [step["number"] for step in steps(tmp_path) if step["what"] == "captured"]
+    assert sorted(captured) == [0, 0, 1, 1]  # the one of its examples while it starts, the other at its first draft
 
 
 def test_all_shapes_are_compiled_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
