@@ -98,6 +98,8 @@ CANDIDATES: Mapping[str, tuple[str, Mapping[str, Mode]]] = {
             "window 3.9 of 8": Window(8, 47 / 12),
         },
     ),
+    "drafts, 13 rounds": ("aggressive 4", {f"window 3.92 of {n}": Window(n, 47 / 12) for n in (4, 5, 6, 8, 12)}),
+    "drafts, 17 rounds": ("conservative 4", {f"window 2.94 of {n}": Window(n, 47 / 16) for n in (3, 4, 5, 6, 8, 12)}),
     "two": ("aggressive 2", {name: Window(2, 2, rule) for name, rule in SINGLE.items()}),
     "default": ("conservative 8", {"window 5 of 8": Window(8, 5)}),
     "default 4": ("conservative 4", {"window 3 of 4": Window(4, 3)}),

@@ -16,7 +16,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from torch import Tensor
 from bench.candidates import CANDIDATES, PAPERS
 from bench.other_networks import load
 from drp import models
-from drp.sampling.mode_selection import default_rule
-from drp.sampling.modes import Mode, Sequential, Window
+from drp.sampling.mode_selection import make_mode
+from drp.sampling.modes import Mode, Sequential
 from drp.sampling.reference import Denoiser, run_reference
 from drp.sampling.registry import make_solver
 
@@ -38,16 +38,17 @@ SEEDS = {"choose": 20_000, "report": 40_000}
 
 @dataclass(frozen=True)
 class Setting:
-    """A network by name, a solver with its grid, steps and guidance."""
+    """A network by name, a solver with its grid and options, steps and guidance."""
 
     network: str
     solver: str
     steps: int
     guidance: float
     grid: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        grid = "".join(f" {name} {value}" for name, value in self.grid)
+        grid = "".join(f" {name} {value}" for name, value in self.grid + self.options)
         return f"{self.network}, {self.solver}{grid}, {self.steps} steps, guidance {self.guidance:g}"
 
 
@@ -124,7 +125,7 @@ class Bench:
     def run(self, setting: Setting, mode: Mode) -> Tensor:
         """Return the samples."""
         denoiser, predicts = self._networks[setting.network]
-        solver = make_solver(setting.solver, setting.steps, predicts, dict(setting.grid))
+        solver = make_solver(setting.solver, setting.steps, predicts, dict(setting.grid), dict(setting.options))
         seeds = range(self._first, self._first + self._samples)
         x = torch.stack([_draw(seed) for seed in seeds])
         cond = {"labels": torch.tensor(seeds) % 10, "guidance": torch.tensor(setting.guidance)}
@@ -134,11 +135,10 @@ class Bench:
 
         return run_reference(denoiser, solver, mode, x * solver.grid.start, cond, fresh=fresh).samples
 
-    def with_default_rule(self, setting: Setting, mode: Mode) -> Mode:
-        """Return a window with the rule that it has with the setting's solver unless told."""
-        assert isinstance(mode, Window)
+    def default(self, setting: Setting, n: int) -> Mode:
+        """Return the default window with n drafts, which depends on whether the setting's solver adds noise."""
         noise = make_solver(setting.solver, 2, self._networks[setting.network][1]).adds_noise
-        return replace(mode, rule=default_rule("window", mode.n, mode.stride, noise))
+        return make_mode("window", n, 0.0, None, adds_noise=noise)
 
     def distances(self, setting: Setting, name: str, mode: Mode) -> list[float]:
         """Return the distance of each sample from its sequential run."""
@@ -206,7 +206,7 @@ def main(
         for name, (paper, candidates) in groups.items():
             base = mean(bench.distances(setting, f"paper {paper}", PAPERS[paper]))
             for label, given in candidates.items():
-                mode = bench.with_default_rule(setting, given) if name.startswith("default") else given
+                mode = bench.default(setting, given.width) if name.startswith("default") else given
                 found[name][label][setting] = mean(bench.distances(setting, label, mode)) / base
     for name, (paper, _) in groups.items():
         print(f"\n{name}: error over that of the paper's {paper}, {len(settings)} settings, {samples} samples each\n")

@@ -13,7 +13,7 @@ from torch import Tensor
 from drp.diffusers.arguments import Argument, argument_of, results_of
 from drp.diffusers.forms import Scale
 from drp.diffusers.learned import UnrecognisedError
-from drp.diffusers.scheduler import Levels, copy_of, why_drafts_differ
+from drp.diffusers.scheduler import Levels, adds_noise, copy_of, why_drafts_differ
 from drp.diffusers.watch import METHODS, exchanged_method
 from drp.sampling.drafts import PAPER, DraftRule
 
@@ -61,6 +61,7 @@ class Drafter:
         self._kind = type(scheduler)
         self._signature = inspect.signature(self._kind.step)
         self._levels = Levels(scheduler, self.timesteps)
+        self.adds_noise = adds_noise(scheduler)
         self._arguments: dict[str, Argument] = {}
         self._time: Any = None
         self.stepped: Sequence[Any] = ()

@@ -24,6 +24,7 @@ from drp.diffusers.pipeline_modes import make_pipeline_mode
 from drp.diffusers.publish import Publisher
 from drp.diffusers.pytree import Json
 from drp.diffusers.report import CallReport, Report
+from drp.diffusers.scheduler import adds_noise
 from drp.diffusers.structure import Described, PatchedClassError, describe, has_own_forward
 from drp.diffusers.watch import WatchedMethod, schedulers_of
 from drp.diffusers.workers import Workers, on_gpu_of
@@ -300,7 +301,8 @@ def parallelize(
     count = len(own.devices if own else parse_devices(cast("str | Sequence[str]", devices), 1))
     batch = own.drafts_per_device if own else drafts_per_device
     drafts = _drafts(drafts, count * batch, split_guidance)
-    made = make_pipeline_mode(mode, drafts, rule, tolerance, warmup, stride, target_speedup, target_rounds)
+    noise = adds_noise(next(schedulers_of(pipe)))
+    made = make_pipeline_mode(mode, drafts, rule, tolerance, warmup, stride, target_speedup, target_rounds, noise)
     parallel = Parallel(pipe, made, names, split_guidance, always_draft)
     device = device_of(pipe, names)
     with ExitStack() as stack:
@@ -354,7 +356,8 @@ def reference(
     placed = parse_devices(expand_count(devices, device_of(pipe, names).type), 1)
     own = threads or max(1, torch.get_num_threads() // len(placed))
     drafts = _drafts(drafts, len(placed) * drafts_per_device, split_guidance)
-    made = make_pipeline_mode(mode, drafts, rule, tolerance, warmup, stride, target_speedup, target_rounds)
+    noise = adds_noise(next(schedulers_of(pipe)))
+    made = make_pipeline_mode(mode, drafts, rule, tolerance, warmup, stride, target_speedup, target_rounds, noise)
     parallel = Parallel(pipe, made, names, split_guidance, always_draft)
     with ExitStack() as stack:
         stack.callback(parallel.offload.leave)

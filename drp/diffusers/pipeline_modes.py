@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from drp.sampling.drafts import DraftRule, find_rule
+from drp.sampling.drafts import DAMPED, STEADY, DraftRule, find_rule
 from drp.sampling.mode_selection import TargetWindow, make_mode
 from drp.sampling.mode_wrappers import Warmup
 from drp.sampling.modes import Mode
@@ -17,20 +17,25 @@ def make_pipeline_mode(
     stride: float | None = None,
     target_speedup: float | None = None,
     target_rounds: int | None = None,
+    adds_noise: bool = False,
 ) -> Mode:
-    """Return the mode that the arguments describe; raise ValueError if a pipeline's steps can't be taken in it."""
+    """Return the mode that the arguments describe; raise ValueError if a pipeline's steps can't be taken in it.
+
+    `adds_noise`: the scheduler does, for which the defaults of the rule and the stride are others.
+    """
     given = {"stride": stride, "target_speedup": target_speedup, "target_rounds": target_rounds}
     names = [name for name, value in given.items() if value is not None]
     if not isinstance(mode, str) and names:
         raise ValueError(f"mode is {mode}, an object that says itself by how much it moves on; leave out {names[0]}")
     if len(names) > 1:
         raise ValueError(f"{' and '.join(names)} are given, each of which says by how much a window moves on; give one")
+    chosen = find_rule(rule) if rule is not None else None
     if isinstance(mode, str) and names and names != ["stride"]:
         if mode != "window":
             raise ValueError(f"{names[0]} chooses a window, and mode is {mode!r}; leave one of them out")
-        made: Mode = TargetWindow(drafts, target_rounds, target_speedup, find_rule(rule))
+        made: Mode = TargetWindow(drafts, target_rounds, target_speedup, chosen or (STEADY if adds_noise else DAMPED))
     else:
-        made = make_mode(mode, drafts, tolerance, find_rule(rule), stride) if isinstance(mode, str) else mode
+        made = mode if isinstance(mode, Mode) else make_mode(mode, drafts, tolerance, chosen, stride, None, adds_noise)
     if warmup:
         made = Warmup(made, warmup)
     if names and names != ["stride"]:

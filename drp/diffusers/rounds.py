@@ -50,7 +50,7 @@ class Predictions:
         self._weights: list[float] | None = None
         self._gain = self._reported = self._jumps = 0
         self._final = _final_results(learned)
-        for doubt in doubts(len(drafter.timesteps), mode.width, False).values():
+        for doubt in doubts(len(drafter.timesteps), mode.width, drafter.adds_noise).values():
             report.notes[doubt] = 1
         self._begin(first)
         self._next: Round | None = self._after()  # The first round was the step that was learned from.

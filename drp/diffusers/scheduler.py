@@ -50,6 +50,17 @@ def why_drafts_differ(scheduler: Any) -> str:
     return ""
 
 
+NOISY = ("DDPM", "UnCLIP", MIDWAY, "SASolver", "CogVideoXDPM")
+"""Beginnings of the names of schedulers that add noise at each step, beside those called ancestral."""
+
+
+def adds_noise(scheduler: Any) -> bool:
+    """Return whether a scheduler adds noise at each step, as far as its class and its configuration tell."""
+    name = type(scheduler).__name__
+    algorithm = str(scheduler.config.get("algorithm_type", ""))
+    return name.startswith(NOISY) or "Ancestral" in name or algorithm.startswith("sde")
+
+
 TABLES = ("timesteps", "sigmas", "betas", "alphas", "alphas_cumprod", "alpha_t", "sigma_t", "lambda_t")
 """Tensors of a scheduler that its steps read and never write: copies share them."""
 

@@ -113,7 +113,7 @@ SECANT = DraftRule(carry=(0.5, 0.25), slope=1.0)
 DAMPED = DraftRule()
 """What measured best over networks, solvers and guidance (docs/drafts.md); the default."""
 
-STEADY = DraftRule(slope=0.0)
+STEADY = DraftRule(carry=(0.3, 0.1), slope=0.0)
 """The default of windows under solvers that add noise: the noise of each step hides where the estimate is going."""
 
 RULES = {"paper": PAPER, "secant": SECANT, "damped": DAMPED}

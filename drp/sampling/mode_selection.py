@@ -30,13 +30,14 @@ PATTERNS: Mapping[str, Callable[[int], tuple[int, ...]]] = {
 """Offsets of n drafts by name: all indices; every second one; all in the nearer half, every second one beyond."""
 
 
-def default_stride(n: int) -> float:
+def default_stride(n: int, adds_noise: bool = False) -> float:
     """Return the default stride of a window of n drafts, n / 2 + 1: 2, 3 and 5 for n = 2, 4 and 8.
 
     With a larger stride, the run advances past drafts that were evaluated only once early on, where that costs most;
-    with a smaller one, rounds are spent on errors that are small already (docs/drafts.md).
+    with a smaller one, rounds are spent on errors that are small already. Solvers that add noise have larger errors,
+    and from 3 drafts on the stride of the paper's conservative mode, (n + 1) / 2 (docs/quality.md).
     """
-    return min(n, n / 2 + 1)
+    return (n + 1) / 2 if adds_noise and n > 2 else min(n, n / 2 + 1)
 
 
 def default_rule(name: str, n: int, stride: float | None, adds_noise: bool) -> DraftRule:
@@ -47,7 +48,7 @@ def default_rule(name: str, n: int, stride: float | None, adds_noise: bool) -> D
     """
     if not adds_noise:
         return DAMPED
-    again = name == "window" and (default_stride(n) if stride is None else stride) < n
+    again = name == "window" and (default_stride(n, True) if stride is None else stride) < n
     return STEADY if again or name == "adaptive" else PAPER
 
 
@@ -55,13 +56,15 @@ def make_mode(
     name: str,
     n: int,
     tolerance: float,
-    rule: DraftRule,
+    rule: DraftRule | None,
     stride: float | None = None,
     offsets: str | Sequence[int] | None = None,
+    adds_noise: bool = False,
 ) -> Mode:
     """Return the mode with this name and `n` drafts per round; raise ValueError for invalid arguments.
 
-    `tolerance` is for the adaptive mode; `stride` and `offsets`, a name in PATTERNS or numbers, are for the window.
+    `tolerance` is for the adaptive mode; `stride` and `offsets`, a name in PATTERNS or numbers, are for the window. If
+    `rule` or `stride` is None, it is the default, which depends on whether the solver `adds_noise`.
     """
     if name != "window" and not (stride is None and offsets is None):
         what = f"stride is {stride}" if stride is not None else f"offsets are {offsets!r}"
@@ -70,6 +73,9 @@ def make_mode(
         raise ValueError(f"drafts is {n}; a round needs at least 1 draft")
     if not tolerance >= 0:
         raise ValueError(f"tolerance is {tolerance}; give a relative residual from 0 to infinity, such as 0.01")
+    if stride is not None and not (isinstance(stride, (int, float)) and math.isfinite(stride)):
+        raise ValueError(f"stride is {stride!r}; give a number from 1 to {n}, the drafts of a round")
+    rule = default_rule(name, n, stride, adds_noise) if rule is None else rule
     match name:
         case "sequential":
             return Sequential(rule)
@@ -78,7 +84,10 @@ def make_mode(
         case "aggressive":
             return Aggressive(n, rule)
         case "window":
-            return _make_window(n, rule, stride, offsets)
+            dense = offsets is None or offsets == "dense"
+            if stride is None:
+                stride = default_stride(n, adds_noise) if dense else n
+            return Window(n, stride, rule) if dense else Sparse(n, stride, rule, _offsets(n, offsets))
         case "adaptive":
             return Adaptive(n, tolerance, rule)
         case "rolling":
@@ -86,16 +95,12 @@ def make_mode(
     raise ValueError(f"unknown mode {name!r}; choose one of {', '.join(MODE_NAMES)}")
 
 
-def _make_window(n: int, rule: DraftRule, stride: float | None, offsets: str | Sequence[int] | None) -> Mode:
-    if stride is not None and not (isinstance(stride, (int, float)) and math.isfinite(stride)):
-        raise ValueError(f"stride is {stride!r}; give a number from 1 to {n}, the drafts of a round")
-    if offsets is None or offsets == "dense":
-        return Window(n, default_stride(n) if stride is None else stride, rule)
-    if isinstance(offsets, str):
-        if offsets not in PATTERNS:
-            raise ValueError(f"unknown offsets {offsets!r}; choose one of {', '.join(PATTERNS)}, or give numbers")
-        offsets = PATTERNS[offsets](n)
-    return Sparse(n, n if stride is None else stride, rule, tuple(offsets))
+def _offsets(n: int, offsets: str | Sequence[int] | None) -> tuple[int, ...]:
+    if not isinstance(offsets, str):
+        return tuple(offsets or ())
+    if offsets not in PATTERNS:
+        raise ValueError(f"unknown offsets {offsets!r}; choose one of {', '.join(PATTERNS)}, or give numbers")
+    return PATTERNS[offsets](n)
 
 
 def rounds_of(name: str, steps: int, n: int, stride: float | None = None) -> int:
@@ -123,8 +128,9 @@ class Choice(NamedTuple):
 def choose_rounds(rounds: int, steps: int, most_drafts: int) -> Choice:
     """Return the window that takes `steps` steps in at most `rounds` rounds; raise ValueError if there is none.
 
-    Its stride follows from the number of rounds. It has the number of drafts for which that is the default stride,
-    n = 2 (stride - 1), but at most `most_drafts`: more drafts gain little, and with fewer the error is larger.
+    Its stride follows from the number of rounds. It has as many drafts as there may be, `most_drafts`, since each index
+    is then evaluated more often; but if the stride allows, no more than a quarter of the steps, beyond which drafts are
+    too far ahead to be of use, and no more than four evaluations of each index need (docs/quality.md).
     """
     if rounds >= steps:
         return Choice("sequential", 1, None)
@@ -135,7 +141,7 @@ def choose_rounds(rounds: int, steps: int, most_drafts: int) -> Choice:
             "more: use more devices or drafts, or fewer steps"
         )
     stride = (steps - 1) / (rounds - 1)
-    drafts = max(math.ceil(stride), math.ceil(2 * (stride - 1) - 1e-9))
+    drafts = max(math.ceil(stride), min(steps // 4, math.ceil(4 * stride)))
     return Choice("window", min(drafts, most_drafts), stride)
 
 

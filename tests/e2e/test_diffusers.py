@@ -43,9 +43,10 @@ from drp import diffusers as face
 from drp.diffusers import CallReport, Workers
 from drp.diffusers.digits import digits_pipeline
 from drp.diffusers.parallel import DENOISERS
-from drp.diffusers.scheduler import Levels
+from drp.diffusers.scheduler import Levels, adds_noise
 from drp.diffusers.structure import describe
 from drp.models.classifier import load_classifier
+from drp.sampling.drafts import STEADY
 from drp.sampling.mode_selection import rounds_of
 from drp.sampling.mode_wrappers import PicardSweeps
 from drp.sampling.modes import Aggressive
@@ -876,7 +877,7 @@ def test_arguments_that_cannot_be_are_refused(options: dict[str, Any], message: 
 def test_a_target_chooses_the_window_for_the_steps_of_each_call() -> None:
     pipe = digits_pipeline()
     window = {"mode": "window"}
-    calls: list[dict[str, Any]] = [{"target_rounds": 6}, {"stride": 23 / 5}, {"target_speedup": 3.0}]
+    calls: list[dict[str, Any]] = [{"target_rounds": 6}, {"stride": 23 / 5, "drafts": 6}, {"target_speedup": 3.0}]
     images = []
     for options in calls:
         with reference(pipe, devices=8, **window, **options) as run:
@@ -887,6 +888,20 @@ def test_a_target_chooses_the_window_for_the_steps_of_each_call() -> None:
         pipe([3], 24)
     why = run.report.calls[-1].sequential
     assert "target_rounds is 3; with at most 8 drafts, 24 steps take 4 rounds or more" in why
+
+
+def test_schedulers_that_add_noise_have_defaults_of_their_own() -> None:
+    noisy = {name for name, make in SCHEDULERS.items() if adds_noise(make())}
+    assert noisy == {"DDPM", "Euler ancestral", "DPM++ 2M SDE", "DPM++ SDE", "SA"}
+    pipe = digits_pipeline()
+    pipe.scheduler = SCHEDULERS["Euler ancestral"]()
+    images = []
+    options: dict[str, Any]
+    for options in ({}, {"stride": 2.5, "rule": STEADY}, {"rule": "damped"}):
+        with reference(pipe, devices=4, mode="window", **options):
+            images.append(pipe([3], 12, generator=torch.Generator().manual_seed(1)).images)
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
 
 
 def test_a_count_is_of_the_kind_of_device_that_the_pipeline_is_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,10 +46,11 @@ def test_offsets_are_of_the_mode_window() -> None:
 def test_modes_by_option() -> None:
     assert job().mode == Window(4, 3, DAMPED)
     assert job(devices=1).mode == Window(1, 1)
-    assert job(solver="ddpm").mode == Window(4, 3, STEADY)
+    assert job(solver="ddpm").mode == Window(4, 2.5, STEADY)
+    assert job(solver="ddpm", devices=8).mode == Window(8, 4.5, STEADY)
     assert job(solver="ddpm", devices=2).mode == Window(2, 2, PAPER)
     assert job(solver="ddpm", mode="aggressive").mode == Aggressive(4, PAPER)
-    assert job(solver="ddpm", rule="damped").mode == Window(4, 3, DAMPED)
+    assert job(solver="ddpm", rule="damped").mode == Window(4, 2.5, DAMPED)
     assert job(stride=2.5, drafts=6).mode == Window(6, 2.5)
     assert job(offsets="even").mode == Sparse(4, 4, DAMPED, (2, 4, 6, 8))
     assert job(offsets="tapered", drafts=8).mode == Sparse(8, 8, DAMPED, (1, 2, 3, 4, 6, 8, 10, 12))
@@ -62,6 +63,7 @@ def test_modes_by_option() -> None:
     assert job(target_speedup=3.0).mode == Window(4, 47 / 15)
     assert job(target_rounds=13).mode == Window(4, 47 / 12)
     assert job(target_rounds=11, devices=8).mode == Window(8, 4.7)
+    assert job(target_rounds=17, devices=8).mode == Window(8, 47 / 16)
     assert job(target_rounds=48).mode == Sequential()
     assert job(target_speedup=1.0).mode == Sequential()
 
@@ -99,6 +101,16 @@ def test_the_window_that_takes_so_many_rounds() -> None:
                 made = make_mode(mode, n, 0.0, PAPER, stride)
                 assert len(list(made.rounds(steps))) == rounds
                 assert n <= most
+
+
+def test_more_rounds_evaluate_each_index_as_often_with_all_drafts_that_are_of_use() -> None:
+    for steps in (8, 20, 28, 48, 100):
+        for most in range(1, 20):
+            fewest = 1 + -(-(steps - 1) // most)
+            chosen = [choose_rounds(rounds, steps, most) for rounds in range(max(fewest, 2), steps)]
+            windows = [(n, s) for _, n, s in chosen if s is not None and s <= steps // 4]
+            assert [n / s for n, s in windows if n < 4 * s] == sorted(n / s for n, s in windows if n < 4 * s)
+            assert all(n >= min(most, steps // 4, 4 * s) for n, s in windows)
 
 
 @pytest.mark.parametrize(
