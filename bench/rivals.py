@@ -7,7 +7,8 @@ r"""Rivals: other ways to sample in fewer rounds, at equal rounds and equal devi
 Distances are relative L2 norms to the sequential run of 48 steps of the same solver and seed, sample by sample; the
 figure is their mean. Every rival is given its best choice of what it leaves open, on the same samples: CHORDS the
 number of cores and where they start, SRDS its blocks and iterations, ParaDiGMS its tolerance. Ours is the window of
-that many rounds without any choice. `--write` puts the table into docs/quality.md.
+that many rounds without any choice; the window with tapered offsets is printed beside it. `--write` puts the table
+into docs/quality.md; `--only` and `--devices` make it in parts.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from bench.drafting import Networks, mean
 from bench.quality import distances, draw
 from bench.rival_samplers import Problem, chords, paradigms, srds
 from bench.tables import read, update
-from drp.sampling.drafts import PAPER
-from drp.sampling.mode_selection import choose_rounds
-from drp.sampling.modes import Aggressive, Conservative, Mode, Sequential, Window
+from drp.sampling.drafts import DAMPED, PAPER
+from drp.sampling.mode_selection import PATTERNS, choose_rounds
+from drp.sampling.modes import Aggressive, Conservative, Mode, Sequential, Sparse, Window
 from drp.sampling.reference import Denoiser, run_reference
 from drp.sampling.registry import make_solver
 
@@ -106,6 +107,16 @@ def ours(bench: Bench, devices: int, rounds: int) -> Iterator[Outcome]:
     yield bench.mode(Window(chosen.drafts, chosen.stride), f"window {chosen.stride:.3g} of {chosen.drafts}")
 
 
+def tapered(bench: Bench, devices: int, rounds: int) -> Outcome:
+    """Return what the window with tapered offsets does, with the smallest stride, in quarters, for the rounds."""
+    offsets = PATTERNS["tapered"](devices)
+    for quarters in range(4, 4 * offsets[-1] + 1):
+        mode = Sparse(devices, quarters / 4, DAMPED, tuple(offsets))
+        if len(list(mode.rounds(STEPS))) <= rounds:
+            return bench.mode(mode, f"window {quarters / 4:g} of {devices}, tapered")
+    raise ValueError(f"no window of {devices} tapered drafts takes {STEPS} steps in {rounds} rounds")
+
+
 def papers(bench: Bench, devices: int, rounds: int) -> Iterator[Outcome]:
     """Yield the paper's modes with the paper's drafts, on up to that many devices."""
     for kind in (Aggressive, Conservative):
@@ -176,9 +187,10 @@ def cell(found: tuple[Outcome | None, Outcome | None]) -> str:
 @click.command()
 @click.option("--networks", "-w", multiple=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--only", help="Networks, by name, with commas between.")
+@click.option("--devices", "only_devices", type=int, help="Only the rows of this number of devices.")
 @click.option("--samples", default=4, show_default=True)
 @click.option("--write", is_flag=True, help="Put the rows into the table of docs/quality.md.")
-def main(networks: tuple[Path, ...], only: str | None, samples: int, write: bool) -> None:
+def main(networks: tuple[Path, ...], only: str | None, only_devices: int | None, samples: int, write: bool) -> None:
     """Measure every rival on `digits` and on other networks, within some rounds on some devices."""
     torch.set_num_threads(1)
     nets = Networks(networks)
@@ -187,6 +199,8 @@ def main(networks: tuple[Path, ...], only: str | None, samples: int, write: bool
         denoiser, predicts = nets[name]
         bench = Bench(denoiser, predicts, samples)
         for devices, rounds in BUDGETS:
+            if only_devices not in (None, devices):
+                continue
             ways = (ours, papers, all_chords, all_srds, all_paradigms)
             found = [best(way(bench, devices, rounds), rounds) for way in ways]
             found += [(bench.fewer(rounds), None), (bench.fewer(rounds, "unipc"), None)]
@@ -195,6 +209,8 @@ def main(networks: tuple[Path, ...], only: str | None, samples: int, write: bool
             print(rows[label], flush=True)
             chosen = [within or beyond for within, beyond in found]
             print("  " + "; ".join(one.choice if one else "none" for one in chosen), flush=True)
+            beside = tapered(bench, devices, rounds)
+            print(f"  beside: {beside.error:.4f}, {beside.choice}", flush=True)
     if write:
         page, head = Path(__file__).parent.parent / "docs" / "quality.md", "relative L2 to 48 steps"
         labels = {*rows, *read("rivals", page)} - {head}

@@ -124,19 +124,24 @@ class _Calibrator:
         return self._slowest[high] > (1 + STEEP) * self._slowest[low]
 
     def result(self) -> Calibration:
-        """Return what was measured; a round's loss is the rest of the run's time, divided among its rounds."""
-        steps = self._subject.steps
+        """Return what was measured.
+
+        What a run takes besides the slowest evaluations is the loss, divided among its rounds. The first round of every
+        run has one draft, and loses as much as the rounds of the sequential run.
+        """
         untouched = statistics.median(sample.seconds for sample in self._untouched)
-        lossless = {width: RoundTime(seconds, 0.0) for width, seconds in self._slowest.items()}
-        known = Calibration(lossless, {}, 0.0, {}, untouched)
-        rounds = {}
+        known = Calibration({w: RoundTime(s, 0.0) for w, s in self._slowest.items()}, {}, 0.0, {}, untouched)
+        found: dict[int, RoundTime] = {}
         for width, samples in sorted(self._samples.items()):
             sampling = statistics.median(sample.sampling_seconds for sample in samples)
-            rest = sampling - simulated_seconds(_of_width(width), steps, known, 1)
-            rounds[width] = RoundTime(self._slowest[width], rest / samples[0].rounds)
+            rest = sampling - simulated_seconds(_of_width(width), self._subject.steps, known, 1)
+            if width == 1:
+                found[1] = known.rounds[1] = RoundTime(self._slowest[1], rest / samples[0].rounds)
+            else:
+                found[width] = RoundTime(self._slowest[width], rest / (samples[0].rounds - 1))
         every = [sample for samples in self._samples.values() for sample in samples]
         fixed = statistics.median(sample.seconds - sample.sampling_seconds for sample in every)
-        return Calibration(rounds, {}, fixed, self._subject.memory(), untouched)
+        return Calibration(found, {}, fixed, self._subject.memory(), untouched)
 
     @property
     def exact(self) -> Sample:

@@ -16,7 +16,7 @@ from drp.comparison.subject import Sample, Subject
 
 MODES = ("window", "aggressive", "conservative")
 """The modes whose rounds are known before a run; those of the adaptive mode depend on the samples."""
-TRIED_RUNS = 5
+TRIED_RUNS = 3
 LEAST_STEPS = 3
 NOTHING = 0.02
 """The share of the time below which further devices gain nothing."""

@@ -19,6 +19,10 @@ from drp.diffusers.digits import digits_pipeline
 from drp.leader import LeaderOptions
 
 STEPS, DEVICES = 13, 4
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.timeout(300),  # Many runs are measured, and a machine may be busy with other things.
+]
 
 
 @pytest.fixture(scope="module")
