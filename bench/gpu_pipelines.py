@@ -1,19 +1,23 @@
 """Pipelines of diffusers on one GPU: bits, memory, time and synchronizations, with networks of real sizes.
 
-    python -m bench.gpu_pipelines [--tiny] [--devices 2xcuda:0] [--steps 24] [--eager]
+    python -m bench.gpu_pipelines [--tiny] [--devices 2xcuda:0] [--steps 24] [--only sd15] [--compiled sd15]
 
 Stable Diffusion 1.5, SDXL and Flux (fewer layers) with random weights in bfloat16 and real pipeline classes; text
 embeddings are random, and latents are not decoded. Printed, each relative to the untouched pipeline: whether one draft
-has its bits, whether the workers have the bits of `reference`, the memory that the workers add, and the time of a call,
-eager, compiled, and with four drafts as one batch on one device. `--tiny` does
-the same with tiny networks on two cores, to test this script where no GPU is.
+has its bits, whether the workers have the bits of `reference`, the memory that the workers add, and the time of a call:
+with the workers, and with four drafts as one batch on one device, eager and captured as a CUDA graph. Compiling takes
+minutes, and is done for one pipeline. `--tiny` does the same with tiny networks on two cores, without graphs, to test
+this script where no GPU is.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +35,12 @@ from diffusers import (
 from torch import Tensor
 
 from bench import figures
-from drp.diffusers import parallelize, reference
+from drp import ExecutionOptions
+from drp.diffusers import Workers, parallelize, reference
+from drp.diffusers.pytree import flatten, rebuild
+from drp.models.gpu import Graphs
 
+NAMES = ("sd15", "sdxl", "flux")
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 BLOCKS = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 TINY_UNET = {
@@ -73,14 +81,15 @@ TINY_FLUX = {
 
 @dataclass
 class Setting:
-    """Where the networks run: their dtype, whether they are tiny, and the workers' devices."""
+    """Where the networks run: their dtype, whether they are tiny, the workers' devices, and what else is measured."""
 
     device: str
     dtype: torch.dtype
     tiny: bool
     devices: str
     steps: int
-    eager: bool
+    graphs: bool
+    compiled: bool
 
     def made(self, kind: Any, options: dict[str, Any]) -> Any:
         """Return a network with random weights."""
@@ -177,59 +186,104 @@ def seconds(what: Callable[[], Tensor], times: int = 3) -> float:
     return best
 
 
-def synchronizations(what: Callable[[], Tensor]) -> int:
-    """Return how often this process waited for its GPU in a call; 0 where there is no GPU."""
+def synchronizations(what: Callable[[], Tensor]) -> str:
+    """Return how often this process waited for its GPU in a call, by the names of CUDA's functions."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         kinds.append(torch.profiler.ProfilerActivity.CUDA)  # It records the calls of CUDA's runtime, too.
     with torch.profiler.profile(activities=kinds) as profile:
         what()
-    return sum(event.count for event in profile.events() or () if "Synchronize" in event.name)
+    names = Counter(event.name for event in profile.events() or () if "Synchronize" in event.name)
+    return ", ".join(f"{name} {count}" for name, count in sorted(names.items())) or "none"
 
 
 def measure(make: Callable[[Setting], tuple[Any, dict[str, Any]]], setting: Setting) -> Iterator[tuple[str, str]]:
     """Yield what was found of one pipeline, as names and values."""
     pipe, options = make(setting)
     pipe.set_progress_bar_config(disable=True)
+    module = denoiser(pipe)
+    yield "weights of the denoiser, MB", f"{sum(p.nbytes for p in module.parameters()) / 1e6:.0f}"
     untouched = call(pipe, options, setting)
     plain = seconds(lambda: call(pipe, options, setting))
     yield "untouched, s", f"{plain:.3f}"
+    yield from measure_workers(pipe, options, setting, plain, untouched)
+    yield from measure_batch(pipe, options, setting, plain)
+    if setting.graphs:
+        with as_graphs(module):
+            plain = seconds(lambda: call(pipe, options, setting))
+        yield "untouched, as a graph, s", f"{plain:.3f}"
+        yield from measure_batch(pipe, options, setting, plain, ExecutionOptions(graphs=True))
+    if setting.compiled:
+        module.compile()
+        plain = seconds(lambda: call(pipe, options, setting))
+        yield "untouched, compiled, s", f"{plain:.3f}"
+        with parallelize(pipe, setting.devices, "aggressive", threads=1):
+            took = seconds(lambda: call(pipe, options, setting))
+            yield "compiled, s", f"{took:.3f} ({plain / took:.2f} times as fast)"
+
+
+def measure_workers(
+    pipe: Any, options: dict[str, Any], setting: Setting, plain: float, untouched: Tensor
+) -> Iterator[tuple[str, str]]:
+    """Yield what several workers make of it; `plain` is the untouched pipeline's time in seconds."""
     with reference(pipe, devices=setting.devices, mode="aggressive"):
         expected = call(pipe, options, setting)
     before = _used()
-    with parallelize(pipe, setting.devices, "aggressive", threads=1) as run:
-        same = torch.equal(call(pipe, options, setting), expected)
-        yield "the bits of reference", str(same)
-        yield "GPU memory of the workers, MB", f"{(_used() - before) / 1e6:.0f}"
-        took = seconds(lambda: call(pipe, options, setting))
-        yield "parallelized, s", f"{took:.3f} ({plain / took:.2f} times as fast)"
-        yield "rounds", f"{run.report.calls[-1].rounds} of {run.report.calls[-1].steps} steps"
-        yield "waits of this process in a call", str(synchronizations(lambda: call(pipe, options, setting)))
-        yield "sequential because", run.report.calls[-1].sequential or "it was not"
-    yield from measure_batch(pipe, options, setting, plain)
-    with parallelize(pipe, setting.devices, drafts=1, threads=1):
-        yield "one draft, the untouched bits", str(torch.equal(call(pipe, options, setting), untouched))
-    if setting.eager:
-        return
-    module = getattr(pipe, "unet", None) or pipe.transformer
-    module.compile()
-    plain = seconds(lambda: call(pipe, options, setting))
-    yield "compiled, untouched, s", f"{plain:.3f}"
-    with parallelize(pipe, setting.devices, "aggressive", threads=1):
-        took = seconds(lambda: call(pipe, options, setting))
-        yield "compiled, parallelized, s", f"{took:.3f} ({plain / took:.2f} times as fast)"
+    with Workers(setting.devices, threads=1) as workers:
+        with parallelize(pipe, workers, "aggressive") as run:
+            same = torch.equal(call(pipe, options, setting), expected)
+            yield "the bits of reference", str(same)
+            yield "GPU memory of the workers, MB", f"{(_used() - before) / 1e6:.0f}"
+            took = seconds(lambda: call(pipe, options, setting))
+            yield "parallelized, s", f"{took:.3f} ({plain / took:.2f} times as fast)"
+            yield "rounds", f"{run.report.calls[-1].rounds} of {run.report.calls[-1].steps} steps"
+            yield "waits of this process in a call", synchronizations(lambda: call(pipe, options, setting))
+            yield "sequential because", run.report.calls[-1].sequential or "it was not"
+        with parallelize(pipe, workers, drafts=1):
+            yield "one draft, the untouched bits", str(torch.equal(call(pipe, options, setting), untouched))
 
 
-def measure_batch(pipe: Any, options: dict[str, Any], setting: Setting, plain: float) -> Iterator[tuple[str, str]]:
-    """Yield what one device makes of four drafts as a batch; `plain` is the untouched pipeline's time in seconds."""
-    device = setting.devices.partition("x")[2]
+def measure_batch(
+    pipe: Any, options: dict[str, Any], setting: Setting, plain: float, execution: ExecutionOptions | None = None
+) -> Iterator[tuple[str, str]]:
+    """Yield what one device makes of four drafts as a batch, relative to the untouched pipeline's time in seconds."""
+    how = "four drafts as a batch" + (", as a graph" if execution else "")
+    device = re.sub(r"^\d+x", "", setting.devices.split(",")[0])
     with reference(pipe, devices=device, mode="aggressive", drafts_per_device=4):
         expected = call(pipe, options, setting)
-    with parallelize(pipe, device, "aggressive", threads=1, drafts_per_device=4) as run:
-        yield "four drafts as a batch, the bits", str(torch.equal(call(pipe, options, setting), expected))
+    with parallelize(pipe, device, "aggressive", threads=1, drafts_per_device=4, execution=execution) as run:
+        yield f"{how}, the bits", str(torch.equal(call(pipe, options, setting), expected))
         took = seconds(lambda: call(pipe, options, setting))
-        yield "four drafts as a batch, s", f"{took:.3f} ({plain / took:.2f} times as fast)"
-        yield "batched", run.report.calls[-1].sequential or "; ".join(run.report.calls[-1].notes) or "yes"
+        yield f"{how}, s", f"{took:.3f} ({plain / took:.2f} times as fast)"
+        yield f"{how}: batched", run.report.calls[-1].sequential or "; ".join(run.report.calls[-1].notes) or "yes"
+
+
+def denoiser(pipe: Any) -> Any:
+    """Return the module that a pipeline's steps call."""
+    return getattr(pipe, "unet", None) or pipe.transformer
+
+
+@contextmanager
+def as_graphs(module: Any) -> Iterator[None]:
+    """Have the untouched pipeline replay its denoiser as a CUDA graph, as workers do."""
+    graphs, forward = Graphs(), module.forward
+
+    def replay(*args: Any, **kwargs: Any) -> Any:
+        arguments, tensors, _ = flatten((list(args), kwargs))
+
+        def evaluate(given: dict[str, Tensor]) -> Any:
+            args, kwargs = rebuild(arguments, list(given.values()))
+            return forward(*args, **kwargs)
+
+        given = {str(place): tensor for place, tensor in enumerate(tensors)}
+        result, made, _ = flatten(graphs(evaluate, given, lambda: None, repr(arguments)))
+        return rebuild(result, [tensor.clone() for tensor in made])
+
+    module.forward = replay
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def _used() -> int:
@@ -251,20 +305,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny networks on cores")
     parser.add_argument("--devices", help="the workers' devices (default: 2xcuda:0)")
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--only", choices=["sd15", "sdxl", "flux"])
-    parser.add_argument("--eager", action="store_true", help="leave the compiled modules out")
+    parser.add_argument("--only", choices=NAMES)
+    parser.add_argument("--compiled", choices=[*NAMES, "none"], default="sd15", help="which is measured compiled, too")
     given = parser.parse_args(arguments)
     device, dtype = ("cpu", torch.float32) if given.tiny else ("cuda", torch.bfloat16)
     devices = given.devices or ("2xcpu" if given.tiny else "2xcuda:0")
-    setting = Setting(device, dtype, given.tiny, devices, given.steps, given.eager)
     if given.tiny:
         torch.set_num_threads(1)
+    began = time.perf_counter()
     print(figures.machine())
     for make in (sd15, sdxl, flux):
         if given.only in (None, make.__name__):
+            compiled = given.compiled == make.__name__
+            setting = Setting(device, dtype, given.tiny, devices, given.steps, not given.tiny, compiled)
             print(f"\n{make.__name__}, {setting.steps} steps on {devices}")
             for name, value in measure(make, setting):
-                print(f"  {name:34}{value}", flush=True)
+                print(f"  {name:46}{value}", flush=True)
+            print(f"  {time.perf_counter() - began:.0f} s since the beginning")
             if not given.tiny:
                 torch.cuda.empty_cache()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from drp.diffusers import Workers, parallelize, reference
-from tests.pipelines import PIPELINES, dit, flux, run, vae
+from tests.pipelines import PIPELINES, flux, run, vae
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -40,17 +40,20 @@ def drafts(pipe: Any, options: dict[str, Any], workers: Workers) -> None:
 
 @pytest.mark.diffusers
 @pytest.mark.timeout(600)  # Inductor compiles C++ for a minute, in three processes.
-@pytest.mark.parametrize("how", ["module.compile", "torch.compile"])
+@pytest.mark.parametrize("how", ["compile", "compile_repeated_blocks", "torch.compile"])
 def test_workers_compile_what_was_compiled(how: str, workers: Workers) -> None:
-    pipe = dit()
-    if how == "module.compile":
-        pipe.transformer.compile()
-    else:
+    name = "Flux" if how == "compile_repeated_blocks" else "DiT"
+    make, options = PIPELINES[name]
+    pipe = make()
+    if how == "torch.compile":
         pipe.transformer = torch.compile(pipe.transformer)
+    else:
+        getattr(pipe.transformer, how)()
     compiled = pipe.transformer
-    drafts(pipe, PIPELINES["DiT"][1], workers)
+    drafts(pipe, options, workers)
     assert pipe.transformer is compiled
-    assert how != "module.compile" or vars(compiled)["_compiled_call_impl"] is not None
+    blocks = [module for module in pipe.transformer.modules() if vars(module).get("_compiled_call_impl") is not None]
+    assert len(blocks) == {"compile": 1, "torch.compile": 0, "compile_repeated_blocks": 2}[how]
 
 
 def test_weights_that_torchao_has_quantized(workers: Workers) -> None:
@@ -92,3 +95,13 @@ def test_a_pipeline_whose_models_are_offloaded_holds_its_denoiser(workers: Worke
     assert "_old_forward" in vars(pipe.transformer)
     assert pipe.vae._hf_hook.prev_module_hook.model is pipe.transformer
     assert "maybe_free_model_hooks" not in vars(pipe)
+
+
+def test_a_pipeline_that_is_offloaded_layer_by_layer_is_refused_with_the_remedy() -> None:
+    pipe = flux()
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    with pytest.raises(ValueError, match=r"offload whole models, by pipe\.enable_model_cpu_offload"):  # noqa: SIM117
+        with parallelize(pipe, 2):
+            pass
+    pipe.remove_all_hooks()
+    run(pipe, PIPELINES["Flux"][1])  # It is as it was.
