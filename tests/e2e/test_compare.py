@@ -37,7 +37,10 @@ from tests.tiny.stable_diffusion import SIZE, XL, xl
 
 ROOT = Path(__file__).parents[2]
 STEPS, SEEDS = 8, 2
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' schedulers
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),  # diffusers' schedulers
+    pytest.mark.timeout(300),  # Many runs are compared, and a machine may be busy with other things.
+]
 ASKED: dict[str, Any] = {"devices": 2, "steps": STEPS, "seeds": SEEDS, "turns": 1, "modes": ["window", "adaptive"]}
 
 
@@ -187,7 +190,8 @@ def test_other_files_stay(tmp_path: Path) -> None:
 def test_an_interrupted_comparison_leaves_a_report_and_goes_on(tmp_path: Path) -> None:
     """Ctrl-C, as a terminal sends it: to the program and to all its workers."""
     command = [str(Path(sys.executable).with_name("drp")), "compare", "digits", "--devices", "2", "--steps", str(STEPS)]
-    command += ["--seeds", "2", "--turns", "1", "--modes", "window,conservative", "--out", "report"]
+    command += ["--seeds", "2", "--turns", "1", "--modes", "window,conservative,aggressive", "--drafts", "2,3,4"]
+    command += ["--out", "report"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     first = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
     results = tmp_path / "report/results.json"
@@ -201,13 +205,15 @@ def test_an_interrupted_comparison_leaves_a_report_and_goes_on(tmp_path: Path) -
     assert first.returncode == 130, errors
     assert "Traceback" not in errors
     assert "interrupted; report/report.html has what is done" in errors
-    assert "1 of 2 settings are measured" in (tmp_path / "report/report.html").read_text()
-    window = json.loads(results.read_text())["cells"]["window-n2"]
+    before = json.loads(results.read_text())["cells"]
+    assert 1 <= len(before) < 8
+    report = (tmp_path / "report/report.html").read_text()
+    assert f"{len(before)} of 8 settings are measured" in report
     second = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
     assert second.returncode == 0, second.stderr
     cells = json.loads(results.read_text())["cells"]
-    assert cells["window-n2"]["seconds"] == window["seconds"]
-    assert list(cells) == ["window-n2", "conservative-n2"]
+    assert len(cells) == 8
+    assert {name: cells[name]["seconds"] for name in before} == {name: cell["seconds"] for name, cell in before.items()}
     assert "settings are measured" not in (tmp_path / "report/report.html").read_text()
 
 
