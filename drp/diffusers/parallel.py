@@ -7,20 +7,21 @@ import os
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
-from inspect import signature
-from typing import Any, cast
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import nn
 
 from drp.diffusers.call import PipelineCall, PipelineContext
 from drp.diffusers.compiled import COMPILED, OriginalForward
+from drp.diffusers.denoisers import find_denoisers
 from drp.diffusers.devices import device_of
 from drp.diffusers.evaluators import Evaluator, InProcess
 from drp.diffusers.hook import Hook
 from drp.diffusers.offload import ModelOffload
 from drp.diffusers.pipeline_modes import make_pipeline_mode
+from drp.diffusers.pretrained import OwnWeights
 from drp.diffusers.publish import Publisher
 from drp.diffusers.pytree import Json
 from drp.diffusers.report import CallReport, Report
@@ -28,16 +29,11 @@ from drp.diffusers.scheduler import adds_noise
 from drp.diffusers.structure import Described, PatchedClassError, describe, has_own_forward
 from drp.diffusers.watch import WatchedMethod, schedulers_of
 from drp.diffusers.workers import Workers, on_gpu_of
-from drp.leader.devices import expand_count, parse_devices
+from drp.leader.devices import Devices, expand_count, parse_devices
 from drp.leader.execution import ExecutionOptions
 from drp.sampling.drafts import DraftRule
 from drp.sampling.modes import Mode
 from drp.trace.record import check
-
-DENOISERS = ("unet", "transformer", "transformer_2", "controlnet", "prior")
-"""Components of a pipeline that its steps call; besides them, whatever takes a timestep."""
-TIMES = ("timestep", "timesteps", "timestep_ratio", "sigma", "t", "r")
-"""How the parameter of a module's forward is called that says which noise level its input has."""
 
 
 class Parallel:
@@ -62,16 +58,17 @@ class Parallel:
         self._overtaken: set[int] = set()
         self._described: dict[str, Described] = {}
         self._publisher: Publisher | None = None
+        self._own_weights: OwnWeights | None = None
         self._evaluator: Evaluator | None = None
 
-    def enter(self, evaluator: Evaluator, publisher: Publisher | None) -> None:
+    def enter(self, evaluator: Evaluator, publisher: Publisher | None, own_weights: OwnWeights | None = None) -> None:
         """Begin to answer the denoiser's calls."""
         if any("forward" in vars(module) and not has_own_forward(module) for module in self._modules.values()):
             raise ValueError(
                 f"{type(self._pipe).__name__} is parallelised already, or a hook took its denoiser's forward; "
                 "leave that first"
             )
-        self._evaluator, self._publisher = evaluator, publisher
+        self._evaluator, self._publisher, self._own_weights = evaluator, publisher, own_weights
         for name in self._modules:
             self._hook(name)
         self._watch()
@@ -97,7 +94,7 @@ class Parallel:
         try:
             yield
         finally:
-            self.enter(evaluator, self._publisher)
+            self.enter(evaluator, self._publisher, self._own_weights)
 
     def _hook(self, name: str) -> None:
         module = self._modules[name]
@@ -207,8 +204,11 @@ class Parallel:
         self._call = PipelineCall(work, scheduler, report)
 
     def publish(self, name: str, described: Described) -> Json:
-        """Put a module where workers find it."""
-        return None if self._publisher is None else self._publisher.publish(name, described)
+        """Put a module where workers find it, and say how those on other machines load it."""
+        json = None if self._publisher is None else self._publisher.publish(name, described)
+        if self._own_weights is not None:
+            json = {**(json or {}), "elsewhere": self._own_weights.publish(name, self.originals[name], described)}
+        return json
 
     def _describe(self, name: str) -> Described:
         """Describe a module as it is, which is the description before if nothing has changed."""
@@ -240,7 +240,7 @@ class Parallel:
 @contextmanager
 def parallelize(
     pipe: Any,
-    devices: int | str | Sequence[str] | Workers = 2,
+    devices: Devices | Workers = 2,
     mode: str | Mode = "window",
     *,
     drafts: int | None = None,
@@ -254,6 +254,7 @@ def parallelize(
     always_draft: bool = False,
     threads: int | None = None,
     denoisers: Sequence[str] | None = None,
+    pretrained: str | Mapping[str, Any] | None = None,
     start_timeout: float = 120.0,
     draft_timeout: float | None = 600.0,
     execution: ExecutionOptions | None = None,
@@ -283,22 +284,32 @@ def parallelize(
         are sequential, and the report says why.
     threads: of each worker; by default an equal share of this process's. Bits may depend on it.
     denoisers: the names of the components that the steps call, if they are called unusually.
+    pretrained: for workers on other machines (`drp.RemoteWorkers`, `drp.on_ray`), which load the denoising modules
+        themselves: the name or path of the pipeline, by default the one that it was loaded from; or a dict of
+        further arguments of `from_pretrained`, such as {"revision": "...", "variant": "fp16"}; or
+        "package.module:factory", which returns the pipeline. Modules that are not the same there, bit for bit, are
+        refused, so what is changed after loading belongs into a factory.
     start_timeout, draft_timeout, execution: as of `drp.LeaderOptions`.
     drafts_per_device: evaluate so many drafts of a round as one batch, where that is verified at the first step of a
         call; a round then has as many times the drafts.
     trace: a file to write what happened where and when to, see `drp.trace`; with at most `trace_most` marks.
 
-    Raises ValueError for a pipeline or arguments that cannot be, WorkerError if a worker cannot start or, from the
-    pipeline's call, if one is lost. Steps of which it cannot be made sure that drafts are right are taken sequentially,
-    in this process; `run.report` says which, and why.
+    Raises ValueError for a pipeline or arguments that cannot be, WorkerError if a worker cannot start or has other
+    weights or, from the pipeline's call, if one is lost. Steps of which it cannot be made sure that drafts are right
+    are taken sequentially, in this process; `run.report` says which, and why.
     """
     if trace is not None:
         check(trace)
-    names = _denoisers(pipe, denoisers)
-    own = devices if isinstance(devices, Workers) else None
-    if not isinstance(devices, Workers):
-        devices = expand_count(devices, device_of(pipe, names).type)
-    count = len(own.devices if own else parse_devices(cast("str | Sequence[str]", devices), 1))
+    names = find_denoisers(pipe, denoisers)
+    if isinstance(devices, Workers):
+        own, count, has_remote = devices, len(devices.devices), devices.has_remote
+    else:
+        named: Devices = (
+            expand_count(devices, device_of(pipe, names).type) if isinstance(devices, int | str) else devices
+        )
+        placed = parse_devices(named, 1)
+        own, count, has_remote = None, len(placed), any(device.remote is not None for device in placed)
+    own_weights = OwnWeights(pipe, pretrained) if has_remote else None
     batch = own.drafts_per_device if own else drafts_per_device
     drafts = _drafts(drafts, count * batch, split_guidance)
     noise = adds_noise(next(schedulers_of(pipe)))
@@ -313,7 +324,7 @@ def parallelize(
                 parallel.describe(name)
         workers = own or stack.enter_context(
             Workers(
-                cast("str | Sequence[str]", devices),
+                named,
                 threads=threads,
                 start_timeout=start_timeout,
                 draft_timeout=draft_timeout,
@@ -321,11 +332,16 @@ def parallelize(
                 drafts_per_device=drafts_per_device,
             )
         )
-        publisher = stack.enter_context(closing(workers.publisher(device)))
+        publisher = workers.publisher(device)
+        if publisher is not None:
+            stack.callback(publisher.close)
         if trace is not None:
             stack.enter_context(workers.record(trace, trace_most))
-        parallel.enter(workers, publisher)
+        parallel.enter(workers, publisher, own_weights)
         stack.callback(parallel.leave)
+        if own_weights is not None:
+            with suppress(PatchedClassError):  # as above
+                workers.check({name: parallel.publish(name, parallel.describe(name)) for name in names})
         yield parallel
 
 
@@ -352,7 +368,7 @@ def reference(
 
     `devices` only counts, for the drafts a round.
     """
-    names = _denoisers(pipe, denoisers)
+    names = find_denoisers(pipe, denoisers)
     placed = parse_devices(expand_count(devices, device_of(pipe, names).type), 1)
     own = threads or max(1, torch.get_num_threads() // len(placed))
     drafts = _drafts(drafts, len(placed) * drafts_per_device, split_guidance)
@@ -370,19 +386,3 @@ def reference(
 def _drafts(drafts: int | None, devices: int, split: bool) -> int:
     """Return the drafts a round: by default one a device, or one for two devices."""
     return drafts if drafts is not None else max(1, devices // 2) if split else devices
-
-
-def _denoisers(pipe: Any, denoisers: Sequence[str] | None) -> list[str]:
-    """Return the names of the components that the pipeline's steps call."""
-    if not any(True for _ in schedulers_of(pipe)):
-        raise ValueError(f"{type(pipe).__name__} has no scheduler with a step method, whose steps drp would draft")
-    modules = {n: getattr(pipe, n) for n in denoisers or DENOISERS if isinstance(getattr(pipe, n, None), nn.Module)}
-    if not denoisers:
-        for name, component in getattr(pipe, "components", {}).items():
-            if isinstance(component, nn.Module) and any(t in signature(component.forward).parameters for t in TIMES):
-                modules.setdefault(name, component)
-    names = list(modules)
-    if not names or (denoisers and len(names) < len(denoisers)):
-        wanted = ", ".join(denoisers or DENOISERS)
-        raise ValueError(f"{type(pipe).__name__} lacks {wanted}; name its denoising modules in `denoisers`")
-    return names

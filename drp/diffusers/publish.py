@@ -81,7 +81,7 @@ class _Weights:
         if not self.copies:
             return False
         flat = self.memory.tensor(0, (self.memory.nbytes,), torch.uint8)
-        now = _fingerprint(flat)
+        now = fingerprint(flat)
         if now == self.fingerprint:
             return False
         for copy in self.copies:
@@ -289,8 +289,11 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def _fingerprint(flat: Tensor) -> tuple[int, ...]:
-    """Return two sums over the bytes of a block, weighted by place: changed weights have others. One wait for a GPU."""
+def fingerprint(tensor: Tensor) -> tuple[int, ...]:
+    """Return two sums over a tensor's bytes, weighted by place: changed weights have others. One wait for a GPU."""
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if rest := -len(flat) % (8 * ROW):
+        flat = torch.nn.functional.pad(flat, (0, rest))
     words = flat.view(torch.int64).view(-1, ROW)
     sums = words.sum(1), words.sum(0)
     weights = (2 * torch.arange(len(s), device=s.device) + 1 for s in sums)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from drp.diffusers import pretrained
 from drp.diffusers.program import PROGRAM, Program, from_bytes, write
 from drp.diffusers.pytree import Json
 from drp.diffusers.sources import Block, TensorLocation, load_signed
@@ -39,10 +40,13 @@ class Programs:
 
     def __init__(self) -> None:
         self._gpu: Gpu | None = None
+        self._own_weights = False
         self._texts: dict[int, tuple[Tensor, bytes]] = {}
         self._programs: dict[bytes, tuple[Program, dict[str, nn.Module], ModuleState]] = {}
         self._modules: dict[int, tuple[nn.Module, set[int]]] = {}
         """By number, modules and the numbers of their blocks."""
+        self._loaded: dict[str, nn.Module] = {}
+        """By their descriptions, modules that this process has loaded itself."""
         self._uploads: dict[int, tuple[int, LocalMemory]] = {}
         """By number, the version and the copy of blocks that are on the host, for a GPU that shares no memory."""
         self._graphs: Graphs | None = None
@@ -51,6 +55,10 @@ class Programs:
         """Run on this GPU from now on, by CUDA graphs if its configuration says so."""
         self._gpu = gpu
         self._graphs = Graphs() if gpu.config.graphs else None
+
+    def use_own_weights(self) -> None:
+        """Load modules here from now on: the leader is on another machine."""
+        self._own_weights = True
 
     def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Refuse: a program's drafts are more than a state."""
@@ -121,12 +129,24 @@ class Programs:
     def _program(self, text: bytes) -> tuple[Program, dict[str, nn.Module], ModuleState]:
         if text not in self._programs:
             program, sources = from_bytes(text)
-            modules = {name: self._module(source) for name, source in sources.items()}
+            find = self._load if self._own_weights else self._module
+            modules = {name: find(source) for name, source in sources.items()}
             self._programs[text] = program, modules, ModuleState(*modules.values())
             _forget(self._programs)
             if self._graphs is not None:
                 self._graphs.retain(self._programs)
         return self._programs[text]
+
+    def _load(self, json: Json) -> nn.Module:
+        """Load a module on this machine, unless the one that was loaded before is as it has to be."""
+        source = json["elsewhere"]
+        key = str(source)
+        if key not in self._loaded:
+            with torch.inference_mode(False):
+                module = pretrained.load(source)
+                self._loaded[key] = module if self._gpu is None else module.to(self._gpu.device)
+            _forget(self._loaded)
+        return self._loaded[key]
 
     def _module(self, json: Json) -> nn.Module:
         number = json["number"]

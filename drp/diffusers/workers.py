@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from types import TracebackType
 
@@ -21,6 +21,7 @@ from drp.leader.events import Timeline
 from drp.leader.execution import ExecutionOptions
 from drp.leader.leader import Leader, WorkerStatus
 from drp.leader.scheduling.policies import Policy
+from drp.sampling.run import Task
 from drp.trace.record import record
 
 MODEL = "drp.diffusers.worker:load"
@@ -51,11 +52,6 @@ class Workers:
         placed = parse_devices(devices, 1)
         if any(device.emulated is not None and device.emulated.values != "model" for device in placed):
             raise ValueError(f"devices is {devices!r}: values other than the model's are for drp's own models only")
-        if any(device.remote is not None for device in placed):
-            raise ValueError(
-                "devices holds RemoteWorkers: a pipeline's weights are in this machine's shared memory, which workers "
-                "on other machines cannot open; name devices of this machine"
-            )
         if execution is not None and execution.compile:
             raise ValueError(
                 "compile is for models of a drp.Leader; compile the pipeline's module, as by pipe.unet.compile(): "
@@ -67,7 +63,8 @@ class Workers:
             )
         self.threads = threads or max(1, torch.get_num_threads() // len(placed))
         self.drafts_per_device = drafts_per_device
-        self._gpus = [device.gpu for device in placed]
+        self._gpus = [device.gpu for device in placed if device.remote is None]
+        self.has_remote = any(device.remote is not None for device in placed)
         self._weights: dict[str, GpuWeights] = {}
         """By the GPU of their pipeline."""
         self._leader = Leader(
@@ -90,11 +87,17 @@ class Workers:
         """The status of every worker, as `drp.Leader.workers`."""
         return self._leader.workers
 
-    def publisher(self, device: torch.device) -> Publisher:
-        """Return what puts the modules of a pipeline on a device where these workers find them.
+    def publisher(self, device: torch.device) -> Publisher | None:
+        """Return what puts the modules of a pipeline on a device where workers on this machine find them, if any are.
 
         Raises ValueError if the workers are on devices of another kind.
         """
+        for name in self.devices if self.has_remote else ():
+            host, _, kind = name.rpartition("/")
+            if host and kind.startswith("cuda") != (device.type == "cuda"):
+                raise ValueError(f"the pipeline is on {device}, and a worker on {name}; both must be GPUs, or neither")
+        if not self._gpus:
+            return None
         gpus = weights_of(gpu_of(device), self._gpus, self._leader.shares_gpu_memory)
         if gpus is None:
             return Publisher()
@@ -112,6 +115,12 @@ class Workers:
         cond: Mapping[str, Tensor],
     ) -> Session:
         return self._leader.open_session(inputs, outputs, slots, {**cond, PROGRAM: to_tensor(program, sources)})
+
+    def check(self, sources: Mapping[str, Json]) -> None:
+        """Have each worker load these modules; raise WorkerError, with the reason, if one cannot."""
+        nothing, count = torch.zeros(1), len(self.devices) * self.drafts_per_device
+        with closing(self.bind(Program(()), sources, {"x": nothing}, {"x": nothing}, count, {})) as session:
+            session.evaluate([Task(number, 0.0, number) for number in range(count)])
 
     def record(self, path: str | os.PathLike[str], most: int | None = None) -> AbstractContextManager[Timeline]:
         """Write a trace of what they do during a block, as `drp.trace.record` does for a leader."""

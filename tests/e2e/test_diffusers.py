@@ -41,8 +41,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import drp
 from drp import diffusers as face
 from drp.diffusers import CallReport, Workers
+from drp.diffusers.denoisers import DENOISERS
 from drp.diffusers.digits import digits_pipeline
-from drp.diffusers.parallel import DENOISERS
 from drp.diffusers.scheduler import Levels, adds_noise
 from drp.diffusers.structure import describe
 from drp.models.classifier import load_classifier

@@ -130,6 +130,19 @@ def test_arguments_that_cannot_be_are_refused(arguments: dict[str, Any], words: 
         drp.on_ray(**arguments)
 
 
+def test_a_tiny_sdxl_that_each_worker_has_loaded_itself(cluster: Any) -> None:
+    pipelines, pipe = importlib.import_module("tests.pipelines"), importlib.import_module("drp.diffusers")
+    sdxl, (_, options) = pipelines.sdxl(), pipelines.PIPELINES["SDXL"]
+    with pipe.reference(sdxl, devices=2, threads=1):
+        expected = pipelines.run(sdxl, options, steps=12)
+    workers = drp.on_ray(workers=2, device="cpu", strategy="SPREAD")
+    with pipe.parallelize(sdxl, workers, threads=1, pretrained="tests.pipelines:sdxl") as parallel:
+        assert torch.equal(pipelines.run(sdxl, options, steps=12), expected)
+    (call,) = parallel.report.calls
+    assert not call.sequential
+    assert call.rounds < call.steps
+
+
 def test_the_command_line(cluster: Any, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     result = CliRunner().invoke(

@@ -1,0 +1,32 @@
+"""Denoisers: which of a pipeline's components its steps call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from inspect import signature
+from typing import Any
+
+from torch import nn
+
+from drp.diffusers.watch import schedulers_of
+
+DENOISERS = ("unet", "transformer", "transformer_2", "controlnet", "prior")
+"""Components of a pipeline that its steps call; besides them, whatever takes a timestep."""
+TIMES = ("timestep", "timesteps", "timestep_ratio", "sigma", "t", "r")
+"""How the parameter of a module's forward is called that says which noise level its input has."""
+
+
+def find_denoisers(pipe: Any, denoisers: Sequence[str] | None) -> list[str]:
+    """Return the names of the components that the pipeline's steps call."""
+    if not any(True for _ in schedulers_of(pipe)):
+        raise ValueError(f"{type(pipe).__name__} has no scheduler with a step method, whose steps drp would draft")
+    modules = {n: getattr(pipe, n) for n in denoisers or DENOISERS if isinstance(getattr(pipe, n, None), nn.Module)}
+    if not denoisers:
+        for name, component in getattr(pipe, "components", {}).items():
+            if isinstance(component, nn.Module) and any(t in signature(component.forward).parameters for t in TIMES):
+                modules.setdefault(name, component)
+    names = list(modules)
+    if not names or (denoisers and len(names) < len(denoisers)):
+        wanted = ", ".join(denoisers or DENOISERS)
+        raise ValueError(f"{type(pipe).__name__} lacks {wanted}; name its denoising modules in `denoisers`")
+    return names

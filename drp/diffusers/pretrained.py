@@ -1,0 +1,174 @@
+"""Pretrained: modules that workers on other machines load themselves, by what the pipeline was loaded by.
+
+A worker is sent the arguments of a component's `from_pretrained`, or the name of a factory that returns the pipeline,
+and digests of the structure and the weights of the leader's module. It refuses a module of its own with other digests.
+All of it is JSON: no pickle leaves the machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drp.diffusers.compiled import COMPILED, OriginalForward
+from drp.diffusers.features import LEFT_OUT
+from drp.diffusers.publish import fingerprint
+from drp.diffusers.pytree import PLAIN, Json, UnknownValueError, find, flatten, name_of, rebuild
+from drp.diffusers.structure import HOOKS, PARTS, Described
+from drp.workers.weights import Weights
+
+NAME = "pretrained_model_name_or_path"
+ORIGIN = ("_name_or_path", "_use_default_values")
+"""What a configuration notes of how its module was loaded."""
+REMEDY = (
+    "change it before: name, as pretrained='package.module:factory', a function that loads the pipeline and changes "
+    "it, and that each machine can import"
+)
+
+
+def loading_of(pipe: Any, pretrained: str | Mapping[str, Any] | None) -> Json:
+    """Return how other machines load a pipeline's modules, as `parallelize` is told it by `pretrained`.
+
+    Raises ValueError for what cannot be sent to them, or if the pipeline does not say where it is from.
+    """
+    if isinstance(pretrained, str) and ":" in pretrained:
+        try:
+            find(pretrained)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"pretrained is {pretrained!r}, which cannot be imported: {error}") from None
+        return {"factory": pretrained}
+    arguments: dict[str, Any] = {NAME: pretrained} if isinstance(pretrained, str) else dict(pretrained or {})
+    arguments.setdefault(NAME, getattr(getattr(pipe, "config", None), "_name_or_path", None))
+    if not arguments[NAME]:
+        raise ValueError(
+            f"{type(pipe).__name__} does not say what it was loaded from, and workers on other machines load it "
+            "themselves; give pretrained=: its name or path, arguments of from_pretrained, or 'package.module:factory'"
+        )
+    arguments = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in arguments.items()}
+    try:
+        described, tensors, _ = flatten(arguments, "pretrained")
+    except UnknownValueError as error:
+        raise ValueError(str(error)) from None
+    if tensors:
+        raise ValueError("pretrained holds tensors; give the arguments of from_pretrained")
+    return {"arguments": described}
+
+
+class OwnWeights:
+    """What workers on other machines are told of a pipeline's modules, which they load themselves."""
+
+    def __init__(self, pipe: Any, pretrained: str | Mapping[str, Any] | None) -> None:
+        self._loading = loading_of(pipe, pretrained)
+        self._latest: dict[str, tuple[Described, list[tuple[int, ...]], Json]] = {}
+
+    def publish(self, name: str, forward: OriginalForward, described: Described) -> Json:
+        """Return the JSON by which a worker loads a module; the same as the last time if nothing has changed since.
+
+        Raises UnknownValueError for a module that cannot be compared, or is compiled.
+        """
+        if forward.compiled is not None:
+            raise UnknownValueError(f"{name} is compiled, which workers on other machines do not do; leave that out")
+        values = [fingerprint(tensor) for tensor in described.tensors]
+        known, before, json = self._latest.get(name, (None, None, None))
+        if known is not described or before != values:
+            json = describe_for_others(name, forward.module, self._loading)
+            self._latest[name] = described, values, json
+        return json
+
+
+def describe_for_others(name: str, module: nn.Module, loading: Json) -> Json:
+    """Return the JSON by which a worker on another machine loads the component `name`, and compares it.
+
+    Raises UnknownValueError for a module that cannot be compared.
+    """
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    return {
+        "component": name,
+        "class": name_of(type(module)),
+        "dtype": str(dtype).removeprefix("torch."),
+        "loading": loading,
+        **digests_of(module),
+    }
+
+
+def load(source: Json) -> nn.Module:
+    """Load the module that `describe_for_others` described; raise ValueError if it is not the leader's."""
+    name, loading = source["component"], source["loading"]
+    if "factory" in loading:
+        module: nn.Module = getattr(find(loading["factory"])(), name)
+        where = loading["factory"]
+    else:
+        arguments = rebuild(loading["arguments"], ())
+        kind = find(source["class"])
+        where = f"{arguments[NAME]} with revision {arguments.get('revision')}"
+        module = kind.from_pretrained(**{"subfolder": name, "torch_dtype": getattr(torch, source["dtype"])} | arguments)
+    found = digests_of(module)
+    for what, due in found.items():
+        if source[what] != due:
+            raise ValueError(
+                f"{name} as loaded here from {where} has other {what} than the leader's: the digests are {due} and "
+                f"{source[what]}; give both machines the same files and versions. If the leader changed {name} after "
+                f"loading it, {REMEDY}"
+            )
+    return module
+
+
+def digests_of(module: nn.Module) -> dict[str, str]:
+    """Return digests of what a module is but for its weights, and of these."""
+    weights = Weights(module)
+    walk = _Walk(module)
+    text = "\n".join((weights.layout, *walk.lines()))
+    return {"structure": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), "weights": weights.digest()}
+
+
+class _Walk:
+    """Describes a module's attributes, in lines of text that are the same in every process.
+
+    Left out are where its configuration says that it is from, and what makes no difference to its results. Hooks, of
+    which the leader has none, and compilation are not compared. `Weights` describes parameters and buffers.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._paths = {id(module): path for path, module in root.named_modules()}
+        self._seen: set[int] = set()
+
+    def lines(self) -> list[str]:
+        lines = []
+        skipped = {*PARTS, *HOOKS, *LEFT_OUT, COMPILED, "forward"}
+        for path, module in self._root.named_modules():
+            lines.append(f"{path} {name_of(type(module))}")
+            lines += [f"{path}.{k} {self._text(v)}" for k, v in sorted(vars(module).items()) if k not in skipped]
+            lines += [f"{path}.{k} {p.requires_grad}" for k, p in module._parameters.items() if p is not None]
+        return lines
+
+    def _text(self, value: Any) -> str:
+        kind = type(value)
+        if kind in (*PLAIN, complex, bytes, torch.dtype, torch.device, torch.Size):
+            return repr(value)
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            return (
+                f"{value.dtype} {tuple(value.shape)} {hashlib.blake2b(flat.numpy().data, digest_size=16).hexdigest()}"
+            )
+        if id(value) in self._paths:
+            return f"module {self._paths[id(value)]!r}"
+        if isinstance(value, type) or hasattr(value, "__qualname__"):  # classes, functions and methods
+            return name_of(getattr(value, "__func__", value))
+        if isinstance(value, Mapping):
+            items = [f"{k!r}: {self._text(v)}" for k, v in value.items() if k not in ORIGIN]
+            return f"{kind.__name__} {sorted(items)}"
+        if isinstance(value, list | tuple | set | frozenset):
+            texts = [self._text(each) for each in value]
+            return f"{kind.__name__} {sorted(texts) if isinstance(value, set | frozenset) else texts}"
+        if id(value) in self._seen:
+            return f"{name_of(kind)} again"
+        self._seen.add(id(value))
+        if not hasattr(value, "__dict__"):
+            raise UnknownValueError(f"a {kind.__name__} cannot be compared with another machine's")
+        return f"{name_of(kind)} {self._text(vars(value))}"
