@@ -33,8 +33,9 @@ after four losses by a signal from outside ("outside"), or three by a crash, a h
 SLOT_RETRY_COST = {"shortage": 1 / 60, "outside": 0.0, "own": 1 / 8}
 """The share of a worker slot's retry budget that a loss uses. The budget is restored when a worker finishes a draft.
 "shortage" means that no worker can be started because this process or the machine has no memory, descriptors or
-processes left; starting is tried for at least two minutes. A signal from outside says nothing about the worker, so it
-uses no budget: the slot is given up only if no worker at all has been ready for `start_timeout`."""
+processes left; starting is tried for at least two minutes. A signal from outside says nothing about the worker, and nor
+does it that none has dialed in from another machine, so they use no budget: the slot is given up only if no worker at
+all has been ready for `start_timeout`."""
 CRASH_SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
 
 log = logging.getLogger(__name__)
@@ -58,8 +59,8 @@ class WorkerSlot:
         reason    the worker                          next state
         own       failed, crashed, exited or hung     restarting while there is retry budget, else lost
         shortage  could not be started                restarting while there is retry budget, else lost
-        outside   was ended by a signal from outside  restarting; lost if no worker of the leader was ready for
-                                                      `start_timeout`, counted from the last one that was
+        outside   was ended by a signal from outside, restarting; lost if no worker of the leader was ready for
+                  or has not dialed in                `start_timeout`, counted from the last one that was
     """
 
     number: int
@@ -257,7 +258,8 @@ class Supervisor:
             worker_slot.since += self._start_timeout
             return []
         late = f"{worker_slot.worker} did not {self._startup.pending_step(worker_slot.worker)}"
-        return [self.mark_dead(worker_slot, f"{late} within {self._start_timeout:g} s (start_timeout)")]
+        reason: Reason | None = "outside" if worker_slot.worker.pid is None else None
+        return [self.mark_dead(worker_slot, f"{late} within {self._start_timeout:g} s (start_timeout)", reason)]
 
     @property
     def next_deadline(self) -> float:
