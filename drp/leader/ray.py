@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,12 +114,14 @@ class RayLauncher:
     def kill(self, number: int) -> None:
         actor = self._actors.pop(number, None)
         if actor is not None:
-            self._ray.kill(actor)
+            with contextlib.suppress(Exception):  # of many kinds, such as after ray.shutdown(), which ends all actors
+                self._ray.kill(actor)
 
     def close(self) -> None:
         for number in list(self._actors):
             self.kill(number)
-        self._ray.util.remove_placement_group(self._group)
+        with contextlib.suppress(Exception):  # likewise
+            self._ray.util.remove_placement_group(self._group)
 
 
 def _describe(error: BaseException | None) -> str:
