@@ -34,6 +34,9 @@ NOT_NEGATIVE = Number(0)
 @click.option("--message", default="50us", show_default=True, help="Without a trace: the leader's time a message,")
 @click.option("--row", default="10us", show_default=True, help="a row of its arithmetic,")
 @click.option("--wake", default="100us", show_default=True, help="and for a process to wake up.")
+@click.option("--link", help="Of workers on other machines: latency and the leader's bandwidth, as 200us@1GB/s.")
+@click.option("--latent", default="64KiB", show_default=True, help="With --link: bytes of a draft.")
+@click.option("--encryption", help="With --link: bytes a second that a core encrypts, as 730MB/s; none by default.")
 @click.option(
     "--dispatch",
     type=click.Choice(["auto", "sync", "async"]),
@@ -83,6 +86,9 @@ def simulate(
     message: str,
     row: str,
     wake: str,
+    link: str | None,
+    latent: str,
+    encryption: str | None,
     dispatch: str,
     mode: str,
     drafts: int | None,
@@ -108,18 +114,23 @@ def simulate(
     with plain_errors():
         from dataclasses import replace
 
-        from drp.leader.devices import parse_time
+        from drp.leader.devices import parse_bytes, parse_time
         from drp.leader.events import Timeline
         from drp.leader.scheduling.policies import POLICIES, find_policy
         from drp.sampling.drafts import DAMPED
         from drp.sampling.mode_selection import make_mode
-        from drp.simulate import Costs, Load, make_devices
+        from drp.simulate import Costs, Link, Load, make_devices
         from drp.simulate import simulate as run
         from drp.simulate.devices import measured, repeated
         from drp.trace.events import read, write
 
         if trace is not None:
             check_trace(trace, force)
+        if link is None and encryption is not None:
+            raise ValueError(f"encryption is {encryption!r}, and there is no link; give --link, such as 200us@1GB/s")
+        network = Link.parse(link, encryption, parse_bytes(latent)) if link is not None else None
+        if network is not None and dispatch == "async":
+            raise ValueError("workers on other machines are sent drafts synchronously; give --dispatch sync")
         given = make_devices(devices, distribution)
         if source is None:
             times = parse_time(message), parse_time(row), parse_time(wake)
@@ -148,8 +159,11 @@ def simulate(
                 found_policy = find_policy(name)
                 if dispatch == "async" and found_policy.hedge is not None:
                     raise ValueError(f"policy {name!r} hedges, which needs synchronous dispatch; give --dispatch auto")
-                way = "async" if dispatch != "sync" and found_policy.hedge is None else "sync"
-                outcome = run(repeated(given, count), found_policy, load, costs[way], seed, staleness, timeline)
+                sync = dispatch == "sync" or found_policy.hedge is not None or network is not None
+                way = "sync" if sync else "async"
+                outcome = run(
+                    repeated(given, count), found_policy, load, costs[way], seed, staleness, timeline, network
+                )
                 found[name, count] = outcome.latency(50)
                 rows.append(
                     {

@@ -201,6 +201,22 @@ def parse_time(text: str) -> float:
     return _seconds(text, text)
 
 
+def parse_bytes(text: str) -> int:
+    """Parse a size such as `64KiB` or `8MiB`, in bytes; raise ValueError if the text is not a size."""
+    found = re.fullmatch(f"{NUMBER}(KiB|MiB|GiB)", text)
+    if not found:
+        raise ValueError(f"{text!r} is no size; write 64KiB, 8MiB or 1GiB")
+    return round(float(found[1]) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[found[2]])
+
+
+def parse_rate(text: str) -> float:
+    """Parse a rate such as `10GB/s`, in bytes per second; raise ValueError if the text is not a rate above 0."""
+    found = re.fullmatch(f"{NUMBER}([GMK]B/s)", text)
+    if not found or not float(found[1]):
+        raise ValueError(f"{text!r} is no rate above 0; write 10GB/s, 500MB/s or 100KB/s")
+    return float(found[1]) * BYTES[found[2]]
+
+
 def _seconds(text: str, name: str) -> float:
     found = re.fullmatch(f"{NUMBER}(s|ms|us)", text)
     if not found or float(found[1]) * SECONDS[found[2]] > MAX_SECONDS:

@@ -10,14 +10,16 @@ if TYPE_CHECKING:
     from drp.simulate.devices import Device, make_devices
     from drp.simulate.engine import simulate
     from drp.simulate.load import Load
+    from drp.simulate.network import Link
     from drp.simulate.state import Outcome
 
-__all__ = ["Costs", "Device", "Load", "Outcome", "make_devices", "simulate"]
+__all__ = ["Costs", "Device", "Link", "Load", "Outcome", "make_devices", "simulate"]
 
 # Imported on first use, so that the command line shows its help without importing torch.
 _HOMES = {
     "Costs": "costs",
     "Device": "devices",
+    "Link": "network",
     "Load": "load",
     "Outcome": "state",
     "make_devices": "devices",

@@ -12,6 +12,7 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from drp.leader.engine import RUNS_PER_WORKER
 from drp.leader.events import EventKind, Timeline, TraceEvent
@@ -19,6 +20,7 @@ from drp.leader.scheduling.policies import Policy
 from drp.simulate.costs import SLEEP, Costs
 from drp.simulate.devices import Device
 from drp.simulate.load import Load
+from drp.simulate.network import Link, Network
 from drp.simulate.schedule import Schedule, ScheduledDraft
 from drp.simulate.state import Outcome, SimulatedRun, SimulatedWorker
 
@@ -34,6 +36,7 @@ def simulate(
     seed: int = 0,
     staleness: float = 5e-5,
     timeline: Timeline | None = None,
+    link: Link | None = None,
 ) -> Outcome:
     """Simulate the runs of a load.
 
@@ -45,10 +48,16 @@ def simulate(
         seed: determines the costs, arrivals and failures that are drawn.
         staleness: stands for the network in a mode with feedback, see `Schedule`.
         timeline: a list to which the runs' events are appended, as by the engine.
+        link: the network to the workers if they are on other machines; in addition to the devices' own links.
 
     Raises ValueError for a mode whose rounds are inconsistent.
     """
-    return _Simulation(devices, policy, load, costs or Costs(), seed, staleness, timeline).run()
+    return _Simulation(devices, policy, load, costs or Costs(), seed, staleness, timeline, link or Link()).run()
+
+
+Event: TypeAlias = "tuple[float, int, SimulatedWorker, int, ScheduledDraft | None, float, float, bool]"
+"""Time, order, worker, its generation, draft (None for a failure), seconds and begin of the evaluation, and whether the
+leader can read the prediction by then; otherwise it only reaches the leader's machine."""
 
 
 class _Simulation:
@@ -58,6 +67,7 @@ class _Simulation:
     arrivals, submitted      times of requests to come; the number of requests so far
     runs, done, numbers      current runs; finished runs; the numbers of future runs
     worker_slots             the workers and their drafts
+    network                  the way of drafts and predictions to and from the workers
     events, order            a heap of predictions and failures to come; a counter that breaks ties in it
     draws                    the random number generator
     hedged, lost             counts for the outcome
@@ -72,8 +82,10 @@ class _Simulation:
         seed: int,
         staleness: float,
         timeline: Timeline | None,
+        link: Link,
     ) -> None:
         self.timeline = timeline
+        self.network = Network(link)
         self.draws = random.Random(seed)  # noqa: S311  # times, not secrets
         self.policy, self.load, self.costs, self.staleness = policy, load, costs, staleness
         self.mode = policy.schedule(load.mode)
@@ -85,7 +97,7 @@ class _Simulation:
         self.numbers = itertools.count(load.first)
         self.runs: list[SimulatedRun] = []
         self.done: list[SimulatedRun] = []
-        self.events: list[tuple[float, int, SimulatedWorker, int, ScheduledDraft | None, float, float]] = []
+        self.events: list[Event] = []
         self.order = itertools.count()
         self.submitted = len(self.arrivals)
         self.hedged = self.lost = 0
@@ -156,11 +168,12 @@ class _Simulation:
         since = self.now
         self.now += self._some(self.costs.send_more if sent else self.costs.send_first)
         self._mark("sent", run, draft.step, worker_slot.number, since=since)
+        arrived = self.network.deliver(worker_slot.number, self.now)
         if not worker_slot.drafts:
             worker_slot.since = self.now
-            began = self.now + self._some(self.costs.down[min(sent, len(self.costs.down) - 1)])
+            began = arrived + self._some(self.costs.down[min(sent, len(self.costs.down) - 1)])
         else:
-            began = max(self.now, worker_slot.free_at) + self._some(self.costs.following)
+            began = max(arrived, worker_slot.free_at) + self._some(self.costs.following)
         worker_slot.drafts.append((run, draft))
         link = worker_slot.device.link
         began = max(began, worker_slot.free_at) + link
@@ -174,7 +187,8 @@ class _Simulation:
                 worker_slot.generation = -worker_slot.generation - 1
             return
         worker_slot.computed += seconds
-        self._event(worker_slot.free_at, worker_slot, draft, seconds, began)
+        there = self.network.leave(worker_slot.number, worker_slot.free_at)
+        self._event(there, worker_slot, draft, seconds, began)
 
     def _event(
         self,
@@ -184,8 +198,16 @@ class _Simulation:
         seconds: float = 0.0,
         began: float = 0.0,
     ) -> None:
-        entry = (at, next(self.order), worker_slot, abs(worker_slot.generation), draft, seconds, began)
+        entry = (at, next(self.order), worker_slot, abs(worker_slot.generation), draft, seconds, began, draft is None)
         heapq.heappush(self.events, entry)
+
+    def _next_event(self) -> float:
+        """Return when the next event is due, infinity if there is none; predictions are received in their order."""
+        while self.events and not self.events[0][-1]:
+            at, order, worker_slot, generation, draft, seconds, began, _ = self.events[0]
+            at = self.network.receive(worker_slot.number, at)
+            heapq.heapreplace(self.events, (at, order, worker_slot, generation, draft, seconds, began, True))
+        return self.events[0][0] if self.events else float("inf")
 
     def _mark(
         self,
@@ -224,8 +246,7 @@ class _Simulation:
     def _refine(self) -> None:
         behind = [run for run in self.runs if run.needs_refine is not None]
         if behind:
-            soon = self.events[0][0] if self.events else float("inf")
-            self.now = min(self.now + self.costs.head_start, max(self.now, soon))
+            self.now = min(self.now + self.costs.head_start, max(self.now, self._next_event()))
         for run in behind:
             since = self.now
             if run.needs_refine:
@@ -235,7 +256,7 @@ class _Simulation:
 
     def _take(self) -> None:
         """Sleep until an event is due; handle events until drafts can be assigned."""
-        answer = self.events[0][0] if self.events else float("inf")
+        answer = self._next_event()
         timer = self._timer()
         if min(answer, timer) == float("inf"):
             if not self.runs and not self.arrivals:
@@ -246,7 +267,7 @@ class _Simulation:
             self.now = answer + self._some(self.costs.wake_long if answer - self.now > SLEEP else self.costs.wake_short)
         else:
             self.now = max(self.now, min(answer, timer))
-        while self.events and self.events[0][0] <= self.now:
+        while self._next_event() <= self.now:
             self._on(first)
             first = False
             if any(run.waiting for run in self.runs):
@@ -264,7 +285,7 @@ class _Simulation:
         return min(times, default=float("inf"))
 
     def _on(self, first: bool) -> None:
-        at, _, worker_slot, generation, draft, seconds, began = heapq.heappop(self.events)
+        at, _, worker_slot, generation, draft, seconds, began, _ = heapq.heappop(self.events)
         if draft is None:
             self._on_loss(worker_slot, at)
             return

@@ -22,7 +22,7 @@ from drp.sampling.mode_wrappers import Eager, PicardSweeps, Warmup
 from drp.sampling.modes import Aggressive, Conservative, Mode, Rolling, Sequential
 from drp.sampling.reference import run_reference
 from drp.sampling.solvers import DDIM
-from drp.simulate import Costs, Load, make_devices, simulate
+from drp.simulate import Costs, Link, Load, make_devices, simulate
 from drp.simulate.devices import repeated
 from drp.trace import summarise, write
 from tests.integration.test_trace import check_format, names
@@ -242,3 +242,59 @@ def test_the_command_line(tmp_path: Path) -> None:
     least = min(shown["rows"], key=lambda row: row["latency_p50_seconds"])
     assert shown["best"] == {"policy": least["policy"], "devices": least["devices"]}
     assert all(row["cost_per_run"] > 0 for row in shown["rows"])
+
+
+@pytest.mark.parametrize("io_threads", [1, 4])
+def test_a_link_is_shared_by_all_drafts_of_a_round_and_encrypted_by_the_leaders_threads(io_threads: int) -> None:
+    nbytes, latency, bandwidth, encryption = 1 << 18, 0.001, 1e9, 7e8
+    wire, core = nbytes / bandwidth, nbytes / encryption
+    link = Link(nbytes, latency, bandwidth, encryption, io_threads)
+    for n in (1, 4, 8):
+        seconds = simulate(
+            make_devices(f"{n}xemulated:20ms"), Barrier(), Load(Aggressive(n), 1 + 4 * n, 1), link=link
+        ).median
+        # The last draft of a round waits for its thread and for the wire; all devices take the same time, and the
+        # predictions come back in the order of the drafts, so that only the last one's own way is added.
+        turns = -(-n // io_threads)
+        one = 0.02 + 2 * latency + 2 * wire + 4 * core
+        last = 0.02 + 2 * latency + 2 * core + max(turns * core + wire, core + n * wire) + wire + core
+        assert seconds >= one + 4 * (one if n == 1 else last) - 1e-9
+        assert seconds <= one + 4 * (last + n * wire) + 1e-9
+
+
+def test_a_link_without_limits_costs_its_latency_alone() -> None:
+    def time(link: Link | None) -> float:
+        return simulate(make_devices(STEADY), Barrier(), Load(Aggressive(8), 49, 1), link=link).median
+
+    assert time(Link()) == time(None)
+    rounds = 1 + 6
+    assert time(Link(1 << 20, latency=0.1)) == pytest.approx(time(None) + rounds * 0.2)
+
+
+def test_the_command_line_takes_a_link(tmp_path: Path) -> None:
+    arguments = ["simulate", "-d", STEADY, "-m", "aggressive", "-r", "1", "-n", "49", "--json"]
+    arguments += ["--message", "0us", "--row", "0us", "--wake", "0us"]
+
+    def run(*more: str) -> tuple[str, float]:
+        result = CliRunner().invoke(main, [*arguments, *more])
+        assert result.exit_code == 0, result.output
+        (row,) = json.loads(result.output)["rows"]
+        return row["dispatch"], row["median_seconds"]
+
+    link = Link(1 << 18, 0.0002, 1e9, 7.3e8)
+    load = Load(Aggressive(8), 49, 1)
+    costs = Costs.given(0.0, 0.0, 0.0)
+    expected = simulate(make_devices(STEADY), LoadAdaptive(hedge=None), load, costs, link=link).median
+    dispatch, seconds = run("--link", "200us@1GB/s", "--latent", "256KiB", "--encryption", "730MB/s")
+    assert dispatch == "sync"
+    assert seconds == pytest.approx(expected)
+    for wrong, words in (
+        (["--link", "fast"], "'fast' is no time"),
+        (["--link", "1ms@fast"], "'fast' is no rate above 0; write 10GB/s, 500MB/s or 100KB/s"),
+        (["--link", "1ms", "--latent", "64KB"], "'64KB' is no size; write 64KiB, 8MiB or 1GiB"),
+        (["--encryption", "1GB/s"], "there is no link; give --link"),
+        (["--link", "1ms", "--dispatch", "async"], "workers on other machines are sent drafts synchronously"),
+    ):
+        result = CliRunner().invoke(main, [*arguments, *wrong])
+        assert result.exit_code != 0
+        assert words in result.output
