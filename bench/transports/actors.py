@@ -20,7 +20,9 @@ class Actors(Led):
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)
-        ray.init(num_cpus=work.count, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        self.own_cluster = not ray.is_initialized()
+        if self.own_cluster:
+            ray.init(num_cpus=work.count, include_dashboard=False, log_to_driver=False, configure_logging=False)
         self.actors = [ray.remote(Actor).options(num_cpus=1).remote(work, number) for number in range(work.count)]
         ray.get([actor.ready.remote() for actor in self.actors], timeout=2 * DEADLINE)
         self.calls: list[Any] = []
@@ -41,8 +43,11 @@ class Actors(Led):
         return worker, index, seconds
 
     def close(self) -> None:
-        """End Ray."""
-        ray.shutdown()
+        """End the actors, and Ray if this has started it."""
+        for actor in self.actors:
+            ray.kill(actor)
+        if self.own_cluster:
+            ray.shutdown()
 
 
 class Actor:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from bench.transports.base import Transport, Work
 from drp import ExecutionOptions, Leader
+from drp.leader.devices import Devices
 
 CHEAP = "drp.workers.emulated:load"
 
@@ -19,7 +20,11 @@ class Ours(Transport):
     def __init__(self, work: Work) -> None:
         super().__init__(work)
         gpu = ExecutionOptions(dispatch=self.dispatch)
-        self.leader = Leader(CHEAP, devices=[work.device] * work.count, execution=gpu)
+        self.leader = Leader(CHEAP, devices=self.make_devices(work), execution=gpu)
+
+    def make_devices(self, work: Work) -> Devices:
+        """Return the leader's devices."""
+        return [work.device] * work.count
 
     def sample(self) -> Tensor:
         """Run once."""
