@@ -83,7 +83,9 @@ class WorkerSlot:
     restarts: int = 0
     """The number of restarts since a worker last finished a draft."""
     last_failure: str = ""
-    """How the slot's last worker ended."""
+    """How the slot's last worker ended, and that no other one has come since."""
+    last_end: str = ""
+    """The same, of the last worker that had a process."""
     _last_heartbeat: int = -1
     _missed_heartbeats: int = 0
 
@@ -211,6 +213,10 @@ class Supervisor:
         outside = stopped or (not why and code is not None and code < 0 and -code not in CRASH_SIGNALS)
         why += "; it was stopped" if stopped else ""
         worker_slot.last_failure = why or f"{name} {how}"
+        if worker.pid is not None:
+            worker_slot.last_end = worker_slot.last_failure
+        elif worker_slot.last_end:
+            worker_slot.last_failure = f"{worker_slot.last_end}; {worker_slot.last_failure}"
         drafts = tuple(worker_slot.drafts)
         worker_slot.drafts.clear()
         worker_slot.outbox.clear()
