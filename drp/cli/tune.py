@@ -46,33 +46,45 @@ def tune(source: Mapping[str, Any], as_json: bool) -> None:
 
 def tables(tuning: Tuning) -> list[Table]:
     """Return what was measured, the predictions, and other numbers of devices, as tables."""
+    return [*_measured(tuning), _settings(tuning), _devices(tuning)]
+
+
+def _table(title: str, *columns: str) -> Table:
+    """Return a table whose first column is text and whose others are numbers."""
+    made = Table(title=title, title_justify="left")
+    for place, column in enumerate(columns):
+        made.add_column(column, no_wrap=True, justify="right" if place else "left")
+    return made
+
+
+def _measured(tuning: Tuning) -> list[Table]:
     found = tuning.calibration
     facts = Table(title="Measured", show_header=False, title_justify="left")
     facts.add_row("untouched run", f"{found.untouched * 1e3:.1f} ms")
-    for width, took in found.rounds.items():
-        facts.add_row(f"the slowest evaluation of {width} at once", f"{took.slowest * 1e3:.2f} ms")
-        facts.add_row(f"what a round of {width} takes besides", f"{took.loss * 1e3:.2f} ms")
     for size, seconds in found.batches.items():
         facts.add_row(f"a batch of {size} on one device", f"{seconds * 1e3:.2f} ms")
     for device, used in found.memory.items():
         facts.add_row(f"memory, {device}", f"{used / 2**20:,.0f} MiB")
-    columns = (
-        "setting",
-        "drafts a device",
-        "rounds",
-        "predicted, ms",
-        "measured, ms",
-        "off by",
-        "times as fast",
-        "distance",
-    )
-    settings = Table(*columns, title="Settings, the fastest first", title_justify="left")
+    rounds = _table("Rounds", "drafts, one a device", "slowest evaluation, ms", "besides, ms")
+    for width, took in found.rounds.items():
+        rounds.add_row(str(width), f"{took.slowest * 1e3:.2f}", f"{took.loss * 1e3:.2f}")
+    return [facts, rounds]
+
+
+def _settings(tuning: Tuning) -> Table:
+    columns = ["setting", "rounds", "predicted, ms", "measured, ms", "off by", "times as fast", "distance"]
+    settings = _table("Settings, the fastest first", *columns)
     for c in tuning.candidates[:MAX_ROWS] + [c for c in tuning.candidates[MAX_ROWS:] if c.measured is not None]:
-        row = [c.setting.label, str(c.batch), str(c.rounds), f"{c.predicted * 1e3:.1f}"]
+        label = c.setting.label if c.batch == 1 else f"{c.setting.label}, {c.batch} a device"
+        row = [label, str(c.rounds), f"{c.predicted * 1e3:.1f}"]
         if c.measured is not None:
             row += [f"{c.measured * 1e3:.1f}", f"{c.error:+.1%}", f"{c.speedup:.2f}", f"{c.distance:.4f}"]
         settings.add_row(*row)
-    devices = Table("devices", "window, predicted, ms", title="Other numbers of devices", title_justify="left")
+    return settings
+
+
+def _devices(tuning: Tuning) -> Table:
+    devices = _table("Other numbers of devices", "devices", "window, predicted, ms")
     for count, predicted in tuning.devices:
         devices.add_row(str(count), f"{predicted * 1e3:.1f}")
-    return [facts, settings, devices]
+    return devices

@@ -69,6 +69,7 @@ def test_other_numbers_of_devices(tuning: Tuning) -> None:
     assert len([line for line in tuning.advice if "devices such as these" in line]) == 3
     assert [table.title for table in tables(tuning)] == [
         "Measured",
+        "Rounds",
         "Settings, the fastest first",
         "Other numbers of devices",
     ]
