@@ -1,12 +1,39 @@
 """diffusers: a pipeline of diffusers, its steps spread over several devices by one line. See docs/diffusers.md."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from drp.platforms import require_linux
 
-require_linux()  # before what is imported next, some of which other systems do not have
+require_linux()
 
-from drp.diffusers.comparison import compare  # noqa: E402
-from drp.diffusers.parallel import Parallel, parallelize, reference  # noqa: E402
-from drp.diffusers.report import CallReport, Report  # noqa: E402
-from drp.diffusers.workers import Workers  # noqa: E402
+if TYPE_CHECKING:
+    from drp.diffusers.comparison import compare
+    from drp.diffusers.parallel import Parallel, parallelize, reference
+    from drp.diffusers.report import CallReport, Report
+    from drp.diffusers.workers import Workers
 
 __all__ = ["CallReport", "Parallel", "Report", "Workers", "compare", "parallelize", "reference"]
+
+# Loaded at first use: workers import this package too, and need little of it.
+_HOMES = {
+    "CallReport": "drp.diffusers.report",
+    "Parallel": "drp.diffusers.parallel",
+    "Report": "drp.diffusers.report",
+    "Workers": "drp.diffusers.workers",
+    "compare": "drp.diffusers.comparison",
+    "parallelize": "drp.diffusers.parallel",
+    "reference": "drp.diffusers.parallel",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'drp.diffusers' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
