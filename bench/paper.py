@@ -134,7 +134,10 @@ def pipeline(
     """Yield what makes a sampler of a pipeline for a setting, None for the sequential run."""
     from drp.diffusers.comparison import PipelineSubject
 
-    pipe = load_pipeline(path)
+    try:
+        pipe = load_pipeline(path)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     more: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
     with PipelineSubject(pipe, {"prompt": captions[0], **more}, devices) as subject, ExitStack() as stack:
 

@@ -13,6 +13,15 @@ from bench.paper import main, settings
 STEPS = 10
 
 
+def test_a_pipeline_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "captions.txt").write_text("a cat\na dog\n")
+    done = CliRunner().invoke(main, ["--pipeline", "sdxl", "--captions", str(tmp_path / "captions.txt")])
+    assert done.exit_code == 2
+    assert "'sdxl' is no folder here" in done.stderr
+    done = CliRunner().invoke(main, ["--pipeline", "sdxl"])
+    assert "a pipeline needs --captions" in done.stderr
+
+
 def test_the_table_of_digits(tmp_path: Path) -> None:
     out = tmp_path / "paper.json"
     asked = ["--pipeline", "digits", "--count", "2", "--steps", str(STEPS), "--devices", "2", "--out", str(out)]
