@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -170,6 +172,7 @@ class Drafter:
         Where a prediction was kept the draft is the state refined through it; beyond, what the rule assumes.
         """
         newest, known = k - 1, self.taken[k - 1]
+        estimates: dict[int, Tensor] = {}
         ahead = copy_of(self._scheduler, METHODS)
         arguments = {name: argument.copied() for name, argument in self._arguments.items()}
         stepped: Sequence[Any] = self.stepped
@@ -186,9 +189,10 @@ class Drafter:
                     time = self._on_device[i].expand(self._time.shape) if several else t
                     output = kept(i, x)
                     if output is None:
-                        output = self._extrapolate(newest, known, i, x)
+                        output = self._extrapolate(newest, known, i, x, estimates)
                     else:
                         newest, known = i, StepRecord(x, output)
+                        estimates.clear()
                     stepped = results_of(ahead.step(model_output=output, timestep=time, sample=x, **given))
                     x = stepped[0].to(x.dtype)
         finally:
@@ -196,15 +200,18 @@ class Drafter:
             if drawn_there is not None:
                 torch.cuda.set_rng_state(drawn_there, x.device)
 
-    def _extrapolate(self, last: int, known: StepRecord, i: int, x: Tensor) -> Tensor:
-        """Return the output that is assumed at index i, in state x, the last index with a prediction being `last`."""
+    def _extrapolate(self, last: int, known: StepRecord, i: int, x: Tensor, estimates: dict[int, Tensor]) -> Tensor:
+        """Return the output that is assumed at index i, in state x, the last index with a prediction being `last`.
+
+        `estimates` keeps those of the data, by index, for other drafts with the same `known`.
+        """
         if not self._levels.known or known.output.shape != x.shape:
             return known.output
         base = self.previous_base if self.previous_base in self.taken else last
         weights = self._rule.extrapolate(i, base, last, self._levels.of_run)
-        data = torch.zeros((), dtype=torch.float32)
-        for k, weight in weights.items():
-            data = data + weight * self._data(k, known if k == last else self.taken[k])
+        for k in weights.keys() - estimates.keys():
+            estimates[k] = self._data(k, known if k == last else self.taken[k])
+        data = functools.reduce(operator.add, (weight * estimates[k] for k, weight in weights.items()))
         at_state, at_output = self._levels.factors(i)
         return ((data - at_state * x.to(data.dtype)) / at_output).to(known.output.dtype)
 

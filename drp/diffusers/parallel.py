@@ -27,7 +27,7 @@ from drp.diffusers.pytree import Json
 from drp.diffusers.report import CallReport, Report
 from drp.diffusers.scheduler import adds_noise
 from drp.diffusers.structure import Described, PatchedClassError, describe, has_own_forward
-from drp.diffusers.watch import WatchedMethod, schedulers_of
+from drp.diffusers.watch import WatchedMethod, schedulers_by_name, schedulers_of
 from drp.diffusers.workers import Workers, on_gpu_of
 from drp.leader.devices import Devices, expand_count, parse_devices
 from drp.leader.execution import ExecutionOptions
@@ -47,6 +47,7 @@ class Parallel:
         """The modules as the pipeline calls them without drp; another module if that is exchanged for it."""
         self._modules = {name: original.module for name, original in self.originals.items()}
         self.offload = ModelOffload(pipe, names)
+        self._schedulers: dict[str, Any] = {}
         self._watched: list[Any] = []
         self._methods: list[WatchedMethod] = []
         self._hooks: dict[str, Hook] = {}
@@ -81,6 +82,7 @@ class Parallel:
             method.undo()
         self._methods.clear()
         self._watched.clear()
+        self._schedulers.clear()
         if self._call is not None:
             self._call.close()
         self._call, self._fresh = None, True
@@ -128,7 +130,10 @@ class Parallel:
 
     def _watch(self) -> None:
         """Be told of the steps of the pipeline's schedulers, also of those that were exchanged meanwhile."""
-        for scheduler in schedulers_of(self._pipe):
+        if self._schedulers and all(getattr(self._pipe, n, None) is known for n, known in self._schedulers.items()):
+            return
+        self._schedulers = schedulers_by_name(self._pipe)
+        for scheduler in self._schedulers.values():
             if not any(scheduler is watched for watched in self._watched):
                 self._watched.append(scheduler)
                 self._fresh = True

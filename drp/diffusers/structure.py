@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from drp.diffusers.compiled import COMPILED, compile_in_worker, options_of
 from drp.diffusers.features import LEFT_OUT, add_cast, casts_of
@@ -36,7 +37,6 @@ class PatchedClassError(UnknownValueError):
 
 
 HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
-FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 FORBIDDEN = {
     "_hf_hook": "it is offloaded or dispatched by accelerate; call pipe.remove_all_hooks() and pipe.to('cuda'), or "
     "offload whole models, by pipe.enable_model_cpu_offload()"
@@ -64,7 +64,7 @@ class Described:
 
     def untouched(self) -> bool:
         """Return whether every attribute is still the same object, and every tensor where it was: a quick look."""
-        return self._pointers == [tensor.data_ptr() for tensor in self.tensors] and self._contents.untouched()
+        return self._pointers == list(map(Tensor.data_ptr, self.tensors)) and self._contents.untouched()
 
     def same(self, other: Described) -> bool:
         """Return whether a later description is of the same structure and the same tensors, or of equal ones."""
@@ -91,27 +91,36 @@ class Described:
 class _Contents:
     """What containers hold: dicts, lists and the tables of classes.
 
-    A pipeline asks at every step whether it is still the same, and a U-Net has 10,000 containers, so that the loops are
-    those of the interpreter's own functions: 1 ms where statements in Python take 20.
+    A pipeline asks at every step whether it is still the same, and SDXL's U-Net has 14,000 containers. So the loops are
+    the interpreter's own, and the tables of hooks, half of what there is, are not looked at where others hold them.
     """
 
     def __init__(self, containers: Sequence[Any]) -> None:
         self._containers = list(containers)
-        self._dicts = [c for c in containers if isinstance(c, dict)]
+        dicts = [c for c in containers if isinstance(c, dict)]
+        self._dicts = [c for c in dicts if "_forward_hooks" not in c]
+        self._attributes = [
+            (operator.itemgetter(*(name for name in c if name not in HOOKS)), c) for c in dicts if "_forward_hooks" in c
+        ]
+        """Of modules: what returns those that may be exchanged, and the dict."""
         self._lists = [c for c in containers if isinstance(c, list)]
         self._tables = [c for c in containers if isinstance(c, types.MappingProxyType)]
         self._lengths, self._items = list(map(len, self._containers)), list(self._all())
+        self._hooks = RemovableHandle.next_id
 
     def _all(self) -> Iterator[Any]:
-        return chain(
-            chain.from_iterable(map(dict.values, self._dicts)),
-            chain.from_iterable(self._lists),
-            chain.from_iterable(map(types.MappingProxyType.values, self._tables)),
-        )
+        attributes = [values(c) for values, c in self._attributes]
+        tables = map(types.MappingProxyType.values, self._tables)
+        return chain.from_iterable(chain(attributes, map(dict.values, self._dicts), self._lists, tables))
 
     def untouched(self) -> bool:
-        """Return whether every container still holds the same objects."""
-        return self._lengths == list(map(len, self._containers)) and all(map(operator.is_, self._items, self._all()))
+        """Return whether every container still holds the same objects, and no hook was registered anywhere."""
+        if self._hooks != RemovableHandle.next_id or self._lengths != list(map(len, self._containers)):
+            return False
+        try:
+            return all(map(operator.is_, self._items, self._all()))
+        except KeyError:  # An attribute is gone, and another one is there.
+            return False
 
 
 @contextmanager
@@ -264,7 +273,6 @@ class _Pickler(pickle.Pickler):
             if name in HOOKS:
                 if value:
                     raise UnknownValueError(f"{path} has forward hooks, which stay in this process; remove them")
-                self.containers += [value] if name in FORWARD_HOOKS else []
             elif name == "forward":
                 if not (self._ours(value) or casts or has_own_forward(module)):
                     raise UnknownValueError(
@@ -273,8 +281,8 @@ class _Pickler(pickle.Pickler):
             elif name not in LEFT_OUT and not self._ours(value):
                 state[name] = value
         compiled = options_of(state.pop(COMPILED, None) or (self._compiled if module is self._root else None), path)
-        # Not as a dict, which would be a container of the module's, to be looked at for changes.
-        return _blank, (type(module),), (tuple(state.items()), casts, compiled), None, None, _fill
+        # Not as a dict and a list, which would be containers of the module's, to be looked at for changes.
+        return _blank, (type(module),), (tuple(state.items()), tuple(casts), compiled), None, None, _fill
 
 
 def _bind(function: Any, owner: Any) -> types.MethodType:

@@ -50,11 +50,13 @@ def is_scheduler(component: Any) -> bool:
 
 def schedulers_of(pipe: Any) -> Iterator[Any]:
     """Yield a pipeline's schedulers, the one that is called so first."""
-    named = dict(getattr(pipe, "components", {}))
-    first = [getattr(pipe, "scheduler", None)]
-    for component in (*first, *(c for c in named.values() if c is not first[0])):
-        if is_scheduler(component):
-            yield component
+    yield from schedulers_by_name(pipe).values()
+
+
+def schedulers_by_name(pipe: Any) -> dict[str, Any]:
+    """Return a pipeline's schedulers by the names of their attributes, the one that is called so first."""
+    components = {"scheduler": getattr(pipe, "scheduler", None), **getattr(pipe, "components", {})}
+    return {name: component for name, component in components.items() if is_scheduler(component)}
 
 
 def exchanged_method(scheduler: Any) -> str | None:
