@@ -18,12 +18,11 @@ from drp.protocol import keys
 from drp.protocol.client_messages import MAX_FRAME_NBYTES
 from drp.protocol.inline import WorkerFrames
 from drp.protocol.messages import Ping, Pong, Rejected, ToLeader, ToWorker
+from drp.protocol.tcp import detect_lost_peers
 
 MAX_FAILED_HANDSHAKES: Final = 3
-"""Handshakes that fail without a reason before a worker gives up: the leader has another key than it was told."""
-KEEPALIVE: Final = ((zmq.TCP_KEEPALIVE, 1), (zmq.TCP_KEEPALIVE_IDLE, 4), (zmq.TCP_KEEPALIVE_INTVL, 1))
-KEEPALIVE_COUNT, MAX_RETRANSMISSION_MS = 4, 8000
-"""A peer whose host or network is gone is noticed after 8 s."""
+"""The number of handshakes that may fail without a reason before a worker gives up: the leader has another key than
+`server.key` says."""
 EVENTS: Final = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -36,7 +35,7 @@ EVENTS: Final = (
 
 @dataclass(frozen=True)
 class WorkerKeys:
-    """A worker's pair in Z85, its leader's public key, and the worker's name, which is that of its file."""
+    """A worker's key pair and its leader's public key, in Z85; the worker's name is that of its file."""
 
     name: str
     public: bytes
@@ -62,11 +61,11 @@ class DialedSocket:
     """A DEALER that dials the leader at `address`, `tcp://HOST:PORT`, and is connected once constructed.
 
     keys: None for a leader without encryption.
-    timeout: seconds within which the leader must have let this worker in.
-    on_lost: called in a thread of the socket's once the connection is lost, unless `close` was called before. A
-        connection that broke does not come back: the leader has given this worker's drafts to others.
+    timeout: seconds within which the leader must have admitted this worker.
+    on_lost: called in a thread of this socket once the connection is lost, unless `close` was called before. A lost
+        connection is not restored: the leader has given this worker's drafts to other workers.
 
-    Raises PermissionError if the leader does not let this worker in, TimeoutError if nobody listens in time.
+    Raises PermissionError if the leader rejects this worker, TimeoutError if no leader answers in time.
     """
 
     def __init__(
@@ -75,14 +74,12 @@ class DialedSocket:
         self._frames, self._on_lost, self._closing = WorkerFrames(), on_lost, False
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
-        # Nobody else can guess the identity, and so take this worker's place or read what it is sent.
+        # Others must not be able to guess the identity: a peer that uses it receives this worker's messages.
         identity = f"{keys.name if keys is not None else name}-{uuid.uuid4().hex}"
         self._socket.setsockopt(zmq.IDENTITY, identity.encode())
         self._socket.setsockopt(zmq.LINGER, 1000)  # ms in which a last message is sent after closing
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_NBYTES)
-        for option, value in (*KEEPALIVE, (zmq.TCP_KEEPALIVE_CNT, KEEPALIVE_COUNT)):
-            self._socket.setsockopt(option, value)
-        self._socket.setsockopt(zmq.TCP_MAXRT, MAX_RETRANSMISSION_MS)
+        detect_lost_peers(self._socket)
         if keys is not None:
             self._socket.setsockopt(zmq.CURVE_SERVERKEY, keys.leader)
             self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
@@ -115,7 +112,7 @@ class DialedSocket:
         return None
 
     def close(self) -> None:
-        """Close; what was sent last has a second to leave."""
+        """Close the socket; the last messages are sent for up to a second."""
         self._closing = True
         self._socket.disable_monitor()
         self._thread.join(5.0)

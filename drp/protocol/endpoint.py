@@ -21,6 +21,7 @@ from zmq.utils.monitor import parse_monitor_message
 from drp.protocol.client_messages import MAX_FRAME_NBYTES
 from drp.protocol.frames import Frame
 from drp.protocol.keys import Keys
+from drp.protocol.tcp import detect_lost_peers
 from drp.protocol.transport import MAX_PATH
 
 OUT: Final = 64
@@ -67,13 +68,7 @@ class Endpoint:
             self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # Sending to a client that is gone is an error.
             self.socket.setsockopt(zmq.SNDHWM, OUT)
             self.socket.setsockopt(zmq.RCVHWM, OUT)
-            # Disconnect unreachable hosts. ZMTP heartbeats cannot be used: libzmq aborts the process when one is due on
-            # a connection that broke while its messages were unread (`stream_engine_base.cpp`, "!_io_error").
-            self.socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
-            self.socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 5)
-            self.socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 1)
-            self.socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 5)
-            self.socket.setsockopt(zmq.TCP_MAXRT, 5000)
+            detect_lost_peers(self.socket)
             self.socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
             if keys is not None and not self.local:
                 self._admit(keys)
