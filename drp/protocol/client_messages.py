@@ -1,19 +1,19 @@
 """The client protocol: every message between a client and a server, in the order of a session.
 
-client -> server   Open      I speak this version
+client -> server   Open      the client's protocol version
 server -> client   Welcome   what is served, and the limits
 client -> server   Submit    one sampling run
 server -> client   Accepted  it will be run
-server -> client   Refused   it will not: why
-server -> client   Progress  so far it has come
+server -> client   Refused   it will not be run: why
+server -> client   Progress  how many steps are done
 server -> client   Finished  the samples
-client -> server   Ack       the samples' shared memory is mapped, and may be given back
-client -> server   Cancel    the run is not wanted any more
+client -> server   Ack       the samples' shared memory is mapped, and may be freed
+client -> server   Cancel    end the run
 server -> client   Ended     it ended without samples: why
-client -> server   Query     for the status, or for the metrics
-server -> client   Status    how the server is
+client -> server   Query     send the status, or the metrics
+server -> client   Status    the server's state
 server -> client   Metrics   its metrics, in the text format of Prometheus
-server -> client   Heartbeat  nothing new: I am there
+server -> client   Heartbeat the server is alive, and has no news
 
 A message is the first frame; the frames after it are the tensors that it names. See SPEC.md.
 """
@@ -30,20 +30,21 @@ from drp.protocol.messages import ModelSpec, Seconds, Shape, Text
 VERSION = 3
 
 MAX_FRAMES = 62
-"""Tensors of one message: a Submit has at most 60 conditions, noise and an image."""
+"""The maximum number of tensors in a message: a Submit has at most 60 conditions, noise and an image."""
 MAX_FRAME_NBYTES = 1 << 28
-"""Bytes of the longest frame, and so of a tensor that travels in one."""
+"""The maximum length of a frame in bytes, and so of a tensor that is sent in one."""
 
 HEARTBEAT_INTERVAL = 1.0
-"""Seconds after which a client that has requests hears something, a Beat if there is nothing else."""
+"""Seconds after which the server sends a Heartbeat to a client with requests, unless it has sent something else."""
 SILENCE_TIMEOUT = 10.0
-"""Seconds of silence after which a client that waits for an answer may give the server up."""
+"""Seconds without a message after which a client that waits for an answer may take the server for dead."""
 ACK_TIMEOUT = 30.0
-"""Seconds that a client has to map the shared memory of its samples."""
+"""Seconds within which a client must map the shared memory of its samples."""
 
 MAX_INCIDENTS = 64
 MAX_INCIDENT_LENGTH = 2000
-"""Characters. With 64 of these, in four bytes each, the longest Finished still is a message of a mebibyte at most."""
+"""The maximum length in characters. The longest Finished, with 64 incidents in four bytes a character, stays below a
+mebibyte."""
 
 Total = Annotated[int, Bounds(0, 2**63 - 1)]
 Whole = Annotated[int, Bounds(-(2**63), 2**63 - 1)]
@@ -58,7 +59,7 @@ Incidents = Annotated[tuple[Annotated[str, Length(MAX_INCIDENT_LENGTH)], ...], L
 
 @dataclass(frozen=True)
 class TensorData:
-    """A tensor's numbers, little-endian, in C order: those of a frame of this message, or those in shared memory."""
+    """A tensor: little-endian numbers in C order, in a frame of this message or in shared memory."""
 
     dtype: Name
     shape: Shape
@@ -76,7 +77,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a solver or a grid. Whole numbers and others are different: an order is 2, not 2.0."""
+    """An option of a solver or a grid. Integers and floats differ: an order is 2, not 2.0."""
 
     name: Name
     value: Whole | Real | Name | bool | Reals
@@ -101,7 +102,7 @@ class Residual:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of the denoiser: which step's, by which worker, when, in seconds since the run began."""
+    """An evaluation of the denoiser: its step, its worker, and its begin and end in seconds since the run began."""
 
     index: Count
     worker: Count
@@ -114,7 +115,7 @@ Evaluations = Annotated[tuple[Evaluation, ...], Length(10_000)]
 
 @dataclass(frozen=True)
 class Open:
-    """A client's first message; `name` is for people. Its fields are the same in every version."""
+    """A client's first message; `name` is for logs. Its fields are the same in every version."""
 
     version: Count
     name: Name
@@ -122,7 +123,11 @@ class Open:
 
 @dataclass(frozen=True)
 class Welcome:
-    """The session is open. `most` is how many requests the server has at once, `spec` what its model expects."""
+    """The session is open.
+
+    max_requests: the number of requests that the server accepts at once.
+    spec: what its model expects.
+    """
 
     version: Count
     model: Name
@@ -133,9 +138,9 @@ class Welcome:
 
 @dataclass(frozen=True)
 class Submit:
-    """One run: the options of `drp.leader.request.Request`, and how the client wants to hear of it.
+    """A sampling run: the options of `drp.leader.request.Request`, and which messages the client wants about it.
 
-    `request` is the client's own number for it, which no other request of its session may have.
+    request: a number that the client chooses; it must be unique in the session.
     """
 
     request: Count
@@ -172,7 +177,7 @@ class Submit:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The request will be run; `ahead` are the unfinished requests that came before it."""
+    """The request will be run; `ahead` is the number of unfinished requests that came before it."""
 
     request: Count
     ahead: Count
@@ -180,10 +185,10 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Refused:
-    """What the client sent is not done. Its fields are the same in every version, and its codes are not.
+    """The server rejects a message. Its fields are the same in every version; its codes may differ.
 
-    `request` is None where the refusal is of no Submit. `code` is "version", "protocol", "invalid", "busy" or
-    "draining", and from a server of another version may be another word.
+    request: the number of a rejected Submit, None for other messages.
+    code: "version", "protocol", "invalid", "busy" or "draining"; a server of another version may have others.
     """
 
     request: Count | None
@@ -193,7 +198,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Progress:
-    """The run has done `step` of `steps`; `preview` is its state there, if one is due."""
+    """The run has done `step` of `steps`; `preview` is its state at this step, if the client has asked for it."""
 
     request: Count
     step: Count
@@ -205,7 +210,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Finished:
-    """The samples, and the other fields of `drp.Result`; `waited` is from Submit to the run's beginning."""
+    """The samples, and the other fields of `drp.Result`; `waited` are the seconds from Submit to the run's begin."""
 
     request: Count
     samples: TensorData
@@ -226,14 +231,14 @@ class Finished:
 
 @dataclass(frozen=True)
 class Ack:
-    """The shared memory of the samples is mapped."""
+    """The client has mapped the shared memory of the samples."""
 
     request: Count
 
 
 @dataclass(frozen=True)
 class Cancel:
-    """End the run; the answer is Ended, or Finished if it was over already."""
+    """End the run. The answer is Ended, or Finished if the run is finished already."""
 
     request: Count
 
@@ -256,7 +261,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Status:
-    """How the server is. `healthy`: it has no requests, or the last progress of any was not long ago."""
+    """The server's state. `healthy`: it has no requests, or one of them made progress recently."""
 
     state: Literal["serving", "draining", "lost"]
     healthy: bool
@@ -281,7 +286,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The server is there, and so are the client's requests."""
+    """The server is alive, and still has the client's requests."""
 
 
 ToServer = Open | Submit | Ack | Cancel | Query

@@ -1,9 +1,9 @@
-"""Memory of a GPU that processes share, by CUDA IPC: what `drp.protocol.memory` is on the host.
+"""GPU memory that processes share by CUDA IPC, the counterpart of `drp.protocol.memory` on the host.
 
-The runtime is called through ctypes: torch's own sharing hands out pieces of its caching allocator, counts references
-in a file, and synchronises the stream beyond 1000 shares. An allocation here is one of its own, so a handle exposes
-nothing else. Its owner keeps it, and the event beside it, until those who opened it have ended: to free exported memory
-earlier is undefined.
+The CUDA runtime is called through ctypes, because torch's own sharing exports whole segments of its caching allocator,
+counts references in a file, and synchronizes the stream beyond 1000 shares. Memory is allocated separately here, so
+that its handle exposes nothing else. The owner keeps the memory and its event until all processes that opened them have
+ended: freeing exported memory earlier is undefined behaviour.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from drp.protocol.memory import Memory, SharedMemory, check_fit
 from drp.protocol.timeline import CANCEL_ALL, TIMELINE_NBYTES
 
 HANDLE = 64
-"""Bytes of a handle."""
-NO_TIMES_BUT_SHARED = 2 | 4
-"""cudaEventDisableTiming and cudaEventInterprocess."""
+"""The length of an IPC handle in bytes."""
+INTERPROCESS_EVENT = 2 | 4
+"""cudaEventDisableTiming | cudaEventInterprocess."""
 LAZY_PEER_ACCESS = 1
 PORTABLE_AND_MAPPED = 1 | 2
 MAX_COUNTERS = 1024
-"""How many numbers there are in one memory: one for each worker that is started."""
+"""The number of counters: one for each worker process that is started."""
 
 
 class _Opaque(ctypes.Structure):
@@ -40,12 +40,12 @@ class _Opaque(ctypes.Structure):
 
 
 def uuid_of(index: int) -> str:
-    """Return a GPU's UUID, with its prefix, by its number in this process."""
+    """Return the UUID, with its prefix, of the GPU with an index in this process."""
     return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
 
 
 def index_of(uuid: str) -> int:
-    """Return a GPU's number in this process; raise ProtocolError if it does not see the GPU."""
+    """Return a GPU's index in this process; raise ProtocolError if the process does not see the GPU."""
     seen = [uuid_of(index) for index in range(torch.cuda.device_count())]
     if uuid not in seen:
         raise ProtocolError(f"this process does not see the GPU {uuid!r:.60}; it sees {', '.join(seen) or 'none'}")
@@ -53,9 +53,9 @@ def index_of(uuid: str) -> int:
 
 
 class GpuMemory:
-    """Memory of one GPU, and its owner's event. The current stream of the calling thread is the one that counts."""
+    """Memory of one GPU, and an event of its owner. Methods use the calling thread's current stream."""
 
-    number = 0  # Its handle is no other memory's.
+    number = 0  # IPC handles are never reused, so nothing else has to tell one memory from another.
 
     def __init__(
         self, address: int, event: int, handle: GpuHandle, index: int, keep: Callable[[GpuMemory], None] | None = None
@@ -67,37 +67,37 @@ class GpuMemory:
 
     @classmethod
     def create(cls, nbytes: int, uuid: str, keep: Callable[[GpuMemory], None]) -> GpuMemory:
-        """Allocate, zeroed; raise MemoryError if the GPU has not so much. `close` hands it to `keep`."""
+        """Allocate zeroed memory; raise MemoryError if the GPU has too little. `close` passes the memory to `keep`."""
         index = index_of(uuid)
         with torch.cuda.device(index):
             torch.cuda.current_stream()  # The runtime's calls below need torch's context on this device.
             address, event = ctypes.c_void_p(), ctypes.c_void_p()
             try:
-                _call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes))
+                _call_runtime("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes))
             except CudaError:
-                torch.cuda.empty_cache()  # What torch holds for later may be enough.
+                torch.cuda.empty_cache()  # Memory that torch caches may suffice.
                 try:
-                    _call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes))
+                    _call_runtime("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes))
                 except CudaError as error:
                     raise MemoryError(f"no {nbytes} bytes on cuda:{index} ({uuid}): {error}") from error
             try:
-                _call("cudaMemset", address, 0, ctypes.c_size_t(nbytes))
-                _call("cudaStreamSynchronize", None)  # not the device: other streams may wait for workers
-                _call("cudaEventCreateWithFlags", ctypes.byref(event), NO_TIMES_BUT_SHARED)
+                _call_runtime("cudaMemset", address, 0, ctypes.c_size_t(nbytes))
+                _call_runtime("cudaStreamSynchronize", None)  # Not the device: other streams may wait for workers.
+                _call_runtime("cudaEventCreateWithFlags", ctypes.byref(event), INTERPROCESS_EVENT)
                 memory, shared = _Opaque(), _Opaque()
-                _call("cudaIpcGetMemHandle", ctypes.byref(memory), address)
-                _call("cudaIpcGetEventHandle", ctypes.byref(shared), event)
+                _call_runtime("cudaIpcGetMemHandle", ctypes.byref(memory), address)
+                _call_runtime("cudaIpcGetEventHandle", ctypes.byref(shared), event)
             except CudaError:
                 if event.value:
-                    _call("cudaEventDestroy", event)
-                _call("cudaFree", address)
+                    _call_runtime("cudaEventDestroy", event)
+                _call_runtime("cudaFree", address)
                 raise
             handle = GpuHandle(uuid, nbytes, bytes(memory), bytes(shared))
             return cls(int(address.value or 0), int(event.value or 0), handle, index, keep)
 
     @classmethod
     def open(cls, handle: GpuHandle) -> GpuMemory:
-        """Open a peer's, into the context of the current device; CudaError if the driver does not do that here."""
+        """Open another process's memory in the current device's context; raise CudaError if the driver refuses."""
         if handle.nbytes < 1 or len(handle.memory) != HANDLE or len(handle.event) != HANDLE:
             raise ProtocolError(
                 f"a GPU's memory of {handle.nbytes} bytes; a handle has {HANDLE} bytes, and so the event's"
@@ -106,9 +106,9 @@ class GpuMemory:
         torch.cuda.current_stream()
         address, event = ctypes.c_void_p(), ctypes.c_void_p()
         memory, shared = _Opaque.from_buffer_copy(handle.memory), _Opaque.from_buffer_copy(handle.event)
-        _call("cudaIpcOpenMemHandle", ctypes.byref(address), memory, LAZY_PEER_ACCESS)
+        _call_runtime("cudaIpcOpenMemHandle", ctypes.byref(address), memory, LAZY_PEER_ACCESS)
         with torch.cuda.device(index):
-            _call("cudaIpcOpenEventHandle", ctypes.byref(event), shared)
+            _call_runtime("cudaIpcOpenEventHandle", ctypes.byref(event), shared)
         return cls(int(address.value or 0), int(event.value or 0), handle, index)
 
     @property
@@ -121,94 +121,95 @@ class GpuMemory:
 
     def record_event(self) -> None:
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        _call("cudaEventRecord", ctypes.c_void_p(self._event), ctypes.c_void_p(stream))
+        _call_runtime("cudaEventRecord", ctypes.c_void_p(self._event), ctypes.c_void_p(stream))
 
     def wait_event(self) -> None:
         """Have the current stream, of the current device, wait for the event as it was last recorded."""
         stream = torch.cuda.current_stream().cuda_stream
-        _call("cudaStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(self._event), 0)
+        _call_runtime("cudaStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(self._event), 0)
 
     def close(self, reuse: bool = True) -> None:
-        """Hand it to whoever keeps it: it is freed when those who opened it have ended. A peer's stays open.
+        """Pass memory of this process to `keep`, which frees it later; memory of another process stays open.
 
-        If somebody may still write to it, nobody has it again until then.
+        Without `reuse`, as while another process may still write to it, it is not passed on.
         """
         if self._keep is not None and reuse:
             self._keep(self)
 
     def free(self) -> None:
-        """Free it; what was queued there is waited for. No tensor of it may be used any more."""
+        """Free the memory after the operations queued on its GPU. Its tensors must not be used any more."""
         _free(self._address, self._event, self.device)
 
     def free_with_tensors(self) -> None:
-        """Free it as soon as no tensor of it exists any more; this object must not be used any more."""
+        """Free the memory once it has no tensors any more; this object must not be used any more."""
         weakref.finalize(self._span, _free, self._address, self._event, self.device).atexit = False
         del self._span, self._bytes
 
 
 class GpuCounters:
-    """int64 numbers on the host, of the leader's, LINE bytes apart: GPUs write them, and wait for them, on streams.
+    """int64 counters in the leader's host memory, TIMELINE_NBYTES apart, which GPUs write and wait for on streams.
 
-    Where an interprocess event would do as well, as long as all goes well: a stream that waits for one which a process
-    has recorded whose context is then lost waits for good, whoever records it anew (seen with CUDA 13 on an H200). A
-    number can be written in the place of a worker that is gone.
+    They replace interprocess events because of lost workers. A stream that waits for an event recorded by a process
+    whose context is then lost waits forever, even if the event is recorded again (seen with CUDA 13 on an H200). The
+    leader can write a counter on behalf of a lost worker.
     """
 
     def __init__(self, memory: SharedMemory) -> None:
         self._memory, self.count = memory, memory.nbytes // TIMELINE_NBYTES
         self._numbers = memory.tensor(0, (self.count, TIMELINE_NBYTES // 8), torch.int64)
         self._start, address = self._numbers.data_ptr(), ctypes.c_void_p()
-        _call("cudaHostRegister", ctypes.c_void_p(self._start), ctypes.c_size_t(memory.nbytes), PORTABLE_AND_MAPPED)
-        _call("cudaHostGetDevicePointer", ctypes.byref(address), ctypes.c_void_p(self._start), 0)
+        nbytes = ctypes.c_size_t(memory.nbytes)
+        _call_runtime("cudaHostRegister", ctypes.c_void_p(self._start), nbytes, PORTABLE_AND_MAPPED)
+        _call_runtime("cudaHostGetDevicePointer", ctypes.byref(address), ctypes.c_void_p(self._start), 0)
         self._address = address.value or 0
 
     @classmethod
     def create(cls) -> GpuCounters:
-        """Make some, all 0, with a context on the current device; CudaError if its streams cannot write them."""
+        """Create counters that are 0, and a context on the current device; raise CudaError if streams cannot write."""
         torch.cuda.current_stream()  # The runtime's calls need torch's context on this device.
         memory = SharedMemory.create(MAX_COUNTERS * TIMELINE_NBYTES)
         try:
-            numbers = cls(memory)
-            numbers.write(MAX_COUNTERS - 1, 1)
-            numbers.wait(MAX_COUNTERS - 1, 1)
+            counters = cls(memory)
+            counters.write(MAX_COUNTERS - 1, 1)
+            counters.wait(MAX_COUNTERS - 1, 1)
             torch.cuda.current_stream().synchronize()
-            numbers.set(MAX_COUNTERS - 1, 0)
+            counters.set(MAX_COUNTERS - 1, 0)
         except CudaError:
             memory.close()
             raise
-        return numbers
+        return counters
 
     @classmethod
     def open(cls, handle: Handle) -> GpuCounters:
-        """Open the leader's; they stay open."""
+        """Open the leader's counters, which stay open."""
         torch.cuda.current_stream()
         return cls(SharedMemory.open(handle))
 
     @property
     def handle(self) -> Handle:
-        """What a worker needs to open them."""
+        """The handle with which a worker opens the counters."""
         return self._memory.handle
 
-    def write(self, line: int, number: int) -> None:
-        """Have the current stream write a number, after all that was queued on it before."""
-        _drive("cuStreamWriteValue64_v2", self._address + line * TIMELINE_NBYTES, number)
+    def write(self, index: int, number: int) -> None:
+        """Have the current stream write a number, after the operations queued before."""
+        _call_driver("cuStreamWriteValue64_v2", self._address + index * TIMELINE_NBYTES, number)
 
-    def wait(self, line: int, number: int) -> None:
-        """Have the current stream wait until the number there is so high."""
-        _drive("cuStreamWaitValue64_v2", self._address + line * TIMELINE_NBYTES, number)
+    def wait(self, index: int, number: int) -> None:
+        """Have the current stream wait until the counter reaches a number."""
+        _call_driver("cuStreamWaitValue64_v2", self._address + index * TIMELINE_NBYTES, number)
 
-    def set(self, line: int, number: int) -> None:
-        self._numbers[line, 0] = number
+    def set(self, index: int, number: int) -> None:
+        self._numbers[index, 0] = number
 
     def free(self) -> None:
-        """Let go of them; nothing that waits for them may be queued any more."""
-        _call("cudaHostUnregister", ctypes.c_void_p(self._start))
+        """Free the counters; no stream may wait for them any more."""
+        _call_runtime("cudaHostUnregister", ctypes.c_void_p(self._start))
         self._memory.close()
-        self._numbers = torch.empty(0)  # The mapping goes with the last tensor of it.
+        self._numbers = torch.empty(0)  # The last tensor keeps the memory mapped.
 
 
 class GpuStream:
-    """A stream of torch's, and another aside: `drp.protocol.timeline.Stream` on a GPU."""
+    """Two torch streams, which implement `drp.protocol.timeline.Stream` on a GPU."""
 
     pending_waits = 0
 
@@ -219,7 +220,7 @@ class GpuStream:
         do()
 
     def run_ready(self) -> None:
-        """Do nothing: the GPU does."""
+        """Do nothing, since the GPU executes the operations by itself."""
 
     def current(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream)
@@ -239,11 +240,11 @@ class GpuStream:
         self._stream.synchronize()
 
     def close(self) -> None:
-        """Do nothing: what was queued runs to its end, in memory that stays."""
+        """Do nothing: queued operations complete, and their memory is kept."""
 
 
 class ArenaEvent:
-    """What the leader records of a run whose memory lies on its GPU: that memory's own event."""
+    """The leader's event for a run whose memory is on its GPU: the event of that memory."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
@@ -253,19 +254,19 @@ class ArenaEvent:
         return 0
 
     def cancel_before(self, least: int) -> None:
-        """Do nothing: what is queued on a GPU is done."""
+        """Do nothing, since operations queued on a GPU cannot be cancelled."""
 
     def wait(self, number: int) -> None:
         self._memory.wait_event()
 
 
 class WorkerCounter:
-    """What a worker records: how many drafts it has done, all runs together, in a line of the leader's."""
+    """A worker's event: one of the leader's counters, which counts the worker's drafts in all runs."""
 
-    def __init__(self, numbers: GpuCounters, line: int) -> None:
-        if line >= numbers.count:
-            raise ProtocolError(f"the line {line} of {numbers.count}")
-        self._counters, self._index, self._count = numbers, line, 0
+    def __init__(self, counters: GpuCounters, index: int) -> None:
+        if index >= counters.count:
+            raise ProtocolError(f"counter {index} is out of range; there are {counters.count}")
+        self._counters, self._index, self._count = counters, index, 0
 
     def record(self) -> int:
         self._count += 1
@@ -274,13 +275,13 @@ class WorkerCounter:
 
 
 class WorkerCounterView:
-    """What one worker, and none that takes its place, records, as the leader has it."""
+    """The leader's view of the counter of one worker process."""
 
-    def __init__(self, numbers: GpuCounters, line: int) -> None:
-        self.counters, self.index, self._count = numbers, line, 0
+    def __init__(self, counters: GpuCounters, index: int) -> None:
+        self.counters, self.index, self._count = counters, index, 0
 
     def wait(self) -> None:
-        """Have the current stream wait for the next, once the worker has said that it is queued."""
+        """Have the current stream wait for the worker's next draft, which the worker has acknowledged as queued."""
         self._count += 1
         self.counters.wait(self.index, self._count)
 
@@ -289,7 +290,7 @@ class WorkerCounterView:
 
 
 class _Span:
-    """Bytes at an address, as torch.as_tensor takes them."""
+    """Bytes at an address, for `torch.as_tensor`."""
 
     def __init__(self, address: int, nbytes: int) -> None:
         self.__cuda_array_interface__ = {
@@ -317,12 +318,12 @@ def _as_tensor(span: _Span, address: int, devices: Sequence[int]) -> Tensor:
 def _free(address: int, event: int, device: torch.device) -> None:
     with torch.cuda.device(device):
         torch.cuda.synchronize()
-        _call("cudaEventDestroy", ctypes.c_void_p(event))
-        _call("cudaFree", ctypes.c_void_p(address))
+        _call_runtime("cudaEventDestroy", ctypes.c_void_p(event))
+        _call_runtime("cudaFree", ctypes.c_void_p(address))
 
 
 def invert_probe(memory: GpuMemory) -> None:
-    """Turn each byte b into 255 - b, by way of a copy on the current device and back: a proof that both ways work."""
+    """Replace each byte b by 255 - b, through a copy on the current device: this tests copies in both directions."""
     there = memory.tensor(0, (memory.nbytes,), torch.uint8)
     memory.wait_event()
     here = there.to(torch.device("cuda", torch.cuda.current_device()), copy=True)
@@ -331,14 +332,14 @@ def invert_probe(memory: GpuMemory) -> None:
 
 
 def is_inverted(memory: GpuMemory, pattern: Tensor) -> bool:
-    """Whether a peer has turned over what was this pattern, uint8 on the host."""
+    """Whether another process has applied `invert_probe` to memory that held this pattern, uint8 on the host."""
     return torch.equal(memory.tensor(0, (memory.nbytes,), torch.uint8).cpu(), 255 - pattern)
 
 
 def pin(address: int, nbytes: int) -> bool:
     """Pin memory of the host, so that copies from and to it are asynchronous; return whether that is possible here."""
     try:
-        _call("cudaHostRegister", ctypes.c_void_p(address), ctypes.c_size_t(nbytes), 0)
+        _call_runtime("cudaHostRegister", ctypes.c_void_p(address), ctypes.c_size_t(nbytes), 0)
     except CudaError:
         return False
     return True
@@ -346,12 +347,12 @@ def pin(address: int, nbytes: int) -> bool:
 
 def unpin(address: int) -> None:
     """Let go of memory that was pinned."""
-    _call("cudaHostUnregister", ctypes.c_void_p(address))
+    _call_runtime("cudaHostUnregister", ctypes.c_void_p(address))
 
 
 @functools.cache
 def _runtime() -> Any:
-    """Return the CUDA runtime that torch has loaded: another copy of the library would have other state."""
+    """Return the CUDA runtime library that torch has loaded; another copy would have separate state."""
     torch.cuda.init()  # type: ignore[no-untyped-call]  # torch has no types for it
     found = re.findall(r"\S*/libcudart[^/\s]*\.so[\d.]*", Path("/proc/self/maps").read_text())
     try:
@@ -370,18 +371,18 @@ def _driver() -> Any:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def _drive(name: str, address: int, number: int) -> None:
-    """Queue a number's writing, or the wait until it is reached, which is what flags of 0 say."""
+def _call_driver(name: str, address: int, number: int) -> None:
+    """Queue a write of a number, or a wait until it is reached, on the current stream; flags of 0 mean this."""
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
     if not hasattr(_driver(), name):
-        raise CudaError(f"the driver has no {name}; CUDA 11.7's and newer ones have")
+        raise CudaError(f"the driver has no {name}; install the driver of CUDA 11.7 or newer")
     code = getattr(_driver(), name)(stream, ctypes.c_uint64(address), ctypes.c_uint64(number), 0)
     if code:
         raise CudaError(f"{name} failed: the driver says {code}")
 
 
-def _call(name: str, *arguments: Any) -> None:
+def _call_runtime(name: str, *arguments: Any) -> None:
     code = getattr(_runtime(), name)(*arguments)
     if code:
-        _runtime().cudaGetLastError()  # Else torch would find it after its own next call.
+        _runtime().cudaGetLastError()  # Clear it; torch would report it after its own next call.
         raise CudaError(f"{name} failed: {_runtime().cudaGetErrorString(code).decode()} ({code})")

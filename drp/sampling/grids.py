@@ -34,7 +34,7 @@ FAMILIES = ("ddim", "ddpm", "pndm", "dpm", "euler", "heun")
 SPACINGS = ("leading", "linspace", "trailing")
 
 LEAST_ALPHA_BAR = 2.0**-24
-"""What zero-terminal SNR is rounded up to where a solver works in sigma = sqrt((1 - alpha-bar) / alpha-bar)."""
+"""The minimum of alpha-bar where a solver works in sigma = sqrt((1 - alpha-bar) / alpha-bar), which must be finite."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Grid:
     `timesteps` are t_0 > ... > t_{N-1}, float64 [N]: where the denoiser is evaluated. `alphas` and `sigmas` are
     float64 [N + 1]: the state at index k is `alphas[k] * data + sigmas[k] * noise`. Index N is the sample itself.
 
-    `start` is the factor of the noise that a run starts from. `landings`, float64 [N, 2], are the (alpha, sigma) that
-    step k leads to, where a scheduler takes them from elsewhere than index k + 1.
+    `start` is the factor of the initial noise. `landings`, float64 [N, 2], are the (alpha, sigma) at the end of step k,
+    where a scheduler does not take them from index k + 1.
     """
 
     timesteps: Float64s
@@ -56,7 +56,6 @@ class Grid:
 
     @property
     def steps(self) -> int:
-        """N."""
         return len(self.timesteps)
 
     @property
@@ -66,13 +65,13 @@ class Grid:
             return np.log(self.alphas) - np.log(self.sigmas)
 
     def landing(self, k: int) -> tuple[float, float]:
-        """Return the alpha and sigma that step k leads to."""
+        """Return alpha and sigma at the end of step k."""
         if self.landings is not None:
             return float(self.landings[k, 0]), float(self.landings[k, 1])
         return float(self.alphas[k + 1]), float(self.sigmas[k + 1])
 
     def after(self, first: int) -> Grid:
-        """Return the grid from index `first` on: what is left of a run that starts in the middle (image to image)."""
+        """Return the grid from index `first` on, for a run that starts in the middle (image to image)."""
         if not 0 <= first < self.steps:
             raise ValueError(f"first is {first}; this grid has the steps 0 to {self.steps - 1}")
         landings = None if self.landings is None else self.landings[first:]
@@ -102,15 +101,15 @@ def make_grid(
 ) -> Grid:
     """Return a grid on a schedule of training timesteps.
 
-    family: whose habits are followed where diffusers' schedulers differ (docs/schedulers.md): "ddim", "ddpm", "pndm",
-        "dpm" (also DEIS and UniPC), "euler" (also linear multistep) or "heun" (two evaluations a step).
+    family: the conventions to follow where diffusers' schedulers differ (docs/schedulers.md): "ddim", "ddpm", "pndm",
+        "dpm" (also DEIS and UniPC), "euler" (also linear multistep) or "heun" (two evaluations per step).
     schedule: "linear", "scaled_linear", "cosine", or alpha-bar of every training timestep, float64 [T].
     zero_snr: rescale it so that the last training timestep holds no signal.
     spacing: "leading", "linspace" or "trailing"; `offset` is added to leading timesteps.
-    timesteps: instead, `steps` falling numbers below T.
-    sigmas: noise levels sqrt((1 - alpha-bar) / alpha-bar), as "karras", "exponential", "beta", or `steps` falling
-        numbers; the timesteps are then those of the schedule at these levels.
-    rho: of "karras", evenly in sigma^(1/rho); a lower one spends more steps at much noise.
+    timesteps: alternatively, `steps` decreasing numbers below T.
+    sigmas: noise levels sqrt((1 - alpha-bar) / alpha-bar): "karras", "exponential", "beta", or `steps` decreasing
+        numbers. The timesteps are then those of the schedule at these levels.
+    rho: for "karras", which spaces sigma^(1/rho) evenly; a lower rho spends more steps at high noise levels.
     end: "zero", free of noise, or "sigma_min", the noise of the first training timestep.
     """
     bars = alpha_bars(schedule, zero_snr)
@@ -143,8 +142,8 @@ def make_grid(
 
 
 def _spaced(steps: int, training: int, spacing: str, family: str) -> Float64s:
-    """Spread timesteps; families differ in whether an end point is among them, and rounded."""
-    extra = 1 if family == "dpm" else 0  # one point more, the last of which is the end and not evaluated
+    """Space timesteps; families differ in whether they include an end point, and in rounding."""
+    extra = 1 if family == "dpm" else 0  # One more point: the last is the end, and not evaluated.
     match spacing:
         case "linspace":
             t = np.linspace(0, training - 1, steps + extra)[::-1][:steps]
@@ -159,22 +158,22 @@ def _spaced(steps: int, training: int, spacing: str, family: str) -> Float64s:
 def _falling(name: str, values: Sequence[float], steps: int) -> Float64s:
     given = np.asarray(values, dtype=np.float64)
     if given.shape != (steps,) or not np.all(np.isfinite(given)) or not np.all(np.diff(given) < 0):
-        raise ValueError(f"{name} must be as many falling numbers as there are steps, {steps}; got {values!r:.200}")
+        raise ValueError(f"{name} must be {steps} decreasing numbers, one for each step; got {values!r:.200}")
     return given
 
 
 def _by_index(t: Float64s, bars: Float64s, last_bar: float, family: str, stride: int) -> Grid:
-    """Take alpha-bar at whole timesteps. DDIM and PNDM land a fixed stride below, wherever the next timestep lies."""
+    """Take alpha-bar at whole timesteps. Steps of DDIM and PNDM end a fixed stride below, not at the next timestep."""
     if np.any(t != np.round(t)):
         raise ValueError(f"timesteps hold {t[t != np.round(t)][0]:g}; this solver takes whole training timesteps")
     index = t.astype(np.int64)
     before = index - stride
-    if family == "pndm":  # The second timestep is evaluated twice: the first step is one of Heun's.
+    if family == "pndm":  # The second timestep is evaluated twice, because the first step is Heun's.
         index = np.concatenate([index[:2], index[1:]]) if len(index) > 1 else index
         before = np.concatenate([before[:1], index[1:2], before[1:]]) if len(before) > 1 else before
     bar = np.append(bars[index], last_bar)
     landed = bar[1:] if family == "ddpm" else np.where(before >= 0, bars[np.maximum(before, 0)], last_bar)
-    # Where they land on the grid itself there is nothing to say; the last landing is the end of the grid.
+    # Landings on the grid itself need no table; the last landing is the end of the grid.
     bar[-1] = landed[-1]
     landings = None if np.array_equal(landed, bar[1:]) else np.stack([np.sqrt(landed), np.sqrt(1 - landed)], axis=1)
     return Grid(index.astype(np.float64), np.sqrt(bar), np.sqrt(1 - bar), landings=landings)
@@ -199,16 +198,16 @@ def _noise_levels(
     else:
         levels = _falling("sigmas", sigmas, len(t))
         if levels[-1] <= 0:
-            raise ValueError(f"sigmas end at {levels[-1]:g}; give those above 0, the end is `end`'s")
+            raise ValueError(f"sigmas end at {levels[-1]:g}; give sigmas above 0; `end` sets the last noise level")
     at = np.asarray(np.interp(np.log(levels), np.log(training), np.arange(len(bars))), dtype=np.float64)
-    if family == "dpm":  # These schedulers hand whole timesteps to the network: some rounded, others cut off.
+    if family == "dpm":  # These schedulers pass whole timesteps to the network: some round, others truncate.
         cosine = isinstance(schedule, str) and schedule == "cosine"
         at = np.round(at) if isinstance(sigmas, str) and sigmas == "karras" and not cosine else np.floor(at)
     return levels, at
 
 
 def _doubled(grid: Grid) -> Grid:
-    """Evaluate each noise level but the first twice: once at the end of a step, once at the start of the next."""
+    """Repeat each noise level but the first: it is evaluated at the end of a step and at the start of the next."""
     n = grid.steps
     twice = np.repeat(np.arange(n), 2)[1:]
     ends = np.append(twice, n)
@@ -216,7 +215,7 @@ def _doubled(grid: Grid) -> Grid:
 
 
 def dynamic_mu(length: int, base: tuple[int, float] = (256, 0.5), most: tuple[int, float] = (4096, 1.15)) -> float:
-    """Return mu of a dynamic shift for images of `length` tokens, on the line through two (length, mu)."""
+    """Return mu of the dynamic shift for images of `length` tokens, on the line through two points (length, mu)."""
     return base[1] + (most[1] - base[1]) * (length - base[0]) / (most[0] - base[0])
 
 
@@ -235,11 +234,11 @@ def flow_grid(
     """Return a grid of flow matching, alpha = 1 - sigma (Esser et al. 2024); timesteps are sigma times `training`.
 
     family: "euler", "dpm" or "unipc": where diffusers' schedulers for these begin and end.
-    shift: sigma becomes shift sigma / (1 + (shift - 1) sigma), which spends more steps at much noise.
-    mu: instead, a dynamic shift, e^mu ("exponential") or mu ("linear" `shape`); see `dynamic_mu`.
-    terminal: stretch so that the last sigma before 0 is this one.
-    spacing: then spread them between the ends as "karras", "exponential" or "beta".
-    sigmas: `steps` falling numbers from 1 to above 0, before shifting.
+    shift: sigma becomes shift sigma / (1 + (shift - 1) sigma), which spends more steps at high noise levels.
+    mu: alternatively, a dynamic shift of e^mu ("exponential") or mu ("linear" `shape`); see `dynamic_mu`.
+    terminal: the last sigma before 0; the sigmas are stretched to end there.
+    spacing: finally space the sigmas between their ends as "karras", "exponential" or "beta".
+    sigmas: `steps` decreasing numbers, at most 1 and above 0, before shifting.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; a grid has 1 step or more")
@@ -251,8 +250,7 @@ def flow_grid(
         raise ValueError(f"training is {training!r}; give the number of training timesteps, 1 or more, 1000 is usual")
     if terminal is not None and not (0 < terminal < 1 and steps > 1):
         raise ValueError(
-            f"terminal is {terminal} with {steps} step(s); give a sigma between 0 and 1, and 2 steps or "
-            "more, which it is the last of"
+            f"terminal is {terminal} with {steps} step(s); give a sigma between 0 and 1, and at least 2 steps"
         )
     if mu is not None and not (-20 <= mu <= 20 if shape == "exponential" else 0 < mu < math.inf):
         allowed = "from -20 to 20" if shape == "exponential" else "above 0"

@@ -244,5 +244,5 @@ def test_a_broken_key_of_one_client_is_named_at_the_start(tmp_path: Path, conten
 def test_keys_without_clients_are_refused(tmp_path: Path) -> None:
     make(tmp_path, [])
     (tmp_path / "clients").rmdir()
-    with pytest.raises(ValueError, match="clients is no directory with the public keys of clients"):
+    with pytest.raises(ValueError, match="clients is not a directory with the public keys of clients"):
         Keys.read(tmp_path)

@@ -1,4 +1,4 @@
-"""Solvers: how a state goes from one index of the grid to the next, as rows of coefficients."""
+"""Solvers: the step from one index of the grid to the next, as a linear combination."""
 
 from drp.sampling.solvers.base import Solver
 from drp.sampling.solvers.ddim import DDIM, DDPM, EulerAncestral

@@ -1,4 +1,4 @@
-"""DDIM, and the ancestral samplers that add noise to it."""
+"""DDIM, and ancestral samplers, which add noise."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DDIM(Solver):
 class DDPM(Solver):
     """DDPM's ancestral sampling (Ho et al. 2020, equations 6 and 7).
 
-    variance: "small", of the posterior, or "large", of the step's beta; the last step to timestep 0 adds no noise.
+    variance: "small", the posterior's, or "large", the step's beta. The step from timestep 0 adds no noise.
     """
 
     adds_noise = True
@@ -55,7 +55,7 @@ class DDPM(Solver):
 
 
 class EulerAncestral(Solver):
-    """Euler in sigma / alpha down below the next level, and noise up to it (Crowson's k-diffusion)."""
+    """Euler in sigma / alpha to below the next noise level, then noise up to that level (Crowson's k-diffusion)."""
 
     adds_noise = True
 

@@ -1,4 +1,4 @@
-"""DPM-Solver and DPM-Solver++, multistep, as differential equations without noise and with it."""
+"""Multistep DPM-Solver and DPM-Solver++, for the ordinary and the stochastic differential equation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from drp.sampling.solvers.base import Solver, order_at
 
 ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver")
 SHORT_RUN = 15
-"""Below this many steps the last ones are of lower order."""
+"""In runs of fewer steps, the last steps are of lower order."""
 
 
 class DPMSolver(Solver):
@@ -20,9 +20,10 @@ class DPMSolver(Solver):
     The exponential integrator in lambda: x_b = base x_a + c (D0 + D1 (...) + D2 (...)), where D1 and D2 are the first
     and second divided differences of the data estimates (the epsilon estimates without ++), times h.
 
-    order: 1 to 3, as far as there are estimates behind. lower_order_final: the last step of a run of fewer than 15
-    steps is of first order and the one before of second; a step to no noise at all is always of first.
-    variant: "midpoint" or "heun", how the second-order term is weighed.
+    order: 1 to 3, as far as there are earlier estimates.
+    lower_order_final: in runs of fewer than 15 steps, the last step is of first order, and the one before of second.
+        A step to zero noise is always of first order.
+    variant: "midpoint" or "heun", the weight of the second-order term.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class DPMSolver(Solver):
             return {state(k): 1.0}
         (alpha, sigma), (alpha_b, sigma_b) = self.at(k), self.at(k + 1)
         h = self._lambdas[k + 1] - self._lambdas[k]
-        shrink = sigma_b * alpha / (alpha_b * sigma)  # e^-h, which stays finite where lambda does not
+        shrink = sigma_b * alpha / (alpha_b * sigma)  # e^-h, which is finite even where lambda is not
         term: Callable[[int], Symbol] = data
         match self.algorithm:
             case "dpmsolver++":
@@ -92,7 +93,7 @@ class DPMSolver(Solver):
         return order_at(k, n, self.order, self.lower_order_final and n < SHORT_RUN)
 
     def _differences(self, k: int, order: int, h: float, term: Callable[[int], Symbol]) -> list[LinearCombination]:
-        """Return D1 and D2, as far as the order goes."""
+        """Return D1 and D2, as far as the order needs them."""
         if order == 1:
             return []
         r = [(self._lambdas[k - j] - self._lambdas[k - j - 1]) / h for j in range(order - 1)]
@@ -104,10 +105,10 @@ class DPMSolver(Solver):
 
 
 def _weights(z: float) -> tuple[float, float]:
-    """Return what D1 and D2 weigh beside D0: phi_2 / phi_1 and phi_3 / phi_1 of the exponential integrator at z."""
+    """Return the weights of D1 and D2 relative to D0: phi_2 / phi_1 and phi_3 / phi_1 at z."""
     if math.isinf(z):
         return 0.0, 0.0
-    if abs(z) < 1e-4:  # the differences below would cancel
+    if abs(z) < 1e-4:  # The differences below would cancel.
         return 1 / 2 - z / 12, 1 / 6 - z / 24
     whole = math.expm1(z)
     return (whole / z - 1) / whole, ((whole - z) / z**2 - 0.5) / whole

@@ -12,7 +12,7 @@ from drp.sampling.linear import LinearCombination, add, epsilon, state
 from drp.sampling.solvers.base import Solver, order_at
 
 SHORT_RUN = 15
-"""Below this many steps the last ones of DEIS are of lower order."""
+"""In runs of fewer steps, the last steps of DEIS are of lower order."""
 
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 """Weights of the last one to four derivatives, the newest first."""
@@ -46,7 +46,7 @@ class LinearMultistep(Solver):
         (alpha, _), (alpha_b, _) = self.at(k), self.at(k + 1)
         order = min(self.order, k + 1)
         start, end = self._rhos[k], self._rhos[k + 1]
-        # In units of the step, and from its start: high powers of rho itself would cancel.
+        # Nodes are relative to the step's start, in units of its length: high powers of rho itself would cancel.
         nodes = [(self._rhos[k - j] - start) / (end - start) for j in range(order)]
         areas = [float(_lagrange(nodes, j).integ()(1.0)) * (end - start) for j in range(order)]
         return add(
@@ -55,10 +55,11 @@ class LinearMultistep(Solver):
 
 
 class DEIS(Solver):
-    """DEIS (Zhang and Chen 2023), the polynomial through the noise estimates being in log rho, rho = sigma / alpha.
+    """DEIS (Zhang and Chen 2023), with the polynomial through the noise estimates in log rho, rho = sigma / alpha.
 
-    order: 1 to 3. lower_order_final: the last steps of a run of fewer than 15 are of lower order; a step to no noise at
-    all is always of first.
+    order: 1 to 3.
+    lower_order_final: in runs of fewer than 15 steps, the last steps are of lower order. A step to zero noise is always
+        of first order.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ def _exponential_area(p: Polynomial, end: float) -> float:
 class IPNDM(Solver):
     """The improved pseudo-numerical method: DDIM with an Adams-Bashforth mean of the last noise estimates, up to 4.
 
-    (Liu et al. 2022, without the Runge-Kutta start.) At a first state without signal the data is taken to be 0.
+    (Liu et al. 2022, without the Runge-Kutta start.) If the first state has no signal, its data estimate is 0.
     """
 
     history = 3
@@ -113,9 +114,9 @@ class IPNDM(Solver):
 
 
 class PNDM(Solver):
-    """Pseudo linear multistep (Liu et al. 2022) with one step of Heun's first, for networks that predict the noise.
+    """Pseudo linear multistep (Liu et al. 2022) with a Heun step at the start, for networks that predict the noise.
 
-    On a grid of family "pndm", which evaluates the second timestep twice.
+    The grid is of family "pndm", which has the second timestep twice.
     """
 
     history = 4
@@ -131,7 +132,7 @@ class PNDM(Solver):
     def step(self, k: int) -> LinearCombination:
         if k == 1:
             return _ddim(self.at(0), self.grid.landing(1), 0, {epsilon(0): 0.5, epsilon(1): 0.5})
-        behind = [j for j in range(k, -1, -1) if j != 1][:4]  # The prediction at 1 was for the Heun step alone.
+        behind = [j for j in range(k, -1, -1) if j != 1][:4]  # Only the Heun step uses the prediction at 1.
         mean: LinearCombination = {
             epsilon(j): weight for j, weight in zip(behind, ADAMS_BASHFORTH[len(behind) - 1], strict=True)
         }
@@ -148,8 +149,8 @@ def _ddim(here: tuple[float, float], there: tuple[float, float], k: int, mean: L
 class Heun(Solver):
     """Heun's method in rho = sigma / alpha (Karras et al. 2022, algorithm 1), on a grid of family "heun".
 
-    Every second index is the same noise level again: the step there goes back and repeats the last one with the mean
-    of the noise at its start and end. The last step to no noise is Euler's.
+    Each noise level is there twice. The step from the second of them starts again from the previous level, with the
+    mean of the noise estimates at both ends. The last step, to zero noise, is Euler's.
     """
 
     history = 1

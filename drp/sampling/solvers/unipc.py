@@ -15,12 +15,14 @@ from drp.sampling.solvers.base import Solver, order_at
 class UniPC(Solver):
     """UniPC (Zhao et al. 2023, algorithms 1 and 2), multistep predictor and corrector.
 
-    The network sees the predicted state, and so does a callback; the prediction there corrects it, and the next step
-    leaves from the corrected one. Predictor and corrector start from the same state, so their difference holds
-    estimates alone: the correction is a part of the next step's row.
+    The network and callbacks get the predicted state. The prediction there corrects it, and the next step starts from
+    the corrected state. Predictor and corrector start from the same state, so their difference consists of estimates
+    only, and the correction is part of the next step's linear combination.
 
-    order: 1 to 3. variant: "bh1" or "bh2", the paper's two B(h). of: integrate the "data" or the "epsilon" estimates.
-    corrector: without it this is UniP.
+    order: 1 to 3.
+    variant: "bh1" or "bh2", the paper's two choices of B(h).
+    of: integrate the "data" or the "epsilon" estimates.
+    corrector: False for UniP.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class UniPC(Solver):
         self._term: Callable[[int], Symbol] = data if of == "data" else epsilon
 
     def step(self, k: int) -> LinearCombination:
-        """Return the row of x_{k+1}, from the state that the prediction at k has corrected."""
+        """Return x_{k+1}, from the state that the prediction at k has corrected."""
         (alpha, sigma), (alpha_b, sigma_b) = self.at(k), self.at(k + 1)
         if self.of == "data":
             base, c = sigma_b / sigma, alpha_b - sigma_b * alpha / sigma
@@ -65,14 +67,14 @@ class UniPC(Solver):
         return 1 if self.grid.sigmas[k + 1] == 0 else order_at(k, n, self.order, self.lower_order_final)
 
     def _correction(self, k: int) -> LinearCombination:
-        """Return what the prediction at k adds to the state there: the corrector's residue less the predictor's."""
+        """Return the correction of the state at k by the prediction there: corrector minus predictor."""
         if k == 0 or not self.corrector:
             return {}
         order = self._order_at(k - 1)
         return add((1.0, self._residue(k - 1, order, True)), (-1.0, self._residue(k - 1, order, False)))
 
     def _residue(self, k: int, order: int, corrects: bool) -> LinearCombination:
-        """Return what the step from k adds beyond first order, with (`corrects`) or without the estimate at k + 1."""
+        """Return the terms of the step from k beyond first order; if `corrects`, with the estimate at k + 1."""
         if order == 1 and not corrects:
             return {}
         nodes = [k - j for j in range(1, order)] + ([k + 1] if corrects else [])
