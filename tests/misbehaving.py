@@ -1,6 +1,7 @@
 """A denoiser that misbehaves once, in one process, where a test has a worker answer ahead of its device.
 
-The environment variable DRP_TEST_ONCE says what is to happen and names a file: whoever makes it, does it.
+The environment variable DRP_TEST_ORDERS names a file, which says what is to happen and names another file: whoever
+makes that one, does it. Tests that share workers write their orders there one after the other.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,10 +21,8 @@ from torch import Tensor
 from drp.protocol import timeline
 from drp.workers import async_executor
 
-AT = 500
-"""The timestep below which it happens."""
-AFTER = 11
-"""Or the sequence number after which it does: the next is the first of two drafts of a round."""
+AT = 450
+"""The timestep below which it happens: of 20 steps it is the first of two drafts of a round."""
 
 
 def plain(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -35,7 +35,10 @@ def make_plain() -> Callable[..., Tensor]:
 
 
 def told() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(os.environ.get("DRP_TEST_ONCE", "{}"))
+    try:
+        found: dict[str, Any] = json.loads(Path(os.environ["DRP_TEST_ORDERS"]).read_text())
+    except FileNotFoundError:
+        return {}
     return found
 
 
@@ -52,17 +55,29 @@ def first() -> bool:
     return True
 
 
+class Evaluated(threading.local):
+    """What this thread has evaluated last."""
+
+    timestep = 1000.0
+
+
+evaluated = Evaluated()
+
+
 def predict(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
     """Do as `plain` does, but for what is told."""
-    what = told().get("what")
+    orders, evaluated.timestep = told(), float(t[0])
+    what, at = orders.get("what"), str(evaluated.timestep)
     if what == "gates":
-        (Path(told()["path"]) / f"at {float(t[0])}").touch()
-        while str(float(t[0])) in told()["closed"] and not (Path(told()["path"]) / f"open {float(t[0])}").exists():
+        (Path(orders["path"]) / f"at {at}").touch()
+        while at in orders["closed"] and not (Path(orders["path"]) / f"open {at}").exists():
             time.sleep(0.01)
     if what == "wait":
-        while not Path(told()["path"]).exists():
+        while not Path(orders["path"]).exists():
             time.sleep(0.01)
-    due = what in ("kill", "hang", "nan", "raise", "assert", "memory") and float(t[0]) < AT and first()
+    if what == "slow":
+        time.sleep(0.02)
+    due = what in ("kill", "hang", "nan", "raise", "assert", "memory") and evaluated.timestep < AT and first()
     if due and what == "kill":
         time.sleep(0.1)  # until the answer is on its way
         os.kill(os.getpid(), signal.SIGKILL)
@@ -80,17 +95,14 @@ def predict(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
 
 def make() -> Callable[..., Tensor]:
     """Return it, this process prepared: two of the faults lie between lines of the worker."""
-    what = told().get("what")
-    if what == "stale":
-        async_executor.write_completion_now = stale_stamp  # type: ignore[attr-defined]  # the worker's own name for it, in its own process
-    if what == "early":
-        async_executor.HostExecutor.submit = early_put  # type: ignore[method-assign]  # the worker's own code, in its own process
+    async_executor.write_completion_now = stale_stamp  # type: ignore[attr-defined]  # the worker's own name for it, in its own process
+    async_executor.HostExecutor.submit = early_put  # type: ignore[method-assign]  # the worker's own code, in its own process
     return predict
 
 
 def stale_stamp(places: memoryview, row: int, sequence: int, *rest: int, **status: int) -> None:
-    """Write the completion record of an earlier draft."""
-    sequence -= 1 if sequence > AFTER and first() else 0
+    """Write the completion record of an earlier draft, if that is told."""
+    sequence -= 1 if told().get("what") == "stale" and evaluated.timestep < AT and first() else 0
     timeline.write_completion_now(places, row, sequence, *rest, **status)
 
 
@@ -98,8 +110,8 @@ _put = async_executor.HostExecutor.submit
 
 
 def early_put(self: async_executor.HostExecutor, work: async_executor.WorkItem) -> None:
-    """Record before the evaluation, so that whoever waits for it does not wait for that."""
-    if work.draft.sequence <= AFTER or not first():
+    """Record before the evaluation, if that is told, so that whoever waits for it does not wait for that."""
+    if told().get("what") != "early" or work.draft.timestep >= AT or not first():
         return _put(self, work)
     bound = self._runs[work.draft.run]
     bound.leader_event.wait(work.draft.after)

@@ -29,7 +29,7 @@ from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffu
 )
 from peft import LoraConfig
 
-from drp.diffusers import Parallel, Workers, parallelize, reference
+from drp.diffusers import Parallel, parallelize, reference
 from drp.diffusers.digits import digits_pipeline
 from tests.pipelines import (
     BETAS,
@@ -322,23 +322,6 @@ def test_group_offloading_is_refused_by_its_name() -> None:
     pipe.transformer.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
     with pytest.raises(ValueError, match="group offloading"), parallelize(pipe, 1):
         pass
-
-
-def test_layerwise_casting_and_gradient_checkpointing_are_no_hindrance() -> None:
-    pipe = flux()
-    pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-    pipe.transformer.enable_gradient_checkpointing()
-    options = PIPELINES["Flux"][1]
-    untouched = run(pipe, options)
-    with reference(pipe, devices=2, mode="aggressive") as parallel:
-        expected = run(pipe, options)
-    assert parallel.report.calls[0].rounds < parallel.report.calls[0].steps
-    with Workers(2, threads=1) as workers:
-        with parallelize(pipe, workers, "aggressive") as parallel:
-            assert torch.equal(run(pipe, options), expected)
-            assert not parallel.report.calls[0].reason
-        with parallelize(pipe, workers, drafts=1):
-            assert torch.equal(run(pipe, options), untouched)
 
 
 def test_a_denoiser_may_be_exchanged_for_another() -> None:

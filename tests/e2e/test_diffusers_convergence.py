@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 
-CHEAP = ("DDIM, clip_sample", "DDPM, clip_sample")
+CHEAP = ("DDIM, clip_sample",)
 NAMES = [pytest.param(name, marks=[] if name in CHEAP else pytest.mark.diffusers) for name in SCHEDULERS]
 
 

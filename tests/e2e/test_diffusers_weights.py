@@ -1,4 +1,4 @@
-"""Pipelines whose denoiser is compiled or quantized, with the real packages, on cores."""
+"""Pipelines whose denoiser is compiled, quantized, cast, offloaded or writes to its buffers, on cores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from drp.diffusers import Workers, parallelize, reference
-from tests.pipelines import PIPELINES, flux, run, vae
+from tests.pipelines import IMAGE, PIPELINES, flux, prompts, run, sd15, vae
+from tests.writing import WritingLayer
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -105,3 +106,30 @@ def test_a_pipeline_that_is_offloaded_layer_by_layer_is_refused_with_the_remedy(
             pass
     pipe.remove_all_hooks()
     run(pipe, PIPELINES["Flux"][1])  # It is as it was.
+
+
+def test_layerwise_casting_and_gradient_checkpointing_are_no_hindrance(workers: Workers) -> None:
+    pipe = flux()
+    pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    pipe.transformer.enable_gradient_checkpointing()
+    drafts(pipe, PIPELINES["Flux"][1], workers)
+
+
+def test_what_a_module_writes_is_each_workers_own(workers: Workers) -> None:
+    pipe = sd15()
+    layer = pipe.unet.conv_in = WritingLayer(pipe.unet.conv_in)
+    call = {**prompts(1, 6, 8), **IMAGE}
+    expected, counts = [], []
+    with reference(pipe, devices=2, threads=1) as parallel:
+        for _ in range(2):
+            expected.append(run(pipe, call, 6))
+            counts.append(int(layer.count))
+    assert counts == [1, 2]  # the first step of each call, which the pipeline evaluates itself
+    assert not any(each.sequential for each in parallel.report.calls)
+    layer.count.zero_()
+    with parallelize(pipe, workers) as parallel:
+        samples = [run(pipe, call, 6) for _ in range(2)]
+        assert int(layer.count) == 2
+    assert not any(each.sequential for each in parallel.report.calls)
+    for found, wanted in zip(samples, expected, strict=True):
+        assert torch.equal(found, wanted)

@@ -52,17 +52,22 @@ STEPS = 20
 DEADLINE = 60.0
 
 
-@pytest.fixture(autouse=True)
-def _leave_nothing_at_all(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = leftovers()
-    yield
-    if not {"two", "three"} & {*request.fixturenames}:  # Leaders that several tests use keep memory between them.
-        assert not what_stays(before)
+@pytest.fixture(scope="module")
+def one() -> Iterator[Leader]:
+    with Leader(TINY, devices=1, execution=DEVICE) as leader:
+        yield leader
 
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Leader]:
-    with Leader(TINY, devices=2, execution=DEVICE) as leader:
+    """Two workers; a draft may take longer than a test."""
+    with Leader(TINY, devices=2, execution=DEVICE, draft_timeout=2 * DEADLINE) as leader:
+        yield leader
+
+
+@pytest.fixture(scope="module")
+def batched() -> Iterator[Leader]:
+    with Leader(TINY, devices=2, drafts_per_device=3, execution=DEVICE) as leader:
         yield leader
 
 
@@ -72,21 +77,61 @@ def three() -> Iterator[Leader]:
         yield leader
 
 
-@contextmanager
-def misbehaving(
-    monkeypatch: pytest.MonkeyPatch,
-    path: Path,
-    what: str,
-    gpu: ExecutionOptions = DEVICE,
-    room: CorePlacement | None = None,
-    **told: object,
-) -> Iterator[Leader]:
-    monkeypatch.setenv("DRP_TEST_ONCE", json.dumps({"what": what, "path": str(path), **told}))
-    with Leader(MODEL, devices=2, draft_timeout=3.0, execution=gpu) as leader:
-        monkeypatch.delenv("DRP_TEST_ONCE")
-        if room is not None:
-            monkeypatch.setattr(leader.internals.placement, "core_placement", room)
+@pytest.fixture(scope="module")
+def emulated() -> Iterator[Leader]:
+    with Leader(TINY, devices="2xemulated:5ms", execution=DEVICE, draft_timeout=2 * DEADLINE) as leader:
         yield leader
+
+
+class Misbehaving:
+    """A leader whose workers do what a test tells them."""
+
+    def __init__(self, leader: Leader, orders: Path) -> None:
+        self.leader, self._orders = leader, orders
+
+    def tell(self, what: str, path: Path, **more: object) -> Leader:
+        """Have a run misbehave; return the leader."""
+        written = self._orders.with_suffix(".new")
+        written.write_text(json.dumps({"what": what, "path": str(path), **more}))
+        written.replace(self._orders)
+        return self.leader
+
+    def behave(self) -> None:
+        """Take the orders back, and wait until all workers are ready again and no run is left."""
+        self._orders.unlink(missing_ok=True)
+        until(lambda: [worker.state for worker in self.leader.workers] == ["ready"] * 2)
+        until(lambda: not self.leader.internals.runs.running and not self.leader.internals.runs.draining)
+
+
+@contextmanager
+def misbehaving_workers(folder: Path, **options: Any) -> Iterator[Misbehaving]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DRP_TEST_ORDERS", str(folder / "orders"))  # also in the environment of workers that are replaced
+        with Leader(MODEL, devices=2, draft_timeout=3.0, **options) as leader:
+            yield Misbehaving(leader, folder / "orders")
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Misbehaving]:
+    with misbehaving_workers(tmp_path_factory.mktemp("orders"), execution=DEVICE) as started:
+        yield started
+
+
+@pytest.fixture
+def misbehaving(started: Misbehaving) -> Iterator[Misbehaving]:
+    yield started
+    started.behave()
+
+
+def acknowledge(monkeypatch: pytest.MonkeyPatch, leader: Leader, hears: bool, size: int) -> None:
+    """Let workers say that a draft is queued, as those have to whose records have no numbers, or let them not.
+
+    A run of another size follows: what workers keep of the run before is of the old kind.
+    """
+    monkeypatch.setattr(MemoryPlacement, "workers_acknowledge", hears)
+    options: dict[str, Any] = {"labels": [0] * size} if leader.spec.classes else {"shape": (3 + size,)}
+    leader.sample(steps=2, **options)
+    until(lambda: not leader.internals.runs.draining)
 
 
 class Steps:
@@ -106,28 +151,25 @@ class Steps:
 # What it is to give.
 
 
-@pytest.fixture(params=[False, True], ids=["silent", "heard"])
-def heard(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Workers say that a draft is queued, as those have to whose records have no numbers, or they do not."""
-    monkeypatch.setattr(MemoryPlacement, "workers_acknowledge", request.param)
-    return bool(request.param)
-
-
-@pytest.mark.parametrize(("devices", "batch"), [(1, 1), (2, 3), (3, 1)])
-@pytest.mark.usefixtures("heard")
-def test_bits_callbacks_and_residuals_are_the_references(devices: int, batch: int) -> None:
-    with Leader(TINY, devices=devices, drafts_per_device=batch, execution=DEVICE) as leader:
-        for mode in MODES:
-            mine, theirs = Steps(), Steps()
-            options = {"labels": [1, 2], "steps": 14, "mode": mode, "residuals": True}
-            run = leader.sample(**options, callback=mine)  # type: ignore[arg-type]  # types are lost in the dict
-            ref = drp.reference(TINY, **options, callback=theirs, devices=devices, drafts_per_device=batch)  # type: ignore[arg-type]  # likewise
-            assert torch.equal(run.samples, ref.samples), mode
-            assert (run.rounds, run.evaluations, run.incidents) == (ref.rounds, ref.evaluations, ())
-            assert (run.residuals, run.cuts) == (ref.residuals, ref.cuts)
-            assert [k for k, _ in mine.given] == list(range(1, 15))
-            assert mine.equals(theirs), mode
-            assert run.device_seconds > 0  # which come with the stamps
+@pytest.mark.parametrize("hears", [False, True], ids=["silent", "heard"])
+@pytest.mark.parametrize(("leader", "batch"), [("one", 1), ("batched", 3), ("three", 1)])
+def test_bits_callbacks_and_residuals_are_the_references(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, leader: str, batch: int, hears: bool
+) -> None:
+    mine_leader: Leader = request.getfixturevalue(leader)
+    devices = len(mine_leader.workers)
+    acknowledge(monkeypatch, mine_leader, hears, size=3)
+    for mode in MODES:
+        mine, theirs = Steps(), Steps()
+        options: dict[str, Any] = {"labels": [1, 2], "steps": 14, "mode": mode, "residuals": True}
+        run = mine_leader.sample(**options, callback=mine)
+        ref = drp.reference(TINY, **options, callback=theirs, devices=devices, drafts_per_device=batch)
+        assert torch.equal(run.samples, ref.samples), mode
+        assert (run.rounds, run.evaluations, run.incidents) == (ref.rounds, ref.evaluations, ())
+        assert (run.residuals, run.cuts) == (ref.residuals, ref.cuts)
+        assert [k for k, _ in mine.given] == list(range(1, 15))
+        assert mine.equals(theirs), mode
+        assert run.device_seconds > 0  # which come with the stamps
 
 
 def test_solvers_with_noise_or_a_memory(three: Leader) -> None:
@@ -137,17 +179,21 @@ def test_solvers_with_noise_or_a_memory(three: Leader) -> None:
         assert torch.equal(run.samples, ref.samples), (solver, mode)
 
 
-@pytest.mark.usefixtures("heard")
-def test_messages_run_ahead_of_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hears", [False, True], ids=["silent", "heard"])
+def test_messages_run_ahead_of_the_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, misbehaving: Misbehaving, hears: bool
+) -> None:
     """With a round under evaluation workers have the drafts of the next, made of what the first one predicts."""
     job = make_job(Request(shape=(3,), steps=STEPS, drafts=2), ModelSpec(), 2)
     t = [float(t) for t in job.solver.grid.timesteps]
-    with misbehaving(monkeypatch, tmp_path, "gates", room="shared", closed=[str(t[1]), str(t[2])]) as leader:
-        pending = leader.submit(shape=(3,), steps=STEPS, mode="aggressive", drafts=2)
-        until(lambda: all(worker.drafts >= 2 for worker in leader.workers))  # 1 and 3, 2 and 4
-        for place in (1, 2):
-            (tmp_path / f"open {t[place]}").touch()
-        assert torch.equal(pending.result(DEADLINE).samples, expected(drafts=2))
+    acknowledge(monkeypatch, misbehaving.leader, hears, size=1)
+    leader = misbehaving.tell("gates", tmp_path, closed=[str(t[1]), str(t[2])])
+    monkeypatch.setattr(leader.internals.placement, "core_placement", "shared")
+    pending = leader.submit(shape=(3,), steps=STEPS, mode="aggressive", drafts=2)
+    until(lambda: all(worker.drafts >= 2 for worker in leader.workers))  # 1 and 3, 2 and 4
+    for place in (1, 2):
+        (tmp_path / f"open {t[place]}").touch()
+    assert torch.equal(pending.result(DEADLINE).samples, expected(drafts=2))
 
 
 def test_only_workers_on_cores_are_silent() -> None:
@@ -158,37 +204,43 @@ def test_only_workers_on_cores_are_silent() -> None:
         placement.close()
 
 
-def test_workers_have_the_drafts_of_two_rounds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_workers_have_the_drafts_of_two_rounds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, misbehaving: Misbehaving
+) -> None:
     """And no more; once the run is cancelled, none is begun any more."""
     job = make_job(Request(shape=(3,), steps=2 * STEPS, drafts=2), ModelSpec(), 2)
     t = [float(t) for t in job.solver.grid.timesteps]
-    with misbehaving(monkeypatch, tmp_path, "gates", room="shared", closed=[str(t[1]), str(t[2])]) as leader:
-        pending = leader.submit(shape=(3,), steps=2 * STEPS, mode="aggressive", drafts=2)
-        until(lambda: all((tmp_path / f"at {t[k]}").exists() for k in (1, 2)))
-        until(lambda: sum(worker.drafts for worker in leader.workers) == 4)
-        pending.cancel()
-        for place in (1, 2):
-            (tmp_path / f"open {t[place]}").touch()
-        carried = leader.internals.runs
-        until(lambda: pending.done() and not carried.running and not carried.draining)
-        assert {path.name for path in tmp_path.glob("at *")} == {f"at {t[k]}" for k in (0, 1, 2)}
-        assert torch.equal(leader.sample(shape=(3,), steps=STEPS, drafts=2).samples, expected(drafts=2))
+    leader = misbehaving.tell("gates", tmp_path, closed=[str(t[1]), str(t[2])])
+    monkeypatch.setattr(leader.internals.placement, "core_placement", "shared")
+    pending = leader.submit(shape=(3,), steps=2 * STEPS, mode="aggressive", drafts=2)
+    until(lambda: all((tmp_path / f"at {t[k]}").exists() for k in (1, 2)))
+    until(lambda: sum(worker.drafts for worker in leader.workers) == 4)
+    pending.cancel()
+    for place in (1, 2):
+        (tmp_path / f"open {t[place]}").touch()
+    carried = leader.internals.runs
+    until(lambda: pending.done() and not carried.running and not carried.draining)
+    assert {path.name for path in tmp_path.glob("at *")} == {f"at {t[k]}" for k in (0, 1, 2)}
+    assert torch.equal(leader.sample(shape=(3,), steps=STEPS, drafts=2).samples, expected(drafts=2))
 
 
-def test_drafts_of_a_round_do_not_wait_for_one_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_drafts_of_a_round_do_not_wait_for_one_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, misbehaving: Misbehaving
+) -> None:
     """The second of three goes out long after the first was answered, and does not wait for that one's worker."""
     job = make_job(Request(shape=(3,), steps=STEPS, drafts=3), ModelSpec(), 2)
     t = [float(t) for t in job.solver.grid.timesteps]
-    with misbehaving(monkeypatch, tmp_path, "gates", room="shared", closed=[str(t[0]), str(t[4])]) as leader:
-        pending = leader.submit(shape=(3,), steps=STEPS, mode="aggressive", drafts=3)
-        until(lambda: [worker.drafts for worker in leader.workers] == [3, 1])  # 0, 1 and 3; 2: no room for 4
-        (tmp_path / f"open {t[0]}").touch()
-        until(lambda: (tmp_path / f"at {t[5]}").exists())
-        assert not pending.done()
-        (tmp_path / f"open {t[4]}").touch()
-        run = pending.result(DEADLINE)
-        assert not run.incidents  # and the first was not given up meanwhile
-        assert torch.equal(run.samples, expected(drafts=3))
+    leader = misbehaving.tell("gates", tmp_path, closed=[str(t[0]), str(t[4])])
+    monkeypatch.setattr(leader.internals.placement, "core_placement", "shared")
+    pending = leader.submit(shape=(3,), steps=STEPS, mode="aggressive", drafts=3)
+    until(lambda: [worker.drafts for worker in leader.workers] == [3, 1])  # 0, 1 and 3; 2: no room for 4
+    (tmp_path / f"open {t[0]}").touch()
+    until(lambda: (tmp_path / f"at {t[5]}").exists())
+    assert not pending.done()
+    (tmp_path / f"open {t[4]}").touch()
+    run = pending.result(DEADLINE)
+    assert not run.incidents  # and the first was not given up meanwhile
+    assert torch.equal(run.samples, expected(drafts=3))
 
 
 def test_a_round_is_not_divided_where_each_worker_has_one_of_it(three: Leader) -> None:
@@ -207,19 +259,18 @@ def expected(mode: str = "aggressive", seed: int = 0, drafts: int = 2) -> torch.
     return drp.reference(PLAIN, shape=(3,), steps=STEPS, mode=mode, drafts=drafts, seed=seed).samples
 
 
-def test_several_runs_and_some_that_are_cancelled() -> None:
-    with Leader("tests.denoisers:make_slow_sine", devices=2, execution=DEVICE) as leader:
-        options = {"shape": (3,), "steps": 12, "mode": "conservative"}
-        pending = [leader.submit(**options, seed=seed) for seed in range(6)]  # type: ignore[arg-type]  # types are lost in the dict
-        for cancelled in pending[1::2]:
-            cancelled.cancel()
-        for seed in (0, 2, 4):
-            ref = drp.reference("tests.denoisers:make_slow_sine", **options, devices=2, seed=seed)  # type: ignore[arg-type]  # likewise
-            assert torch.equal(pending[seed].result(DEADLINE).samples, ref.samples)
-        until(lambda: all(worker.drafts == 0 for worker in leader.workers))
+def test_several_runs_and_some_that_are_cancelled(misbehaving: Misbehaving, tmp_path: Path) -> None:
+    leader, options = misbehaving.tell("slow", tmp_path), {"shape": (3,), "steps": 12, "mode": "conservative"}
+    pending = [leader.submit(**options, seed=seed) for seed in range(6)]  # type: ignore[arg-type]  # types are lost in the dict
+    for cancelled in pending[1::2]:
+        cancelled.cancel()
+    for seed in (0, 2, 4):
+        ref = drp.reference(PLAIN, **options, devices=2, seed=seed)  # type: ignore[arg-type]  # likewise
+        assert torch.equal(pending[seed].result(DEADLINE).samples, ref.samples)
+    until(lambda: all(worker.drafts == 0 for worker in leader.workers))
 
 
-def test_a_session_waits_on_the_host_beside_runs(two: Leader) -> None:
+def test_a_session_waits_on_the_host_beside_runs(one: Leader, two: Leader) -> None:
     pending = two.submit(labels=[1], steps=30)
     x = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
     session = two.open_session({"x": x}, {"x": x}, 2, {"labels": torch.tensor([3])})
@@ -229,25 +280,24 @@ def test_a_session_waits_on_the_host_beside_runs(two: Leader) -> None:
         made = session.arena.predictions[rows[0]].clone()
     session.close()
     assert torch.equal(pending.result(DEADLINE).samples, drp.reference(TINY, labels=[1], steps=30, devices=2).samples)
-    with Leader(TINY, devices=1) as one:
-        session = one.open_session({"x": x}, {"x": x}, 2, {"labels": torch.tensor([3])})
-        session.arena.drafts[0] = x.reshape(-1)
-        rows = session.evaluate([Task(0, 400.0, 0)])
-        assert torch.equal(session.arena.predictions[rows[0]], made)
-        session.close()
+    session = one.open_session({"x": x}, {"x": x}, 2, {"labels": torch.tensor([3])})
+    session.arena.drafts[0] = x.reshape(-1)
+    rows = session.evaluate([Task(0, 400.0, 0)])
+    assert torch.equal(session.arena.predictions[rows[0]], made)
+    session.close()
 
 
-def test_emulated_devices_take_their_time_and_say_so() -> None:
-    with Leader(TINY, devices="2xemulated:5ms", execution=DEVICE) as leader:
-        leader.timeline = []
-        run = leader.sample(labels=[2], steps=10, mode="aggressive")
-        assert torch.equal(run.samples, drp.reference(TINY, labels=[2], steps=10, mode="aggressive", devices=2).samples)
-        assert run.device_seconds == pytest.approx(10 * 0.005, rel=0.5)
-        from drp.trace.summary import summarise
+def test_emulated_devices_take_their_time_and_say_so(emulated: Leader) -> None:
+    from drp.trace.summary import summarise
 
-        path = summarise(leader.timeline, leader.devices).paths[0]
-        parts = path.compute + path.transfer + path.leader + path.queue
-        assert parts == pytest.approx(path.wall)
+    emulated.timeline = timeline = list[TraceEvent]()
+    run = emulated.sample(labels=[2], steps=10, mode="aggressive")
+    emulated.timeline = None
+    assert torch.equal(run.samples, drp.reference(TINY, labels=[2], steps=10, mode="aggressive", devices=2).samples)
+    assert run.device_seconds == pytest.approx(10 * 0.005, rel=0.5)
+    path = summarise(timeline, emulated.devices).paths[0]
+    parts = path.compute + path.transfer + path.leader + path.queue
+    assert parts == pytest.approx(path.wall)
 
 
 # What goes wrong.
@@ -268,28 +318,35 @@ def test_emulated_devices_take_their_time_and_say_so() -> None:
     ],
 )
 def test_what_was_not_proven_is_computed_again(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str, words: str, mode: str, hears: bool
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    misbehaving: Misbehaving,
+    what: str,
+    words: str,
+    mode: str,
+    hears: bool,
 ) -> None:
-    monkeypatch.setattr(MemoryPlacement, "workers_acknowledge", hears)
+    acknowledge(monkeypatch, misbehaving.leader, hears, size=1)
     mine, theirs = Steps(), Steps()
-    with misbehaving(monkeypatch, tmp_path / "once", what) as leader:
-        pending = leader.submit(shape=(3,), steps=STEPS, mode=mode, callback=mine)
-        run = pending.result(DEADLINE)
-        ref = drp.reference(PLAIN, shape=(3,), steps=STEPS, mode=mode, devices=2, callback=theirs)
-        assert (tmp_path / "once").exists()
-        assert torch.equal(run.samples, ref.samples)
-        assert (run.rounds, run.evaluations) == (ref.rounds, ref.evaluations)
-        assert mine.equals(theirs)  # each step once, and no state that was made of what was not there
-        assert re.search(words, run.incidents[0])
-        assert "went back to step" in run.incidents[1]
-        assert len(run.incidents) == 2  # Who only waited for it is not blamed.
-        until(lambda: [worker.state for worker in leader.workers] == ["ready"] * 2)
-        after = leader.sample(shape=(3,), steps=STEPS, mode=mode)
-        assert torch.equal(after.samples, ref.samples)
-        assert not after.incidents
+    leader = misbehaving.tell(what, tmp_path / "once")
+    run = leader.submit(shape=(3,), steps=STEPS, mode=mode, callback=mine).result(DEADLINE)
+    ref = drp.reference(PLAIN, shape=(3,), steps=STEPS, mode=mode, devices=2, callback=theirs)
+    assert (tmp_path / "once").exists()
+    assert torch.equal(run.samples, ref.samples)
+    assert (run.rounds, run.evaluations) == (ref.rounds, ref.evaluations)
+    assert mine.equals(theirs)  # each step once, and no state that was made of what was not there
+    assert re.search(words, run.incidents[0])
+    assert "went back to step" in run.incidents[1]
+    assert len(run.incidents) == 2  # Who only waited for it is not blamed.
+    until(lambda: [worker.state for worker in leader.workers] == ["ready"] * 2)
+    after = leader.sample(shape=(3,), steps=STEPS, mode=mode)
+    assert torch.equal(after.samples, ref.samples)
+    assert not after.incidents
 
 
-def test_no_state_is_handed_out_before_it_is_proven(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_state_is_handed_out_before_it_is_proven(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, misbehaving: Misbehaving
+) -> None:
     """The leader sees late here that a stamp is none: when the states made of what was not there are long computed."""
     verdict = PendingCompletion.status.fget  # type: ignore[attr-defined]  # of a property
 
@@ -299,42 +356,41 @@ def test_no_state_is_handed_out_before_it_is_proven(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(PendingCompletion, "status", property(late))
     mine, theirs = Steps(), Steps()
-    with misbehaving(monkeypatch, tmp_path / "once", "early") as leader:
-        run = leader.submit(shape=(3,), steps=STEPS, callback=mine).result(DEADLINE)
-        drp.reference(PLAIN, shape=(3,), steps=STEPS, devices=2, callback=theirs)
-        assert "without a valid completion record" in run.incidents[0]
-        assert mine.equals(theirs)
+    leader = misbehaving.tell("early", tmp_path / "once")
+    run = leader.submit(shape=(3,), steps=STEPS, callback=mine).result(DEADLINE)
+    drp.reference(PLAIN, shape=(3,), steps=STEPS, devices=2, callback=theirs)
+    assert "without a valid completion record" in run.incidents[0]
+    assert mine.equals(theirs)
 
 
-def test_one_that_always_dies_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with misbehaving(monkeypatch, tmp_path / "once", "assert", always=True) as leader:
-        # Those who take their places find the same.
-        monkeypatch.setenv("DRP_TEST_ONCE", json.dumps({"what": "assert", "path": str(tmp_path / "once"), "always": 1}))
-        pending = leader.submit(shape=(3,), steps=STEPS)
-        with pytest.raises(WorkerError, match=r"step \d+ of run 0 was given up(.|\n)*device-side assert"):
-            pending.result(DEADLINE)
+def test_one_that_always_dies_is_given_up(tmp_path: Path, misbehaving: Misbehaving) -> None:
+    leader = misbehaving.tell("assert", tmp_path / "once", always=True)  # Replacements find the same.
+    with pytest.raises(WorkerError, match=r"step \d+ of run \d+ was given up(.|\n)*device-side assert"):
+        leader.submit(shape=(3,), steps=STEPS).result(DEADLINE)
 
 
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("nan", r"worker \d .*failed evaluating step \d+ of run 0: .*the denoiser returned NaN"),
-        ("raise", r"worker \d .*failed evaluating step \d+ of run 0: ArithmeticError: (.|\n)*in predict"),
-        ("memory", r"worker \d .*failed evaluating step \d+ of run 0: OutOfMemoryError: CUDA out of memory"),
+        ("nan", r"worker \d .*failed evaluating step \d+ of run \d+: .*the denoiser returned NaN"),
+        ("raise", r"worker \d .*failed evaluating step \d+ of run \d+: ArithmeticError: (.|\n)*in predict"),
+        ("memory", r"worker \d .*failed evaluating step \d+ of run \d+: OutOfMemoryError: CUDA out of memory"),
     ],
 )
 def test_what_the_denoiser_does_ends_its_run_only(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str, words: str
+    tmp_path: Path, misbehaving: Misbehaving, what: str, words: str
 ) -> None:
-    with misbehaving(monkeypatch, tmp_path / "once", what) as leader:
-        with pytest.raises(WorkerError, match=words):
-            leader.submit(shape=(3,), steps=STEPS).result(DEADLINE)
-        assert torch.equal(leader.sample(shape=(3,), steps=STEPS).samples, expected())
-        assert [worker.losses for worker in leader.workers] == [0, 0]
+    leader = misbehaving.tell(what, tmp_path / "once")
+    before = [worker.losses for worker in leader.workers]
+    with pytest.raises(WorkerError, match=words):
+        leader.submit(shape=(3,), steps=STEPS).result(DEADLINE)
+    assert torch.equal(leader.sample(shape=(3,), steps=STEPS).samples, expected())
+    assert [worker.losses for worker in leader.workers] == before
 
 
-def test_a_lost_context_ends_the_worker_with_ordering_host_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with misbehaving(monkeypatch, tmp_path / "once", "assert", ExecutionOptions(dispatch="sync")) as leader:
+def test_a_lost_context_ends_the_worker_with_ordering_host_too(tmp_path: Path) -> None:
+    with misbehaving_workers(tmp_path, execution=ExecutionOptions(dispatch="sync")) as started:
+        leader = started.tell("assert", tmp_path / "once")
         run = leader.sample(shape=(3,), steps=STEPS)
         assert torch.equal(run.samples, expected())
         assert len(run.incidents) == 1
@@ -354,11 +410,14 @@ def test_a_callback_that_raises_ends_its_run_only(two: Leader) -> None:
     )
 
 
-def test_closing_in_the_middle_waits_for_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with misbehaving(monkeypatch, tmp_path / "never", "wait") as leader:
+def test_closing_in_the_middle_waits_for_nobody(tmp_path: Path) -> None:
+    before = leftovers()
+    with misbehaving_workers(tmp_path, execution=DEVICE) as started:
+        leader = started.tell("wait", tmp_path / "never")
         pending = leader.submit(shape=(3,), steps=STEPS)
         until(lambda: any(worker.drafts > 1 for worker in leader.workers))
     assert pending.cancelled() or pending.exception(DEADLINE) is not None
+    assert not what_stays(before)
 
 
 # What it refuses.
@@ -378,9 +437,7 @@ def test_what_cannot_be_is_refused(two: Leader) -> None:
 # To whom, and who is told.
 
 
-def test_drafts_of_a_round_go_to_different_workers_and_the_first_is_first(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, three: Leader
-) -> None:
+def test_drafts_of_a_round_go_to_different_workers_and_the_first_is_first(three: Leader) -> None:
     """Whatever they have of other rounds; so one worker is as good as another only if they are needed."""
     workers: list[int] = []
     for mode, drafts in (("conservative", 3), ("aggressive", 2), ("window", 3), ("sequential", 1)):
@@ -397,102 +454,100 @@ def test_drafts_of_a_round_go_to_different_workers_and_the_first_is_first(
     assert workers == [0]
 
 
-def test_workers_are_bound_when_they_are_needed() -> None:
-    with Leader(TINY, devices=2, execution=DEVICE) as leader:
-        sent = list[tuple[str, int]]()
-        post = leader.internals.supervisor.enqueue
+def test_workers_are_bound_when_they_are_needed(monkeypatch: pytest.MonkeyPatch, two: Leader) -> None:
+    sent = list[tuple[str, int]]()
+    post = two.internals.supervisor.enqueue
 
-        def watched(worker_slot: WorkerSlot, message: ToWorker) -> None:
-            sent.append((type(message).__name__, worker_slot.number))
-            post(worker_slot, message)
+    def watched(worker_slot: WorkerSlot, message: ToWorker) -> None:
+        sent.append((type(message).__name__, worker_slot.number))
+        post(worker_slot, message)
 
-        leader.internals.supervisor.enqueue = watched  # type: ignore[method-assign]  # a spy
-        leader.sample(labels=[1], steps=4, mode="sequential")
-        until(lambda: ("Unbind", 0) in sent)
+    monkeypatch.setattr(two.internals.supervisor, "enqueue", watched)
+    two.sample(labels=[1] * 5, steps=4, mode="sequential")  # of a size that workers do not remember
+    until(lambda: ("Unbind", 0) in sent)
     assert [what for what in sent if what[0] == "Bind"] == [("Bind", 0)]
     assert ("Draft", 1) not in sent
 
 
-def test_others_are_left_alone_until_the_first_worker_has_its_draft() -> None:
+def test_others_are_left_alone_until_the_first_worker_has_its_draft(
+    monkeypatch: pytest.MonkeyPatch, two: Leader
+) -> None:
     """What they are told disturbs it, and they have time until its evaluation has ended."""
     events = list[object]()
-    with Leader(TINY, devices=2, execution=DEVICE) as leader:
-        send, on_bound = leader.internals.pool.send, leader.internals.runs.on_bound
+    send, on_bound = two.internals.pool.send, two.internals.runs.on_bound
 
-        def sent(worker: Worker, *messages: ToWorker | Encoded) -> None:
-            if not any(isinstance(message, bytes) and b"Unbind" in message for message in messages):
-                events.append(worker.number)
-            send(worker, *messages)
+    def sent(worker: Worker, *messages: ToWorker | Encoded) -> None:
+        if not any(isinstance(message, bytes) and b"Unbind" in message for message in messages):
+            events.append(worker.number)
+        send(worker, *messages)
 
-        def bound(worker_slot: WorkerSlot, number: int) -> bool:
-            events.append("bound")
-            return on_bound(worker_slot, number)
+    def bound(worker_slot: WorkerSlot, number: int) -> bool:
+        events.append("bound")
+        return on_bound(worker_slot, number)
 
-        leader.internals.pool.send = sent  # type: ignore[method-assign]  # spies
-        leader.internals.runs.on_bound = bound  # type: ignore[method-assign]  # likewise
-        for _ in range(3):
-            events.clear()
-            leader.sample(labels=[1], steps=12)
-            until(lambda: not leader.internals.runs.draining)
-            assert events.count("bound") == 1
-            assert events[:3] == [0, 0, "bound"]
+    monkeypatch.setattr(two.internals.pool, "send", sent)
+    monkeypatch.setattr(two.internals.runs, "on_bound", bound)
+    for _ in range(3):
+        events.clear()
+        two.sample(labels=[1], steps=12)
+        until(lambda: not two.internals.runs.draining)
+        assert events.count("bound") == 1
+        assert events[:3] == [0, 0, "bound"]
 
 
-def test_what_was_held_back_for_a_worker_that_is_lost_is_sent() -> None:
-    """The first worker never has its draft; the others have theirs all the same, and are not taken for dead."""
-    with Leader(TINY, devices=3, execution=DEVICE, draft_timeout=4.0) as leader:
-        pid = leader.workers[0].pid
-        assert pid is not None
-        os.kill(pid, signal.SIGSTOP)
-        run = leader.submit(labels=[1], steps=20).result(DEADLINE)
-        assert torch.equal(run.samples, drp.reference(TINY, labels=[1], steps=20, devices=3).samples)
-        assert [worker.losses for worker in leader.workers] == [1, 0, 0]
+def test_what_was_held_back_for_a_worker_that_is_lost_is_sent(misbehaving: Misbehaving) -> None:
+    """The first worker never has its draft; the other has its own all the same, and is not taken for dead."""
+    leader = misbehaving.leader
+    before = [worker.losses for worker in leader.workers]
+    pid = leader.workers[0].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    run = leader.submit(shape=(3,), steps=STEPS, mode="aggressive").result(DEADLINE)
+    assert torch.equal(run.samples, expected())
+    assert [worker.losses for worker in leader.workers] == [before[0] + 1, before[1]]
 
 
 def test_the_leader_does_not_sleep_when_a_round_has_begun_that_it_has_given_nothing_for(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, emulated: Leader
 ) -> None:
     """Not even if it was late: other rounds' drafts would be, too."""
-    looks = list[bool]()
-    with Leader(TINY, devices="2xemulated:2ms", execution=DEVICE) as leader:
-        engine = leader.internals
-        take, refine = engine._receive, engine._refine
+    looks, engine = list[bool](), emulated.internals
+    take, refine = engine._receive, engine._refine
 
-        def look() -> None:
-            looks.append(engine.runs.rounds_begun != engine._rounds_seen and not engine.runs.workers_saturated)
-            take()
+    def look() -> None:
+        looks.append(engine.runs.rounds_begun != engine._rounds_seen and not engine.runs.workers_saturated)
+        take()
 
-        def dawdle() -> None:
-            refine()
-            time.sleep(0.003)
+    def dawdle() -> None:
+        refine()
+        time.sleep(0.006)
 
-        monkeypatch.setattr(engine, "_receive", look)
-        monkeypatch.setattr(engine, "_refine", dawdle)
-        leader.sample(labels=[1], steps=40)
+    monkeypatch.setattr(engine, "_receive", look)
+    monkeypatch.setattr(engine, "_refine", dawdle)
+    emulated.sample(labels=[1], steps=40)
     assert looks
     assert not any(looks)
 
 
-@pytest.mark.parametrize(
-    ("devices", "rooms"), [("2xcpu", ("dedicated", "shared")), ("4xemulated:2ms", ("dedicated", "shared"))]
-)
-def test_no_record_goes_untold(monkeypatch: pytest.MonkeyPatch, devices: str, rooms: tuple[CorePlacement, ...]) -> None:
+@pytest.mark.parametrize("name", ["two", "emulated"])
+def test_no_record_goes_untold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Else the leader would look by itself, which takes longer here than the test may."""
+    leader: Leader = request.getfixturevalue(name)
     options: dict[str, Any] = {"labels": [2], "steps": 40, "drafts": 2}
     several: dict[str, Any] = {"steps": 20, "mode": "conservative", "drafts": 2}
     refs = {mode: drp.reference(TINY, **options, mode=mode).samples for mode in MODES}
     together = [drp.reference(TINY, labels=[label], **several).samples for label in range(4)]
-    with Leader(TINY, devices=devices, execution=DEVICE, draft_timeout=2 * DEADLINE) as leader:
-        monkeypatch.setattr("drp.leader.memory.host_stream.RECHECK_INTERVAL", 2 * DEADLINE)
-        monkeypatch.setattr("drp.leader.supervision.supervisor.HEALTH_CHECK_INTERVAL", 2 * DEADLINE)
-        for room in rooms:
-            monkeypatch.setattr(leader.internals.placement, "core_placement", room)
-            for mode in MODES:
-                run = leader.submit(**options, mode=mode).result(DEADLINE)
-                assert torch.equal(run.samples, refs[mode]), (room, mode)
-            pending = [leader.submit(labels=[label], **several) for label in range(4)]
-            for run, ref in zip([each.result(DEADLINE) for each in pending], together, strict=True):
-                assert torch.equal(run.samples, ref), room
+    rooms: tuple[CorePlacement, ...] = ("dedicated", "shared")
+    monkeypatch.setattr("drp.leader.memory.host_stream.RECHECK_INTERVAL", 2 * DEADLINE)
+    monkeypatch.setattr("drp.leader.supervision.supervisor.HEALTH_CHECK_INTERVAL", 2 * DEADLINE)
+    for room in rooms:
+        monkeypatch.setattr(leader.internals.placement, "core_placement", room)
+        for mode in MODES:
+            run = leader.submit(**options, mode=mode).result(DEADLINE)
+            assert torch.equal(run.samples, refs[mode]), (room, mode)
+        pending = [leader.submit(labels=[label], **several) for label in range(4)]
+        for run, ref in zip([each.result(DEADLINE) for each in pending], together, strict=True):
+            assert torch.equal(run.samples, ref), room
 
 
 # Errors.

@@ -172,12 +172,12 @@ def test_times_are_distributed_as_stated() -> None:
 
 def test_emulated_workers_compute_the_references_bits() -> None:
     late = "emulated:2ms:jitter=50%:straggler=5x@30%:link=100us@1GB/s"
-    with drp.Leader(Halves, devices=["emulated:1ms", late, late]) as leader:
+    with drp.Leader(Halves, devices=["emulated:1ms", late]) as leader:
         for mode in ("aggressive", "conservative"):
             result = leader.sample(shape=(4, 8, 8), count=2, steps=12, mode=mode)
-            reference = drp.reference(Halves, devices=3, shape=(4, 8, 8), count=2, steps=12, mode=mode)
+            reference = drp.reference(Halves, devices=2, shape=(4, 8, 8), count=2, steps=12, mode=mode)
             assert torch.equal(result.samples, reference.samples)
-            assert result.devices == ("emulated:1ms", late, late)
+            assert result.devices == ("emulated:1ms", late)
 
 
 def test_cheap_values_are_those_of_the_cheap_model() -> None:

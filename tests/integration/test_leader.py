@@ -33,11 +33,11 @@ def three() -> Iterator[Leader]:
         yield leader
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+@pytest.mark.parametrize("workers", [1, 2, 3])
 def test_bits_equal_the_reference(tiny: Leader, three: Leader, workers: int) -> None:
     there = {2: tiny, 3: three}.get(workers)
     with nullcontext(there) if there else Leader(TINY, devices=workers) as leader:
-        for mode, seed, batch, steps in itertools.product(MODES, (0, 11), (1, 3), (1, 2, 10, 13)):
+        for mode, (seed, batch), steps in itertools.product(MODES, ((0, 1), (11, 3)), (1, 2, 10, 13)):
             labels = list(range(batch))
             run = leader.sample(labels=labels, mode=mode, seed=seed, steps=steps)
             ref = drp.reference(TINY, labels=labels, mode=mode, seed=seed, steps=steps, devices=workers)
@@ -196,7 +196,7 @@ def test_one_copy_of_the_weights(tiny: Leader) -> None:
     assert second is not None
     assert shared_by(first) & shared_by(second), "no memory with the same inode in both workers"
     # And it is what they use: weights that differ in each process end up as those of the first.
-    with Leader("tests.denoisers:make_varying", devices=3) as leader:
+    with Leader("tests.denoisers:make_varying", devices=2) as leader:
         runs = [leader.sample(steps=7, drafts=drafts, mode="sequential").samples for drafts in (1, 2)]
         one = leader.sample(steps=7, drafts=3).samples
         again = leader.sample(steps=7, drafts=3).samples
@@ -213,8 +213,8 @@ def test_workers_are_pinned_with_one_thread_each(tiny: Leader) -> None:
 
 def test_leaders_side_by_side_of_which_one_is_closed_twice(tiny: Leader) -> None:
     first = tiny.sample(labels=[3], steps=8).samples
-    other = Leader(TINY, devices=2)
-    assert torch.equal(other.sample(labels=[3], steps=8).samples, first)
+    other = Leader(TINY, devices=1)
+    assert torch.equal(other.sample(labels=[3], steps=8, drafts=2).samples, first)
     other.close()
     other.close()
     with pytest.raises(RuntimeError, match="closed; make a new one"):
@@ -234,8 +234,8 @@ def test_the_leader_changes_no_setting_of_its_process(
 
     before = settings()
     with caplog.at_level(logging.INFO):
-        result = drp.sample(TINY, labels=[1], devices=2, steps=4)
-        reference = drp.reference(TINY, labels=[1], devices=2, steps=4)
+        result = drp.sample(TINY, labels=[1], devices=1, drafts=2, steps=4)
+        reference = drp.reference(TINY, labels=[1], drafts=2, steps=4)
     assert torch.equal(result.samples, reference.samples)
     assert settings() == before
     assert capfd.readouterr() == ("", "")

@@ -152,8 +152,9 @@ def test_a_killed_worker_is_replaced_and_one_that_stands_still_is_turned_away(
 
 
 def test_a_worker_that_evaluates_for_too_long_is_lost_and_says_so(folder: Path, tmp_path: Path) -> None:
-    address, once = free_address(), {"DRP_TEST_ONCE": f'{{"what": "hang", "path": "{tmp_path / "once"}"}}'}
-    model = "tests.misbehaving:make"
+    address, model, orders = free_address(), "tests.misbehaving:make", tmp_path / "orders"
+    orders.write_text(json.dumps({"what": "hang", "path": str(tmp_path / "once")}))
+    once = {"DRP_TEST_ORDERS": str(orders)}
     workers = [start_worker(address, folder, "anna", **once), start_worker(address, folder, "berta", **once)]
     options: dict[str, Any] = {"shape": (4,), "steps": 12, "mode": "aggressive"}
     with (

@@ -33,12 +33,13 @@ ASKED: list[dict[str, Any]] = [
 
 def test_runs_at_the_same_time_have_the_bits_they_have_alone(tiny: Leader) -> None:
     alone = [tiny.sample(**asked).samples for asked in ASKED]
-    with Leader(TINY, devices=3) as leader:
-        for policy in (Barrier(), RunAffinity(), LoadAdaptive()):
-            leader.policy = policy
-            together = [leader.submit(**asked) for asked in ASKED]
-            for pending, samples in zip(together, alone, strict=True):
-                assert torch.equal(pending.result(DEADLINE).samples, samples), policy
+    before = tiny.policy
+    for policy in (Barrier(), RunAffinity(), LoadAdaptive()):
+        tiny.policy = policy
+        together = [tiny.submit(**asked) for asked in ASKED]
+        for pending, samples in zip(together, alone, strict=True):
+            assert torch.equal(pending.result(DEADLINE).samples, samples), policy
+    tiny.policy = before
 
 
 def test_a_run_that_is_cancelled_ends_within_a_round() -> None:
@@ -168,10 +169,10 @@ def test_thousands_of_rounds_gain_no_memory_and_no_descriptor(dispatch: str) -> 
             while done < count:
                 done += leader.sample(labels=[1], steps=200, mode="sequential").rounds
 
-        rounds(1000)
+        rounds(600)
         until(lambda: not leader.internals.runs.draining)
         before, resident = use(), [process.memory_info().rss for process in everyone]
-        rounds(4000)
+        rounds(2000)
         until(lambda: not leader.internals.runs.draining)
 
         def gained() -> list[tuple[int, int]]:

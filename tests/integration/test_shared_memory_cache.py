@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,108 +89,114 @@ def test_no_more_is_kept_than_allowed_nor_what_does_not_come_again() -> None:
         many.open(handle, large.number)
 
 
-def test_a_worker_maps_the_memory_of_runs_once() -> None:
-    with Leader(TINY, devices=2, execution=ExecutionOptions(dispatch="async")) as leader:
-        pids = [worker.pid for worker in leader.workers]
-
-        def maps() -> list[list[str]]:
-            lines = [Path(f"/proc/{pid}/maps").read_text().splitlines() for pid in pids]
-            return [[line.split()[0] for line in each if "memfd:drp-run" in line] for each in lines]
-
-        leader.sample(labels=[1], steps=6)
-        once = maps()
-        assert [len(each) for each in once] == [1, 1]
-        for _ in range(5):
-            leader.sample(labels=[1], steps=6)
-        assert maps() == once
-
-
-@contextmanager
-def watched(dispatch: str, devices: int = 2) -> Iterator[tuple[Leader, list[tuple[str, int]]]]:
+class Watched:
     """A leader, and what it tells its workers of runs: the message's name and the worker's number."""
-    told: list[tuple[str, int]] = []
-    with Leader(TINY, devices=devices, execution=ExecutionOptions(dispatch=dispatch)) as leader:
-        post = leader.internals.supervisor.enqueue
 
-        def watch(worker_slot: WorkerSlot, message: ToWorker) -> None:
-            if isinstance(message, Bind | Rebind | Unbind):
-                told.append((type(message).__name__, worker_slot.number))
-            post(worker_slot, message)
+    def __init__(self, leader: Leader) -> None:
+        self.leader, self.told = leader, list[tuple[str, int]]()
+        self._post = leader.internals.supervisor.enqueue
+        leader.internals.supervisor.enqueue = self._watch  # type: ignore[method-assign]  # a spy
 
-        leader.internals.supervisor.enqueue = watch  # type: ignore[method-assign]  # a spy
-        yield leader, told
+    def _watch(self, worker_slot: WorkerSlot, message: ToWorker) -> None:
+        if isinstance(message, Bind | Rebind | Unbind):
+            self.told.append((type(message).__name__, worker_slot.number))
+        self._post(worker_slot, message)
 
+    def run(self, **options: Any) -> torch.Tensor:
+        """Return a run's samples once its memory is released."""
+        samples = self.leader.sample(**options).samples
+        self.settle()
+        return samples
 
-def settle(leader: Leader) -> None:
-    until(lambda: not leader.internals.runs.draining)
+    def settle(self) -> None:
+        until(lambda: not self.leader.internals.runs.draining)
 
-
-@pytest.mark.parametrize("dispatch", ["sync", "async"])
-def test_a_run_like_the_last_one_begins_with_a_word(dispatch: str) -> None:
-    with watched(dispatch) as (leader, told):
-        for label in range(4):  # conditions are not what must be alike
-            run = leader.sample(labels=[label], steps=9, seed=label)
-            assert torch.equal(run.samples, drp.reference(TINY, labels=[label], steps=9, seed=label, devices=2).samples)
-            settle(leader)
-        assert [told.count(("Bind", number)) for number in (0, 1)] == [1, 1]
-        assert [told.count(("Rebind", number)) for number in (0, 1)] == [3, 3]
-        assert [told.count(("Unbind", number)) for number in (0, 1)] == [4, 4]
+    def names(self, worker: int = 0) -> list[str]:
+        """Return how a worker's runs began."""
+        return [name for name, number in self.told if name != "Unbind" and number == worker]
 
 
-@pytest.mark.parametrize("dispatch", ["sync", "async"])
-def test_another_run_is_described_in_full(dispatch: str) -> None:
-    with watched(dispatch, devices=1) as (leader, told):
-        for count, mode in ((1, "sequential"), (3, "sequential"), (3, "sequential"), (1, "sequential")):
-            asked: dict[str, Any] = {"labels": [1] * count, "steps": 9, "mode": mode}
-            assert torch.equal(leader.sample(**asked).samples, drp.reference(TINY, **asked, devices=1).samples)
-            settle(leader)
-        assert [name for name, _ in told if name != "Unbind"] == ["Bind", "Bind", "Rebind", "Bind"]
+@pytest.fixture(scope="module", params=["sync", "async"])
+def shared(request: pytest.FixtureRequest) -> Iterator[Watched]:
+    with Leader(TINY, devices=2, execution=ExecutionOptions(dispatch=request.param)) as leader:
+        yield Watched(leader)
 
 
-@pytest.mark.parametrize("dispatch", ["sync", "async"])
-def test_of_several_runs_one_is_kept(dispatch: str) -> None:
-    with watched(dispatch) as (leader, told):
-        for turn in range(3):
-            pending = [leader.submit(labels=[label], steps=9, seed=turn) for label in range(3)]
-            for label, run in enumerate(pending):
-                ref = drp.reference(TINY, labels=[label], steps=9, seed=turn, devices=2)
-                assert torch.equal(run.result(DEADLINE).samples, ref.samples)
-            settle(leader)
-        assert told.count(("Rebind", 0)) <= 2
-        assert told.count(("Bind", 0)) + told.count(("Rebind", 0)) == 9
+@pytest.fixture
+def watched(shared: Watched) -> Watched:
+    """One whose workers keep the memory of a run of another size than a test's."""
+    shared.run(labels=[1] * 7, steps=3)
+    shared.told.clear()
+    return shared
 
 
-@pytest.mark.parametrize("dispatch", ["sync", "async"])
-def test_nothing_is_left_to_a_lost_workers_successor(dispatch: str) -> None:
-    with watched(dispatch) as (leader, told):
-        samples = leader.sample(labels=[1], steps=9).samples
-        settle(leader)
-        pid = leader.workers[0].pid
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
-        until(lambda: leader.workers[0].pid not in (None, pid) and leader.workers[0].state == "ready")
-        told.clear()
-        assert torch.equal(leader.sample(labels=[1], steps=9).samples, samples)
-        assert ("Bind", 0) in told
-        assert ("Rebind", 0) not in told
+def test_a_worker_maps_the_memory_of_runs_once(watched: Watched) -> None:
+    pids = [worker.pid for worker in watched.leader.workers]
+
+    def maps() -> list[list[str]]:
+        lines = [Path(f"/proc/{pid}/maps").read_text().splitlines() for pid in pids]
+        return [[line.split()[0] for line in each if "memfd:drp-run" in line] for each in lines]
+
+    watched.run(labels=[1], steps=6)
+    once = maps()
+    assert all(once)
+    for _ in range(5):
+        watched.run(labels=[1], steps=6)
+    assert maps() == once
 
 
-def test_memory_that_is_too_large_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_like_the_last_one_begins_with_a_word(watched: Watched) -> None:
+    for label in range(4):  # conditions are not what must be alike
+        samples = watched.run(labels=[label], steps=9, seed=label)
+        assert torch.equal(samples, drp.reference(TINY, labels=[label], steps=9, seed=label, devices=2).samples)
+    assert [watched.told.count(("Bind", number)) for number in (0, 1)] == [1, 1]
+    assert [watched.told.count(("Rebind", number)) for number in (0, 1)] == [3, 3]
+    assert [watched.told.count(("Unbind", number)) for number in (0, 1)] == [4, 4]
+
+
+def test_another_run_is_described_in_full(watched: Watched) -> None:
+    for count, mode in ((1, "sequential"), (3, "sequential"), (3, "sequential"), (1, "sequential")):
+        asked: dict[str, Any] = {"labels": [1] * count, "steps": 9, "mode": mode}
+        assert torch.equal(watched.run(**asked), drp.reference(TINY, **asked, devices=2).samples)
+    assert watched.names() == ["Bind", "Bind", "Rebind", "Bind"]
+
+
+def test_of_several_runs_one_is_kept(watched: Watched) -> None:
+    for turn in range(3):
+        pending = [watched.leader.submit(labels=[label], steps=9, seed=turn) for label in range(3)]
+        for label, run in enumerate(pending):
+            ref = drp.reference(TINY, labels=[label], steps=9, seed=turn, devices=2)
+            assert torch.equal(run.result(DEADLINE).samples, ref.samples)
+        watched.settle()
+    assert watched.names().count("Rebind") <= 2
+    assert len(watched.names()) == 9
+
+
+def test_memory_that_is_too_large_is_not_kept(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("drp.leader.runs.run_table.MAX_RETAINED_NBYTES", PAGE)
-    with watched("async", devices=1) as (leader, told):
-        for _ in range(2):
-            leader.sample(labels=[1] * 8, steps=9)
-            settle(leader)
-        assert [name for name, _ in told if name != "Unbind"] == ["Bind", "Bind"]
+    for _ in range(2):
+        watched.run(labels=[1] * 8, steps=9, mode="sequential")
+    assert watched.names() == ["Bind", "Bind"]
 
 
-def test_a_callers_own_memory_is_described_each_time() -> None:
+def test_a_callers_own_memory_is_described_each_time(watched: Watched) -> None:
     x = torch.randn(1, 1, 8, 8)
-    with watched("sync") as (leader, told):
-        for _ in range(2):
-            session = leader.open_session({"x": x}, {"x": x}, 2, {"labels": torch.tensor([1])})
-            session.arena.draft(1)["x"].copy_(x)
-            assert list(session.evaluate([Task(3, 250.0, 1)])) == [3]
-            session.close()
-            settle(leader)
-        assert not [name for name, _ in told if name == "Rebind"]
+    for _ in range(2):
+        session = watched.leader.open_session({"x": x}, {"x": x}, 2, {"labels": torch.tensor([1])})
+        session.arena.draft(1)["x"].copy_(x)
+        assert list(session.evaluate([Task(3, 250.0, 1)])) == [3]
+        session.close()
+        watched.settle()
+    assert not [name for name, _ in watched.told if name == "Rebind"]
+
+
+def test_nothing_is_left_to_a_lost_workers_successor(watched: Watched) -> None:
+    leader = watched.leader
+    samples = watched.run(labels=[1], steps=9)
+    pid = leader.workers[0].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: leader.workers[0].pid not in (None, pid) and leader.workers[0].state == "ready")
+    watched.told.clear()
+    assert torch.equal(watched.run(labels=[1], steps=9), samples)
+    assert watched.names() == ["Bind"]

@@ -29,7 +29,7 @@ ASKED: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module", params=["sync", "async"])
 def leader(request: pytest.FixtureRequest) -> Iterator[Leader]:
-    with Leader(make_free, devices=3, execution=ExecutionOptions(dispatch=request.param)) as leader:
+    with Leader(make_free, devices=2, execution=ExecutionOptions(dispatch=request.param)) as leader:
         yield leader
 
 

@@ -23,9 +23,8 @@ from tests.writing import KINDS, cond, make_once
 MODEL = "tests.writing:make_once"
 SHAPE = (2, 3)
 WAYS: dict[str, dict[str, Any]] = {
-    "sync": {"devices": 2, "execution": ExecutionOptions(dispatch="sync")},
     "async": {"devices": 2, "execution": ExecutionOptions(dispatch="async")},
-    "hedged": {"devices": 3, "policy": LoadAdaptive(hedge=1.1)},
+    "sync, hedged": {"devices": 2, "policy": LoadAdaptive(hedge=1.1)},
     "batched, sync": {"devices": 2, "drafts_per_device": 2, "execution": ExecutionOptions(dispatch="sync")},
     "batched, async": {"devices": 2, "drafts_per_device": 2, "execution": ExecutionOptions(dispatch="async")},
 }
@@ -48,7 +47,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[tuple[Leader, int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(run=RUNS)
 def test_a_denoiser_that_writes_has_the_samples_of_one_that_does_not(
     way: tuple[Leader, int], kind: str, run: dict[str, Any]
