@@ -87,12 +87,16 @@ def describe_for_others(name: str, module: nn.Module, loading: Json) -> Json:
     Raises UnknownValueError for a module that cannot be compared.
     """
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    try:
+        digests = digests_of(module)
+    except (RuntimeError, TypeError) as error:  # of tensors that are no plain numbers in memory, as quantized ones
+        raise UnknownValueError(f"{name} cannot be compared with another machine's: {error}") from error
     return {
         "component": name,
         "class": name_of(type(module)),
         "dtype": str(dtype).removeprefix("torch."),
         "loading": loading,
-        **digests_of(module),
+        **digests,
     }
 
 
@@ -145,6 +149,7 @@ class _Walk:
             lines.append(f"{path} {name_of(type(module))}")
             lines += [f"{path}.{k} {self._text(v)}" for k, v in sorted(vars(module).items()) if k not in skipped]
             lines += [f"{path}.{k} {p.requires_grad}" for k, p in module._parameters.items() if p is not None]
+            lines += [f"{path}.{k} {self._text(child)}" for k, child in module._modules.items()]
         return lines
 
     def _text(self, value: Any) -> str:

@@ -291,9 +291,11 @@ def _synchronize(device: torch.device) -> None:
 
 def fingerprint(tensor: Tensor) -> tuple[int, ...]:
     """Return two sums over a tensor's bytes, weighted by place: changed weights have others. One wait for a GPU."""
+    if not tensor.numel():
+        return ()
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if rest := -len(flat) % (8 * ROW):
-        flat = torch.nn.functional.pad(flat, (0, rest))
+    if len(flat) % (8 * ROW) or flat.storage_offset() % 8:
+        flat = torch.cat([flat, flat.new_zeros(-len(flat) % (8 * ROW))])
     words = flat.view(torch.int64).view(-1, ROW)
     sums = words.sum(1), words.sum(0)
     weights = (2 * torch.arange(len(s), device=s.device) + 1 for s in sums)
