@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from drp.diffusers import pretrained
 from drp.diffusers.program import PROGRAM, Program, from_bytes, write
 from drp.diffusers.pytree import Json
 from drp.diffusers.sources import Block, TensorLocation, load_signed
@@ -139,6 +138,8 @@ class Programs:
 
     def _load(self, json: Json) -> nn.Module:
         """Load a module on this machine, unless the one that was loaded before is as it has to be."""
+        from drp.diffusers import pretrained  # Imported here: workers of the leader's machine have no use for it.
+
         source = json["elsewhere"]
         key = str(source)
         if key not in self._loaded:
