@@ -94,10 +94,10 @@ def write_table(rows: Sequence[Row], count: int, page: Path = PAGE) -> None:
     """Put rounds and metrics into a page; times of digits are those of two cores, and left out."""
     names = list(rows[0].metrics)
     head = f"| {count} samples of digits | rounds | {' | '.join(names)} |"
-    lines = {
-        row.label: f"| {row.label} | {row.rounds:.4g} | {' | '.join(f'{row.metrics[name]:.3f}' for name in names)} |"
-        for row in rows
-    }
+    lines = {}
+    for row in rows:
+        figures = [f"{round(row.metrics[name], 3) + 0.0:.3f}" for name in names]  # + 0.0: no negative zero
+        lines[row.label] = f"| {row.label} | {row.rounds:.4g} | {' | '.join(figures)} |"
     update("paper", head, lines, lines, page)
 
 
