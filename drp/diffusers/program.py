@@ -90,8 +90,9 @@ class Program:
 
     @property
     def can_be_captured(self) -> bool:
-        """Whether running it reads no number on the host, so that it can be captured as a CUDA graph."""
-        return self.parts == 1 and not any(leaf.on_host for call in self.calls for leaf in call.leaves)
+        """Whether it can be captured as a CUDA graph: there is something to run, which reads no number on the host."""
+        on_host = any(leaf.on_host for call in self.calls for leaf in call.leaves)
+        return bool(self.calls) and self.parts == 1 and not on_host
 
     def merge(self, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Return all results, given what each part has written; views or copies."""

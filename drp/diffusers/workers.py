@@ -118,7 +118,8 @@ class Workers:
 
     def check(self, sources: Mapping[str, Json]) -> None:
         """Have each worker load these modules; raise WorkerError, with the reason, if one cannot."""
-        nothing, count = torch.zeros(1), len(self.devices) * self.drafts_per_device
+        count = len(self.devices) * self.drafts_per_device
+        nothing = torch.zeros(1, dtype=torch.int64)  # Nothing is written: floating-point numbers might not be finite.
         with closing(self.bind(Program(()), sources, {"x": nothing}, {"x": nothing}, count, {})) as session:
             session.evaluate([Task(number, 0.0, number) for number in range(count)])
 
