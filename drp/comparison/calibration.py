@@ -74,6 +74,8 @@ class Calibration:
         high = next((w for w in known if w > low), low)
         first, second = of(self.rounds[low]), of(self.rounds[high])
         slope = (second - first) / (high - low) if high > low else 0.0
+        if width > known[-1]:
+            return max(0.0, second + max(0.0, slope) * (width - high))  # More drafts at once are never faster.
         return max(0.0, first + slope * (width - low))
 
 

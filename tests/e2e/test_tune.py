@@ -79,6 +79,8 @@ def test_times_between_and_beyond_the_measured_ones() -> None:
     rounds = {1: RoundTime(1.0, 0.0), 4: RoundTime(0.5, 0.5), 8: RoundTime(1.0, 2.0)}
     found = Calibration(rounds, {2: 1.5}, 0.0, {}, 1.0)
     assert [found.seconds(width) for width in (1, 2, 4, 6, 8, 10)] == [1.0, 1.0, 1.0, 2.0, 3.0, 4.0]
+    falling = Calibration({1: RoundTime(1.0, 0.0), 2: RoundTime(0.9, 0.0)}, {}, 0.0, {}, 1.0)
+    assert falling.seconds(4) == 0.9  # more drafts than were measured are never faster
     # Two drafts on each of four devices: the slowest evaluation takes 1.5 times as long, the rest as long as ever.
     assert found.seconds(8, batch=2) == pytest.approx(0.5 * 1.5 + 0.5)
     assert found.seconds(1, batch=2) == 1.0
