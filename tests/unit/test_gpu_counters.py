@@ -83,7 +83,7 @@ def test_a_worker_counts_its_drafts_and_the_leader_its_answers() -> None:
     assert numbers.calls == [(what, 5, count) for what in ("write", "wait") for count in (1, 2, 3)]
     leaders.release()
     assert numbers.calls[-1] == ("set", 5, CANCEL_ALL)
-    with pytest.raises(ProtocolError, match=f"the line {MAX_COUNTERS} of {MAX_COUNTERS}"):
+    with pytest.raises(ProtocolError, match=f"counter {MAX_COUNTERS} is out of range; there are {MAX_COUNTERS}"):
         WorkerCounter(numbers, MAX_COUNTERS)
 
 
