@@ -96,8 +96,9 @@ def plan(
 ) -> list[Setting]:
     """Return the settings to measure, each checked."""
     tried = default_drafts(subject.capacity) if drafts is None else tuple(drafts)
-    drafted = expand(modes, tried, strides, tolerances, rule, subject.steps)
-    settings: list[Setting] = [*drafted, *(fewer_steps(drafted, subject.steps) if rivals else ())]
+    steps, noise = subject.steps, subject.adds_noise
+    drafted = expand(modes, tried, strides, tolerances, rule, steps, noise)
+    settings: list[Setting] = [*drafted, *(fewer_steps(drafted, steps, noise) if rivals else ())]
     for setting in settings:
         subject.check(setting)
     return settings

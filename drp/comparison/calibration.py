@@ -199,8 +199,10 @@ def time_batches(subject: Subject, trace: Path, report: Report) -> dict[int, flo
     return found
 
 
-def simulated_seconds(setting: Drafted, steps: int, calibration: Calibration, batch: int) -> float:
+def simulated_seconds(
+    setting: Drafted, steps: int, calibration: Calibration, batch: int, adds_noise: bool = False
+) -> float:
     """Return the simulated time of a run with a device for each draft, or each batch of drafts."""
-    mode = setting.make_mode()
+    mode = setting.make_mode(adds_noise)
     device = _TimedDevice(Emulated(0, 0.0), calibration=calibration, batch=batch)
     return simulate([device] * mode.width, Barrier(), Load(mode, steps, 1)).mean

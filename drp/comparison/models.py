@@ -16,7 +16,7 @@ from drp import models
 from drp.api import check_options
 from drp.comparison.settings import Drafted, FewerSteps
 from drp.comparison.subject import Sample, Session, Subject, arguments, to_pixels, worker_memory
-from drp.leader.job import make_job
+from drp.leader.job import make_job, solver_of
 from drp.leader.leader import Leader, model_name
 from drp.leader.options import LeaderOptions
 from drp.leader.request import Options, Request
@@ -61,6 +61,7 @@ class ModelSubject(Subject):
         self._labels = [int(label) for label in labels] if labels is not None else None
         self._options = {"steps": 48, **options}
         self.steps = int(self._options["steps"])
+        self.adds_noise = solver_of(Request(**cast("Options", self._options))).adds_noise
         self._in_process = all(device.emulated is None and device.gpu is None for device in placed)
         self._threads = own.threads * len(placed)
         one = "a thread" if self._threads == 1 else f"{self._threads} threads"

@@ -45,14 +45,15 @@ class Drafted:
         """A name for files."""
         return _key(self.label)
 
-    def make_mode(self) -> Mode:
-        """Return the mode, with the draft rule of solvers without noise; raise ValueError for options that it lacks."""
+    def make_mode(self, adds_noise: bool = False) -> Mode:
+        """Return the mode, for a solver that adds noise or does not; raise ValueError for options that it lacks."""
         tolerance = 0.0025 if self.tolerance is None else self.tolerance
-        return make_mode(self.mode, self.drafts, tolerance, find_rule(self.rule), self.stride)
+        rule = None if self.rule is None else find_rule(self.rule)
+        return make_mode(self.mode, self.drafts, tolerance, rule, self.stride, None, adds_noise)
 
-    def rounds(self, steps: int) -> int | None:
+    def rounds(self, steps: int, adds_noise: bool = False) -> int | None:
         """Return the rounds that `steps` steps take, None if they are not known before the run."""
-        mode = self.make_mode()
+        mode = self.make_mode(adds_noise)
         return None if mode.feedback else len(list(mode.rounds(steps)))
 
 
@@ -90,6 +91,7 @@ def expand(
     tolerances: Sequence[float] = (),
     rule: str | None = None,
     steps: int = 48,
+    adds_noise: bool = False,
 ) -> list[Drafted]:
     """Return the settings of all modes with all numbers of drafts, each once.
 
@@ -107,7 +109,7 @@ def expand(
         else:
             choices = [Drafted(mode, n, rule=rule)]
         for setting in choices:
-            made = setting.make_mode()
+            made = setting.make_mode(adds_noise)
             rounds = (
                 setting if made.feedback else tuple((r.base, r.predict, r.unawaited_rounds) for r in made.rounds(steps))
             )
@@ -133,9 +135,9 @@ def check_values(
         Drafted("adaptive", 2, tolerance=tolerance).make_mode()
 
 
-def fewer_steps(settings: Sequence[Drafted], steps: int) -> list[FewerSteps]:
+def fewer_steps(settings: Sequence[Drafted], steps: int, adds_noise: bool = False) -> list[FewerSteps]:
     """Return rivals with as many sequential steps as the settings have rounds, of the same and of a better solver."""
-    rounds = {r for setting in settings if (r := setting.rounds(steps)) is not None and r < steps}
+    rounds = {r for setting in settings if (r := setting.rounds(steps, adds_noise)) is not None and r < steps}
     counts = sorted(rounds, reverse=True)
     return [FewerSteps(count, solver) for count in counts for solver in (None, BETTER_SOLVER)]
 

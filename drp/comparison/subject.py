@@ -61,6 +61,7 @@ class Subject(AbstractContextManager["Subject"]):
     facts: everything that the samples depend on, as JSON. Cells of an earlier comparison with other facts are not used.
     baseline: in words, how the untouched run is made.
     steps: the steps of the untouched run.
+    adds_noise: the solver adds noise, for which drafting has other defaults.
     devices: the names of the devices that drafts are evaluated on.
     capacity: how many drafts they evaluate at once.
     """
@@ -68,6 +69,7 @@ class Subject(AbstractContextManager["Subject"]):
     facts: Mapping[str, Any]
     baseline: str
     steps: int
+    adds_noise: bool
     devices: tuple[str, ...]
     capacity: int
 

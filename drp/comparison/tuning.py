@@ -75,7 +75,7 @@ def tune(subject: Subject, report: Report = lambda _: None) -> Tuning:
     found = sorted((measured.get(id(c), c) for c in candidates), key=_time)
     best = min(measured.values(), key=lambda c: c.measured or c.predicted)
     counts = sorted({1, 2, *(max(1, len(subject.devices) + more) for more in (-1, 0, 1)), 2 * len(subject.devices)})
-    devices = [(count, _window_time(subject.steps, calibration, count)) for count in counts]
+    devices = [(count, _window_time(subject, calibration, count)) for count in counts]
     code = subject.batched(best.batch).code(best.setting) if best.batch > 1 else subject.code(best.setting)
     advice = _advice(subject, calibration, devices, best, list(measured.values()))
     return Tuning(calibration, found, devices, best, code, advice)
@@ -93,18 +93,21 @@ def _predict(subject: Subject, calibration: Calibration) -> list[Candidate]:
         sizes = range(2, max(2, count) + 1) if batch == 1 else (count * batch,)
         settings = [Drafted(mode, n) for mode in MODES for n in sizes if n <= largest]
         for setting in settings:
-            rounds = setting.rounds(subject.steps)
+            rounds = setting.rounds(subject.steps, subject.adds_noise)
             assert rounds is not None
-            predicted = calibration.fixed + simulated_seconds(setting, subject.steps, calibration, batch)
+            predicted = calibration.fixed + simulated_seconds(
+                setting, subject.steps, calibration, batch, subject.adds_noise
+            )
             found.append(Candidate(setting, batch, rounds, predicted))
     return found
 
 
-def _window_time(steps: int, calibration: Calibration, devices: int) -> float:
+def _window_time(subject: Subject, calibration: Calibration, devices: int) -> float:
     """Return the predicted time of the fastest window on so many devices."""
     settings = [Drafted("sequential", 1)]
+    steps, noise = subject.steps, subject.adds_noise
     settings += [Drafted("window", n) for n in range(2, min(devices, largest_drafts(steps)) + 1)]
-    return calibration.fixed + min(simulated_seconds(setting, steps, calibration, 1) for setting in settings)
+    return calibration.fixed + min(simulated_seconds(setting, steps, calibration, 1, noise) for setting in settings)
 
 
 def _try(subject: Subject, candidate: Candidate, exact: Sample, report: Report) -> Candidate:

@@ -23,6 +23,7 @@ from drp.comparison.settings import Drafted, FewerSteps
 from drp.comparison.subject import Sample, Session, Subject, arguments, to_pixels, worker_memory
 from drp.diffusers.parallel import Parallel, parallelize
 from drp.diffusers.pipeline_modes import make_pipeline_mode
+from drp.diffusers.scheduler import adds_noise
 from drp.diffusers.watch import WatchedMethod, schedulers_of
 from drp.diffusers.workers import Workers
 from drp.leader.devices import expand_count, parse_devices
@@ -98,6 +99,7 @@ class PipelineSubject(Subject):
             self._call.setdefault("output_type", "pt")
         default = parameters["num_inference_steps"].default if "num_inference_steps" in parameters else None
         self.steps = int(self._call.get("num_inference_steps", default if isinstance(default, int) else STEPS))
+        self.adds_noise = adds_noise(pipe.scheduler)
         kind = str(getattr(pipe, "_execution_device", torch.device("cpu")).type)
         self._places = expand_count(devices, kind)
         self.devices = tuple(device.name for device in parse_devices(self._places, 1))

@@ -78,7 +78,7 @@ class Job:
 def make_job(request: Request, spec: ModelSpec, devices: int) -> Job:
     """Validate a request for a model and a number of devices; raise ValueError naming the value and the remedy."""
     _refuse_autocast()
-    solver = _solver(request)
+    solver = solver_of(request)
     mode = _mode(request, devices, solver.grid.steps, solver.adds_noise)
     labels = _labels(request.labels, spec)
     count = _count(request.count, labels)
@@ -106,7 +106,8 @@ def _refuse_autocast() -> None:
             )
 
 
-def _solver(request: Request) -> Solver:
+def solver_of(request: Request) -> Solver:
+    """Return the solver that a request names or is; raise ValueError for options that it cannot have."""
     if not isinstance(request.solver, str):
         if request.grid or request.solver_options or request.strength != 1.0:
             raise ValueError(

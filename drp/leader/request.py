@@ -72,7 +72,8 @@ class Request:
         but not on the devices.
     target_speedup: choose a window with at most `drafts` drafts so that steps divided by rounds reach this number.
     target_rounds: choose a window with at most `drafts` drafts that takes this number of rounds.
-    stride: for mode "window", the number of steps by which the window advances per round, 1 to n; by default n / 2 + 1.
+    stride: for mode "window", the number of steps by which the window advances per round, 1 to n; by default n / 2 + 1,
+        or (n + 1) / 2 from 3 drafts on if the solver adds noise.
     offsets: for mode "window", how many steps ahead each of the n drafts lies, in ascending order; or "dense" (1 to n),
         "even" (2 to 2n) or "tapered" (dense, then even). If the offsets have gaps, the stride is n by default.
     rule: the draft rule, "paper", "secant", "damped" or a `drp.sampling.drafts.DraftRule`; the default is the rule that
