@@ -37,7 +37,13 @@ from drp.trace.record import check
 
 
 class Parallel:
-    """A pipeline while it is parallelised. `report` says what happened in each of its calls."""
+    """A pipeline while it is parallelised. `report` says what happened in each of its calls.
+
+        the denoising modules   `originals`, `_modules`, `_hooks`, `_described`, `offload`
+        the schedulers          `_schedulers`, `_watched` (also those exchanged since), `_methods`
+        the workers             `_evaluator`; `_publisher` and `_own_weights`, by which they get the modules
+        the call under way      `_call`, `_fresh` (the next one begins), `_latest`, `_thread`, `_overtaken`
+    """
 
     def __init__(self, pipe: Any, mode: Mode, names: Sequence[str], split: bool, always_draft: bool) -> None:
         self.report = Report()

@@ -26,7 +26,21 @@ MOST_JUMPS = 2
 
 
 class Predictions:
-    """The predictions for the steps from one that was learned from, at `first`, to `end`, made as they are needed."""
+    """The predictions for the steps from one that was learned from, at `first`, to `end`, made as they are needed.
+
+    Its state is held by:
+
+        what was learned    `_learned`, `_program`,
+                            `_final`                     a step's arguments and results, how they follow from a state
+                            `_weights`, `_gain`          how guidance makes one output of the results
+        the rounds          `_mode`, `_adaptive`,
+                            `_rounds`, `_next`           the mode, its rounds, and the next one, if it is known yet
+                            `_first`, `_end`, `_jumps`   where they begin and end, and how often they began again
+                            `_residuals`                 of the last round, for the adaptive mode
+        the predictions     `_session`, `_rows`          the workers' memory, and the rows of each index in it
+                            `_drafter`, `_drafts`        what drafts, and the drafts by index
+        the report          `_report`, `_reported`       what happened, and the number of incidents told
+    """
 
     def __init__(
         self,
