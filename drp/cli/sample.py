@@ -52,7 +52,11 @@ def parse_labels(text: str) -> list[int]:
 @click.option("--drafts", type=POSITIVE, help="Drafts a round; by default as many as the devices evaluate at once.")
 @click.option("--target-speedup", type=Number(1), help="Choose a window for this, with at most --drafts.")
 @click.option("--target-rounds", type=POSITIVE, help="Choose a window that takes so many rounds, likewise.")
-@click.option("--stride", type=Number(1), help="Of mode window: steps by which it moves on; by default n / 2 + 1.")
+@click.option(
+    "--stride",
+    type=Number(1),
+    help="Of mode window: steps by which it moves on; by default n / 2 + 1, or (n + 1) / 2 if the solver adds noise.",
+)
 @click.option(
     "--offsets", help=f"Of mode window: how far ahead drafts lie: {', '.join(PATTERNS)}, or 1,2,3,4,6,8,10,12."
 )

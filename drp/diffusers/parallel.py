@@ -39,6 +39,8 @@ from drp.trace.record import check
 class Parallel:
     """A pipeline while it is parallelised. `report` says what happened in each of its calls.
 
+    Its state is held by:
+
         the denoising modules   `originals`, `_modules`, `_hooks`, `_described`, `offload`
         the schedulers          `_schedulers`, `_watched` (also those exchanged since), `_methods`
         the workers             `_evaluator`; `_publisher` and `_own_weights`, by which they get the modules
@@ -195,12 +197,11 @@ class Parallel:
         if self._call is not None:
             self._call.close()
         self._fresh = False
-        mode = self._mode
-        report = CallReport(mode.name, mode.width, self._evaluator.devices)
+        report = CallReport(self._mode.name, self._mode.width, self._evaluator.devices)
         self.report.calls.append(report)
         work = PipelineContext(
             self._pipe,
-            mode,
+            self._mode,
             self.originals,
             self._evaluator,
             self._split,

@@ -99,7 +99,7 @@ typedef struct drp_request {
     int64_t drafts;         /* -1: one a device */
     double target_speedup;  /* NAN: none */
     int64_t target_rounds;  /* -1: none */
-    double stride;          /* NAN: n / 2 + 1 */
+    double stride;          /* NAN: the default of the mode and the solver */
     const int64_t* offsets; /* NULL: those of the name */
     size_t offsets_count;
     const char* offsets_name; /* NULL: dense */
