@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable
 
 from drp.leader.events import EventKind, Timeline, TraceEvent
-from drp.leader.runs.in_flight import InFlightBatch
-from drp.leader.runs.run_state import RunState
+from drp.leader.runs.run_state import InFlightBatch, RunState
 from drp.protocol.messages import EvaluationError, Prediction
 
 

@@ -6,8 +6,7 @@ import time
 
 from drp.errors import WorkerError
 from drp.leader.event_recorder import EventRecorder
-from drp.leader.runs.in_flight import InFlightBatch, PendingCompletion
-from drp.leader.runs.run_state import RunState
+from drp.leader.runs.run_state import InFlightBatch, PendingCompletion, RunState
 from drp.leader.runs.run_table import RunTable, release_rows
 from drp.leader.scheduling.scheduler import Scheduler
 from drp.leader.supervision.supervisor import DRAFT_RETRY_COST, Supervisor, WorkerLoss, WorkerSlot

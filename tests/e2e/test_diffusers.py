@@ -47,6 +47,7 @@ from drp.diffusers.scheduler import Levels, adds_noise
 from drp.diffusers.structure import describe
 from drp.models.classifier import load_classifier
 from drp.sampling.drafts import STEADY
+from drp.sampling.mode_selection import rounds_of
 from drp.sampling.mode_wrappers import PicardSweeps
 from drp.sampling.modes import Aggressive
 from tests.pipelines import (
@@ -67,7 +68,6 @@ from tests.pipelines import (
     sdxl,
     wan22,
 )
-from tests.round_counts import rounds_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

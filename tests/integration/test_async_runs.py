@@ -29,7 +29,7 @@ from drp.leader.job import make_job
 from drp.leader.memory.host_stream import CorePlacement
 from drp.leader.memory.placement import MemoryPlacement
 from drp.leader.request import Request
-from drp.leader.runs.in_flight import PendingCompletion
+from drp.leader.runs.run_state import PendingCompletion
 from drp.leader.scheduling.policies import LoadAdaptive
 from drp.leader.supervision.supervisor import WorkerSlot
 from drp.leader.supervision.worker import Encoded, Worker

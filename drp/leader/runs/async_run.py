@@ -24,10 +24,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from drp.leader.runs.in_flight import InFlightBatch, PendingCompletion
 from drp.leader.runs.kept_states import KeptStates
 from drp.leader.runs.run_checkpoints import RunCheckpoint, RunCheckpoints
 from drp.leader.runs.run_events import RunEvents
+from drp.leader.runs.run_state import InFlightBatch, PendingCompletion
 from drp.leader.runs.submission import RunConfig, Submission
 from drp.leader.runs.sync_run import SyncRun
 from drp.protocol.messages import Bind

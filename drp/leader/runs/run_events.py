@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from drp.leader.memory.placement import MemoryPlacement
-from drp.leader.runs.in_flight import CompletionRecords
+from drp.leader.runs.completion_records import CompletionRecords
 from drp.protocol.arena import Arena
 from drp.protocol.cuda import MAX_COUNTERS, WorkerCounterView
 from drp.protocol.memory import aligned

@@ -1,4 +1,4 @@
-"""The state of a run, or of an evaluation session, while the engine executes it."""
+"""The state of a run, or of an evaluation session, while the engine executes it, and of its batches in flight."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import statistics
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-from drp.leader.runs.in_flight import InFlightBatch, PendingCompletion
 from drp.protocol.arena import Arena
 from drp.protocol.messages import Bind
+from drp.protocol.timeline import PENDING, decode_status, encode_status
 from drp.sampling.run import Task, batches
 
 LATENCY_HISTORY = 32
@@ -19,6 +20,71 @@ FIRST_TIMEOUT = 60.0
 """Default timeout of a worker's first evaluation of a run, in seconds."""
 MIN_TIMEOUT, TIMEOUT_FACTOR = 5.0, 20.0
 """Default timeout of later evaluations: at least so many seconds, and so many times the longest evaluation so far."""
+
+
+@dataclass(eq=False)
+class InFlightBatch:
+    """Drafts of one run that were sent to a worker as one batch.
+
+    run: the run.
+    tasks: the drafts.
+    rows: for each draft, the row of the run's predictions to which the worker writes.
+    sequence: the sequence number of an asynchronous batch, 0 for a synchronous one.
+    completion_pending: whether an asynchronous batch is queued and its completion record was not read yet. The worker
+        has the batch until then.
+    """
+
+    run: RunState
+    tasks: tuple[Task, ...]
+    rows: tuple[int, ...]
+    sequence: int = 0
+    completion_pending: bool = False
+
+
+@dataclass(eq=False)
+class PendingCompletion:
+    """A queued batch whose completion records are being read.
+
+    batch: the batch.
+    worker: the worker's number.
+    read: returns the completion records read so far, a list of COMPLETION_SIZE numbers for each draft.
+    counts: whether the batch's predictions were added to the run.
+    since: when the batch was queued, on the leader's clock.
+    """
+
+    batch: InFlightBatch
+    worker: int
+    read: Callable[[], list[list[int]]]
+    counts: bool
+    since: float
+
+    @property
+    def status(self) -> int | None:
+        """The worst status of the batch's records.
+
+        None if a record is not of this batch, PENDING if one was not read yet.
+        """
+        words = [record[0] for record in self.read()]
+        if PENDING in words:
+            return PENDING
+        found = [decode_status(word, self.batch.sequence) for word in words]
+        known = [status for status in found if status is not None]
+        return max(known) if len(known) == len(found) else None
+
+    @property
+    def seconds(self) -> float:
+        """The evaluation's time in seconds, 0 if unknown."""
+        return sum(record[1] for record in self.read()) / 1e9
+
+    @property
+    def ended_at(self) -> float:
+        """When the evaluation ended, in seconds of perf_counter, 0 if unknown."""
+        return max(record[2] for record in self.read()) / 1e9
+
+    def failed_index(self, status: int) -> int:
+        """Return the index of the first draft of the batch whose record has this status."""
+        words = [record[0] for record in self.read()]
+        return self.batch.tasks[words.index(encode_status(self.batch.sequence, status))].index
 
 
 class RunState(ABC):

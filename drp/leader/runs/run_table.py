@@ -10,8 +10,7 @@ from dataclasses import replace
 from types import TracebackType
 
 from drp.leader.event_recorder import EventRecorder
-from drp.leader.runs.in_flight import InFlightBatch
-from drp.leader.runs.run_state import RunState
+from drp.leader.runs.run_state import InFlightBatch, RunState
 from drp.leader.supervision.supervisor import Supervisor, WorkerLoss, WorkerSlot
 from drp.protocol.memory import MAX_RETAINED_NBYTES
 from drp.protocol.messages import Rebind, Unbind

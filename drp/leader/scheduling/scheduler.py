@@ -6,8 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from drp.leader.event_recorder import EventRecorder
-from drp.leader.runs.in_flight import InFlightBatch
-from drp.leader.runs.run_state import RunState
+from drp.leader.runs.run_state import InFlightBatch, RunState
 from drp.leader.runs.run_table import RunTable, release_rows
 from drp.leader.scheduling.policies import Policy
 from drp.leader.supervision.supervisor import Supervisor, WorkerSlot

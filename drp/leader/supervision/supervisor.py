@@ -13,7 +13,7 @@ from drp.errors import WorkerError
 from drp.leader.clock import Clock
 from drp.leader.devices import Device
 from drp.leader.memory.placement import MemoryPlacement
-from drp.leader.runs.in_flight import InFlightBatch
+from drp.leader.runs.run_state import InFlightBatch
 from drp.leader.supervision.startup import WorkerStartup
 from drp.leader.supervision.worker import Encoded, Worker
 from drp.leader.supervision.worker_pool import SHUTDOWN_TIMEOUT, WorkerPool, failure
