@@ -194,7 +194,16 @@ def test_an_interrupted_comparison_leaves_a_report_and_goes_on(tmp_path: Path) -
     command += ["--seeds", "2", "--turns", "1", "--modes", "window,conservative,aggressive", "--drafts", "2,3,4"]
     command += ["--out", "report"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    first = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    first = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell's background jobs ignore SIGINT, and so do their children: tests may run in one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     results = tmp_path / "report/results.json"
     deadline = time.monotonic() + 100
     while not (results.exists() and json.loads(results.read_text())["cells"]):
