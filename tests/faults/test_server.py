@@ -127,6 +127,7 @@ def test_a_stopped_client_is_no_other_clients_matter_and_its_runs_end_with_it(tm
             assert client.status().clients == 2
             stopped.kill()
             until(lambda: client.status().clients == 1, "its connection is closed")
+            until(lambda: client.status().requests == 0, "its run has ended")
             status = client.status()
         assert (status.requests, status.cancelled, status.finished) == (0, 1, 1)
     finally:
