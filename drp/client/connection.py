@@ -147,7 +147,8 @@ class Connection:
                 if monitor in ready:
                     if self.opened.done() or _refused(monitor):
                         raise ConnectionError(f"the server at {self.address} has closed the connection")
-                    self._outgoing.append([self._open])  # A server with too many connections may have closed it unread.
+                    if not self._outgoing:  # A server with too many connections may have closed this one unread.
+                        self._outgoing.append([self._open])
                 with self._gate:
                     if self.opened.done() and self._waits() and time.monotonic() - self._heard > SILENCE_TIMEOUT:
                         raise ConnectionError(f"the server at {self.address} has been silent for {SILENCE_TIMEOUT:g} s")
@@ -162,7 +163,11 @@ class Connection:
 
     def _send_queued(self, socket: zmq.Socket[bytes]) -> None:
         while self._outgoing and int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
-            socket.send_multipart(self._outgoing.popleft(), zmq.NOBLOCK, copy=False)
+            try:
+                socket.send_multipart(self._outgoing[0], zmq.NOBLOCK, copy=False)
+            except zmq.Again:  # The connection has ended since the socket was found ready; the monitor says why.
+                return
+            self._outgoing.popleft()
 
     def _receive_messages(self, socket: zmq.Socket[bytes]) -> None:
         while True:
