@@ -5,9 +5,9 @@ result = drp.sample("digits", labels=[3, 1, 4], steps=48, devices=2, mode="aggre
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
+from drp.lazy import lazy_getattr
 from drp.platforms import require_linux
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 # Loaded at first use: a worker must be pinned before torch is imported, and it imports this package first.
-_HOMES = {
+_MODULES = {
     "Client": "drp.client",
     "CudaError": "drp.errors",
     "DRPError": "drp.errors",
@@ -61,15 +61,15 @@ _HOMES = {
     "reference": "drp.api",
     "sample": "drp.api",
 }
+_import = lazy_getattr(__name__, _MODULES)
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version()
-    if name not in _HOMES:
-        raise AttributeError(f"module 'drp' has no attribute {name!r}")
-    require_linux()
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        require_linux()
+    return _import(name)
 
 
 def __dir__() -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from drp.lazy import lazy_getattr
 from drp.platforms import require_linux
 
 require_linux()
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["CallReport", "Parallel", "Report", "Workers", "compare", "parallelize", "reference"]
 
 # Loaded at first use: workers import this package too, and need little of it.
-_HOMES = {
+_MODULES = {
     "CallReport": "drp.diffusers.report",
     "Parallel": "drp.diffusers.parallel",
     "Report": "drp.diffusers.report",
@@ -27,12 +27,7 @@ _HOMES = {
     "parallelize": "drp.diffusers.parallel",
     "reference": "drp.diffusers.parallel",
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'drp.diffusers' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazy_getattr(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

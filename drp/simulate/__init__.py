@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from drp.lazy import lazy_getattr
 
 if TYPE_CHECKING:
     from drp.simulate.costs import Costs
@@ -16,18 +17,13 @@ if TYPE_CHECKING:
 __all__ = ["Costs", "Device", "Link", "Load", "Outcome", "make_devices", "simulate"]
 
 # Imported on first use, so that the command line shows its help without importing torch.
-_HOMES = {
-    "Costs": "costs",
-    "Device": "devices",
-    "Link": "network",
-    "Load": "load",
-    "Outcome": "state",
-    "make_devices": "devices",
-    "simulate": "engine",
+_MODULES = {
+    "Costs": "drp.simulate.costs",
+    "Device": "drp.simulate.devices",
+    "Link": "drp.simulate.network",
+    "Load": "drp.simulate.load",
+    "Outcome": "drp.simulate.state",
+    "make_devices": "drp.simulate.devices",
+    "simulate": "drp.simulate.engine",
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'drp.simulate' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"drp.simulate.{_HOMES[name]}"), name)
+__getattr__ = lazy_getattr(__name__, _MODULES)
