@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from drp.leader.devices import parse_rate, parse_time
+from drp.leader.supervision.remote import MAX_IO_THREADS
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,14 @@ class Link:
     latency: float = 0.0
     bandwidth: float = 0.0
     encryption: float = 0.0
-    io_threads: int = 4
+    io_threads: int = MAX_IO_THREADS
 
     @classmethod
-    def parse(cls, text: str, encryption: str | None, nbytes: int, io_threads: int = 4) -> Link:
+    def parse(cls, text: str, encryption: str | None, nbytes: int) -> Link:
         """Return the link for a latency and a bandwidth such as `200us@1GB/s`; raise ValueError for another text."""
         latency, _, bandwidth = text.partition("@")
         rate, per_core = (parse_rate(each) if each else 0.0 for each in (bandwidth, encryption))
-        return cls(nbytes, parse_time(latency), rate, per_core, io_threads)
+        return cls(nbytes, parse_time(latency), rate, per_core)
 
 
 class Network:
