@@ -21,7 +21,7 @@ from drp.diffusers.evaluators import Evaluator, InProcess
 from drp.diffusers.hook import Hook
 from drp.diffusers.offload import ModelOffload
 from drp.diffusers.pipeline_modes import make_pipeline_mode
-from drp.diffusers.pretrained import OwnWeights
+from drp.diffusers.pretrained import Pretrained
 from drp.diffusers.publish import Publisher
 from drp.diffusers.pytree import Json
 from drp.diffusers.report import CallReport, Report
@@ -43,7 +43,7 @@ class Parallel:
 
         the denoising modules   `originals`, `_modules`, `_hooks`, `_described`, `offload`
         the schedulers          `_schedulers`, `_watched` (also those exchanged since), `_methods`
-        the workers             `_evaluator`; `_publisher` and `_own_weights`, by which they get the modules
+        the workers             `_evaluator`; `_publisher` and `_pretrained`, by which they get the modules
         the call under way      `_call`, `_fresh` (the next one begins), `_latest`, `_thread`, `_overtaken`
     """
 
@@ -67,17 +67,17 @@ class Parallel:
         self._overtaken: set[int] = set()
         self._described: dict[str, Described] = {}
         self._publisher: Publisher | None = None
-        self._own_weights: OwnWeights | None = None
+        self._pretrained: Pretrained | None = None
         self._evaluator: Evaluator | None = None
 
-    def enter(self, evaluator: Evaluator, publisher: Publisher | None, own_weights: OwnWeights | None = None) -> None:
+    def enter(self, evaluator: Evaluator, publisher: Publisher | None, pretrained: Pretrained | None = None) -> None:
         """Begin to answer the denoiser's calls."""
         if any("forward" in vars(module) and not has_own_forward(module) for module in self._modules.values()):
             raise ValueError(
                 f"{type(self._pipe).__name__} is parallelised already, or a hook took its denoiser's forward; "
                 "leave that first"
             )
-        self._evaluator, self._publisher, self._own_weights = evaluator, publisher, own_weights
+        self._evaluator, self._publisher, self._pretrained = evaluator, publisher, pretrained
         for name in self._modules:
             self._hook(name)
         self._watch()
@@ -104,7 +104,7 @@ class Parallel:
         try:
             yield
         finally:
-            self.enter(evaluator, self._publisher, self._own_weights)
+            self.enter(evaluator, self._publisher, self._pretrained)
 
     def _hook(self, name: str) -> None:
         module = self._modules[name]
@@ -218,8 +218,8 @@ class Parallel:
     def publish(self, name: str, described: Described) -> Json:
         """Put a module where workers find it, and say how those on other machines load it."""
         json = None if self._publisher is None else self._publisher.publish(name, described)
-        if self._own_weights is not None:
-            json = {**(json or {}), "elsewhere": self._own_weights.publish(name, self.originals[name], described)}
+        if self._pretrained is not None:
+            json = {**(json or {}), "pretrained": self._pretrained.publish(name, self.originals[name], described)}
         return json
 
     def _describe(self, name: str) -> Described:
@@ -321,7 +321,7 @@ def parallelize(
         )
         placed = parse_devices(named, 1)
         own, count, has_remote = None, len(placed), any(device.remote is not None for device in placed)
-    own_weights = OwnWeights(pipe, pretrained) if has_remote else None
+    source = Pretrained(pipe, pretrained) if has_remote else None
     batch = own.drafts_per_device if own else drafts_per_device
     drafts = _drafts(drafts, count * batch, split_guidance)
     noise = adds_noise(next(schedulers_of(pipe)))
@@ -349,9 +349,9 @@ def parallelize(
             stack.callback(publisher.close)
         if trace is not None:
             stack.enter_context(workers.record(trace, trace_most))
-        parallel.enter(workers, publisher, own_weights)
+        parallel.enter(workers, publisher, source)
         stack.callback(parallel.leave)
-        if own_weights is not None:
+        if source is not None:
             with suppress(PatchedClassError):  # as above
                 workers.check({name: parallel.publish(name, parallel.describe(name)) for name in names})
         yield parallel

@@ -59,7 +59,7 @@ def loading_of(pipe: Any, pretrained: str | Mapping[str, Any] | None) -> Json:
     return {"arguments": described}
 
 
-class OwnWeights:
+class Pretrained:
     """What workers on other machines are told of a pipeline's modules, which they load themselves."""
 
     def __init__(self, pipe: Any, pretrained: str | Mapping[str, Any] | None) -> None:
@@ -76,12 +76,12 @@ class OwnWeights:
         values = [fingerprint(tensor) for tensor in described.tensors]
         known, before, json = self._latest.get(name, (None, None, None))
         if known is not described or before != values:
-            json = describe_for_others(name, forward.module, self._loading)
+            json = describe_module(name, forward.module, self._loading)
             self._latest[name] = described, values, json
         return json
 
 
-def describe_for_others(name: str, module: nn.Module, loading: Json) -> Json:
+def describe_module(name: str, module: nn.Module, loading: Json) -> Json:
     """Return the JSON by which a worker on another machine loads the component `name`, and compares it.
 
     Raises UnknownValueError for a module that cannot be compared.
@@ -101,7 +101,7 @@ def describe_for_others(name: str, module: nn.Module, loading: Json) -> Json:
 
 
 def load(source: Json) -> nn.Module:
-    """Load the module that `describe_for_others` described; raise ValueError if it is not the leader's."""
+    """Load the module that `describe_module` described; raise ValueError if it is not the leader's."""
     name, loading = source["component"], source["loading"]
     if "factory" in loading:
         module: nn.Module = getattr(find(loading["factory"])(), name)

@@ -39,7 +39,7 @@ class Programs:
 
     def __init__(self) -> None:
         self._gpu: Gpu | None = None
-        self._own_weights = False
+        self._loads_pretrained = False
         self._texts: dict[int, tuple[Tensor, bytes]] = {}
         self._programs: dict[bytes, tuple[Program, dict[str, nn.Module], ModuleState]] = {}
         self._modules: dict[int, tuple[nn.Module, set[int]]] = {}
@@ -55,9 +55,9 @@ class Programs:
         self._gpu = gpu
         self._graphs = Graphs() if gpu.config.graphs else None
 
-    def use_own_weights(self) -> None:
+    def use_pretrained(self) -> None:
         """Load modules here from now on: the leader is on another machine."""
-        self._own_weights = True
+        self._loads_pretrained = True
 
     def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Refuse: a program's drafts are more than a state."""
@@ -128,7 +128,7 @@ class Programs:
     def _program(self, text: bytes) -> tuple[Program, dict[str, nn.Module], ModuleState]:
         if text not in self._programs:
             program, sources = from_bytes(text)
-            find = self._load if self._own_weights else self._module
+            find = self._load if self._loads_pretrained else self._module
             modules = {name: find(source) for name, source in sources.items()}
             self._programs[text] = program, modules, ModuleState(*modules.values())
             _forget(self._programs)
@@ -140,7 +140,7 @@ class Programs:
         """Load a module on this machine, unless the one that was loaded before is as it has to be."""
         from drp.diffusers import pretrained  # Imported here: workers of the leader's machine have no use for it.
 
-        source = json["elsewhere"]
+        source = json["pretrained"]
         key = str(source)
         if key not in self._loaded:
             with torch.inference_mode(False):

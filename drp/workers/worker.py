@@ -166,8 +166,8 @@ class Worker:
                 annotate_methods(self._socket, send="drp answer")
             unreached = self._device.answer_probe()
         self._denoiser = load(how.model)
-        if self._hello.host and hasattr(self._denoiser.predict, "use_own_weights"):  # It shares no memory.
-            self._denoiser.predict.use_own_weights()
+        if self._hello.host and hasattr(self._denoiser.predict, "use_pretrained"):  # It shares no memory.
+            self._denoiser.predict.use_pretrained()
         if self._device is not None:
             self._denoiser = self._device.in_dtype(self._denoiser)
         if how.emulated is not None:
