@@ -47,6 +47,8 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 
+from drp.diffusers import CallReport, Workers, parallelize, reference
+
 STEPS = 7
 
 
@@ -486,3 +488,22 @@ def run(pipe: Any, options: dict[str, Any], steps: int = STEPS, seed: int = 0) -
     made = pipe(**{"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed), **options})
     first = next(iter(made.values()))
     return torch.as_tensor(first)
+
+
+def drafted(report: CallReport) -> None:
+    """Check that a call was drafted from its first step on."""
+    assert not report.sequential, str(report)
+    assert report.rounds < report.steps, str(report)
+
+
+def check_bits(pipe: Any, options: dict[str, Any], workers: Workers, devices: str) -> None:
+    """Check that workers have the bits of one process, which counts as `devices`, and with one draft the pipeline's."""
+    untouched = run(pipe, options)
+    with reference(pipe, devices=devices, mode="aggressive"):
+        expected = run(pipe, options)
+    with parallelize(pipe, workers, "aggressive") as parallel:
+        assert torch.equal(run(pipe, options), expected)
+    drafted(parallel.report.calls[0])
+    with parallelize(pipe, workers, drafts=1) as parallel:
+        assert torch.equal(run(pipe, options), untouched)
+    assert not parallel.report.calls[0].sequential

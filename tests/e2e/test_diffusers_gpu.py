@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from drp import ExecutionOptions
-from drp.diffusers import CallReport, Workers, parallelize, reference
+from drp.diffusers import Workers, parallelize, reference
 from tests import on_host, on_host_pipelines
-from tests.pipelines import IMAGE, PIPELINES, normal, pooled, prompts, run, sdxl
+from tests.pipelines import IMAGE, PIPELINES, check_bits, drafted, normal, pooled, prompts, run, sdxl
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -46,23 +46,10 @@ def inodes(pid: int) -> set[int]:
     return {int(line.split()[4]) for line in Path(f"/proc/{pid}/maps").read_text().splitlines()}
 
 
-def drafted(report: CallReport) -> None:
-    assert not report.sequential
-    assert report.rounds < report.steps
-
-
 @pytest.mark.parametrize("name", ["SDXL", "DiT", "Flux"])
 def test_workers_on_gpus_have_the_bits_of_one_process(name: str, workers: Workers) -> None:
     make, options = PIPELINES[name]
-    pipe = make()
-    untouched = run(pipe, options)
-    with reference(pipe, devices="3xcuda", mode="aggressive"):
-        expected = run(pipe, options)
-    with parallelize(pipe, workers, "aggressive") as parallel:
-        assert torch.equal(run(pipe, options), expected)
-    drafted(parallel.report.calls[0])
-    with parallelize(pipe, workers, drafts=1):
-        assert torch.equal(run(pipe, options), untouched)
+    check_bits(make(), options, workers, "3xcuda")
 
 
 def test_each_gpu_has_the_weights_once_and_that_of_the_pipeline_its_own(workers: Workers) -> None:
@@ -101,15 +88,7 @@ def test_half_precision_and_another_memory_format(dtype: torch.dtype, workers: W
     pipe.to(dtype)
     pipe.unet.to(memory_format=torch.channels_last)
     options = {n: v.to(dtype) if isinstance(v, torch.Tensor) else v for n, v in SDXL.items()}
-    untouched = run(pipe, options)
-    with reference(pipe, devices="3xcuda", mode="aggressive"):
-        expected = run(pipe, options)
-    with parallelize(pipe, workers, "aggressive") as parallel:
-        assert torch.equal(run(pipe, options), expected)
-    drafted(parallel.report.calls[0])
-    with parallelize(pipe, workers, drafts=1) as parallel:
-        assert torch.equal(run(pipe, options), untouched)
-    assert not parallel.report.calls[0].sequential
+    check_bits(pipe, options, workers, "3xcuda")
 
 
 def test_calls_inside_inference_mode_and_outside(workers: Workers) -> None:

@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("diffusers")
 
 from drp import ExecutionOptions
-from drp.diffusers import CallReport, Workers, parallelize, reference
-from tests.pipelines import IMAGE, PIPELINES, flux, normal, pooled, prompts, run, sdxl
+from drp.diffusers import Workers, parallelize, reference
+from tests.pipelines import IMAGE, PIPELINES, check_bits, drafted, flux, normal, pooled, prompts, run, sdxl
 
 GPU = "cuda:0"
 SDXL = {**prompts(1, 6, 8), **pooled(), **IMAGE}
@@ -37,26 +37,12 @@ def there(pipe: Any, options: dict[str, Any], dtype: torch.dtype = torch.float32
     }
 
 
-def drafted(report: CallReport) -> None:
-    print(report)
-    assert not report.sequential
-    assert report.rounds < report.steps
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["SDXL", "SD 1.5", "DiT", "Flux", "SD 3"])
 def test_workers_have_the_bits_of_one_process(name: str, dtype: torch.dtype, workers: Workers) -> None:
     make, given = PIPELINES[name]
     pipe, options = there(make(), given, dtype)
-    untouched = run(pipe, options)
-    with reference(pipe, devices=f"2x{GPU}", mode="aggressive"):
-        expected = run(pipe, options)
-    with parallelize(pipe, workers, "aggressive") as parallel:
-        assert torch.equal(run(pipe, options), expected)
-    drafted(parallel.report.calls[0])
-    with parallelize(pipe, workers, drafts=1) as parallel:
-        assert torch.equal(run(pipe, options), untouched)
-    assert not parallel.report.calls[0].sequential
+    check_bits(pipe, options, workers, f"2x{GPU}")
 
 
 @pytest.mark.parametrize("batch", [1, 2])
