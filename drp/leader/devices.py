@@ -171,34 +171,50 @@ def parse_emulated(name: str, number: int) -> Emulated:
     """Parse `emulated:TIME[:OPTION...]` for the worker with this number; see `parse_devices`."""
     _, time, *options = name.split(":") if ":" in name else (name, "")
     fields: dict[str, Any] = {}
-    for option in options:
-        key, _, value = option.partition("=")
-        if jitter := re.fullmatch(f"jitter={NUMBER}%", option):
-            new: dict[str, Any] = {"jitter": float(jitter[1]) / 100}
-        elif straggler := re.fullmatch(f"straggler={NUMBER}x@{NUMBER}%", option):
-            new = {"straggler_factor": float(straggler[1]), "straggler_share": float(straggler[2]) / 100}
-        elif link := re.fullmatch(f"link=([^@]+)(?:@{NUMBER}([GMK]B/s))?", option):
-            new = {"latency": _seconds(link[1], name), "bandwidth": float(link[2]) * BYTES[link[3]] if link[2] else 0.0}
-            if link[2] and not new["bandwidth"]:
-                raise ValueError(f"device {name!r}: a link of {link[2]}{link[3]} passes nothing; give more than 0")
-        elif key == "values" and value in typing.get_args(Values):
-            new = {"values": value}
-        else:
-            raise ValueError(
-                f"device {name!r}: {option!r} is no option of an emulated device; "
-                "give jitter=10%, straggler=3x@5%, link=50us@10GB/s or values=cheap (recorded, model), colons between"
-            )
-        if not fields.keys().isdisjoint(new):
-            raise ValueError(f"device {name!r} gives {key} twice; give it once")
-        fields |= new
-    if fields.get("jitter", 0) > 1 or fields.get("straggler_share", 0) > 1:
-        raise ValueError(f"device {name!r}: jitter and the share of stragglers are at most 100%")
-    return Emulated(number, _seconds(time, name), **fields)
+    try:
+        seconds = parse_time(time)
+        for option in options:
+            new = _emulated_option(option)
+            if not fields.keys().isdisjoint(new):
+                raise ValueError(f"{option.partition('=')[0]} is given twice; give it once")
+            fields |= new
+        if fields.get("jitter", 0) > 1 or fields.get("straggler_share", 0) > 1:
+            raise ValueError("jitter and the share of stragglers are at most 100%")
+    except ValueError as error:
+        raise ValueError(f"device {name!r}: {error}") from None
+    return Emulated(number, seconds, **fields)
+
+
+def _emulated_option(option: str) -> dict[str, Any]:
+    """Parse one option of an emulated device into fields of `Emulated`."""
+    key, _, value = option.partition("=")
+    if jitter := re.fullmatch(f"jitter={NUMBER}%", option):
+        return {"jitter": float(jitter[1]) / 100}
+    if straggler := re.fullmatch(f"straggler={NUMBER}x@{NUMBER}%", option):
+        return {"straggler_factor": float(straggler[1]), "straggler_share": float(straggler[2]) / 100}
+    if key == "link":
+        latency, bandwidth = parse_link(value)
+        return {"latency": latency, "bandwidth": bandwidth}
+    if key == "values" and value in typing.get_args(Values):
+        return {"values": value}
+    raise ValueError(
+        f"{option!r} is no option of an emulated device; "
+        "give jitter=10%, straggler=3x@5%, link=50us@10GB/s or values=cheap (recorded, model), colons between"
+    )
 
 
 def parse_time(text: str) -> float:
     """Parse a time such as `20ms`, `500us` or `1s`, in seconds; raise ValueError if the text is not a time."""
-    return _seconds(text, text)
+    found = re.fullmatch(f"{NUMBER}(s|ms|us)", text)
+    if not found or float(found[1]) * SECONDS[found[2]] > MAX_SECONDS:
+        raise ValueError(f"{text!r} is no time up to {MAX_SECONDS} s; write 20ms, 500us or 1s")
+    return float(found[1]) * SECONDS[found[2]]
+
+
+def parse_link(text: str) -> tuple[float, float]:
+    """Parse `LATENCY[@BANDWIDTH]`, such as `50us@10GB/s`, in seconds and bytes per second; 0 is no limit."""
+    latency, limited, bandwidth = text.partition("@")
+    return parse_time(latency), parse_rate(bandwidth) if limited else 0.0
 
 
 def parse_bytes(text: str) -> int:
@@ -215,13 +231,6 @@ def parse_rate(text: str) -> float:
     if not found or not float(found[1]):
         raise ValueError(f"{text!r} is no rate above 0; write 10GB/s, 500MB/s or 100KB/s")
     return float(found[1]) * BYTES[found[2]]
-
-
-def _seconds(text: str, name: str) -> float:
-    found = re.fullmatch(f"{NUMBER}(s|ms|us)", text)
-    if not found or float(found[1]) * SECONDS[found[2]] > MAX_SECONDS:
-        raise ValueError(f"device {name!r}: {text!r} is no time up to {MAX_SECONDS} s; write 20ms, 500us or 1s")
-    return float(found[1]) * SECONDS[found[2]]
 
 
 def _names(devices: str | Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from drp.leader.devices import parse_rate, parse_time
+from drp.leader.devices import parse_link, parse_rate
 from drp.leader.supervision.remote import MAX_IO_THREADS
 
 
@@ -28,9 +28,7 @@ class Link:
     @classmethod
     def parse(cls, text: str, encryption: str | None, nbytes: int) -> Link:
         """Return the link for a latency and a bandwidth such as `200us@1GB/s`; raise ValueError for another text."""
-        latency, _, bandwidth = text.partition("@")
-        rate, per_core = (parse_rate(each) if each else 0.0 for each in (bandwidth, encryption))
-        return cls(nbytes, parse_time(latency), rate, per_core)
+        return cls(nbytes, *parse_link(text), parse_rate(encryption) if encryption is not None else 0.0)
 
 
 class Network:
