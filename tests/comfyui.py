@@ -184,6 +184,8 @@ def sample_euler_ancestral(
     callback: Any = None,
     disable: Any = None,
     eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: Any = None,
 ) -> Tensor:
     generator = torch.Generator().manual_seed(extra_args["seed"])
 
@@ -192,7 +194,7 @@ def sample_euler_ancestral(
         up = eta * after[0] * (1 - (after[0] / sigma[0]) ** 2).sqrt()
         down = (after[0] ** 2 - up**2).sqrt()
         noise = torch.randn(x.shape, generator=generator)
-        return x + (x - denoised) / sigma[0] * (down - sigma[0]) + up * noise, denoised
+        return x + (x - denoised) / sigma[0] * (down - sigma[0]) + s_noise * up * noise, denoised
 
     return _each(x, sigmas, callback, step)
 
@@ -234,10 +236,12 @@ class Comfy:
         self.module = sys.modules[f"{name}.node"]
         self.management = sys.modules["comfy.model_management"]
 
-    def sampler(self, name: str) -> Any:
-        """Return one of ComfyUI's samplers."""
+    def sampler(self, name: str, **options: Any) -> Any:
+        """Return one of ComfyUI's samplers, with options of its own."""
         samplers = sys.modules["comfy.samplers"]
-        return samplers.sampler_object(name) if self.real else KSAMPLER(samplers.functions[f"sample_{name}"])
+        if self.real:
+            return samplers.ksampler(name, options)
+        return KSAMPLER(samplers.functions[f"sample_{name}"], options)
 
     def model(self, flow: bool = False) -> Any:
         """Return a small model."""

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from drp.sampling.drafts import find_rule
 from drp.sampling.mode_selection import make_mode
 from drp.sampling.modes import Mode
 
@@ -48,8 +47,7 @@ class Drafted:
     def make_mode(self, adds_noise: bool = False) -> Mode:
         """Return the mode, for a solver that adds noise or does not; raise ValueError for options that it lacks."""
         tolerance = 0.0025 if self.tolerance is None else self.tolerance
-        rule = None if self.rule is None else find_rule(self.rule)
-        return make_mode(self.mode, self.drafts, tolerance, rule, self.stride, None, adds_noise)
+        return make_mode(self.mode, self.drafts, tolerance, self.rule, self.stride, None, adds_noise)
 
     def rounds(self, steps: int, adds_noise: bool = False) -> int | None:
         """Return the rounds that `steps` steps take, None if they are not known before the run."""

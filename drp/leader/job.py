@@ -16,7 +16,6 @@ from drp.limits import MAX_DRAFTS, MAX_EVALUATIONS, MAX_GUIDANCE, MAX_NUMBERS, M
 from drp.protocol.codec import is_text
 from drp.protocol.memory import DTYPES, NAMES
 from drp.protocol.messages import ModelSpec
-from drp.sampling.drafts import find_rule
 from drp.sampling.mode_selection import Choice, choose_rounds, choose_speedup, make_mode
 from drp.sampling.mode_wrappers import PicardSweeps, Warmup
 from drp.sampling.modes import Mode, Window
@@ -189,8 +188,7 @@ def _mode(request: Request, devices: int, steps: int, noise: bool) -> Mode:
             stride = _number("stride", stride, 1, MAX_STEPS)
         if request.target_speedup is not None or request.target_rounds is not None:
             name, drafts, stride = _choice(request, steps, drafts)
-        rule = find_rule(request.rule) if request.rule is not None else None
-        mode = make_mode(name, drafts, tolerance, rule, stride, _offsets(request.offsets), noise)
+        mode = make_mode(name, drafts, tolerance, request.rule, stride, _offsets(request.offsets), noise)
         if isinstance(mode, Window) and steps / mode.stride * drafts > MAX_EVALUATIONS:
             raise ValueError(
                 f"stride is {mode.stride:g} with {drafts} drafts and {steps} steps, more than {MAX_EVALUATIONS} "

@@ -119,10 +119,8 @@ STEADY = DraftRule(carry=(0.3, 0.1), slope=0.0)
 RULES = {"paper": PAPER, "secant": SECANT, "damped": DAMPED}
 
 
-def find_rule(rule: str | DraftRule | None) -> DraftRule:
+def find_rule(rule: str | DraftRule) -> DraftRule:
     """Return the rule with this name, or a given rule itself; raise ValueError for an unknown name."""
-    if rule is None:
-        return DAMPED
     if isinstance(rule, DraftRule):
         return rule
     if rule not in RULES:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from drp.sampling.drafts import DAMPED, PAPER, STEADY, DraftRule
+from drp.sampling.drafts import DAMPED, PAPER, STEADY, DraftRule, find_rule
 from drp.sampling.modes import (
     Adaptive,
     Aggressive,
@@ -56,7 +56,7 @@ def make_mode(
     name: str,
     n: int,
     tolerance: float,
-    rule: DraftRule | None,
+    rule: str | DraftRule | None,
     stride: float | None = None,
     offsets: str | Sequence[int] | None = None,
     adds_noise: bool = False,
@@ -75,7 +75,7 @@ def make_mode(
         raise ValueError(f"tolerance is {tolerance}; give a relative residual from 0 to infinity, such as 0.01")
     if stride is not None and not (isinstance(stride, (int, float)) and math.isfinite(stride)):
         raise ValueError(f"stride is {stride!r}; give a number from 1 to {n}, the drafts of a round")
-    rule = default_rule(name, n, stride, adds_noise) if rule is None else rule
+    rule = default_rule(name, n, stride, adds_noise) if rule is None else find_rule(rule)
     match name:
         case "sequential":
             return Sequential(rule)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_management
@@ -11,7 +13,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from drp.sampling.drafts import find_rule
+from drp.sampling.drafts import RULES
 from drp.sampling.mode_selection import make_mode
 from drp.sampling.modes import Mode
 
@@ -52,7 +54,10 @@ class DraftAndRefine:
                 ),
             },
             "optional": {
-                "rule": (["damped", "secant", "paper"], {"tooltip": "What drafts assume of the steps ahead."}),
+                "rule": (
+                    ["default", *RULES],
+                    {"tooltip": "What drafts assume of the steps ahead; the default depends on the sampler's noise."},
+                ),
                 "devices": (
                     "STRING",
                     {
@@ -66,7 +71,7 @@ class DraftAndRefine:
         }
 
     def get_sampler(
-        self, sampler: Any, drafts: int, mode: str, rule: str = "damped", devices: str = "", batch: bool = True
+        self, sampler: Any, drafts: int, mode: str, rule: str = "default", devices: str = "", batch: bool = True
     ) -> tuple[Any]:
         """Return a sampler that drafts; raise ValueError for devices that there are not."""
         function = getattr(sampler, "sampler_function", None)
@@ -80,7 +85,8 @@ class DraftAndRefine:
         places = [place.strip() for place in devices.split(",") if place.strip()]
         for place in places:
             _check_device(place)
-        made = make_mode(mode, drafts, 0.0, find_rule(rule))
+        chosen = None if rule == "default" else rule
+        made = make_mode(mode, drafts, 0.0, chosen, adds_noise=adds_noise(function, sampler.extra_options))
         drafted = functools.partial(sample_drafted, function, made, places, batch)
         return (comfy.samplers.KSAMPLER(drafted, sampler.extra_options, sampler.inpaint_options),)
 
@@ -105,6 +111,18 @@ def _prediction_type(model: Any) -> str:
     """Return what a network predicts; what is not known is taken for the data, which is then carried as it is."""
     names = {cls.__name__ for cls in type(model.inner_model.inner_model.model_sampling).__mro__}
     return next((kind for name, kind in KINDS.items() if name in names), "sample")
+
+
+def adds_noise(function: Any, options: Mapping[str, Any]) -> bool:
+    """Return whether a sampler function adds noise with these options.
+
+    Those that can either take a `noise_sampler`, and then an `eta` which scales the noise, or they have `s_churn`.
+    """
+    defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    given = {**defaults, **options}
+    if "noise_sampler" in defaults:
+        return bool(given.get("eta", 1.0) and given.get("s_noise", 1.0))
+    return bool("s_churn" in defaults and given["s_churn"])
 
 
 def _check_device(name: str) -> None:

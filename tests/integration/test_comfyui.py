@@ -47,6 +47,23 @@ def test_drafts_save_rounds(comfy: Comfy, drafts: int, rounds: int, monkeypatch:
     assert 0 < apart(made, untouched) < 0.05
 
 
+def test_the_default_rule_and_stride_depend_on_the_samplers_noise(
+    comfy: Comfy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, runs = comfy.model(), spy(comfy.module, monkeypatch)
+
+    def distance(rule: str, **options: float) -> float:
+        sampler = comfy.sampler("euler_ancestral", **options)
+        (drafted,) = comfy.node.get_sampler(sampler, 4, "window", rule)
+        return apart(comfy.sample(drafted, model), comfy.sample(sampler, model))
+
+    assert distance("default") < 0.8 * distance("damped")
+    assert distance("default", eta=0.0) == distance("damped", eta=0.0)
+    assert distance("default", s_noise=0.0) == distance("damped", s_noise=0.0)
+    # A window of 4 drafts moves on by 2.5 steps if the sampler adds noise, by 3 otherwise.
+    assert [run.rounds for run in runs] == [11, 11, 9, 9, 9, 9]
+
+
 @pytest.mark.parametrize(("name", "mode"), [*((name, "window") for name in NAMES), ("euler", "conservative")])
 def test_samples_approach_the_sequential_ones(
     comfy: Comfy, name: str, mode: str, monkeypatch: pytest.MonkeyPatch
