@@ -6,7 +6,7 @@ OLDEST := tests/unit/test_sampling_options.py tests/unit/test_protocol.py tests/
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test test-fast test-cpp test-diffusers test-gpu test-ray test-faults test-oldest test-quantized package docs soak fuzz check bench \
+.PHONY: help demo test test-fast test-cpp test-diffusers test-gpu test-ray test-faults test-oldest test-quantized test-reports package docs soak fuzz check bench \
         bench-gpu study bench-pipelines quality micro clean
 
 help: ## Show this list
@@ -47,6 +47,9 @@ test-faults: $(READY) ## Kill, stop, starve and flood everything, for ten minute
 test-oldest: $(READY) ## Run tests with the oldest versions of the dependencies, tests/oldest.txt; torch is the pinned one
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/oldest -r tests/oldest.txt
 	PYTHONPATH=build/oldest $(BIN)/python -m pytest $(OLDEST)
+
+test-reports: $(READY) ## Run whole comparisons, drp tune and benches, and look at their reports in a browser
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m reports tests/e2e
 
 test-quantized: $(READY) ## Run a pipeline that torchao has quantized; the package is kept apart, since diffusers imports it in every worker
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/torchao torchao==0.18.0

@@ -19,6 +19,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.reports
 def test_a_pipeline_has_the_bits_of_reference_alone_and_in_batches(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--tiny", "--compiled", "none", "--only", "flux", "--steps", "12"])
     rows = {line[2:48].strip(): line[48:] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}

@@ -22,6 +22,7 @@ def test_a_pipeline_that_is_none_is_named(tmp_path: Path) -> None:
     assert "a pipeline needs --captions" in done.stderr
 
 
+@pytest.mark.reports
 def test_the_table_of_digits(tmp_path: Path) -> None:
     out = tmp_path / "paper.json"
     asked = ["--pipeline", "digits", "--count", "2", "--steps", str(STEPS), "--devices", "2", "--out", str(out)]

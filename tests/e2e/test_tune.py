@@ -31,6 +31,7 @@ def tuning() -> Tuning:
     return tune(ModelSubject("digits", leader, steps=STEPS))
 
 
+@pytest.mark.reports
 def test_predictions_are_the_rounds_with_what_was_measured(tuning: Tuning) -> None:
     found = tuning.calibration
     assert list(found.rounds) == [1, 2, 4]
@@ -48,6 +49,7 @@ def test_predictions_are_the_rounds_with_what_was_measured(tuning: Tuning) -> No
         assert candidate.predicted == pytest.approx(found.fixed + expected)
 
 
+@pytest.mark.reports
 def test_the_best_of_each_mode_is_tried(tuning: Tuning) -> None:
     tried = [c for c in tuning.candidates if c.measured is not None]
     assert {c.setting.mode for c in tried} == {"window", "aggressive", "conservative"}
@@ -62,6 +64,7 @@ def test_the_best_of_each_mode_is_tried(tuning: Tuning) -> None:
     assert eval(tuning.code, {"drp": drp}).rounds == tuning.best.rounds
 
 
+@pytest.mark.reports
 def test_other_numbers_of_devices(tuning: Tuning) -> None:
     assert [count for count, _ in tuning.devices] == [1, 2, 3, 4, 5, 8]
     times = [seconds for _, seconds in tuning.devices]
@@ -94,6 +97,7 @@ def test_the_slowest_evaluation_of_a_round(tmp_path: Path) -> None:
         round_seconds(path, 3)
 
 
+@pytest.mark.reports
 def test_a_pipeline() -> None:
     pipe = digits_pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -103,6 +107,7 @@ def test_a_pipeline() -> None:
     assert "drp.diffusers.parallelize(pipe, devices=2" in found.code
 
 
+@pytest.mark.reports
 def test_the_command_prints_json() -> None:
     devices = "2xemulated:2ms:values=cheap"
     done = CliRunner().invoke(main, ["tune", "digits", "-d", devices, "--steps", "6", "--json"])
