@@ -1,8 +1,10 @@
-"""The command line of the simulator: `drp simulate`."""
+"""`drp simulate`: the simulator."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -10,71 +12,85 @@ from rich.table import Table
 
 from drp.cli.helpers import parse_offsets, plain_errors, print_json
 from drp.cli.options import Number, common_options, force_option, json_option, trace_option
-from drp.cli.output import check_trace
+from drp.cli.output import check_file
 from drp.sampling.mode_selection import MODE_NAMES
+
+if TYPE_CHECKING:
+    from drp.simulate import Costs, Device, Link, Outcome
 
 ABOVE_ZERO = click.IntRange(1)
 NOT_NEGATIVE = Number(0)
 
 
 @click.command()
-@click.option(
-    "-d", "--devices", default="8xemulated:20ms", show_default=True, help="As `drp sample --devices` has them."
-)
+@click.option("-d", "--devices", default="8xemulated:20ms", show_default=True, help="Devices, as in `drp sample`.")
 @click.option(
     "--distribution",
     type=click.Choice(["normal", "lognormal", "exponential"]),
     default="normal",
     show_default=True,
-    help="Of jitter.",
+    help="Distribution of the jitter.",
 )
 @click.option(
-    "--from", "source", type=click.Path(path_type=Path, exists=True), help="Trace: costs, and devices' times."
+    "--from",
+    "source",
+    type=click.Path(path_type=Path, exists=True),
+    help="Trace from which to take the costs and the devices' times.",
 )
-@click.option("--message", default="50us", show_default=True, help="Without a trace: the leader's time a message,")
-@click.option("--row", default="10us", show_default=True, help="a row of its arithmetic,")
-@click.option("--wake", default="100us", show_default=True, help="and for a process to wake up.")
-@click.option("--link", help="Of workers on other machines: latency and the leader's bandwidth, as 200us@1GB/s.")
-@click.option("--latent", default="64KiB", show_default=True, help="With --link: bytes of a draft.")
-@click.option("--encryption", help="With --link: bytes a second that a core encrypts, as 730MB/s; none by default.")
+@click.option("--message", default="50us", show_default=True, help="Without --from: time of the leader per message.")
+@click.option(
+    "--row", default="10us", show_default=True, help="Without --from: time of the leader per row of its arithmetic."
+)
+@click.option("--wake", default="100us", show_default=True, help="Without --from: time for a process to wake up.")
+@click.option("--link", help="Link to workers on other machines: latency and bandwidth, such as 200us@1GB/s.")
+@click.option("--latent", default="64KiB", show_default=True, help="With --link: size of a draft.")
+@click.option("--encryption", help="With --link: encryption rate per core, such as 730MB/s; none by default.")
 @click.option(
     "--dispatch",
     type=click.Choice(["auto", "sync", "async"]),
     default="auto",
     show_default=True,
-    help="Of the runs; auto: asynchronous unless the policy hedges. With --from: of the runs in the trace.",
+    help="Dispatch of the runs, with --from also of those in the trace; auto: async unless the policy hedges.",
 )
 @click.option("-m", "--mode", type=click.Choice(MODE_NAMES), default="window", show_default=True)
-@click.option("--drafts", type=ABOVE_ZERO, help="Drafts a round; by default one a device.")
-@click.option("--stride", type=Number(1), help="Of mode window.")
-@click.option("--offsets", help="Of mode window: a name, or numbers.")
+@click.option("--drafts", type=ABOVE_ZERO, help="Drafts per round; by default one per device.")
+@click.option("--stride", type=Number(1), help="Steps by which mode window advances.")
+@click.option("--offsets", help="Steps ahead of the drafts in mode window: a name, or numbers.")
 @click.option(
-    "-p", "--policy", default="barrier", show_default=True, help="Names, or all; see drp.leader.scheduling.policies."
+    "-p",
+    "--policy",
+    default="barrier",
+    show_default=True,
+    help="Policies by name, or all; see drp.leader.scheduling.policies.",
 )
 @click.option("-n", "--steps", type=ABOVE_ZERO, default=48, show_default=True, help="Steps of each run.")
-@click.option("-r", "--runs", type=ABOVE_ZERO, default=200, show_default=True, help="Runs.")
+@click.option("-r", "--runs", type=ABOVE_ZERO, default=200, show_default=True, help="Number of runs.")
 @click.option(
     "--rate",
     type=NOT_NEGATIVE,
     default=0.0,
-    help="Runs that arrive a second; by default each when the one before has ended.",
+    help="Arrivals per second; by default each run starts when the previous one has ended.",
 )
-@click.option("--users", type=ABOVE_ZERO, default=1, show_default=True, help="Runs at the same time, without --rate.")
+@click.option("--users", type=ABOVE_ZERO, default=1, show_default=True, help="Without --rate: runs at the same time.")
 @click.option("--mtbf", type=NOT_NEGATIVE, default=0.0, help="Mean seconds between a device's failures; 0 for none.")
 @click.option(
-    "--restart", type=NOT_NEGATIVE, default=10.0, show_default=True, help="Seconds until a failed device is back."
+    "--restart",
+    type=NOT_NEGATIVE,
+    default=10.0,
+    show_default=True,
+    help="Seconds until a failed device is available again.",
 )
-@click.option("--price", type=NOT_NEGATIVE, default=0.0, help="Of a device for an hour.")
-@click.option("--tolerance", type=NOT_NEGATIVE, default=0.0025, show_default=True, help="Of mode adaptive.")
+@click.option("--price", type=NOT_NEGATIVE, default=0.0, help="Price of a device per hour.")
+@click.option("--tolerance", type=NOT_NEGATIVE, default=0.0025, show_default=True, help="Tolerance of mode adaptive.")
 @click.option(
     "--staleness",
     type=NOT_NEGATIVE,
     default=5e-5,
     show_default=True,
-    help="For mode adaptive: residual of a draft one step ahead.",
+    help="Residual of a draft one step ahead, for mode adaptive.",
 )
-@click.option("--best", is_flag=True, help="Try 1, 2, 4, ... devices, and say which number has the least latency.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all draws.")
+@click.option("--best", is_flag=True, help="Try 1, 2, 4, ... devices and print which number has the least latency.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the random numbers.")
 @trace_option
 @force_option
 @json_option
@@ -110,87 +126,105 @@ def simulate(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Say what runs would take on up to 1,024 devices: latency, throughput, utilisation, cost; by policy."""
+    """Simulate runs on up to 1,024 devices: latency, throughput, utilisation and cost by policy."""
     with plain_errors():
         from dataclasses import replace
 
-        from drp.leader.devices import parse_bytes, parse_time
         from drp.leader.events import Timeline
         from drp.leader.scheduling.policies import POLICIES, find_policy
-        from drp.sampling.drafts import DAMPED
         from drp.sampling.mode_selection import make_mode
-        from drp.simulate import Costs, Link, Load, make_devices
+        from drp.simulate import Load, make_devices
         from drp.simulate import simulate as run
-        from drp.simulate.devices import measured, repeated
-        from drp.trace.events import read, write
+        from drp.simulate.devices import repeated
+        from drp.trace.events import write
 
         if trace is not None:
-            check_trace(trace, force)
-        if link is None and encryption is not None:
-            raise ValueError(f"encryption is {encryption!r}, and there is no link; give --link, such as 200us@1GB/s")
-        network = Link.parse(link, encryption, parse_bytes(latent)) if link is not None else None
-        if network is not None and dispatch == "async":
-            raise ValueError("workers on other machines are sent drafts synchronously; give --dispatch sync")
-        given = make_devices(devices, distribution)
-        if source is None:
-            times = parse_time(message), parse_time(row), parse_time(wake)
-            costs = {each: Costs.given(*times, each) for each in ("sync", "async")}
-        else:
-            events, names, _ = read(source)
-            measured_costs = Costs.measured(events, names, "async" if dispatch == "auto" else dispatch)
-            costs = dict.fromkeys(("sync", "async"), measured_costs)
-            if not all(name.startswith("emulated:") for name in names):
-                given = measured(given, events)
+            check_file(trace, force)
+        network = _network(link, latent, encryption, dispatch)
+        given, costs = _costs(make_devices(devices, distribution), source, (message, row, wake), dispatch)
         given = tuple(replace(device, mtbf=mtbf, restart=restart) for device in given)
         counts = [n for n in (2**i for i in range(11)) if n < len(given)] + [len(given)] if best else [len(given)]
-        chosen = list(POLICIES) if policy == "all" else policy.split(",")
-        table = Table(
-            *("policy", "devices", "run, ms: median", "mean", "latency, ms: p50", "p95", "runs/s", "computing"),
-            *(("cost a run",) if price else ()),
-            title=f"{runs} simulated runs of {steps} steps, {mode}",
-        )
-        found: dict[tuple[str, int], float] = {}
-        rows: list[dict[str, object]] = []
-        for name in chosen:
+        rows: list[dict[str, Any]] = []
+        for name in POLICIES if policy == "all" else policy.split(","):
+            chosen = find_policy(name)
+            if dispatch == "async" and chosen.hedge is not None:
+                raise ValueError(f"policy {name!r} hedges, which needs synchronous dispatch; give --dispatch auto")
+            way = "sync" if dispatch == "sync" or chosen.hedge is not None or network is not None else "async"
             for count in counts:
-                made = make_mode(mode, drafts or count, tolerance, DAMPED, stride, parse_offsets(offsets))
-                load = Load(made, steps, runs, rate, users)
-                timeline = Timeline()
-                found_policy = find_policy(name)
-                if dispatch == "async" and found_policy.hedge is not None:
-                    raise ValueError(f"policy {name!r} hedges, which needs synchronous dispatch; give --dispatch auto")
-                sync = dispatch == "sync" or found_policy.hedge is not None or network is not None
-                way = "sync" if sync else "async"
-                outcome = run(
-                    repeated(given, count), found_policy, load, costs[way], seed, staleness, timeline, network
-                )
-                found[name, count] = outcome.latency(50)
-                rows.append(
-                    {
-                        "policy": name,
-                        "devices": count,
-                        "dispatch": way,
-                        "median_seconds": outcome.median,
-                        "mean_seconds": outcome.mean,
-                        "latency_p50_seconds": outcome.latency(50),
-                        "latency_p95_seconds": outcome.latency(95),
-                        "runs_per_second": outcome.throughput,
-                        "utilisation": outcome.utilisation,
-                        **({"cost_per_run": outcome.cost(price)} if price else {}),
-                    }
-                )
-                table.add_row(
-                    *(name, str(count), f"{outcome.median * 1e3:.1f}", f"{outcome.mean * 1e3:.1f}"),
-                    *(f"{outcome.latency(q) * 1e3:.1f}" for q in (50, 95)),
-                    *(f"{outcome.throughput:.3g}", f"{outcome.utilisation:.1%}"),
-                    *((f"{outcome.cost(price):.3g}",) if price else ()),
-                )
-        if trace is not None:  # of what was simulated last
+                made = make_mode(mode, drafts or count, tolerance, "damped", stride, parse_offsets(offsets))
+                load, timeline = Load(made, steps, runs, rate, users), Timeline()
+                outcome = run(repeated(given, count), chosen, load, costs[way], seed, staleness, timeline, network)
+                cost = {"cost_per_run": outcome.cost(price)} if price else {}
+                rows.append({"policy": name, "devices": count, "dispatch": way, **_figures(outcome), **cost})
+        if trace is not None:  # of the last simulation
             write(trace, timeline, [f"simulated {number}" for number in range(counts[-1])])
-        (name, count), least = min(found.items(), key=lambda item: item[1])
+        fastest = min(rows, key=lambda row: row["latency_p50_seconds"])
         if as_json:
-            print_json({"rows": rows} | ({"best": {"policy": name, "devices": count}} if best else {}))
+            print_json(
+                {"rows": rows} | ({"best": {key: fastest[key] for key in ("policy", "devices")}} if best else {})
+            )
             return
-        Console(width=max(Console().width, 110)).print(table)
+        title = f"{runs} simulated runs of {steps} steps, {mode}"
+        Console(width=max(Console().width, 110)).print(_table(rows, title))
         if best:
-            click.echo(f"least latency: {count} device(s), {name}, {least * 1e3:.1f} ms in the median")
+            least = f"{fastest['policy']}, {fastest['latency_p50_seconds'] * 1e3:.1f} ms in the median"
+            click.echo(f"least latency: {fastest['devices']} device(s), {least}")
+
+
+def _network(link: str | None, latent: str, encryption: str | None, dispatch: str) -> Link | None:
+    """Return the link to workers on other machines, None without --link; raise ValueError for invalid options."""
+    from drp.leader.devices import parse_bytes
+    from drp.simulate import Link
+
+    if link is None:
+        if encryption is not None:
+            raise ValueError(f"encryption is {encryption!r}, and there is no link; give --link, such as 200us@1GB/s")
+        return None
+    found = Link.parse(link, encryption, parse_bytes(latent))
+    if dispatch == "async":
+        raise ValueError("workers on other machines are sent drafts synchronously; give --dispatch sync")
+    return found
+
+
+def _costs(
+    devices: tuple[Device, ...], source: Path | None, times: tuple[str, str, str], dispatch: str
+) -> tuple[tuple[Device, ...], dict[str, Costs]]:
+    """Return the devices with their measured times, and the costs by dispatch: of a trace, or of given times."""
+    from drp.leader.devices import parse_time
+    from drp.simulate import Costs
+    from drp.simulate.devices import measured
+    from drp.trace.events import read
+
+    if source is None:
+        message, row, wake = map(parse_time, times)
+        return devices, {each: Costs.given(message, row, wake, each) for each in ("sync", "async")}
+    events, names, _ = read(source)
+    costs = Costs.measured(events, names, "async" if dispatch == "auto" else dispatch)
+    if not all(name.startswith("emulated:") for name in names):
+        devices = measured(devices, events)
+    return devices, dict.fromkeys(("sync", "async"), costs)
+
+
+def _figures(outcome: Outcome) -> dict[str, float]:
+    return {
+        "median_seconds": outcome.median,
+        "mean_seconds": outcome.mean,
+        "latency_p50_seconds": outcome.latency(50),
+        "latency_p95_seconds": outcome.latency(95),
+        "runs_per_second": outcome.throughput,
+        "utilisation": outcome.utilisation,
+    }
+
+
+def _table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    priced = ("cost a run",) if "cost_per_run" in rows[0] else ()
+    head = ("policy", "devices", "run, ms: median", "mean", "latency, ms: p50", "p95", "runs/s", "computing", *priced)
+    table = Table(*head, title=title)
+    times = ("median_seconds", "mean_seconds", "latency_p50_seconds", "latency_p95_seconds")
+    for row in rows:
+        table.add_row(
+            *(row["policy"], str(row["devices"]), *(f"{row[name] * 1e3:.1f}" for name in times)),
+            *(f"{row['runs_per_second']:.3g}", f"{row['utilisation']:.1%}"),
+            *((f"{row['cost_per_run']:.3g}",) if priced else ()),
+        )
+    return table

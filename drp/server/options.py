@@ -25,27 +25,6 @@ from drp.sampling.drafts import DraftRule
 from drp.sampling.result import Result
 from drp.sampling.run import Callback
 
-UNCHANGED_OPTIONS = (
-    "labels",
-    "count",
-    "shape",
-    "guidance",
-    "steps",
-    "solver",
-    "prediction_type",
-    "strength",
-    "mode",
-    "drafts",
-    "target_speedup",
-    "target_rounds",
-    "stride",
-    "offsets",
-    "warmup",
-    "sweeps",
-    "seed",
-    "residuals",
-)
-
 
 def options(submit: Submit, frames: Sequence[Frame], callback: Callback) -> Options:
     """Return the leader's options for a Submit; raise ProtocolError if the tensors do not match the message."""
@@ -53,9 +32,9 @@ def options(submit: Submit, frames: Sequence[Frame], callback: Callback) -> Opti
     cond = {each.name: received.take(each.tensor) for each in submit.cond}
     noise, image = (None if each is None else received.take(each) for each in (submit.noise, submit.image))
     received.done()
-    given = {name: getattr(submit, name) for name in UNCHANGED_OPTIONS}
     rule = submit.rule
-    own = {
+    given = {name: getattr(submit, name) for name in Options.__annotations__ if name not in ("callback", "out")}
+    given |= {
         "cond": cond,
         "noise": noise,
         "image": image,
@@ -65,7 +44,7 @@ def options(submit: Submit, frames: Sequence[Frame], callback: Callback) -> Opti
         "tolerance": math.inf if submit.tolerance is None else submit.tolerance,
         "callback": callback,
     }
-    return cast(Options, given | own)
+    return cast(Options, given)
 
 
 def check_samples(submit: Submit, spec: ModelSpec, local: bool) -> None:
