@@ -20,6 +20,15 @@ from drp import Leader
 DEADLINE = 10.0
 
 
+gc.disable()  # until all tests are imported: what imports make stays, and to go through it again and again takes time
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from now on, but not among what was imported."""
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs from tests that are not about them: a count of devices is one of cores there."""
     if config.option.markexpr != "gpu":

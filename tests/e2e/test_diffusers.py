@@ -306,7 +306,7 @@ def digits_noise(count: int) -> torch.Tensor:
     ("solver", "kind"), [("euler", EulerDiscreteScheduler), ("dpmsolver++", DPMSolverMultistepScheduler)]
 )
 def test_drafts_are_those_of_drps_own_solvers(solver: str, kind: Any, mode: str, rule: str) -> None:
-    labels, options = [3, 1, 4], {"timestep_spacing": "trailing"}
+    labels, options = [3], {"timestep_spacing": "trailing"}
     own = drp.reference(
         labels=labels,
         steps=12,
@@ -320,7 +320,7 @@ def test_drafts_are_those_of_drps_own_solvers(solver: str, kind: Any, mode: str,
     pipe = digits_pipeline(kind(**BETAS, **options))
     pipe.set_progress_bar_config(disable=True)
     with reference(pipe, devices=4, mode=mode, rule=rule, tolerance=0.02) as parallel:
-        images = pipe(labels, 12, latents=digits_noise(3)).images
+        images = pipe(labels, 12, latents=digits_noise(1)).images
     assert float((images - own.samples).norm() / own.samples.norm()) < 1e-5
     assert parallel.report.calls[0].rounds == own.rounds
 

@@ -133,20 +133,18 @@ def test_a_lost_worker_s_drafts_are_evaluated_on_another_gpu(workers: Workers) -
 
 
 def test_workers_that_cannot_share_a_gpu_s_memory_have_weights_from_the_host(
-    gpus: None, monkeypatch: pytest.MonkeyPatch
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DRP_TEST_FULL", "")
     pipe = sdxl()
-    with reference(pipe, devices="2xcuda", mode="aggressive"):
+    with reference(pipe, devices="3xcuda", mode="aggressive"):
         expected = run(pipe, SDXL)
-    with Workers("cuda:0,cuda:1", threads=1) as workers:
-        monkeypatch.setattr(workers._leader.internals.placement, "shares_gpu_memory", False)
-        with parallelize(pipe, workers, "aggressive") as parallel:
-            assert torch.equal(run(pipe, SDXL), expected)
-            pipe.unet.conv_in.weight.data.mul_(1.1)
-            changed = run(pipe, SDXL)
-        drafted(parallel.report.calls[1])
-    with reference(pipe, devices="2xcuda", mode="aggressive"):
+    monkeypatch.setattr(workers._leader.internals.placement, "shares_gpu_memory", False)
+    with parallelize(pipe, workers, "aggressive") as parallel:
+        assert torch.equal(run(pipe, SDXL), expected)
+        pipe.unet.conv_in.weight.data.mul_(1.1)
+        changed = run(pipe, SDXL)
+    drafted(parallel.report.calls[1])
+    with reference(pipe, devices="3xcuda", mode="aggressive"):
         assert torch.equal(run(pipe, SDXL), changed)
 
 

@@ -43,7 +43,7 @@ seconds = time.process_time() - began
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    server = Served(tmp_path_factory.mktemp("thin"), "-d", "2")
+    server = Served(tmp_path_factory.mktemp("thin"), "-d", "1")
     try:
         yield server
         assert server.end() == (0, "")
@@ -96,7 +96,7 @@ np.savez(sys.argv[2], samples=result.samples, large=large, own=own, last=preview
             "own": {"labels": [2], "noise": noise, "steps": 3},
         }
         for name, options in expected.items():
-            samples = drp.reference("tests.denoisers:Tiny", devices=2, **options).samples
+            samples = drp.reference("tests.denoisers:Tiny", **options).samples
             np.testing.assert_array_equal(found[name], samples.numpy(), err_msg=name)
 
 

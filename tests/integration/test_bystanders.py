@@ -22,7 +22,7 @@ from drp.sampling.solvers import DDIM
 
 MODEL = "tests.denoisers:make_slow_sine"
 DEADLINE = 60.0
-OPTIONS: dict[str, Any] = {"shape": (3, 4), "steps": 40, "seed": 5}
+OPTIONS: dict[str, Any] = {"shape": (3, 4), "steps": 20, "seed": 5}
 
 
 @pytest.fixture(scope="module", params=["sync", "async"])

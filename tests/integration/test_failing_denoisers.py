@@ -17,14 +17,14 @@ DEADLINE = 60.0
 
 @pytest.fixture(scope="module")
 def ailing() -> Iterator[Leader]:
-    """Two workers whose denoiser fails as a run asks for."""
-    with Leader("tests.denoisers:make_ailing", devices=2, draft_timeout=1.5) as leader:
+    """A worker whose denoiser fails as a run asks for."""
+    with Leader("tests.denoisers:make_ailing", draft_timeout=1.5) as leader:
         yield leader
 
 
 @pytest.fixture(scope="module")
 def ailing_sync() -> Iterator[Leader]:
-    """One, dispatched to synchronously."""
+    """The same, dispatched to synchronously."""
     with Leader("tests.denoisers:make_ailing", execution=ExecutionOptions(dispatch="sync")) as leader:
         yield leader
 

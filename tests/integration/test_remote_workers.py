@@ -36,11 +36,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mixed(folder: Path) -> Iterator[Leader]:
-    """One worker on this machine, and two that dial in."""
+    """One worker on this machine, and two that dial in, with one key."""
     address = free_address()
     workers = [
         start_worker(address, folder, "anna"),
-        start_worker(address, folder, "berta", "--device", "emulated:2ms", "--threads", "1"),
+        start_worker(address, folder, "anna", "--device", "emulated:2ms", "--threads", "1"),
     ]
     with ending(workers):
         with Leader(TINY, devices=["cpu:0", RemoteWorkers(2, address, folder)]) as leader:

@@ -294,8 +294,7 @@ def test_what_is_evaluated_before_a_capture_leaves_no_trace(monkeypatch: pytest.
 
 
 def test_workers_capture_each_shape_once(host: dict[str, Any], tmp_path: Path) -> None:
-    with Leader(WATCHED, devices="2xcuda:0", **host) as leader:
-        plain = [leader.sample(steps=9, count=count, seed=2).samples for count in (1, 2)]
+    plain = [drp.reference(WATCHED, devices=2, steps=9, count=count, seed=2).samples for count in (1, 2)]
     host["execution"] = replace(on_host.SYNC, graphs=True)
     with Leader(WATCHED, devices="2xcuda:0", **host) as leader:
         for count, expected in zip((1, 2, 1, 2), plain * 2, strict=True):

@@ -25,8 +25,8 @@ SHAPE = (2, 3)
 WAYS: dict[str, dict[str, Any]] = {
     "async": {"devices": 2, "execution": ExecutionOptions(dispatch="async")},
     "sync, hedged": {"devices": 2, "policy": LoadAdaptive(hedge=1.1)},
-    "batched, sync": {"devices": 2, "drafts_per_device": 2, "execution": ExecutionOptions(dispatch="sync")},
-    "batched, async": {"devices": 2, "drafts_per_device": 2, "execution": ExecutionOptions(dispatch="async")},
+    "batched, sync": {"drafts_per_device": 2, "execution": ExecutionOptions(dispatch="sync")},
+    "batched, async": {"drafts_per_device": 2, "execution": ExecutionOptions(dispatch="async")},
 }
 RUNS = st.fixed_dictionaries(
     {
