@@ -42,7 +42,7 @@ __all__ = [
     "sample",
 ]
 
-# Loaded at first use: a worker must be pinned before torch is imported, and it imports this package first.
+# Imported on first use: a worker imports this package before it is pinned, and torch must be imported after that.
 _MODULES = {
     "Client": "drp.client",
     "CudaError": "drp.errors",
@@ -77,8 +77,8 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
-    """Return the version of the installed distribution, whose name is not the package's."""
-    from importlib.metadata import PackageNotFoundError, version  # only now: workers have no need of it
+    """Return the version of the installed distribution."""
+    from importlib.metadata import PackageNotFoundError, version  # Imported here, since workers do not need it.
 
     try:
         return version("draft-refine")

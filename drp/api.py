@@ -39,12 +39,11 @@ def sample(
     trace: str | os.PathLike[str] | None = None,
     **arguments: Unpack[SampleArguments],
 ) -> Result:
-    """Start workers, sample once, end them.
+    """Start workers, sample once, and end the workers.
 
-    The arguments are the fields of `drp.LeaderOptions` and those of `drp.leader.request.Request`; `trace` is a file to
-    write what happened where and when to, see `drp.trace`.
-    `result.samples` is float32 [B, ...], for `digits` [B, 1, 28, 28], about [-1, 1]. To sample more than once, keep a
-    `drp.Leader`.
+    The arguments are the fields of `drp.LeaderOptions` and of `drp.leader.request.Request`; `trace` is a file to which
+    a trace is written, see `drp.trace`. `result.samples` is float32 [B, ...], for `digits` [B, 1, 28, 28] in about
+    [-1, 1]. To sample more than once, use a `drp.Leader`.
     """
     if trace is not None:
         check(trace)
@@ -66,10 +65,9 @@ def divide_arguments(arguments: Mapping[str, Any]) -> tuple[LeaderOptions, Optio
 
 
 def check_options(model: str | Callable[[], Any], drafts: int, options: Options) -> None:
-    """Raise ValueError for options that no run can have, before workers start; `drafts` is how many a round has.
+    """Raise ValueError for invalid options of a run, before workers start. `drafts` is the default per round.
 
-    A model of the user's own is not loaded for this, so the shape and the classes that it expects are not known yet:
-    labels and shape are checked against them when it is there.
+    A model of the user's own is not loaded for this. Labels and shape are checked against it when it is loaded.
     """
     request = Request(**options)
     spec = models.describe(model_name(model))
@@ -91,12 +89,11 @@ def reference(
     execution: ExecutionOptions | None = None,
     **options: Unpack[Options],
 ) -> Result:
-    """Sample in this process; the samples equal those of `sample` with the same arguments bit for bit.
+    """Sample in this process. The samples are bit-identical to those of `sample` with the same arguments.
 
-    `devices` only counts, for the drafts a round. torch runs on `threads` threads meanwhile, as a worker would. Drafts
-    are evaluated in the same batches of `drafts_per_device`. With GPUs for devices, all is done on the first of them.
-    torch has its default settings meanwhile, as in a worker; a denoiser that needs others sets them itself.
-    Raises FloatingPointError if the denoiser returns NaN or infinity, as a worker does.
+    Only the number of `devices` matters, for the default number of drafts per round; with GPUs, everything is computed
+    on the first one. As in a worker, torch uses `threads` threads and its default settings, drafts are evaluated in
+    batches of `drafts_per_device`, and FloatingPointError is raised if the denoiser returns NaN or infinity.
     """
     leader = LeaderOptions(devices, threads, drafts_per_device, execution=execution or ExecutionOptions())
     placed = leader.worker_devices
@@ -107,7 +104,7 @@ def reference(
         warn(job.solver.grid.steps, job.mode.width, job.solver.adds_noise)
         device = torch.device("cpu")
         if placed[0].gpu is not None:
-            from drp.models.gpu import on_device  # only now, like all that is for GPUs
+            from drp.models.gpu import on_device  # Imported here, so that CUDA is not used without a GPU.
             from drp.protocol.cuda import index_of
 
             device = torch.device("cuda", index_of(placed[0].gpu))

@@ -1,4 +1,4 @@
-"""Doctor: what this machine has, what of it works, and what drp will use. It probes; it changes nothing."""
+"""`drp doctor`: examines what of this machine drp can use, and what does not work. It changes nothing."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from drp.protocol.memory import SharedMemory
 State = Literal["", "good", "bad"]
 CORES = Path("/sys/devices/system/node")
 CGROUP = Path("/sys/fs/cgroup")
-SHM = "/dev/shm"  # noqa: S108  # its size is what is asked for
+SHM = "/dev/shm"  # noqa: S108  # only its size is read
 FILES = 16
-"""Descriptors that the leader needs for each worker, at most; more beside them are the program's own."""
+"""The maximum number of descriptors that a leader needs for each worker."""
 SEEN = "import os, sys; os.close(os.open(sys.argv[1], os.O_RDWR))"
 PEER_BYTES = 1 << 20
 PROBE = 4096
-PATIENCE = 120.0
-"""Seconds that it may take."""
+PEER_TIMEOUT = 120.0
+"""Seconds within which a process on a GPU must answer."""
 FIRST_NAMESPACE = "pid:[4026531836]"
-"""Linux's own number for the process namespace that there is without containers (PROC_PID_INIT_INO)."""
+"""The kernel's name of the initial process namespace (PROC_PID_INIT_INO)."""
 Matrix = tuple[tuple[str, ...], ...]
-"""By GPU where something lies, then by GPU that reads it: how that went."""
+"""The results of accesses between GPUs: a row for each GPU that has the memory, a column for each that reads it."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A line: what was looked at, what was seen, whether that is good or bad for drp, and if bad, what to do."""
+    """One line of the report: what was examined, what was found, whether that is good or bad, and the remedy if bad."""
 
     about: str
     seen: str
@@ -55,7 +55,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """All findings by section, and how GPUs reach each other: by a copy in one process, and across two by CUDA IPC."""
+    """The findings by section, and which GPUs can access each other: by copies, and between processes by CUDA IPC."""
 
     sections: dict[str, tuple[Finding, ...]]
     gpus: tuple[Gpu, ...]
@@ -64,12 +64,12 @@ class Report:
 
     @property
     def bad(self) -> list[Finding]:
-        """What stands in the way."""
+        """The findings that prevent drp from working."""
         return [finding for findings in self.sections.values() for finding in findings if finding.state == "bad"]
 
 
 def examine(find: Callable[[], tuple[Gpu, ...]] = find_gpus) -> Report:
-    """Look at everything; `find` says what GPUs there are."""
+    """Examine this machine; `find` returns its GPUs."""
     try:
         gpus, why = find(), ""
     except ValueError as error:
@@ -104,7 +104,7 @@ def _version(module: str) -> str:
 
 
 def _driver() -> str:
-    """Say what the driver says of itself, through NVML."""
+    """Describe the driver and its GPUs, by NVML."""
     try:
         nvml: Any = importlib.import_module("pynvml")
     except ModuleNotFoundError:
@@ -152,7 +152,7 @@ def _gpus(gpus: Sequence[Gpu], why: str) -> list[Finding]:
 
 
 def peers(gpus: Sequence[Gpu]) -> Matrix:
-    """Copy from each GPU to each, and look at what arrived: what the driver says of it proves nothing."""
+    """Copy from each GPU to each and compare the data, since the driver's report of peer access does not prove it."""
     return tuple(tuple(_peer(source.index, target.index) for target in gpus) for source in gpus)
 
 
@@ -170,7 +170,7 @@ def _peer(source: int, target: int) -> str:
 
 
 def ipc(gpus: Sequence[Gpu]) -> Matrix:
-    """Have a process on each GPU reach memory of this one on each, as workers do with a leader's."""
+    """Have a process on each GPU access memory of this process on every GPU, as workers access a leader's."""
     if not gpus:
         return ()
     memories: list[GpuMemory] = []
@@ -186,7 +186,7 @@ def ipc(gpus: Sequence[Gpu]) -> Matrix:
 
 
 def _reached(memories: Sequence[GpuMemory], target: Gpu) -> list[str]:
-    """Start a process on a GPU, and look at what it has made of the memories."""
+    """Start a process on a GPU that inverts these memories; return for each whether it did."""
     pattern = (torch.arange(PROBE) % 251).to(torch.uint8)
     handles = []
     for memory in memories:
@@ -201,33 +201,33 @@ def _reached(memories: Sequence[GpuMemory], target: Gpu) -> list[str]:
 
 
 def _ask_peer(target: Gpu, handles: Sequence[GpuHandle | None]) -> list[str] | str:
-    """Start a process on a GPU, as workers are started; return what it says of each handle, or of all."""
+    """Start a process on a GPU as workers are started; return its error for each handle, or one for all."""
     results, theirs = Pipe(duplex=False)
     process: Process | None = None
     try:
         with theirs:
             process = Process(find_interpreter(), "doctor-peer", doctor_peer.main, (target.uuid, handles, theirs))
             process.start()
-        if not results.poll(PATIENCE):
-            return f"could not be tried: no answer within {PATIENCE:g} s"
+        if not results.poll(PEER_TIMEOUT):
+            return f"could not be tried: no answer within {PEER_TIMEOUT:g} s"
         answers: list[str] | str = results.recv()
         return f"fails: {answers}" if isinstance(answers, str) else answers
     except (OSError, ValueError) as error:
         return f"could not be tried: {error}"
     except EOFError:
         assert process is not None
-        process.join(PATIENCE)
+        process.join(PEER_TIMEOUT)
         return f"fails: the process there ended with exit code {process.exitcode}"
     finally:
         results.close()
         if process is not None and process.pid is not None:
             process.kill()
-            process.join(PATIENCE)
+            process.join(PEER_TIMEOUT)
             process.close()
 
 
 def shared_memory() -> Finding:
-    """Have a child process open memory of this one, as a worker does."""
+    """Have a child process open memory of this process, as a worker does."""
     about, memory = "memfd through /proc/PID/fd", SharedMemory.create(4096)
     path = f"/proc/{os.getpid()}/fd/{memory.handle.fd}"
     try:
@@ -260,7 +260,7 @@ def _kernel() -> list[Finding]:
 
 
 def _namespace() -> str:
-    """Say whether processes have numbers here that others outside know them by no more."""
+    """Describe the process namespace: memory is shared by process numbers, which are valid in one namespace only."""
     try:
         name = str(Path("/proc/self/ns/pid").readlink())
     except OSError:
@@ -304,7 +304,7 @@ def _limits() -> list[Finding]:
 
 
 def _cgroup_cpus() -> str:
-    """Return how many processors' time the control group has, by the second version's file or the first's."""
+    """Describe the processor limit of the control group, version 2 or 1."""
     quota, _, period = (_read(_own_group("") / "cpu.max") or "").partition(" ")
     if not quota:
         quota = _read(_own_group("cpu") / "cpu.cfs_quota_us") or ""
@@ -322,7 +322,7 @@ def _cgroup_memory() -> str:
 
 
 def _own_group(controller: str) -> Path:
-    """Return the folder of this process's group, of a controller in the first version, of all in the second."""
+    """Return the folder of this process's control group; version 1 has one for each controller."""
     root = CGROUP / controller
     for line in (_read(Path("/proc/self/cgroup")) or "").splitlines():
         _, names, path = line.split(":", 2)
@@ -359,7 +359,7 @@ def _use(gpus: Sequence[Gpu], why: str, reached: Matrix) -> list[Finding]:
 
 
 def _cores_text(cores: Sequence[int]) -> str:
-    """Write cores as the kernel does: 0-3,8."""
+    """Format cores as the kernel does: 0-3,8."""
     spans: list[list[int]] = []
     for core in cores:
         if spans and spans[-1][1] == core - 1:

@@ -22,12 +22,12 @@ TURNS = 15
 
 @dataclass(frozen=True)
 class NetworkReport:
-    """What a round of drafts, one a worker, takes beyond its evaluations.
+    """The time of a round of drafts, one per worker, in addition to its evaluations.
 
-    workers: the devices' names.
-    rounds: by the bytes of a draft, the median time in seconds.
-    latency: seconds one way, for the first bytes; in it are both processes' waking up and what they do for a message.
-    bandwidth: bytes a second each way, of all workers together, encryption and copies included.
+    workers: the names of the devices.
+    rounds: the median time in seconds, by the bytes of a draft.
+    latency: the latency of a message one way in seconds, including the wake-up of the receiving process.
+    bandwidth: bytes per second each way of all workers together, including encryption and copies.
     """
 
     workers: tuple[str, ...]
@@ -42,7 +42,7 @@ class NetworkReport:
 
 
 def measure(remote: RemoteWorkers) -> NetworkReport:
-    """Start a leader of these workers, and send drafts of several sizes; raise WorkerError if one does not start."""
+    """Start a leader with these workers and send drafts of several sizes; raise WorkerError if one does not start."""
     with Leader(MODEL, devices=remote) as leader:
         rounds = {nbytes: _time_lost(leader, nbytes) for nbytes in SIZES}
         workers = leader.devices

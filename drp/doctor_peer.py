@@ -1,4 +1,4 @@
-"""The doctor's peer: a process on a GPU that turns over memory of the doctor's, as a worker would reach it."""
+"""A process on a GPU that inverts memory of `drp doctor`, which it opens as a worker opens a leader's."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from drp.protocol.handles import GpuHandle
 
 
 def main(uuid: str, handles: Sequence[GpuHandle], results: Connection) -> None:
-    """Try one after the other; send for each why it could not be reached, empty if it was, or one text for all."""
+    """Open and invert each memory; send the error of each, empty for none, or one error for all."""
     try:
-        _sit_down(uuid)
+        _set_device(uuid)
         results.send([_try(handle) for handle in handles])
     except Exception as error:
         results.send(f"{type(error).__name__}: {error}")
@@ -29,5 +29,5 @@ def _try(handle: GpuHandle) -> str:
     return ""
 
 
-def _sit_down(uuid: str) -> None:
+def _set_device(uuid: str) -> None:
     torch.cuda.set_device(index_of(uuid))

@@ -1,7 +1,7 @@
-"""Limits of one run, whoever asks for it: one within them cannot hold up the leader's other runs for long.
+"""Limits of one run, so that it cannot delay the other runs of its leader for long.
 
-Drawing the noise takes 7 microseconds a sample, working out a round's coefficients time that grows with the square of
-its drafts (60 ms for 256 of 1,000 steps). A timestep is at most what the worker protocol holds.
+Drawing noise takes 7 microseconds per sample. The time to compute a round's coefficients grows with the square of its
+drafts: 60 ms for 256 drafts of 1,000 steps. The largest timestep is that of the worker protocol.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 MAX_WORKERS: Final = 256
-"""Of one leader."""
+"""Workers of one leader."""
 MAX_SAMPLES: Final = 16_384
 MAX_STEPS: Final = 10_000
 MAX_DRAFTS: Final = 256
@@ -17,7 +17,7 @@ MAX_EVALUATIONS: Final = 100_000
 MAX_GUIDANCE: Final = 1e6
 MAX_TIMESTEP: Final = 1e9
 MAX_NUMBERS: Final = 2**34
-"""Of all slots of a run together."""
+"""Numbers in all slots of a run together."""
 
 
 def check_count(name: str, value: object, most: int) -> int:

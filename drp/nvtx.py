@@ -1,4 +1,4 @@
-"""NVTX ranges for Nsight Systems; without them, calls are unchanged."""
+"""NVTX ranges for Nsight Systems."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def annotate(name: str, call: Callable[P, T]) -> Callable[P, T]:
-    """Return a function that does as `call` does, within a range of this name; it needs a torch built with CUDA."""
+    """Return a function that calls `call` within a range of this name. It needs a torch built with CUDA."""
 
     def within(*args: P.args, **kwargs: P.kwargs) -> T:
         nvtx.range_push(name)  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -25,6 +25,6 @@ def annotate(name: str, call: Callable[P, T]) -> Callable[P, T]:
 
 
 def annotate_methods(owner: object, **names: str) -> None:
-    """Have each call of an object's methods be within a range: by method, the range's name."""
+    """Wrap methods of an object in ranges: method -> name of the range."""
     for method, name in names.items():
         setattr(owner, method, annotate(name, getattr(owner, method)))

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def save_grid(samples: Tensor | NDArray[Any], columns: int, path: Path, scale: int = 2) -> None:
-    """Write [B, 1 or 3, H, W] in [-1, 1] as one PNG, `columns` a row, each pixel `scale` pixels wide."""
+    """Write samples [B, 1 or 3, H, W] in [-1, 1] as one PNG with `columns` per row, enlarged by `scale`."""
     path.write_bytes(encode_grid(samples, columns, scale, 2))
 
 
 def encode_grid(samples: Tensor | NDArray[Any], columns: int, scale: int, border: int) -> bytes:
-    """Return such a PNG, `border` pixels around each sample."""
+    """Return such a PNG with a border around each sample."""
     tiles = np.asarray(samples, dtype=np.float32)
     if tiles.ndim != 4 or tiles.shape[1] not in (1, 3):
         raise ValueError(f"samples of shape {list(tiles.shape)} are no pictures; a picture has 1 or 3 channels")

@@ -1,4 +1,4 @@
-"""Platforms: the one on which drp runs, and what to say on others."""
+"""The check of the operating system."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LINUX = {"macOS": "in a Linux container or virtual machine", "Windows": "in WSL 
 
 
 def require_linux() -> None:
-    """Raise RuntimeError, with the remedy, on another operating system."""
+    """Raise RuntimeError, with a remedy, on an operating system other than Linux."""
     if sys.platform != "linux":
         name = NAMES.get(sys.platform, sys.platform)
         raise RuntimeError(

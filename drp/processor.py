@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def processor_name() -> str:
-    """Return the processor's name as the kernel has it, its architecture if there is none."""
+    """Return the processor's name from the kernel, or its architecture if there is none."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

@@ -1,4 +1,4 @@
-"""torch's settings as a fresh process has them: the reference runs with what the workers have."""
+"""torch's default settings, with which the reference runs, as the workers do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _attribute(owner: Any, name: str, default: Any) -> Setting:
 
 
 def _flushes_denormals() -> bool:
-    """Whether this thread takes numbers this small for 0; torch has no function that says so."""
+    """Return whether denormal numbers are flushed to zero in this thread; torch has no function for this."""
     return not (torch.tensor(2.0**-140, dtype=torch.float32, device="cpu") * 1.0).item()
 
 
@@ -36,19 +36,19 @@ SETTINGS: tuple[Setting, ...] = (
     (cuda.math_sdp_enabled, cuda.enable_math_sdp, True),
     (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp, True),
 )
-"""What changes the bits of a result, or lets it fail: how it is read, how it is set, and torch's default."""
+"""The settings that change the bits of a result or can make it fail: getter, setter and default of each."""
 
 
 @contextmanager
 def torch_defaults() -> Iterator[None]:
-    """Give torch its default settings, and then those that it had.
+    """Set torch's defaults during the block, and restore the previous settings afterwards.
 
-    Most settings are of the whole process: other threads have the defaults too meanwhile. torch.autocast is not among
-    them; a run is refused under it.
+    Most settings apply to the whole process, including other threads. torch.autocast is not changed; runs are refused
+    under it.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
-        if torch.get_default_device().type != "cpu":  # otherwise every call of torch's would take a detour
+        if torch.get_default_device().type != "cpu":  # Any default device slows down every call of torch.
             stack.enter_context(torch.device("cpu"))
         for read, write, default in SETTINGS:
             if (before := read()) != default:

@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Let torch have so many in this thread, then as many as before."""
+    """Set the number of torch threads of this thread during the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

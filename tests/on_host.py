@@ -229,7 +229,7 @@ def _stand_in() -> None:
     vars(cuda_device).update(CudaDevice=HostSeat, GpuMemory=Lent, invert_probe=invert_probe)
     models_gpu.Graphs._capture = capture  # type: ignore[method-assign]  # the worker's own code, in the worker's own process
     vars(doctor_peer).update(GpuMemory=Lent, invert_probe=invert_probe)
-    doctor_peer._sit_down = lambda uuid: None
+    doctor_peer._set_device = lambda uuid: None
 
 
 def main() -> None:

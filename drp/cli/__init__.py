@@ -1,4 +1,4 @@
-"""The command line, `drp`: one module a command, and what the commands share."""
+"""The command line, `drp`: a module for each command, and modules that they share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Completion in the shell:
 
 def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
-        import drp  # its version is looked up when it is asked for
+        import drp  # its version is looked up on first use
 
         click.echo(f"drp, version {drp.__version__}")
         context.exit()

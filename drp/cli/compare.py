@@ -17,11 +17,11 @@ from drp.sampling.drafts import RULES
 from drp.sampling.mode_selection import MODE_NAMES
 
 INTERRUPTED = 130
-"""The exit status of a program that Ctrl-C has ended."""
+"""The exit status after Ctrl-C."""
 
 
 def _list(kind: type) -> Any:
-    """Return a parser of values with commas between."""
+    """Return a parser of comma-separated values."""
 
     def parse(_: click.Context, parameter: click.Parameter, text: str | None) -> list[Any] | None:
         try:
@@ -40,28 +40,37 @@ def _list(kind: type) -> Any:
     default="window,aggressive,conservative,adaptive",
     show_default=True,
     callback=_list(str),
-    help=f"Of {', '.join(MODE_NAMES)}.",
+    help=f"Modes to compare, of {', '.join(MODE_NAMES)}.",
 )
-@click.option("--drafts", callback=_list(int), help="Drafts a round, 2,4,8; by default powers of 2 up to the devices.")
-@click.option("--strides", callback=_list(float), help="Of mode window.")
-@click.option("--tolerances", callback=_list(float), help="Of mode adaptive.")
-@click.option("--rule", type=click.Choice([*RULES]), help="How drafts are made; by default the best measured.")
-@click.option("--rivals", is_flag=True, help="Also fewer sequential steps, of the same solver and of UniPC.")
+@click.option(
+    "--drafts", callback=_list(int), help="Drafts per round, such as 2,4,8; by default powers of 2 up to the devices."
+)
+@click.option("--strides", callback=_list(float), help="Strides of mode window, in steps.")
+@click.option("--tolerances", callback=_list(float), help="Tolerances of mode adaptive.")
+@click.option("--rule", type=click.Choice([*RULES]), help="Draft rule; by default the one that measured best.")
+@click.option("--rivals", is_flag=True, help="Also measure fewer sequential steps, of the same solver and of UniPC.")
 @click.option("--seeds", type=click.IntRange(1), default=8, show_default=True, help="Samples of each setting.")
 @click.option("--turns", type=click.IntRange(1), default=3, show_default=True, help="Timed calls of each setting.")
 @click.option(
     "--max-distance", type=Number(0, min_open=True), help="Recommend the fastest setting within this distance."
 )
 @click.option(
-    "--min-speedup", type=Number(0, min_open=True), help="Recommend the nearest setting that is so much faster."
+    "--min-speedup", type=Number(0, min_open=True), help="Recommend the nearest setting with at least this speed-up."
 )
 @click.option("--clip", help="CLIP model, a folder or a name in the hub's local cache.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report"), show_default=True, help="Folder.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("report"),
+    show_default=True,
+    help="Folder of the report.",
+)
 @force_option
 @json_option
 @common_options
 def compare(source: Mapping[str, Any], as_json: bool, **options: Any) -> None:
-    """Compare ways of drafting PIPELINE with the untouched sampler: a report with figures, pictures and advice.
+    """Compare modes and numbers of drafts with the untouched sampler, in a report with figures, pictures and advice.
 
     PIPELINE is digits, a diffusers pipeline's folder or hub name, or package.module:factory of a pipeline or a model.
     """

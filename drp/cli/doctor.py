@@ -1,4 +1,4 @@
-"""`drp doctor`: what this machine has, and what of it works; or the network to workers on other machines."""
+"""`drp doctor`: examines this machine, or measures the network to workers on other machines."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from drp.cli.options import json_option, verbose_option
 
 
 @click.command()
-@click.option("--ray", help="Measure the network to workers that Ray places instead: the cluster's address, or auto.")
-@click.option("--listen", help="Measure that to workers which dial in instead, at tcp://HOST:PORT.")
+@click.option("--ray", help="Measure the network to workers of this Ray cluster: its address, or auto.")
+@click.option("--listen", help="Measure the network to workers that dial in at tcp://HOST:PORT.")
 @click.option(
-    "--keys", type=click.Path(path_type=Path), help="With --listen: folder that `drp keys` made; none: no encryption."
+    "--keys",
+    type=click.Path(path_type=Path),
+    help="With --listen: folder made by `drp keys`; without it, no encryption.",
 )
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="With --ray or --listen.")
+@click.option(
+    "--workers", type=click.IntRange(1), default=1, show_default=True, help="Number of workers, with --ray or --listen."
+)
 @json_option
 @verbose_option
 def doctor(ray: str | None, listen: str | None, keys: Path | None, workers: int, as_json: bool) -> None:
-    """Show what this machine has, what of it works, and what drp will use; end with 1 if something is in the way."""
+    """Examine this machine and print what drp will use; the exit status is 1 if something prevents drp from working."""
     if ray is not None or listen is not None:
         with plain_errors():
             _network(ray, listen, keys, workers, as_json)
@@ -42,7 +46,7 @@ def doctor(ray: str | None, listen: str | None, keys: Path | None, workers: int,
 
 
 def _network(ray: str | None, listen: str | None, keys: Path | None, workers: int, as_json: bool) -> None:
-    """Measure the network, and print what was found."""
+    """Measure the network and print the result."""
     from drp.doctor_network import measure
     from drp.leader.ray import on_ray
     from drp.leader.remote import RemoteWorkers

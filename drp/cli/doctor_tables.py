@@ -1,4 +1,4 @@
-"""Tables of what the doctor found, for people."""
+"""The tables that `drp doctor` prints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MARKS = {"": "", "good": "[green]yes[/]", "bad": "[red]NO[/]"}
 
 
 def tables(report: Report) -> Iterator[Table]:
-    """Yield a table for each section, and if there are GPUs how they reach each other."""
+    """Yield a table for each section, and if there are GPUs one for each kind of access between them."""
     for title, findings in report.sections.items():
         table = Table(title=title, title_justify="left", show_header=False, expand=False)
         for finding in findings:

@@ -1,4 +1,4 @@
-"""What several commands share: errors in a line, numbers in text, and objects as JSON."""
+"""Helpers of several commands: errors, parsing of numbers, and JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import click
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Show errors that a user can mend as a line on stderr with exit status 1, without a traceback."""
+    """Print errors that a user can correct as one line on stderr, without a traceback, and exit with status 1."""
     try:
         yield
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
@@ -23,12 +23,12 @@ def plain_errors() -> Iterator[None]:
 
 
 def parse_offsets(text: str | None) -> str | tuple[int, ...] | None:
-    """Return the offsets of a window, or their name."""
+    """Parse the offsets of a window, numbers or a name."""
     return tuple(parse_numbers("offsets", text)) if text and text[0].isdecimal() else text
 
 
 def parse_numbers(what: str, text: str) -> list[int]:
-    """Return the whole numbers that text such as `1,28,28` lists; raise ValueError if it is anything else."""
+    """Parse a list of whole numbers such as `1,28,28`; raise ValueError for other text."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
         raise ValueError(f"{what} is {text!r}; write whole numbers with commas between")

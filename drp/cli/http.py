@@ -1,4 +1,4 @@
-"""The command line of the gateway: `drp http`."""
+"""`drp http`: the HTTP gateway."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from drp.cli.options import (
     trace_most_option,
     trace_option,
 )
-from drp.cli.output import check_trace
+from drp.cli.output import check_file
 from drp.http.jobs import Backend
 from drp.pipelines import KINDS
 from drp.sampling.mode_selection import MODE_NAMES
@@ -35,30 +35,40 @@ from drp.sampling.mode_selection import MODE_NAMES
 @click.option(
     "--diffusers",
     metavar="PATH",
-    help=f"Instead: a diffusers pipeline: {KINDS}.",
+    help=f"Serve a diffusers pipeline instead of a server's model: {KINDS}.",
 )
-@click.option("-d", "--devices", help="Of the pipeline, as those of `drp sample`.")
+@click.option("-d", "--devices", help="Devices of the pipeline, as in `drp sample`.")
 @click.option(
-    "-m", "--mode", type=click.Choice(MODE_NAMES), default="window", show_default=True, help="Of the pipeline."
+    "-m", "--mode", type=click.Choice(MODE_NAMES), default="window", show_default=True, help="Mode of the pipeline."
 )
-@click.option("--drafts", type=click.IntRange(1), help="Of the pipeline: drafts a round; by default one a device.")
+@click.option("--drafts", type=click.IntRange(1), help="Drafts per round of the pipeline; by default one per device.")
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Where it listens; whoever reaches it needs no password."
-)
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 for one that is free.")
-@click.option("--allow-host", multiple=True, help="A name by which it may be asked besides its own; '*' for any.")
-@click.option(
-    "--max-work", type=Number(1), default=1e9, show_default=True, help="Of a request: images x width x height x steps."
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen at. There is no authentication."
 )
 @click.option(
-    "--queue", type=click.IntRange(1), default=64, show_default=True, help="Of the pipeline: requests that may wait."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen at; 0 for a free one.",
+)
+@click.option("--allow-host", multiple=True, help="Further Host header to accept; '*' for any.")
+@click.option(
+    "--max-work",
+    type=Number(1),
+    default=1e9,
+    show_default=True,
+    help="Limit of images x width x height x steps per request.",
+)
+@click.option(
+    "--queue", type=click.IntRange(1), default=64, show_default=True, help="Requests to the pipeline that may wait."
 )
 @click.option(
     "--max-connections",
     type=click.IntRange(1),
     default=512,
     show_default=True,
-    help="Beyond, requests are answered with 503.",
+    help="Connections at once; further requests are answered with 503.",
 )
 @trace_option
 @trace_most_option
@@ -82,7 +92,7 @@ def http(
     trace_most: int,
     force: bool,
 ) -> None:
-    """Answer HTTP: images in OpenAI's convention, /health, /metrics, and a page. Needs draft-refine[serve]."""
+    """Serve images over HTTP: OpenAI's images endpoint, /health, /metrics and a page. Needs draft-refine[serve]."""
     with plain_errors():
         try:
             import uvicorn
@@ -93,7 +103,7 @@ def http(
         backend: Backend
         if diffusers is not None:
             if trace is not None:
-                check_trace(trace, force)
+                check_file(trace, force)
             places, batch = pipeline_devices(devices)
             spread: dict[str, Any] = {"devices": places, "mode": mode, "drafts": drafts, "drafts_per_device": batch}
             if trace is not None:
@@ -124,10 +134,10 @@ def http(
 
 
 def own_names(host: str) -> list[str]:
-    """Return the names by which a server that listens on an address is asked: its own, or all that this machine has."""
+    """Return the Host headers of a server at this address: its own name, or all names of this machine."""
     found = {host, "localhost", "127.0.0.1", "[::1]"}
     if host in ("", "0.0.0.0", "::"):  # noqa: S104  # compared with, not bound to
-        import psutil  # only here: where drp does not run, the command line says so in a sentence
+        import psutil  # Imported here, so that unsupported systems get a clear error first.
 
         found |= {socket.gethostname(), socket.getfqdn()}
         addresses = [each.address for interface in psutil.net_if_addrs().values() for each in interface]

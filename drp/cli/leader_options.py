@@ -44,7 +44,7 @@ _OPTIONS = (
     click.option(
         "--hedge",
         type=Number(1, min_open=True),
-        help="Send drafts that take this many times the median latency to idle workers too.",
+        help="Send a draft to a second worker after this many times the median latency.",
     ),
     click.option(
         "--dispatch",
@@ -54,10 +54,16 @@ _OPTIONS = (
         help="Whether drafts are sent ahead of the predictions that they depend on.",
     ),
     click.option(
-        "--start-timeout", type=SECONDS, default=120.0, show_default=True, help="Seconds that workers have to start."
+        "--start-timeout",
+        type=SECONDS,
+        default=120.0,
+        show_default=True,
+        help="Seconds within which workers must start.",
     ),
     click.option(
-        "--draft-timeout", type=SECONDS, help="Seconds that a worker has for a draft; by default from its usual time."
+        "--draft-timeout",
+        type=SECONDS,
+        help="Seconds within which a worker must evaluate a draft; by default 20 times the slowest so far.",
     ),
 )
 
@@ -70,10 +76,10 @@ def leader_options(command: F) -> F:
 
 
 def make_leader_options(given: Mapping[str, Any]) -> LeaderOptions:
-    """Return the leader's options; without `devices`, what there is decides. Raises ValueError for invalid options."""
+    """Return the leader's options, with default devices if none are given; raise ValueError for invalid ones."""
     from dataclasses import replace
 
-    from drp.leader.execution import ExecutionOptions  # only now: --help need not wait for torch
+    from drp.leader.execution import ExecutionOptions  # Imported here, so that --help does not import torch.
     from drp.leader.options import LeaderOptions
     from drp.leader.scheduling.policies import find_policy
 

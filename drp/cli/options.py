@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options of several commands."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ MAX_DEFAULT_WORKERS = 4
 F = TypeVar("F", bound=Callable[..., Any])
 
 trace_option = click.option(
-    "--trace", type=click.Path(path_type=Path), help="File for a trace of what happened where and when, for Perfetto."
+    "--trace", type=click.Path(path_type=Path), help="File to write a trace of the run to, for Perfetto."
 )
 trace_most_option = click.option(
     "--trace-most",
     type=click.IntRange(1),
     default=50_000,
     show_default=True,
-    help="Events that the trace keeps, the newest: so many are about 200 runs of 48 steps.",
+    help="Number of newest events kept in the trace; 50,000 are about 200 runs of 48 steps.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output instead of text.")
 force_option = click.option("-f", "--force", is_flag=True, help="Overwrite files that drp has not written.")
@@ -51,7 +51,7 @@ def _extend_path(_: click.Context, __: click.Parameter, folder: Path) -> None:
     if not folder.is_dir():
         raise click.BadParameter(f"there is no folder {folder}")
     path = str(folder.resolve())
-    if sys.path[:1] != [path]:  # workers get this process's path
+    if sys.path[:1] != [path]:  # Workers inherit this process's path.
         sys.path.insert(0, path)
 
 
@@ -61,12 +61,12 @@ app_dir_option = click.option(
     default=Path(),
     expose_value=False,
     callback=_extend_path,
-    help="Folder to import models of your own from; by default the working directory.",
+    help="Folder to import your own models from; by default the working directory.",
 )
 
 
 def _read_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
-    """Let a TOML file say what the command's options are by default."""
+    """Read the defaults of the command's options from a TOML file."""
     if path is None:
         return
     try:
@@ -94,7 +94,7 @@ config_option = click.option(
     is_eager=True,
     expose_value=False,
     callback=_read_config,
-    help="TOML file with options by their long names, steps = 24; what the command line says goes first.",
+    help="TOML file with options by their long names, such as steps = 24. The command line takes precedence.",
 )
 
 
@@ -108,14 +108,14 @@ OPTION_GROUPS = {
     "Leader options": ("devices", "threads", "drafts_per_device", "policy", "hedge", "start_timeout", "draft_timeout"),
     "Execution options": ("dispatch",),
 }
-"""By title, the options that the help of a command lists under it; all others are listed last."""
+"""The groups of options in the help of a command, by title. Other options are listed last."""
 
 
 class GroupedCommand(click.Command):
-    """A command whose help lists its options by OPTION_GROUPS."""
+    """A command whose help groups its options by OPTION_GROUPS."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options, group by group."""
+        """Write the options by group."""
         titles = {name: title for title, names in OPTION_GROUPS.items() for name in names}
         groups: dict[str, list[tuple[str, str]]] = {title: [] for title in (*OPTION_GROUPS, "Options")}
         for parameter in self.get_params(context):
@@ -129,10 +129,10 @@ class GroupedCommand(click.Command):
 
 
 class Number(click.FloatRange):
-    """A range of numbers, without NaN, which is in every range of click's."""
+    """A range of numbers that excludes NaN, which click accepts in every range."""
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        """Return the number."""
+        """Convert a value; fail for NaN."""
         number = super().convert(value, parameter, context)
         if math.isnan(number):
             self.fail(f"{value!r} is not a number.", parameter, context)
@@ -140,7 +140,7 @@ class Number(click.FloatRange):
 
 
 class DeviceDefaults(NamedTuple):
-    """What `drp sample` and `drp serve` use where the user does not name devices."""
+    """The devices that `drp sample` and `drp serve` use by default."""
 
     devices: str
     threads: int
@@ -148,10 +148,10 @@ class DeviceDefaults(NamedTuple):
 
 
 def default_devices() -> DeviceDefaults:
-    """Return the GPUs if there are any, else the cores that this process may use; at most four workers.
+    """Return the GPUs if there are any, else the cores that this process may use, for at most four workers.
 
-    With more drafts a round samples differ more from the sequential ones; beyond four a user should decide. A single
-    GPU evaluates four drafts as one batch.
+    With more drafts per round, samples differ more from the sequential ones, so that more than four are left to the
+    user. A single GPU evaluates four drafts as one batch.
     """
     from drp.leader.gpus import find_gpus  # imports torch
 
@@ -169,7 +169,7 @@ def default_devices() -> DeviceDefaults:
 
 
 def pipeline_devices(given: str | None) -> tuple[str, int]:
-    """Return a pipeline's devices and the number of drafts of each; without `given`, those that this machine has."""
+    """Return the devices of a pipeline, by default those of this machine, and the drafts per device."""
     found = DeviceDefaults(given, 1, 1) if given else default_devices()
     return found.devices, found.drafts_per_device
 

@@ -1,4 +1,4 @@
-"""Files that the command line writes: checked before a run, written in the format that their name ends in."""
+"""Output files: checks before a run, and writing in the format of the suffix."""
 
 from __future__ import annotations
 
@@ -12,25 +12,21 @@ if TYPE_CHECKING:
 
 ENDINGS = (".png", ".npy", ".safetensors")
 SOFTWARE = "draft-refine"
-"""What files say of the program that wrote them."""
+"""The metadata by which files written by drp are recognised."""
 TRACE_START = b'{"traceEvents":[{"ph":"M","name":"process_name","pid":1,"tid":0,"args":{"name":"leader"}}'
 
 
 def check_output(path: Path, force: bool) -> None:
-    """Raise ValueError if samples cannot be written to `path`, or something would be overwritten that is not drp's."""
+    """Raise ValueError if samples cannot be written to `path`, or if it is a file that drp has not written."""
     if path.suffix.lower() not in ENDINGS:
         raise ValueError(
             f"{path} cannot be written: give a file that ends in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
         )
-    _check_file(path, force)
+    check_file(path, force)
 
 
-def check_trace(path: Path, force: bool) -> None:
-    """Raise ValueError if a trace cannot be written to `path`, or something would be overwritten that is not drp's."""
-    _check_file(path, force)
-
-
-def _check_file(path: Path, force: bool) -> None:
+def check_file(path: Path, force: bool) -> None:
+    """Raise ValueError if `path` cannot be written, or if it is a file that drp has not written."""
     if path.is_dir():
         raise ValueError(f"{path} cannot be written: it is a folder")
     if not path.parent.is_dir():
@@ -44,7 +40,7 @@ def _check_file(path: Path, force: bool) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Return whether drp has written a file, by what is in it. Empty files are nobody's."""
+    """Return whether drp has written a file, by its content; True for an empty one."""
     if path.stat().st_size == 0:
         return True
     try:
@@ -57,12 +53,12 @@ def _is_ours(path: Path) -> bool:
 
 
 def default_output(shape: Sequence[int]) -> Path:
-    """Return the file for samples of this shape: a picture where they are pictures."""
+    """Return the default file for samples of this shape: a picture if possible."""
     return Path("samples.png" if is_picture(shape) else "samples.safetensors")
 
 
 def is_picture(shape: Sequence[int]) -> bool:
-    """Return whether a sample of this shape can be drawn."""
+    """Return whether a sample of this shape is a picture."""
     return len(shape) == 3 and shape[0] in (1, 3)
 
 
@@ -76,7 +72,7 @@ def check_shape(path: Path, shape: Sequence[int]) -> None:
 
 
 def write_samples(samples: Tensor, columns: int, path: Path, scale: int = 2) -> None:
-    """Write samples [B, ...]: as PNG `columns` a row, else as one array, called `samples` in a .safetensors file."""
+    """Write samples [B, ...] as a PNG with `columns` per row, or as one array, named `samples` in .safetensors."""
     ending = path.suffix.lower()
     if ending == ".png":
         from drp.pictures import save_grid

@@ -1,4 +1,4 @@
-"""`drp sample --diffusers PATH --prompt ...`: a pipeline of diffusers in the place of a model."""
+"""`drp sample --diffusers PATH --prompt ...`: sampling from a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from click.core import ParameterSource
 
 from drp.cli.helpers import parse_numbers, plain_errors, print_json
 from drp.cli.options import pipeline_devices
-from drp.cli.output import check_output, check_trace, write_samples
+from drp.cli.output import check_file, check_output, write_samples
 from drp.pipelines import KINDS, load_pipeline
 
 SPREAD = ("mode", "drafts", "stride", "target_speedup", "target_rounds", "rule", "tolerance", "warmup", "threads")
-"""Options of `drp sample` that `parallelize` has too, beside the devices."""
+"""Options of `drp sample` that are passed to `parallelize`, except the devices."""
 KEPT = ("rows", "shape", "steps", "devices", "guidance", *SPREAD)
-"""Options of `drp sample` that a pipeline has too, beside those of ALWAYS."""
+"""Options of `drp sample` that also apply to a pipeline, except those of ALWAYS."""
 ALWAYS = ("seed", "out", "trace", "force", "as_json")
 
 
 def pipeline_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Let `drp sample` draw with a pipeline if it is given one."""
+    """Add --diffusers and its options to `drp sample`."""
 
-    @click.option("--diffusers", metavar="PATH", help=f"Instead of MODEL a diffusers pipeline: {KINDS}.")
-    @click.option("-p", "--prompt", help="What the pipeline is to draw.")
-    @click.option("--negative-prompt", help="What it is not to draw.")
+    @click.option("--diffusers", metavar="PATH", help=f"Sample from a diffusers pipeline instead of MODEL: {KINDS}.")
+    @click.option("-p", "--prompt", help="Prompt of the pipeline.")
+    @click.option("--negative-prompt", help="Negative prompt of the pipeline.")
     @functools.wraps(command)
     def sample(
         model: str, diffusers: str | None, prompt: str | None, negative_prompt: str | None, **options: Any
@@ -49,7 +49,7 @@ def pipeline_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str, Any], given: set[str]) -> None:
-    """Draw with the pipeline at `path`; `given` are the options that the user gave."""
+    """Sample from the pipeline at `path`; `given` are the names of the options that the user gave."""
     lost = sorted(given - {*KEPT, *ALWAYS})
     if lost:
         raise ValueError(f"--{lost[0].replace('_', '-')} goes with drp's own models; a pipeline brings that along")
@@ -58,7 +58,7 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
     out: Path = options["out"] or Path("samples.png")
     check_output(out, options["force"])
     if options["trace"] is not None:
-        check_trace(options["trace"], options["force"])
+        check_file(options["trace"], options["force"])
     size = parse_numbers("shape", options["shape"]) if options["shape"] is not None else None
     if size is not None and len(size) != 2:
         raise ValueError(f"shape is {options['shape']!r}; a pipeline's is height and width, such as 512,768")

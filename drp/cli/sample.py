@@ -1,4 +1,4 @@
-"""`drp sample`: one sampling run, into a file."""
+"""`drp sample`: one sampling run, written to a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from drp.cli.helpers import parse_numbers, parse_offsets, plain_errors, print_json
 from drp.cli.leader_options import POSITIVE, leader_options, make_leader_options
 from drp.cli.options import GroupedCommand, Number, common_options, force_option, json_option, trace_option
-from drp.cli.output import check_output, check_shape, check_trace, default_output, write_samples
+from drp.cli.output import check_file, check_output, check_shape, default_output, write_samples
 from drp.cli.pipeline import pipeline_options
 from drp.pipelines import check_module
 from drp.sampling.drafts import RULES
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def parse_labels(text: str) -> list[int]:
-    """Return the labels that text such as `3,1,4` or `0-9` names, none if it is empty."""
+    """Parse labels such as `3,1,4` or `0-9`; empty text means none."""
     labels: list[int] = []
     for part in text.split(",") if text else ():
         first, dash, last = part.strip().partition("-")
@@ -43,30 +43,32 @@ def parse_labels(text: str) -> list[int]:
 
 @click.command(cls=GroupedCommand)
 @click.argument("model", default="digits")
-@click.option("-l", "--labels", help="Classes, a column each: 3,1,4 or 0-9; by default all that the model has.")
-@click.option("-r", "--rows", type=POSITIVE, default=1, show_default=True, help="Samples of each label, a row each.")
-@click.option("--shape", help="A sample's shape, 1,28,28, for a model that does not say it.")
+@click.option("-l", "--labels", help="Classes, one per column: 3,1,4 or 0-9; by default all classes of the model.")
+@click.option("-r", "--rows", type=POSITIVE, default=1, show_default=True, help="Samples per label, one per row.")
+@click.option("--shape", help="Shape of a sample, such as 1,28,28, for a model that does not define it.")
 @click.option("-n", "--steps", type=POSITIVE, default=48, show_default=True, help="Steps of the solver.")
 @leader_options
 @click.option("-m", "--mode", type=click.Choice(MODE_NAMES), default="window", show_default=True)
-@click.option("--drafts", type=POSITIVE, help="Drafts a round; by default as many as the devices evaluate at once.")
-@click.option("--target-speedup", type=Number(1), help="Choose a window for this, with at most --drafts.")
-@click.option("--target-rounds", type=POSITIVE, help="Choose a window that takes so many rounds, likewise.")
+@click.option("--drafts", type=POSITIVE, help="Drafts per round; by default as many as the devices evaluate at once.")
+@click.option(
+    "--target-speedup", type=Number(1), help="Choose a window with this ratio of steps to rounds and at most --drafts."
+)
+@click.option("--target-rounds", type=POSITIVE, help="Choose a window with this number of rounds and at most --drafts.")
 @click.option(
     "--stride",
     type=Number(1),
-    help="Of mode window: steps by which it moves on; by default n / 2 + 1, or (n + 1) / 2 if the solver adds noise.",
+    help="Steps by which mode window advances; by default n / 2 + 1, or (n + 1) / 2 if the solver adds noise.",
 )
 @click.option(
-    "--offsets", help=f"Of mode window: how far ahead drafts lie: {', '.join(PATTERNS)}, or 1,2,3,4,6,8,10,12."
+    "--offsets", help=f"Steps ahead of the drafts in mode window: {', '.join(PATTERNS)}, or 1,2,3,4,6,8,10,12."
 )
-@click.option("--rule", type=click.Choice([*RULES]), help="How drafts are made; by default the best measured.")
+@click.option("--rule", type=click.Choice([*RULES]), help="Draft rule; by default the one that measured best.")
 @click.option(
     "--tolerance",
     type=Number(0),
     default=0.0025,
     show_default=True,
-    help="Residual above which mode adaptive drops predictions.",
+    help="Relative residual above which mode adaptive discards predictions.",
 )
 @click.option("--warmup", type=click.IntRange(0), default=0, show_default=True, help="Sequential steps at the start.")
 @click.option(
@@ -75,9 +77,9 @@ def parse_labels(text: str) -> list[int]:
 @click.option("--solver", type=click.Choice(SOLVER_NAMES), default="ddim", show_default=True)
 @click.option("--order", type=POSITIVE, help="Order of a multistep solver.")
 @click.option("--eta", type=Number(0, 1), help="Noise that ddim adds, 0 to 1.")
-@click.option("--spacing", type=click.Choice(["trailing", "leading", "linspace"]), help="Of the timesteps.")
-@click.option("--sigmas", type=click.Choice(["karras", "exponential", "beta"]), help="Noise levels.")
-@click.option("--shift", type=Number(0, min_open=True), help="Of a flow-matching grid.")
+@click.option("--spacing", type=click.Choice(["trailing", "leading", "linspace"]), help="Spacing of the timesteps.")
+@click.option("--sigmas", type=click.Choice(["karras", "exponential", "beta"]), help="Spacing of the noise levels.")
+@click.option("--shift", type=Number(0, min_open=True), help="Shift of a flow-matching grid.")
 @click.option(
     "--prediction-type",
     type=click.Choice(PREDICTION_TYPES),
@@ -91,8 +93,8 @@ def parse_labels(text: str) -> list[int]:
     "-o",
     "--out",
     type=click.Path(path_type=Path),
-    help="File, by its ending .png, .npy or .safetensors; by default samples.png, or samples.safetensors where samples "
-    "are no pictures.",
+    help="Output file, .png, .npy or .safetensors; by default samples.png, or samples.safetensors if samples are no "
+    "pictures.",
 )
 @force_option
 @json_option
@@ -100,18 +102,18 @@ def parse_labels(text: str) -> list[int]:
 @common_options
 @pipeline_options
 def sample(model: str, **options: Any) -> None:
-    """Draw samples of MODEL: digits, or package.module:factory of your own, which may be in the working directory."""
+    """Sample from MODEL: digits, or package.module:factory of your own, which may be in the working directory."""
     with plain_errors():
         if options["out"] is not None:
             check_output(options["out"], options["force"])
         if options["trace"] is not None:
-            check_trace(options["trace"], options["force"])
+            check_file(options["trace"], options["force"])
         _sample(model, options)
 
 
 def _sample(model: str, given: Mapping[str, Any]) -> None:
     """Check every option, start workers, sample, and write the samples."""
-    from drp.api import check_options  # only now: --help need not wait for torch
+    from drp.api import check_options  # Imported here, so that --help does not import torch.
     from drp.leader.leader import Leader
     from drp.models import describe
     from drp.trace.record import record
@@ -133,7 +135,7 @@ def _sample(model: str, given: Mapping[str, Any]) -> None:
     )
     with bar:
         solver = options["solver"], options["steps"], options["prediction_type"]
-        total = make_solver(*solver, options["grid"], options["solver_options"]).grid.steps  # Heun's has more
+        total = make_solver(*solver, options["grid"], options["solver_options"]).grid.steps  # Heun's grid has more.
         devices = chosen.worker_devices
         names = ", ".join(device.name for device in devices)
         progress = bar.add_task(f"starting {len(devices)} worker(s) on {names}", total=total)
@@ -142,7 +144,7 @@ def _sample(model: str, given: Mapping[str, Any]) -> None:
             bar.update(progress, completed=step, description="sampling")
 
         with Leader(model, chosen) as leader:
-            if shape is None:  # only the loaded model says it
+            if shape is None:  # It is known once the model is loaded.
                 shape = leader.spec.sample_shape or ()
                 out = _output(out, shape, given["force"])
             assert out is not None
@@ -153,7 +155,7 @@ def _sample(model: str, given: Mapping[str, Any]) -> None:
 
 
 def _output(out: Path | None, shape: Any, force: bool) -> Path:
-    """Return the file for samples of this shape; raise ValueError if it cannot hold them."""
+    """Return the output file; raise ValueError if samples of this shape cannot be written to it."""
     if out is None:
         out = default_output(shape)
         check_output(out, force)

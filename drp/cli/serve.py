@@ -1,4 +1,4 @@
-"""The command line of the server: `drp serve`, `drp keys`, `drp status`."""
+"""`drp serve`, `drp keys` and `drp status`: the server, its keys and its status."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ from drp.cli.options import (
     trace_most_option,
     trace_option,
 )
-from drp.cli.output import check_trace
+from drp.cli.output import check_file
 
 
 @click.command(cls=GroupedCommand)
 @click.argument("model", default="digits")
 @leader_options
-@click.option("-l", "--listen", help="ipc://PATH, or tcp://HOST:PORT with --keys; by default a path of the user's own.")
-@click.option("--keys", type=click.Path(path_type=Path), help="Directory that `drp keys` has made.")
+@click.option(
+    "-l",
+    "--listen",
+    help="ipc://PATH, or tcp://HOST:PORT with --keys; by default a path in the user's runtime directory.",
+)
+@click.option("--keys", type=click.Path(path_type=Path), help="Directory made by `drp keys`.")
 @click.option(
     "--max-requests",
     type=click.IntRange(1),
@@ -37,7 +41,11 @@ from drp.cli.output import check_trace
 )
 @click.option("--max-clients", type=click.IntRange(1), default=128, show_default=True, help="Clients at once.")
 @click.option(
-    "--stall", type=SECONDS, default=30.0, show_default=True, help="Seconds without progress that are not healthy."
+    "--stall",
+    type=SECONDS,
+    default=30.0,
+    show_default=True,
+    help="Seconds without progress after which the server is unhealthy.",
 )
 @click.option(
     "--drain",
@@ -65,7 +73,7 @@ def serve(
 ) -> None:
     """Serve MODEL to clients on a socket, until SIGTERM or Ctrl-C; a second one ends it at once."""
     with plain_errors():
-        import torch  # only now: --help need not wait for it
+        import torch  # Imported here, so that --help does not import it.
 
         from drp.leader import Leader
         from drp.protocol.endpoint import check_address
@@ -80,9 +88,9 @@ def serve(
         check_address(address, own)  # before workers start
         check_descriptors(max_clients)
         if trace is not None:
-            check_trace(trace, force)
+            check_file(trace, force)
         options = make_leader_options(leader)
-        torch.set_num_threads(1)  # What this process computes is small, and its workers' cores are theirs.
+        torch.set_num_threads(1)  # This process computes little, and must not use its workers' cores.
         with (
             Leader(model, options) as started,
             record(started, trace, trace_most) if trace is not None else nullcontext(),
@@ -105,9 +113,9 @@ def serve(
 @click.argument("clients", nargs=-1)
 @click.option("-w", "--worker", "workers", multiple=True, help="Name of a worker on another machine; may be repeated.")
 def keys(directory: Path, clients: tuple[str, ...], workers: tuple[str, ...]) -> None:
-    """Make the keys of a server or leader, and of CLIENTS by name, in DIRECTORY, where there are none yet.
+    """Make missing keys of a server or leader, and of CLIENTS by name, in DIRECTORY.
 
-    A client needs DIRECTORY/clients/NAME.key_secret and DIRECTORY/server.key, and nothing else of it; a worker
+    A client needs only DIRECTORY/clients/NAME.key_secret and DIRECTORY/server.key, a worker only
     DIRECTORY/workers/NAME.key_secret and DIRECTORY/server.key.
     """
     from drp.protocol.keys import make
@@ -121,10 +129,10 @@ def keys(directory: Path, clients: tuple[str, ...], workers: tuple[str, ...]) ->
 @click.argument("address", required=False)
 @click.option("--server-key", type=click.Path(path_type=Path), help="File with the server's public key, for tcp://.")
 @click.option("--key", type=click.Path(path_type=Path), help="File with the client's secret key, for tcp://.")
-@click.option("--metrics", is_flag=True, help="Print the metrics instead, for Prometheus.")
+@click.option("--metrics", is_flag=True, help="Print metrics in the text format of Prometheus instead.")
 @json_option
 def status(address: str | None, server_key: Path | None, key: Path | None, metrics: bool, as_json: bool) -> None:
-    """Print how the server at ADDRESS is; exit with status 1 if it is not healthy."""
+    """Print the status of the server at ADDRESS; the exit status is 1 if it is not healthy."""
     with plain_errors():
         if metrics and as_json:
             raise ValueError("--metrics prints Prometheus' text format; leave out --json")

@@ -1,4 +1,4 @@
-"""What `drp compare` and `drp tune` measure: a model, or a pipeline of diffusers with the options of its call."""
+"""The subject of `drp compare` and `drp tune`: a model, or a diffusers pipeline with the arguments of its call."""
 
 from __future__ import annotations
 
@@ -25,23 +25,32 @@ OF_PIPELINES = ("prompt", "negative_prompt", "call", "split_guidance")
 
 
 def source_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the argument and the options that name a subject; the command receives them as the mapping `source`."""
+    """Add the argument and the options of a subject; the command receives them as the mapping `source`."""
     more = ("policy", "start_timeout", "draft_timeout")
     names = ("pipeline", "devices", "threads", "steps", "guidance", "shape", *OF_MODELS, *OF_PIPELINES, *more)
 
     @click.argument("pipeline", default="digits")
-    @click.option("-p", "--prompt", help="Of a pipeline.")
-    @click.option("--negative-prompt", help="Of a pipeline.")
-    @click.option("--call", help="Further arguments of a pipeline's call, as JSON: '{\"num_frames\": 16}'.")
-    @click.option("--split-guidance", is_flag=True, help="Of a pipeline: guidance's two branches on two devices.")
+    @click.option("-p", "--prompt", help="Prompt of a pipeline.")
+    @click.option("--negative-prompt", help="Negative prompt of a pipeline.")
+    @click.option("--call", help="Further arguments of a pipeline's call, in JSON: '{\"num_frames\": 16}'.")
+    @click.option(
+        "--split-guidance", is_flag=True, help="Evaluate the two branches of a pipeline's guidance on two devices."
+    )
     @leader_options
-    @click.option("-n", "--steps", type=click.IntRange(1), help="Steps; by default 48 of a model, a pipeline's own.")
+    @click.option(
+        "-n",
+        "--steps",
+        type=click.IntRange(1),
+        help="Steps; by default 48 for a model, and the pipeline's own default.",
+    )
     @click.option("--guidance", type=float, help="Scale of classifier-free guidance.")
-    @click.option("--shape", help="A sample's shape, 4,32,32, for a model that does not say it; of a pipeline 512,768.")
-    @click.option("-l", "--labels", help="Of a model: the classes, one a seed in turn: 3,1,4 or 0-9.")
-    @click.option("--solver", type=click.Choice(SOLVER_NAMES), help="Of a model; by default ddim.")
-    @click.option("--prediction-type", type=click.Choice(PREDICTION_TYPES), help="Of a model; by default epsilon.")
-    @click.option("--shift", type=Number(0, min_open=True), help="Of a model's flow-matching grid.")
+    @click.option("--shape", help="Shape of a sample, such as 4,32,32, or height and width of a pipeline, 512,768.")
+    @click.option("-l", "--labels", help="Classes of a model, used in turn by the seeds: 3,1,4 or 0-9.")
+    @click.option("--solver", type=click.Choice(SOLVER_NAMES), help="Solver of a model; by default ddim.")
+    @click.option(
+        "--prediction-type", type=click.Choice(PREDICTION_TYPES), help="What a model predicts; by default epsilon."
+    )
+    @click.option("--shift", type=Number(0, min_open=True), help="Shift of a model's flow-matching grid.")
     @functools.wraps(command)
     def wrapped(**options: Any) -> None:
         given = {name: options.pop(name) for name in names}
@@ -51,7 +60,7 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def make_subject(source: Mapping[str, Any]) -> Subject:
-    """Return the subject that the options name; raise ValueError for options that it does not have."""
+    """Return the subject; raise ValueError for options that it does not have."""
     from drp.leader.devices import parse_devices
 
     name: str = source["pipeline"]
@@ -75,7 +84,7 @@ def load_if_pipeline(name: str) -> Any:
 
 
 def _parse_call(text: str | None) -> dict[str, Any]:
-    """Return the arguments that `--call` gives."""
+    """Parse the arguments of `--call`."""
     try:
         call = json.loads(text) if text is not None else {}
     except json.JSONDecodeError as error:

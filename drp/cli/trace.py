@@ -1,4 +1,4 @@
-"""`drp trace`: where the time of recorded runs went."""
+"""`drp trace`: summaries of recorded runs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from drp.cli.options import json_option
 
 @click.group()
 def trace() -> None:
-    """Look at what --trace has written."""
+    """Summarize traces written with --trace."""
 
 
 @trace.command()
 @click.argument("path", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @json_option
 def summary(path: Path, as_json: bool) -> None:
-    """Say where the time of the runs in PATH went: computing, transfer, the slowest device, the leader, idle."""
+    """Print how the runs in PATH spent their time: computing, in transfer, waiting for the slowest device, idle."""
     with plain_errors():
         from drp.trace import read, summarise
         from drp.trace.tables import tables

@@ -45,12 +45,12 @@ def tune(source: Mapping[str, Any], as_json: bool) -> None:
 
 
 def tables(tuning: Tuning) -> list[Table]:
-    """Return what was measured, the predictions, and other numbers of devices, as tables."""
+    """Return tables of the measurements, the predictions, and other numbers of devices."""
     return [*_measured(tuning), _settings(tuning), _devices(tuning)]
 
 
 def _table(title: str, *columns: str) -> Table:
-    """Return a table whose first column is text and whose others are numbers."""
+    """Return a table with a first column of text and further columns of numbers."""
     made = Table(title=title, title_justify="left")
     for place, column in enumerate(columns):
         made.add_column(column, no_wrap=True, justify="right" if place else "left")

@@ -12,7 +12,7 @@ from drp.cli.helpers import plain_errors
 from drp.cli.options import Number, app_dir_option, verbose_option
 
 RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
-"""Variables by which torchrun and Slurm number the processes that they start on a machine."""
+"""Environment variables with the local rank of a process, set by torchrun and Slurm."""
 
 
 @click.command()
@@ -20,22 +20,24 @@ RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
 @click.option(
     "--key",
     type=click.Path(path_type=Path),
-    help="File of the worker's secret key, made by `drp keys`; the leader's public one, server.key, lies beside it or "
-    "a folder above.",
+    help="File with the worker's secret key, made by `drp keys`. The leader's public key, server.key, is looked for "
+    "beside it and in the folder above.",
 )
-@click.option("--server-key", type=click.Path(path_type=Path), help="File of the leader's public key, if elsewhere.")
+@click.option(
+    "--server-key", type=click.Path(path_type=Path), help="File with the leader's public key, if it is elsewhere."
+)
 @click.option(
     "--transport-security",
     type=click.Choice(["curve", "none"]),
     default="curve",
     show_default=True,
-    help="none: neither encryption nor keys, for a trusted network.",
+    help="none: no encryption and no keys, for a trusted network.",
 )
 @click.option(
     "-d",
     "--device",
-    help="cpu:0, cuda:1 or emulated:20ms; by default the GPU, or else the core, of the number that torchrun or Slurm "
-    "has given this process.",
+    help="cpu:0, cuda:1 or emulated:20ms; by default the GPU, else the core, with the local rank that torchrun or "
+    "Slurm has set.",
 )
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of torch.")
 @click.option(
@@ -56,10 +58,10 @@ def worker(
     threads: int,
     wait: float,
 ) -> None:
-    """Be a worker of the leader that listens at ADDRESS, tcp://HOST:PORT, until that ends or the connection is lost.
+    """Run a worker for the leader at ADDRESS, tcp://HOST:PORT, until the leader ends or the connection is lost.
 
-    The model is imported here by the name that the leader gives, with the weights that are here; they must be the
-    leader's. The exit status is 0 once the leader has ended this worker, 1 if it does not use it, and 3 if it is lost.
+    The model is imported on this machine by the name that the leader sends. Its weights must equal the leader's. The
+    exit status is 0 if the leader ended this worker, 1 if the leader rejected it, and 3 if the connection was lost.
     """
     with plain_errors():
         if not re.fullmatch(r"tcp://[^:/]+:\d{1,5}", address):

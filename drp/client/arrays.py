@@ -1,4 +1,4 @@
-"""Arrays: what a client sends and gets, as numpy has it, or torch where that is installed."""
+"""Conversion of numpy arrays and torch tensors to messages and back. torch is used only if it is installed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Library = Literal["numpy", "torch"]
 
 
 def find_library(name: Library | None) -> Library:
-    """Return the library that arrays are of: the one named, else torch if it is installed, which is then imported."""
+    """Return the library of result arrays: `name`, else torch if it is installed, which is then imported."""
     if name not in (None, "numpy", "torch"):
         raise ValueError(f"arrays is {name!r}; choose 'numpy' or 'torch'")
     if name == "numpy":
@@ -36,8 +36,8 @@ def find_library(name: Library | None) -> Library:
 
 
 def add_array(frames: FrameWriter, name: str, value: Any) -> TensorData:
-    """Return what names an array in a message; raise ValueError for what is none, or cannot be sent."""
-    torch = sys.modules.get("torch")  # Whoever has a tensor has imported it.
+    """Add an array to the frames and return its description; raise ValueError if it cannot be sent."""
+    torch = sys.modules.get("torch")  # Not imported here: a caller that has a tensor has imported it.
     if torch is not None and isinstance(value, torch.Tensor):
         dtype, shape = str(value.dtype).removeprefix("torch."), tuple(value.shape)
         if value.device.type != "cpu":
@@ -53,13 +53,13 @@ def add_array(frames: FrameWriter, name: str, value: Any) -> TensorData:
 
 
 def take_array(frames: FrameReader, data: TensorData, library: Library) -> Any:
-    """Return a copy of an inline array; raise ProtocolError if it is not as the message says."""
+    """Return a copy of an inline array; raise ProtocolError if it does not match its description."""
     frame = frames.take_bytes(data)
     return _array(np.frombuffer(bytearray(frame), _dtype(data)), data, library)
 
 
 def open_array(data: TensorData, library: Library) -> Any:
-    """Map an array that a peer shares; raise ProtocolError if it is not as the message says."""
+    """Map an array that a peer shares; raise ProtocolError if it does not match its description."""
     nbytes = count_bytes(data)
     if data.memory is None or data.frame is not None:
         raise ProtocolError("an array in a frame where one in shared memory is due")
@@ -67,7 +67,7 @@ def open_array(data: TensorData, library: Library) -> Any:
         raise ProtocolError(f"{list(data.shape)} of {data.dtype} does not fit into {data.memory.nbytes} bytes")
     descriptor = open_memfd(data.memory)
     try:
-        mapped = mmap.mmap(descriptor, data.memory.nbytes)  # It stays, for the array, when the descriptor is closed.
+        mapped = mmap.mmap(descriptor, data.memory.nbytes)  # The mapping outlives the descriptor.
     finally:
         os.close(descriptor)
     return _array(np.frombuffer(mapped, _dtype(data), math.prod(data.shape)), data, library)
@@ -76,7 +76,7 @@ def open_array(data: TensorData, library: Library) -> Any:
 def _array(flat: NDArray[Any], data: TensorData, library: Library) -> Any:
     try:
         array = flat.reshape(data.shape)
-    except ValueError as error:  # no numbers, but more than numpy can count in the other dimensions
+    except ValueError as error:  # An empty array whose other dimensions overflow.
         raise ProtocolError(f"no array has the shape {list(data.shape)}: {error}") from None
     return sys.modules["torch"].from_numpy(array) if library == "torch" else array
 

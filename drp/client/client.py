@@ -1,4 +1,4 @@
-"""Client: what a user holds; a thread of its own talks to the server."""
+"""The public client. The socket is used by a thread of its own, see `drp.client.connection`."""
 
 from __future__ import annotations
 
@@ -30,24 +30,25 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 SHARED = 1 << 18
-"""Bytes of samples from which on they come in shared memory, if the server is on this host."""
+"""Samples of at least this many bytes are returned in shared memory, if the server is on this host."""
 
 
 class Client:
-    """A session with a server: `sample` and `submit` as those of `drp.Leader`, from any thread.
+    """A session with a server, with the methods `sample` and `submit` of `drp.Leader`. It is thread-safe.
 
         with drp.Client("ipc:///run/user/1000/drp/server") as client:
             result = client.sample(labels=[3, 1, 4], steps=48, mode="aggressive")
 
-    address: the server's; `drp serve` prints it.
-    server_key, key: for tcp://, the file with the server's public key and that with this client's secret one, both made
-        by `drp keys`.
-    name: of this client, for the server's log.
-    timeout: seconds until the server must have answered.
-    arrays: whose arrays results are, "torch" or "numpy"; by default torch's if it is installed. Either's may be given.
+    address: the address of the server, which `drp serve` prints.
+    server_key, key: for tcp://, the files with the server's public key and with this client's secret key, made by
+        `drp keys`.
+    name: the name of this client in the server's log.
+    timeout: seconds within which the server must answer.
+    arrays: the library of the arrays in results, "torch" or "numpy"; by default torch if it is installed. Options may
+        be arrays of either.
 
-    Raises ConnectionError if it does not, drp.client.RefusedError if it speaks another version, ValueError for keys
-    that cannot be read.
+    Raises ConnectionError if the server does not answer, drp.client.RefusedError if it speaks another version of the
+    protocol, and ValueError for keys that cannot be read.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Client:
 
     @property
     def model(self) -> str:
-        """The name of what is served."""
+        """The name of the served model."""
         return self._welcome.model
 
     @property
@@ -87,12 +88,12 @@ class Client:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The workers' places, by number."""
+        """The device of each worker."""
         return self._welcome.devices
 
     @property
     def closed(self) -> bool:
-        """Whether the session is over, by `close` or because the server is gone."""
+        """Whether the session has ended, by `close` or because the server was lost."""
         return self._connection.closed
 
     def submit(
@@ -104,17 +105,16 @@ class Client:
         on_update: Callable[[Update], None] | None = None,
         **options: Unpack[Options],
     ) -> RemoteRun:
-        """Ask for a run and return at once; the options are those of `drp.leader.request.Request`, less `callback`.
+        """Submit a run and return immediately. The options are those of `drp.leader.request.Request` except `callback`.
 
-        progress: let `progress()` of what is returned yield updates.
-        previews: with the state every so many steps; 0 for none.
-        timeline: with what was evaluated where and when.
-        on_update: called with each update, in the client's own thread, instead of `progress()`; it must return at once.
+        progress: report updates of the run's progress, by `progress()` of the returned future.
+        previews: include the state in an update every `previews` steps; 0 for none.
+        timeline: include in the updates when each evaluation took place, and on which worker.
+        on_update: called with each update in the client's thread, in place of `progress()`; it must return immediately.
 
-        Raises ValueError for options that no server can be asked for, ConnectionError if there is no server any more.
-        What is returned has a `drp.Result`, or raises: ValueError for options that cannot be; RefusedError if the
-        server has too much to do or is about to end; WorkerError if the run failed; ConnectionError if the server is
-        lost.
+        Raises ValueError for options that cannot be sent to a server, and ConnectionError if the server was lost. The
+        future has a `drp.Result`, or raises ValueError for invalid options, RefusedError if the server is at its limit
+        or about to end, WorkerError if the run failed, and ConnectionError if the server was lost.
         """
         ways: dict[str, Any] = {"progress": progress, "previews": previews, "timeline": timeline}
         try:
@@ -129,15 +129,15 @@ class Client:
         return run
 
     def sample(self, **options: Unpack[Options]) -> Result[Any]:
-        """Sample once, as `drp.Leader.sample` does, with the same bits. What it raises, `submit` says."""
+        """Sample as `drp.Leader.sample` does, with bit-identical samples. The errors are those of `submit`."""
         run = self.submit(**options)
         try:
             return run.result()
         finally:
-            run.cancel()  # for an interrupt of this thread: nobody wants the run any more
+            run.cancel()  # In case this thread was interrupted: the result is no longer needed.
 
     def status(self, timeout: float = 10.0) -> Status:
-        """Ask how the server is; TimeoutError if it does not say so in time."""
+        """Return the status of the server; raise TimeoutError if it does not answer in time."""
         answer: Future[Status] = self._connection.ask(Query("status"))
         return _within(answer, timeout)
 
@@ -147,7 +147,7 @@ class Client:
         return _within(answer, timeout).text
 
     def close(self) -> None:
-        """Cancel the runs under way and end the session; more calls do nothing."""
+        """Cancel the current runs and end the session. Further calls do nothing."""
         self._end()
 
     def __enter__(self) -> Client:
@@ -160,7 +160,7 @@ class Client:
 
 
 def _within(answer: Future[Answer], timeout: float) -> Answer:
-    """Wait for an answer; raise TimeoutError, in Python 3.10 too, where that of futures is another."""
+    """Wait for an answer; raise the builtin TimeoutError, which futures do from Python 3.11 on only."""
     if wait([answer], timeout).not_done:
         raise TimeoutError(f"no answer within {timeout:g} s")
     return answer.result()

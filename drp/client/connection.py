@@ -47,7 +47,7 @@ POLL_TIMEOUT_MS = 1000
 
 @dataclass(frozen=True)
 class Curve:
-    """Keys in Z85: the server's public one, and this client's pair."""
+    """Keys in Z85: the public key of the server, and the key pair of this client."""
 
     server: bytes
     public: bytes
@@ -55,7 +55,7 @@ class Curve:
 
 
 class Connection:
-    """A session. All methods may be called from any thread; what they ask for comes as futures."""
+    """A session with a server. All methods are thread-safe."""
 
     def __init__(self, address: str, name: str, curve: Curve | None) -> None:
         self.address = address
@@ -80,11 +80,11 @@ class Connection:
         self._thread = threading.Thread(target=self._serve, args=(socket,), name="drp-client", daemon=True)
         self._thread.start()
 
-    # What other threads call.
+    # Called by other threads.
 
     @property
     def closed(self) -> bool:
-        """Whether the session is over."""
+        """Whether the session has ended."""
         return self._error is not None or self._closing
 
     def submit(self, run: RemoteRun, message: ToServer, frames: Sequence[Frame]) -> None:
@@ -92,19 +92,19 @@ class Connection:
         self._put(message, frames, lambda: self._runs.__setitem__(run.number, run))
 
     def cancel(self, number: int) -> None:
-        """Send a Cancel, if the run is not over."""
-        with contextlib.suppress(ConnectionError):  # Then it is over.
+        """Send a Cancel if the run has not ended."""
+        with contextlib.suppress(ConnectionError):  # The session, and with it the run, has ended.
             if number in self._runs:
                 self._put(Cancel(number), (), lambda: None)
 
     def ask(self, message: Query) -> Future[Any]:
-        """Send an Ask; the future has a Status or Metrics."""
+        """Send a Query; return the future of its answer, a Status or Metrics."""
         answer: Future[Any] = Future()
         self._put(message, (), lambda: self._queries[message.what].append(answer))
         return answer
 
     def close(self) -> None:
-        """Cancel what is under way, and end the thread."""
+        """Cancel the current runs and end the thread."""
         with self._gate:
             if not self._closing:
                 self._closing = True
@@ -119,7 +119,7 @@ class Connection:
             if self.closed:
                 raise ConnectionError(f"the connection to {self.address} is closed: {self._error or 'by this program'}")
             if not self._waits():
-                self._heard = time.monotonic()  # Until now the server had no cause to speak.
+                self._heard = time.monotonic()  # The server sends nothing while no answer is outstanding.
             note()
             self._outgoing.append([data, *frames])
             os.eventfd_write(self._wakeup, 1)
@@ -244,7 +244,7 @@ class Connection:
 
 
 def _refused(monitor: zmq.Socket[bytes]) -> bool:
-    """Return whether the server did not let this client in; a connection that is not there yet may still come."""
+    """Return whether the server rejected this client's key. A connection that merely ended may be tried again."""
     refused = False
     while monitor.poll(0):
         event = parse_monitor_message(monitor.recv_multipart())
@@ -253,5 +253,5 @@ def _refused(monitor: zmq.Socket[bytes]) -> bool:
 
 
 def _again(error: Exception) -> Exception:
-    """Return an error of one's own: a traceback is added to each where it is raised."""
+    """Return a copy of an error for one more future, since raising an error adds a traceback to it."""
     return type(error)(error.code, error.reason) if isinstance(error, RefusedError) else type(error)(*error.args)

@@ -1,4 +1,4 @@
-"""Options: a run's, as Python has them, into a message."""
+"""Conversion of the options of a run to a message."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from drp.sampling.drafts import RULES, DraftRule
 
 
 class Options(TypedDict, total=False):
-    """The options of a run, as `drp.leader.request.Request` has them; arrays are numpy's or torch's."""
+    """The options of a run, see `drp.leader.request.Request`. Arrays may be of numpy or torch."""
 
     labels: Sequence[int] | Any | None
     count: int | None
@@ -46,15 +46,15 @@ class Options(TypedDict, total=False):
 
 
 WAYS: Final = ("progress", "previews", "timeline", "memory")
-"""The fields of a Submit that are no options: how the client wants to hear of the run."""
+"""The fields of a Submit that are not options of the run: how its progress and its samples are returned."""
 
 DEFAULTS: Final = {field.name: field.default for field in fields(Submit)}
 
 
 def to_submit(number: int, given: Options, ways: Mapping[str, Any]) -> tuple[Submit, list[Frame]]:
-    """Return a Submit and its tensors; raise ValueError, with the remedy, for what cannot be said in one.
+    """Return a Submit and its tensors; raise ValueError for options that a message cannot hold.
 
-    `ways` are the fields of Submit that are named in `WAYS`.
+    `ways` has the fields of Submit that are named in `WAYS`.
     """
     for name in given:
         if name in ("callback", "out"):

@@ -1,4 +1,4 @@
-"""RemoteRun: a run on the server, as its caller holds it."""
+"""A run on a server: its future and its progress."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Update:
-    """How far a run is. `preview` is the state, an array [B, ...] like the samples, after `step` of `steps`, if due.
+    """The progress of a run.
 
-    `rounds` are the evaluations that had to follow one another so far; `evaluations` what was evaluated where since the
-    last update, if the timeline was asked for.
+    step, steps: the number of finished steps, and of all.
+    rounds: the number of rounds so far.
+    preview: the state after `step` steps, an array [B, ...] like the samples; None if no preview is due.
+    evaluations: the evaluations since the last update, if the timeline was requested.
     """
 
     step: int
@@ -35,9 +37,9 @@ class Update:
 
 
 class RemoteRun(Future[Result[Any]]):
-    """A `concurrent.futures.Future` with a `drp.Result`; `cancel` also ends a run that is under way.
+    """A `concurrent.futures.Future` of a `drp.Result`. `cancel` also ends a run that is running.
 
-    library: whose arrays samples and previews are.
+    library: the library of the arrays of samples and previews.
     """
 
     def __init__(
@@ -56,23 +58,23 @@ class RemoteRun(Future[Result[Any]]):
         self.add_done_callback(lambda _: self._updates.put(None))
 
     def cancel(self) -> bool:
-        """Ask for the end of the run, after which `result` raises CancelledError; return False if it is over."""
+        """Request the end of the run, after which `result` raises CancelledError; return False if it has ended."""
         if self.done():
             return False
         self._cancel(self.number)
         return True
 
     def progress(self) -> Iterator[Update]:
-        """Yield updates as they come, until the run is over; what it came to, `result` says.
+        """Yield updates until the run has ended, without an error if it failed: `result` raises that.
 
-        There are none unless `progress`, `previews` or `timeline` was asked for. When steps are done faster than they
-        can be told, some are left out.
+        There are no updates unless `progress`, `previews` or `timeline` was requested. Updates are skipped if steps
+        finish faster than they can be sent.
         """
         while (update := self._updates.get()) is not None:
             yield update
-        self._updates.put(None)  # for whoever asks again
+        self._updates.put(None)  # for further iterators
 
-    # What the line does with it.
+    # Called by the connection.
 
     def on_progress(self, message: Progress, frames: Sequence[Frame]) -> None:
         received = FrameReader(frames)
@@ -84,7 +86,7 @@ class RemoteRun(Future[Result[Any]]):
             return
         try:
             self._on_update(update)
-        except Exception:  # It is the caller's, and this thread is all runs'.
+        except Exception:  # The caller's error must not end the thread, which serves all runs.
             log.exception("on_update has raised")
 
     def on_finished(self, message: Finished, frames: Sequence[Frame]) -> None:
@@ -95,7 +97,7 @@ class RemoteRun(Future[Result[Any]]):
             else:
                 samples = take_array(received, data, self._library)
             received.done()
-        except ProtocolError as error:  # such as a server on this host, but where its processes cannot be seen
+        except ProtocolError as error:  # For example, the server is in another process namespace of this host.
             self.set_exception(error)
             return
         self.set_result(
@@ -117,7 +119,7 @@ class RemoteRun(Future[Result[Any]]):
         )
 
     def on_error(self, message: Refused | Ended) -> None:
-        """Learn that there will be no samples."""
+        """Set the error of a run that was refused or has failed."""
         match message:
             case Ended(code="cancelled"):
                 self.set_exception(CancelledError())

@@ -1,1 +1,1 @@
-"""HTTP: images in OpenAI's convention, health, metrics and a page, in front of a server or of a diffusers pipeline."""
+"""The HTTP gateway to a drp server or a diffusers pipeline: OpenAI's images endpoint, health, metrics and a page."""

@@ -1,4 +1,4 @@
-"""The application: images in OpenAI's convention, health, metrics, and a page that shows a picture form."""
+"""The HTTP application: OpenAI's images endpoint, health, metrics, and a page that shows an image being sampled."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from drp.http.body import MAX_BODY, Body
 from drp.http.jobs import Backend, ImageJob, Images, ProgressEvent
 
 PAGE = Path(__file__).with_name("page.html")
-LOOK = 0.5
-"""Seconds after which is looked whether a client is still there."""
+DISCONNECT_CHECK_INTERVAL = 0.5
+"""Seconds between checks for a client that has disconnected."""
 
 TOO_LONG = f"the body is too long; a request has at most {MAX_BODY} bytes"
 REFUSED = {400: "the Host header names another server than this one; `drp http --allow-host` adds names", 413: TOO_LONG}
-"""The words for what middleware refuses, by status."""
+"""The messages for requests that middleware refuses, by status."""
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 def make_app(backend: Backend, hosts: Sequence[str] = ("localhost", "127.0.0.1", "[::1]")) -> FastAPI:
     """Return the application; `backend` is closed when it ends.
 
-    hosts: the names by which it may be asked, as in the Host header, `"*"` for any. A page of another site whose name
-        was made to lead here (DNS rebinding) has another.
+    hosts: the accepted Host headers, `"*"` for any. This prevents DNS rebinding, by which a page of another site sends
+        requests here under its own name.
     """
 
     @asynccontextmanager
@@ -55,7 +55,7 @@ def make_app(backend: Backend, hosts: Sequence[str] = ("localhost", "127.0.0.1",
     app = FastAPI(title="drp", lifespan=closing, docs_url=None, redoc_url=None)
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
-    app.add_middleware(_PlainTextErrors)  # The last one is the outermost.
+    app.add_middleware(_PlainTextErrors)  # The middleware added last is the outermost.
     _answer_errors(app)
 
     @app.post("/v1/images/generations")
@@ -118,7 +118,7 @@ def make_app(backend: Backend, hosts: Sequence[str] = ("localhost", "127.0.0.1",
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Have every error answered in OpenAI's form, and none with more than its client needs to know."""
+    """Answer every error in OpenAI's form, without internal details."""
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
@@ -145,7 +145,7 @@ def _answer_errors(app: FastAPI) -> None:
 
 
 class _PlainTextErrors:
-    """Middleware that answers in OpenAI's form where the middleware inside it refuses a request in plain text."""
+    """Middleware that converts plain-text refusals of the inner middleware to OpenAI's form."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -167,12 +167,12 @@ class _PlainTextErrors:
 
 
 async def _images(work: ImageJob, request: Request) -> Images:
-    """Wait for the images; end the work if its client goes away."""
+    """Wait for the images; cancel the job if the client disconnects."""
     images = asyncio.wrap_future(work.images)
-    images.add_done_callback(lambda done: done.cancelled() or done.exception())  # Nobody may be left to ask for it.
+    images.add_done_callback(lambda done: done.cancelled() or done.exception())  # Marks an exception as retrieved.
     try:
         while not images.done():
-            await asyncio.wait([images], timeout=LOOK)
+            await asyncio.wait([images], timeout=DISCONNECT_CHECK_INTERVAL)
             if not images.done() and await request.is_disconnected():
                 raise CancelledError
         return images.result()
@@ -181,7 +181,7 @@ async def _images(work: ImageJob, request: Request) -> Images:
 
 
 async def _stream(work: ImageJob, events: asyncio.Queue[ProgressEvent | None], body: Body) -> AsyncIterator[str]:
-    """Yield server-sent events; a client that goes away closes this generator."""
+    """Yield server-sent events. The generator is closed if the client disconnects."""
     index = 0
     try:
         while (event := await events.get()) is not None:
@@ -203,7 +203,7 @@ async def _stream(work: ImageJob, events: asyncio.Queue[ProgressEvent | None], b
 
 
 def _encode(png: bytes, body: Body) -> dict[str, Any]:
-    """Return the fields of one image, in the format that was asked for."""
+    """Return the fields of one image in the requested format."""
     with Image.open(io.BytesIO(png)) as image:
         if body.output_format != "png":
             file = io.BytesIO()
@@ -219,7 +219,7 @@ def _answer(images: Images, body: Body) -> dict[str, Any]:
 
 
 def _usage() -> dict[str, Any]:
-    """Return what OpenAI's clients look for; nothing here is counted in tokens."""
+    """Return the usage that OpenAI's clients expect; all counts are 0."""
     details = {"image_tokens": 0, "text_tokens": 0}
     return {"input_tokens": 0, "input_tokens_details": details, "output_tokens": 0, "total_tokens": 0}
 
@@ -233,7 +233,7 @@ def _event(kind: str, data: Mapping[str, Any]) -> str:
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
-    """Return the status and the words of an error. What failed inside, workers' tracebacks say in the log alone."""
+    """Return the status and the message for an error. Internal errors and workers' tracebacks are only logged."""
     if isinstance(error, ValueError):
         return 400, str(error)
     if isinstance(error, RefusedError):
@@ -248,7 +248,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
 
 def _error(status: int, message: str, param: str | None = None) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 429 else "server_error"
-    readable = message.encode(errors="replace").decode()  # A name may hold half of a surrogate pair.
+    readable = message.encode(errors="replace").decode()  # A name may contain a lone surrogate.
     return {"error": {"message": readable, "type": kind, "param": param, "code": str(status)}}
 
 

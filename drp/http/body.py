@@ -1,4 +1,4 @@
-"""Body: what a request for images may hold, in OpenAI's convention, and what its answer repeats of it."""
+"""The body of a request to OpenAI's images endpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from drp.limits import MAX_DRAFTS, MAX_GUIDANCE, MAX_STEPS
 
 MAX_PARTIAL_IMAGES = 100
 MAX_BODY = 1 << 20
-"""Bytes of a request."""
+"""Maximum size of a request in bytes."""
 
 RUN_OPTIONS = (
     "steps",
@@ -31,9 +31,9 @@ Word = Annotated[str, Field(max_length=200)]
 
 
 class Body(BaseModel):
-    """OpenAI's fields, the options of a run, and diffusers' names of those; null is as good as leaving a field out.
+    """OpenAI's fields, and the options of a run, also by diffusers' names. A null field counts as missing.
 
-    quality, style, moderation, user: accepted, and without effect.
+    quality, style, moderation, user: accepted without effect.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -75,14 +75,14 @@ class Body(BaseModel):
         return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
     def image_request(self) -> ImageRequest:
-        """Return what a backend is asked for."""
+        """Return the request for a backend."""
         given = {name: getattr(self, name) for name in RUN_OPTIONS}
         options = {name: value for name, value in given.items() if value is not None}
         previews = self.partial_images if self.stream else 0
         return ImageRequest(self.prompt, self.n, self.size, previews, self.stream and self.timeline, options)
 
     def facts(self, width: int, height: int) -> dict[str, Any]:
-        """Return the fields that an answer has of the images it holds."""
+        """Return the fields of the answer that describe its images."""
         return {
             "background": "opaque",
             "output_format": self.output_format,

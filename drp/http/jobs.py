@@ -1,4 +1,4 @@
-"""Work: one request for images under way, whatever makes them."""
+"""The interface between the HTTP application and its backends."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """What was asked for: `n` images of a prompt. `previews` is how many unfinished ones of the first are wanted.
+    """A request for `n` images of a prompt, with `previews` unfinished versions of the first.
 
-    `options` are those of a run, by the names of `drp.leader.request.Request`, as far as they were given.
+    options: the given options of the run, by the names of `drp.leader.request.Request`.
     """
 
     prompt: str
@@ -25,7 +25,7 @@ class ImageRequest:
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """How far a request is; `preview` makes a PNG of its state; `facts` are what a program may want to know besides."""
+    """The progress of a request. `preview` returns a PNG of its state; `facts` are further fields for the client."""
 
     step: int
     steps: int
@@ -34,41 +34,41 @@ class ProgressEvent:
 
 
 Report = Callable[[ProgressEvent], None]
-"""Called in any thread, and must return at once."""
+"""Called in any thread; it must return immediately."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """PNGs, and what it took to make them."""
+    """PNGs, and facts about the run: its mode, rounds, time and so on."""
 
     pngs: list[bytes]
     facts: Mapping[str, Any]
 
 
 class ImageJob(Protocol):
-    """A request under way."""
+    """A submitted request."""
 
     images: Future[Images]
 
     def cancel(self) -> None:
-        """End it: nobody wants the images any more."""
+        """Cancel the request, or do nothing if it has ended."""
         ...
 
 
 class Backend(Protocol):
-    """What makes images. Its methods are called in several threads."""
+    """A source of images. Its methods are thread-safe."""
 
     model: str
 
     def begin(self, request: ImageRequest, report: Report | None = None) -> ImageJob:
-        """Begin at once; raise ValueError, naming value and remedy, for what cannot be.
+        """Submit a request and return immediately; raise ValueError for an invalid one.
 
-        `report` is called with each step that is done, until the images are there; without it there are no previews.
+        `report` is called after each step until the images are finished. Without it there are no previews.
         """
         ...
 
     def health(self) -> tuple[bool, Mapping[str, Any]]:
-        """Return whether all is well, and what a person wants to know of it."""
+        """Return whether the backend is healthy, and facts about its state."""
         ...
 
     def metrics(self) -> str:
@@ -76,25 +76,25 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None:
-        """Cancel what is under way, and end."""
+        """Cancel the current requests and end."""
         ...
 
 
 class Previews:
-    """When `count` previews are due: spread evenly over the steps between the first and the last."""
+    """Decides when `count` previews are due: they are spread evenly over the steps."""
 
     def __init__(self, count: int) -> None:
         self._count, self._shown = count, 0
 
     def is_due(self, step: int, steps: int) -> bool:
-        """Return whether to show the state after `step` of `steps`; it counts as shown then."""
+        """Return whether a preview is due after `step` of `steps`, and count it if so."""
         due = self._shown < self._count and step < steps and step * (self._count + 1) >= (self._shown + 1) * steps
         self._shown += due
         return due
 
 
 def check_work(images: int, width: int, height: int, steps: int, most: float) -> None:
-    """Raise ValueError for a request that is more work than one may be, in pixels times steps."""
+    """Raise ValueError for a request of more than `most` pixels times steps."""
     if images * width * height * steps > most:
         raise ValueError(
             f"{images} image(s) of {width}x{height} in {steps} steps are {images * width * height * steps:.3g} pixel "

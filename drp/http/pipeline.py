@@ -1,4 +1,4 @@
-"""A diffusers pipeline makes the images, in a thread of its own, one order after the other."""
+"""A backend over a diffusers pipeline, which serves one request after another in a thread of its own."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from drp.pipelines import load_pipeline
 from drp.server.metrics import Counts, prometheus
 
 NAMES: Final = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
-"""Options of a run, as pipelines call them."""
+"""The pipelines' names of options of a run."""
 MAX_SIDE: Final = 16_384
-"""Pixels."""
-START: Final = 600.0
-"""Seconds that a pipeline has to load."""
+"""Maximum width and height of an image in pixels."""
+LOAD_TIMEOUT: Final = 600.0
+"""Seconds within which a pipeline must be loaded."""
 
 FACTS: Final = ("mode", "drafts", "steps", "devices", "rounds", "evaluations", "seconds", "theory", "speedup")
 
@@ -39,11 +39,13 @@ log = logging.getLogger(__name__)
 
 
 class PipelineBackend:
-    """A backend over the pipeline that `factory` makes, its steps spread over devices by `drp.diffusers.parallelize`.
+    """A backend over the pipeline that `factory` returns, parallelized by `drp.diffusers.parallelize`.
 
-    `spread` are the arguments of that. At most `max_queue` requests wait; `max_work` is the most that one may be, in
-    pixels times steps. If there is a `trace` in `spread` and all workers are lost, the trace so far is kept beside that
-    of the next ones, with `-before` in its name.
+    spread: the arguments of `parallelize`. If it has a `trace` and the workers have to be restarted, the trace so far
+        is kept with `-before` in its name.
+    max_work: the maximum of pixels times steps of one request.
+    max_queue: the maximum number of waiting requests.
+    stall: seconds without progress after which the backend reports itself unhealthy.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class PipelineBackend:
         self._ready: Future[dict[str, Any]] = Future()
         self._thread = threading.Thread(target=self._serve, name="drp-pipeline", daemon=True)
         self._thread.start()
-        self._known = self._ready.result(START)
+        self._known = self._ready.result(LOAD_TIMEOUT)
 
     def begin(self, request: ImageRequest, report: Report | None = None) -> PipelineJob:
         arguments: dict[str, Any] = {"prompt": request.prompt, "num_images_per_prompt": request.n}
@@ -127,7 +129,7 @@ class PipelineBackend:
         return len(self._waiting) + (self._current is not None)
 
     def _withdraw(self, work: PipelineJob) -> bool:
-        """Take a request that has not begun out of the queue; return whether it was there."""
+        """Remove a request from the queue; return whether it was waiting there."""
         with self._changed:
             if work not in self._waiting:
                 return False
@@ -162,7 +164,7 @@ class PipelineBackend:
             self._ready.set_exception(error)
 
     def _serve_with(self, pipe: Any) -> bool:
-        """Draw until the end; return True if a worker is lost, and all are needed anew."""
+        """Serve requests until the end; return True if the workers must be restarted because one was lost."""
         with parallelize(pipe, **self._spread) as run:
             if not self._ready.done():
                 self._ready.set_result(_defaults(pipe))
@@ -214,7 +216,7 @@ class PipelineJob:
             self.images.set_exception(CancelledError())
 
     def draw(self, pipe: Any, report: Calls) -> Images:
-        """Call the pipeline; raise CancelledError if nobody wants the images any more."""
+        """Call the pipeline; raise CancelledError if the request was cancelled."""
         if self._unwanted:
             raise CancelledError
         decode = decoder(pipe, self._arguments)
@@ -231,7 +233,7 @@ class PipelineJob:
         facts: dict[str, Any] = {}
         if report.calls:
             facts = {name: getattr(report.calls[-1], name) for name in FACTS}
-            facts["notes"] = list(report.calls[-1].notes)  # lost workers among them
+            facts["notes"] = list(report.calls[-1].notes)  # including lost workers
         return Images([_png(image) for image in images], facts)
 
     def _event(
@@ -244,7 +246,7 @@ class PipelineJob:
 
 
 def _defaults(pipe: Any) -> dict[str, Any]:
-    """Return what a pipeline's call takes, and what it takes for each that is not given; a size in pixels."""
+    """Return the default of each parameter of the pipeline's call, with the size in pixels."""
     taken = {name: each.default for name, each in inspect.signature(pipe.__call__).parameters.items()}
     side = int(getattr(pipe, "default_sample_size", None) or 64) * int(getattr(pipe, "vae_scale_factor", 1))
     for name in ("width", "height"):
@@ -253,9 +255,9 @@ def _defaults(pipe: Any) -> dict[str, Any]:
 
 
 def load(name: str, spread: Mapping[str, Any], max_work: float = 1e9, max_queue: int = 64) -> PipelineBackend:
-    """Return the backend over a pipeline that `load_pipeline` loads by its name; raise ValueError if there is none.
+    """Return a backend over the pipeline that `load_pipeline` loads by this name; raise ValueError if there is none.
 
-    The pipeline is moved to the first GPU of the devices in `spread`, if they name one.
+    The pipeline is moved to the first GPU in `spread["devices"]`, if there is one.
     """
 
     def made() -> Any:

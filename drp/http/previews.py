@@ -1,4 +1,4 @@
-"""Previews: what the latents of a diffusers pipeline look like."""
+"""Previews of the latents of a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ log = logging.getLogger(__name__)
 
 
 def decoder(pipe: Any, arguments: Mapping[str, Any]) -> Callable[[Tensor], bytes | None]:
-    """Return what makes a PNG of the first of a call's latents, and None where it is not known how.
+    """Return a function that decodes the first of a call's latents to a PNG, or returns None if it cannot.
 
-    Latents [B, C, H, W] go through the pipeline's VAE, if it has one, and are else the image. Those of Flux and its kin
-    [B, patches, C] are unpacked first. Of video there are no previews.
+    Latents [B, C, H, W] are decoded by the pipeline's VAE, or are the image if it has none. The packed latents of
+    pipelines such as Flux, [B, patches, C], are unpacked first. There are no previews of video.
     """
     vae = getattr(pipe, "vae", None)
 
@@ -38,7 +38,7 @@ def decoder(pipe: Any, arguments: Mapping[str, Any]) -> Callable[[Tensor], bytes
                     first = first.to(vae.dtype) / vae.config.scaling_factor + shift
                     first = vae.decode(first, return_dict=False)[0]
                 return encode_grid(first.float().cpu().clamp(-1, 1), 1, 1, 0)
-        except Exception:  # It is a picture on the way: the images themselves do not depend on it.
+        except Exception:  # A missing preview does not affect the images.
             log.warning("%s: no preview of latents %s", type(pipe).__name__, list(latents.shape), exc_info=True)
             return None
 

@@ -1,4 +1,4 @@
-"""A backend that has a drp server make the images, by a model with classes such as `digits`."""
+"""A backend over a drp server whose model has classes, such as `digits`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,23 @@ from drp.sampling.result import Result
 
 SCALE = 1
 MAX_WIDTH = 16_384
-"""Pixels of an image, whose prompt says how wide it is."""
+"""Maximum width of an image in pixels; the width depends on the prompt."""
 STEPS = 48
-"""Steps of a run that does not say."""
+"""The default number of steps."""
 FIRST_TIMEOUT, RECONNECT_TIMEOUT = 10.0, 1.0
-"""Seconds that a server has to answer: at first, and when it was away."""
+"""Seconds within which a server must answer at the first connection and at later ones."""
 
 
 class SocketBackend:
-    """A backend over a `drp.Client` that `connect` makes within so many seconds, and again when the server was away.
+    """A backend over a `drp.Client`.
 
-    The prompt names classes, one digit each if there are at most ten, else numbers with spaces between. An image shows
-    the classes of the prompt in a row. `max_work` is the most that one request may be, in pixels times steps. Raises
-    ValueError for a model that has no classes, or no pictures.
+    The prompt consists of classes, one digit each if there are at most ten, else numbers separated by spaces. An image
+    shows the classes of the prompt in a row.
+
+    connect: returns a client, given a timeout in seconds; called again when the connection was lost.
+    max_work: the maximum of pixels times steps of one request.
+
+    Raises ValueError for a model without classes or whose samples are not pictures.
     """
 
     def __init__(self, connect: Callable[[float], Client], max_work: float = 1e9) -> None:
@@ -110,7 +114,7 @@ def _report(report: Report, previews: Previews, columns: int, devices: tuple[str
 
 
 class SocketJob:
-    """A run whose samples lie side by side, `columns` in an image."""
+    """A run whose samples are shown side by side, `columns` per image."""
 
     def __init__(self, run: RemoteRun, columns: int) -> None:
         self._run, self._columns = run, columns
@@ -123,7 +127,7 @@ class SocketJob:
     def _finish(self, run: Future[Result]) -> None:
         error = run.exception()
         if error is not None:
-            # A request that the gateway has put wrongly, such as labels that are too many, is its user's to mend.
+            # The request did not fit into a message, for example because it has too many labels: an invalid request.
             self.images.set_exception(ValueError(str(error)) if isinstance(error, ProtocolError) else error)
             return
         result = run.result()

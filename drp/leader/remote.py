@@ -15,7 +15,7 @@ from drp.protocol.keys import Keys
 
 
 class Launcher(Protocol):
-    """Starts and ends workers on other machines, by number. A worker then dials in with the keys that it was given."""
+    """Starts and ends workers on other machines, by number. A worker dials in with the keys that it is given."""
 
     def launch(self, number: int, keys: WorkerKeys, address: str, on_end: Callable[[str], None]) -> None:
         """Start a worker; raise OSError if that fails. `on_end` is called in any thread with how its process ended."""
@@ -32,18 +32,18 @@ class Launcher(Protocol):
 
 @dataclass(frozen=True)
 class RemoteWorkers:
-    """Workers that dial in: `count` processes `drp worker`, on any machine, started by whoever starts them there.
+    """Workers on other machines: `count` processes `drp worker`, started there by hand or by a cluster, which dial in.
 
         with drp.Leader("digits", devices=drp.RemoteWorkers(4, "tcp://0.0.0.0:5555", keys="keys")) as leader:
             result = leader.sample(labels=[3, 1, 4])
 
-    The leader starts when all have dialed in. More than `count` may: they wait to replace a worker that is lost.
+    The leader starts when `count` workers have dialed in. Further ones wait to replace a worker that is lost.
 
     count: the number of workers.
     listen: the address at which the leader listens, tcp://HOST:PORT.
-    keys: the directory that `drp keys` has made, with the leader's key pair and the public keys of the workers.
-    transport_security: "curve" encrypts, and lets only workers with known keys in. "none" does neither: anybody who
-        reaches the address may be a worker, and see and change the drafts. It is for a trusted network.
+    keys: the directory made by `drp keys`, with the leader's key pair and the public keys of the workers.
+    transport_security: "curve" encrypts, and admits only workers with known keys. "none" does neither: everybody who
+        can reach the address may act as a worker, and read and change drafts. It is for a trusted network.
     """
 
     count: int
@@ -64,11 +64,11 @@ class RemoteWorkers:
             raise ValueError(f"listen is {self.listen!r}; give tcp://HOST:PORT, where HOST may be 0.0.0.0")
 
     def make_launcher(self) -> Launcher | None:
-        """Return what starts the workers; None where they are started by others."""
+        """Return the launcher of the workers, None if they are not started by the leader."""
         return None
 
     def read_keys(self) -> Keys | None:
-        """Return the leader's keys and those of the workers; raise ValueError that names a file that is not usable."""
+        """Read the keys of the leader and the workers; raise ValueError, naming the file, if one is not usable."""
         keys = Keys.read(Path(self.keys), "workers") if self.keys is not None else None
         if keys is not None and not keys.peers:
             raise ValueError(

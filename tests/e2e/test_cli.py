@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import drp as package
 from drp.cli import main
 from drp.cli.options import default_devices
-from drp.cli.output import check_output, check_trace, write_samples
+from drp.cli.output import check_file, check_output, write_samples
 from drp.cli.sample import parse_labels
 from drp.leader.gpus import Gpu
 from drp.trace import write as write_trace
@@ -56,7 +56,7 @@ def here(*arguments: str) -> Result:
 
 def test_a_model_of_ones_own(tmp_path: Path) -> None:
     out = str(tmp_path / "out.png")
-    done = here("sample", "tests.denoisers:make_free", "--shape", "3,8,8", "-r", "2", "-n", "4", "-o", out)
+    done = here("sample", "tests.denoisers:make_free", "--shape", "3,8,8", "-r", "2", "-n", "4", "-d", "1", "-o", out)
     assert done.exit_code == 0, done.output
     with Image.open(tmp_path / "out.png") as image:
         assert (image.size, image.mode) == ((20, 40), "RGB")
@@ -127,7 +127,7 @@ def test_bad_input_is_a_line_of_the_program(tmp_path: Path) -> None:
 
 def test_a_worker_that_fails_is_told_with_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    done = here("sample", "tests.denoisers:make_raising", "--shape", "1,8,8", "-n", "10")
+    done = here("sample", "tests.denoisers:make_raising", "--shape", "1,8,8", "-n", "10", "-d", "1")
     assert done.exit_code == 1
     assert "the denoiser has had enough" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -189,14 +189,14 @@ def test_a_file_that_drp_has_not_written_is_not_overwritten(tmp_path: Path) -> N
     Image.new("L", (4, 4)).save(tmp_path / "photo.png")
     trace = tmp_path / "run.json"
     write_trace(trace, [], ["cpu:0"])
-    check_trace(trace, force=False)
+    check_file(trace, force=False)
     trace.write_text('{"name": "package"}')
     for path in (tmp_path / "out.npy", tmp_path / "photo.png"):
         with pytest.raises(ValueError, match=r"is there already.* give --force"):
             check_output(path, force=False)
         check_output(path, force=True)
     with pytest.raises(ValueError, match=r"is there already.* give --force"):
-        check_trace(trace, force=False)
+        check_file(trace, force=False)
 
 
 @pytest.fixture
