@@ -1,4 +1,4 @@
-"""diffusers: a pipeline of diffusers, its steps spread over several devices by one line. See docs/diffusers.md."""
+"""Parallel sampling for pipelines of diffusers. See docs/diffusers.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CallReport", "Parallel", "Report", "Workers", "compare", "parallelize", "reference"]
 
-# Loaded at first use: workers import this package too, and need little of it.
+# Imported on first use: workers import this package too, and need little of it.
 _MODULES = {
     "CallReport": "drp.diffusers.report",
     "Parallel": "drp.diffusers.parallel",

@@ -1,4 +1,4 @@
-"""Arguments: what a scheduler's `step` is given besides latents and output, and what it is to be given later."""
+"""The arguments of a scheduler's `step` besides the model output, the timestep and the latents, at later steps."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from drp.diffusers.numbers import Numbers, OfTime, of_time
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument, and how it follows from a step's numbers (`form`) or is one of the results of the step before."""
+    """An argument that follows from the numbers of a step (`form`), or is a result of the previous step."""
 
     value: Any
     form: OfTime | None = None
     place: int | None = None
 
     def copied(self) -> Argument:
-        """Return the argument with copies of random generators, which then draw the numbers that these will."""
+        """Return the argument with copies of random generators, which draw the same numbers as the originals will."""
         return replace(self, value=_copy_generator(self.value))
 
     def at(self, numbers: Numbers, stepped: Sequence[Any]) -> Any:
-        """Return the value at a step, `stepped` being the results of the one before."""
+        """Return the value at a step; `stepped` are the results of the previous step."""
         if self.place is not None:
             return stepped[self.place]
         if self.form is None:
@@ -36,7 +36,7 @@ class Argument:
 
 
 def argument_of(name: str, value: Any, numbers: Numbers, stepped: Sequence[Any]) -> Argument | None:
-    """Return how an argument goes on after a step with these numbers, None if that is unknown."""
+    """Return the form of an argument at later steps, given its value at a step; None if it is unknown."""
     if isinstance(value, (Tensor, int, float)) and not isinstance(value, bool):
         place = next((i for i, result in enumerate(stepped) if result is value), None)
         if place is not None:
@@ -49,7 +49,7 @@ def argument_of(name: str, value: Any, numbers: Numbers, stepped: Sequence[Any])
 
 
 def results_of(stepped: Any) -> Sequence[Any]:
-    """Return what a scheduler's step has returned, as a sequence: a tuple, or an output of diffusers."""
+    """Return the results of a scheduler's step, a tuple or an output of diffusers, as a sequence."""
     return tuple(stepped[i] for i in range(len(stepped)))
 
 

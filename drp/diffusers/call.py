@@ -1,4 +1,4 @@
-"""Call: one call of a pipeline, from its first step to its last."""
+"""One call of a pipeline, from its first step to its last."""
 
 from __future__ import annotations
 
@@ -30,20 +30,21 @@ from drp.diffusers.watch import METHODS
 from drp.sampling.modes import Mode
 
 MAX_RETRACES = 6
-"""How often in one call a step may turn out otherwise than those before it, and be learned from anew."""
+"""How often a call may trace a step again because it differs from the previous ones."""
 
 MOST_CALLS = 256
-"""How many calls of the denoiser are recorded while no step comes."""
+"""How many denoiser calls are recorded until the scheduler takes a step."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PipelineContext:
-    """What all calls of a pipeline have in common: `modules` by name, and for each what workers find it by.
+    """The state that all calls of a pipeline share: its `modules` by name, and by which source workers find each.
 
-    `split`: the branches of guidance are to be evaluated on different devices. `describe` returns a module's present
-    state, the same object as long as nothing has changed; `unchanged` whether it is still as it was described last.
+    split: whether to evaluate the branches of guidance on different devices.
+    describe: returns the current state of a module, the same object as long as nothing has changed.
+    unchanged: returns whether a module is as it was described last.
     """
 
     pipe: Any
@@ -59,10 +60,10 @@ class PipelineContext:
 
 
 class PipelineCall:
-    """Answers the calls of the denoiser, in the order in which the pipeline makes them, and watches its scheduler.
+    """Answers the denoiser calls of a pipeline, in their order, and watches its scheduler.
 
-    The first step is evaluated here, by the pipeline itself, and learned from. From then on the pipeline asks for what
-    it has asked before, for other latents. When it asks for what nobody has predicted, the drafts of a round are made.
+    The first step is evaluated in this process and traced. Later steps make the same calls with other latents. When a
+    call has no prediction yet, the drafts of the next round are made and evaluated.
     """
 
     def __init__(self, work: PipelineContext, scheduler: Any, report: CallReport) -> None:
@@ -81,27 +82,27 @@ class PipelineCall:
         self.scheduler = scheduler
         try:
             self._drafter = Drafter(scheduler, self._context.mode.rule)
-        except Exception as error:  # a scheduler of a kind that nobody has thought of
+        except Exception as error:  # an unknown kind of scheduler
             self._fail(error)
 
-    # What the pipeline does.
+    # Called by the pipeline.
 
     def evaluate(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what the module returns: as predicted, at a draft or at these very arguments, or evaluated here."""
+        """Return the module's result: a prediction at a draft or these arguments, or an evaluation in this process."""
         if self._traced is not None and not self._step.mismatch:
             try:
                 return self._answer(self._traced, module, args, kwargs)
             except UnrecognisedError as error:
                 self._suspects.setdefault(error.path, set()).update(error.refuted)
                 self._on_mismatch(error)
-            except Exception as error:  # The untouched pipeline would go on, and so does this call.
+            except Exception as error:  # The call continues, as it would without drp.
                 self._fail(error)
         return self._evaluate_in_process(module, args, kwargs)
 
     def belongs(self, scheduler: Any) -> bool:
-        """Return whether a step of this scheduler is one of this call's, which has one scheduler.
+        """Return whether this scheduler is the one of this call: the one whose step follows the first evaluation.
 
-        It is that whose step follows the first evaluation. Further kinds of latents may be stepped along with another.
+        A pipeline may step further kinds of latents with another scheduler.
         """
         if scheduler is not self.scheduler and self._report.steps == 0 and self._step.recorded:
             self._steps_with(scheduler)
@@ -109,11 +110,11 @@ class PipelineCall:
 
     @property
     def goes_on(self) -> bool:
-        """Whether steps are still to come, as far as is known."""
+        """Whether further steps are expected."""
         return self._index is None or self._end is None or self._index < self._end
 
     def step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Let the scheduler take a step, and learn from it."""
+        """Let the scheduler take a step, and record it."""
         if not self._report.sequential:
             try:
                 self._before_step(args, kwargs)
@@ -130,7 +131,7 @@ class PipelineCall:
                 self._fail(error)
         if self._index is not None:
             self._index += 1
-        # A pipeline may ask its scheduler several times about one evaluation.
+        # A pipeline may call its scheduler several times for one evaluation.
         self._report.steps += self._step.in_process or self._step.position > 0
         self._report.rounds += self._step.in_process
         self._report.seconds = time.perf_counter() - self._began
@@ -145,7 +146,7 @@ class PipelineCall:
     # A step.
 
     def _evaluate_in_process(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Evaluate in this process, as the pipeline would have done."""
+        """Evaluate in this process, as the pipeline does without drp."""
         recorded = None if self._report.sequential else self._record(module, args, kwargs)
         began = time.perf_counter()
         result = self._context.modules[module](*args, **kwargs)
@@ -160,7 +161,7 @@ class PipelineCall:
         return result
 
     def _record(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedCall | None:
-        """Begin to record a call that is about to be made here."""
+        """Begin recording a call that is about to be evaluated in this process."""
         if len(self._step.recorded) >= MOST_CALLS:
             self._give_up(f"the denoiser was called {MOST_CALLS} times without a step of the scheduler")
             return None
@@ -169,14 +170,14 @@ class PipelineCall:
         except ValueError as error:
             self._give_up(str(error))
             return None
-        except Exception as error:  # The untouched pipeline would go on, and so does this call.
+        except Exception as error:  # The call continues, as it would without drp.
             self._fail(error)
             return None
         self._step.recorded.append(recorded)
         return recorded
 
     def _before_step(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Check the step that ends, or learn from it."""
+        """Check the step that has ended, or trace it."""
         arguments = self._drafter.read(args, kwargs)
         x, output = arguments["sample"], arguments["model_output"]
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
@@ -200,15 +201,15 @@ class PipelineCall:
         self._drafter.note(k, x, output)
 
     def _on_mismatch(self, error: UnrecognisedError) -> None:
-        """Take the rest of this step without the program."""
+        """Evaluate the rest of this step in this process."""
         why = str(error)
         self._report.notes[f"a step was evaluated anew: {why}"] += 1
         self._retraces += 1
-        if self._step.position == 0:  # Nothing of it was answered yet: it can be learned from.
+        if self._step.position == 0:  # No call of it was answered yet, so it can be traced.
             self._forget()
         else:
             self._step.mismatch = True
-            self._retraces += 2  # It costs more: what was answered of the step has been evaluated for nothing.
+            self._retraces += 2  # The evaluations that were answered are wasted.
         if error.final:
             self._give_up(why)
         elif self._retraces >= MAX_RETRACES:
@@ -217,7 +218,7 @@ class PipelineCall:
     def _forget(self) -> None:
         try:
             self.close()
-        except Exception:  # of what has failed already
+        except Exception:  # for the call that failed
             log.debug("a session could not be closed", exc_info=True)
         self._step.mismatch = False
 
@@ -233,7 +234,7 @@ class PipelineCall:
         self._give_up(f"drafting failed: {type(error).__name__}: {error}")
 
     def _learn(self, k: int, x: Tensor, output: Tensor) -> None:
-        """Make a program of the step whose calls were recorded, and begin rounds with it."""
+        """Make a program of the recorded step, and begin rounds with it."""
         work = self._context
         if not (bool(x.isfinite().all()) and bool(output.isfinite().all())):
             raise UnrecognisedError("the latents or the denoiser's output are not finite")
@@ -253,9 +254,9 @@ class PipelineCall:
             raise UnrecognisedError(str(error)) from None
         if self._end is None:
             left = len(self._drafter.timesteps) - k
-            said = getattr(work.pipe, "_num_timesteps", None)  # fewer, if it stops before the last
+            said = getattr(work.pipe, "_num_timesteps", None)  # or fewer, if it stops early
             self._end = k + (said if isinstance(said, int) and 0 < said < left else left)
-        elif k >= self._end:  # It said too few.
+        elif k >= self._end:  # There are more steps than announced.
             self._end = len(self._drafter.timesteps)
         self._drafter.taken.clear()
         predictions = self._split(learned, sources, k) if work.split else None
@@ -279,12 +280,12 @@ class PipelineCall:
         session = work.evaluator.bind(program, sources, inputs, learned.outputs, slots, learned.cond)
         try:
             return Predictions(learned, self._drafter, session, work.mode, k, self._end, self._report, program)
-        except BaseException:  # for example the mode's, which cannot take this number of steps
+        except BaseException:  # for example, the mode cannot take this number of steps
             session.close()
             raise
 
     def _split(self, learned: Learned, sources: Mapping[str, Json], k: int) -> Predictions | None:
-        """Begin rounds with the branches of guidance apart, if that makes what the step has made; else say why not."""
+        """Begin rounds with split guidance, if that reproduces the traced step; else note the reason."""
         doubled = [v for v in learned.inputs.values() if isinstance(v.form, OfState)]
         sizes = {len(v.like) if isinstance(v.form, OfState) and v.form.repeats == 2 else 0 for v in doubled}
         program = learned.program.in_branches(sizes - {0} if 0 not in sizes else ())
@@ -295,14 +296,14 @@ class PipelineCall:
         try:
             if not program.batch or predictions.agrees():
                 return predictions
-        except Exception as error:  # whatever a module makes of half a batch; what is lost is missed again at once
+        except Exception as error:  # A module may fail for half a batch. A lost worker is noticed again immediately.
             log.debug("the halves of a batch could not be evaluated: %s", error)
         predictions.close()
         self._report.notes["guidance was not split: the halves of the batch depend on each other"] = 1
         return None
 
     def _stack(self, learned: Learned, sources: Mapping[str, Json], k: int) -> Predictions | None:
-        """Begin rounds with the drafts of a device as one batch, if that makes what the step has made; else say so."""
+        """Begin rounds with batched drafts, if that reproduces the traced step; else note the reason."""
         forms = [(v.form, v.like) for v in learned.inputs.values() if isinstance(v.form, OfState)]
         whole = all(form.item is None and like.dim() > 0 for form, like in forms)
         program = learned.program.stacked({len(like) for _, like in forms}) if whole else None
@@ -313,7 +314,7 @@ class PipelineCall:
                 if predictions.agrees_stacked(min(self._context.evaluator.drafts_per_device, self._context.mode.width)):
                     return predictions
                 why = "the samples of a batch depend on each other"
-            except Exception as error:  # whatever a module makes of a larger batch
+            except Exception as error:  # A module may fail for a larger batch.
                 why = f"a larger batch could not be evaluated: {error}".splitlines()[0]
             predictions.close()
         self._report.notes[f"drafts of a device are evaluated one after the other: {why}"] = 1
@@ -322,7 +323,7 @@ class PipelineCall:
     # Answering.
 
     def _answer(self, lesson: TracedStep, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what was predicted for a call; raise UnrecognisedError if it is not one that was expected."""
+        """Return the prediction for a call; raise UnrecognisedError for an unexpected call."""
         learned, step = lesson.learned, self._step
         number, k = step.position, self._index
         tensors = learned.tensors_of(number, module, args, kwargs)
@@ -349,7 +350,7 @@ class PipelineCall:
         return Point(x, scale, self._drafter.numbers(k))
 
     def _expect(self, learned: Learned, tensors: list[Tensor], k: int, stepped: Tensor) -> Tensor:
-        """Return the latents that the denoiser is given; find the arguments that follow from them."""
+        """Return the latents in the denoiser's arguments, and record which arguments follow from them."""
         step, point = self._step, self._point(k, stepped)
         leaves = learned.program.calls[0].leaves
         for leaf, tensor in zip(leaves, tensors, strict=True):
@@ -374,7 +375,7 @@ class PipelineCall:
 
 
 def _agree(read: Tensor, x: Tensor, exact: bool) -> bool:
-    """Return whether the latents are those that were read from the denoiser's arguments, exactly or to rounding."""
+    """Return whether these are the latents read from the denoiser's arguments, exactly or up to rounding."""
     if exact or read.shape != x.shape:
         return alike(read, x)
     return float((read.double() - x.double()).norm()) <= 0.02 * float(x.double().norm())

@@ -29,7 +29,7 @@ from drp.diffusers.workers import Workers
 from drp.leader.devices import expand_count, parse_devices
 
 STEPS = 50
-"""Steps of a pipeline whose call says no number and has no default for it."""
+"""The number of steps if neither the call nor the pipeline's default defines it."""
 
 
 def compare(
@@ -60,12 +60,12 @@ def compare(
         drp.diffusers.compare(pipe, {"prompt": "an astronaut on a horse"}, devices=4)
 
     call: the arguments of the pipeline's call, without the generator, which is seeded for each sample.
-    name: what the report calls the pipeline and its code loads; by default the name that it was loaded by.
+    name: the pipeline's name in the report and its code; by default the name from which it was loaded.
     spread: further arguments of `parallelize`, such as split_guidance, for every drafted setting.
 
-    Pictures are compared where the call returns some: those of a pipeline with an argument `output_type` lie in [0, 1],
-    others in [-1, 1]. Latents are what the scheduler's last step returned. The other arguments are those of
-    `drp.compare`. Rivals with a better solver use UniPC with the configuration of the pipeline's own scheduler.
+    Pictures are compared if the call returns some, in [0, 1] if the pipeline has an argument `output_type`, else in
+    [-1, 1]. Latents are the result of the scheduler's last step. The other arguments are those of `drp.compare`. Rivals
+    with another solver use UniPC with the configuration of the pipeline's own scheduler.
     """
     subject = PipelineSubject(pipe, call, devices, threads=threads, name=name, **spread)
     settings = plan(subject, modes, drafts, strides, tolerances, rule, rivals)
@@ -200,7 +200,7 @@ class PipelineSubject(Subject):
 
 
 class _Drafted(Session):
-    """The pipeline on workers; in between it is as it was."""
+    """The pipeline parallelized on workers. Between calls it is unchanged."""
 
     def __init__(self, subject: PipelineSubject, parallel: Parallel, workers: Workers) -> None:
         self._subject, self._parallel, self._workers = subject, parallel, workers
@@ -223,7 +223,7 @@ class _Drafted(Session):
 
 
 class _Sequential(Session):
-    """The pipeline without drp, with fewer steps and perhaps another scheduler."""
+    """The pipeline without drp, with fewer steps and possibly another scheduler."""
 
     def __init__(self, subject: PipelineSubject, setting: FewerSteps) -> None:
         self._subject, self._setting = subject, setting
@@ -244,7 +244,7 @@ class _Sequential(Session):
 
 
 def _unipc_options(scheduler: Any) -> dict[str, Any]:
-    """Return what UniPC needs besides the configuration of a scheduler of flow matching."""
+    """Return the options of UniPC in addition to the configuration of a flow-matching scheduler."""
     config = scheduler.config
     if "FlowMatch" not in type(scheduler).__name__ and config.get("prediction_type") != "flow_prediction":
         return {}
@@ -258,7 +258,7 @@ def _unipc_arguments(scheduler: Any) -> str:
 
 
 class _Steps:
-    """The steps that a pipeline's schedulers take inside a `with`: how many, and the latents that the last returned."""
+    """Counts the steps of a pipeline's schedulers during a block, and keeps the latents of the last one."""
 
     def __init__(self, pipe: Any) -> None:
         self.count, self.latents = 0, torch.empty(0)

@@ -1,4 +1,4 @@
-"""Compiled: modules that torch.compile was called on. Workers compile the original module themselves."""
+"""Modules compiled by torch.compile. Workers compile the original module themselves."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from drp.diffusers.pytree import UnknownValueError
 from drp.models.gpu import LIMITS, compiler_options
 
 COMPILED = "_compiled_call_impl"
-"""Where `nn.Module.compile` leaves the compiled code."""
+"""The attribute in which `nn.Module.compile` stores the compiled code."""
 
 
 class OriginalForward:
-    """A module as its pipeline calls it without drp: by its class's forward, or by the code that it was compiled to.
+    """A module as its pipeline calls it without drp: by its class's forward, or by its compiled code.
 
-    module: the original module, also where the pipeline has what `torch.compile(module)` has returned.
+    module: the original module, also if the pipeline has the result of `torch.compile(module)`.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -42,7 +42,7 @@ class OriginalForward:
 def options_of(compiled: Any, path: str) -> dict[str, Any] | None:
     """Return the keyword arguments with which a worker compiles a module, None if it was not compiled.
 
-    Raises UnknownValueError for another compiler than Inductor, whose name torch does not tell.
+    Raises UnknownValueError for a compiler other than Inductor, since torch does not keep its name.
     """
     if compiled is None:
         return None
@@ -52,7 +52,7 @@ def options_of(compiled: Any, path: str) -> dict[str, Any] | None:
 
 
 def compile_in_worker(module: nn.Module, options: dict[str, Any]) -> None:
-    """Compile a module in place, all shapes however many there are: others would have other bits."""
+    """Compile a module in place for all shapes, since shapes that are not compiled have other bits."""
     for name in LIMITS:
         if hasattr(torch._dynamo.config, name):
             setattr(torch._dynamo.config, name, sys.maxsize)

@@ -1,4 +1,4 @@
-"""Denoisers: which of a pipeline's components its steps call."""
+"""The components of a pipeline that its steps call."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import nn
 from drp.diffusers.watch import schedulers_of
 
 DENOISERS = ("unet", "transformer", "transformer_2", "controlnet", "prior")
-"""Components of a pipeline that its steps call; besides them, whatever takes a timestep."""
+"""Names of components that the steps call, in addition to every component that takes a timestep."""
 TIMES = ("timestep", "timesteps", "timestep_ratio", "sigma", "t", "r")
-"""How the parameter of a module's forward is called that says which noise level its input has."""
+"""Names of the parameter of a module's forward that has the noise level of its input."""
 
 
 def find_denoisers(pipe: Any, denoisers: Sequence[str] | None) -> list[str]:

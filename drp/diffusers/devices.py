@@ -1,4 +1,4 @@
-"""Devices: on which one a pipeline runs, and on which ones the weights of its modules are to lie for the workers."""
+"""The device on which a pipeline runs, and those on which workers need its weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from drp.protocol.cuda import uuid_of
 
 
 def device_of(pipe: Any, names: Sequence[str]) -> torch.device:
-    """Return the device that a pipeline runs on; `names` are those of its denoising modules."""
-    device = getattr(pipe, "_execution_device", None)  # which it may only be brought to while it runs
+    """Return the device on which a pipeline runs; `names` are the names of its denoising modules."""
+    device = getattr(pipe, "_execution_device", None)  # An offloaded module is moved there only while it runs.
     if device is None:
         device = next((parameter.device for parameter in getattr(pipe, names[0]).parameters()), torch.device("cpu"))
     device = torch.device(device)
@@ -25,9 +25,9 @@ def device_of(pipe: Any, names: Sequence[str]) -> torch.device:
 
 
 def move_to_gpu(pipe: Any, devices: int | str | Sequence[str]) -> None:
-    """Move a pipeline that is on the host to the first GPU among the workers' devices, if there is one.
+    """Move a pipeline from the host to the first GPU among the workers' devices, if there is one.
 
-    This is for pipelines that drp loads by their name. A program moves its pipeline itself.
+    This is for pipelines that drp loads by name; a program moves its pipeline itself.
     """
     gpus = [device.gpu for device in parse_devices(devices, 1) if device.gpu is not None]
     modules = [name for name, component in pipe.components.items() if isinstance(component, torch.nn.Module)]
@@ -41,9 +41,9 @@ def gpu_of(device: torch.device) -> str | None:
 
 
 def weights_of(home: str | None, workers: Sequence[str | None], ipc: bool) -> GpuWeights | None:
-    """Return where weights are to lie: on the pipeline's GPU `home` and those of the workers; None for the host.
+    """Return the GPUs that need the weights: `home`, that of the pipeline, and those of the workers; None for the host.
 
-    Raises ValueError if the pipeline is on a GPU and the workers are not, or the other way round.
+    Raises ValueError if only the pipeline is on a GPU, or only the workers are.
     """
     gpus = list(dict.fromkeys(gpu for gpu in workers if gpu is not None))
     if home is None and gpus:

@@ -1,4 +1,4 @@
-"""Digits: the trained model of this package as a pipeline of diffusers. It is small enough to see what drafts do."""
+"""The trained model of digits as a pipeline of diffusers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]  # nor has this
         both = torch.cat([nothing, asked])
         self._num_timesteps = len(self.scheduler.timesteps)
         drawn = "generator" in inspect.signature(self.scheduler.step).parameters
-        options = {"generator": generator} if drawn else {}  # Some schedulers add no noise, or draw it by themselves.
+        options = (
+            {"generator": generator} if drawn else {}
+        )  # Some schedulers add no noise, or draw it from a generator of their own.
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             model_input = scale(torch.cat([x] * 2), t)
             without, with_label = self.unet(model_input, t.expand(len(both)), both).chunk(2)

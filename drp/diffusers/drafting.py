@@ -1,4 +1,4 @@
-"""Drafting: the next states of a pipeline's call, by stepping a copy of its scheduler with what a rule assumes."""
+"""Drafts of a pipeline's call: a copy of the scheduler is stepped with the outputs that a draft rule extrapolates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KNOWN = ("model_output", "timestep", "sample")
 
 
 def scale_of(scheduler: Any, t: Tensor) -> Scale:
-    """Return the scheduler's `scale_model_input` at its present step; what it changes is in `scheduler`."""
+    """Return the scheduler's `scale_model_input` at its current step. It may change `scheduler`."""
     if not hasattr(scheduler, "scale_model_input"):
         return lambda x: x
     return lambda x: scheduler.scale_model_input(x, t)
@@ -31,14 +31,14 @@ def scale_of(scheduler: Any, t: Tensor) -> Scale:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """A step that was taken: the latents before it and the model's output, after guidance."""
+    """A step that was taken: the latents before it, and the model output after guidance."""
 
     x: Tensor
     output: Tensor
 
 
 Kept = Callable[[int, Tensor], "Tensor | None"]
-"""(index, state) -> the output after guidance that the prediction kept for there comes to in that state, or None."""
+"""(index, state) -> the output after guidance in that state by the prediction at the index, None without one."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class DraftState:
 
 
 class Drafter:
-    """Makes the drafts of one pipeline's call. Indices are those of the scheduler's timesteps."""
+    """Makes the drafts of one call. Indices refer to the scheduler's timesteps."""
 
     def __init__(self, scheduler: Any, rule: DraftRule) -> None:
         self._on_device: Tensor = scheduler.timesteps
         self.timesteps = self._on_device.cpu()
-        """The timesteps, on the host, where they can be looked at without waiting for a GPU."""
+        """The timesteps on the host, where reading them does not wait for a GPU."""
         self._sigmas: tuple[Any, Any] = (None, None)
         """The scheduler's noise levels, and the same on the host."""
         self._scheduler, self._rule = scheduler, rule
@@ -67,7 +67,7 @@ class Drafter:
         self._arguments: dict[str, Argument] = {}
         self._time: Any = None
         self.stepped: Sequence[Any] = ()
-        """What the scheduler's last step returned."""
+        """The results of the scheduler's last step."""
         self.taken: dict[int, StepRecord] = {}
         self.base = 0
         self.previous_base = 0
@@ -85,10 +85,7 @@ class Drafter:
         return arguments
 
     def follow(self, k: int, arguments: Mapping[str, Any]) -> None:
-        """Find out how the arguments of a step are to be for a copy of the scheduler at later indices.
-
-        Raises UnrecognisedError if that is unknown.
-        """
+        """Find the forms of a step's arguments at later indices; raise UnrecognisedError if one is unknown."""
         self._time = arguments["timestep"]
         self._arguments = {}
         for name, value in arguments.items():
@@ -100,7 +97,7 @@ class Drafter:
                 self._arguments[name] = argument
 
     def find(self, t: Any, index: int | None) -> int:
-        """Return the index of a step's timestep, which is `index` if that is known."""
+        """Return the index of a step's timestep; `index` is the expected one, if it is known."""
         if isinstance(t, Tensor) and t.dim() > 0:  # one a sample or a token
             if t.numel() == 0 or not bool((t == t.flatten()[0]).all()):
                 raise UnrecognisedError("the scheduler's step is given several timesteps at once", final=True)
@@ -127,13 +124,13 @@ class Drafter:
             asked._init_step_index(t)
             same.insert(0, asked.step_index)
         elif len(same) > 1 and isinstance(t, Tensor) and t.dtype == self.timesteps.dtype:
-            # Pipelines go through a slice of the timesteps, and hand on views of them.
+            # Pipelines iterate over a slice of the timesteps, and pass views of them.
             apart = t.data_ptr() - self._on_device.data_ptr()
             same.insert(0, apart // (t.element_size() * self._on_device.stride(0)))
         return next(k for k in same if 0 <= k < len(self.timesteps) and bool(self.timesteps[k] == t))
 
     def numbers(self, k: int) -> dict[str, Tensor]:
-        """Return what arguments may be made of at an index: the timestep and the noise level there and after it."""
+        """Return the numbers of a step: the timestep and the noise level at index k, and the next ones."""
         numbers = {"t": self.timesteps[k]}
         numbers["next t"] = self.timesteps[k + 1] if k + 1 < len(self.timesteps) else torch.zeros_like(numbers["t"])
         if k > 0:
@@ -148,7 +145,7 @@ class Drafter:
         return numbers
 
     def why_not(self, k: int, x: Tensor, output: Tensor) -> str:
-        """Return why drafts from a step would not lead to the sequential samples however short steps are, if so."""
+        """Return why drafted samples would not converge to sequential ones with shorter steps, empty if they do."""
         self._levels.clips(k, x, output)
         if self._levels.jumps:
             name = self._kind.__name__
@@ -156,20 +153,20 @@ class Drafter:
         return why_drafts_differ(self._scheduler)
 
     def note(self, k: int, x: Tensor, output: Tensor) -> None:
-        """Remember a step, for the drafts that look back on it."""
+        """Record a step, for drafts that depend on previous steps."""
         self.taken[k] = StepRecord(x.clone(), output.clone())
         for old in [old for old in self.taken if old not in (self.previous_base, self.base, k)]:
             del self.taken[old]
 
     def advance(self, base: int) -> None:
-        """Let later drafts start from `base`, and look back on the base before."""
+        """Start later drafts from `base`, and extrapolate from the previous base."""
         if base > self.base:
             self.previous_base, self.base = self.base, base
 
     def states(self, k: int, last: int, x: Tensor, kept: Kept) -> Iterator[DraftState]:
         """Yield the state x at index k, which the pipeline is about to evaluate, and drafts for k + 1 to `last`.
 
-        Where a prediction was kept the draft is the state refined through it; beyond, what the rule assumes.
+        Drafts are refined with the predictions that there are, and extrapolated by the rule beyond them.
         """
         newest, known = k - 1, self.taken[k - 1]
         estimates: dict[int, Tensor] = {}
@@ -196,14 +193,14 @@ class Drafter:
                     stepped = results_of(ahead.step(model_output=output, timestep=time, sample=x, **given))
                     x = stepped[0].to(x.dtype)
         finally:
-            torch.set_rng_state(drawn)  # A scheduler without a generator draws from the common one.
+            torch.set_rng_state(drawn)  # A scheduler without a generator uses torch's default one.
             if drawn_there is not None:
                 torch.cuda.set_rng_state(drawn_there, x.device)
 
     def _extrapolate(self, last: int, known: StepRecord, i: int, x: Tensor, estimates: dict[int, Tensor]) -> Tensor:
-        """Return the output that is assumed at index i, in state x, the last index with a prediction being `last`.
+        """Return the extrapolated output at index i in state x; `last` is the last index with a prediction.
 
-        `estimates` keeps those of the data, by index, for other drafts with the same `known`.
+        `estimates` caches the data estimates by index for other drafts with the same `known`.
         """
         if not self._levels.known or known.output.shape != x.shape:
             return known.output
@@ -222,7 +219,7 @@ class Drafter:
         return at_state * taken.x.to(working) + at_output * taken.output.to(working)
 
     def shift(self, k: int, draft: Tensor, x: Tensor) -> Tensor | None:
-        """Return what a prediction taken at `draft` changes by at x, for the rule's carry; None: nothing."""
+        """Return the change of a prediction from `draft` to x by the rule's carry, None for no change."""
         if not self._levels.known:
             return None
         carry = self._rule.carry_at(k, self._levels.of_run)
@@ -235,7 +232,7 @@ class Drafter:
 
     @property
     def assumes(self) -> str:
-        """What the rule comes to with this scheduler, if that is less than it says; else nothing."""
+        """The restriction of the rule with this scheduler, empty for none."""
         if self._levels.known or self._rule == PAPER:
             return ""
         return (
@@ -245,10 +242,10 @@ class Drafter:
 
 
 def outputs_as_branches(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor] | None:
-    """Return views of a step's results, each of them an output like the latents; None if they are something else.
+    """Return views of a step's results, one for each branch of guidance, like the latents; None for other results.
 
-    A doubled batch is two such outputs, and so are two calls; channels beyond the latents' (a learned variance) are
-    left out; a list of samples is one batch.
+    A doubled batch has two branches, as have two calls. Further channels (a learned variance) are left out, and a list
+    of samples is one batch.
     """
     branches: list[Tensor] = []
     for tensor in tensors:
@@ -264,7 +261,7 @@ def outputs_as_branches(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]
 
 
 def weights_of(branches: list[Tensor], output: Tensor) -> list[float] | None:
-    """Return the weights with which the output after guidance is a sum of the branches; None if it is none."""
+    """Return the weights of the branches whose weighted sum is the output after guidance, None if there are none."""
     columns = torch.stack([branch.reshape(-1).double() for branch in branches], dim=1)
     wanted = output.reshape(-1).double()
     gram, right = columns.T @ columns, columns.T @ wanted
@@ -274,6 +271,6 @@ def weights_of(branches: list[Tensor], output: Tensor) -> list[float] | None:
 
 
 def gain_of(weights: list[float] | None) -> int:
-    """Return 1 if a shift of all branches shifts the output after guidance as much, -1 the other way, 0 if unknown."""
+    """Return by how much the output after guidance shifts with all branches: 1, -1 if reversed, 0 if unknown."""
     total = sum(weights or [0.0])
     return 0 if abs(abs(total) - 1) > 0.01 else round(total)

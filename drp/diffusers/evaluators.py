@@ -1,4 +1,4 @@
-"""Evaluators: who evaluates the drafts of a pipeline's call: workers, or, for reference, this process."""
+"""Evaluators of the drafts of a pipeline's call: the interface, and the evaluator in this process."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from drp.torch_threads import torch_threads
 
 
 class Session(Protocol):
-    """One program, while drafts of it are evaluated, as of `drp.leader.runs.session`. `arena` has its slots.
+    """Evaluates drafts of one program, see `drp.leader.runs.session`. `arena` has the slots.
 
-    `device_seconds` is what evaluations have taken so far, `incidents` what happened to workers meanwhile.
+    `device_seconds` is the time of all evaluations so far; `incidents` are the losses of workers.
     """
 
     arena: Arena
@@ -31,22 +31,22 @@ class Session(Protocol):
     incidents: list[str]
 
     def evaluate(self, tasks: Sequence[Task]) -> Mapping[int, int]:
-        """Evaluate the drafts in the tasks' slots, all at once; return by index the row of each prediction."""
+        """Evaluate the drafts in the tasks' slots in parallel; return the row of each prediction by index."""
         ...
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         ...
 
 
 class Evaluator(Protocol):
-    """Makes sessions. `devices` are names; each evaluates up to `drafts_per_device` drafts at once."""
+    """Opens sessions. `devices` are names; each evaluates up to `drafts_per_device` drafts as one batch."""
 
     drafts_per_device: int
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The names of the places where drafts are evaluated."""
+        """The names of the devices."""
         ...
 
     def bind(
@@ -63,9 +63,9 @@ class Evaluator(Protocol):
 
 
 class InProcess:
-    """This process, on its own modules, as many drafts at a time, and with as many threads, as a worker has.
+    """Evaluates drafts in this process, with the batch size and the number of threads of a worker.
 
-    `modules` are what the pipeline would call.
+    `modules` are the modules as the pipeline calls them without drp.
     """
 
     def __init__(self, modules: Mapping[str, OriginalForward], threads: int, batch: int = 1) -> None:

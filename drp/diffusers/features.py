@@ -1,4 +1,4 @@
-"""Features: what diffusers puts around a module's forward by hooks: casts, which workers make too, and caches."""
+"""diffusers' hooks around a module's forward: layerwise casting, which workers apply too, and others."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import nn
 from drp.diffusers.pytree import UnknownValueError
 
 LEFT_OUT = (
-    "_diffusers_hook",  # what was removed leaves a registry behind
-    "_gradient_checkpointing_func",  # only where gradients are recorded
+    "_diffusers_hook",  # The registry remains after its hooks were removed.
+    "_gradient_checkpointing_func",  # It has an effect only if gradients are recorded.
 )
-"""Attributes of modules that make no difference to workers."""
+"""Attributes of modules that do not affect workers."""
 CASTS = ("LayerwiseCastingHook", "PeftInputAutocastDisableHook")
-"""Classes of hooks that store weights in a dtype of few digits, and compute in another."""
+"""Classes of hooks that store weights in one dtype and compute in another."""
 REMEDIES = {
     "Offload": "group offloading moves its weights to and fro; load the pipeline without it",
     "Prefetch": "group offloading moves its weights to and fro; load the pipeline without it",
     "ContextParallel": "context parallelism spreads its calls over processes already; leave that out",
     "TensorParallel": "tensor parallelism spreads its calls over processes already; leave that out",
 }
-"""What is said of hooks by a part of their class's name."""
+"""Messages about hooks, by a part of their class's name."""
 
 
 def casts_of(module: nn.Module, path: str) -> list[list[str]]:
-    """Return the storage and computation dtypes that diffusers' layerwise casting has for a module, if it has any.
+    """Return the storage and computation dtypes of diffusers' layerwise casting for a module, if it is used.
 
-    Raises UnknownValueError, with the feature and the remedy, for hooks that carry something from step to step.
+    Raises UnknownValueError, with the feature and the remedy, for hooks that keep state between steps.
     """
     if (config := getattr(module, "_cache_config", None)) is not None:
         name = type(config).__name__.removesuffix("Config")
@@ -47,7 +47,7 @@ def casts_of(module: nn.Module, path: str) -> list[list[str]]:
 
 
 def add_cast(module: nn.Module, storage: torch.dtype, compute: torch.dtype) -> None:
-    """Give a module layerwise casting, as it has it in the pipeline's process."""
+    """Apply layerwise casting to a module, as in the pipeline's process."""
     from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
 
     apply_layerwise_casting_hook(module, storage, compute, non_blocking=False)

@@ -1,7 +1,7 @@
 """Forms: how an argument of a denoiser follows from the latents.
 
-They are recognised at a step whose latents and arguments are known: by the values in them. They are verified at every
-step after it.
+A form is recognised by comparing the values of the arguments with the latents at one step. It is verified at every
+later step.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 from drp.diffusers.numbers import Number, Numbers, numbers_of, tolerance
 
 Scale = Callable[[Tensor], Tensor]
-"""The scheduler's `scale_model_input` at some step."""
+"""The scheduler's `scale_model_input` at a step."""
 
 FEW = 16
-"""So many numbers that are equal bit for bit, not 0, are no accident."""
+"""The number of bit-identical nonzero values that count as a match."""
 SAMPLE = 4096
-"""How many numbers a factor is looked for in."""
+"""The number of values in which a factor is searched for."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A step of a pipeline's call: its latents, and its numbers."""
+    """A step of a pipeline's call: its latents and its numbers."""
 
     x: Tensor
     scale: Scale
@@ -35,7 +35,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Source:
-    """The latents themselves; or as the scheduler scales them; or times a number of the step."""
+    """A scaling of the latents: none, that of the scheduler, or by a number of the step."""
 
     scaled: bool = False
     factor: Number | None = None
@@ -47,7 +47,7 @@ class Source:
         return point.scale(point.x) if self.scaled else point.x
 
     def undo(self, y: Tensor, point: Point) -> Tensor:
-        """Return what was scaled to y."""
+        """Return the latents whose scaling is y."""
         if self.factor is not None:
             return y / self.factor.at(point.numbers, _working(point.x.dtype))
         return y / point.scale(torch.ones_like(y)) if self.scaled else y.clone()
@@ -57,13 +57,13 @@ class Source:
 class OfState:
     """The latents [B, ...], perhaps scaled, cast, and repeated along the batch.
 
-    axis, offset: they are a part of the tensor, from `offset` along `axis`; the rest stays the same (inpainting's mask
-        and masked image, the tokens of a reference image).
-    item: only this sample of the batch, for pipelines that hand over a list.
-    part: where the tensor, of the latents' own form, is latents; elsewhere it stays the same (the frames of an image
-        that a video begins with).
-    places: for each number of the tensor the place in the latents that it comes from, -1 if it stays the same: they
-        are packed, folded, transposed, or some of them are chosen.
+    axis, offset: the latents are the part of the tensor from `offset` along `axis`. The rest is constant, such as the
+        mask and the masked image of inpainting, or the tokens of a reference image.
+    item: only this sample of the batch, for pipelines that pass a list.
+    part: where the tensor, which has the shape of the latents, contains latents. The rest is constant, such as the
+        first frames of a video.
+    places: for each number of the tensor its place in the latents, -1 if it is constant. The latents may be packed,
+        folded, transposed, or a selection.
     """
 
     source: Source = Source()
@@ -75,7 +75,7 @@ class OfState:
     places: Tensor | None = None
 
     def apply(self, point: Point, like: Tensor) -> Tensor:
-        """Return the tensor that the latents lead to; `like` is one of the same form, for what stays the same."""
+        """Return the tensor for these latents; its constant parts are those of `like`."""
         y = self.source.at(point).to(like.dtype)
         if self.places is not None:
             return torch.where(self.places < 0, like.reshape(-1), y.reshape(-1)[self.places]).reshape(like.shape)
@@ -90,9 +90,9 @@ class OfState:
         return y if self.part is None else torch.where(self.part, y, like)
 
     def read(self, tensor: Tensor, point: Point) -> Tensor:
-        """Return the latents in a tensor of this form, to rounding: the reverse of `apply`.
+        """Return the latents in a tensor of this form, up to rounding: the inverse of `apply`.
 
-        What of them the tensor does not hold is as in `point.x`.
+        Latents that the tensor does not contain are taken from `point.x`.
         """
         x = point.x
         y = self.source.at(point).clone()
@@ -119,7 +119,7 @@ def _repeat(y: Tensor, times: int) -> Tensor:
 
 
 def of_state(tensor: Tensor, point: Point, config: Mapping[str, Any]) -> OfState | None:
-    """Return the form in which `tensor` holds the latents, None if it does not."""
+    """Return the form of a tensor that contains the latents, None if it does not."""
     if not tensor.is_floating_point() or tensor.numel() == 0 or point.x.dim() == 0:
         return None
     sources = (Source(), Source(scaled=True))
@@ -135,7 +135,7 @@ def of_state(tensor: Tensor, point: Point, config: Mapping[str, Any]) -> OfState
 
 
 def _whole(tensor: Tensor, x: Tensor, source: Source) -> Iterator[OfState]:
-    """Yield the forms in which all latents may be in a tensor."""
+    """Yield the possible forms of a tensor that contains all latents."""
     if tensor.numel() % x.numel() == 0:
         yield OfState(source, tensor.numel() // x.numel())
     if tensor.dim() == x.dim() and tensor.shape[0] % x.shape[0] == 0:
@@ -150,7 +150,7 @@ def _whole(tensor: Tensor, x: Tensor, source: Source) -> Iterator[OfState]:
 
 
 def _in_part(tensor: Tensor, point: Point, source: Source) -> OfState | None:
-    """Return the form of a tensor that is the latents in part and in the same order."""
+    """Return the form of a tensor whose shape is that of the latents and which contains a part of them."""
     if tensor.numel() % point.x.numel():
         return None
     repeats = tensor.numel() // point.x.numel()
@@ -164,15 +164,15 @@ def _in_part(tensor: Tensor, point: Point, source: Source) -> OfState | None:
 
 
 def _enough(same: Tensor, tensor: Tensor, x: Tensor) -> bool:
-    """Return whether it is no accident that a tensor has the latents' numbers there."""
+    """Return whether enough values match to rule out a coincidence."""
     count = int((same & (tensor != 0)).sum())
     return count >= min(FEW, x.numel()) and 10 * count >= x.numel()
 
 
 def _in_places(tensor: Tensor, point: Point, source: Source) -> OfState | None:
-    """Return the form of a tensor in which numbers of the latents are found at other places.
+    """Return the form of a tensor that contains the latents in another order.
 
-    Each is found by its value. In dtypes of few digits, where many numbers are equal, nothing is.
+    They are found by their values, which is not possible in dtypes of low precision, where many values are equal.
     """
     y = source.at(point).to(tensor.dtype).reshape(-1)
     if tensor.dtype not in (torch.float32, torch.float64) or y.numel() < FEW:
@@ -186,14 +186,14 @@ def _in_places(tensor: Tensor, point: Point, source: Source) -> OfState | None:
     if not _enough(found & alone[at], values, y):
         return None
     places = torch.where(found, order[at], -1)
-    if values.numel() % y.numel() == 0:  # Of several equal numbers it is the one at the same place.
+    if values.numel() % y.numel() == 0:  # Of several equal numbers, prefer the one at the same place.
         here = torch.arange(y.numel(), device=y.device).repeat(values.numel() // y.numel())
         places = torch.where(y[here] == values, here, places)
     return OfState(source, places=places)
 
 
 def _times_a_number(tensor: Tensor, point: Point, config: Mapping[str, Any]) -> OfState | None:
-    """Return the form of a tensor that is the latents times a number of the step."""
+    """Return the form of a tensor that is a multiple of the latents by a number of the step."""
     x = point.x
     if tensor.numel() % x.numel():
         return None

@@ -1,4 +1,4 @@
-"""Hook: what a parallelised module has in the place of its forward."""
+"""The replacement of `forward` in a parallelised module."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Hook:
-    """Stands in for a module's `forward`, until it is `over`."""
+    """Replaces a module's `forward` until it is `over`."""
 
     def __init__(self, evaluate: Callable[..., Any], original: Callable[..., Any]) -> None:
         self._evaluate, self._original = evaluate, original

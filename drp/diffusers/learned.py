@@ -1,4 +1,4 @@
-"""Learned: what one step of a pipeline showed: the program of its calls, and how each argument is to be expected."""
+"""The trace of one step of a pipeline: the program of its calls, and the expected arguments of later steps."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from drp.protocol.messages import MAX_TENSORS
 
 
 class UnrecognisedError(Exception):
-    """Why a pipeline's steps cannot be drafted; or what of a step is not as expected, and which argument it is.
+    """A step cannot be drafted, or differs from the traced one.
 
-    `final`: later steps will not be otherwise, so that it is no use to learn from them. `refuted`: the names of the
-    numbers that the argument was taken for.
+    final: the same is true of all later steps, so that tracing them is of no use.
+    refuted: the names of the numbers from which the argument was wrongly derived.
     """
 
     def __init__(self, why: str, path: str = "", final: bool = False, refuted: Collection[str] = ()) -> None:
@@ -32,9 +32,9 @@ class UnrecognisedError(Exception):
 
 @dataclass
 class Tensors:
-    """What the arguments or the results of a call are, and copies of the tensors in them at that moment.
+    """A description of the arguments or the results of a call, with copies of their tensors.
 
-    The pipeline, or the module itself, may write to them afterwards. `originals` tell whether two are one object.
+    The pipeline or the module may write to the tensors afterwards. `originals` are kept to compare identities.
     """
 
     description: Json
@@ -51,11 +51,11 @@ class Tensors:
 
 @dataclass
 class RecordedCall:
-    """A call that the pipeline made and that was answered in this process.
+    """A recorded call, which was evaluated in this process.
 
-    `state` is the module's before the call, `state_after` after it: a module may write to itself. They are one object
-    if nothing has changed. `settings` are this process's. `problem` says why the call has no description, if it has
-    none.
+    state, state_after: the module's state before and after the call, one object if the call has not changed it.
+    settings: the settings of this process.
+    problem: why the call has no description, empty if it has one.
     """
 
     module: str
@@ -70,14 +70,14 @@ class RecordedCall:
     def before(
         cls, module: str, args: tuple[Any, ...], kwargs: dict[str, Any], state: Described, settings: Json
     ) -> RecordedCall:
-        """Record a call that is about to be made; the module may empty the lists that it is given."""
+        """Record a call before its evaluation, since the module may empty lists among its arguments."""
         try:
             return cls(module, state, settings, arguments=Tensors.of((list(args), kwargs)))
         except UnknownValueError as error:
             return cls(module, state, settings, problem=f"{module}: {error}")
 
     def after(self, result: Any, state: Described) -> None:
-        """Record what the call returned, and the module's state now."""
+        """Record the results of the call, and the module's state after it."""
         self.state_after = state
         try:
             self.results = Tensors.of(result)
@@ -87,7 +87,7 @@ class RecordedCall:
 
 @dataclass(frozen=True)
 class Varying:
-    """An argument that is another one at every step: `like` is that of the step that was learned from."""
+    """An argument that changes from step to step; `like` is its value in the traced step."""
 
     form: OfState | OfTime
     like: Tensor
@@ -101,7 +101,7 @@ class Varying:
 
 @dataclass
 class Learned:
-    """A step: `inputs` and `cond` by the names of the program's leaves; `results` describe what each call returned."""
+    """A traced step. `inputs` and `cond` are named as the program's leaves; `results` describe those of each call."""
 
     program: Program
     inputs: dict[str, Varying] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class Learned:
 
     @property
     def outputs(self) -> dict[str, Tensor]:
-        """Every tensor that the calls return, by its name in a slot."""
+        """All tensors that the calls return, by their names in a slot."""
         return {
             output_name(number, place): tensor
             for number, (_, tensors) in enumerate(self.results)
@@ -119,12 +119,12 @@ class Learned:
         }
 
     def answer(self, call: int, outputs: Mapping[str, Tensor]) -> Any:
-        """Return what a call returns, made of these tensors."""
+        """Return the results of a call, built from these tensors."""
         description, tensors = self.results[call]
         return rebuild(description, [outputs[output_name(call, place)] for place in range(len(tensors))])
 
     def tensors_of(self, number: int, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Return the tensors among the arguments of a call; raise UnrecognisedError if the others are not as before."""
+        """Return the tensors among the arguments of a call; raise UnrecognisedError if other arguments have changed."""
         if number >= len(self.program.calls):
             raise UnrecognisedError(f"{module} was called once more")
         call = self.program.calls[number]
@@ -139,7 +139,7 @@ class Learned:
         return tensors
 
     def _expected(self, leaf: Leaf, inputs: Mapping[str, Tensor], answered: Mapping[tuple[int, int], Tensor]) -> Tensor:
-        """Return what an argument is to be."""
+        """Return the expected value of an argument."""
         if leaf.kind == "output":
             return with_zeros(answered[leaf.call, leaf.place], leaf.zeros)
         return (self.cond if leaf.kind == "cond" else inputs)[leaf.name]
@@ -151,10 +151,9 @@ class Learned:
         inputs: dict[str, Tensor],
         answered: Mapping[tuple[int, int], Tensor],
     ) -> None:
-        """Raise UnrecognisedError unless every argument of a call is what the program will take it to be.
+        """Raise UnrecognisedError unless every argument of a call has its expected value.
 
-        What the first call of a step is given may differ from what was expected by rounding: `inputs` become what it
-        is given.
+        The arguments of a step's first call may differ from the expected ones by rounding; `inputs` are set to them.
         """
         call = self.program.calls[number]
         expected = [self._expected(leaf, inputs, answered) for leaf in call.leaves]
@@ -179,7 +178,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def all_equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    """Return whether tensors are pairwise equal, waiting once for a GPU."""
+    """Return whether tensors are pairwise equal, with one synchronization of a GPU."""
     pairs = list(zip(a, b, strict=True))
     if any(x.shape != y.shape or x.dtype != y.dtype or x.device != y.device for x, y in pairs):
         return False
@@ -194,12 +193,12 @@ def learn(
     configs: Mapping[str, Mapping[str, Any]],
     suspects: Mapping[str, Collection[str]],
 ) -> Learned:
-    """Return what the calls of one step show, its latents and its numbers being known.
+    """Trace the recorded calls of one step, whose latents and numbers are known.
 
-    Of the arguments, those that are named so, those without a name and the `suspects` may follow from the timestep: a
-    mask full of ones would else be taken for it now and then. With each goes what has been taken for it wrongly.
+    Only arguments with suitable names, arguments without names and the `suspects` may follow from the timestep, since
+    others, such as a mask of ones, may equal it by coincidence. `suspects` has the refuted numbers of each.
 
-    Raises UnrecognisedError if there is something that a worker could not be asked to do for other latents.
+    Raises UnrecognisedError for calls that a worker cannot repeat with other latents.
     """
     learned = Learned(Program(()))
     results: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -233,7 +232,7 @@ def learn(
 
 
 def _plain(path: str) -> str:
-    """Return how a call's argument is called: by its name, or by its place."""
+    """Return the name of a call's argument, or its position."""
     _, dot, name = path.partition(".")
     return name if dot else f"number {path.removeprefix('[0]')}"
 
@@ -245,7 +244,7 @@ def _of_time(path: str) -> bool:
 def _of_result(
     original: Tensor, tensor: Tensor, results: Mapping[tuple[int, int], tuple[Tensor, Tensor]]
 ) -> Leaf | None:
-    """Say where a tensor comes from that is a result of a call before, itself or with zeros for the unguided half."""
+    """Return the leaf of a tensor that is the result of an earlier call, perhaps with zeros for the unguided half."""
     for (number, place), (returned, result) in results.items():
         if original is returned and _equal(tensor, result):
             return Leaf("output", call=number, place=place)
@@ -266,7 +265,7 @@ def _leaf(
     path: str,
     suspects: Mapping[str, Collection[str]],
 ) -> Leaf:
-    """Say where a tensor among the arguments comes from, and remember it there."""
+    """Return the leaf of a tensor among the arguments, and add it to the inputs or the conditions."""
     stride, on_host = stride_of(original), original.device.type == "cpu" != point.x.device.type
     may_be_time = path in suspects or _of_time(path)
     for name, varying in learned.inputs.items():
@@ -277,7 +276,7 @@ def _leaf(
         form = of_time(tensor, point.numbers, config, suspects.get(path, ()))
     if form is not None:
         varying = Varying(form, tensor)
-        # Only the first call's arguments are known when a step is evaluated, so others must be right to the bit.
+        # Drafts know only the first call's arguments, so the arguments of other calls must follow bit-exactly.
         if number == 0 or _equal(varying.at(point), tensor):
             name = f"input{len(learned.inputs)}"
             learned.inputs[name] = varying

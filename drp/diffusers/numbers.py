@@ -1,4 +1,4 @@
-"""Numbers: what pipelines make of a step's timestep and noise level, and tensors that consist of such numbers."""
+"""Numbers that pipelines derive from a step's timestep and noise level, and tensors of such numbers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 Numbers = Mapping[str, Tensor]
-"""The numbers of one step, of no dimension, on the host: "t", "sigma", and those of the steps before and after it."""
+"""The numbers of one step, scalar tensors on the host: "t", "sigma", and those of the previous and next steps."""
 
 MOST_VALUES = 4
-"""How many different values a tensor may have that is looked at for numbers of time."""
+"""The maximum number of distinct values of a tensor that is searched for such numbers."""
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number that follows from one of a step's, `base`."""
+    """A number that follows from a number `base` of a step."""
 
     name: str
     base: str
@@ -57,13 +57,13 @@ OF_SIGMA: Mapping[str, Callable[[Tensor, torch.dtype], Tensor]] = {
 }
 
 WHOLE = ("t", "next t", "last t")
-"""Those that a tensor of whole numbers is looked at for."""
+"""The numbers that an integer tensor may contain."""
 
 
 def numbers_of(numbers: Numbers, config: Mapping[str, Any]) -> Iterator[Number]:
-    """Yield what pipelines make of a step's numbers; `config` is the module's, which may hold factors.
+    """Yield the numbers that pipelines derive from a step's; `config` is the module's, which may have factors.
 
-    Those of the step itself come first: near the end a number may be two things.
+    The step's own numbers come first, since near the end two numbers may be equal.
     """
     factors = [
         (name, float(value))
@@ -80,7 +80,7 @@ def numbers_of(numbers: Numbers, config: Mapping[str, Any]) -> Iterator[Number]:
 
 @dataclass(frozen=True)
 class OfTime:
-    """A tensor of numbers that follow from the step, each in a part of it (None: everywhere); the rest stays."""
+    """A tensor of numbers that follow from the step, each in a part of it (None: everywhere); the rest is constant."""
 
     parts: tuple[tuple[Number, Tensor | None], ...]
 
@@ -89,7 +89,7 @@ class OfTime:
         out = like
         for number, part in self.parts:
             value = number.at(numbers, like.dtype)
-            # On a GPU the number goes with the launch: nothing is copied, and nobody waits.
+            # A number is passed with the kernel launch on a GPU, without a copy or a synchronization.
             out = like.new_full(like.shape, value.item()) if part is None else torch.where(part, value, out)
         return out
 
@@ -97,7 +97,7 @@ class OfTime:
 def of_time(
     tensor: Tensor, numbers: Numbers, config: Mapping[str, Any], refuted: Collection[str] = ()
 ) -> OfTime | None:
-    """Return how a tensor follows from a step's numbers, None if it does not. `refuted` are names of wrong guesses."""
+    """Return the form of a tensor of a step's numbers, None if it is none. `refuted` names numbers to exclude."""
     if tensor.dtype == torch.bool or tensor.is_complex() or tensor.numel() == 0:
         return None
     first = tensor.flatten()[0]
@@ -113,18 +113,18 @@ def of_time(
     parts: list[tuple[Number, Tensor | None]] = []
     for value in values:
         if len(values) > 1 and float(value) == 0.0:
-            continue  # A part that is left out, and not a time that happens to be 0.
+            continue  # A constant part, not a timestep that happens to be 0.
         number = next((n for n, v in known if torch.equal(v, value)), None)
         number = number or next((n for n, v in known if alike(v, value)), None)
         if number is not None:
             parts.append((number, tensor == value if len(values) > 1 else None))
         elif whole:
-            return None  # labels or indices, one of which happens to be a timestep
+            return None  # labels or indices, one of which equals a timestep by coincidence
     return OfTime(tuple(parts)) if parts else None
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors of one shape and dtype are the same but for rounding."""
+    """Return whether two tensors of the same shape and dtype are equal up to rounding."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if torch.equal(a, b):
@@ -136,5 +136,5 @@ def alike(a: Tensor, b: Tensor) -> bool:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Return how far numbers that were computed in another order may be apart, relative to the largest."""
+    """Return the tolerance for numbers computed in another order, relative to the largest."""
     return 32 * torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps if dtype.is_floating_point else 0.0

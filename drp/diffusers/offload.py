@@ -1,4 +1,4 @@
-"""Offload: a pipeline whose models accelerate moves to the device one at a time (`enable_model_cpu_offload`)."""
+"""Pipelines whose models accelerate moves to the device one at a time (`enable_model_cpu_offload`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ModelOffload:
         self._others = [hook for hook in hooks if hook not in self._held]
 
     def enter(self) -> None:
-        """Bring the denoisers to their device and hold them there."""
+        """Move the denoisers to their device and hold them there."""
         for user in self._held:
             module: nn.Module = user.model
             for name in ("forward", "_old_forward"):
@@ -43,7 +43,7 @@ class ModelOffload:
                 before.offload()
 
     def _offload_others(self) -> None:
-        """Do what the pipeline does at the end of a call, for all but the denoisers."""
+        """Offload all models but the denoisers, as the pipeline does at the end of a call."""
         for user in self._others:
             user.offload()
 
@@ -60,5 +60,5 @@ def is_on_device(module: nn.Module) -> bool:
 
 
 def is_held(module: nn.Module) -> bool:
-    """Return whether a module has a hook of accelerate's left that does nothing, as `ModelOffload` leaves it."""
+    """Return whether a module has the hook of accelerate that `ModelOffload` leaves, which does nothing."""
     return type(vars(module).get("_hf_hook")).__name__ == "CpuOffload" and "_old_forward" not in vars(module)

@@ -1,4 +1,4 @@
-"""Parallel: the context in which a pipeline's denoiser is answered from drafts; see `parallelize`."""
+"""`parallelize`, and the context in which the calls of a pipeline's denoiser are answered from drafts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from drp.trace.record import check
 
 
 class Parallel:
-    """A pipeline while it is parallelised. `report` says what happened in each of its calls.
+    """A parallelised pipeline. `report` has a report of each of its calls.
 
     Its state is held by:
 
@@ -52,7 +52,7 @@ class Parallel:
         self._split, self._always_draft = split, always_draft
         self._pipe, self._mode = pipe, mode
         self.originals = {name: OriginalForward(getattr(pipe, name)) for name in names}
-        """The modules as the pipeline calls them without drp; another module if that is exchanged for it."""
+        """The modules as the pipeline calls them without drp, including exchanged ones."""
         self._modules = {name: original.module for name, original in self.originals.items()}
         self.offload = ModelOffload(pipe, names)
         self._schedulers: dict[str, Any] = {}
@@ -71,7 +71,7 @@ class Parallel:
         self._evaluator: Evaluator | None = None
 
     def enter(self, evaluator: Evaluator, publisher: Publisher | None, pretrained: Pretrained | None = None) -> None:
-        """Begin to answer the denoiser's calls."""
+        """Begin answering the denoiser's calls."""
         if any("forward" in vars(module) and not has_own_forward(module) for module in self._modules.values()):
             raise ValueError(
                 f"{type(self._pipe).__name__} is parallelised already, or a hook took its denoiser's forward; "
@@ -83,7 +83,7 @@ class Parallel:
         self._watch()
 
     def leave(self) -> None:
-        """Make the pipeline what it was."""
+        """Restore the pipeline."""
         for name in self._hooks:
             self._unhook(name)
         for method in reversed(self._methods):
@@ -97,7 +97,7 @@ class Parallel:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Make the pipeline what it was for the length of a block, to call it without drafts in between."""
+        """Restore the pipeline during a block, to call it without drafts."""
         evaluator = self._evaluator
         assert evaluator is not None
         self.leave()
@@ -116,7 +116,7 @@ class Parallel:
 
     def _unhook(self, name: str) -> None:
         module, hook = self._modules[name], self._hooks[name]
-        hook.over = True  # What was put around it meanwhile still calls it.
+        hook.over = True  # A wrapper that was added in the meantime still calls it.
         if vars(module).get("forward") is hook:
             del module.forward
         compiled = self.originals[name].compiled
@@ -126,7 +126,7 @@ class Parallel:
             setattr(self._pipe, name, compiled)
 
     def _follow_exchanges(self) -> None:
-        """Answer for the modules that the pipeline has now, if some were exchanged."""
+        """Replace `forward` in the modules that the pipeline has now, if some were exchanged."""
         for name, known in self._modules.items():
             module = getattr(self._pipe, name, None)
             if module is not known and isinstance(module, nn.Module) and "forward" not in vars(module):
@@ -137,7 +137,7 @@ class Parallel:
                 self._hook(name)
 
     def _watch(self) -> None:
-        """Be told of the steps of the pipeline's schedulers, also of those that were exchanged meanwhile."""
+        """Watch the pipeline's schedulers, including exchanged ones."""
         if self._schedulers and all(getattr(self._pipe, n, None) is known for n, known in self._schedulers.items()):
             return
         self._schedulers = schedulers_by_name(self._pipe)
@@ -174,7 +174,7 @@ class Parallel:
             return original(*args, **kwargs)
 
     def _check_thread(self) -> None:
-        """Raise RuntimeError if another thread has begun a call while this thread's is under way."""
+        """Raise RuntimeError if another thread has begun a call during this thread's."""
         if threading.get_ident() in self._overtaken:
             raise RuntimeError(
                 f"{type(self._pipe).__name__} was called from another thread before this call has ended; its scheduler "
@@ -216,14 +216,14 @@ class Parallel:
         self._call = PipelineCall(work, scheduler, report)
 
     def publish(self, name: str, described: Described) -> Json:
-        """Put a module where workers find it, and say how those on other machines load it."""
+        """Publish a module for the workers, and return its source."""
         json = None if self._publisher is None else self._publisher.publish(name, described)
         if self._pretrained is not None:
             json = {**(json or {}), "pretrained": self._pretrained.publish(name, self.originals[name], described)}
         return json
 
     def _describe(self, name: str) -> Described:
-        """Describe a module as it is, which is the description before if nothing has changed."""
+        """Describe a module; return the previous description if nothing has changed."""
         if name not in self._described or not self._unchanged(name):
             self._described[name] = self.describe(name)
         return self._described[name]
@@ -233,7 +233,7 @@ class Parallel:
         return describe(self._modules[name], lambda value: isinstance(value, Hook), self.originals[name].compiled)
 
     def _unchanged(self, name: str) -> bool:
-        """Return whether a module is still as it was described last."""
+        """Return whether a module is unchanged since its last description."""
         described = self._described.get(name)
         if described is None:
             return False
@@ -274,41 +274,41 @@ def parallelize(
     trace: str | os.PathLike[str] | None = None,
     trace_most: int | None = None,
 ) -> Iterator[Parallel]:
-    """Spread the steps of a diffusers pipeline's calls over several devices, inside a `with`.
+    """Parallelize the calls of a diffusers pipeline over several devices, in a `with` block.
 
         with parallelize(pipe, devices=4) as run:
             image = pipe("an astronaut on a horse").images[0]
         print(run.report)
 
-    The pipeline's own code runs as ever, in this process and thread; only the calls of its denoiser are answered from
-    drafts that worker processes have evaluated. After the `with` the pipeline is what it was, and the workers are gone;
-    its weights have moved into shared memory, one copy for all.
+    The pipeline's own code runs unchanged in this process and thread. Only the calls of its denoiser are answered from
+    drafts, which worker processes evaluate. After the block the pipeline is restored and the workers have ended; its
+    weights stay in shared memory, of which there is one copy for all processes.
 
-    devices: a count, of the kind that the pipeline runs on; or names, as of `drp.Leader`; or `Workers`, which several
-        pipelines may share.
-    mode, drafts, stride, target_speedup, target_rounds, rule, tolerance, warmup: as of `drp.sample` (docs/drafts.md);
-        modes that go back to steps that were taken, or leave some out, are refused: rolling, windows with gaps, and
-        those with sweeps. A call with too few steps for its target is sequential, and the report says so.
+    devices: the number of devices, of the kind on which the pipeline runs; or names, as in `drp.Leader`; or `Workers`,
+        which several pipelines may share.
+    mode, drafts, stride, target_speedup, target_rounds, rule, tolerance, warmup: as in `drp.sample` (docs/drafts.md).
+        Modes that return to earlier steps or leave some out are refused: rolling, windows with gaps, and modes with
+        sweeps. A call with too few steps for its target is sequential; the report says so.
     split_guidance: evaluate the two branches of classifier-free guidance on two devices, so that a round has half as
-        many drafts as devices. Where they are one doubled batch, halves may have other bits than the whole.
-    always_draft: draft also where drafted samples do not come nearer to the sequential ones as steps become shorter:
-        with schedulers that clip the data estimate, or make new noise at every step, as LCM. By default such calls
-        are sequential, and the report says why.
-    threads: of each worker; by default an equal share of this process's. Bits may depend on it.
-    denoisers: the names of the components that the steps call, if they are called unusually.
+        many drafts as devices. If the branches are one doubled batch, its halves may have different bits.
+    always_draft: also draft if drafted samples do not converge to the sequential ones with shorter steps: with
+        schedulers that clip the data estimate, or draw new noise at every step, such as LCM. By default such calls are
+        sequential; the report says why.
+    threads: the number of threads of each worker, by default an equal share of this process's. Bits may depend on it.
+    denoisers: the names of the components that the steps call, if they have unusual names.
     pretrained: for workers on other machines (`drp.RemoteWorkers`, `drp.on_ray`), which load the denoising modules
         themselves: the name or path of the pipeline, by default the one that it was loaded from; or a dict of
         further arguments of `from_pretrained`, such as {"revision": "...", "variant": "fp16"}; or
-        "package.module:factory", which returns the pipeline. Modules that are not the same there, bit for bit, are
-        refused, so what is changed after loading belongs into a factory.
-    start_timeout, draft_timeout, execution: as of `drp.LeaderOptions`.
-    drafts_per_device: evaluate so many drafts of a round as one batch, where that is verified at the first step of a
-        call; a round then has as many times the drafts.
-    trace: a file to write what happened where and when to, see `drp.trace`; with at most `trace_most` marks.
+        "package.module:factory", which returns the pipeline. Modules that are not bit-identical there are refused, so
+        changes after loading must be made in a factory.
+    start_timeout, draft_timeout, execution: as in `drp.LeaderOptions`.
+    drafts_per_device: evaluate this many drafts of a round as one batch, if the first step of a call verifies that the
+        results are right. A round then has this many times as many drafts.
+    trace: a file to which a trace is written, see `drp.trace`, with at most `trace_most` events.
 
-    Raises ValueError for a pipeline or arguments that cannot be, WorkerError if a worker cannot start or has other
-    weights or, from the pipeline's call, if one is lost. Steps of which it cannot be made sure that drafts are right
-    are taken sequentially, in this process; `run.report` says which, and why.
+    Raises ValueError for an unsuitable pipeline or invalid arguments, and WorkerError if a worker cannot start or has
+    other weights; the pipeline's call raises WorkerError if a worker is lost. Steps whose drafts cannot be verified are
+    taken sequentially in this process; `run.report` says which, and why.
     """
     if trace is not None:
         check(trace)
@@ -331,8 +331,8 @@ def parallelize(
     with ExitStack() as stack:
         stack.callback(parallel.offload.leave)
         parallel.offload.enter()
-        for name in names:  # Before workers start: what cannot be described is refused.
-            with suppress(PatchedClassError):  # Each call will be sequential, and say so.
+        for name in names:  # Refuse modules that cannot be described before workers start.
+            with suppress(PatchedClassError):  # Each call will be sequential; its report says so.
                 parallel.describe(name)
         workers = own or stack.enter_context(
             Workers(
@@ -376,9 +376,9 @@ def reference(
     drafts_per_device: int = 1,
     denoisers: Sequence[str] | None = None,
 ) -> Iterator[Parallel]:
-    """Do in this process what `parallelize` does with the same arguments on workers: the bits are the same.
+    """Do in this process what `parallelize` does on workers with the same arguments, with bit-identical results.
 
-    `devices` only counts, for the drafts a round.
+    Only the number of `devices` matters, for the default number of drafts per round.
     """
     names = find_denoisers(pipe, denoisers)
     placed = parse_devices(expand_count(devices, device_of(pipe, names).type), 1)
@@ -396,5 +396,5 @@ def reference(
 
 
 def _drafts(drafts: int | None, devices: int, split: bool) -> int:
-    """Return the drafts a round: by default one a device, or one for two devices."""
+    """Return the number of drafts per round: by default one per device, or per two devices with split guidance."""
     return drafts if drafts is not None else max(1, devices // 2) if split else devices

@@ -1,4 +1,4 @@
-"""Patched: classes whose methods were exchanged after their module was imported; a worker imports them unpatched."""
+"""Detection of classes that were patched after their import, since workers import them unpatched."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LIBRARIES = {
     "transformers",
     "typing_extensions",
 }
-"""Packages whose functions are in classes from the beginning: decorators, and methods that are taken over."""
+"""Packages whose functions are part of classes from the start, such as decorators."""
 
 
 def patched_method(kind: type) -> str | None:
-    """Return the name of a method of a class that was not defined with the class, None if there is none.
+    """Return the name of a patched method of a class, None if there is none.
 
     A method is the class's own if it was defined in the class's module under the class's name. Decorators may come
-    from the same package or from a library. What `functools.wraps` makes a function say of itself is not believed.
+    from the same package or from a library. Attributes set by `functools.wraps` are ignored.
     """
     for cls in kind.__mro__[:-1]:
         for name, value in vars(cls).items():
@@ -35,7 +35,7 @@ def patched_method(kind: type) -> str | None:
 
 
 def methods_of(kind: type) -> Iterator[Mapping[str, Any]]:
-    """Yield the tables of a class's attributes, and of those that it inherits from."""
+    """Yield the attributes of a class and of its base classes."""
     for cls in kind.__mro__[:-1]:
         yield vars(cls)
 
@@ -51,5 +51,5 @@ def _is_own(cls: type, name: str, function: types.FunctionType) -> bool:
         return False
     if innermost.partition(".")[0] in known:
         return True
-    # Methods that dataclasses and the like generate have the class's module too.
+    # Generated methods, such as those of dataclasses, also have the class's module.
     return innermost == cls.__module__ and chain[-1].__qualname__ in (f"{cls.__qualname__}.{name}", name)

@@ -1,4 +1,4 @@
-"""Modes of a pipeline's calls: those whose rounds follow the pipeline's own steps."""
+"""Modes for pipelines: those whose rounds follow the order of the pipeline's steps."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def make_pipeline_mode(
     target_rounds: int | None = None,
     adds_noise: bool = False,
 ) -> Mode:
-    """Return the mode that the arguments describe; raise ValueError if a pipeline's steps can't be taken in it.
+    """Return the mode for these arguments; raise ValueError if a pipeline cannot be sampled in it.
 
-    `adds_noise`: the scheduler does, for which the defaults of the rule and the stride are others.
+    adds_noise: whether the scheduler adds noise, on which the default rule and stride depend.
     """
     given = {"stride": stride, "target_speedup": target_speedup, "target_rounds": target_rounds}
     names = [name for name, value in given.items() if value is not None]
@@ -39,7 +39,7 @@ def make_pipeline_mode(
     if warmup:
         made = Warmup(made, warmup)
     if names and names != ["stride"]:
-        return made  # Its rounds depend on the number of steps, and are always those of a window.
+        return made  # It is always a window, which suits pipelines.
     if made.pipelined or not (made.feedback or _goes_on(made)):
         raise ValueError(
             f"mode {mode!r} goes back to steps that a pipeline has already taken, or leaves some out; "
@@ -49,9 +49,9 @@ def make_pipeline_mode(
 
 
 def _goes_on(mode: Mode, steps: int = 24) -> bool:
-    """Return whether every round predicts indices in a row from the next step on, and the first that step alone.
+    """Return whether every round predicts consecutive indices from the next step on, the first round only one.
 
-    The next step is the base, alone, or the one after it; and it is further on than that of the round before.
+    The next step is the base, alone, or the index after it, and increases from round to round.
     """
     known, after = 0, -1
     for r in mode.rounds(steps):

@@ -1,4 +1,4 @@
-"""Pretrained: modules that workers on other machines load themselves, by what the pipeline was loaded by.
+"""Modules that workers on other machines load themselves, from where the pipeline was loaded.
 
 A worker is sent the arguments of a component's `from_pretrained`, or the name of a factory that returns the pipeline,
 and digests of the structure and the weights of the leader's module. It refuses a module of its own with other digests.
@@ -24,7 +24,7 @@ from drp.workers.weights import Weights
 
 NAME = "pretrained_model_name_or_path"
 ORIGIN = ("_name_or_path", "_use_default_values")
-"""What a configuration notes of how its module was loaded."""
+"""Entries of a configuration that describe how the module was loaded."""
 REMEDY = (
     "change it before: name, as pretrained='package.module:factory', a function that loads the pipeline and changes "
     "it, and that each machine can import"
@@ -32,9 +32,9 @@ REMEDY = (
 
 
 def loading_of(pipe: Any, pretrained: str | Mapping[str, Any] | None) -> Json:
-    """Return how other machines load a pipeline's modules, as `parallelize` is told it by `pretrained`.
+    """Return how workers on other machines load a pipeline's modules, given `parallelize`'s argument `pretrained`.
 
-    Raises ValueError for what cannot be sent to them, or if the pipeline does not say where it is from.
+    Raises ValueError for arguments that cannot be sent, or if the pipeline does not know from where it was loaded.
     """
     if isinstance(pretrained, str) and ":" in pretrained:
         try:
@@ -60,14 +60,14 @@ def loading_of(pipe: Any, pretrained: str | Mapping[str, Any] | None) -> Json:
 
 
 class Pretrained:
-    """What workers on other machines are told of a pipeline's modules, which they load themselves."""
+    """The sources of a pipeline's modules for workers on other machines, which load them themselves."""
 
     def __init__(self, pipe: Any, pretrained: str | Mapping[str, Any] | None) -> None:
         self._loading = loading_of(pipe, pretrained)
         self._latest: dict[str, tuple[Described, list[tuple[int, ...]], Json]] = {}
 
     def publish(self, name: str, forward: OriginalForward, described: Described) -> Json:
-        """Return the JSON by which a worker loads a module; the same as the last time if nothing has changed since.
+        """Return the JSON by which a worker loads a module, the previous one if nothing has changed.
 
         Raises UnknownValueError for a module that cannot be compared, or is compiled.
         """
@@ -89,7 +89,7 @@ def describe_module(name: str, module: nn.Module, loading: Json) -> Json:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     try:
         digests = digests_of(module)
-    except (RuntimeError, TypeError) as error:  # of tensors that are no plain numbers in memory, as quantized ones
+    except (RuntimeError, TypeError) as error:  # for tensors without plain storage, such as quantized ones
         raise UnknownValueError(f"{name} cannot be compared with another machine's: {error}") from error
     return {
         "component": name,
@@ -101,7 +101,7 @@ def describe_module(name: str, module: nn.Module, loading: Json) -> Json:
 
 
 def load(source: Json) -> nn.Module:
-    """Load the module that `describe_module` described; raise ValueError if it is not the leader's."""
+    """Load the module that `describe_module` described; raise ValueError if it differs from the leader's."""
     name, loading = source["component"], source["loading"]
     if "factory" in loading:
         module: nn.Module = getattr(find(loading["factory"])(), name)
@@ -123,7 +123,7 @@ def load(source: Json) -> nn.Module:
 
 
 def digests_of(module: nn.Module) -> dict[str, str]:
-    """Return digests of what a module is but for its weights, and of these."""
+    """Return the digests of a module's structure and of its weights."""
     weights = Weights(module)
     walk = _Walk(module)
     text = "\n".join((weights.layout, *walk.lines()))
@@ -133,8 +133,8 @@ def digests_of(module: nn.Module) -> dict[str, str]:
 class _Walk:
     """Describes a module's attributes, in lines of text that are the same in every process.
 
-    Left out are where its configuration says that it is from, and what makes no difference to its results. Hooks, of
-    which the leader has none, and compilation are not compared. `Weights` describes parameters and buffers.
+    Excluded are the origin of the module in its configuration, and attributes that do not affect its results. Hooks,
+    of which the leader has none, and compilation are not compared. `Weights` describes parameters and buffers.
     """
 
     def __init__(self, root: nn.Module) -> None:

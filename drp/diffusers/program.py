@@ -1,8 +1,8 @@
-"""Program: what a pipeline asks of its modules in one step, written down so that it can be run for another state.
+"""The program of a step: the calls that a pipeline makes of its modules, which can be repeated for another state.
 
-A program is a list of calls, in order. Each has the description of its arguments, and says of every tensor in them
-where it comes from: from the draft (`input`), from what stays the same all through the pipeline's call (`cond`), or
-from the results of a call before it in the same step (`output`: a ControlNet's, for the denoiser).
+A program is a list of calls, in order. Each has a description of its arguments, and for every tensor in them its
+source: the draft (`input`), a constant of the pipeline's call (`cond`), or a result of an earlier call in the same step
+(`output`, such as that of a ControlNet for the denoiser).
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from drp.diffusers.pytree import Json, flatten, rebuild
 from drp.diffusers.settings import applied
 
 PROGRAM = "program"
-"""The condition that holds a program, as the bytes of its JSON."""
+"""The name of the condition that has a program, as the bytes of its JSON."""
 PART = "part"
-"""The tensor of a draft that says which part of a program is to be run, if it has several."""
+"""The name of the draft's tensor that selects the part of a program to run, if it has several."""
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor among the arguments: `kind` "input" or "cond" and its name, or "output", the call and the place there.
+    """The source of a tensor among the arguments.
 
-    `zeros` go before an output, so many along the batch. `stride`, if its numbers do not lie in order: bits may depend
-    on it. `on_host`: it is on the host, though the pipeline is on a GPU.
+    kind: "input" or "cond", with a name, or "output", with a call and the position among its results.
+    zeros: the number of samples of zeros before an output, along the batch.
+    stride: the stride, if the tensor is not contiguous, since bits may depend on it.
+    on_host: whether the tensor is on the host although the pipeline is on a GPU.
     """
 
     kind: str
@@ -44,7 +46,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the module of this name; `arguments` describes (args, kwargs), `results` how many tensors come."""
+    """A call of a module by name. `arguments` describes (args, kwargs); `results` is the number of tensors returned."""
 
     module: str
     arguments: Json
@@ -56,10 +58,10 @@ class Call:
 class Program:
     """A step's calls, in order.
 
-    It may be run in `parts`, each on another device: of a doubled batch, of `batch` samples, a part of the samples; or
-    else one of the calls. `settings` are those of torch and diffusers that it is run with (None: as they are).
-
-    It may be run for several drafts at once if `samples` is not 0: what has so many samples is stacked.
+    parts, batch: the number of parts that can run on different devices: shares of a doubled batch of `batch` samples,
+        or single calls.
+    settings: the settings of torch and diffusers with which it runs, None for the current ones.
+    samples: if not 0, the program can run for several drafts, with tensors of this many samples stacked.
     """
 
     calls: tuple[Call, ...]
@@ -71,15 +73,15 @@ class Program:
     def stacked(self, sizes: Collection[int]) -> Program | None:
         """Return the program for several drafts at once, None if they cannot be stacked.
 
-        `sizes` are those of the batches that the latents go into.
+        `sizes` are the sizes of the batches that contain the latents.
         """
         zeros = any(leaf.zeros for call in self.calls for leaf in call.leaves)
         return None if len(sizes) != 1 or zeros or self.parts > 1 else replace(self, samples=next(iter(sizes)))
 
     def in_branches(self, sizes: Collection[int]) -> Program | None:
-        """Return the program in parts, one a branch of guidance; None if there are none that are known.
+        """Return the program in parts, one for each branch of guidance, None if it has no known branches.
 
-        `sizes` are those of the batches that the latents go into, if these are doubled in there.
+        `sizes` are the sizes of the batches that contain the latents twice.
         """
         among = [leaf for call in self.calls for leaf in call.leaves if leaf.kind == "output"]
         if len(self.calls) > 1 and not among:
@@ -90,12 +92,12 @@ class Program:
 
     @property
     def can_be_captured(self) -> bool:
-        """Whether it can be captured as a CUDA graph: there is something to run, which reads no number on the host."""
+        """Whether it can be captured as a CUDA graph: it has calls, and they read no number on the host."""
         on_host = any(leaf.on_host for call in self.calls for leaf in call.leaves)
         return bool(self.calls) and self.parts == 1 and not on_host
 
     def merge(self, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Return all results, given what each part has written; views or copies."""
+        """Return all results, as views or copies, given the results of each part."""
         merged = dict(outputs[0])
         for name in merged if self.parts > 1 else ():
             if not self.batch:
@@ -105,7 +107,7 @@ class Program:
         return merged
 
     def _own(self, tensor: Tensor, part: int) -> Tensor:
-        """Return a part's samples, if it is of samples that the tensor consists."""
+        """Return a part's share of a tensor's samples, or the tensor if it does not consist of samples."""
         halved = self.batch and tensor.dim() > 0 and len(tensor) == self.batch
         return tensor.chunk(self.parts)[part] if halved else tensor
 
@@ -116,7 +118,7 @@ class Program:
         cond: Mapping[str, Tensor],
         outputs: Mapping[str, Tensor],
     ) -> None:
-        """Make the calls for the draft `inputs`; write every tensor of the results into `outputs`."""
+        """Make the calls for the draft `inputs`; write the results to `outputs`."""
         with applied(self.settings) if self.settings is not None else nullcontext():
             self._run(modules, inputs, cond, outputs)
 
@@ -127,7 +129,7 @@ class Program:
         cond: Mapping[str, Tensor],
         outputs: Sequence[Mapping[str, Tensor]],
     ) -> None:
-        """Make the calls for several drafts at once; write the results of each into its `outputs`."""
+        """Make the calls for several drafts at once; write the results of each to its `outputs`."""
         if not self.samples or len(inputs) == 1:
             for each, out in zip(inputs, outputs, strict=True):
                 self.run(modules, each, cond, out)
@@ -150,7 +152,7 @@ class Program:
         cond: Mapping[str, Tensor],
         known: Mapping[tuple[int, int], Tensor],
     ) -> Tensor:
-        """Return an argument of several drafts: their samples one after the other, or what all of them have."""
+        """Return an argument for several drafts: their concatenated samples, or the value that they share."""
         if leaf.kind == "output":
             return known[leaf.call, leaf.place]
         each = [self._tensor(leaf, draft, cond, {}, 0) for draft in inputs]
@@ -194,7 +196,7 @@ class Program:
         tensor = (inputs if leaf.kind == "input" else cond)[leaf.name]
         if leaf.on_host:
             tensor = tensor.cpu()
-        # A copy in either case: a module may write to what it is given.
+        # Always a copy, since a module may write to its arguments.
         return self._own(tensor.clone() if leaf.stride is None else with_stride(tensor, leaf.stride), part)
 
 
@@ -204,17 +206,17 @@ def output_name(call: int, place: int) -> str:
 
 
 def with_zeros(tensor: Tensor, count: int) -> Tensor:
-    """Return a tensor with so many samples of zeros before it."""
+    """Return a tensor with `zeros` samples of zeros before it."""
     return torch.cat([torch.zeros_like(tensor[:1]).expand(count, *tensor.shape[1:]), tensor]) if count else tensor
 
 
 def stride_of(tensor: Tensor) -> tuple[int, ...] | None:
-    """Return a tensor's stride, None if its numbers lie in order."""
+    """Return a tensor's stride, None if it is contiguous."""
     return None if tensor.is_contiguous() else tuple(tensor.stride())
 
 
 def with_stride(tensor: Tensor, stride: Sequence[int]) -> Tensor:
-    """Return a contiguous tensor's numbers laid out with a stride; what is repeated by a stride of 0 is once there."""
+    """Return a copy of a contiguous tensor with a stride. Dimensions of stride 0 take memory once."""
     once = tensor[tuple(slice(0, 1) if s == 0 else slice(None) for s in stride)]
     laid = torch.empty_strided(once.shape, tuple(stride), dtype=tensor.dtype, device=tensor.device)
     return laid.copy_(once).expand(tensor.shape)
@@ -231,7 +233,7 @@ def write(tensor: Tensor, out: Tensor) -> None:
 
 
 def to_tensor(program: Program, sources: Mapping[str, Json]) -> Tensor:
-    """Return a program and where its modules are found, as a condition."""
+    """Encode a program and the sources of its modules as a condition."""
     fields = {
         "calls": [
             {"module": c.module, "arguments": c.arguments, "leaves": [vars(x) for x in c.leaves], "results": c.results}
@@ -247,7 +249,7 @@ def to_tensor(program: Program, sources: Mapping[str, Json]) -> Tensor:
 
 
 def from_bytes(text: bytes) -> tuple[Program, dict[str, Json]]:
-    """Return the program and the sources of its modules that `to_tensor` wrote down."""
+    """Decode a program and the sources of its modules; the inverse of `to_tensor`."""
     fields = json.loads(text)
     calls = tuple(
         Call(c["module"], c["arguments"], tuple(Leaf(**leaf) for leaf in c["leaves"]), c["results"])

@@ -1,9 +1,9 @@
-"""Publish: modules, put where workers find them: pickles on the host, and weights in memory that processes share.
+"""Publication of modules to workers: pickles in host memory, and weights in shared memory.
 
-The weights *move* there: the pipeline's own parameters use the same memory from then on, in this process too, also
-after the workers have ended. On the host there is thus one copy on the machine, and what is later done to a weight in
-place (a LoRA fused into it, say) is what the workers see. On GPUs there is one copy on each, all this process's:
-the workers of the pipeline's GPU use the pipeline's own weights, and the copies on other GPUs follow when those change.
+The weights are moved there: the pipeline's own parameters use the shared memory from then on, also after the workers
+have ended. On the host there is thus one copy of the weights, and workers see later in-place changes, such as a fused
+LoRA. On GPUs there is one copy on each, allocated by this process: workers on the pipeline's GPU use the pipeline's own
+weights, and the copies on other GPUs are updated when those change.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from drp.protocol.memory import ALIGNMENT, LocalMemory, Memory, SharedMemory, al
 _numbers = itertools.count(1)
 
 MAX_BLOCK_NBYTES = 2**28
-"""Bytes of weights that are moved at once; meanwhile they are there twice."""
+"""Maximum number of bytes of weights that are moved at once, for which memory is needed twice."""
 ROW = 32
-"""Words of 8 bytes in a row of a fingerprint; blocks consist of whole rows."""
+"""The length of a fingerprint's row in words of 8 bytes; blocks consist of whole rows."""
 
 log = logging.getLogger(__name__)
 
 Key = tuple[int, tuple[int, ...], torch.dtype, tuple[int, ...]]
-"""Where a tensor lies, its shape, dtype and stride."""
+"""A tensor's address, shape, dtype and stride."""
 
 
 @dataclass
 class GpuWeights:
-    """The GPUs on which weights are to lie, by their UUIDs.
+    """The GPUs that need copies of the weights, by UUID.
 
     home: the GPU of the pipeline.
-    others: those of the workers, but for that one.
-    ipc: whether processes can share GPU memory here. Otherwise workers copy weights from the host.
-    exported: collects the memory, which must not be freed before the workers have ended.
-    places: where weights are that were moved there, for publishers that follow one another.
+    others: the other GPUs of the workers.
+    ipc: whether processes can share GPU memory on this machine. Otherwise workers copy weights from the host.
+    exported: the exported memory, which must not be freed before the workers have ended.
+    places: the places of weights that earlier publishers have moved.
     """
 
     home: str
@@ -55,13 +55,13 @@ class GpuWeights:
     places: dict[Key, tuple[_Weights, TensorLocation]] = field(default_factory=dict)
 
     def create(self, nbytes: int, gpu: str) -> GpuMemory:
-        """Allocate memory; it is freed when it was closed and no tensor uses it. Raises MemoryError or CudaError."""
+        """Allocate memory that is freed when it is closed and unused; raise MemoryError or CudaError if that fails."""
         memory = GpuMemory.create(nbytes, gpu, GpuMemory.free_with_tensors)
         self.exported.append(memory)
         return memory
 
     def close(self) -> None:
-        """Free the memory as soon as the pipelines whose weights are in it are gone; the workers have ended."""
+        """Free the memory once no pipeline's weights are in it. The workers must have ended."""
         self.places.clear()
         while self.exported:
             self.exported.pop().close()
@@ -69,7 +69,7 @@ class GpuWeights:
 
 @dataclass(eq=False)
 class _Weights:
-    """A block of weights: the pipeline's own, with copies on other GPUs, or on the host where workers need them."""
+    """A block of the pipeline's weights, with its copies on other GPUs or on the host."""
 
     memory: Memory
     copies: list[Memory]
@@ -95,7 +95,7 @@ class _Weights:
 
 @dataclass
 class _Copies:
-    """Copies, on the host, of tensors that a module may write to; `known` are the values, where the tensors are."""
+    """Copies on the host of tensors that a module may write to. `known` are their values on the pipeline's device."""
 
     memory: SharedMemory | None
     block: Block
@@ -104,7 +104,7 @@ class _Copies:
 
 
 class Publisher:
-    """The shared memory of one pipeline's modules. `gpus` says where weights are to lie, None for the host."""
+    """The shared memory of one pipeline's modules. `gpus` are the GPUs that need the weights, None for the host."""
 
     def __init__(self, gpus: GpuWeights | None = None) -> None:
         self._gpus = gpus
@@ -114,7 +114,7 @@ class Publisher:
         self._latest: dict[str, tuple[Source, Json, SharedMemory]] = {}
 
     def publish(self, name: str, described: Described) -> Json:
-        """Return the JSON by which a worker finds a module; the same as the last time if nothing has changed since."""
+        """Return the JSON by which a worker finds a module, the previous one if nothing has changed."""
         tensors = described.tensors
         home = self._home_of(name, tensors)
         shared = {i for i, t in enumerate(tensors) if described.is_weight[i] and (home is None or t.device == home)}
@@ -159,11 +159,11 @@ class Publisher:
         return torch.device(devices[0]) if devices else None
 
     def _move(self, weights: Sequence[Tensor]) -> None:
-        """Move the weights that are not there yet, some at a time, so that few are there twice meanwhile."""
+        """Move the weights that are not in shared memory yet, in groups, so that few need memory twice."""
         fresh: dict[Key, list[Tensor]] = {}
         for tensor in weights:
             if _key(tensor) not in self._places:
-                fresh.setdefault(_key(tensor), []).append(tensor)  # Tied weights are one.
+                fresh.setdefault(_key(tensor), []).append(tensor)  # Tied weights are moved once.
         for group in _groups(list(fresh.values())):
             places, nbytes = _lay_out([same[0] for same in group], private=False)
             device = group[0][0].device
@@ -213,7 +213,7 @@ class Publisher:
         return _Weights(memory or LocalMemory(nbytes, device), copies, Block(next(_numbers), handles, host))
 
     def _copy(self, name: str, tensors: Mapping[int, Tensor], home: torch.device | None) -> _Copies:
-        """Return where copies are of tensors that a module may write to: buffers, and attributes that it computes."""
+        """Return the places of the copies of tensors that a module may write to: buffers and computed attributes."""
         latest = self._copies.get(name)
         same = latest is not None and latest.known.keys() == tensors.keys()
         if latest is not None and same and all(_equal(latest.known[i], tensor) for i, tensor in tensors.items()):
@@ -229,7 +229,7 @@ class Publisher:
             copies.known[i] = shared if home is None else tensor.detach().clone()
         self._copies[name] = copies
         if latest is not None and latest.memory is not None:
-            self._close(latest.memory)  # The rounds that used it are over. The new one has another descriptor.
+            self._close(latest.memory)  # No round uses it any more. The new block has another descriptor.
         return copies
 
     def _on_host(self, nbytes: int) -> SharedMemory:
@@ -241,7 +241,7 @@ class Publisher:
         memory.close()
 
     def close(self) -> None:
-        """Give the descriptors back: nobody can open the memory any more; the pipeline's weights stay in it."""
+        """Close the descriptors. The memory can no longer be opened, but the pipeline's weights stay in it."""
         self._copies.clear()
         for key in [key for key, (weights, _) in self._places.items() if weights.block.host is not None]:
             del self._places[key]
@@ -253,7 +253,7 @@ class Publisher:
 def _lay_out(
     tensors: Sequence[Tensor], private: bool, home: torch.device | None = None
 ) -> tuple[list[TensorLocation], int]:
-    """Return the places of tensors one after the other in a block, and the block's length."""
+    """Return the places of tensors in a block, one after another, and the length of the block."""
     places, offset = [], 0
     for tensor in tensors:
         on_host = home is not None and tensor.device.type == "cpu"
@@ -278,19 +278,19 @@ def _groups(weights: Sequence[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
 
 
 def free_cached() -> None:
-    """Give back what torch keeps of the GPU's memory where the weights were: workers there are other processes."""
+    """Release the memory that torch caches on the GPU, for the workers there."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no types for it
         torch.cuda.empty_cache()
 
 
 def _synchronize(device: torch.device) -> None:
-    """Wait until what this thread has queued on a device is done."""
+    """Wait for the work that this thread has queued on a device."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
 
 def fingerprint(tensor: Tensor) -> tuple[int, ...]:
-    """Return two sums over a tensor's bytes, weighted by place: changed weights have others. One wait for a GPU."""
+    """Return two sums of a tensor's bytes, weighted by position, to detect changes; one synchronization of a GPU."""
     if not tensor.numel():
         return ()
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Tree: the arguments and results of a module as a description in plain JSON, and the tensors in it, in order."""
+"""Trees: the arguments and results of a module as a JSON description and a list of tensors."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 Json = Any
-"""What `json` reads and writes: None, bool, int, float, str, and lists and maps of these."""
+"""A JSON value."""
 
 PLAIN = (bool, int, float, str, type(None))
 
 
 class UnknownValueError(ValueError):
-    """A value that has no description; the message says where and what it is."""
+    """A value without a description. The message says what and where it is."""
 
 
 def flatten(value: Any, path: str = "") -> tuple[Json, list[Tensor], list[str]]:
     """Return a description of nested containers, the tensors in it and their paths; `rebuild` reverses it.
 
-    Raises UnknownValueError for what is neither a container, a tensor nor a plain value.
+    Raises UnknownValueError for a value that is neither a container, a tensor nor a plain value.
     """
     tensors: list[Tensor] = []
     paths: list[str] = []
@@ -49,10 +49,10 @@ def flatten(value: Any, path: str = "") -> tuple[Json, list[Tensor], list[str]]:
 
 
 def rebuild(description: Json, tensors: Sequence[Tensor]) -> Any:
-    """Return what `flatten` described, with these tensors in it."""
+    """Return the value that `flatten` described, with these tensors."""
     if not isinstance(description, dict):
         return description
-    if "record" in description:  # such as diffusers' outputs: a map that can be made from its items
+    if "record" in description:  # such as an output of diffusers: a mapping that can be constructed from its items
         return find(description["record"])(**{k: rebuild(v, tensors) for k, v in description["items"]})
     ((kind, content),) = description.items()
     makers: dict[str, Callable[[], Any]] = {
@@ -81,7 +81,7 @@ def name_of(thing: Any) -> str:
 
 
 def find(name: str) -> Any:
-    """Return what `name_of` named."""
+    """Return the class or function with a name of `name_of`."""
     module, _, attributes = name.partition(":")
     found: Any = importlib.import_module(module)
     for attribute in attributes.split("."):

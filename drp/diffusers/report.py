@@ -1,4 +1,4 @@
-"""Report: what `parallelize` did in each call of a pipeline."""
+"""Reports of the calls of a parallelized pipeline."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 
 @dataclass
 class CallReport:
-    """One call of the pipeline.
+    """The report of one call.
 
-    `steps`, `rounds` (evaluations that had to follow one another) and `evaluations` (of all the step's modules
-    together) are counted. `seconds` is the wall time from the first evaluation to the last step, `device_seconds` the
-    time spent in evaluations by the evaluating processes' clocks. `sequential` says why steps were taken without drafts
-    though the mode has them, `notes` what else is worth knowing, each with how often, and `reason` why nothing was
-    gained, if nothing was.
+    steps: the number of steps.
+    rounds: the number of rounds: evaluations that follow one another.
+    evaluations: the number of evaluations, each of all calls of a step.
+    seconds: the wall time from the first evaluation to the last step.
+    device_seconds: the time of all evaluations by the clocks of the evaluating processes.
+    sequential: why steps were taken without drafts although the mode has them, empty if none were.
+    notes: further remarks, with their counts.
     """
 
     mode: str
@@ -31,7 +33,7 @@ class CallReport:
 
     @property
     def reason(self) -> str:
-        """Why no round had more than one step, though the mode has drafts; nothing if some had."""
+        """Why no round had more than one step although the mode has drafts, empty if some had."""
         if self.sequential or self.drafts < 2 or self.rounds < self.steps:
             return self.sequential
         if self.steps == 0:
@@ -44,12 +46,12 @@ class CallReport:
 
     @property
     def theory(self) -> float:
-        """The speed-up over one device, which takes a round a step, that this many rounds allow."""
+        """The maximum speed-up over one device with this number of rounds: steps / rounds."""
         return self.steps / self.rounds if self.rounds else 1.0
 
     @property
     def speedup(self) -> float:
-        """The measured one: an evaluation's own time, once for each step, over the wall time."""
+        """The measured speed-up: the mean time of an evaluation times the steps, divided by the wall time."""
         if not (self.evaluations and self.seconds):
             return 1.0
         return self.device_seconds / self.evaluations * self.steps / self.seconds
@@ -67,7 +69,7 @@ class CallReport:
 
 @dataclass
 class Report:
-    """Every call of the pipeline inside the `with`, in order."""
+    """The reports of all calls, in order."""
 
     calls: list[CallReport] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""Rounds: which steps of a pipeline's call are predicted together, from drafts, and what the pipeline is answered."""
+"""The rounds of a pipeline's call: which steps are predicted together, from drafts, and the results of each step."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from drp.sampling.modes import Adaptive, Mode, Round, Rounds
 from drp.sampling.run import Task
 
 JUMP = 0.25
-"""The change of the latents between two steps, over their norm, beyond which drafts are given up for new ones."""
+"""The relative change of the latents between two steps beyond which drafts are replaced by new ones."""
 
 MOST_JUMPS = 2
-"""How often drafts are given up for that before the call goes on without."""
+"""How often drafts are replaced for that before the call continues without drafts."""
 
 
 class Predictions:
-    """The predictions for the steps from one that was learned from, at `first`, to `end`, made as they are needed.
+    """The predictions for the steps from the traced one, at index `first`, to `end`, made as they are needed.
 
     Its state is held by:
 
-        what was learned    `_learned`, `_program`,
+        the traced step     `_learned`, `_program`,
                             `_final`                     a step's arguments and results, how they follow from a state
                             `_weights`, `_gain`          how guidance makes one output of the results
         the rounds          `_mode`, `_adaptive`,
                             `_rounds`, `_next`           the mode, its rounds, and the next one, if it is known yet
-                            `_first`, `_end`, `_jumps`   where they begin and end, and how often they began again
+                            `_first`, `_end`, `_jumps`   where they begin and end, and how often they were restarted
                             `_residuals`                 of the last round, for the adaptive mode
         the predictions     `_session`, `_rows`          the workers' memory, and the rows of each index in it
-                            `_drafter`, `_drafts`        what drafts, and the drafts by index
-        the report          `_report`, `_reported`       what happened, and the number of incidents told
+                            `_drafter`, `_drafts`        makes the drafts; the drafts by index
+        the report          `_report`, `_reported`       the report, and the number of reported incidents
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Predictions:
         self._mode, self._adaptive = mode, _adaptive(mode)
         self._end, self._report = end, report
         self._rows: dict[int, list[int]] = {}
-        """By index, where the predictions lie that the pipeline has not come to."""
+        """The rows of the predictions for steps that the pipeline has not taken yet, by index."""
         self._drafts: dict[int, Tensor] = {}
         self._residuals: list[float] | None = None
         self._weights: list[float] | None = None
@@ -67,19 +67,19 @@ class Predictions:
         for doubt in doubts(len(drafter.timesteps), mode.width, drafter.adds_noise).values():
             report.notes[doubt] = 1
         self._begin(first)
-        self._next: Round | None = self._after()  # The first round was the step that was learned from.
+        self._next: Round | None = self._after()  # The first round was the traced step.
 
     def fit_guidance(self, x: Tensor, output: Tensor) -> None:
-        """Find out how the output after guidance is made of the results, from the step that was learned from."""
+        """Determine from the traced step how guidance combines the results to one output."""
         results = self._learned.outputs
         branches = outputs_as_branches([results[name] for name in self._final], x)
         self._weights = weights_of(branches, output) if branches and output.shape == x.shape else None
         self._gain = gain_of(self._weights)
 
     def at(self, k: int, x: Tensor, inputs: Mapping[str, Tensor], stepped: Tensor | None) -> dict[str, Tensor]:
-        """Return the results of the step at index k, whose latents are x and whose arguments are `inputs`.
+        """Return the results of the step at index k with the latents x and the arguments `inputs`.
 
-        `stepped` is what the scheduler's last step returned, if the latents are no longer that.
+        `stepped` is the result of the scheduler's last step, if the latents were changed since.
         """
         if self._due(k, x, stepped):
             self._round(k, x, inputs)
@@ -92,12 +92,12 @@ class Predictions:
         return outputs
 
     def agrees(self) -> bool:
-        """Return whether the parts of the program make together what the step that was learned from returned."""
+        """Return whether the parts of the program together reproduce the results of the traced step."""
         like = {name: varying.like for name, varying in self._learned.inputs.items()}
         return self._as_recorded(self._evaluate([(self._first, 0.0, like)]))
 
     def _as_recorded(self, rows: Mapping[int, list[int]]) -> bool:
-        """Return whether the results at the first index are those of the step that was learned from, to rounding."""
+        """Return whether the results at the first index are those of the traced step, up to rounding."""
         for name, made in self._stored(rows, self._first).items():
             wanted = self._learned.outputs[name].double()
             few = 1e-4 if torch.finfo(made.dtype).bits >= 32 else 0.05
@@ -106,9 +106,9 @@ class Predictions:
         return True
 
     def agrees_stacked(self, count: int) -> bool:
-        """Return whether a draft that is stacked with others makes what the step that was learned from returned.
+        """Return whether a draft that is stacked with others reproduces the results of the traced step.
 
-        The others have the latents negated, so that it shows if the samples of a batch depend on each other.
+        The others have negated latents, to detect samples of a batch that depend on each other.
         """
         like = {name: varying.like for name, varying in self._learned.inputs.items()}
         forms = {name: varying.form for name, varying in self._learned.inputs.items()}
@@ -121,20 +121,20 @@ class Predictions:
         self._session.close()
 
     def _tell(self) -> None:
-        """Report the workers that were lost since the last time."""
+        """Report the workers that were lost since the last call."""
         new = self._session.incidents[self._reported :]
         self._report.notes.update(new)
         self._reported += len(new)
 
     def _begin(self, k: int) -> None:
-        """Begin rounds for the steps from k on, as in a run that starts there."""
+        """Restart the rounds at step k, as in a run that starts there."""
         self._first = self._drafter.base = self._drafter.previous_base = k
         self._rounds: Rounds = self._mode.rounds(self._end - k)
         self._rows, self._drafts, self._residuals = {}, {}, None
         self._next = self._after()
 
     def _after(self) -> Round | None:
-        """Return the next round; None at the end, or if it depends on how stale the drafts of this one turn out."""
+        """Return the next round, None at the end or if it depends on the residuals of this one."""
         if self._residuals is not None:
             return None
         try:
@@ -143,7 +143,7 @@ class Predictions:
             raise UnrecognisedError(str(error), final=True) from None
 
     def _due(self, k: int, x: Tensor, stepped: Tensor | None) -> bool:
-        """Return whether a round is to be made before step k is answered, from the state x there."""
+        """Return whether a round must be evaluated before step k, from the state x there."""
         if k not in self._rows:
             return True
         residual = _apart(x, self._drafts[k])
@@ -163,11 +163,11 @@ class Predictions:
         return self._next is not None and self._next.predict[0] + self._first == k
 
     def _round(self, k: int, x: Tensor, inputs: Mapping[str, Tensor]) -> None:
-        """Have the next round's drafts made and evaluated. Predictions from k on that were kept make drafts again."""
+        """Make and evaluate the drafts of the next round, refined with the predictions from k on that there are."""
         r = self._next
         if r is None and self._residuals is not None:
             try:
-                r = self._rounds.send(self._residuals)  # of the drafts of the round before, from its base on
+                r = self._rounds.send(self._residuals)  # of the drafts of the previous round, from its base on
             except StopIteration:
                 r = None
         if r is None:
@@ -191,7 +191,7 @@ class Predictions:
         self._report.evaluations += len(drafts)
 
     def _kept(self, i: int, x: Tensor, drafts: Mapping[int, Tensor]) -> Tensor | None:
-        """Return the output after guidance that the prediction kept for index i comes to in state x."""
+        """Return the output after guidance in state x by the prediction at index i."""
         if i not in self._rows or self._weights is None:
             return None
         results = self._stored(self._rows, i)
@@ -205,7 +205,7 @@ class Predictions:
         return (output if shift is None else output + shift).to(branches[0].dtype)
 
     def _evaluate(self, drafts: Sequence[tuple[int, float, Mapping[str, Tensor]]]) -> dict[int, list[int]]:
-        """Have the program run on drafts: index, timestep, arguments; return where the parts of its results are."""
+        """Run the program on drafts, given index, timestep and arguments; return the rows of the results' parts."""
         parts = self._program.parts
         tasks: list[Task] = []
         for index, t, inputs in drafts:
@@ -223,13 +223,13 @@ class Predictions:
         return {index: [rows[index * parts + part] for part in range(parts)] for index, *_ in drafts}
 
     def _stored(self, rows: Mapping[int, list[int]], k: int) -> dict[str, Tensor]:
-        """Return the results at an index, put together of their parts, on the pipeline's device."""
+        """Return the results at an index, joined from their parts, on the pipeline's device."""
         merged = self._program.merge([self._session.arena.prediction(row) for row in rows[k]])
         return {name: tensor.to(self._learned.outputs[name].device) for name, tensor in merged.items()}
 
 
 def _final_results(learned: Learned) -> list[str]:
-    """Return the names of the results that no later call of the step takes: guidance makes the output of them."""
+    """Return the names of the results that are not arguments of a later call: guidance combines these."""
     taken = {leaf.call for call in learned.program.calls for leaf in call.leaves if leaf.kind == "output"}
     return [
         output_name(number, place)
@@ -240,7 +240,7 @@ def _final_results(learned: Learned) -> list[str]:
 
 
 def _apart(x: Tensor, draft: Tensor) -> float:
-    """Return |x - draft| / |x|, the largest among the samples; numpy adds in one order whatever the threads."""
+    """Return the largest |x - draft| / |x| among the samples. numpy's sums do not depend on the threads."""
     if x.device.type != "cpu":
         norms = [torch.linalg.vector_norm(each.flatten(1), dim=1, dtype=torch.float64) for each in (x - draft, x)]
         return float((norms[0] / norms[1]).max())
@@ -250,7 +250,7 @@ def _apart(x: Tensor, draft: Tensor) -> float:
 
 
 def _adaptive(mode: Mode) -> Adaptive | None:
-    """Return the adaptive mode in a mode, None if there is none."""
+    """Return the adaptive mode inside a mode, None if there is none."""
     while not isinstance(mode, Adaptive):
         if not hasattr(mode, "mode"):
             return None

@@ -1,4 +1,4 @@
-"""Scheduler: copies of a pipeline's scheduler, stepped ahead to make drafts, and what is known of its noise levels."""
+"""Schedulers of diffusers: copies that are stepped ahead to make drafts, and their noise levels."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from drp.sampling.predictions import PREDICTION_TYPES, estimates
 BROWNIAN = ("BrownianTreeNoiseSampler", "BatchedBrownianTree")
 """Classes of noise samplers that cannot be deep-copied and need not be."""
 MIDWAY = "DPMSolverSDE"
-"""Beginning of the name of the scheduler that evaluates every second time in the middle of two of its sigmas."""
+"""Prefix of the schedulers that evaluate every second time between two of their sigmas."""
 IN_SIGMA = ("Euler", "Heun", "LMS", MIDWAY)
-"""Beginnings of the names of schedulers whose state is data + sigma noise, with sigma from 0 up."""
+"""Prefixes of the schedulers whose state is data + sigma noise."""
 OTHERWISE = ("EDM", "Cosine", "KDPM2")
-"""Beginnings of the names of those that precondition the model, or whose sigmas are not the timesteps' in order."""
+"""Prefixes of the schedulers that precondition the model, or whose sigmas are not in the order of the timesteps."""
 BY_TIMESTEP = (
     "DDIMScheduler",
     "DDIMParallelScheduler",
@@ -31,18 +31,18 @@ BY_TIMESTEP = (
     "TCDScheduler",
     "UnCLIPScheduler",
 )
-"""Schedulers that look alpha-bar up by the timestep."""
+"""Schedulers that look up alpha-bar by the timestep."""
 
 
 RENOISING = ("LCM", "TCD", "FlowMatchLCM", "CMStochastic", "SCM", "HeliosDMD")
-"""Beginnings of the names of those that make new noise of the whole estimate of the data at every step."""
+"""Prefixes of the schedulers that add new noise to the whole data estimate at every step."""
 
 
 def why_drafts_differ(scheduler: Any) -> str:
-    """Return why drafted samples do not come nearer to the sequential ones as steps grow; nothing if they do.
+    """Return why drafted samples do not converge to the sequential ones with more steps, empty if they do.
 
-    Where a step's result depends on the model's output by more than the step is long, an output that was predicted at
-    a draft is as wrong at 1000 steps as it is at 10. `python -m bench.convergence` measures it.
+    If the model output has an effect on a step that does not shrink with the step's length, the error of an output
+    predicted at a draft is the same at 1000 steps as at 10. `python -m bench.convergence` measures this.
     """
     config, name = scheduler.config, type(scheduler).__name__
     if name.startswith(RENOISING) or config.get("stochastic_sampling"):
@@ -51,24 +51,24 @@ def why_drafts_differ(scheduler: Any) -> str:
 
 
 NOISY = ("DDPM", "UnCLIP", MIDWAY, "SASolver", "CogVideoXDPM")
-"""Beginnings of the names of schedulers that add noise at each step, beside those called ancestral."""
+"""Prefixes of the schedulers that add noise at each step, in addition to ancestral ones."""
 
 
 def adds_noise(scheduler: Any) -> bool:
-    """Return whether a scheduler adds noise at each step, as far as its class and its configuration tell."""
+    """Return whether a scheduler adds noise at each step, by its class and its configuration."""
     name = type(scheduler).__name__
     algorithm = str(scheduler.config.get("algorithm_type", ""))
     return name.startswith(NOISY) or "Ancestral" in name or algorithm.startswith("sde")
 
 
 TABLES = ("timesteps", "sigmas", "betas", "alphas", "alphas_cumprod", "alpha_t", "sigma_t", "lambda_t")
-"""Tensors of a scheduler that its steps read and never write: copies share them."""
+"""Tensors of a scheduler that its steps only read, so that copies share them."""
 
 
 def copy_of(scheduler: Any, hidden: tuple[str, ...]) -> Any:
-    """Return a scheduler that goes on from where this one is, without the attributes `hidden`."""
+    """Return a copy of a scheduler in its current state, without the attributes `hidden`."""
     made = object.__new__(type(scheduler))
-    # A Brownian tree gives the same noise for the same interval in whatever order it is asked: copies may share it.
+    # Copies may share a Brownian tree, whose noise of an interval does not depend on the order of the queries.
     memo: dict[int, Any] = {id(v): v for v in vars(scheduler).values() if type(v).__name__ in BROWNIAN}
     memo.update((id(table), table) for name in TABLES if (table := vars(scheduler).get(name)) is not None)
     for name, value in vars(scheduler).items():
@@ -78,20 +78,20 @@ def copy_of(scheduler: Any, hidden: tuple[str, ...]) -> Any:
 
 
 JUMPING = ("DDIMScheduler", "DDIMParallelScheduler")
-"""Schedulers whose next state has a clipped estimate of the data and the model's output in full, so that it jumps.
+"""Schedulers whose next state combines a clipped data estimate with the unclipped model output, so that it jumps.
 
-In the step of others, DDPM's or DPM-Solver's, an estimate that is clipped has a weight that shrinks with the step.
+With others, such as DDPM and DPM-Solver, the weight of the clipped estimate shrinks with the step.
 """
 FEW_CLIPPED = 1e-3
-"""The share of the estimate's numbers that may be clipped without making a difference."""
+"""The share of an estimate's numbers below which clipping is ignored."""
 
 
 class Levels:
     """The estimate of the data by a scheduler: c_x times the state and c_p times the model's output, at each index.
 
-    `known` is False for schedulers whose noise levels drp does not know: their drafts assume that the model's output
-    stays. `limit` is what the scheduler clips the estimate to, None if it does not; `clipped` says that it has, which
-    is then no longer a sum.
+    known: False for schedulers whose noise levels are unknown. Their drafts assume a constant model output.
+    limit: the bound to which the scheduler clips the estimate, None if it does not.
+    clipped: whether it has clipped one, which then is no longer this sum.
     """
 
     def __init__(self, scheduler: Any, timesteps: Tensor) -> None:
@@ -108,7 +108,7 @@ class Levels:
         self.clipped = False
         self._name = name
         levels = self._read(scheduler, name, flow, timesteps) if self._type in PREDICTION_TYPES else []
-        # Where there is no signal, noise says nothing of the data; where there is no noise, nothing is left to predict.
+        # Without signal, the noise determines no data; without noise, nothing is left to predict.
         usable = all(sigma > 0 and (alpha > 0 or self._type != "epsilon") for alpha, sigma, _ in levels)
         self._levels = levels if usable else []
         self._timesteps = tuple(float(t) for t in timesteps)
@@ -135,7 +135,7 @@ class Levels:
         return []
 
     def clips(self, k: int, x: Tensor, output: Tensor) -> bool:
-        """Return whether the scheduler clips the estimate of the data at a step, and take that for the rule if so."""
+        """Return whether the scheduler clips the data estimate at a step; if so, also clip the estimates of drafts."""
         if self.limit is None or self.clipped:
             return self.clipped
         if not self._levels or output.shape != x.shape:
@@ -148,7 +148,7 @@ class Levels:
 
     @property
     def jumps(self) -> bool:
-        """Whether the latents have jumped because the estimate was clipped."""
+        """Whether the latents jumped because the estimate was clipped."""
         return self.clipped and self._name in JUMPING
 
     @property
@@ -158,13 +158,13 @@ class Levels:
 
     @functools.cached_property
     def of_run(self) -> drafts.Levels:
-        """What a draft rule may know."""
+        """The levels for a draft rule."""
         alphas, sigmas = (tuple(level[i] for level in self._levels) for i in (0, 1))
         return drafts.Levels(alphas, sigmas, self._timesteps, self._type)
 
     @property
     def known(self) -> bool:
-        """Whether `factors` says anything."""
+        """Whether `factors` is known."""
         return bool(self._levels) and not self.clipped
 
     def factors(self, k: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Settings: what of torch and diffusers in the calling process changes a module's bits, carried over to workers."""
+"""Settings of torch and diffusers that change a module's bits, which workers take over from the calling process."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from drp.torch_defaults import SETTINGS
 
 try:
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-except ImportError:  # a diffusers that has no such choice
+except ImportError:  # an older diffusers
     _AttentionBackendRegistry = None
 
 
 def read_settings() -> Json:
-    """Return the settings of this process, also those of a `sdpa_kernel` or `attention_backend` block around the call.
+    """Return the settings of this process, including those of an enclosing `sdpa_kernel` or `attention_backend` block.
 
-    Raises ValueError under torch.autocast, which is not carried over.
+    Raises ValueError under torch.autocast, which is not supported.
     """
     if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
         raise ValueError("the pipeline runs under torch.autocast, which workers do not")
@@ -33,7 +33,7 @@ def read_settings() -> Json:
 
 @contextmanager
 def applied(settings: Json) -> Iterator[None]:
-    """Have settings that `read_settings` returned during a block."""
+    """Apply settings of `read_settings` during a block."""
     with ExitStack() as stack:
         for (read, write, _), wanted in zip(SETTINGS, settings["torch"], strict=True):
             value = getattr(torch, wanted["dtype"]) if isinstance(wanted, dict) else wanted

@@ -1,4 +1,4 @@
-"""Sources: what a worker is told of a module: its pickle, and the memory in which each of its tensors lies."""
+"""The source of a module for workers: its pickle, and the memory of each of its tensors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ DIGEST_NBYTES = 32
 
 @dataclass(frozen=True)
 class Block:
-    """Memory that holds tensors: on GPUs, by their UUIDs, or else on the host.
+    """Memory with tensors, on GPUs, by UUID, or on the host.
 
-    number: a block's own.
-    version: counts how often what is on the host was replaced; a worker on a GPU has its own copy of that.
+    number: the number of the block.
+    version: the number of times that the content on the host was replaced. A worker on a GPU has a copy of it.
     """
 
     number: int
@@ -33,10 +33,10 @@ class Block:
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where a tensor lies: in a block, from an offset in bytes on.
+    """The place of a tensor: a block, and an offset in bytes.
 
-    private: a module may write to it, which nobody else may see; on a GPU a worker therefore uses a copy.
-    on_host: it is on the host in the pipeline too, though the pipeline is on a GPU.
+    private: whether a module may write to it. Writes must not be visible to others, so workers on GPUs use a copy.
+    on_host: whether it is on the host although the pipeline is on a GPU.
     """
 
     block: int
@@ -49,7 +49,7 @@ class TensorLocation:
 
     @property
     def count(self) -> int:
-        """How many numbers the memory has that the tensor lies in."""
+        """The number of elements from the tensor's first to its last in memory."""
         if 0 in self.shape:
             return 0
         return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
@@ -64,7 +64,7 @@ class TensorLocation:
 
 @dataclass(frozen=True)
 class Source:
-    """A module: its pickle as of `drp.diffusers.structure`, and where its tensors lie, in order."""
+    """A module: its pickle, see `drp.diffusers.structure`, and the places of its tensors, in order."""
 
     pickled: bytes
     blocks: tuple[Block, ...]
@@ -78,7 +78,7 @@ def dump_signed(source: Source) -> bytes:
 
 
 def load_signed(data: bytes) -> Source:
-    """Return the source; raise PermissionError if it is not from this process's parent, before it is unpickled."""
+    """Decode a source; raise PermissionError, before unpickling, if it is not from this process's parent."""
     digest, data = data[:DIGEST_NBYTES], data[DIGEST_NBYTES:]
     if not hmac.compare_digest(digest, _digest(data)):
         raise PermissionError(

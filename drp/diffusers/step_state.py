@@ -1,4 +1,4 @@
-"""What is known of a pipeline's step: what its first one showed, and how far the present one is answered."""
+"""The state of a call's steps: the traced step, and the progress of the current one."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from drp.diffusers.rounds import Predictions
 
 @dataclass(frozen=True)
 class TracedStep:
-    """What a step showed, and the predictions for those that follow."""
+    """The traced step, and the predictions for the steps after it."""
 
     learned: Learned
     predictions: Predictions
 
 
 class StepState:
-    """A step that is under way: what was recorded of it, or how far it is answered."""
+    """The current step: its recorded calls, or the number of answered calls."""
 
     def __init__(self) -> None:
         self.recorded: list[RecordedCall] = []
         self.position = 0
-        """Calls answered."""
+        """The number of answered calls."""
         self.mismatch = False
-        """It has turned out not to be as the program says: the rest of it is evaluated here."""
+        """Whether the step differs from the program, so that the rest of it is evaluated in this process."""
         self.in_process = False
-        """Something of it was evaluated here."""
+        """Whether a call was evaluated in this process."""
         self.x: Tensor | None = None
-        """The latents, as the denoiser's arguments show them."""
+        """The latents in the denoiser's arguments."""
         self.exact = True
-        """They are what the scheduler's last step returned."""
+        """Whether the latents are the result of the scheduler's last step."""
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self.answered: dict[tuple[int, int], Tensor] = {}

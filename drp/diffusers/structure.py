@@ -1,9 +1,9 @@
-"""Structure: a module as it is, pickled so that a worker can make it again around the same weights.
+"""The structure of a module, pickled without its tensors, so that a worker can rebuild it around the same weights.
 
-As in `torch.save`, the pickle has persistent ids in the place of tensors, whose memory is shared instead. What is
-pickled is the tree of live objects, so a LoRA that was loaded, attention processors that were exchanged, layers that
-were fused and quantized weights are part of it. A pickle reaches a worker through this process's shared memory, signed
-with the key that `multiprocessing` gives its children when they start, and never through a socket.
+As in `torch.save`, the pickle has persistent ids in place of tensors, whose memory is shared. The live objects are
+pickled, including loaded LoRAs, exchanged attention processors, fused layers and quantized weights. A pickle reaches a
+worker through this process's shared memory, signed with the key that `multiprocessing` gives its children when they
+start, and never through a socket.
 
 The reducers of `torch.multiprocessing` are not used for the tensors: they share each storage by itself, with a
 descriptor for each on the host and a reference counter for each reader on a GPU, and a U-Net has 1,700.
@@ -33,7 +33,7 @@ from drp.diffusers.pytree import UnknownValueError, name_of
 
 
 class PatchedClassError(UnknownValueError):
-    """A class was changed in this process, which workers would not see."""
+    """A class was changed in this process. Workers do not see the change."""
 
 
 HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
@@ -48,7 +48,7 @@ NAMED = (type, types.FunctionType, types.BuiltinFunctionType)
 
 
 class Described:
-    """A module's pickle, and the `tensors` that it leaves out, each once; `is_weight` says which are parameters."""
+    """A module's pickle, and its distinct `tensors`, which are not pickled. `is_weight` marks parameters."""
 
     def __init__(self, pickled: bytes, tensors: list[Tensor], is_weight: list[bool], containers: Sequence[Any]) -> None:
         self.pickled, self.tensors, self.is_weight = pickled, tensors, is_weight
@@ -57,26 +57,26 @@ class Described:
         self.note_pointers()
 
     def note_pointers(self) -> None:
-        """Take it that the tensors are where they belong."""
+        """Record the current places of the tensors as the expected ones."""
         self._pointers = [tensor.data_ptr() for tensor in self.tensors]
         with plain_tensors():
             self._noted = [tensor.detach() for tensor in self.tensors]
 
     def untouched(self) -> bool:
-        """Return whether every attribute is still the same object, and every tensor where it was: a quick look."""
+        """Return whether every attribute is the same object, and every tensor at the same place. This is fast."""
         return self._pointers == list(map(Tensor.data_ptr, self.tensors)) and self._contents.untouched()
 
     def same(self, other: Described) -> bool:
-        """Return whether a later description is of the same structure and the same tensors, or of equal ones."""
+        """Return whether a later description has the same structure and equal tensors."""
         if self.pickled != other.pickled:
             return False
         pairs = zip(self._noted, other.tensors, strict=True)
         return all(a.data_ptr() == b.data_ptr() or equal_bits(a, b) for a, b in pairs)
 
     def take(self, other: Described) -> None:
-        """Take over what a later look at the same structure has found; this stays the same object.
+        """Update this object by a later description of the same structure.
 
-        Parameters that lie elsewhere with the same values (they were cast to and fro, say) are put back.
+        Parameters that moved but have the same values, for example after casts, are restored to their places.
         """
         for noted, tensor, is_weight in zip(self._noted, other.tensors, other.is_weight, strict=True):
             if is_weight and tensor.data_ptr() != noted.data_ptr():
@@ -89,10 +89,10 @@ class Described:
 
 
 class _Contents:
-    """What containers hold: dicts, lists and the tables of classes.
+    """The contents of containers: dicts, lists and the attributes of classes.
 
-    A pipeline asks at every step whether it is still the same, and SDXL's U-Net has 14,000 containers. So the loops are
-    the interpreter's own, and the tables of hooks, half of what there is, are not looked at where others hold them.
+    They are compared at every step, and SDXL's U-Net has 14,000 containers. The loops are therefore those of the
+    interpreter, and the dicts of hooks, half of all containers, are compared by way of others.
     """
 
     def __init__(self, containers: Sequence[Any]) -> None:
@@ -102,7 +102,7 @@ class _Contents:
         self._attributes = [
             (operator.itemgetter(*(name for name in c if name not in HOOKS)), c) for c in dicts if "_forward_hooks" in c
         ]
-        """Of modules: what returns those that may be exchanged, and the dict."""
+        """Functions that return the exchangeable containers of modules, and the containers."""
         self._lists = [c for c in containers if isinstance(c, list)]
         self._tables = [c for c in containers if isinstance(c, types.MappingProxyType)]
         self._lengths, self._items = list(map(len, self._containers)), list(self._all())
@@ -114,24 +114,24 @@ class _Contents:
         return chain.from_iterable(chain(attributes, map(dict.values, self._dicts), self._lists, tables))
 
     def untouched(self) -> bool:
-        """Return whether every container still holds the same objects, and no hook was registered anywhere."""
+        """Return whether every container has the same objects, and no hook was registered."""
         if self._hooks != RemovableHandle.next_id or self._lengths != list(map(len, self._containers)):
             return False
         try:
             return all(map(operator.is_, self._items, self._all()))
-        except KeyError:  # An attribute is gone, and another one is there.
+        except KeyError:  # An attribute was replaced by another one.
             return False
 
 
 @contextmanager
 def plain_tensors() -> Iterator[None]:
-    """Have torch take tensors of classes with a `__torch_function__` of their own for what they lie in memory as."""
+    """Ignore `__torch_function__` during a block, so that tensor subclasses are accessed by their storage."""
     with torch._C.DisableTorchFunctionSubclass():
         yield
 
 
 def equal_bits(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors are the same, also of dtypes that torch does not compare."""
+    """Return whether two tensors are equal, including dtypes that torch does not compare."""
     with plain_tensors():
         if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
             return False
@@ -141,7 +141,7 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Return whether a module's forward is its class's, also if the object holds it: removed hooks leave it there."""
+    """Return whether a module's forward is its class's, even as an attribute, as removed hooks leave it."""
     forward = vars(module).get("forward")
     if forward is None:
         return True
@@ -152,9 +152,9 @@ def has_own_forward(module: nn.Module) -> bool:
 def describe(module: nn.Module, ours: Callable[[Any], bool] = lambda value: False, compiled: Any = None) -> Described:
     """Describe a module.
 
-    `ours` says which attributes are left out; `compiled` is what the module was compiled to, where it lacks that.
-    Raises UnknownValueError, saying what and where, for a module that another process could not make again as it is:
-    hooked, offloaded, or with attributes that cannot be pickled.
+    `ours` returns whether to leave out an attribute; `compiled` is the result of torch.compile for the module, if any.
+    Raises UnknownValueError, with the name of the attribute, for a module that another process cannot rebuild: one that
+    is hooked or offloaded, or has attributes that cannot be pickled.
     """
     file = io.BytesIO()
     pickler = _Pickler(file, module, ours, compiled)
@@ -164,13 +164,13 @@ def describe(module: nn.Module, ours: Callable[[Any], bool] = lambda value: Fals
         if str(error).startswith(type(module).__name__):
             raise
         raise type(error)(f"{_find_culprit(module, ours)}: {error}") from error
-    except Exception as error:  # whatever objects raise that cannot be pickled
+    except Exception as error:  # Objects that cannot be pickled may raise any error.
         raise UnknownValueError(f"{_find_culprit(module, ours)} cannot be handed to workers: {error}") from error
     return Described(file.getvalue(), pickler.tensors, pickler.is_weight, pickler.containers)
 
 
 def _find_culprit(root: nn.Module, ours: Callable[[Any], bool]) -> str:
-    """Return the path of the first attribute of a module that cannot be pickled, the module's own name if none is."""
+    """Return the path of the first attribute of a module that cannot be pickled, else the module's name."""
     for path, module in root.named_modules():
         attributes = {k: v for k, v in vars(module).items() if k not in (*PARTS, "forward") and not ours(v)}
         for name, value in (attributes | module._parameters | module._buffers).items():
@@ -198,23 +198,23 @@ class _Pickler(pickle.Pickler):
         self._kinds: set[type] = set()
 
     def persistent_id(self, value: Any) -> Any:
-        """Return what stands for a tensor or a device; note containers, which may be changed later."""
+        """Return the persistent id of a tensor or a device; record containers, which may change later."""
         kind = type(value)
         if kind in (dict, list, OrderedDict):
             self.containers.append(value)
         elif kind is torch.device:
-            # A GPU has other numbers in other processes, and a worker has one.
+            # A GPU's number differs between processes, and a worker has one GPU.
             return "device", value.type if value.type == "cuda" else str(value)
         elif isinstance(value, Tensor) and not hasattr(value, "__tensor_flatten__"):  # which consists of others
             return self._tensor(value)
         return None
 
     def reducer_override(self, value: Any) -> Any:
-        """Return how to pickle what pickle itself would not, or not rightly; see that the rest can be unpickled."""
+        """Return how to reduce an object that pickle cannot reduce correctly; check that others can be unpickled."""
         kind = type(value)
         if isinstance(value, NAMED):
             if value not in SINGLETONS:
-                name_of(value)  # It raises for what a worker cannot import.
+                name_of(value)  # Raises for a class that a worker cannot import.
             return NotImplemented
         if isinstance(value, types.MethodType):
             name, owner = value.__name__ if hasattr(value, "__name__") else "", value.__self__
@@ -225,7 +225,9 @@ class _Pickler(pickle.Pickler):
             return self._module(value)
         if isinstance(value, Tensor):
             self._check_device(value)
-            if id(value) in self._weights:  # What it is made of, as quantized weights are, are weights too.
+            if (
+                id(value) in self._weights
+            ):  # The tensors of which it consists, such as those of a quantized weight, are weights too.
                 self._weights |= {id(inner) for inner in vars(value).values() if isinstance(inner, Tensor)}
         elif hasattr(value, "__dict__"):
             self.containers.append(vars(value))
@@ -240,7 +242,7 @@ class _Pickler(pickle.Pickler):
         if type(tensor) not in PLAIN_TENSORS:
             self._check_class(type(tensor))
             return "tensor", place, tensor.requires_grad, type(tensor), dict(vars(tensor))
-        # torch chooses some kernels by whether a weight requires a gradient, even where none is recorded.
+        # The choice of some kernels depends on requires_grad, even if no gradient is recorded.
         return "tensor", place, tensor.requires_grad, type(tensor), None
 
     def _check_device(self, tensor: Tensor) -> None:
@@ -250,7 +252,7 @@ class _Pickler(pickle.Pickler):
             )
 
     def _check_class(self, kind: type) -> None:
-        """See that a class is as its module has defined it, and note its methods to see later changes."""
+        """Check that a class is unpatched, and record its methods to detect later changes."""
         if kind in self._kinds:
             return
         self._kinds.add(kind)
@@ -281,24 +283,24 @@ class _Pickler(pickle.Pickler):
             elif name not in LEFT_OUT and not self._ours(value):
                 state[name] = value
         compiled = options_of(state.pop(COMPILED, None) or (self._compiled if module is self._root else None), path)
-        # Not as a dict and a list, which would be containers of the module's, to be looked at for changes.
+        # Not as a dict and a list, which would be recorded as containers of the module.
         return _blank, (type(module),), (tuple(state.items()), tuple(casts), compiled), None, None, _fill
 
 
 def _bind(function: Any, owner: Any) -> types.MethodType:
-    """Return a method whose function is not its class's. It may be a `functools.partial`, as torchao's are."""
+    """Return a method with a function other than its class's. It may be a `functools.partial`, as in torchao."""
     return types.MethodType(function, owner)
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:
-    """Return a module of a class, without calling the class's own initialization."""
+    """Return a module of a class without calling its __init__."""
     made = kind.__new__(kind)
     nn.Module.__init__(made)
     return made
 
 
 def _fill(module: nn.Module, packed: tuple[tuple[tuple[str, Any], ...], Any, dict[str, Any] | None]) -> None:
-    """Give a module its attributes, casts and compilation."""
+    """Set a module's attributes, and apply its casts and its compilation."""
     state, casts, compiled = packed
     vars(module).update(state)
     for storage, compute in casts:
@@ -308,7 +310,7 @@ def _fill(module: nn.Module, packed: tuple[tuple[tuple[str, Any], ...], Any, dic
 
 
 def make(pickled: bytes, tensors: Sequence[Tensor]) -> nn.Module:
-    """Return the module that `describe` described, with these tensors in it. The pickle must be trusted."""
+    """Return the module that `describe` described, with these tensors. The pickle must be trusted."""
     module = _Unpickler(io.BytesIO(pickled), tensors).load()
     assert isinstance(module, nn.Module)
     return module
@@ -321,7 +323,7 @@ class _Unpickler(pickle.Unpickler):
         self._made: dict[int, Tensor] = {}
 
     def persistent_load(self, pid: Any) -> Any:
-        """Return a device of this process, or a tensor, the same object for the same place."""
+        """Return the object of a persistent id: a device of this process, or a tensor, one object for each place."""
         if pid[0] == "device":
             return torch.device(pid[1])
         _, place, requires_grad, kind, attributes = pid

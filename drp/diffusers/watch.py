@@ -1,4 +1,4 @@
-"""Watch: a scheduler's methods, replaced on the object so that every call of them is noticed."""
+"""Watched methods of a scheduler, replaced on the object to observe their calls."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 METHODS = ("step", "set_timesteps")
-"""The methods that are watched."""
+"""The watched methods."""
 
 Notify = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
 """Called with the original method and the arguments of a call, in place of the method."""
 
 
 class WatchedMethod:
-    """Stands in for one method of one scheduler.
+    """Replaces one method of one scheduler.
 
-    A deep copy of the scheduler gets its class's own method: a pipeline that copies its scheduler (for a second kind
-    of latents, say) steps the copy, and must not step the original in its place.
+    A deep copy of the scheduler gets the method of its class: a pipeline may copy its scheduler, for example for a
+    second kind of latents, and steps of the copy must not step the original.
     """
 
     def __init__(self, scheduler: Any, name: str, notify: Notify) -> None:
         self._scheduler, self._name, self._notify = scheduler, name, notify
         self.own = vars(scheduler).get(name)
-        """What the object had in the place of its class's method before."""
+        """The object's attribute before, if it had one in place of its class's method."""
         self._original = getattr(scheduler, name)
-        functools.update_wrapper(self, self._original, updated=())  # the original may be a WatchedMethod
+        functools.update_wrapper(self, self._original, updated=())  # The original may be a WatchedMethod.
         setattr(scheduler, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Notify, which calls the original."""
+        """Call the observer, which calls the original."""
         return self._notify(self._original, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -37,35 +37,35 @@ class WatchedMethod:
         return self if owner is None else getattr(type(owner), self._name).__get__(owner)
 
     def undo(self) -> None:
-        """Make the object what it was."""
+        """Restore the object."""
         vars(self._scheduler).pop(self._name, None)
         if self.own is not None:
             setattr(self._scheduler, self._name, self.own)
 
 
 def is_scheduler(component: Any) -> bool:
-    """Return whether a pipeline's component is a scheduler whose steps can be watched."""
+    """Return whether a component is a scheduler whose steps can be watched."""
     return all(callable(getattr(component, name, None)) for name in METHODS) and hasattr(component, "config")
 
 
 def schedulers_of(pipe: Any) -> Iterator[Any]:
-    """Yield a pipeline's schedulers, the one that is called so first."""
+    """Yield a pipeline's schedulers, the one named `scheduler` first."""
     yield from schedulers_by_name(pipe).values()
 
 
 def schedulers_by_name(pipe: Any) -> dict[str, Any]:
-    """Return a pipeline's schedulers by the names of their attributes, the one that is called so first."""
+    """Return a pipeline's schedulers by the names of their attributes, the one named `scheduler` first."""
     components = {"scheduler": getattr(pipe, "scheduler", None), **getattr(pipe, "components", {})}
     return {name: component for name, component in components.items() if is_scheduler(component)}
 
 
 def exchanged_method(scheduler: Any) -> str | None:
-    """Return the name of a method that the object has in the place of its class's, None if there is none."""
+    """Return the name of a method that was replaced on the object, None if there is none."""
     kind = type(scheduler)
     name: str
     for name, value in vars(scheduler).items():
         own = value
-        while isinstance(own, WatchedMethod):  # there may be several watchers
+        while isinstance(own, WatchedMethod):  # Several observers may be nested.
             own = own.own
         if own is not None and callable(getattr(kind, name, None)) and not _is_own(scheduler, name, own):
             return name
@@ -73,5 +73,5 @@ def exchanged_method(scheduler: Any) -> str | None:
 
 
 def _is_own(scheduler: Any, name: str, value: Any) -> bool:
-    """Return whether a value is the method that the object has from its class anyway."""
+    """Return whether a value is the method of the object's class."""
     return getattr(value, "__self__", None) is scheduler and value.__func__ is getattr(type(scheduler), name, None)

@@ -1,4 +1,4 @@
-"""Worker: what the worker processes load in place of a model: it runs programs, on modules that it makes as told."""
+"""The model that workers of pipelines load. It runs programs on modules that it rebuilds or loads."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from drp.protocol.memory import LocalMemory, Memory, SharedMemory
 from drp.protocol.messages import GpuConfig
 
 KEPT = 8
-"""Programs kept, and modules."""
+"""The maximum number of cached programs and modules."""
 
 
 class Gpu(Protocol):
-    """A worker's GPU, as of `drp.workers.cuda_device`."""
+    """A worker's GPU, see `drp.workers.cuda_device`."""
 
     device: torch.device
     config: GpuConfig
@@ -35,7 +35,7 @@ class Gpu(Protocol):
 
 
 class Programs:
-    """Runs the program that a run's conditions hold."""
+    """Runs the program in the conditions of a run."""
 
     def __init__(self) -> None:
         self._gpu: Gpu | None = None
@@ -43,15 +43,15 @@ class Programs:
         self._texts: dict[int, tuple[Tensor, bytes]] = {}
         self._programs: dict[bytes, tuple[Program, dict[str, nn.Module], ModuleState]] = {}
         self._modules: dict[int, tuple[nn.Module, set[int]]] = {}
-        """By number, modules and the numbers of their blocks."""
+        """Modules and the numbers of their blocks, by number."""
         self._loaded: dict[str, nn.Module] = {}
-        """By their descriptions, modules that this process has loaded itself."""
+        """Modules that this process has loaded itself, by their descriptions."""
         self._uploads: dict[int, tuple[int, LocalMemory]] = {}
-        """By number, the version and the copy of blocks that are on the host, for a GPU that shares no memory."""
+        """The version and the copy of blocks on the host, by number, for a GPU without shared memory."""
         self._graphs: Graphs | None = None
 
     def use_gpu(self, gpu: Gpu) -> None:
-        """Run on this GPU from now on, by CUDA graphs if its configuration says so."""
+        """Run on this GPU from now on, with CUDA graphs if it is configured so."""
         self._gpu = gpu
         self._graphs = Graphs() if gpu.config.graphs else None
 
@@ -60,7 +60,7 @@ class Programs:
         self._loads_pretrained = True
 
     def __call__(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Refuse: a program's drafts are more than a state."""
+        """Raise an error: the drafts of programs have several tensors, see `fill`."""
         raise TypeError("this model runs the programs of drp.diffusers, and nothing else")
 
     def fill(
@@ -70,7 +70,7 @@ class Programs:
         cond: Mapping[str, Tensor],
         outputs: Mapping[str, Tensor],
     ) -> None:
-        """Write the program's results for a draft into `outputs`."""
+        """Write the program's results for a draft to `outputs`."""
         self.fill_batch([inputs], cond, [outputs])
 
     def fill_batch(
@@ -79,11 +79,11 @@ class Programs:
         cond: Mapping[str, Tensor],
         outputs: Sequence[Mapping[str, Tensor]],
     ) -> None:
-        """Write the program's results for several drafts into their `outputs`."""
+        """Write the program's results for several drafts to their `outputs`."""
         text = self._text(cond[PROGRAM])
         program, modules, state = self._program(text)
         try:
-            # Compiled code, and what a module keeps for later, must not consist of tensors of inference mode.
+            # Compiled code and cached values of modules must not contain inference tensors.
             with torch.inference_mode(False), torch.no_grad():
                 if self._graphs is not None and program.can_be_captured:
                     self._replay(self._graphs, text, inputs, cond, outputs)
@@ -100,7 +100,7 @@ class Programs:
         cond: Mapping[str, Tensor],
         outputs: Sequence[Mapping[str, Tensor]],
     ) -> None:
-        """Do as `fill_batch` by a CUDA graph, whose arguments are copies of the drafts and conditions."""
+        """Run `fill_batch` as a CUDA graph, whose arguments are copies of the drafts and conditions."""
         program, modules, state = self._programs[text]
         drafts = [{name: f"draft {number} {name}" for name in draft} for number, draft in enumerate(inputs)]
         conditions = {name: f"cond {name}" for name in cond if name != PROGRAM}
@@ -119,7 +119,7 @@ class Programs:
                 write(made[name], out)
 
     def _text(self, program: Tensor) -> bytes:
-        """Return a condition's bytes, which are on the GPU, and fetched once a run."""
+        """Return a condition's bytes, which are fetched from the GPU once per run."""
         if id(program) not in self._texts:
             self._texts[id(program)] = program, bytes(program.cpu().numpy())
             _forget(self._texts)
@@ -137,8 +137,8 @@ class Programs:
         return self._programs[text]
 
     def _load(self, json: Json) -> nn.Module:
-        """Load a module on this machine, unless the one that was loaded before is as it has to be."""
-        from drp.diffusers import pretrained  # Imported here: workers of the leader's machine have no use for it.
+        """Load a module on this machine, or return the loaded one if it matches."""
+        from drp.diffusers import pretrained  # Imported here: workers on the leader's machine do not need it.
 
         source = json["pretrained"]
         key = str(source)
@@ -155,7 +155,7 @@ class Programs:
             memory = SharedMemory.open(Handle(**json["memory"]))
             source = load_signed(memory.read()[: json["length"]])
             memory.close()
-            with torch.inference_mode(False):  # Weights made in that mode are tensors of another kind.
+            with torch.inference_mode(False):  # Weights must not be inference tensors.
                 private, *weights = source.blocks
                 blocks = [_on_host(private), *map(self._open, weights)]
                 tensors = [self._tensor(place, blocks[place.block]) for place in source.places]
@@ -187,7 +187,7 @@ class Programs:
         return copy
 
     def _tensor(self, place: TensorLocation, memory: Memory | None) -> Tensor:
-        """Return a tensor where it is used."""
+        """Return a tensor on the device where it is used."""
         assert memory is not None
         if self._gpu is None or place.on_host:
             return place.of(memory)
@@ -195,12 +195,12 @@ class Programs:
 
 
 def _on_host(block: Block) -> SharedMemory | None:
-    """Open a block on the host. What this process writes to it nobody else sees."""
+    """Open a block on the host, copy-on-write: writes of this process are private."""
     return SharedMemory.open(block.host, private=True) if block.host is not None else None
 
 
 def load() -> Programs:
-    """Return it: the model `drp.diffusers.worker:load`. Importing diffusers takes seconds: they belong to the start."""
+    """Return the model `drp.diffusers.worker:load`, and import diffusers, which takes seconds, at the start."""
     importlib.import_module("diffusers.models.unets")
     return Programs()
 

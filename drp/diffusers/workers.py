@@ -1,4 +1,4 @@
-"""Workers: an evaluator that has drafts evaluated by worker processes, all of a round's at once."""
+"""The evaluator of drafts in worker processes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ MODEL = "drp.diffusers.worker:load"
 
 
 class Workers:
-    """Worker processes for pipelines: hand them to `parallelize` as `devices`, and several pipelines share them.
+    """Worker processes for pipelines. Several pipelines can share them, as the `devices` of `parallelize`.
 
-    devices, start_timeout, draft_timeout, policy, execution: as of `drp.LeaderOptions`. On GPUs, latents lie in the
-        memory of the first one, or where `execution` says. The weights of pipelines that were used stay until `close`.
-        With `ExecutionOptions(graphs=True)`, workers on GPUs capture a step's calls as a CUDA graph, at the first draft
-        of each shape.
-    drafts_per_device: evaluate so many drafts of a round as one batch, where the pipeline's calls can be stacked.
-    threads: of each worker; by default an equal share of this process's.
+    devices, start_timeout, draft_timeout, policy, execution: as in `drp.LeaderOptions`. On GPUs, latents are in the
+        memory of the first one, or as `execution` defines. Weights of pipelines stay in memory until `close`. With
+        `ExecutionOptions(graphs=True)`, workers on GPUs capture a step's calls as a CUDA graph at the first draft of
+        each shape.
+    drafts_per_device: evaluate this many drafts of a round as one batch, if the pipeline's calls can be stacked.
+    threads: the number of threads of each worker, by default an equal share of this process's.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Workers:
         self._gpus = [device.gpu for device in placed if device.remote is None]
         self.has_remote = any(device.remote is not None for device in placed)
         self._weights: dict[str, GpuWeights] = {}
-        """By the GPU of their pipeline."""
+        """The weights on GPUs, by the GPU of their pipeline."""
         self._leader = Leader(
             MODEL,
             devices=devices,
@@ -84,13 +84,13 @@ class Workers:
 
     @property
     def status(self) -> tuple[WorkerStatus, ...]:
-        """The status of every worker, as `drp.Leader.workers`."""
+        """The status of every worker, see `drp.Leader.workers`."""
         return self._leader.workers
 
     def publisher(self, device: torch.device) -> Publisher | None:
-        """Return what puts the modules of a pipeline on a device where workers on this machine find them, if any are.
+        """Return the publisher of a pipeline's modules to workers on this machine, None if there are none.
 
-        Raises ValueError if the workers are on devices of another kind.
+        Raises ValueError if the workers are on devices of another kind than the pipeline.
         """
         for name in self.devices if self.has_remote else ():
             host, _, kind = name.rpartition("/")
@@ -102,7 +102,7 @@ class Workers:
         if gpus is None:
             return Publisher()
         kept = self._weights.setdefault(gpus.home, gpus)
-        kept.ipc = gpus.ipc  # A worker that has replaced another may have shown that it is not possible.
+        kept.ipc = gpus.ipc  # A replaced worker may have shown that memory cannot be shared.
         return Publisher(kept)
 
     def bind(
@@ -124,7 +124,7 @@ class Workers:
             session.evaluate([Task(number, 0.0, number) for number in range(count)])
 
     def record(self, path: str | os.PathLike[str], most: int | None = None) -> AbstractContextManager[Timeline]:
-        """Write a trace of what they do during a block, as `drp.trace.record` does for a leader."""
+        """Write a trace of the workers during a block, see `drp.trace.record`."""
         return record(self._leader, path, most)
 
     def close(self) -> None:
@@ -142,6 +142,6 @@ class Workers:
 
 
 def on_gpu_of(device: torch.device, execution: ExecutionOptions | None) -> ExecutionOptions:
-    """Return options with which latents lie on the pipeline's GPU."""
+    """Return the options with the runs' memory on the pipeline's GPU."""
     options, home = execution or ExecutionOptions(), gpu_of(device)
     return options if home is None or options.memory != "auto" else replace(options, memory=home)
