@@ -44,9 +44,9 @@ def test_round_trip(benchmark: BenchmarkFixture, leader: LeaderSocket) -> None:
     def there_and_back() -> object:
         leader.send(b"echo", Draft(0, 1, 999.0, 1, 1))
         assert leader.poll(DEADLINE)[0]
-        return leader.receive()[1]
+        return leader.receive()
 
-    assert benchmark(there_and_back) == Prediction(0, 1, 1, 0.0)
+    assert benchmark(there_and_back) == (b"echo", Prediction(0, 1, 1, 0.0))
     leader.send(b"echo", Stop())
     process.join(DEADLINE)
 

@@ -19,6 +19,7 @@ from drp.protocol.client_messages import MAX_FRAME_NBYTES
 from drp.protocol.inline import WorkerFrames
 from drp.protocol.messages import Ping, Pong, Rejected, ToLeader, ToWorker
 from drp.protocol.tcp import detect_lost_peers
+from drp.protocol.transport import receive_frames, send_frames
 
 MAX_FAILED_HANDSHAKES: Final = 3
 """The number of handshakes that may fail without a reason before a worker gives up: the leader has another key than
@@ -72,6 +73,7 @@ class DialedSocket:
         self, address: str, keys: WorkerKeys | None, timeout: float, on_lost: Callable[[], None], name: str = "worker"
     ) -> None:
         self._frames, self._on_lost, self._closing = WorkerFrames(), on_lost, False
+        self._timeout = -1.0
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
         # Others must not be able to guess the identity: a peer that uses it receives this worker's messages.
@@ -96,20 +98,27 @@ class DialedSocket:
         self._thread.start()
 
     def send(self, message: ToLeader) -> None:
-        self._socket.send_multipart(self._frames.encode(message), copy=False)
+        send_frames(self._socket, self._frames.encode(message), flags=0)
 
     def receive(self, seconds: float, awake: float = 0.0) -> ToWorker | None:
-        """Return the next message, or None if none came in time; raise WorkerError if the leader rejects the worker."""
-        deadline = time.monotonic() + seconds
-        while self._socket.poll(max(0, round((deadline - time.monotonic()) * 1000))):
-            parts = self._socket.recv_multipart(copy=False)
-            message = self._frames.decode([part.buffer for part in parts])
-            if isinstance(message, Rejected):
-                raise WorkerError(f"the leader does not use this worker: {message.reason}")
-            if not isinstance(message, Ping):
-                return message
+        """Return the next message; None if none came in time, or a Ping, which this answers.
+
+        Raises WorkerError if the leader rejects the worker.
+        """
+        if seconds != self._timeout:
+            self._timeout = seconds
+            self._socket.setsockopt(zmq.RCVTIMEO, round(seconds * 1000))
+        try:
+            frames = receive_frames(self._socket, flags=0)
+        except zmq.Again:
+            return None
+        message = self._frames.decode([frame.buffer for frame in frames])
+        if isinstance(message, Rejected):
+            raise WorkerError(f"the leader does not use this worker: {message.reason}")
+        if isinstance(message, Ping):
             self.send(Pong(message.sent, time.monotonic()))
-        return None
+            return None
+        return message
 
     def close(self) -> None:
         """Close the socket; the last messages are sent for up to a second."""

@@ -22,7 +22,7 @@ from drp.protocol.client_messages import MAX_FRAME_NBYTES
 from drp.protocol.frames import Frame
 from drp.protocol.keys import Keys
 from drp.protocol.tcp import detect_lost_peers
-from drp.protocol.transport import MAX_PATH
+from drp.protocol.transport import MAX_PATH, has_message, receive_frames, send_frames
 
 OUT: Final = 64
 """Messages queued per connection in each direction, for a slower peer."""
@@ -96,7 +96,7 @@ class Endpoint:
     def send(self, client: bytes, parts: Sequence[Frame]) -> Sent:
         """Send all frames of a message, or none, without waiting."""
         try:
-            self.socket.send_multipart([client, *parts], zmq.NOBLOCK, copy=False)
+            send_frames(self.socket, (client, *parts))
         except zmq.Again:
             return "full"
         except zmq.ZMQError as error:
@@ -111,10 +111,9 @@ class Endpoint:
         The key is empty over a connection without keys. The sender is the identity that the peer has chosen: only the
         key says who it is.
         """
-        try:
-            peer, *frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
-        except zmq.Again:
+        if not has_message(self.socket):
             return None
+        peer, *frames = receive_frames(self.socket)
         key = peer.get("User-Id") if self._authenticator is not None else ""
         return peer.bytes, str(key).encode(), [frame.buffer for frame in frames]
 

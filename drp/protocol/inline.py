@@ -23,10 +23,11 @@ from torch import Tensor
 
 from drp.errors import ProtocolError
 from drp.protocol.arena import Arena, nbytes_of
+from drp.protocol.buffer_pool import BufferPool
 from drp.protocol.client_messages import MAX_FRAME_NBYTES
 from drp.protocol.codec import MAX_MESSAGE, decode, encode
 from drp.protocol.frames import Frame
-from drp.protocol.memory import SharedMemory
+from drp.protocol.memory import MAX_RETAINED_NBYTES
 from drp.protocol.messages import (
     TO_LEADER,
     TO_WORKER,
@@ -72,7 +73,7 @@ class LeaderFrames:
                 arena = self._arenas[message.run]
                 self._in_flight[message.run, message.index, message.row] = message
                 slots = (message.slot, *(draft.slot for draft in message.batched))
-                return [encode(message), *(_copy(arena.slot_bytes[slot]) for slot in slots)]
+                return [encode(message), *(_view(arena.slot_bytes[slot]) for slot in slots)]
             case Unbind():
                 arena = self._arenas.pop(message.run)
                 self._retained = arena.bind if message.keep else self._retained
@@ -106,13 +107,17 @@ class LeaderFrames:
                 "sent to a worker on another machine; sample fewer at once"
             )
         self._arenas[bind.run] = arena
-        return [encode(replace(bind, memory=None, number=0)), _copy(arena.cond_bytes)]
+        return [encode(replace(bind, memory=None, number=0)), _view(arena.cond_bytes)]
 
 
 class WorkerFrames:
-    """The worker's side: copies drafts into arenas of its own, of which the worker is told as of the leader's."""
+    """The worker's side: copies drafts into arenas of its own, of which the worker is told as of the leader's.
+
+    Runs that follow one another use the same memory, since allocating it takes longer than sending a draft.
+    """
 
     def __init__(self) -> None:
+        self._pool = BufferPool(MAX_RETAINED_NBYTES)
         self._arenas: dict[int, Arena] = {}
         self._in_flight: dict[Key, Draft] = {}
 
@@ -143,20 +148,21 @@ class WorkerFrames:
             draft = self._in_flight.pop((message.run, message.index, message.row))
             if isinstance(message, Prediction):
                 rows = (draft.row, *(each.row for each in draft.batched))
-                return [encode(message), *(_copy(self._arenas[message.run].row_bytes[row]) for row in rows)]
+                return [encode(message), *(_view(self._arenas[message.run].row_bytes[row]) for row in rows)]
         return [encode(message)]
 
     def close(self) -> None:
         """Free the arenas of all runs."""
+        self._pool.close()
         while self._arenas:
             self._arenas.popitem()[1].close()
 
     def _bind(self, bind: Bind, frames: Sequence[Frame]) -> Bind:
         if bind.memory is not None or bind.gpu is not None or bind.async_config is not None:
             raise ProtocolError("a Bind names memory of another machine")
-        memory = SharedMemory.create(nbytes_of(bind))
+        memory = self._pool.acquire(nbytes_of(bind))
         try:
-            arena = Arena(memory, replace(bind, memory=memory.handle))
+            arena = Arena(memory, replace(bind, memory=memory.handle, number=memory.number))
             _fill([arena.cond_bytes], frames)
         except BaseException:
             memory.close()
@@ -177,9 +183,9 @@ def _without_frames(message: Message, frames: Sequence[Frame]) -> Message:
     return message
 
 
-def _copy(tensor: Tensor) -> bytes:
-    """Return the bytes of a tensor uint8. A copy: the arena may change before they are sent."""
-    return tensor.numpy().tobytes()
+def _view(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor uint8 as they are when the message is sent, which must be before they change."""
+    return tensor.numpy().data
 
 
 def _fill(targets: Sequence[Tensor], frames: Sequence[Frame]) -> None:

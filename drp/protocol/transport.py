@@ -12,12 +12,14 @@ import socket
 import tempfile
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import zmq
 
 from drp.errors import ProtocolError
 from drp.protocol.codec import MAX_MESSAGE, decode, encode
+from drp.protocol.frames import Frame
 from drp.protocol.messages import TO_LEADER, TO_WORKER, ToLeader, ToWorker
 from drp.protocol.waiting import sched_yield, wait_readable
 
@@ -34,7 +36,7 @@ MAX_FROM_WORKER = 1 << 18
 """Maximum size of a message from a worker in bytes; a longer one ends the connection."""
 
 
-NOBLOCK, SEND_MORE, POLLIN = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.POLLIN)
+NOBLOCK, SEND_MORE, POLLIN = int(zmq.NOBLOCK), int(zmq.SNDMORE), int(zmq.POLLIN)
 """Flags as plain numbers: combining pyzmq's enumerations takes several Python calls each time."""
 
 DESCRIPTORS = 16
@@ -45,6 +47,30 @@ NAME = "worker"
 
 FIRST = 300.0
 """Seconds that a worker waits for the leader to connect, which may be delayed by a lack of descriptors."""
+
+
+def send_frames(socket: zmq.Socket[bytes], frames: Sequence[Frame], flags: int = NOBLOCK) -> None:
+    """Send the frames of one message, of which libzmq makes copies; raise zmq.ZMQError if it is not accepted.
+
+    pyzmq can also send without a copy. It then frees each frame in a thread of its own, which competes with this thread
+    for the interpreter's lock: that costs more than copying drafts does.
+    """
+    for frame in frames[:-1]:
+        socket.send(frame, flags | SEND_MORE)
+    socket.send(frames[-1], flags)
+
+
+def receive_frames(socket: zmq.Socket[bytes], flags: int = NOBLOCK) -> list[zmq.Frame]:
+    """Return the frames of the next message; raise zmq.Again if there is none."""
+    frames = [socket.recv(flags, copy=False)]
+    while frames[-1].more:
+        frames.append(socket.recv(flags, copy=False))
+    return frames
+
+
+def has_message(socket: zmq.Socket[bytes]) -> bool:
+    """Return whether a message can be received."""
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & POLLIN)
 
 
 class LeaderSocket:
@@ -105,10 +131,8 @@ class LeaderSocket:
 
         Raises zmq.ZMQError if the worker is gone or its queue is full.
         """
-        *first, last = (message if isinstance(message, bytes) else encode(message) for message in messages)
-        for frame in (identity, *first):
-            self._socket.send(frame, SEND_MORE)
-        self._socket.send(last, NOBLOCK)
+        encoded = (message if isinstance(message, bytes) else encode(message) for message in messages)
+        send_frames(self._socket, (identity, *encoded))
 
     def watch(self, fd: int) -> None:
         """Make `poll` also wait for a file descriptor."""
@@ -123,7 +147,7 @@ class LeaderSocket:
 
         Returns the ready descriptors, including the socket's own.
         """
-        if self._has_message():
+        if has_message(self._socket):
             return {self._fd}
         if seconds > 0:
             wait_readable(self._epoll.fileno(), min(seconds, MAX_WAIT))
@@ -137,26 +161,23 @@ class LeaderSocket:
         # One epoll for all: zmq's own poll makes its list anew at each call, and counts whole milliseconds.
         deadline = time.monotonic() + seconds
         while True:
-            message = self._has_message()
+            message = has_message(self._socket)
             if not message and (left := deadline - time.monotonic()) > 0:
                 wait_readable(self._epoll.fileno(), min(left, MAX_WAIT))
             ready = self._ready()
             if message or ready - {self._fd} or (not ready and time.monotonic() >= deadline):
-                return message or self._has_message(), ready - {self._fd}
-
-    def _has_message(self) -> bool:
-        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & POLLIN)
+                return message or has_message(self._socket), ready - {self._fd}
 
     def wait(self, seconds: float) -> None:
         """Wait for a message for at most `seconds`."""
-        if not self._has_message():
+        if not has_message(self._socket):
             self._epoll.poll(seconds)
 
-    def receive(self) -> tuple[bytes, ToLeader]:
-        """Return a message and its sender; raise ProtocolError if it is malformed, zmq.Again if there is none."""
-        frames = [self._socket.recv(NOBLOCK, copy=False)]
-        while frames[-1].more:
-            frames.append(self._socket.recv(NOBLOCK, copy=False))
+    def receive(self) -> tuple[bytes, ToLeader] | None:
+        """Return a waiting message and its sender, or None; raise ProtocolError if the message is malformed."""
+        if not has_message(self._socket):
+            return None
+        frames = receive_frames(self._socket)
         if len(frames) != 2:
             raise ProtocolError(f"{len(frames) - 1} frames; a message is one")
         return frames[0].bytes, decode(frames[1].bytes, TO_LEADER)

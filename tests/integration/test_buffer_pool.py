@@ -12,7 +12,7 @@ import torch
 
 import drp
 from drp import Leader
-from drp.leader.memory.buffer_pool import MAX_FREE_BUFFERS, BufferPool
+from drp.protocol.buffer_pool import MAX_FREE_BUFFERS, BufferPool
 from drp.protocol.memory import SharedMemory
 from tests.conftest import leftovers
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +31,7 @@ from drp.protocol.messages import (
     Stop,
     Unbind,
 )
+from drp.protocol.transport import receive_frames, send_frames
 
 COND = {"labels": torch.tensor([3, 1]), "shift": torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3)}
 
@@ -74,11 +77,38 @@ def test_tensors_arrive_and_nothing_names_the_leaders_memory(arena: Arena) -> No
 
 
 def test_drafts_that_change_after_they_were_sent_arrive_as_they_were(arena: Arena) -> None:
-    with bound(arena) as (leader, worker, theirs):
-        frames, expected = leader.encode(Draft(4, 10, 0.5, 0, 0)), arena.drafts[0].clone()
-        arena.drafts[0].fill_(9.0)
-        worker.decode(frames)
-        assert torch.equal(theirs.drafts[0], expected)
+    with bound(arena) as (leader, worker, theirs), zmq.Context() as context:
+        sender, receiver = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+        with sender, receiver:
+            receiver.bind("inproc://drafts")
+            sender.connect("inproc://drafts")
+            expected = arena.drafts[0].clone()
+            send_frames(sender, leader.encode(Draft(4, 10, 0.5, 0, 0)))
+            arena.drafts[0].fill_(9.0)
+            worker.decode([frame.buffer for frame in receive_frames(receiver)])
+            assert torch.equal(theirs.drafts[0], expected)
+
+
+def test_sending_a_large_draft_takes_no_further_thread() -> None:
+    with zmq.Context() as context:
+        sender, receiver = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+        with sender, receiver:
+            receiver.bind("inproc://large")
+            sender.connect("inproc://large")
+            threads = threading.active_count()
+            send_frames(sender, [b"draft", bytes(1 << 20)])
+            assert threading.active_count() == threads
+            assert len(receive_frames(receiver)[1]) == 1 << 20
+
+
+def test_runs_that_follow_one_another_use_the_same_memory(arena: Arena) -> None:
+    with bound(arena) as (leader, worker, _):
+        worker.decode(leader.encode(Unbind(4)))
+        told = [worker.decode(leader.encode(replace(arena.bind, run=run))) for run in (5, 6)]
+        worker.decode(leader.encode(Unbind(5)))
+        told.append(worker.decode(leader.encode(replace(arena.bind, run=7))))
+        numbers = [bind.number for bind in told if isinstance(bind, Bind)]
+        assert numbers[0] == numbers[2] != numbers[1]
 
 
 def test_memory_that_is_kept_for_the_next_run_is_bound_anew_with_its_conditions(arena: Arena) -> None:

@@ -14,8 +14,8 @@ import torch
 from drp.errors import CudaError
 from drp.leader.devices import Device
 from drp.leader.execution import ExecutionOptions
-from drp.leader.memory.buffer_pool import BufferPool
 from drp.leader.memory.host_stream import CorePlacement, HostEvent, HostStream
+from drp.protocol.buffer_pool import BufferPool
 from drp.protocol.cuda import (
     MAX_COUNTERS,
     ArenaEvent,

@@ -182,12 +182,13 @@ class LocalBackend:
         """Return a waiting message with its worker, or None. Malformed messages and unknown senders are dropped."""
         while True:
             try:
-                identity, message = self.socket.receive()
-            except zmq.Again:
-                return None
+                received = self.socket.receive()
             except ProtocolError as error:
                 self._dropped.add(f"no message: {error}")
                 continue
+            if received is None:
+                return None
+            identity, message = received
             worker = next((w for w in self.workers if w.identity == identity), None)
             if worker is not None:
                 return worker, message
