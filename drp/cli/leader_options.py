@@ -13,6 +13,7 @@ from drp.cli.options import Number, default_devices
 if TYPE_CHECKING:
     from drp.leader.devices import Devices
     from drp.leader.options import LeaderOptions
+    from drp.leader.ray import RayWorkers
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -85,7 +86,7 @@ def make_leader_options(given: Mapping[str, Any]) -> LeaderOptions:
 
     devices: Devices
     if given["ray"] is not None:
-        devices, threads, batch = _on_ray(given["ray"], given["devices"], given["threads"] or 1), 1, 1
+        devices, threads, batch = ray_devices(given["ray"], given["devices"], given["threads"]), 1, 1
     else:
         devices, threads, batch = (given["devices"], 1, 1) if given["devices"] is not None else default_devices()
     policy = find_policy(given["policy"])
@@ -100,14 +101,17 @@ def make_leader_options(given: Mapping[str, Any]) -> LeaderOptions:
     )
 
 
-def _on_ray(address: str, devices: str | None, threads: int) -> Devices:
-    """Return the workers that Ray places; `devices` is a count, or a count and a kind such as 8xcuda."""
+def ray_devices(address: str, devices: str | None, threads: int | None) -> RayWorkers:
+    """Return the workers that Ray places; `devices` is a count, or a count and a kind such as 8xcuda.
+
+    Raises ValueError without Ray and for other `devices`, ConnectionError if there is no cluster.
+    """
     from drp.leader.ray import on_ray
 
     named = re.fullmatch(r"(\d{1,6})(?:x(.+))?", devices or "")
     if named is None:
         raise ValueError(f"devices is {devices!r}; with --ray give a count, such as 8, or 8xcuda or 8xcpu")
     try:
-        return on_ray(address, workers=int(named[1]), device=named[2], threads=threads)
+        return on_ray(address, workers=int(named[1]), device=named[2], threads=threads or 1)
     except ImportError as error:
         raise ValueError(str(error)) from None

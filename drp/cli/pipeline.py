@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from drp.cli.helpers import parse_numbers, plain_errors, print_json
+from drp.cli.leader_options import ray_devices
 from drp.cli.options import pipeline_devices
 from drp.cli.output import check_file, check_output, write_samples
 from drp.pipelines import KINDS, load_pipeline
 
+if TYPE_CHECKING:
+    from drp.leader.devices import Devices
+
 SPREAD = ("mode", "drafts", "stride", "target_speedup", "target_rounds", "rule", "tolerance", "warmup", "threads")
 """Options of `drp sample` that are passed to `parallelize`, except the devices."""
-KEPT = ("rows", "shape", "steps", "devices", "guidance", *SPREAD)
+KEPT = ("rows", "shape", "steps", "devices", "ray", "guidance", *SPREAD)
 """Options of `drp sample` that also apply to a pipeline, except those of ALWAYS."""
 ALWAYS = ("seed", "out", "trace", "force", "as_json")
 
@@ -72,14 +76,14 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
     except ImportError as error:
         raise ValueError(f"{error}; pip install 'draft-refine[diffusers]'") from None
 
-    devices, batch = pipeline_devices(options["devices"])
+    devices, batch, here = _devices(options)
     count = len(parse_devices(devices, 1)) * batch
     names = ("rule", "tolerance", "warmup", "stride", "target_speedup", "target_rounds")
     mode = make_pipeline_mode(options["mode"], options["drafts"] or count, **{name: options[name] for name in names})
     if not mode.feedback:
         list(mode.rounds(options["steps"]))  # raises ValueError if a target cannot be reached
     pipe = load_pipeline(path)
-    move_to_gpu(pipe, devices)
+    move_to_gpu(pipe, here)
     arguments: dict[str, Any] = {"prompt": prompt, "output_type": "pt", "num_inference_steps": options["steps"]}
     arguments["generator"] = torch.Generator().manual_seed(options["seed"])
     arguments["num_images_per_prompt"] = options["rows"]
@@ -94,7 +98,8 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
     if unknown:
         raise ValueError(f"{type(pipe).__name__} takes no {unknown[0]}; call it from Python, with drp.diffusers")
     chosen = {name: options[name] for name in SPREAD}
-    with parallelize(pipe, devices, **chosen, drafts_per_device=batch, trace=options["trace"]) as run:
+    chosen |= {"drafts_per_device": batch, "trace": options["trace"], "pretrained": _pretrained(path)}
+    with parallelize(pipe, devices, **chosen) as run:
         images = pipe(**arguments).images
     write_samples(images.float() * 2 - 1, 1, out, scale=1)
     if options["as_json"]:
@@ -104,3 +109,18 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
         return
     click.echo(str(run.report))
     click.echo(f"wrote {out}")
+
+
+def _devices(options: Mapping[str, Any]) -> tuple[Devices, int, str]:
+    """Return the devices, the number of drafts of each, and the devices by whose kind the pipeline here is placed."""
+    if options["ray"] is not None:
+        workers = ray_devices(options["ray"], options["devices"], options["threads"])
+        return workers, 1, "cuda" if workers.device == "cuda" else "cpu"
+    devices, batch = pipeline_devices(options["devices"])
+    return devices, batch, devices
+
+
+def _pretrained(path: str) -> str:
+    """Return the name by which other machines load the pipeline: of a folder, its whole path."""
+    folder = Path(path).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else path

@@ -152,3 +152,17 @@ def test_the_command_line(cluster: Any, tmp_path: Path) -> None:
     assert re.search(r"2 worker\(s\) on .*-[0-9a-f]{6}/cpu", result.output)
     refused = CliRunner().invoke(main, ["sample", TINY, "--ray", "auto", "-d", "cuda:0,cuda:1"])
     assert "with --ray give a count, such as 8, or 8xcuda or 8xcpu" in refused.output
+
+
+def test_the_command_line_draws_with_a_pipeline(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples" / "pipelines")
+    importlib.import_module("tiny").sdxl().save_pretrained(tmp_path / "sdxl")
+    made = []
+    for out, where in (("here.npy", []), ("there.npy", ["--ray", "auto"])):
+        arguments = ["--diffusers", str(tmp_path / "sdxl"), "--prompt", "a cat", "--steps", "6", "--shape", "32,32"]
+        arguments += ["--devices", "2xcpu", "--threads", "1", "--out", str(tmp_path / out), *where]
+        result = CliRunner().invoke(main, ["sample", *arguments])
+        assert result.exit_code == 0, result.output
+        assert "6 steps in 4 rounds" in result.output
+        made.append((tmp_path / out).read_bytes())
+    assert made[0] == made[1]
