@@ -13,7 +13,9 @@ from drp.leader.leader import Leader
 from drp.leader.remote import RemoteWorkers
 from drp.sampling.run import Task
 
-MODEL = "drp.workers.emulated:load"
+MODEL = "drp.workers.emulated:load_sleep"
+"""Its evaluations take 20 ms: processes that have slept, as between the drafts of a run, wake up and answer later than
+those that answer at once."""
 SIZES = (1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 """Bytes of a draft in the rounds that are measured."""
 TURNS = 15

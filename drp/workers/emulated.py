@@ -17,6 +17,8 @@ from drp.protocol.waiting import set_timer_slack, sleep_until
 
 STAGGER_SHARE = 0.25
 """Share of the time over which the cheap and the recorded evaluations of a round are spread."""
+SLEEP = 0.02
+"""Seconds of an evaluation by `sleep`."""
 
 
 class EvaluationTimes(NamedTuple):
@@ -75,6 +77,17 @@ def seconds_of(e: Emulated, run: int, index: int) -> float:
 def cheap(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
     """Return a cheap prediction: x [B, ...] scaled by a factor that depends on t, float32 [B]."""
     return x * (t / 2000.0).view(-1, *[1] * (x.dim() - 1))
+
+
+def sleep(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """Return x after `SLEEP` seconds in which the processor's caches have filled with other programs' data."""
+    time.sleep(SLEEP)
+    return x
+
+
+def load_sleep() -> Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]:
+    """Return `sleep` as a model, `drp.workers.emulated:load_sleep`, by which the network to workers is measured."""
+    return sleep
 
 
 def load() -> Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]:
