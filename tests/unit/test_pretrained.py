@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from torch import nn
 
 pytest.importorskip("diffusers")
 
-from drp.diffusers.pretrained import digests_of
+from diffusers import UNet2DModel
+
+from drp.diffusers.pretrained import describe_module, digests_of, load, loading_of
 from drp.diffusers.publish import fingerprint
 
 
@@ -65,3 +69,13 @@ def test_a_fingerprint_sees_every_byte_and_where_it_is(dtype: torch.dtype, count
         seen.add(fingerprint(tensor))
     assert len(seen) == count + 1
     assert fingerprint(tensor) == fingerprint(tensor.clone())
+
+
+def test_workers_of_one_machine_share_the_pages_of_a_file_of_weights(tmp_path: Path) -> None:
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (32,)}
+    UNet2DModel(sample_size=8, **blocks).save_pretrained(tmp_path / "unet")
+    leaders = UNet2DModel.from_pretrained(tmp_path, subfolder="unet")
+    module = load(describe_module("unet", leaders, loading_of(None, str(tmp_path))))
+    maps = re.findall(r"^(\w+)-(\w+) .*\.safetensors$", Path("/proc/self/maps").read_text(), re.MULTILINE)
+    mapped = [range(int(first, 16), int(last, 16)) for first, last in maps]
+    assert all(any(p.data_ptr() in each for each in mapped) for p in module.parameters())
