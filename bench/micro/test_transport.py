@@ -38,6 +38,7 @@ def test_round_trip(benchmark: BenchmarkFixture, leader: LeaderSocket) -> None:
     listener = leader.invite(b"echo")
     process = multiprocessing.get_context("spawn").Process(target=echo, args=(listener, os.getpid()), daemon=True)
     process.start()
+    listener.close()
     assert leader.poll(DEADLINE)[0]
     leader.receive()
 
