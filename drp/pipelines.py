@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import importlib.util
+import pkgutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,13 +56,12 @@ def is_pipeline(made: object) -> bool:
 def find_factory(name: str) -> Callable[[], Any]:
     """Return the factory that `package.module:factory` names; raise ValueError if it cannot be imported."""
     check_module(name)
-    module, _, attribute = name.partition(":")
     try:
-        factory = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+        factory: Callable[[], Any] = pkgutil.resolve_name(name)
     except AttributeError as error:
         raise ValueError(f"{name!r}: {error}; write package.module:factory") from None
     except ImportError as error:
-        raise ValueError(f"{name!r}: module {module!r} cannot be imported: {error}") from error
+        raise ValueError(f"{name!r}: module {name.partition(':')[0]!r} cannot be imported: {error}") from error
     if not callable(factory):
         raise ValueError(f"{name!r} is a {type(factory).__name__}; a factory is a function without arguments")
     return factory

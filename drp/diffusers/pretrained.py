@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from drp.diffusers.compiled import COMPILED, OriginalForward
 from drp.diffusers.features import LEFT_OUT
 from drp.diffusers.publish import fingerprint
-from drp.diffusers.pytree import PLAIN, Json, UnknownValueError, find, flatten, name_of, rebuild
+from drp.diffusers.pytree import PLAIN, Json, UnknownValueError, flatten, name_of, rebuild
 from drp.diffusers.structure import HOOKS, PARTS, Described
 from drp.workers.weights import Weights
 
@@ -38,7 +39,7 @@ def loading_of(pipe: Any, pretrained: str | Mapping[str, Any] | None) -> Json:
     """
     if isinstance(pretrained, str) and ":" in pretrained:
         try:
-            find(pretrained)
+            pkgutil.resolve_name(pretrained)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"pretrained is {pretrained!r}, which cannot be imported: {error}") from None
         return {"factory": pretrained}
@@ -104,11 +105,11 @@ def load(source: Json) -> nn.Module:
     """Load the module that `describe_module` described; raise ValueError if it differs from the leader's."""
     name, loading = source["component"], source["loading"]
     if "factory" in loading:
-        module: nn.Module = getattr(find(loading["factory"])(), name)
+        module: nn.Module = getattr(pkgutil.resolve_name(loading["factory"])(), name)
         where = loading["factory"]
     else:
         arguments = rebuild(loading["arguments"], ())
-        kind = find(source["class"])
+        kind = pkgutil.resolve_name(source["class"])
         where = f"{arguments[NAME]} with revision {arguments.get('revision')}"
         module = kind.from_pretrained(**{"subfolder": name, "torch_dtype": getattr(torch, source["dtype"])} | arguments)
     found = digests_of(module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,7 +53,7 @@ def rebuild(description: Json, tensors: Sequence[Tensor]) -> Any:
     if not isinstance(description, dict):
         return description
     if "record" in description:  # such as an output of diffusers: a mapping that can be constructed from its items
-        return find(description["record"])(**{k: rebuild(v, tensors) for k, v in description["items"]})
+        return pkgutil.resolve_name(description["record"])(**{k: rebuild(v, tensors) for k, v in description["items"]})
     ((kind, content),) = description.items()
     makers: dict[str, Callable[[], Any]] = {
         "tensor": lambda: tensors[content],
@@ -67,26 +67,20 @@ def rebuild(description: Json, tensors: Sequence[Tensor]) -> Any:
 
 
 def name_of(thing: Any) -> str:
-    """Return `module:qualified.name` of a class or function; raise UnknownValueError if it is not found there."""
+    """Return `module:qualified.name` of a class or function, as `pkgutil.resolve_name` reads it.
+
+    Raises UnknownValueError if it is not found there.
+    """
     name = f"{getattr(thing, '__module__', '')}:{getattr(thing, '__qualname__', '')}"
     if name.startswith("__main__:"):
         raise UnknownValueError(f"{name} is defined in the main script, which workers do not run; put it into a module")
     try:
-        found = find(name)
+        found = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError):
         found = None
     if found is not thing:
         raise UnknownValueError(f"{thing!r:.80} cannot be imported by its name")
     return name
-
-
-def find(name: str) -> Any:
-    """Return the class or function with a name of `name_of`."""
-    module, _, attributes = name.partition(":")
-    found: Any = importlib.import_module(module)
-    for attribute in attributes.split("."):
-        found = getattr(found, attribute)
-    return found
 
 
 def _key(key: Any, path: str) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import logging
+import pkgutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -174,9 +174,7 @@ def load(name: str) -> Denoiser:
     weights it draws are the same in every process; the generators' own state is restored afterwards.
     """
     describe(name)
-    factory: Any = importlib.import_module(BUILT_IN.get(name, (name,))[0].partition(":")[0])
-    for attribute in BUILT_IN.get(name, (name,))[0].partition(":")[2].split("."):
-        factory = getattr(factory, attribute)
+    factory = pkgutil.resolve_name(BUILT_IN[name][0] if name in BUILT_IN else name)
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=gpus):
         torch.default_generator.manual_seed(FACTORY_SEED)

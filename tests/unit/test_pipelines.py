@@ -17,7 +17,7 @@ NEEDS = "give a pipeline's folder, a hub's name such as org/name, or package.mod
 BROKEN = [
     ("nowhere:make", "'nowhere:make': there is no module 'nowhere'"),
     ("drp.diffusers.digits:nothing", "module 'drp.diffusers.digits' has no attribute 'nothing'; write package.module:"),
-    ("drp.diffusers.digits:", "has no attribute ''"),
+    ("drp.diffusers.digits:", "is a module; a factory is a function without arguments"),
     (":make", "there is no module ''"),
     ("drp.models.digits:WEIGHTS", "is a PosixPath; a factory is a function without arguments"),
     ("drp.models.digits:load", "'drp.models.digits:load' returned a Digits, which is no pipeline of diffusers"),
