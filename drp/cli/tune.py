@@ -39,7 +39,7 @@ def tune(source: Mapping[str, Any], as_json: bool) -> None:
         print_json(tuning)
         return
     Console(width=max(Console().width, 100)).print(*tables(tuning))
-    for line in tuning.advice:
+    for line in [*tuning.method, *tuning.advice]:
         click.echo(line)
     click.echo(f"\n    {tuning.code.replace(chr(10), chr(10) + '    ')}\n")
 
@@ -63,9 +63,16 @@ def _measured(tuning: Tuning) -> list[Table]:
     facts.add_row("untouched run", f"{found.untouched * 1e3:.1f} ms")
     for size, seconds in found.batches.items():
         facts.add_row(f"a batch of {size} on one device", f"{seconds * 1e3:.2f} ms")
+    by_name: dict[str, list[float]] = {}
     for device, used in found.memory.items():
-        facts.add_row(f"memory, {device}", f"{used / 2**20:,.0f} MiB")
-    rounds = _table("Rounds", "drafts, one a device", "slowest evaluation, ms", "besides, ms")
+        by_name.setdefault(device.partition(": ")[2], []).append(used / 2**20)
+    for name, sizes in by_name.items():
+        least, most = f"{min(sizes):,.0f}", f"{max(sizes):,.0f}"
+        facts.add_row(
+            f"memory, {len(sizes)} x {name}" if len(sizes) > 1 else f"memory, {name}",
+            f"{least} MiB" if least == most else f"{least} to {most} MiB",
+        )
+    rounds = _table("Rounds", "drafts, one a device", "slowest evaluation, ms", "rest of the round, ms")
     for width, took in found.rounds.items():
         rounds.add_row(str(width), f"{took.slowest * 1e3:.2f}", f"{took.loss * 1e3:.2f}")
     return [facts, rounds]

@@ -18,7 +18,9 @@ from drp.trace import read
 from drp.trace.evaluations import evaluations
 
 BATCHES = (2, 4)
-RUNS = 3
+MIN_CALLS, MAX_CALLS = 3, 9
+CALLS_SECONDS = 3.0
+"""A setting's time is the median of as many calls as take CALLS_SECONDS, but MIN_CALLS to MAX_CALLS."""
 STEEP, BENT = 0.1, 0.05
 """Numbers of drafts between two measured ones are measured too if the rounds of those two differ by more than STEEP,
 and again if the one between is off the straight line by more than BENT."""
@@ -98,14 +100,17 @@ class _Calibrator:
         self._samples: dict[int, list[Sample]] = {}
         self._slowest: dict[int, float] = {}
         self._untouched: list[Sample] = []
+        self._exact: Sample | None = None
 
     def measure(self, width: int) -> None:
         """Measure runs with `width` drafts a round."""
         self._report(f"measuring rounds of {width}")
         with self._subject.session(_of_width(width)) as session:
-            session.sample(0)
+            warm = session.sample(0)
+            if self._exact is None:
+                self._exact = session.untouched(0)  # The first call, whose time has one-time costs in it.
             samples, slowest = [], []
-            for _ in range(RUNS):
+            for _ in range(calls(warm.seconds)):
                 samples.append(session.sample(0, self._trace))
                 slowest.append(round_seconds(self._trace, width))
             self._untouched.append(session.untouched(0))
@@ -148,7 +153,8 @@ class _Calibrator:
     @property
     def exact(self) -> Sample:
         """A sample of the untouched run."""
-        return self._untouched[0]
+        assert self._exact is not None
+        return self._exact
 
 
 def calibrate(subject: Subject, trace: Path, report: Report) -> tuple[Calibration, Sample]:
@@ -162,6 +168,11 @@ def calibrate(subject: Subject, trace: Path, report: Report) -> tuple[Calibratio
         if calibrator.is_steep(low, high):
             calibrator.measure_between(low, high)
     return calibrator.result(), calibrator.exact
+
+
+def calls(seconds: float) -> int:
+    """Return how many calls to measure of a setting whose calls take `seconds`."""
+    return max(MIN_CALLS, min(MAX_CALLS, int(CALLS_SECONDS / seconds)))
 
 
 def _of_width(width: int) -> Drafted:
@@ -193,9 +204,12 @@ def time_batches(subject: Subject, trace: Path, report: Report) -> dict[int, flo
         report(f"measuring batches of {size}")
         alone = subject.batched(size, one_device=True)
         with alone, alone.session(Drafted("aggressive", size)) as session:
-            session.sample(0)
-            session.sample(0, trace)
-            found[size] = round_seconds(trace, size)
+            warm = session.sample(0)
+            slowest = []
+            for _ in range(calls(warm.seconds)):
+                session.sample(0, trace)
+                slowest.append(round_seconds(trace, size))
+            found[size] = statistics.median(slowest)
     return found
 
 

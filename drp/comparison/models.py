@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,9 +15,19 @@ import torch
 from torch import Tensor
 
 from drp import models
-from drp.api import check_options
+from drp.api import check_options, reference
 from drp.comparison.settings import Drafted, FewerSteps
-from drp.comparison.subject import Sample, Session, Subject, arguments, to_pixels, worker_memory
+from drp.comparison.subject import (
+    Sample,
+    Session,
+    Subject,
+    arguments,
+    as_count,
+    threads_in_words,
+    to_pixels,
+    worker_memory,
+)
+from drp.leader.devices import Device
 from drp.leader.job import make_job, solver_of
 from drp.leader.leader import Leader, model_name
 from drp.leader.options import LeaderOptions
@@ -64,8 +76,8 @@ class ModelSubject(Subject):
         self.adds_noise = solver_of(Request(**cast("Options", self._options))).adds_noise
         self._in_process = all(device.emulated is None and device.gpu is None for device in placed)
         self._threads = own.threads * len(placed)
-        one = "a thread" if self._threads == 1 else f"{self._threads} threads"
-        self.baseline = f"the plain loop in one process, {one}" if self._in_process else "sequential on one device"
+        plain = f"the plain loop in one process, {threads_in_words(self._threads)}"
+        self.baseline = plain if self._in_process else "sequential on one device"
         self.facts = {
             "model": self._name,
             "devices": list(self.devices),
@@ -109,6 +121,43 @@ class ModelSubject(Subject):
         own = replace(self._leader_options, devices=devices, drafts_per_device=size)
         return ModelSubject(self._name, own, labels=self._labels, **self._options)
 
+    def timed(self) -> ModelSubject:
+        """Return this subject, or with emulated devices one whose workers compute a cheap function, not the model.
+
+        An emulated device stands for one with a processor of its own. The time that its worker takes to evaluate the
+        model, on cores that all workers share, is none of the device's.
+        """
+        placed = self._leader_options.worker_devices
+        if not any(device.emulated for device in placed):
+            return self
+        local = [with_cheap_values(device) for device in placed if device.remote is None]
+        remote = self._leader_options.remote
+        own = replace(self._leader_options, devices=[*local, *([] if remote is None else [remote])])
+        return ModelSubject(self._name, own, labels=self._labels, **self._options)
+
+    def reference(self, setting: Drafted | None, seed: int) -> Result:
+        assert self._leader is not None
+        options = self._run_options(setting, seed, self._label(seed, self._leader.spec.classes))
+        threads = self._leader_options.threads
+        return reference(self._name, devices=f"{self.capacity}xcpu", threads=threads, **cast("Options", options))
+
+    def cheap_notes(self, evaluation: float) -> list[str]:
+        emulated = [device.emulated for device in self._leader_options.worker_devices if device.emulated]
+        name = self._name
+        notes = [
+            f"The emulated devices took their times without evaluating {name} (values=cheap), since a real device "
+            f"would not compute on these cores. Distances are of samples of {name}, computed in this process."
+        ]
+        cores, shortest = len(os.sched_getaffinity(0)), min(e.seconds for e in emulated)
+        needed = evaluation * self._leader_options.threads * len(emulated) / cores
+        if needed > shortest:
+            notes.append(
+                f"Runs that do evaluate {name} on these emulated devices take longer: {len(emulated)} evaluations of "
+                f"{evaluation * 1e3:.1f} ms at once take {needed * 1e3:.1f} ms on {cores} cores, and the devices "
+                f"{shortest * 1e3:g} ms."
+            )
+        return notes
+
     def code(self, setting: Drafted | FewerSteps) -> str:
         found = models.describe(self._name) if self._leader is None else self._leader.spec
         label = self._label(0, found.classes if found is not None else None)
@@ -117,7 +166,7 @@ class ModelSubject(Subject):
             options = {**labels, **self._changed(setting), "mode": "sequential"}
             return f"drp.sample({self._name!r}, {arguments(options)})"
         own = self._leader_options
-        places: dict[str, Any] = {"devices": own.devices}
+        places: dict[str, Any] = {"devices": as_count(own.devices)}
         places |= {"threads": own.threads} if own.threads > 1 else {}
         places |= {"drafts_per_device": own.drafts_per_device} if own.drafts_per_device > 1 else {}
         return f"drp.sample({self._name!r}, {arguments({**labels, **places, **self._options, **setting.options})})"
@@ -182,6 +231,11 @@ class _ModelSession(Session):
 
     def untouched(self, seed: int) -> Sample:
         return self._subject.run(None, seed)
+
+
+def with_cheap_values(device: Device) -> str:
+    """Return the name of a device; if it is emulated, of one that computes a cheap function in the model's place."""
+    return device.name if device.emulated is None else re.sub(":values=[a-z]+", "", device.name) + ":values=cheap"
 
 
 def _images(samples: Tensor) -> Tensor | None:

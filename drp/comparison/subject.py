@@ -15,6 +15,7 @@ from torch import Tensor
 
 from drp.comparison.settings import Drafted, FewerSteps
 from drp.leader.leader import WorkerStatus
+from drp.sampling.result import Result
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,18 @@ class Subject(AbstractContextManager["Subject"]):
         """Return the same subject with batches of `size` drafts a device; with `one_device`, on the first alone."""
         raise NotImplementedError
 
+    def timed(self) -> Subject:
+        """Return the subject to measure times on: another one, whose samples are worthless, for emulated devices."""
+        return self
+
+    def reference(self, setting: Drafted | None, seed: int) -> Result:
+        """Sample in this process, which a subject for emulated devices can; None is the untouched run."""
+        raise NotImplementedError
+
+    def cheap_notes(self, evaluation: float) -> list[str]:
+        """Say, of a subject for emulated devices, what was computed where; `evaluation`: seconds of one here."""
+        raise NotImplementedError
+
     @abstractmethod
     def code(self, setting: Drafted | FewerSteps) -> str:
         """Return the lines of Python that sample so."""
@@ -116,6 +129,16 @@ def worker_memory(workers: Sequence[WorkerStatus]) -> dict[str, int]:
 def to_pixels(images: Tensor) -> Tensor:
     """Return float images [I, C, H, W] in [0, 1] as uint8, rounded."""
     return (images.detach().float().cpu() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def threads_in_words(count: int) -> str:
+    """Return a number of threads in words."""
+    return "one thread" if count == 1 else f"{count} threads"
+
+
+def as_count(devices: Any) -> Any:
+    """Return devices as Python has them: a count that the command line has as text as an int."""
+    return int(devices) if isinstance(devices, str) and devices.isdecimal() else devices
 
 
 def arguments(options: Mapping[str, Any]) -> str:

@@ -9,14 +9,25 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from drp.comparison.calibration import Calibration, Report, calibrate, largest_drafts, simulated_seconds, time_batches
+from drp.comparison.calibration import (
+    Calibration,
+    Report,
+    calibrate,
+    calls,
+    largest_drafts,
+    simulated_seconds,
+    time_batches,
+)
 from drp.comparison.distances import relative_l2
 from drp.comparison.settings import Drafted
 from drp.comparison.subject import Sample, Subject
 
 MODES = ("window", "aggressive", "conservative")
 """The modes whose rounds are known before a run; those of the adaptive mode depend on the samples."""
-TRIED_RUNS = 3
+METHOD = (
+    "Times are medians of warm calls. The untouched run is {baseline}. The adaptive mode is left out, since its rounds "
+    "depend on the samples."
+)
 LEAST_STEPS = 3
 NOTHING = 0.02
 """The share of the time below which further devices gain nothing."""
@@ -57,6 +68,8 @@ class Tuning:
     """Numbers of devices with the time of the fastest setting of the window on them."""
     best: Candidate
     code: str
+    method: list[str]
+    """How times and distances were measured, in sentences."""
     advice: list[str]
 
 
@@ -64,21 +77,26 @@ def tune(subject: Subject, report: Report = lambda _: None) -> Tuning:
     """Measure, predict, try the best setting of each mode, and say what to use and what other devices would change."""
     if subject.steps < LEAST_STEPS:
         raise ValueError(f"steps is {subject.steps}; a round of two drafts needs {LEAST_STEPS} steps or more")
-    with tempfile.TemporaryDirectory(prefix="drp-tune") as folder:
+    timed = subject.timed()
+    with tempfile.TemporaryDirectory(prefix="drp-tune") as folder, timed:
         trace = Path(folder, "trace.json")
-        with subject:
-            calibration, exact = calibrate(subject, trace, report)
-            calibration = replace(calibration, batches=time_batches(subject, trace, report))
-            candidates = _predict(subject, calibration)
-            tried = [min((c for c in candidates if c.setting.mode == mode), key=_time) for mode in MODES]
-            measured = {id(c): _try(subject, c, exact, report) for c in tried}
+        calibration, exact = calibrate(timed, trace, report)
+        calibration = replace(calibration, batches=time_batches(timed, trace, report))
+        candidates = _predict(subject, calibration)
+        fastest = [min((c for c in candidates if c.setting.mode == mode), key=_time) for mode in MODES]
+        tried = [_try(timed, candidate, exact, report) for candidate in fastest]
+        method = [METHOD.format(baseline=timed.baseline)]
+        if timed is not subject:
+            report("computing the samples")
+            tried, seconds = _with_reference_distances(timed, tried)
+            method += timed.cheap_notes(seconds)
+    measured = dict(zip(map(id, fastest), tried, strict=True))
     found = sorted((measured.get(id(c), c) for c in candidates), key=_time)
-    best = min(measured.values(), key=lambda c: c.measured or c.predicted)
+    best = min(tried, key=lambda c: c.measured or c.predicted)
     counts = sorted({1, 2, *(max(1, len(subject.devices) + more) for more in (-1, 0, 1)), 2 * len(subject.devices)})
     devices = [(count, _window_time(subject, calibration, count)) for count in counts]
     code = subject.batched(best.batch).code(best.setting) if best.batch > 1 else subject.code(best.setting)
-    advice = _advice(subject, calibration, devices, best, list(measured.values()))
-    return Tuning(calibration, found, devices, best, code, advice)
+    return Tuning(calibration, found, devices, best, code, method, _advice(subject, calibration, devices, best, tried))
 
 
 def _time(candidate: Candidate) -> float:
@@ -116,8 +134,8 @@ def _try(subject: Subject, candidate: Candidate, exact: Sample, report: Report) 
     own = subject.batched(candidate.batch) if candidate.batch > 1 else None
     runs, untouched = [], []
     with own or nullcontext(), (own or subject).session(candidate.setting) as session:
-        session.sample(0)
-        for _ in range(TRIED_RUNS):
+        warm = session.sample(0)
+        for _ in range(calls(warm.seconds)):
             runs.append(session.sample(0))
             untouched.append(session.untouched(0).seconds)
     (apart,) = relative_l2(runs[0].latents[None], exact.latents[None])
@@ -125,6 +143,17 @@ def _try(subject: Subject, candidate: Candidate, exact: Sample, report: Report) 
     measured = statistics.median(seconds)
     speedup, varied = statistics.median(untouched) / measured, max(seconds) / min(seconds)
     return replace(candidate, measured=measured, speedup=speedup, varied=varied, distance=apart)
+
+
+def _with_reference_distances(subject: Subject, tried: Sequence[Candidate]) -> tuple[list[Candidate], float]:
+    """Return the candidates with the distances of samples of this process, and the seconds of an evaluation in it."""
+    exact = subject.reference(None, 0)
+    found = []
+    for candidate in tried:
+        sample = subject.reference(candidate.setting, 0)
+        (apart,) = relative_l2(sample.samples[None], exact.samples[None])
+        found.append(replace(candidate, distance=apart))
+    return found, exact.device_seconds / exact.evaluations
 
 
 def _advice(
@@ -136,7 +165,10 @@ def _advice(
 ) -> list[str]:
     """Return what to do, in sentences."""
     gain = best.speedup or calibration.untouched / best.predicted
-    lines = [f"The fastest that was tried is {best.setting.label}: {gain:.2f} times as fast as the untouched run."]
+    lines = [
+        f"The fastest that was tried is {best.setting.label}: {gain:.2f} times as fast as the untouched run, at a "
+        f"relative L2 distance of {best.distance:.4f}."
+    ]
     if gain < 1:
         lines = [
             f"Drafting gains nothing: {best.setting.label} takes {1 / gain:.2f} times as long as the untouched run."

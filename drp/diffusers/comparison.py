@@ -20,7 +20,16 @@ from drp.comparison.api import MODES, Comparison, plan, run
 from drp.comparison.measure import Progress
 from drp.comparison.models import facts_of
 from drp.comparison.settings import Drafted, FewerSteps
-from drp.comparison.subject import Sample, Session, Subject, arguments, to_pixels, worker_memory
+from drp.comparison.subject import (
+    Sample,
+    Session,
+    Subject,
+    arguments,
+    as_count,
+    threads_in_words,
+    to_pixels,
+    worker_memory,
+)
 from drp.diffusers.parallel import Parallel, parallelize
 from drp.diffusers.pipeline_modes import make_pipeline_mode
 from drp.diffusers.scheduler import adds_noise
@@ -107,7 +116,7 @@ class PipelineSubject(Subject):
         self.capacity = max(1, len(self.devices) // 2) if split else len(self.devices)
         self._threads, self._spread, self._asked = threads, spread, devices
         self._name = name or str(getattr(pipe, "name_or_path", "") or "") or type(pipe).__name__
-        where = f"{torch.get_num_threads()} threads" if kind == "cpu" else kind
+        where = threads_in_words(torch.get_num_threads()) if kind == "cpu" else kind
         self.baseline = f"{type(pipe).__name__} without drp, {where}"
         self.facts = {
             "pipeline": self._name,
@@ -155,7 +164,7 @@ class PipelineSubject(Subject):
             line = f"pipe({arguments({**call, 'num_inference_steps': setting.steps})})"
             better = "pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config"
             return f"{better}{_unipc_arguments(self._pipe.scheduler)})\n{line}" if setting.solver else line
-        spread = arguments({"devices": self._asked, **self._spread, **setting.options})
+        spread = arguments({"devices": as_count(self._asked), **self._spread, **setting.options})
         return f"with drp.diffusers.parallelize(pipe, {spread}):\n    pipe({arguments(call)})"
 
     def sample(self, seed: int, **changed: Any) -> Sample:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def tuning() -> Tuning:
-    leader = LeaderOptions(devices=f"{DEVICES}xemulated:4ms:values=cheap")
-    return tune(ModelSubject("digits", leader, steps=STEPS))
+    return tune(ModelSubject("digits", LeaderOptions(devices=f"{DEVICES}xemulated:4ms"), steps=STEPS))
 
 
 @pytest.mark.reports
@@ -62,6 +62,31 @@ def test_the_best_of_each_mode_is_tried(tuning: Tuning) -> None:
     assert tuning.best in tried
     assert tuning.best.measured == min(c.measured or 0 for c in tried)
     assert eval(tuning.code, {"drp": drp}).rounds == tuning.best.rounds
+
+
+@pytest.mark.reports
+def test_emulated_devices_are_timed_without_the_model_and_distances_are_the_models(tuning: Tuning) -> None:
+    assert list(tuning.calibration.memory) == [f"{n}: emulated:4ms:values=cheap" for n in range(DEVICES)]
+    exact = drp.reference("digits", labels=[0], seed=0, steps=STEPS, mode="sequential").samples
+    for candidate in tuning.candidates:
+        if candidate.measured is not None:
+            made = drp.reference("digits", labels=[0], seed=0, steps=STEPS, **candidate.setting.options).samples
+            assert candidate.distance == pytest.approx(float((made - exact).norm() / exact.norm()), rel=1e-5)
+    assert "without evaluating digits (values=cheap)" in tuning.method[1]
+    assert "'4xemulated:4ms'" in tuning.code
+
+
+def test_what_is_said_of_emulated_devices() -> None:
+    names = ["emulated:20ms:values=recorded:jitter=10%", "emulated:30ms"]
+    subject = ModelSubject("digits", LeaderOptions(devices=names))
+    timed = subject.timed()
+    assert timed.devices == ("emulated:20ms:jitter=10%:values=cheap", "emulated:30ms:values=cheap")
+    cores = len(os.sched_getaffinity(0))
+    assert len(timed.cheap_notes(0.01 * cores)) == 1  # Two evaluations take as long as the faster device.
+    late = timed.cheap_notes(0.02 * cores)[1]
+    assert f"2 evaluations of {20 * cores:.1f} ms at once take 40.0 ms on {cores} cores, and the devices 20 ms" in late
+    on_cores = ModelSubject("digits", LeaderOptions(devices=2))
+    assert on_cores.timed() is on_cores
 
 
 @pytest.mark.reports
@@ -113,7 +138,7 @@ def test_the_command_prints_json() -> None:
     done = CliRunner().invoke(main, ["tune", "digits", "-d", devices, "--steps", "6", "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert {"calibration", "candidates", "devices", "best", "code", "advice"} == set(found)
+    assert {"calibration", "candidates", "devices", "best", "code", "method", "advice"} == set(found)
 
 
 def test_too_few_steps_are_refused_before_workers_start() -> None:
