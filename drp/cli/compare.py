@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from drp.cli.helpers import plain_errors, print_json
 from drp.cli.options import GroupedCommand, Number, common_options, force_option, json_option
@@ -87,7 +89,10 @@ def compare(source: Mapping[str, Any], as_json: bool, **options: Any) -> None:
         check_folder(options["out"], options["force"])
         subject = make_subject(source)
         settings = plan(subject, **chosen)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        columns = (
+            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
+            *(TextColumn("left"), TimeRemainingColumn()),
+        )
         try:
             with Progress(*columns, console=Console(stderr=True)) as bar:
                 task = bar.add_task("starting", total=None)
@@ -103,9 +108,24 @@ def compare(source: Mapping[str, Any], as_json: bool, **options: Any) -> None:
             )
             raise SystemExit(INTERRUPTED) from None
     if as_json:
-        print_json({"cells": comparison.cells, "choice": comparison.choice, "report": comparison.report})
+        names = ("cells", "choice", "report", "notes")
+        print_json({name: getattr(comparison, name) for name in names})
         return
+    Console(width=max(Console().width, 140)).print(_table(*comparison.table))
+    for line in comparison.notes:
+        click.echo(line)
     click.echo(comparison.choice.text)
     if comparison.choice.code:
         click.echo(f"\n    {comparison.choice.code.replace(chr(10), chr(10) + '    ')}\n")
     click.echo(f"wrote {comparison.report}")
+
+
+def _table(titles: Sequence[str], *rows: Sequence[str]) -> Table:
+    """Return the report's table without some columns, so that it fits into terminals."""
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    kept = [place for place, title in enumerate(titles) if title not in ("largest", "evaluations")]
+    for place in kept:
+        made.add_column(titles[place], justify="left" if place == 1 else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*(row[place] for place in kept))
+    return made

@@ -14,7 +14,7 @@ from drp.api import divide_arguments
 from drp.comparison.choose import Choice
 from drp.comparison.measure import Measurement, Progress, add_distances
 from drp.comparison.models import ModelSubject
-from drp.comparison.report import write_reports
+from drp.comparison.report import notes, table, write_reports
 from drp.comparison.settings import Setting, default_drafts, expand, fewer_steps
 from drp.comparison.store import Store
 from drp.comparison.subject import Subject
@@ -31,11 +31,15 @@ class Comparison:
     cells: the figures of each setting by its key, as in results.json.
     choice: the recommended setting, with the code that samples so.
     report: the page.
+    table: the report's table, the titles of its columns first.
+    notes: what to know besides the figures.
     """
 
     cells: Mapping[str, Mapping[str, Any]]
     choice: Choice
     report: Path
+    table: Sequence[Sequence[str]]
+    notes: Sequence[str]
 
 
 def compare(
@@ -130,7 +134,7 @@ def run(
     finally:
         add_distances(store, clip)
         choice = write_reports(store, numbers, len(settings), max_distance, min_speedup)
-    return Comparison(store.results["cells"], choice, store.folder / "report.html")
+    return Comparison(store.results["cells"], choice, store.folder / "report.html", table(store), notes(store))
 
 
 def machine() -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 DEFAULT_DISTANCE = 0.05
 """The largest mean relative L2 distance of a setting that is recommended if no bound is given."""
+
+PLAUSIBLE = 1.1
+"""How many times the speed-up that its rounds allow a setting may seem to have by the variation of times."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,12 @@ def choose(
     text = f"Of the settings that are {wanted}, {first} is {_described(cell)}."
     if speedup(cell) < 1:
         text += " It is slower than the untouched run: drafting gains nothing here."
+    rounds = statistics.fmean(cell["rounds"])
+    if speedup(cell) > PLAUSIBLE * cell["steps"] / rounds:
+        text += (
+            f" {rounds:.4g} rounds in place of {cell['steps']} steps allow only {cell['steps'] / rounds:.2f} times: "
+            "something slowed the untouched run down. Measure the times again on a quiet machine."
+        )
     rivals = [c for c in cells.values() if c["kind"] != "drafted" and distance(c) <= distance(cell)]
     rivals = [c for c in rivals if speedup(c) >= speedup(cell)]
     if rivals:

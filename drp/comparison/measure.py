@@ -58,17 +58,21 @@ class Measurement:
         self._store.write()
 
     def _measure(self, setting: Setting, session: Session) -> dict[str, Any]:
-        """Return a setting's figures: a call to warm up, then timed calls in turn with the untouched run."""
+        """Return a setting's figures: a call to warm up, then timed calls in turn with the untouched run.
+
+        The last call is traced if it is not timed, else the first.
+        """
         label = setting.label
         trace = self._store.samples(setting.key) / "trace.json" if isinstance(setting, Drafted) else None
-        self._call(label, session.sample, self._seeds[0], trace)
+        traced = len(self._seeds) - 1 if len(self._seeds) > self._turns else -1
+        self._call(label, session.sample, self._seeds[0], trace if traced < 0 else None)
         samples: list[Sample] = []
         seconds, untouched, repeats = [], [], []
         exact = self._store.latents(UNTOUCHED)
         for turn in range(max(len(self._seeds), self._turns)):
             place = turn % len(self._seeds)
             seed = self._seeds[place]
-            sample = self._call(label, session.sample, seed)
+            sample = self._call(label, session.sample, seed, trace if turn == traced else None)
             samples += [sample] if turn < len(self._seeds) else []
             if turn < self._turns:
                 again = self._call(label, session.untouched, seed)

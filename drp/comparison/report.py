@@ -13,9 +13,15 @@ from drp.comparison.charts import HEIGHT, LEFT, TOP, WIDTH, plot, timeline
 from drp.comparison.choose import DEFAULT_DISTANCE, Choice, choose, speedup
 from drp.comparison.contact_sheet import contact_sheet
 from drp.comparison.store import UNTOUCHED, Store
+from drp.leader.devices import parse_emulated
+from drp.trace import read
+from drp.trace.evaluations import evaluations
 
 BUSY = 1.5
 """How many times its shortest time an untouched call may take before the report says that times vary."""
+
+SLOW_EMULATION = 1.1
+"""How many times its own time the median evaluation of an emulated device may take without a note."""
 
 
 def write_reports(
@@ -31,8 +37,7 @@ def write_reports(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("drp.comparison", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    measures = store.results.get("measures", {})
-    rows = [row(number, cell, measures) for number, cell in enumerate(cells.values(), start=1)]
+    heads, *rows = table(store)
     untouched = store.results.get(UNTOUCHED)
     page = environment.get_template("report.html.j2").render(
         facts=store.results["facts"],
@@ -40,7 +45,7 @@ def write_reports(
         untouched=untouched,
         untouched_seconds=median(untouched["seconds"]) if untouched else None,
         missing=planned - len(cells),
-        heads=heads(measures),
+        heads=heads,
         rows=rows,
         chosen=chosen,
         chosen_label=cells[chosen.key]["label"] if chosen.key else None,
@@ -51,14 +56,16 @@ def write_reports(
         notes=notes(store),
     )
     (store.folder / "report.html").write_text(page)
-    (store.folder / "report.md").write_text(markdown(store, chosen, rows, planned))
+    (store.folder / "report.md").write_text(markdown(store, chosen, planned))
     return chosen
 
 
-def heads(measures: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Return the titles of the table's columns."""
+def table(store: Store) -> list[list[str]]:
+    """Return the titles of the table's columns, and a row for each setting."""
+    measures = store.results.get("measures", {})
     fixed = ["#", "setting", "times as fast", "relative L2, mean", "largest", "rounds", "evaluations", "seconds"]
-    return fixed + [measure["title"] for measure in measures.values()]
+    rows = [row(number, cell, measures) for number, cell in enumerate(store.results["cells"].values(), start=1)]
+    return [[*fixed, *(measure["title"] for measure in measures.values())], *rows]
 
 
 def row(number: int, cell: Mapping[str, Any], measures: Mapping[str, Mapping[str, str]]) -> list[str]:
@@ -99,6 +106,7 @@ def notes(store: Store) -> list[str]:
             f"The untouched run took {min(seconds):.3g} to {max(seconds):.3g} s: other programs ran, or the clock "
             "rate changed. Measure the times again on a quiet machine."
         )
+    found += slow_emulation(store)
     if any(cell["kind"] != "drafted" for cell in cells):
         found.append(
             "Distances are to the untouched run. A better solver with fewer steps may be nearer to the exact solution "
@@ -107,19 +115,45 @@ def notes(store: Store) -> list[str]:
     return found
 
 
+def slow_emulation(store: Store) -> list[str]:
+    """Say by how much evaluations took longer than the emulated devices' own time, if they did."""
+    names = store.results["facts"]["devices"]
+    nominal = {n: parse_emulated(name, n).seconds for n, name in enumerate(names) if name.startswith("emulated:")}
+    if not nominal:
+        return []
+    slowest = 0.0
+    for key, cell in store.results["cells"].items():
+        trace = store.samples(key) / "trace.json"
+        if cell["kind"] == "drafted" and trace.exists():
+            events, _, _ = read(trace)
+            shares = [e.seconds / nominal[e.worker] for e in evaluations(events) if e.answered and e.worker in nominal]
+            slowest = max(slowest, median(shares or [0.0]))
+    if slowest <= SLOW_EMULATION:
+        return []
+    return [
+        f"The emulated devices took up to {slowest:.2f} times their time for an evaluation, since the cores of this "
+        "machine cannot evaluate the model on so many at once: real devices are faster than these times say. drp tune "
+        "measures emulated devices without the model."
+    ]
+
+
 def _in_words(value: Any) -> str:
-    """Return a fact of a comparison as text."""
+    """Return a fact of a comparison as text, empty for an option that is at its default."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_in_words(each)}" for name, each in value.items() if each is not None)
-    return ", ".join(map(_in_words, value)) if isinstance(value, list) else str(value)
+        words = {name: _in_words(each) for name, each in value.items()}
+        return ", ".join(f"{name} {text}" for name, text in words.items() if text)
+    if isinstance(value, list):
+        return ", ".join(map(_in_words, value))
+    return "" if value is None or value is False or value == "auto" else str(value)
 
 
-def markdown(store: Store, chosen: Choice, rows: Sequence[Sequence[str]], planned: int) -> str:
+def markdown(store: Store, chosen: Choice, planned: int) -> str:
     """Return report.md."""
     facts, untouched = store.results["facts"], store.results.get(UNTOUCHED)
-    titles = heads(store.results.get("measures", {}))
+    titles, *rows = table(store)
     lines = ["# Drafting compared with the untouched run", ""]
-    lines += [f"- {name.replace('_', ' ')}: {_in_words(value)}" for name, value in facts.items() if value is not None]
+    words = {name.replace("_", " "): _in_words(value) for name, value in facts.items()}
+    lines += [f"- {name}: {text}" for name, text in words.items() if text]
     if untouched:
         lines.append(f"- untouched: {untouched['baseline']}, {median(untouched['seconds']):.3f} s a call")
     if len(rows) < planned:

@@ -164,6 +164,16 @@ def test_what_is_done_is_not_done_again(digits: Comparison, tmp_path: Path, monk
 
 
 @pytest.mark.reports
+def test_emulated_devices_that_cannot_keep_their_time(tmp_path: Path) -> None:
+    """An evaluation of digits takes longer than 100 us, on any core."""
+    asked: dict[str, Any] = {"steps": 4, "seeds": 1, "turns": 1, "modes": ["aggressive"], "out": tmp_path / "report"}
+    found = compare("digits", devices="2xemulated:100us", **asked)
+    (note,) = (note for note in found.notes if note.startswith("The emulated devices took up to"))
+    assert float(note.split()[6]) > 1.1
+    assert note in found.report.with_name("report.md").read_text()
+
+
+@pytest.mark.reports
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -315,6 +325,8 @@ def cell(kind: str, speedup: float, distance: float) -> dict[str, Any]:
         "kind": kind,
         "label": code,
         "code": code,
+        "steps": 48,
+        "rounds": [10],
         "speedup": speedup,
         "distances": {"relative_l2": {"mean": distance}},
     }
@@ -337,6 +349,12 @@ def test_the_choice_is_what_the_bounds_ask_for() -> None:
         "No setting is at least 9 times as fast. The closest is drafted 3.5"
     )
     assert "Fewer steps do better: fewer steps 4" in choose({**cells, "better": cell("fewer steps", 4, 0.001)}).text
+    assert "slowed" not in choose(cells).text
+    odd = choose({"odd": cell("drafted", 9.3, 0.001)}).text
+    assert odd.endswith(
+        "10 rounds in place of 48 steps allow only 4.80 times: something slowed the untouched run down. Measure the "
+        "times again on a quiet machine."
+    )
 
 
 def test_measures_that_are_not_at_hand_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
