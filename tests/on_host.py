@@ -6,6 +6,7 @@ the interpreter of such workers; every step of theirs that is worth knowing goes
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -15,6 +16,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    gc.disable()  # as in other workers, until their entry enables it
 
 import torch
 from torch import Tensor, nn

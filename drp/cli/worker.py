@@ -10,6 +10,7 @@ import click
 
 from drp.cli.helpers import plain_errors
 from drp.cli.options import Number, app_dir_option, verbose_option
+from drp.frozen_imports import frozen_imports
 
 RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
 """Environment variables with the local rank of a process, set by torchrun and Slurm."""
@@ -71,10 +72,11 @@ def worker(
                 "give --key, the file of this worker's secret key, or --transport-security none without it"
             )
         os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported
-        from drp.leader.devices import parse_devices
-        from drp.leader.gpus import has_gpus
-        from drp.protocol.dial import WorkerKeys
-        from drp.workers.dialed import DialConfig, main
+        with frozen_imports():
+            from drp.leader.devices import parse_devices
+            from drp.leader.gpus import has_gpus
+            from drp.protocol.dial import WorkerKeys
+            from drp.workers.dialed import DialConfig, main
 
         rank = next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), 0)
         name = device or (f"cuda:{rank}" if has_gpus() else f"cpu:{rank % len(os.sched_getaffinity(0))}")

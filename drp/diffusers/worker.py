@@ -13,6 +13,7 @@ from drp.diffusers.program import PROGRAM, Program, from_bytes, write
 from drp.diffusers.pytree import Json
 from drp.diffusers.sources import Block, TensorLocation, load_signed
 from drp.diffusers.structure import make
+from drp.frozen_imports import frozen_imports
 from drp.models.gpu import Graphs
 from drp.models.state import ModuleState
 from drp.protocol.handles import GpuHandle, Handle
@@ -201,7 +202,8 @@ def _on_host(block: Block) -> SharedMemory | None:
 
 def load() -> Programs:
     """Return the model `drp.diffusers.worker:load`, and import diffusers, which takes seconds, at the start."""
-    importlib.import_module("diffusers.models.unets")
+    with frozen_imports():
+        importlib.import_module("diffusers.models.unets")
     return Programs()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
-import gc
 import itertools
 import mmap
 import multiprocessing.spawn
@@ -16,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from drp.frozen_imports import frozen_imports
 from drp.workers import parent_death
 from drp.workers.config import WorkerConfig
 
@@ -35,15 +35,10 @@ def main(config: WorkerConfig) -> None:
                 f"{sys.executable} is not the Python {wanted} that the leader runs; give its path as python="
             )
         os.environ["OMP_NUM_THREADS"] = str(config.threads)
-        # What these imports make stays for good, and collections of garbage meanwhile would take a fifth of their time.
-        gc.disable()
-        # Only now: torch sizes its thread pool when imported.
-        from drp.protocol.messages import VERSION, Hello
-        from drp.protocol.transport import WorkerSocket
-        from drp.workers.worker import Worker
-
-        gc.freeze()
-        gc.enable()
+        with frozen_imports():  # Only now: torch sizes its thread pool when imported.
+            from drp.protocol.messages import VERSION, Hello
+            from drp.protocol.transport import WorkerSocket
+            from drp.workers.worker import Worker
         if config.main is not None:
             _import_main(config.main)
         socket = WorkerSocket(config.listener.detach(), config.leader)

@@ -114,6 +114,7 @@ def test_times_between_and_beyond_the_measured_ones() -> None:
     assert found.seconds(1, batch=2) == 1.0
 
 
+@pytest.mark.reports
 def test_the_slowest_evaluation_of_a_round(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     drp.sample("digits", devices="2xemulated:5ms:values=cheap", labels=[3], steps=5, mode="aggressive", trace=path)
@@ -144,5 +145,9 @@ def test_the_command_prints_json() -> None:
 def test_too_few_steps_are_refused_before_workers_start() -> None:
     with pytest.raises(ValueError, match="steps is 2; a round of two drafts needs 3 steps or more"):
         tune(ModelSubject("digits", LeaderOptions(devices=2), steps=2))
+
+
+@pytest.mark.reports
+def test_three_steps_are_enough() -> None:
     leader = LeaderOptions(devices="2xemulated:2ms:values=cheap")
     assert tune(ModelSubject("digits", leader, steps=3)).best.rounds == 2

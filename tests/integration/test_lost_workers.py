@@ -183,20 +183,6 @@ def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
     assert list(tmp_path.glob("drp-*")) == []
 
 
-def test_a_leader_that_is_never_closed_ends_with_the_interpreter(tmp_path: Path) -> None:
-    text = """
-        import drp
-        if __name__ == "__main__":
-            leader = drp.Leader("tests.denoisers:make_free", devices=1)
-            print(*[worker.pid for worker in leader.workers])
-    """
-    process = program(text, tmp_path)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, "")
-    assert wait_for_end([int(word) for word in out.split()]) == []
-    assert list(tmp_path.glob("drp-*")) == []
-
-
 def test_a_script_needs_no_main_guard_and_finds_its_process_as_it_was(tmp_path: Path) -> None:
     text = """
         import multiprocessing, psutil, torch
@@ -215,7 +201,8 @@ def test_a_script_needs_no_main_guard_and_finds_its_process_as_it_was(tmp_path: 
     assert (*process.communicate(timeout=60), process.returncode) == ("3\n", "", 0)
 
 
-def test_a_model_made_in_a_script_that_reads_its_options_at_the_top(tmp_path: Path) -> None:
+def test_a_model_made_in_a_script_and_a_leader_that_is_never_closed(tmp_path: Path) -> None:
+    """Workers run the script with its options; they end with its interpreter."""
     text = """
         import argparse
         import drp
@@ -225,11 +212,15 @@ def test_a_model_made_in_a_script_that_reads_its_options_at_the_top(tmp_path: Pa
         def make():
             return lambda x, t, cond: x * scale
         if __name__ == "__main__":
-            options = dict(devices=1, shape=(4,), steps=3)
-            assert (drp.sample(make, **options).samples == drp.reference(make, **options).samples).all()
+            leader, options = drp.Leader(make, devices=1), dict(shape=(4,), steps=3)
+            assert (leader.sample(**options).samples == drp.reference(make, **options).samples).all()
+            print(*[worker.pid for worker in leader.workers])
     """
     process = program(text, tmp_path, "--scale", "0.1")
-    assert (*process.communicate(timeout=60), process.returncode) == ("", "", 0)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert wait_for_end([int(word) for word in out.split()]) == []
+    assert list(tmp_path.glob("drp-*")) == []
 
 
 def test_a_model_made_in_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
