@@ -9,7 +9,6 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowM
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from drp.diffusers.drafting import Drafter
-from drp.sampling.drafts import PAPER
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
@@ -28,7 +27,7 @@ def test_a_copy_of_the_scheduler_that_is_stepped(name: str, benchmark: Benchmark
     torch.set_num_threads(1)
     scheduler, x = SCHEDULERS[name](), torch.randn(SHAPE, dtype=torch.bfloat16)
     scheduler.set_timesteps(24)
-    drafter = Drafter(scheduler, PAPER)
+    drafter = Drafter(scheduler)
     for k, t in enumerate(scheduler.timesteps[:FIRST]):
         output = torch.randn_like(x)
         drafter.follow(k, drafter.read((output, t, x), {}))

@@ -81,7 +81,7 @@ class PipelineCall:
     def _steps_with(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         try:
-            self._drafter = Drafter(scheduler, self._context.mode.rule)
+            self._drafter = Drafter(scheduler)
         except Exception as error:  # an unknown kind of scheduler
             self._fail(error)
 

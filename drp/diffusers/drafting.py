@@ -53,13 +53,15 @@ class DraftState:
 class Drafter:
     """Makes the drafts of one call. Indices refer to the scheduler's timesteps."""
 
-    def __init__(self, scheduler: Any, rule: DraftRule) -> None:
+    def __init__(self, scheduler: Any) -> None:
         self._on_device: Tensor = scheduler.timesteps
         self.timesteps = self._on_device.cpu()
         """The timesteps on the host, where reading them does not wait for a GPU."""
         self._sigmas: tuple[Any, Any] = (None, None)
         """The scheduler's noise levels, and the same on the host."""
-        self._scheduler, self._rule = scheduler, rule
+        self._scheduler = scheduler
+        self.rule: DraftRule = PAPER
+        """The rule of the mode, which is known once the number of steps is."""
         self._kind = type(scheduler)
         self._signature = inspect.signature(self._kind.step)
         self._levels = Levels(scheduler, self.timesteps)
@@ -205,7 +207,7 @@ class Drafter:
         if not self._levels.known or known.output.shape != x.shape:
             return known.output
         base = self.previous_base if self.previous_base in self.taken else last
-        weights = self._rule.extrapolate(i, base, last, self._levels.of_run)
+        weights = self.rule.extrapolate(i, base, last, self._levels.of_run)
         for k in weights.keys() - estimates.keys():
             estimates[k] = self._data(k, known if k == last else self.taken[k])
         data = functools.reduce(operator.add, (weight * estimates[k] for k, weight in weights.items()))
@@ -222,7 +224,7 @@ class Drafter:
         """Return the change of a prediction from `draft` to x by the rule's carry, None for no change."""
         if not self._levels.known:
             return None
-        carry = self._rule.carry_at(k, self._levels.of_run)
+        carry = self.rule.carry_at(k, self._levels.of_run)
         if carry == 0 or torch.equal(draft, x):
             return None
         at_state, at_output = self._levels.factors(k)
@@ -233,7 +235,7 @@ class Drafter:
     @property
     def assumes(self) -> str:
         """The restriction of the rule with this scheduler, empty for none."""
-        if self._levels.known or self._rule == PAPER:
+        if self._levels.known or self.rule == PAPER:
             return ""
         return (
             f"{self._kind.__name__} clips its estimate of the data, or has noise levels that drp does not "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from drp.sampling.drafts import DAMPED, STEADY, DraftRule, find_rule
+from drp.sampling.drafts import DraftRule, find_rule
 from drp.sampling.mode_selection import TargetWindow, make_mode
 from drp.sampling.mode_wrappers import Warmup
 from drp.sampling.modes import Mode
@@ -33,7 +33,7 @@ def make_pipeline_mode(
     if isinstance(mode, str) and names and names != ["stride"]:
         if mode != "window":
             raise ValueError(f"{names[0]} chooses a window, and mode is {mode!r}; leave one of them out")
-        made: Mode = TargetWindow(drafts, target_rounds, target_speedup, chosen or (STEADY if adds_noise else DAMPED))
+        made: Mode = TargetWindow(drafts, target_rounds, target_speedup, chosen, adds_noise)
     else:
         made = mode if isinstance(mode, Mode) else make_mode(mode, drafts, tolerance, chosen, stride, None, adds_noise)
     if warmup:

@@ -129,7 +129,13 @@ class Predictions:
     def _begin(self, k: int) -> None:
         """Restart the rounds at step k, as in a run that starts there."""
         self._first = self._drafter.base = self._drafter.previous_base = k
-        self._rounds: Rounds = self._mode.rounds(self._end - k)
+        steps = self._end - k
+        try:
+            mode = self._mode.for_steps(steps)
+        except ValueError as error:  # The mode cannot take this number of steps.
+            raise UnrecognisedError(str(error), final=True) from None
+        self._drafter.rule = mode.rule
+        self._rounds: Rounds = mode.rounds(steps)
         self._rows, self._drafts, self._residuals = {}, {}, None
         self._next = self._after()
 
@@ -139,7 +145,7 @@ class Predictions:
             return None
         try:
             return next(self._rounds, None)
-        except ValueError as error:  # The mode cannot take this number of steps.
+        except ValueError as error:  # The mode, a user's, cannot take this number of steps.
             raise UnrecognisedError(str(error), final=True) from None
 
     def _due(self, k: int, x: Tensor, stepped: Tensor | None) -> bool:

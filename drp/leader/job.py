@@ -16,7 +16,8 @@ from drp.limits import MAX_DRAFTS, MAX_EVALUATIONS, MAX_GUIDANCE, MAX_NUMBERS, M
 from drp.protocol.codec import is_text
 from drp.protocol.memory import DTYPES, NAMES
 from drp.protocol.messages import ModelSpec
-from drp.sampling.mode_selection import Choice, choose_rounds, choose_speedup, make_mode
+from drp.sampling.drafts import find_rule
+from drp.sampling.mode_selection import TargetWindow, make_mode
 from drp.sampling.mode_wrappers import PicardSweeps, Warmup
 from drp.sampling.modes import Mode, Window
 from drp.sampling.partial_sums import OperationQueue
@@ -183,12 +184,14 @@ def _mode(request: Request, devices: int, steps: int, noise: bool) -> Mode:
     if isinstance(request.mode, str):
         limited = request.drafts is not None
         drafts = _whole("drafts", request.drafts, 1, MAX_DRAFTS) if limited else min(devices, MAX_DRAFTS)
-        name, stride, tolerance = request.mode, request.stride, _number("tolerance", request.tolerance, 0, math.inf)
+        stride, tolerance = request.stride, _number("tolerance", request.tolerance, 0, math.inf)
         if stride is not None:
             stride = _number("stride", stride, 1, MAX_STEPS)
+        mode: Mode
         if request.target_speedup is not None or request.target_rounds is not None:
-            name, drafts, stride = _choice(request, steps, drafts)
-        mode = make_mode(name, drafts, tolerance, request.rule, stride, _offsets(request.offsets), noise)
+            mode = _target(request, drafts, noise)
+        else:
+            mode = make_mode(request.mode, drafts, tolerance, request.rule, stride, _offsets(request.offsets), noise)
         if isinstance(mode, Window) and steps / mode.stride * drafts > MAX_EVALUATIONS:
             raise ValueError(
                 f"stride is {mode.stride:g} with {drafts} drafts and {steps} steps, more than {MAX_EVALUATIONS} "
@@ -207,22 +210,26 @@ def _mode(request: Request, devices: int, steps: int, noise: bool) -> Mode:
         mode = Warmup(mode, request.warmup)
     if mode.width > MAX_DRAFTS:
         raise ValueError(f"{mode.width} drafts a round; at most {MAX_DRAFTS}")
-    return mode
+    return mode.for_steps(steps)
 
 
-def _choice(request: Request, steps: int, drafts: int) -> Choice:
-    """Return the window that reaches the requested speed-up or number of rounds."""
+def _target(request: Request, drafts: int, noise: bool) -> TargetWindow:
+    """Return the window that is to reach the requested speed-up or number of rounds."""
     for name in ("stride", "offsets"):
         if getattr(request, name) is not None:
             raise ValueError(
                 f"{name} is {getattr(request, name)!r}, but target_... chooses that; leave one of them out"
             )
-    if request.target_rounds is None:
-        assert request.target_speedup is not None
-        return choose_speedup(_number("target_speedup", request.target_speedup, 1, MAX_STEPS), steps, drafts)
-    if request.target_speedup is not None:
-        raise ValueError("both target_speedup and target_rounds are given; leave one of them out")
-    return choose_rounds(_whole("target_rounds", request.target_rounds, 1, MAX_STEPS), steps, drafts)
+    rounds, speedup = request.target_rounds, request.target_speedup
+    if request.mode != "window":
+        given = "target_speedup" if rounds is None else "target_rounds"
+        raise ValueError(f"{given} chooses a window, and mode is {request.mode!r}; leave one of them out")
+    if rounds is not None:
+        _whole("target_rounds", rounds, 1, MAX_STEPS)
+    if speedup is not None:
+        speedup = _number("target_speedup", speedup, 1, MAX_STEPS)
+    rule = None if request.rule is None else find_rule(request.rule)
+    return TargetWindow(drafts, rounds, speedup, rule, noise)
 
 
 def _offsets(offsets: Any) -> str | tuple[int, ...] | None:

@@ -125,50 +125,60 @@ class Choice(NamedTuple):
     stride: float | None
 
 
-def choose_rounds(rounds: int, steps: int, most_drafts: int) -> Choice:
+def choose_rounds(rounds: int, steps: int, most_drafts: int, rounds_before: int = 0) -> Choice:
     """Return the window that takes `steps` steps in at most `rounds` rounds; raise ValueError if there is none.
+
+    `rounds` includes `rounds_before`, the rounds that a warm-up has taken, of one step each.
 
     Its stride follows from the number of rounds. It has as many drafts as there may be, `most_drafts`, since each index
     is then evaluated more often; but if the stride allows, no more than a quarter of the steps, beyond which drafts are
     too far ahead to be of use, and no more than four evaluations of each index need (docs/quality.md).
     """
-    if rounds >= steps:
+    remaining = rounds - rounds_before
+    if remaining >= steps:
         return Choice("sequential", 1, None)
     fewest = 1 + math.ceil((steps - 1) / most_drafts)
-    if rounds < fewest:
+    if remaining < fewest:
+        after = f" after {rounds_before} of warm-up" if rounds_before else ""
         raise ValueError(
-            f"target_rounds is {rounds}; with at most {most_drafts} drafts, {steps} steps take {fewest} rounds or "
-            "more: use more devices or drafts, or fewer steps"
+            f"target_rounds is {rounds}; with at most {most_drafts} drafts, {steps} steps{after} take "
+            f"{rounds_before + fewest} rounds or more: use more devices or drafts, or fewer steps"
         )
-    stride = (steps - 1) / (rounds - 1)
+    stride = (steps - 1) / (remaining - 1)
     drafts = max(math.ceil(stride), min(steps // 4, math.ceil(4 * stride)))
     return Choice("window", min(drafts, most_drafts), stride)
 
 
-def choose_speedup(speedup: float, steps: int, most_drafts: int) -> Choice:
-    """Return the window whose steps divided by rounds reach `speedup`; raise ValueError if there is none."""
+def choose_speedup(speedup: float, steps: int, most_drafts: int, rounds_before: int = 0) -> Choice:
+    """Return the window whose steps divided by rounds reach `speedup`; raise ValueError if there is none.
+
+    Steps and rounds include `rounds_before`, as of `choose_rounds`.
+    """
     if not speedup >= 1:
         raise ValueError(f"target_speedup is {speedup}; give 1 or more")
-    fewest = 1 + math.ceil((steps - 1) / most_drafts)
-    if steps / fewest < speedup:
+    total = steps + rounds_before
+    fewest = rounds_before + 1 + math.ceil((steps - 1) / most_drafts)
+    if total / fewest < speedup:
+        after = f", {rounds_before} of them in a warm-up," if rounds_before else ""
         raise ValueError(
-            f"target_speedup is {speedup:g}; with at most {most_drafts} drafts, {steps} steps allow "
-            f"{steps / fewest:.3g}: use more devices or drafts, or more steps"
+            f"target_speedup is {speedup:g}; with at most {most_drafts} drafts, {total} steps{after} allow "
+            f"{total / fewest:.3g}: use more devices or drafts, or more steps"
         )
-    return choose_rounds(math.floor(steps / speedup + 1e-9), steps, most_drafts)
+    return choose_rounds(math.floor(total / speedup + 1e-9), steps, most_drafts, rounds_before)
 
 
 @dataclass(frozen=True)
 class TargetWindow(Wide):
-    """The window with at most n drafts that reaches a target, for runs whose number of steps is not known beforehand.
+    """The window with at most n drafts that reaches a target; which one that is depends on the number of steps.
 
-    Exactly one of `target_rounds` and `target_speedup` (steps divided by rounds) is given. `rounds` raises ValueError
-    if no window reaches it.
+    Exactly one of `target_rounds` and `target_speedup` (steps divided by rounds) is given. They count a warm-up too.
+    `draft_rule` is None for the default, which depends on the window and on whether the solver `adds_noise`.
     """
 
     target_rounds: int | None = None
     target_speedup: float | None = None
-    rule: DraftRule = DAMPED
+    draft_rule: DraftRule | None = None
+    adds_noise: bool = False
 
     def __post_init__(self) -> None:
         if self.target_rounds is not None and self.target_speedup is not None:
@@ -183,11 +193,15 @@ class TargetWindow(Wide):
         """`window`: a target is an option of that mode."""
         return "window"
 
-    def rounds(self, steps: int) -> Rounds:
-        """Yield the rounds of the window that reaches the target in this number of steps."""
+    def for_steps(self, steps: int, rounds_before: int = 0) -> Mode:
+        """Return the window that reaches the target in this number of steps; raise ValueError if there is none."""
         if self.target_rounds is not None:
-            choice = choose_rounds(self.target_rounds, steps, self.n)
+            choice = choose_rounds(self.target_rounds, steps, self.n, rounds_before)
         else:
             assert self.target_speedup is not None
-            choice = choose_speedup(self.target_speedup, steps, self.n)
-        yield from make_mode(choice.mode, choice.drafts, 0.0, self.rule, choice.stride).rounds(steps)
+            choice = choose_speedup(self.target_speedup, steps, self.n, rounds_before)
+        return make_mode(choice.mode, choice.drafts, 0.0, self.draft_rule, choice.stride, None, self.adds_noise)
+
+    def rounds(self, steps: int) -> Rounds:
+        """Yield the rounds of that window."""
+        yield from self.for_steps(steps).rounds(steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from drp.sampling.drafts import DraftRule
 from drp.sampling.modes import Mode, Round, Rounds
@@ -45,12 +45,22 @@ class ModeWrapper(Mode):
         """As that of `mode`."""
         return self.mode.width
 
+    def for_steps(self, steps: int, rounds_before: int = 0) -> Mode:
+        """Return this wrapper of what `mode` takes for so many steps."""
+        return replace(self, mode=self.mode.for_steps(steps, rounds_before))
+
 
 @dataclass(frozen=True)
 class Warmup(ModeWrapper):
     """Takes the first `steps` steps sequentially, and the others in `mode`."""
 
     steps: int
+
+    def for_steps(self, steps: int, rounds_before: int = 0) -> Mode:
+        """Return this wrapper of what `mode` takes for the steps that remain."""
+        if self.steps >= steps:
+            return self
+        return replace(self, mode=self.mode.for_steps(steps - self.steps, rounds_before + self.steps))
 
     def rounds(self, steps: int) -> Rounds:
         """Yield one round per step, then the rounds of `mode`, shifted."""

@@ -72,6 +72,13 @@ class Mode(ABC):
     def rounds(self, steps: int) -> Rounds:
         """Yield the rounds that lead from index 0 to index N = `steps`."""
 
+    def for_steps(self, steps: int, rounds_before: int = 0) -> Mode:
+        """Return the mode that a run of `steps` steps takes: this one, unless its choices depend on the steps.
+
+        `rounds_before`: rounds of one step each that precede, which count towards a target.
+        """
+        return self
+
 
 @dataclass(frozen=True)
 class Sequential(Mode):

@@ -174,7 +174,7 @@ ALL: list[dict[str, Any]] = [
     {"solver": "euler", "grid": {"sigmas": [14.0, 7.5, 3, 1.0, 0.5, 0.1]}, "rule": DraftRule(0.5, 0.25)},
     {"cond": {"shift": torch.linspace(0, 1, 12).view(4, 3).T}, "rule": PAPER},
     {"noise": torch.linspace(-1, 1, 24).view(2, 3, 4), "mode": "conservative", "drafts": 3, "warmup": 1, "sweeps": 1},
-    {"image": torch.ones(2, 3, 4), "strength": 0.5, "target_speedup": 1.5, "drafts": 4, "mode": "sequential"},
+    {"image": torch.ones(2, 3, 4), "strength": 0.5, "target_speedup": 1.5, "drafts": 4, "mode": "window"},
 ]
 
 

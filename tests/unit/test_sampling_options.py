@@ -1,5 +1,6 @@
 """What callers may ask of a run, and that workers compute the same bits whatever they ask."""
 
+import itertools
 import math
 import re
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import drp
+from drp.diffusers.pipeline_modes import make_pipeline_mode
 from drp.leader.job import Job, make_job
 from drp.leader.request import Request
 from drp.protocol.messages import ModelSpec
@@ -66,6 +68,9 @@ def test_modes_by_option() -> None:
     assert job(target_rounds=17, devices=8).mode == Window(8, 47 / 16)
     assert job(target_rounds=48).mode == Sequential()
     assert job(target_speedup=1.0).mode == Sequential()
+    assert job(solver="ddpm", target_rounds=13).mode == Window(4, 47 / 12, STEADY)
+    assert job(solver="ddpm", target_rounds=13, steps=49).mode == Window(4, 4, PAPER)
+    assert job(solver="ddpm", target_rounds=13, steps=49, rule="damped").mode == Window(4, 4, DAMPED)
 
 
 def test_solvers_by_option() -> None:
@@ -101,6 +106,18 @@ def test_the_window_that_takes_so_many_rounds() -> None:
                 made = make_mode(mode, n, 0.0, PAPER, stride)
                 assert len(list(made.rounds(steps))) == rounds
                 assert n <= most
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_a_target_counts_a_warm_up_and_is_the_same_for_a_model_and_a_pipeline(solver: str, warmup: int) -> None:
+    targets: list[dict[str, Any]] = [{"target_rounds": 14}, {"target_speedup": 2.0}]
+    for steps, target in itertools.product((24, 33, 48), targets):
+        options = {"warmup": warmup, **target}
+        mode = job(8, solver=solver, steps=steps, **options).mode
+        made = make_pipeline_mode("window", 8, None, 0.0, adds_noise=solver == "ddpm", **options)
+        assert made.for_steps(steps) == mode
+        assert len(list(mode.rounds(steps))) == options.get("target_rounds", steps // 2)
 
 
 def test_more_rounds_evaluate_each_index_as_often_with_all_drafts_that_are_of_use() -> None:
@@ -161,6 +178,9 @@ def test_more_rounds_evaluate_each_index_as_often_with_all_drafts_that_are_of_us
         ({"target_rounds": 0}, "target_rounds is 0; give a whole number, 1 to"),
         ({"target_rounds": 14, "target_speedup": 2.0}, "both target_speedup and target_rounds"),
         ({"target_rounds": 14, "stride": 2}, "stride is 2, but target_"),
+        ({"target_rounds": 14, "mode": "aggressive"}, "target_rounds chooses a window, and mode is 'aggressive'"),
+        ({"target_rounds": 14, "warmup": 3}, "45 steps after 3 of warm-up take 15 rounds"),
+        ({"target_speedup": 3.4, "warmup": 3}, "48 steps, 3 of them in a warm-up, allow 3.2"),
         ({"stride": 5}, "stride is 5; a window of 4 drafts moves on by 1 to 4"),
         ({"stride": math.nan}, "stride is nan; give a number, 1 to 10000"),
         ({"stride": 0}, "stride is 0; give a number, 1 to"),
