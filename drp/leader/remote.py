@@ -58,7 +58,7 @@ class RemoteWorkers:
         if (self.keys is None) == (self.transport_security == "curve"):
             raise ValueError(
                 f"keys is {self.keys!r} and transport_security {self.transport_security!r}; give the directory that "
-                "`drp keys` has made, or none of it without encryption"
+                "`drp keys` has made, with 'curve', and no keys with 'none'"
             )
         if not self.listen.startswith("tcp://"):
             raise ValueError(f"listen is {self.listen!r}; give tcp://HOST:PORT, where HOST may be 0.0.0.0")

@@ -1,7 +1,7 @@
-"""Inline tensors: what leader and worker send each other when they share no memory, because a network is between them.
+"""Inline tensors: tensors that travel in frames after a message, between a leader and a worker on another machine.
 
-Each side has an arena of its own for a run, laid out as the Bind says, and copies the part that the other side is about
-to read into the frames after a message:
+Each side has an arena of its own for a run, laid out as the Bind describes. The sender adds the part of its arena that
+the receiver needs, and the receiver copies it to the same place in its own:
 
     message     frames after it
     Bind        the conditions
@@ -9,7 +9,7 @@ to read into the frames after a message:
     Prediction  the row of the prediction, and one row for each batched draft
 
 A slot, a row or the conditions are one frame: their bytes in the arena, with the padding between tensors. No other
-message has frames. Both sides know the length of every frame beforehand, and refuse any other.
+message has frames. Both sides know the length of every frame in advance, and refuse any other.
 """
 
 from __future__ import annotations
@@ -111,9 +111,9 @@ class LeaderFrames:
 
 
 class WorkerFrames:
-    """The worker's side: copies drafts into arenas of its own, of which the worker is told as of the leader's.
+    """The worker's side: copies drafts into arenas in its own memory, which a Bind then names like memory of a leader.
 
-    Runs that follow one another use the same memory, since allocating it takes longer than sending a draft.
+    Successive runs reuse the same memory, since allocating it takes longer than sending a draft.
     """
 
     def __init__(self) -> None:

@@ -22,11 +22,11 @@ class DialConfig:
 
     address: the leader's, tcp://HOST:PORT.
     keys: None for a leader without encryption.
-    device: the worker's device, by the name that the leader is told: cpu:0, cuda:1 or emulated:20ms.
+    device: the name of the worker's device, as the leader shows it: cpu:0, cuda:1 or emulated:20ms.
     gpu: the UUID of that device, if it is a GPU.
     threads: the number of torch threads.
-    timeout: seconds within which the leader must have let this worker in.
-    host: the machine's name, by default as the machine itself says.
+    timeout: seconds within which the leader must have admitted this worker.
+    host: the machine's name, by default its hostname.
     """
 
     address: str
@@ -52,7 +52,7 @@ def serve(config: DialConfig, on_lost: Callable[[], None]) -> None:
 
 
 def main(config: DialConfig) -> None:
-    """Be a worker in this process, which ends with its leader, whatever it is doing then."""
+    """Run a worker in this process, which ends with its leader, even during an evaluation."""
     faulthandler.enable()
     for number in (signal.SIGINT, signal.SIGTERM):  # A KeyboardInterrupt would look like an error of the denoiser.
         signal.signal(number, signal.SIG_DFL)

@@ -49,12 +49,12 @@ log = logging.getLogger(__name__)
 
 
 class RemoteWorker:
-    """A worker on another machine, or the expectation of one, as long as `peer` is None.
+    """A worker on another machine. Until it has dialed in, `peer` is None.
 
-    peer: the worker's identity on the socket, which it has made up; no two processes have the same.
+    peer: the worker's identity on the socket, which it has chosen at random.
     key: the public key with which it has dialed in.
-    key_name: the name of the key with which it must dial in; empty for any.
-    failure: how its connection ended; empty while it has not.
+    key_name: the name of the key with which it must dial in; empty for any key.
+    failure: how its connection ended; empty while it is open.
     """
 
     shares_memory: Final = False
@@ -78,7 +78,7 @@ class RemoteWorker:
         return f"worker {self.number} ({self.device.name}, {where})"
 
     def connect(self, peer: bytes, key: bytes, hello: Hello) -> None:
-        """Be the worker that has said this Hello; raise ValueError for a device that it cannot have."""
+        """Use the peer that has sent this Hello as this worker; raise ValueError if its device is invalid."""
         kind, emulated = hello.device.partition(":")[0], None
         if kind == "emulated":
             emulated = parse_emulated(hello.device, self.number)
@@ -97,7 +97,7 @@ class RemoteWorker:
         return self._frames.encode(message)
 
     def send(self, *messages: ToWorker | Encoded) -> None:
-        """Send messages. A worker that takes none is given up, and its process ends once it reads the reason."""
+        """Send messages. A worker that does not accept them is lost; its process ends when it reads the reason."""
         for message in messages:
             if self.peer is not None and not self.failure:
                 parts = message if isinstance(message, list) else self._frames.encode(_message(message))
@@ -133,12 +133,12 @@ class RemoteWorker:
 
 
 class RemoteBackend:
-    """The workers of one leader that dial in, and the socket at which they do.
+    """The workers of one leader that dial in, and the socket that they connect to.
 
-        a peer that has said Hello    is
-        waits for a slot              in `_spares`, by its identity on the socket
-        is the worker of a slot       in `_connected`, by its identity on the socket
-        was lost or not let in        in neither: it is sent Rejected, whatever it sends
+        peer that has sent Hello      held in
+        spare, waits for a slot       `_spares`, by its identity on the socket
+        the worker of a slot          `_connected`, by its identity on the socket
+        lost or not admitted          neither; every further message is answered with Rejected
 
     Raises ValueError for keys that cannot be used, OSError if the address is in use.
     """
@@ -180,18 +180,18 @@ class RemoteBackend:
 
     @property
     def probing(self) -> bool:
-        """Whether a connection has ended, and it is not known whose it was."""
+        """Whether a connection has ended and the worker that it belonged to is not known yet."""
         return time.monotonic() < self._probe_until
 
     def open_arena(self, bind: Bind) -> Arena:
-        """Return the arena of a run of this process, which the workers cannot open; it is mapped once for all."""
+        """Return this process's mapping of a run's arena, which all remote workers of the run share."""
         arena = self._arenas.get(bind.run)
         if arena is None:
             arena = self._arenas[bind.run] = Arena.open(bind)
         return arena
 
     def start(self, number: int, generation: int, device: Device) -> RemoteWorker:
-        """Take a worker that has dialed in already, or wait for one, which is launched if there is a launcher."""
+        """Use a worker that has dialed in already, or wait for one; a launcher, if there is one, starts it."""
         worker = RemoteWorker(number, generation, device, self)
         self._expected.append(worker)
         if self._launcher is not None and self._keys is not None:
@@ -237,7 +237,7 @@ class RemoteBackend:
         return (worker, message) if message is not None else None
 
     def _on_stranger(self, peer: bytes, key: bytes, frames: Sequence[Frame]) -> tuple[RemoteWorker, ToLeader] | None:
-        """Handle a message of a peer that is no worker yet, or no longer."""
+        """Handle a message of a peer that is not connected as a worker."""
         try:
             message = decode(bytes(frames[0]), TO_LEADER) if len(frames) == 1 else None
         except ProtocolError as error:
@@ -298,7 +298,7 @@ class RemoteBackend:
         return worker.failure or "was given up", None
 
     def close(self, grace: float) -> None:
-        """Send Stop to all, and close their connections when they have taken it, after `grace` seconds at most."""
+        """Send Stop to all workers, and close the socket when all have left, or after `grace` seconds."""
         deadline = time.monotonic() + grace
         stop, ping = [encode(Stop())], [encode(Ping(0.0))]
         left = [peer for peer in (*self._connected, *self._spares) if self._endpoint.send(peer, stop) != "gone"]
