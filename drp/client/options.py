@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any, Final, TypedDict
+from typing import Any, Final
 
 import numpy as np
 
@@ -13,36 +13,18 @@ from drp.client.arrays import add_array
 from drp.protocol.client_messages import Condition, Option, Rule, Submit
 from drp.protocol.frames import Frame, FrameWriter
 from drp.sampling.drafts import RULES, DraftRule
+from drp.sampling.options import RunOptions
 
 
-class Options(TypedDict, total=False):
+class Options(RunOptions, total=False):
     """The options of a run, see `drp.leader.request.Request`. Arrays may be of numpy or torch."""
 
     labels: Sequence[int] | Any | None
-    count: int | None
-    shape: Sequence[int] | None
     cond: Mapping[str, Any]
-    guidance: float | None
-    steps: int
     solver: str
-    solver_options: Mapping[str, Any]
-    grid: Mapping[str, Any]
-    prediction_type: str
     noise: Any | None
     image: Any | None
-    strength: float
     mode: str
-    drafts: int | None
-    target_speedup: float | None
-    target_rounds: int | None
-    stride: float | None
-    offsets: str | Sequence[int] | None
-    rule: str | DraftRule | None
-    tolerance: float
-    warmup: int
-    sweeps: int
-    seed: int
-    residuals: bool
 
 
 WAYS: Final = ("progress", "previews", "timeline", "memory")

@@ -4,45 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any
 
 from torch import Tensor
 
 from drp.sampling.drafts import DraftRule
 from drp.sampling.modes import Mode
+from drp.sampling.options import RunOptions
 from drp.sampling.run import Callback
 from drp.sampling.solvers import Solver
 
 
-class Options(TypedDict, total=False):
+class Options(RunOptions, total=False):
     """The keyword arguments of `sample` and `reference` that describe a run; see `Request`."""
 
     labels: Sequence[int] | Tensor | None
-    count: int | None
-    shape: Sequence[int] | None
     cond: Mapping[str, Tensor]
-    guidance: float | None
-    steps: int
     solver: str | Solver
-    solver_options: Mapping[str, Any]
-    grid: Mapping[str, Any]
-    prediction_type: str
     noise: Tensor | None
     image: Tensor | None
-    strength: float
     mode: str | Mode
-    drafts: int | None
-    target_speedup: float | None
-    target_rounds: int | None
-    stride: float | None
-    offsets: str | Sequence[int] | None
-    rule: str | DraftRule | None
-    tolerance: float
-    warmup: int
-    sweeps: int
-    seed: int
     callback: Callback | None
-    residuals: bool
     out: Tensor | None
 
 
