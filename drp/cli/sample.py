@@ -19,6 +19,7 @@ from drp.cli.pipeline import pipeline_options
 from drp.pipelines import check_module
 from drp.sampling.drafts import RULES
 from drp.sampling.mode_selection import MODE_NAMES, PATTERNS
+from drp.sampling.options import RunOptions
 from drp.sampling.predictions import PREDICTION_TYPES
 from drp.sampling.registry import SOLVER_NAMES, make_solver
 
@@ -165,23 +166,7 @@ def _output(out: Path | None, shape: Any, force: bool) -> Path:
 
 def _run_options(given: Mapping[str, Any], columns: list[int]) -> dict[str, Any]:
     """Return the options of the run, as `drp.sample` takes them."""
-    same = (
-        *(
-            "steps",
-            "mode",
-            "drafts",
-            "target_speedup",
-            "target_rounds",
-            "stride",
-            "rule",
-            "tolerance",
-            "warmup",
-            "sweeps",
-            "solver",
-        ),
-        *("prediction_type", "guidance", "seed"),
-    )
-    return {name: given[name] for name in same} | {
+    return {name: given[name] for name in ("mode", "solver", *RunOptions.__annotations__) if name in given} | {
         "offsets": parse_offsets(given["offsets"]),
         "labels": columns * given["rows"] or None,
         "count": max(len(columns), 1) * given["rows"],
