@@ -8,6 +8,7 @@ from socket import socket as Socket
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from drp.protocol.codec import encode
 from drp.protocol.messages import Draft, Hello, Prediction, Stop
 from drp.protocol.transport import LeaderSocket, WorkerSocket
 
@@ -43,12 +44,12 @@ def test_round_trip(benchmark: BenchmarkFixture, leader: LeaderSocket) -> None:
     leader.receive()
 
     def there_and_back() -> object:
-        leader.send(b"echo", Draft(0, 1, 999.0, 1, 1))
+        leader.send(b"echo", encode(Draft(0, 1, 999.0, 1, 1)))
         assert leader.poll(DEADLINE)[0]
         return leader.receive()
 
     assert benchmark(there_and_back) == (b"echo", Prediction(0, 1, 1, 0.0))
-    leader.send(b"echo", Stop())
+    leader.send(b"echo", encode(Stop()))
     process.join(DEADLINE)
 
 
@@ -64,7 +65,7 @@ def test_dispatch_to_8_workers(benchmark: BenchmarkFixture, leader: LeaderSocket
     def dispatch() -> None:
         nonlocal sent
         for number in range(WORKERS):
-            leader.send(b"%d" % number, Draft(0, number, 999.0, number, number))
+            leader.send(b"%d" % number, encode(Draft(0, number, 999.0, number, number)))
         sent += 1
 
     def take() -> None:

@@ -30,7 +30,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 
 import torch
@@ -196,8 +196,7 @@ class Engine:
                 self._run_ready()
                 if not self.runs.workers_saturated:
                     self._poll_completions()
-                    for _ in self._assign():  # First, because workers may be idle.
-                        self._run_ready()
+                    self._assign()  # First, because workers may be idle.
                     self._refine()  # Final states of the previous round, while the workers compute.
                     self.runs.bind_all()
                     self._run_ready()
@@ -258,7 +257,9 @@ class Engine:
             session = self._requests.notified.popleft()
             if session.number in running and session.idle:
                 self.runs.schedule_drafts(session)
-        for run in [run for run in running.values() if run.cancel_requested]:
+        for run in list(running.values()):
+            if not run.cancel_requested:
+                continue
             if isinstance(run, Session):
                 self.recorder.record("end", run)
                 self.runs.finish(run, None)
@@ -287,34 +288,35 @@ class Engine:
             clock=self._clock,
         )
 
-    def _assign(self) -> Iterator[None]:
+    def _assign(self) -> None:
         """Send drafts to workers and schedule the drafts that do not depend on further messages.
 
-        Yields between small steps, so that the caller can execute ready arithmetic.
+        Arithmetic that becomes ready in the meantime is executed between small steps.
         """
-        try:
-            while True:
-                self._rounds_seen = self.runs.rounds_begun
-                self._scheduler.assign_drafts()
-                if not self.runs.schedulable_runs:
-                    return
-                yield
-                self._refine()  # Refine a round's states before scheduling the next round.
-                for run in self.runs.schedulable_runs:
-                    self.runs.schedule_drafts(run)
-                yield
-                self._refine()  # Queue known sums before operations that wait for the predictions of these drafts.
-                yield
-        finally:
-            self._scheduler.flush()
+        while True:
+            self._rounds_seen = self.runs.rounds_begun
+            self._scheduler.assign_drafts()
+            if not self.runs.schedulable_runs:
+                break
+            self._run_ready(notify=False)
+            self._refine()  # Refine a round's states before scheduling the next round.
+            for run in self.runs.schedulable_runs:
+                self.runs.schedule_drafts(run)
+            self._run_ready(notify=False)
+            self._refine()  # Queue known sums before operations that wait for the predictions of these drafts.
+            self._run_ready(notify=False)
+        self._scheduler.flush()
 
     def _refine(self) -> None:
-        behind = [run for run in self.runs.running.values() if run.needs_refine]
-        for run in behind:
-            since = time.perf_counter_ns()
-            with self.runs.charge(run):
-                run.refine()
-                self.recorder.record("refined", run, run.steps_done, since=since)
+        for run in self.runs.all_runs:
+            if run.needs_refine and run.number in self.runs.running:
+                since = time.perf_counter_ns()
+                try:
+                    run.refine()
+                except BaseException as error:
+                    self.runs.fail(run, error)
+                else:
+                    self.recorder.record("refined", run, run.steps_done, since=since)
 
     def _receive(self) -> None:
         """Wait for a message, a wake-up or a deadline; handle messages until a worker can be assigned more drafts."""
@@ -323,10 +325,10 @@ class Engine:
         has_pending, has_messages = self._follow_streams(timer)
         got = self.pool.poll(0.0 if has_pending else timer, self._requests.wakeup_fd) if has_messages else None
         self._clock.resume(timer)
+        self.placement.drain_wakeups()
         while got is not None:
             self._handler.on_message(self.supervisor.slot_of(got[0]), got[1])
-            waiting = self.runs.schedulable_runs or any(run.waiting for run in self.runs.running.values())
-            if waiting or self._next_ready_time <= time.monotonic():
+            if self.runs.has_work or self._next_ready_time <= time.monotonic():
                 break
             got = self.pool.receive_now()
         if time.monotonic() >= timer:
@@ -347,6 +349,7 @@ class Engine:
         while ready <= {wakeup.fd} and self._next_ready_time < math.inf and time.monotonic() < timer:
             ready = self.pool.sleep(min(timer, self._next_ready_time))
             self._clock.resume(min(timer, self._next_ready_time))
+            self.placement.drain_wakeups()
             self._run_ready()
             if not self.runs.workers_saturated:
                 break
@@ -354,10 +357,13 @@ class Engine:
 
     def _next_deadline(self) -> float:
         """Return the time of the next deadline, on the leader's clock."""
-        busy = [worker_slot for worker_slot in self.supervisor.ready if worker_slot.drafts]
-        times = [self._handler.deadline_of(worker_slot) for worker_slot in busy]
-        times += [self._clock.now() + run.poll_interval for run in self.runs.all_runs]
-        return min([*times, *self._scheduler.hedge_deadlines(busy), self.supervisor.next_deadline])
+        times = [self.supervisor.next_deadline, *self._scheduler.hedge_deadlines()]
+        for worker_slot in self.supervisor.ready:
+            if worker_slot.drafts:
+                times.append(self._handler.deadline_of(worker_slot))
+        for run in self.runs.all_runs:
+            times.append(self._clock.now() + run.poll_interval)
+        return min(times)
 
     def _on_deadline(self) -> None:
         while (got := self.pool.receive_now()) is not None:  # A message that has arrived is not late.
@@ -367,13 +373,17 @@ class Engine:
             self._handler.on_worker_lost(loss)
         self._handler.drop_late_workers()
 
-    def _run_ready(self) -> None:
-        """Execute the operations that runs have queued for this thread, as far as they are ready."""
+    def _run_ready(self, notify: bool = True) -> None:
+        """Execute the operations that runs have queued for this thread, as far as they are ready.
+
+        With `notify`, workers wake this thread at the next completion. Not needed if this is called again first.
+        """
         self._next_ready_time = math.inf
-        self.placement.drain_wakeups()
         for run in self.runs.all_runs:
-            with self.runs.charge(run):
-                self._next_ready_time = min(self._next_ready_time, run.run_ready())
+            try:
+                self._next_ready_time = min(self._next_ready_time, run.run_ready(notify))
+            except BaseException as error:
+                self.runs.fail(run, error)
 
     def _poll_completions(self) -> None:
         """Handle the completion records that have been read since the last call."""

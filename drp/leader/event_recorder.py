@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 from drp.leader.events import EventKind, Timeline, TraceEvent
-from drp.leader.runs.run_state import InFlightBatch, RunState
-from drp.protocol.messages import EvaluationError, Prediction
+from drp.leader.runs.run_state import InFlightBatch, PendingCompletion, RunState
+from drp.protocol.messages import Prediction
 
 
 class EventRecorder:
@@ -39,30 +39,30 @@ class EventRecorder:
                 TraceEvent(kind, time.perf_counter_ns(), run.number, step, worker, since=since, steps=steps)
             )
 
-    def record_predictions(
-        self, kind: EventKind, sent: InFlightBatch, worker: int, message: Prediction | EvaluationError
-    ) -> None:
-        """Record the predictions of a batch of drafts; an EvaluationError is not recorded here."""
-        if isinstance(message, Prediction):
-            for place, task in enumerate(sent.tasks if self.timelines else ()):
-                # The batch's time is recorded with its first draft; the other predictions are complete at its end.
-                seconds = message.seconds if place == 0 else 0.0
-                received, began = (message.received, message.began) if place == 0 else (message.predicted,) * 2
-                times = (received, began, message.predicted, message.ended)
-                for timeline in self.timelines:
-                    now = time.perf_counter_ns()
-                    timeline.append(TraceEvent(kind, now, message.run, task.index, worker, seconds, times=times))
+    def record_tasks(self, kind: EventKind, sent: InFlightBatch, worker: int, since: int = 0) -> None:
+        """Record an event for each draft of a batch."""
+        for task in sent.tasks if self.timelines else ():
+            self.record(kind, sent.run, task.index, worker, since=since)
 
-    def record_completion(
-        self, kind: EventKind, sent: InFlightBatch, worker: int, seconds: float, ended_at: float
-    ) -> None:
+    def record_predictions(self, kind: EventKind, sent: InFlightBatch, worker: int, message: Prediction) -> None:
+        """Record the predictions of a batch of drafts."""
+        for place, task in enumerate(sent.tasks if self.timelines else ()):
+            # The batch's time is recorded with its first draft; the other predictions are complete at its end.
+            seconds = message.seconds if place == 0 else 0.0
+            received, began = (message.received, message.began) if place == 0 else (message.predicted,) * 2
+            times = (received, began, message.predicted, message.ended)
+            for timeline in self.timelines:
+                now = time.perf_counter_ns()
+                timeline.append(TraceEvent(kind, now, message.run, task.index, worker, seconds, times=times))
+
+    def record_completion(self, kind: EventKind, completion: PendingCompletion) -> None:
         """Record that the completion records of a batch of an asynchronous run were read."""
         if self.timelines:
-            ended_at = ended_at or time.perf_counter()
+            sent, worker, seconds = completion.batch, completion.worker, completion.seconds
+            ended_at = completion.ended_at or time.perf_counter()
             times = (ended_at - seconds, ended_at - seconds, ended_at, ended_at)
             self.record_predictions(kind, sent, worker, Prediction(sent.run.number, 0, 0, seconds, *times))
-            for task in sent.tasks:
-                self.record("accumulated", sent.run, task.index, worker)
+            self.record_tasks("accumulated", sent, worker)
 
     def callback_recorder(self, run: RunState) -> Callable[[int, int], None] | None:
         """Return a function that records the callbacks of a run, None without subscribers."""

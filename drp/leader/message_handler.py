@@ -31,10 +31,10 @@ class MessageHandler:
     def on_message(self, worker_slot: WorkerSlot, message: ToLeader | None) -> None:
         """Handle a worker's message, or its exit (None)."""
         match message:
-            case Prediction() | EvaluationError() if sent := _find_batch(worker_slot, message):
-                if isinstance(message, EvaluationError) or not self._runs.on_queued(worker_slot, sent):
-                    self._done(worker_slot, sent)
-                    self._on_prediction(worker_slot, sent, message)
+            case Prediction() if sent := _find_batch(worker_slot, message):
+                self._on_prediction(worker_slot, sent, message)
+            case EvaluationError() if sent := _find_batch(worker_slot, message):
+                self._on_error(worker_slot, sent, message)
             case Bound(number) if self._runs.on_bound(worker_slot, number):
                 return
             case Prediction() | EvaluationError() | Bound():
@@ -53,25 +53,33 @@ class MessageHandler:
         worker_slot.on_draft_finished(self._supervisor.clock.now())
         release_rows(sent)
 
-    def _on_prediction(
-        self, worker_slot: WorkerSlot, sent: InFlightBatch, message: Prediction | EvaluationError
-    ) -> None:
-        run, index, since = sent.run, sent.tasks[0].index, time.perf_counter_ns()
-        # The batch may be the second of two copies, or its run may be over.
-        consequence = run.follows_failure(sent)
-        counts = self._runs.is_outstanding(sent) or (run.withdraw(sent) and run.number in self._runs.running)
-        counts = counts and not consequence
-        self._recorder.record_predictions("predicted" if counts else "late", sent, worker_slot.number, message)
-        if counts and isinstance(message, EvaluationError):
-            words = f"{worker_slot.worker} failed evaluating step {index} of run {run.number}: {message.error}"
-            self._runs.finish(run, WorkerError(f"{words}\n{message.traceback}"))
-        elif counts and isinstance(message, Prediction):
-            with self._runs.charge(run):
+    def _on_prediction(self, worker_slot: WorkerSlot, sent: InFlightBatch, message: Prediction) -> None:
+        """Handle the predictions of a batch, or the message that a batch of an asynchronous run is queued."""
+        run, since = sent.run, time.perf_counter_ns()
+        try:
+            if run.on_queued(worker_slot.number, sent):
+                return
+            self._done(worker_slot, sent)
+            if sent.is_outstanding:
+                self._recorder.record_predictions("predicted", sent, worker_slot.number, message)
                 run.on_predictions(worker_slot.number, sent.tasks, sent.rows, message.seconds)
-                for task in sent.tasks:
-                    self._recorder.record("accumulated", run, task.index, worker_slot.number, since=since)
+                self._recorder.record_tasks("accumulated", sent, worker_slot.number, since)
                 if run.ready:
                     self._runs.schedule_drafts(run)
+            else:  # The second of two copies, or a prediction of a run that is over.
+                self._recorder.record_predictions("late", sent, worker_slot.number, message)
+        except BaseException as error:
+            self._runs.fail(run, error)
+        self._runs.release_if_idle(run)
+
+    def _on_error(self, worker_slot: WorkerSlot, sent: InFlightBatch, message: EvaluationError) -> None:
+        run, index = sent.run, sent.tasks[0].index
+        self._done(worker_slot, sent)
+        consequence = run.follows_failure(sent)
+        needed = sent.is_outstanding or (run.withdraw(sent) and run.number in self._runs.running)
+        if needed and not consequence:
+            words = f"{worker_slot.worker} failed evaluating step {index} of run {run.number}: {message.error}"
+            self._runs.finish(run, WorkerError(f"{words}\n{message.traceback}"))
         self._runs.release_if_idle(run)
 
     def on_completion(self, run: RunState, completion: PendingCompletion, status: int | None) -> None:
@@ -81,13 +89,7 @@ class MessageHandler:
             self.on_worker_lost(self._supervisor.mark_dead(worker_slot, f"{words} without a valid completion record"))
             return
         self._done(worker_slot, sent)
-        self._recorder.record_completion(
-            "predicted" if completion.counts else "late",
-            sent,
-            worker_slot.number,
-            completion.seconds,
-            completion.ended_at,
-        )
+        self._recorder.record_completion("predicted" if completion.counts else "late", completion)
         if status != OK and completion.counts and run.number in self._runs.running:
             step = f"step {completion.failed_index(status)} of run {run.number}"
             words = f"{worker_slot.worker} failed evaluating {step}: the denoiser returned NaN or infinity"
@@ -97,10 +99,8 @@ class MessageHandler:
     def deadline_of(self, worker_slot: WorkerSlot) -> float:
         """Return when the first draft of a busy worker slot times out and its worker counts as lost."""
         first = worker_slot.drafts[0]
-        return first.run.due_since(first.sequence, worker_slot.since) + self._timeout_of(worker_slot)
-
-    def _timeout_of(self, worker_slot: WorkerSlot) -> float:
-        return self._draft_timeout or worker_slot.drafts[0].run.timeout(worker_slot.number)
+        timeout = self._draft_timeout or first.run.timeout(worker_slot.number)
+        return first.run.due_since(first.sequence, worker_slot.since) + timeout
 
     def drop_late_workers(self) -> None:
         """Give up the workers whose first draft has timed out."""
@@ -108,9 +108,10 @@ class MessageHandler:
         for worker_slot in self._supervisor.ready:
             if worker_slot.drafts and self.deadline_of(worker_slot) <= now:
                 run, task = worker_slot.drafts[0].run, worker_slot.drafts[0].tasks[0]
+                timeout = self._draft_timeout or run.timeout(worker_slot.number)
                 why = (
                     f"{worker_slot.worker} has not evaluated step {task.index} of run {run.number} within "
-                    f"{self._timeout_of(worker_slot):g} s (draft_timeout)"
+                    f"{timeout:g} s (draft_timeout)"
                 )
                 self.on_worker_lost(self._supervisor.mark_dead(worker_slot, why))
 
@@ -121,9 +122,8 @@ class MessageHandler:
         for place, sent in reversed([*enumerate(loss.drafts)]):
             run, task = sent.run, sent.tasks[0]
             release_rows(sent)
-            for each in sent.tasks:
-                self._recorder.record("lost", run, each.index, number)
-            missing = self._runs.is_outstanding(sent) and not self._scheduler.copies_of(sent)
+            self._recorder.record_tasks("lost", sent, number)
+            missing = sent.is_outstanding and not self._scheduler.copies_of(sent)
             if missing:
                 run.waiting.appendleft(sent.tasks)
             if missing or (sent.completion_pending and run in affected):
@@ -133,8 +133,11 @@ class MessageHandler:
                     self._runs.finish(run, WorkerError(f"{words} was lost; the last: {loss.reason}"))
         for behind in affected:
             if behind.number in self._runs.running:
-                with self._runs.charge(behind):
+                try:
                     step = behind.restart()
+                except BaseException as error:
+                    self._runs.fail(behind, error)
+                else:
                     words = f"run {behind.number} went back to step {step}: predictions that it had used were lost"
                     behind.incidents.append(words)
                     self._runs.schedule_drafts(behind)

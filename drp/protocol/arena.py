@@ -32,10 +32,12 @@ class Arena:
     def __init__(self, memory: Memory, bind: Bind) -> None:
         self.memory = memory
         self.bind = bind
-        rows, cond = bind.slots * _stride(bind.inputs), _cond_offset(bind)
+        slot_nbytes, row_nbytes = _stride(bind.inputs), _stride(bind.outputs)
+        rows = bind.slots * slot_nbytes
+        cond = rows + bind.rows * row_nbytes
         self.end = _end(bind.cond, cond)
-        self.slot_bytes = memory.tensor(0, (bind.slots, _stride(bind.inputs)), torch.uint8)
-        self.row_bytes = memory.tensor(rows, (bind.rows, _stride(bind.outputs)), torch.uint8)
+        self.slot_bytes = memory.tensor(0, (bind.slots, slot_nbytes), torch.uint8)
+        self.row_bytes = memory.tensor(rows, (bind.rows, row_nbytes), torch.uint8)
         self.cond_bytes = memory.tensor(cond, (self.end - cond,), torch.uint8)
         self._inputs = _by_name(self.slot_bytes, bind.inputs)
         self._outputs = _by_name(self.row_bytes, bind.outputs)
@@ -131,7 +133,10 @@ def _specs(what: str, tensors: Mapping[str, Tensor], start: int = 0) -> tuple[Te
 
 def _end(specs: Sequence[TensorSpec], start: int = 0) -> int:
     """Return the offset after the last of the tensors, which begin at an offset."""
-    return max((spec.offset + aligned(_nbytes(spec)) for spec in specs), default=start)
+    end = start
+    for spec in specs:
+        end = max(end, spec.offset + aligned(_nbytes(spec)))
+    return end
 
 
 def _stride(specs: Sequence[TensorSpec]) -> int:
@@ -149,12 +154,7 @@ def _nbytes(spec: TensorSpec) -> int:
 
 def nbytes_of(bind: Bind) -> int:
     """Return the bytes of the memory that a Bind describes; raise ProtocolError if its tensors cannot be."""
-    return _end(bind.cond, _cond_offset(bind))
-
-
-def _cond_offset(bind: Bind) -> int:
-    """Return the offset of the first condition."""
-    return bind.slots * _stride(bind.inputs) + bind.rows * _stride(bind.outputs)
+    return _end(bind.cond, bind.slots * _stride(bind.inputs) + bind.rows * _stride(bind.outputs))
 
 
 def _by_name(rows: Tensor, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:

@@ -142,8 +142,9 @@ class _Flat:
 
     def pack(self, record: object) -> bytes | None:
         """Pack a record; return None if it must be encoded in the general way."""
-        if any(getattr(record, name) for name in self._tuples):
-            return None
+        for name in self._tuples:
+            if getattr(record, name):
+                return None
         parts: list[Any] = []
         for text, (name, number, low, high) in zip(self._texts, self._numbers, strict=False):
             value: Any = getattr(record, name)

@@ -216,10 +216,10 @@ class GpuStream:
     def __init__(self, device: torch.device) -> None:
         self._stream, self._aside = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types for it
 
-    def enqueue(self, do: Callable[[], object]) -> None:
-        do()
+    def enqueue(self, do: Callable[..., object], *args: Any) -> None:
+        do(*args)
 
-    def run_ready(self) -> None:
+    def run_ready(self, notify: bool = True) -> None:
         """Do nothing, since the GPU executes the operations by itself."""
 
     def current(self) -> AbstractContextManager[object]:

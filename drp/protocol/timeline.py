@@ -63,15 +63,16 @@ class Stream(Protocol):
 
     pending_waits: int
 
-    def enqueue(self, do: Callable[[], object]) -> None:
-        """Execute `do` after what was enqueued before; on a GPU, `do` queues work on the current stream."""
+    def enqueue(self, do: Callable[..., object], *args: Any) -> None:
+        """Execute `do(*args)` after what was enqueued before; on a GPU, it queues work on the current stream."""
         ...
 
-    def run_ready(self) -> float | None:
+    def run_ready(self, notify: bool = True) -> float | None:
         """Execute what is ready, if this thread executes the stream.
 
-        Return when to call it again, in seconds of `time.perf_counter`; None if nothing is left for this thread. Raises
-        what an operation raised.
+        With `notify`, request a notification of the completion that the next operation waits for; only needed before
+        this thread sleeps. Return when to call this again, in seconds of `time.perf_counter`; None if nothing is left
+        for this thread. Raises what an operation raised.
         """
         ...
 

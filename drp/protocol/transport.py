@@ -126,13 +126,12 @@ class LeaderSocket:
                 self._socket.disconnect(self.endpoint(identity))
             os.close(self._places.pop(identity))
 
-    def send(self, identity: bytes, *messages: ToWorker | bytes) -> None:
-        """Send messages, some of which may be encoded already, together, so that the worker wakes up once.
+    def send(self, identity: bytes, *messages: Frame) -> None:
+        """Send encoded messages together, so that the worker wakes up once.
 
         Raises zmq.ZMQError if the worker is gone or its queue is full.
         """
-        encoded = (message if isinstance(message, bytes) else encode(message) for message in messages)
-        send_frames(self._socket, (identity, *encoded))
+        send_frames(self._socket, (identity, *messages))
 
     def watch(self, fd: int) -> None:
         """Make `poll` also wait for a file descriptor."""
@@ -151,10 +150,7 @@ class LeaderSocket:
             return {self._fd}
         if seconds > 0:
             wait_readable(self._epoll.fileno(), min(seconds, MAX_WAIT))
-        return self._ready()
-
-    def _ready(self) -> set[int]:
-        return {fd for fd, _ in self._epoll.poll(0.0)}
+        return set(dict(self._epoll.poll(0.0)))
 
     def poll(self, seconds: float) -> tuple[bool, set[int]]:
         """Wait for a message or a watched descriptor; return whether there is a message, and which are ready."""
@@ -164,7 +160,7 @@ class LeaderSocket:
             message = has_message(self._socket)
             if not message and (left := deadline - time.monotonic()) > 0:
                 wait_readable(self._epoll.fileno(), min(left, MAX_WAIT))
-            ready = self._ready()
+            ready = set(dict(self._epoll.poll(0.0)))
             if message or ready - {self._fd} or (not ready and time.monotonic() >= deadline):
                 return message or has_message(self._socket), ready - {self._fd}
 

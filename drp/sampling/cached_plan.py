@@ -26,7 +26,7 @@ class PlannedRound:
 
 
 class PlannedAdvance:
-    """An advance whose coefficients have the state's dtype and device. Its length is the number of steps.
+    """An advance by `steps` steps, whose coefficients have the state's dtype and device.
 
     The last `eager` states, which a step from the new base uses, are computed before the next round's drafts.
     """
@@ -38,14 +38,11 @@ class PlannedAdvance:
             event.previous_base,
             event.unawaited_rounds,
         )
-        self._length = len(event.states)
-        self.eager = min(self._length, event.base + self._length - event.oldest + 1)
-        split = self._length - self.eager
+        self.steps = len(event.states)
+        self.eager = min(self.steps, event.base + self.steps - event.oldest + 1)
+        split = self.steps - self.eager
         self.between = Rows(event.states[:split], like, state_order)
         self.last = Rows(event.states[split:], like, state_order)
-
-    def __len__(self) -> int:
-        return self._length
 
 
 def _to_planned(event: Predict | Advance, like: Tensor) -> PlannedRound | PlannedAdvance:
@@ -58,6 +55,8 @@ class KnownEvents:
     def __init__(self) -> None:
         self.events: list[PlannedRound | PlannedAdvance] = []
         self.complete = False
+        self.longest = 0
+        """The steps of the longest advance; 0 until it is known."""
         self.lock = threading.Lock()
 
 
@@ -104,4 +103,5 @@ def make_cached_plan(solver: Solver, mode: Mode, like: Tensor, measure: Measure)
     with contextlib.suppress(TypeError):  # A user's mode may not be hashable.
         stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0  # copies the weights
         known = _known_events.setdefault(solver, {}).setdefault((mode, like.dtype, like.device, stream), known)
-    return CachedPlan(make_plan(solver, mode), like, max_advance(mode, solver.grid.steps), known)
+    known.longest = known.longest or max_advance(mode, solver.grid.steps)
+    return CachedPlan(make_plan(solver, mode), like, known.longest, known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from drp.sampling.cached_plan import PlannedAdvance
 
@@ -21,7 +22,8 @@ class Checkpoint:
     rows: dict[int, int]
     ahead: tuple[int, list[float]]
     to_refine: tuple[tuple[PlannedAdvance, int], ...]
-    out: tuple[InFlightRound, ...]
+    in_flight: tuple[InFlightRound, ...]
+    outstanding: frozenset[int]
     rounds_done: int
     steps_done: int
     residuals: dict[int, float]
@@ -29,24 +31,12 @@ class Checkpoint:
     kept: bool = True
 
 
-class InFlightRound:
+class InFlightRound(NamedTuple):
     """A round that is being evaluated.
 
     slots: by index, the slot of the draft.
-    outstanding: the slots whose predictions have not arrived.
     depth: the number of rounds that waited for each other up to this one.
     """
 
-    def __init__(self, slots: dict[int, int], depth: int) -> None:
-        self.slots, self.outstanding, self.depth = slots, set(slots.values()), depth
-
-    @property
-    def answered(self) -> list[int]:
-        """The slots whose predictions have arrived."""
-        return [slot for slot in self.slots.values() if slot not in self.outstanding]
-
-    def copy(self) -> InFlightRound:
-        """Return a copy of the round's current state."""
-        copied = InFlightRound(self.slots, self.depth)
-        copied.outstanding = set(self.outstanding)
-        return copied
+    slots: dict[int, int]
+    depth: int

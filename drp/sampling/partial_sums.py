@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,12 +13,15 @@ from drp.sampling.linear import LinearCombination, Symbol
 Add = Callable[[Tensor, Tensor, Tensor, bool], None]
 """Adds a weighted term to sums: called with the sums, the weights, the term, and whether it is the first term."""
 
+Vector = Callable[[Symbol, Mapping[int, int]], Tensor | None]
+"""Returns the tensor of a symbol, given the slots of drafts by index; None if the tensor is not there yet."""
+
 
 class OperationQueue(Protocol):
     """Executes a run's arithmetic later, in the order in which it was enqueued."""
 
-    def enqueue(self, do: Callable[[], object]) -> None:
-        """Execute `do` after what was enqueued before."""
+    def enqueue(self, do: Callable[..., object], *args: Any) -> None:
+        """Execute `do(*args)` after what was enqueued before."""
         ...
 
     def synchronize(self) -> None:
@@ -54,9 +57,9 @@ class Rows:
             weights = weights.pin_memory()  # Otherwise the host would wait for all work queued on the stream.
         self.weights = weights.to(like.device, non_blocking=True).reshape(len(self.terms), len(rows), 1)
 
-    def write(self, vector: Callable[[Symbol], Tensor], out: Tensor, add: Add) -> None:
+    def write(self, vector: Vector, slots: Mapping[int, int], out: Tensor, add: Add) -> None:
         """Write row i into `out[i]`; `out` is [rows, D]."""
-        PartialSum(self, out, add).accumulate(vector)
+        PartialSum(self, out, add).accumulate(vector, slots)
 
 
 def add_term(out: Tensor, weight: Tensor, term: Tensor, first: bool) -> None:
@@ -73,11 +76,9 @@ class PartialSum:
     def __init__(self, rows: Rows, out: Tensor, add: Add) -> None:
         self._rows, self._out, self._add, self._done = rows, out, add, 0
 
-    def accumulate(
-        self, vector: Callable[[Symbol], Tensor], ready: Callable[[Symbol], bool] = lambda term: True
-    ) -> None:
-        """Add the terms up to the first that is not ready."""
+    def accumulate(self, vector: Vector, slots: Mapping[int, int]) -> None:
+        """Add the terms up to the first that is not there yet."""
         terms, weights = self._rows.terms, self._rows.weights
-        while self._done < len(terms) and ready(terms[self._done]):
-            self._add(self._out, weights[self._done], vector(terms[self._done]), self._done == 0)
+        while self._done < len(terms) and (term := vector(terms[self._done], slots)) is not None:
+            self._add(self._out, weights[self._done], term, self._done == 0)
             self._done += 1

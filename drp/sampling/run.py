@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 
 from torch import Tensor
 
 from drp.sampling.cached_plan import PlannedAdvance, PlannedRound, make_cached_plan
 from drp.sampling.checkpoint import Checkpoint, InFlightRound
-from drp.sampling.linear import LinearCombination, Symbol, state
+from drp.sampling.linear import LinearCombination, Symbol
 from drp.sampling.modes import Mode
 from drp.sampling.partial_sums import Add, OperationQueue, PartialSum, Rows, add_term, state_order
 from drp.sampling.residuals import residual
@@ -67,9 +66,11 @@ class Run:
 
     The state, beside the constants of the run:
 
-        _plan, _position               the plan, and the position of its next event
-        _in_flight                     rounds whose predictions were not used yet, oldest first
+        _plan, _position, _event       the plan; its next event's position; this event, None if unknown
+        _in_flight, _outstanding       rounds whose predictions were not used yet; slots without prediction
         _slots, _answers               by index, the slot of its draft; by slot, the row of its prediction
+        _next_slots                    `_slots` with the rounds in flight whose predictions the next event uses
+        _awaited                       the slots of these rounds
         _states, _rows                 the matrix of states; by index, the row of its state
         _slot_banks, _state_banks      which slots and rows of states are allocated together
         _partial_states, _first        the sum for the last states of the next advance, and the first row of its states
@@ -93,7 +94,7 @@ class Run:
         checkpoints: bool = False,
     ) -> None:
         self._queue = queue
-        self._add: Add = add_term if queue is None else lambda *terms: queue.enqueue(partial(add_term, *terms))
+        self._add: Add = add_term if queue is None else partial(queue.enqueue, add_term)
         self._timesteps = [float(t) for t in solver.grid.timesteps]
         self._shape, self._start = start.shape, start.reshape(-1)
         self._drafts, self._predictions, self._noise = drafts, predictions, noise
@@ -115,7 +116,8 @@ class Run:
             raise ValueError(f"{type(solver).__name__} adds noise at each step; give `noise`")
         self._measured: tuple[int, list[float]] = (0, [])  # first row of the last round's states, their residuals
         self._to_refine: deque[tuple[PlannedAdvance, int]] = deque()
-        self._in_flight: deque[InFlightRound] = deque()  # rounds that are not in _slots yet, oldest first
+        self._in_flight: list[InFlightRound] = []  # rounds that are not in _slots yet, oldest first
+        self._outstanding: set[int] = set()
         self._plan_ahead = 2 * mode.width if mode.pipelined else 2
         self._partial_states: PartialSum | None = None
         self._first = 0  # first row of the states being accumulated
@@ -126,16 +128,18 @@ class Run:
         self.residuals: dict[int, float] = {}
         self.cuts: list[int] = []
         self.evaluated = [0] * solver.grid.steps
+        self._look_ahead()
 
     @property
     def state(self) -> Tensor:
         """The latest refined state [B, ...]; after the run, the samples."""
-        return self._vector(state(self.steps_done)).view(self._shape)
+        x = self._states[self._rows[self.steps_done]] if self.steps_done else self._start
+        return x.view(self._shape)
 
     @property
     def ready(self) -> bool:
         """Whether the next round can be requested: all predictions that it uses were passed to `accumulate`."""
-        return not any(out.outstanding for out in self._used())
+        return self._outstanding.isdisjoint(self._awaited)
 
     def rounds(self) -> Iterator[list[Task]]:
         """Yield each round's tasks, whose drafts are written. Request the next round only while `ready` is True.
@@ -146,40 +150,51 @@ class Run:
             self._position += 1
             if isinstance(event, PlannedAdvance):
                 self._advance(event)
+                self._look_ahead()
                 continue
-            fold = self._partial_drafts or self._draft(event)
+            drafts = self._partial_drafts or self._draft(event, self._allocate(self._slot_banks, len(event.indices)))
             self._partial_drafts = None
-            fold.accumulate(self._vector)
+            drafts.accumulate(self._vector, self._slots)
             slots = range(self._first_slot, self._first_slot + len(event.indices))
             self._answers.update(zip(slots, slots, strict=True))
+            self._outstanding.update(slots)
             self._in_flight.append(InFlightRound(dict(zip(event.indices, slots, strict=True)), self.rounds_done + 1))
-            for k in event.indices:
-                self.evaluated[k] += 1
             round_ = self._position  # in the plan, which is unique
-            yield [Task(k, self._timesteps[k], slot, round_) for k, slot in zip(event.indices, slots, strict=True)]
+            self._look_ahead()
+            tasks = []
+            for k, slot in zip(event.indices, slots, strict=True):
+                self.evaluated[k] += 1
+                tasks.append(Task(k, self._timesteps[k], slot, round_))
+            yield tasks
 
     def _next(self) -> PlannedRound | PlannedAdvance | None:
         """Return the next event, after making the predictions that it uses available."""
-        for out in self._used():
-            self._slots.update(out.slots)
+        while self._awaited:
+            out = self._in_flight.pop(0)
+            self._awaited.difference_update(out.slots.values())
+            self._outstanding.difference_update(out.slots.values())
             self.rounds_done = max(self.rounds_done, out.depth)
-            self._in_flight.popleft()
-        return self._plan.get(self._position)
+        self._slots = self._next_slots
+        return self._plan.get(self._position) if self._feedback else self._event
 
-    def _used(self) -> list[InFlightRound]:
-        """Return the rounds in flight that the next event uses: all of them with feedback, whose event is unknown."""
-        event = None if self._feedback else self._plan.get(self._position)
-        rounds = list(self._in_flight)
-        return rounds if event is None else rounds[: len(rounds) - event.unawaited_rounds]
+    def _look_ahead(self) -> None:
+        """Find the next event, and which predictions it uses: with feedback, whose event is not known yet, all."""
+        self._event = None if self._feedback else self._plan.get(self._position)
+        unawaited = self._event.unawaited_rounds if self._event is not None else 0
+        self._next_slots, self._awaited = dict(self._slots), set[int]()
+        for out in self._in_flight[: len(self._in_flight) - unawaited]:
+            self._next_slots.update(out.slots)
+            self._awaited.update(out.slots.values())
 
     @property
     def rows(self) -> set[int]:
         """The rows of `predictions` that are in use, including those that checkpoints refer to."""
         rows: set[int] = set()
-        current = self._answers, self._slots, self._in_flight
-        for answers, slots, rounds in (current, *((kept.answers, kept.slots, kept.out) for kept in self._checkpoints)):
+        current = self._answers, self._slots, self._in_flight, self._outstanding
+        kept = ((each.answers, each.slots, each.in_flight, each.outstanding) for each in self._checkpoints)
+        for answers, slots, rounds, outstanding in (current, *kept):
             rows.update(answers[slot] for slot in slots.values())
-            rows.update(answers[slot] for out in rounds for slot in out.answered)
+            rows.update(answers[slot] for out in rounds for slot in out.slots.values() if slot not in outstanding)
         return rows
 
     def accumulate(self, slot: int, row: int | None = None) -> None:
@@ -190,43 +205,28 @@ class Run:
         not known in advance, none is added here.
         """
         self._answers[slot] = slot if row is None else row
-        for out in self._in_flight:
-            out.outstanding.discard(slot)
+        self._outstanding.discard(slot)
         self._accumulate_known()
 
     def _accumulate_known(self) -> None:
         """Add known terms to the states from which the next drafts start, up to the first missing prediction."""
-        event = None if self._feedback else self._plan.get(self._position)
-        if isinstance(event, PlannedAdvance):
+        if isinstance(self._event, PlannedAdvance):
             if self._partial_states is None:
-                self._partial_states = self._begin(event)
-            self._add_known(self._partial_states, self._used())
+                self._partial_states = self._begin(self._event)
+            self._partial_states.accumulate(self._vector, self._next_slots)
 
     def _draft_known(self) -> None:
         """Add known terms to the next drafts, if their round waits for all earlier rounds and slots are free."""
-        event = self._plan.get(self._position)
+        event = self._event
         if isinstance(event, PlannedAdvance):
             event = self._plan.get(self._position + 1)
         if isinstance(event, PlannedRound) and not event.unawaited_rounds:
-            if (
-                self._partial_drafts is None
-                and self._slot_banks.find(len(event.indices), self._slots_in_use) is not None
-            ):
-                self._partial_drafts = self._draft(event)
-            if self._partial_drafts is not None:
-                self._add_known(self._partial_drafts, self._in_flight)
-
-    def _add_known(self, fold: PartialSum, used: Collection[InFlightRound]) -> None:
-        """Add terms up to the first that is not available: a missing prediction, or a state not computed yet."""
-        missing = set().union(*(out.outstanding for out in used))
-        newest = {k: slot for out in used for k, slot in out.slots.items()}
-
-        def there(term: Symbol) -> bool:
-            if term.kind == "state":
-                return term.k == 0 or term.k in self._rows
-            return term.kind != "prediction" or newest.get(term.k) not in missing
-
-        fold.accumulate(lambda term: self._vector(term, newest), there)
+            if self._partial_drafts is None:
+                first = self._slot_banks.find(len(event.indices), self._slots_in_use())
+                if first is None:
+                    return
+                self._partial_drafts = self._draft(event, first)
+            self._partial_drafts.accumulate(self._vector, self._next_slots)
 
     def checkpoint(self) -> Checkpoint:
         """Keep the run's current state, just after `rounds` has yielded. There is memory for two checkpoints."""
@@ -237,7 +237,8 @@ class Run:
             dict(self._rows),
             self._measured,
             tuple(self._to_refine),
-            tuple(out.copy() for out in self._in_flight),
+            tuple(self._in_flight),
+            frozenset(self._outstanding),
             self.rounds_done,
             self.steps_done,
             dict(self.residuals),
@@ -264,11 +265,12 @@ class Run:
         self._slots, self._answers = dict(checkpoint.slots), dict(checkpoint.answers)
         self._rows, self._measured = dict(checkpoint.rows), checkpoint.ahead
         self._to_refine = deque(checkpoint.to_refine)
-        self._in_flight = deque(out.copy() for out in checkpoint.out)
+        self._in_flight, self._outstanding = list(checkpoint.in_flight), set(checkpoint.outstanding)
         self._partial_states = self._partial_drafts = None
         self.rounds_done, self.steps_done = checkpoint.rounds_done, checkpoint.steps_done
         self.residuals = dict(checkpoint.residuals)
         self.cuts[:] = checkpoint.cuts
+        self._look_ahead()
 
     def refine(self, callback: Callback | None = None, between: bool | None = None) -> None:
         """Compute the states that finished rounds have made final; call `callback` for each, in order.
@@ -280,88 +282,89 @@ class Run:
         while self._to_refine:
             event, first = self._to_refine.popleft()
             if wanted:
-                event.between.write(self._vector, self._states[first : first + len(event) - event.eager], self._add)
-            for k, x in enumerate(self._states[first : first + len(event)], start=event.base + 1):
+                states = self._states[first : first + event.steps - event.eager]
+                event.between.write(self._vector, self._slots, states, self._add)
+            for k, x in enumerate(self._states[first : first + event.steps], start=event.base + 1):
                 self.steps_done = k
                 if self._watch and (given := self.draft_at(k)) is not None:
                     self.residuals[k] = residual(x, given, self._shape[0])
                 if callback is not None:
                     callback(k, x.view(self._shape))
-            for known in (self._slots, self._rows, self._fresh):
-                for k in [k for k in known if k < event.oldest and k != event.previous_base]:
-                    del known[k]
-        if not self._feedback:
-            for ahead in range(self._plan_ahead):  # compute the plan up to the next drafts
-                self._plan.get(self._position + ahead)
+            for known in (self._slots, self._next_slots, self._rows, self._fresh):
+                for k in list(known):
+                    if k < event.oldest and k != event.previous_base:
+                        del known[k]
         for k in range(self.steps_done, min(self.steps_done + self._noise_ahead, len(self._timesteps))):
             self._draw(k)
-        self._accumulate_known()
         if not self._feedback:
+            self._plan.get(self._position + self._plan_ahead - 1)  # compute the plan up to the next drafts
+            self._accumulate_known()
             self._draft_known()
 
-    @property
-    def _slots_in_use(self) -> Iterator[int]:
-        for slots, rounds in ((self._slots, self._in_flight), *((kept.slots, kept.out) for kept in self._checkpoints)):
-            yield from slots.values()
+    def _slots_in_use(self) -> set[int]:
+        used: set[int] = set()
+        kept = ((each.slots, each.in_flight) for each in self._checkpoints)
+        for slots, rounds in ((self._slots, self._in_flight), *kept):
+            used.update(slots.values())
             for out in rounds:
-                yield from out.slots.values()
+                used.update(out.slots.values())
+        return used
 
-    def _make_room(self, banks: SlotAllocator, rows: int, used: Callable[[], Iterable[int]]) -> int:
+    def _states_in_use(self) -> set[int]:
+        used: set[int] = set()
+        kept = ((each.rows, each.to_refine) for each in self._checkpoints)
+        for rows, to_refine in ((self._rows, self._to_refine), *kept):
+            used.update(rows.values())
+            for event, first in to_refine:
+                used.update(range(first, first + event.steps))
+        return used
+
+    def _allocate(self, banks: SlotAllocator, rows: int) -> int:
         """Allocate consecutive rows, dropping checkpoints, oldest first, if too few are free."""
-        while self._checkpoints and banks.find(rows, used()) is None:
+        in_use = self._slots_in_use if banks is self._slot_banks else self._states_in_use
+        while (first := banks.find(rows, in_use())) is None:
+            if not self._checkpoints:
+                raise banks.error(rows, in_use())
             self.drop(self._checkpoints[0])
-        return banks.allocate(rows, used())
+        return first
 
-    def _draft(self, event: PlannedRound) -> PartialSum:
-        """Allocate slots for drafts, and begin to compute them."""
-        self._first_slot = self._make_room(self._slot_banks, len(event.indices), lambda: self._slots_in_use)
-        slots = self._drafts[self._first_slot : self._first_slot + len(event.indices)]
-        return PartialSum(event.drafts, slots, self._add)
+    def _draft(self, event: PlannedRound, first: int) -> PartialSum:
+        """Begin to compute drafts, in the slots from `first` on."""
+        self._first_slot = first
+        return PartialSum(event.drafts, self._drafts[first : first + len(event.indices)], self._add)
 
     def _advance(self, event: PlannedAdvance) -> None:
         """Compute the state from which the next round starts; `refine` computes the others off the critical path."""
-        end = event.base + len(event)
+        end = event.base + event.steps
         if self._feedback:  # The states are computed already, except one past the last prediction.
             first, residuals = self._measured
-            self.residuals.update(enumerate(residuals[: len(event)], start=event.base + 1))
-            if len(event) < len(residuals):
+            self.residuals.update(enumerate(residuals[: event.steps], start=event.base + 1))
+            if event.steps < len(residuals):
                 self.cuts.append(end)
-            fold = (
-                None if len(event) <= len(residuals) else PartialSum(event.last, self._eager(event, first), self._add)
-            )
+            if event.steps > len(residuals):
+                event.last.write(self._vector, self._slots, self._eager(event, first), self._add)
         else:
-            fold = self._partial_states or self._begin(event)
+            states = self._partial_states or self._begin(event)
             first = self._first
             self._partial_states = None
-        if fold is not None:
-            fold.accumulate(self._vector)
-        self._rows.update({event.base + 1 + i: first + i for i in range(len(event) - event.eager, len(event))})
+            states.accumulate(self._vector, self._slots)
+        for i in range(event.steps - event.eager, event.steps):
+            self._rows[event.base + 1 + i] = first + i
         self._to_refine.append((event, first))
 
     def _begin(self, event: PlannedAdvance) -> PartialSum:
         """Allocate rows for the states of an advance, and begin to compute the last ones."""
-        self._first = self._take_states(len(event))
+        self._first = self._allocate(self._state_banks, event.steps)
         return PartialSum(event.last, self._eager(event, self._first), self._add)
 
-    def _take_states(self, count: int) -> int:
-        return self._make_room(self._state_banks, count, lambda: self._states_in_use)
-
-    @property
-    def _states_in_use(self) -> Iterator[int]:
-        kept = ((each.rows, each.to_refine) for each in self._checkpoints)
-        for rows, to_refine in ((self._rows, self._to_refine), *kept):
-            yield from rows.values()
-            for event, first in to_refine:
-                yield from range(first, first + len(event))
-
     def _eager(self, event: PlannedAdvance, first: int) -> Tensor:
-        return self._states[first + len(event) - event.eager : first + len(event)]
+        return self._states[first + event.steps - event.eager : first + event.steps]
 
     def _measure(self, base: int, rows: tuple[LinearCombination, ...]) -> Sequence[float]:
         """Compute the states from base + 1 to the last predicted index; return their residuals."""
-        first = self._take_states(len(rows))
+        first = self._allocate(self._state_banks, len(rows))
         states = self._states[first : first + len(rows)]
-        Rows(rows, states, state_order).write(self._vector, states, self._add)
+        Rows(rows, states, state_order).write(self._vector, self._slots, states, self._add)
         if self._queue is not None:
             self._queue.synchronize()
         residuals = [
@@ -374,15 +377,19 @@ class Run:
         """Return the draft [D] of the prediction at index k, None if it is not kept any more."""
         return self._drafts[self._slots[k]] if k in self._slots else None
 
-    def _vector(self, term: Symbol, newest: Mapping[int, int] = MappingProxyType({})) -> Tensor:
-        """Return the tensor [D] of a symbol. `newest` has, by index, slots of rounds that are still in flight."""
-        k = term.k
-        if term.kind == "state":
-            return self._states[self._rows[k]] if k else self._start
-        if term.kind == "noise":
+    def _vector(self, term: Symbol, slots: Mapping[int, int]) -> Tensor | None:
+        """Return the tensor [D] of a symbol, with the slots of drafts by index; None if it is not there yet."""
+        kind, k = term
+        if kind == "state":
+            if k == 0:
+                return self._start
+            return self._states[self._rows[k]] if k in self._rows else None
+        if kind == "noise":
             return self._draw(k)
-        slot = newest[k] if k in newest else self._slots[k]
-        return self._drafts[slot] if term.kind == "input" else self._predictions[self._answers[slot]]
+        slot = slots[k]
+        if kind == "input":
+            return self._drafts[slot]
+        return self._predictions[self._answers[slot]] if slot not in self._outstanding else None
 
     def _draw(self, k: int) -> Tensor:
         if k not in self._fresh:

@@ -23,23 +23,8 @@ class SlotAllocator:
         """The rows of all groups."""
         return self.count * self.width
 
-    def allocate(self, rows: int, used: Iterable[int]) -> int:
-        """Return the first of `rows` consecutive rows in groups without any of the rows `used`.
-
-        Raises ValueError if there are none, because a user's mode keeps predictions longer than was reserved for.
-        """
-        used = list(used)
-        first = self.find(rows, used)
-        if first is None:
-            busy = len({row // self.width for row in used})
-            raise ValueError(
-                f"the mode needs {rows} rows beside those of {busy} rounds, and there are {self.count} groups of "
-                f"{self.width}; its rounds must advance sooner, or its width be larger"
-            )
-        return first
-
     def find(self, rows: int, used: Iterable[int]) -> int | None:
-        """Return the same as `allocate`, or None instead of an error."""
+        """Return the first of `rows` consecutive rows in groups without a row of `used`; None if there are none."""
         busy = {row // self.width for row in used}
         wanted = 1 if self.width > 1 else rows  # groups of a single row are taken several in a row
         run = 0
@@ -48,6 +33,14 @@ class SlotAllocator:
             if run == wanted:
                 return (bank + 1 - wanted) * self.width if rows <= self.width * wanted else None
         return None
+
+    def error(self, rows: int, used: Iterable[int]) -> ValueError:
+        """Return the error for rows that were not found: a user's mode keeps predictions longer than was reserved."""
+        busy = len({row // self.width for row in used})
+        return ValueError(
+            f"the mode needs {rows} rows beside those of {busy} rounds, and there are {self.count} groups of "
+            f"{self.width}; its rounds must advance sooner, or its width be larger"
+        )
 
 
 def slots(solver: Solver, mode: Mode, checkpoints: bool = False) -> int:

@@ -32,7 +32,7 @@ from drp.leader.request import Request
 from drp.leader.runs.run_state import PendingCompletion
 from drp.leader.scheduling.policies import LoadAdaptive
 from drp.leader.supervision.supervisor import WorkerSlot
-from drp.leader.supervision.worker import Encoded, Worker
+from drp.protocol.frames import Frame
 from drp.protocol.messages import ModelSpec, ToWorker
 from drp.protocol.timeline import (
     PENDING,
@@ -474,25 +474,29 @@ def test_others_are_left_alone_until_the_first_worker_has_its_draft(
 ) -> None:
     """What they are told disturbs it, and they have time until its evaluation has ended."""
     events = list[object]()
-    send, on_bound = two.internals.pool.send, two.internals.runs.on_bound
+    socket, on_bound = two.internals.pool.local.socket, two.internals.runs.on_bound
+    send = socket.send
 
-    def sent(worker: Worker, *messages: ToWorker | Encoded) -> None:
-        if not any(isinstance(message, bytes) and b"Unbind" in message for message in messages):
-            events.append(worker.number)
-        send(worker, *messages)
+    def sent(identity: bytes, *messages: Frame) -> None:
+        if not any(b"Unbind" in bytes(message) for message in messages):
+            events.append(identity)
+        send(identity, *messages)
 
     def bound(worker_slot: WorkerSlot, number: int) -> bool:
         events.append("bound")
         return on_bound(worker_slot, number)
 
-    monkeypatch.setattr(two.internals.pool, "send", sent)
+    worker = two.internals.supervisor.ready[0].worker
+    assert worker is not None
+    first = worker.identity
+    monkeypatch.setattr(socket, "send", sent)
     monkeypatch.setattr(two.internals.runs, "on_bound", bound)
     for _ in range(3):
         events.clear()
         two.sample(labels=[1], steps=12)
         until(lambda: not two.internals.runs.draining)
         assert events.count("bound") == 1
-        assert events[:3] == [0, 0, "bound"]
+        assert events[:3] == [first, first, "bound"]
 
 
 def test_what_was_held_back_for_a_worker_that_is_lost_is_sent(misbehaving: Misbehaving) -> None:

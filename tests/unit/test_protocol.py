@@ -245,10 +245,10 @@ def test_sockets_have_no_name_and_go_away() -> None:
     worker.send(Prediction(1, 2, 3, 0.5))
     assert leader.poll(5.0) == (True, set())
     assert leader.receive() == (b"someone", Prediction(1, 2, 3, 0.5))
-    leader.send(b"someone", Draft(1, 2, 3.0, 4, 5))
+    leader.send(b"someone", encode(Draft(1, 2, 3.0, 4, 5)))
     assert worker.receive(5.0) == Draft(1, 2, 3.0, 4, 5)
     together = (Draft(1, 3, 3.0, 4, 5), Unbind(1), Draft(2, 0, 1.0, 0, 0))
-    leader.send(b"someone", *together)
+    leader.send(b"someone", *map(encode, together))
     assert [worker.receive(5.0 if place == 0 else 0.0) for place in range(3)] == list(together)
     assert worker.receive(0.01) is None
     worker.close()
@@ -261,7 +261,7 @@ def test_a_worker_that_was_dismissed_is_heard_no_more() -> None:
     workers = [connected(leader, b"%d" % number) for number in range(2)]
     leader.dismiss(b"0")
     with pytest.raises(zmq.ZMQError, match="unreachable"):
-        leader.send(b"0", Stop())
+        leader.send(b"0", encode(Stop()))
     workers[0].close()
     workers[1].send(Prediction(1, 2, 3, 0.5))
     assert leader.poll(5.0)[0]
@@ -281,7 +281,7 @@ def test_strangers_are_let_in_by_nobody() -> None:
     command = [sys.executable, "-c", text, leader.endpoint(b"someone")]
     assert subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout == "0 0\n"
     assert worker.receive(0.01) is None
-    leader.send(b"someone", Unbind(1))
+    leader.send(b"someone", encode(Unbind(1)))
     assert worker.receive(5.0) == Unbind(1)
     worker.close()
     leader.close()

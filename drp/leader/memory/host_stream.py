@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -52,10 +53,10 @@ class HostStream:
         """The semaphores from which this thread last requested a notification."""
         self._enqueued_count = self._done_count = self.pending_waits = 0
 
-    def enqueue(self, do: Callable[[], object]) -> None:
-        """Append a function, to be called after all earlier operations."""
+    def enqueue(self, do: Callable[..., object], *args: Any) -> None:
+        """Append a call of a function, to be made after all earlier operations."""
         self._enqueued_count += 1
-        self._operations.append(do)
+        self._operations.append(partial(do, *args) if args else do)
 
     def enqueue_wait(self, semaphore: TimelineSemaphore, count: int, notifies: bool) -> None:
         """Have all later operations wait until a semaphore reaches a value.
@@ -69,8 +70,11 @@ class HostStream:
         self.pending_waits += 1
         self._operations.append(_Wait(semaphore, count, notifies))
 
-    def run_ready(self) -> float | None:
+    def run_ready(self, notify: bool = True) -> float | None:
         """Execute all operations that are ready.
+
+        Args:
+            notify: whether to request a notification for the next wait, because this thread is about to sleep.
 
         Returns:
             When to call this again, in seconds of perf_counter; None if the queue is empty.
@@ -79,7 +83,7 @@ class HostStream:
             first = self._operations[0]
             if isinstance(first, _Wait):
                 since = first.semaphore.completed_at(first.value)
-                requested = since is None and first.notifies
+                requested = notify and since is None and first.notifies
                 if requested:
                     self._request_wakeup()
                     since = first.semaphore.completed_at(first.value)

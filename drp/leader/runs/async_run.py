@@ -111,7 +111,7 @@ class AsyncRun(SyncRun):
     def on_dispatched(self, worker: int, sent: InFlightBatch) -> None:
         """Treat the batch as queued if the worker sends no acknowledgement."""
         if not self._placement.workers_acknowledge:
-            self.on_queued(worker, sent, counts=True)
+            self.on_queued(worker, sent)
 
     def _queue_drafts(self, tasks: Sequence[Task]) -> None:
         super()._queue_drafts(tasks)
@@ -170,9 +170,9 @@ class AsyncRun(SyncRun):
         """Return the rows that the arithmetic may still read, and the reserved rows."""
         return super().rows_in_use() | set(self._reserved.values())
 
-    def on_queued(self, worker: int, sent: InFlightBatch, counts: bool) -> bool:
-        """Queue the wait for the worker's event, the reading of the records and, if `counts`, the arithmetic."""
-        sent.completion_pending = True
+    def on_queued(self, worker: int, sent: InFlightBatch) -> bool:
+        """Queue the wait for the worker's event, the reading of the records and, if it is needed, the arithmetic."""
+        sent.completion_pending, counts = True, sent.is_outstanding
         with self.stream.current():
             self._events.by_worker[worker].wait()
             self._pending.append(
@@ -209,13 +209,9 @@ class AsyncRun(SyncRun):
         opening = self._rounds_formed > 2 and self.rounds_begun == 1
         return self.run.ready and not (opening or waits)
 
-    def run_ready(self) -> float:
-        """Execute the operations of the run's stream that are ready, if this thread executes it.
-
-        Returns when to call this again, in seconds of perf_counter.
-        """
-        with self.stream.current():
-            due = self.stream.run_ready()
+    def run_ready(self, notify: bool) -> float:
+        """Execute the operations of the run's stream that are ready, if this thread executes it."""
+        due = self.stream.run_ready(notify)
         if due is None:  # The stream is empty; a completion record that was read can be verified.
             read = bool(self._pending) and self._pending[0].status not in (PENDING, RAISED)
             return 0.0 if read else math.inf

@@ -27,7 +27,7 @@ class CompletionRecords:
             return pinned.tolist
         seen = [[PENDING] * COMPLETION_SIZE for _ in rows]
         self._stream.enqueue(partial(_copy_records, self._records, rows, seen))
-        return lambda: seen
+        return seen.copy
 
 
 def _copy_records(records: memoryview, rows: Sequence[int], seen: list[list[int]]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from drp.protocol.arena import Arena
 from drp.protocol.messages import Bind
-from drp.protocol.timeline import PENDING, decode_status, encode_status
+from drp.protocol.timeline import OK, PENDING, decode_status, encode_status
 from drp.sampling.run import Task, batches
 
 LATENCY_HISTORY = 32
@@ -40,6 +40,11 @@ class InFlightBatch:
     sequence: int = 0
     completion_pending: bool = False
 
+    @property
+    def is_outstanding(self) -> bool:
+        """Whether the predictions are still needed: another copy may have been used, or the run be over."""
+        return self.run.outstanding.get(self.tasks[0].slot) is self.tasks[0]
+
 
 @dataclass(eq=False)
 class PendingCompletion:
@@ -64,22 +69,23 @@ class PendingCompletion:
 
         None if a record is not of this batch, PENDING if one was not read yet.
         """
-        words = [record[0] for record in self.read()]
-        if PENDING in words:
-            return PENDING
-        found = [decode_status(word, self.batch.sequence) for word in words]
-        known = [status for status in found if status is not None]
-        return max(known) if len(known) == len(found) else None
+        worst: int | None = OK
+        for word, _, _ in self.read():
+            if word == PENDING:
+                return PENDING
+            status = decode_status(word, self.batch.sequence)
+            worst = None if status is None or worst is None else max(status, worst)
+        return worst
 
     @property
     def seconds(self) -> float:
         """The evaluation's time in seconds, 0 if unknown."""
-        return sum(record[1] for record in self.read()) / 1e9
+        return self.read()[0][1] / 1e9  # The batch's time is in its first record.
 
     @property
     def ended_at(self) -> float:
         """When the evaluation ended, in seconds of perf_counter, 0 if unknown."""
-        return max(record[2] for record in self.read()) / 1e9
+        return self.read()[0][2] / 1e9
 
     def failed_index(self, status: int) -> int:
         """Return the index of the first draft of the batch whose record has this status."""
@@ -226,12 +232,15 @@ class RunState(ABC):
         """
         raise NotImplementedError(f"run {self.number} does not schedule ahead")
 
-    def on_queued(self, worker: int, sent: InFlightBatch, counts: bool) -> bool:
+    def on_queued(self, worker: int, sent: InFlightBatch) -> bool:
         """Handle the message that a batch is queued; return False if the message means that it is evaluated."""
         return False
 
-    def run_ready(self) -> float:
-        """Execute queued arithmetic that is ready; return when to call this again, in seconds of perf_counter."""
+    def run_ready(self, notify: bool) -> float:
+        """Execute queued arithmetic that is ready; return when to call this again, in seconds of perf_counter.
+
+        With `notify`, request a notification of the next completion that the arithmetic waits for.
+        """
         return math.inf
 
     def poll_completions(self) -> Iterator[tuple[PendingCompletion, int | None]]:

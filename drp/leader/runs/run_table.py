@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import operator
 import time
 from dataclasses import replace
-from types import TracebackType
 
 from drp.leader.event_recorder import EventRecorder
 from drp.leader.runs.run_state import InFlightBatch, RunState
 from drp.leader.supervision.supervisor import Supervisor, WorkerLoss, WorkerSlot
 from drp.protocol.memory import MAX_RETAINED_NBYTES
 from drp.protocol.messages import Rebind, Unbind
+
+_ROUNDS_BEGUN = operator.attrgetter("rounds_begun")
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +33,17 @@ class RunTable:
     def __init__(self, supervisor: Supervisor, recorder: EventRecorder) -> None:
         self.running: dict[int, RunState] = {}
         self.draining: dict[int, RunState] = {}
+        self.all_runs: tuple[RunState, ...] = ()
+        """All running and draining runs, oldest first."""
         self._to_bind: list[RunState] = []
         self._supervisor, self._recorder = supervisor, recorder
 
-    def charge(self, run: RunState) -> _Charge:
-        """Return a context in which any exception ends this run. Code and data of a caller must not end the leader."""
-        return _Charge(self, run)
+    def fail(self, run: RunState, error: BaseException) -> None:
+        """End a run by an exception: errors in code and data of its caller must not end the leader."""
+        if self.running.get(run.number) is run:
+            self.finish(run, error)
+        else:
+            log.debug("run %d, which is over: %r", run.number, error)
 
     def add(self, run: RunState) -> None:
         """Add a run. Workers open its memory with their first draft, or in `bind_all`.
@@ -45,10 +52,10 @@ class RunTable:
         opens the memory now, while the first draft is computed.
         """
         self.running[run.number] = run
+        self.all_runs = (*self.all_runs, run)
         if run.binds_with_drafts:
             for worker_slot in self._supervisor.ready[:1]:
-                with self.charge(run):
-                    self.bind(worker_slot, run)
+                self._try_bind(worker_slot, run)
                 self._supervisor.flush([worker_slot])
         else:
             self._to_bind.append(run)
@@ -56,17 +63,18 @@ class RunTable:
     def schedule_drafts(self, run: RunState) -> None:
         """Schedule a run's next drafts, or finish the run if there are none."""
         since, cuts, scheduled = time.perf_counter_ns(), len(run.cuts), len(run.waiting)
-        with self.charge(run):
+        try:
             more = run.schedule_drafts()
             if more is False:
                 run.refine()
-            if more is not None and self._recorder.timelines:
-                for cut in run.cuts[cuts:]:
-                    self._recorder.record("discarded", run, cut)
-                steps = tuple(task.index for batch in itertools.islice(run.waiting, scheduled, None) for task in batch)
-                self._recorder.record("scheduled" if more else "end", run, since=since, steps=steps)
-            if more is False:
-                self.finish(run, None)
+        except BaseException as error:
+            return self.fail(run, error)
+        if more is not None and self._recorder.timelines:
+            for cut in run.cuts[cuts:]:
+                self._recorder.record("discarded", run, cut)
+            steps = tuple(task.index for batch in itertools.islice(run.waiting, scheduled, None) for task in batch)
+            self._recorder.record("scheduled" if more else "end", run, since=since, steps=steps)
+        return self.finish(run, None) if more is False else None
 
     def bind(self, worker_slot: WorkerSlot, run: RunState, drafts: bool = False) -> None:
         """Enqueue a Bind, by which a worker opens a run's memory, unless one was sent.
@@ -90,14 +98,19 @@ class RunTable:
             if answer:
                 run.bind_pending.add(worker_slot.number)
 
+    def _try_bind(self, worker_slot: WorkerSlot, run: RunState) -> None:
+        try:
+            self.bind(worker_slot, run)
+        except BaseException as error:  # For example, a Bind that is too long.
+            self.fail(run, error)
+
     def bind_all(self) -> None:
         """Have all workers open the memory of new runs."""
         while self._to_bind:
             run = self._to_bind.pop()
             for worker_slot in self._supervisor.ready:
-                with self.charge(run):
-                    if run.number in self.running:
-                        self.bind(worker_slot, run)
+                if run.number in self.running:
+                    self._try_bind(worker_slot, run)
             self._supervisor.flush(self._supervisor.ready)
 
     def on_bound(self, worker_slot: WorkerSlot, number: int) -> bool:
@@ -111,37 +124,27 @@ class RunTable:
         return True
 
     @property
-    def all_runs(self) -> list[RunState]:
-        """All running and draining runs."""
-        return [*self.running.values(), *self.draining.values()]
-
-    @property
-    def only_run(self) -> RunState | None:
-        """The run, if there is exactly one; else None."""
-        runs = self.all_runs
-        return runs[0] if len(runs) == 1 else None
-
-    def on_queued(self, worker_slot: WorkerSlot, sent: InFlightBatch) -> bool:
-        """Handle the message that a batch is queued; return False if the message means that it is evaluated."""
-        with self.charge(sent.run):
-            return sent.run.on_queued(worker_slot.number, sent, self.is_outstanding(sent))
-        return True  # An exception has ended the run.
-
-    @property
     def workers_saturated(self) -> bool:
         """Whether there are runs, and the workers have enough queued work of each."""
-        runs = self.all_runs
-        return bool(runs) and all(run.workers_saturated for run in runs)
+        for run in self.all_runs:
+            if not run.workers_saturated:
+                return False
+        return bool(self.all_runs)
 
     @property
     def rounds_begun(self) -> int:
         """The number of rounds that have begun in all running runs."""
-        return sum(run.rounds_begun for run in self.running.values())
+        return sum(map(_ROUNDS_BEGUN, self.running.values()))
 
     @property
     def schedulable_runs(self) -> list[RunState]:
         """Running runs whose next drafts can be scheduled without waiting for a message."""
         return [run for run in self.running.values() if run.schedules_ahead and run.ready]
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a run has drafts to be sent, or drafts that can be scheduled without waiting for a message."""
+        return any(run.waiting or (run.schedules_ahead and run.ready) for run in self.running.values())
 
     def on_worker_lost(self, loss: WorkerLoss) -> list[RunState]:
         """Remove a lost worker from all runs; return the runs that have used predictions which it had not finished."""
@@ -154,10 +157,6 @@ class RunTable:
         for run in self.running.values():
             run.incidents.append(loss.reason)
         return again
-
-    def is_outstanding(self, sent: InFlightBatch) -> bool:
-        """Return whether the predictions of a batch are still needed: it may be a second copy, or its run be over."""
-        return sent.run.number in self.running and sent.run.outstanding.get(sent.tasks[0].slot) is sent.tasks[0]
 
     def finish(self, run: RunState, error: BaseException | None) -> None:
         """Resolve a run with its result or an error, and release its memory once no worker uses it."""
@@ -177,6 +176,7 @@ class RunTable:
         """Release the memory of a draining run if no worker uses it any more."""
         if run.number in self.draining and not run.rows_in_flight and not run.bind_pending:
             del self.draining[run.number]
+            self.all_runs = (*self.running.values(), *self.draining.values())
             for worker_slot in self._supervisor.ready:
                 if (bind := worker_slot.binds.pop(run.number, None)) is not None:
                     keep = (
@@ -203,28 +203,7 @@ class RunTable:
                 worker_slot.drafts.clear()
             self.running.clear()
             self.draining.clear()
-
-
-class _Charge:
-    """A context in which any exception ends a run."""
-
-    __slots__ = ("_run", "_table")
-
-    def __init__(self, table: RunTable, run: RunState) -> None:
-        self._table, self._run = table, run
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        if error is not None:
-            if self._table.running.get(self._run.number) is self._run:
-                self._table.finish(self._run, error)
-            else:
-                log.debug("run %d, which is over: %r", self._run.number, error)
-        return True
+            self.all_runs = ()
 
 
 def release_rows(sent: InFlightBatch) -> None:

@@ -52,15 +52,16 @@ class Scheduler:
                 raise ValueError(f"{self.policy!r} chose a run that has no draft waiting; choose one that has")
         except BaseException as error:
             for each in runs:
-                with self._runs.charge(each):
-                    raise RuntimeError(f"the policy chose no run for worker {place}: {error!r}") from error
+                own = RuntimeError(f"the policy chose no run for worker {place}: {error!r}")
+                own.__cause__ = error
+                self._runs.fail(each, own)
             return None
         return run
 
     def flush(self) -> None:
         """Send all enqueued messages, except while they are held back for a worker that opens a run's memory."""
-        only = self._runs.only_run
-        if only is None or not only.waits_for_bind:
+        runs = self._runs.all_runs
+        if len(runs) != 1 or not runs[0].waits_for_bind:
             self._supervisor.flush(self._supervisor.ready)
 
     def _place_drafts(self, runs: Sequence[RunState], ready: Sequence[WorkerSlot]) -> None:
@@ -81,8 +82,10 @@ class Scheduler:
 
     def _assign(self, worker_slot: WorkerSlot, run: RunState, tasks: tuple[Task, ...]) -> None:
         """Enqueue a batch for a worker; an exception ends the run."""
-        with self._runs.charge(run):
+        try:
             self._post(worker_slot, run, tasks)
+        except BaseException as error:
+            self._runs.fail(run, error)
 
     def _post(self, worker_slot: WorkerSlot, run: RunState, tasks: tuple[Task, ...]) -> None:
         since, rows = time.perf_counter_ns(), []
@@ -100,8 +103,7 @@ class Scheduler:
         except BaseException:  # The message cannot be encoded, for example because of a user's timestep.
             release_rows(sent)
             raise
-        for task in tasks:
-            self._recorder.record("sent", run, task.index, worker_slot.number, since=since)
+        self._recorder.record_tasks("sent", sent, worker_slot.number, since)
         if not worker_slot.drafts:
             worker_slot.since = self._supervisor.clock.now()
         worker_slot.drafts.append(sent)
@@ -115,9 +117,8 @@ class Scheduler:
         for worker_slot in ready if idle else ():
             if worker_slot.drafts and self._supervisor.clock.now() >= self._late_at(worker_slot):
                 for sent in list(worker_slot.drafts):
-                    if idle and self._runs.is_outstanding(sent) and len(self.copies_of(sent)) == 1:
-                        for task in sent.tasks:
-                            self._recorder.record("hedged", sent.run, task.index, worker_slot.number)
+                    if idle and sent.is_outstanding and len(self.copies_of(sent)) == 1:
+                        self._recorder.record_tasks("hedged", sent, worker_slot.number)
                         self._assign(idle[-1], sent.run, sent.tasks)
                         self._supervisor.flush([idle.pop()])
 
@@ -127,10 +128,11 @@ class Scheduler:
         hedge = self.policy.hedge
         return worker_slot.since + hedge * usual if hedge and usual else float("inf")
 
-    def hedge_deadlines(self, busy: Sequence[WorkerSlot]) -> Iterator[float]:
+    def hedge_deadlines(self) -> Iterator[float]:
         """Yield the times at which drafts of busy worker slots are to be hedged, if a worker is idle."""
-        if self.policy.hedge and len(busy) < len(self._supervisor.ready):
-            for worker_slot in busy:
+        ready = self._supervisor.ready
+        if self.policy.hedge and not all(worker_slot.drafts for worker_slot in ready):
+            for worker_slot in ready:
                 if any(len(self.copies_of(sent)) == 1 for sent in worker_slot.drafts):
                     yield self._late_at(worker_slot)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import multiprocessing
 import os
@@ -78,13 +79,12 @@ class WorkerProcess:
         """Do nothing: the process counts by itself, in shared memory."""
 
     def encode(self, message: ToWorker) -> Encoded:
-        return encode(message)
+        return (encode(message),)
 
-    def send(self, *messages: ToWorker | Encoded) -> None:
+    def send(self, *messages: Encoded) -> None:
         """Send messages together. A worker whose queue is full is killed."""
         try:
-            # What this worker's `encode` has made is one frame.
-            self.backend.socket.send(self.identity, *(each for each in messages if not isinstance(each, list)))
+            self.backend.socket.send(self.identity, *itertools.chain(*messages))
         except zmq.Again:
             log.warning("%s does not take its messages and is ended", self)
             self.process.kill()
@@ -189,9 +189,9 @@ class LocalBackend:
             if received is None:
                 return None
             identity, message = received
-            worker = next((w for w in self.workers if w.identity == identity), None)
-            if worker is not None:
-                return worker, message
+            for worker in self.workers:
+                if worker.identity == identity:
+                    return worker, message
             self._dropped.add(f"a {type(message).__name__} from {identity!r}, which is no worker")
 
     def retire(self, worker: WorkerProcess) -> tuple[str, int | None]:
@@ -211,7 +211,7 @@ class LocalBackend:
         workers, self.workers = [*self.workers, *self.dying], []
         deadline = time.monotonic() + grace
         for worker in workers if grace > 0 else ():
-            worker.send(Stop())
+            worker.send(worker.encode(Stop()))
         for worker in workers:
             worker.process.join(max(0.0, deadline - time.monotonic()))
         for worker in workers:

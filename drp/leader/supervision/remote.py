@@ -91,17 +91,16 @@ class RemoteWorker:
         """Send a Ping, unless the worker has not answered the last one because it evaluates a draft."""
         if not self._awaits_pong or self._backend.probing:
             self._awaits_pong = True
-            self.send(Ping(time.monotonic()))
+            self.send(self.encode(Ping(time.monotonic())))
 
     def encode(self, message: ToWorker) -> Encoded:
         return self._frames.encode(message)
 
-    def send(self, *messages: ToWorker | Encoded) -> None:
+    def send(self, *messages: Encoded) -> None:
         """Send messages. A worker that does not accept them is lost; its process ends when it reads the reason."""
-        for message in messages:
+        for frames in messages:
             if self.peer is not None and not self.failure:
-                parts = message if isinstance(message, list) else self._frames.encode(_message(message))
-                self._backend.send(self, parts)
+                self._backend.send(self, frames)
 
     def decode(self, frames: Sequence[Frame]) -> ToLeader | None:
         """Return a message, its times by this machine's clock; None for a Pong. Raises ProtocolError."""
@@ -313,8 +312,3 @@ class RemoteBackend:
     def _reject(self, peer: bytes, reason: str) -> None:
         self._dropped.add(f"{peer[:100]!r} is rejected: {reason}")
         self._endpoint.send(peer, [encode(Rejected(reason[:2000]))])
-
-
-def _message(message: ToWorker | Encoded) -> ToWorker:
-    assert not isinstance(message, bytes | list)
-    return message

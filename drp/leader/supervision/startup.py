@@ -204,4 +204,4 @@ class WorkerStartup:
 
     def _send(self, worker: Worker, message: Load | Share | WarmUp, due: type[ToLeader]) -> None:
         self._expected[worker.identity] = due
-        self._pool.send(worker, message)
+        worker.send(worker.encode(message))

@@ -164,7 +164,7 @@ class Supervisor:
         """Send the queued messages, those of a worker together. A worker that has exited is noticed by `poll`."""
         for worker_slot in worker_slots:
             if worker_slot.worker is not None and worker_slot.outbox:
-                self._pool.send(worker_slot.worker, *worker_slot.outbox)
+                worker_slot.worker.send(*worker_slot.outbox)
                 worker_slot.outbox.clear()
 
     def start_worker(self, worker_slot: WorkerSlot) -> None:
@@ -270,10 +270,11 @@ class Supervisor:
     @property
     def next_deadline(self) -> float:
         """The time of the next `check_health`, on the leader's clock."""
-        times = [
-            worker_slot.since for worker_slot in self.worker_slots if worker_slot.state in ("starting", "restarting")
-        ]
-        return min([*times, self._next_health_check])
+        deadline = self._next_health_check
+        for worker_slot in self.worker_slots:
+            if worker_slot.state in ("starting", "restarting"):
+                deadline = min(deadline, worker_slot.since)
+        return deadline
 
     def _schedule_restart(self, worker_slot: WorkerSlot, reason: Reason) -> None:
         now = self.clock.now()

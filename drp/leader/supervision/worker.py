@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from drp.leader.devices import Device
 from drp.protocol.frames import Frame
 from drp.protocol.messages import ToLeader, ToWorker
 
-Encoded = bytes | list[Frame]
+Encoded = Sequence[Frame]
 """A message as its worker's backend sends it: one frame, or several where tensors travel with the message."""
 
 
@@ -59,11 +60,11 @@ class Worker(Protocol):
         ...
 
     def encode(self, message: ToWorker) -> Encoded:
-        """Return a message as `send` takes it, with the tensors that it names where those travel with it."""
+        """Return the frames of a message, with the tensors that it names where those travel with it."""
         ...
 
-    def send(self, *messages: ToWorker | Encoded) -> None:
-        """Send messages. A worker that takes none is ended.
+    def send(self, *messages: Encoded) -> None:
+        """Send messages together. A worker that takes none is ended.
 
         Workers that are gone are found by `WorkerBackend.find_ended`.
         """

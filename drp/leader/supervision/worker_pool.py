@@ -9,8 +9,8 @@ from drp.leader.devices import Device
 from drp.leader.remote import RemoteWorkers
 from drp.leader.supervision.local import LocalBackend
 from drp.leader.supervision.remote import RemoteBackend
-from drp.leader.supervision.worker import Encoded, Worker, WorkerBackend
-from drp.protocol.messages import ToLeader, ToWorker, WorkerFailed
+from drp.leader.supervision.worker import Worker, WorkerBackend
+from drp.protocol.messages import ToLeader, WorkerFailed
 
 SHUTDOWN_TIMEOUT = 2.0
 """Seconds that a worker has to exit after Stop, before it is killed."""
@@ -55,10 +55,6 @@ class WorkerPool:
         assert self.remote is not None
         return self.remote.start(number, generation, device)
 
-    def send(self, worker: Worker, *messages: ToWorker | Encoded) -> None:
-        """Send messages together. A worker that takes none is ended; `poll` reports workers that have ended."""
-        worker.send(*messages)
-
     def watch(self, fd: int) -> None:
         """Make `poll` also return when this descriptor is ready."""
         self.local.socket.watch(fd)
@@ -81,11 +77,17 @@ class WorkerPool:
             os.eventfd_read(wakeup)
         if (has_message or self.remote is not None) and (received := self.receive_now()):
             return received
-        return next((ended for backend in self._backends if (ended := backend.find_ended(ready))), None)
+        for backend in self._backends:
+            if (ended := backend.find_ended(ready)) is not None:
+                return ended
+        return None
 
     def receive_now(self) -> tuple[Worker, ToLeader] | None:
         """Return a waiting message with its worker, or None. Malformed messages and unknown senders are dropped."""
-        return next((got for backend in self._backends if (got := backend.receive_now())), None)
+        for backend in self._backends:
+            if (got := backend.receive_now()) is not None:
+                return got
+        return None
 
     def close(self, grace: float = SHUTDOWN_TIMEOUT) -> None:
         """End all workers with Stop and, after `grace` seconds, with SIGKILL; free all memory and sockets."""
