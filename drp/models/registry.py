@@ -119,6 +119,7 @@ class Denoiser:
         """Evaluate x and t, to which the model may write, and copies of the conditions."""
         own = {name: value.clone(memory_format=torch.contiguous_format) for name, value in cond.items()}
         shape, dtype, layout = x.shape, x.dtype, x.layout  # Before the model changes them, by x.squeeze_() for example.
+        written = True
         try:
             predicted = self.predict(x, t, own)
             if (
@@ -129,16 +130,18 @@ class Denoiser:
             ):
                 due = _described(dtype, layout, shape)
                 raise TypeError(f"the denoiser returned {_kind(predicted)}; it must return {due}, like its input")
-            # The result may be a view of a buffer that is about to be restored.
-            if self.state.is_written:
-                return predicted.to(dtype, copy=True)
-            return predicted if predicted.dtype == dtype else predicted.to(dtype)
+            written = self.state.is_written
+            # If so, the result may be a view of a buffer that is about to be restored.
+            return predicted if predicted.dtype == dtype and not written else predicted.to(dtype, copy=written)
         finally:
-            self.state.restore()
+            if written:
+                self.state.restore()
 
     def _run(self, evaluate: Callable[[], T]) -> T:
         if not self.state.needs_autograd:
             try:
+                if torch.is_inference_mode_enabled():  # As in a worker, where entering it once more is not free.
+                    return evaluate()
                 with torch.inference_mode():
                     return evaluate()
             except RuntimeError as error:

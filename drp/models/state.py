@@ -19,10 +19,6 @@ class _Kept:
     content: Tensor
     version: int | None
 
-    @property
-    def is_written(self) -> bool:
-        return self.version is None or self.buffer._version != self.version
-
 
 class ModuleState:
     """The buffers of modules as they were at the last `capture`.
@@ -51,18 +47,22 @@ class ModuleState:
     @property
     def is_written(self) -> bool:
         """Whether the last evaluation may have written to a buffer or replaced one by another tensor."""
-        if not self._tables:  # Most networks have no buffers, and this is asked after every evaluation.
-            return False
-        return any(kept.is_written for kept in self._kept) or any(
-            table.get(name) is not buffer for table, names in self._tables for name, buffer in names.items()
-        )
+        # Plain loops, because this is asked after every evaluation.
+        for kept in self._kept:
+            if kept.version is None or kept.buffer._version != kept.version:
+                return True
+        for table, names in self._tables:
+            for name, buffer in names.items():
+                if table.get(name) is not buffer:
+                    return True
+        return False
 
     def restore(self) -> None:
         """Restore buffers that were written or replaced."""
         for table, names in self._tables:
             table.update(names)
         for kept in self._kept:
-            if kept.is_written:
+            if kept.version is None or kept.buffer._version != kept.version:
                 with torch.no_grad(), torch.inference_mode(kept.buffer.is_inference()):
                     kept.buffer.copy_(kept.content)
                 kept.version = None

@@ -250,8 +250,10 @@ class WorkerSocket:
         if seconds and seconds != self._timeout:
             self._timeout = seconds
             self._socket.setsockopt(zmq.RCVTIMEO, round(seconds * 1000))
-        with contextlib.suppress(zmq.Again):
-            self._received.extend(self._socket.recv_multipart(0 if seconds else zmq.NOBLOCK))
+        try:  # noqa: SIM105  # called for every draft
+            self._received.extend(self._socket.recv_multipart(0 if seconds else NOBLOCK))
+        except zmq.Again:
+            pass
 
     def close(self) -> None:
         """Close the socket; the last messages have a second to be sent."""

@@ -65,6 +65,7 @@ class CudaExecutor:
     def rebind(self, run: int, bound: RunBinding) -> None:
         raise NotImplementedError(f"run {run} on a GPU is bound again")
 
+    @torch.inference_mode()
     def submit(self, work: WorkItem) -> None:
         bound, apart = self._runs[work.draft.run], work.arena.memory.device.type == "cpu"
         into, out = (self._in, self._out) if apart else (self._compute, self._compute)

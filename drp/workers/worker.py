@@ -234,7 +234,6 @@ class Worker:
         assert self._denoiser is not None
         return CudaExecutor(self._device, self._denoiser)
 
-    @torch.inference_mode()
     def _evaluate(self, draft: Draft) -> Prediction | EvaluationError | None:
         received = time.perf_counter()
         work = self._work(draft)
@@ -249,7 +248,8 @@ class Worker:
                 return Prediction(draft.run, draft.index, draft.row, 0.0, received) if heard else None
             if self._executor is not None:
                 self._executor.synchronize()
-            began, predicted, ended, _ = self._compute(work)
+            with torch.inference_mode():
+                began, predicted, ended, _ = self._compute(work)
         except BaseException as error:  # The denoiser may raise anything, including SystemExit and KeyboardInterrupt.
             return self._evaluation_error(draft, error)
         return Prediction(draft.run, draft.index, draft.row, ended - began, received, began, predicted, ended)
