@@ -101,7 +101,9 @@ def make() -> Callable[..., Tensor]:
 
 
 def stale_stamp(places: memoryview, row: int, sequence: int, *rest: int, **status: int) -> None:
-    """Write the completion record of an earlier draft, if that is told."""
+    """Write the completion record of an earlier draft, or one without times as a GPU does, if that is told."""
+    if told().get("what") == "untimed":
+        rest = ()
     sequence -= 1 if told().get("what") == "stale" and evaluated.timestep < AT and first() else 0
     timeline.write_completion_now(places, row, sequence, *rest, **status)
 
@@ -109,8 +111,14 @@ def stale_stamp(places: memoryview, row: int, sequence: int, *rest: int, **statu
 _put = async_executor.HostExecutor.submit
 
 
-def early_put(self: async_executor.HostExecutor, work: async_executor.WorkItem) -> None:
-    """Record before the evaluation, if that is told, so that whoever waits for it does not wait for that."""
+def early_put(self: async_executor.HostExecutor, work: async_executor.WorkItem) -> float:
+    """Record before the evaluation, if that is told, so that whoever waits for it does not wait for that.
+
+    Or report an earlier evaluation's time, as a worker on a GPU does, except for the first drafts.
+    """
+    if told().get("what") == "untimed":
+        _put(self, work)
+        return 0.25 if work.draft.timestep < AT else 0.0
     if told().get("what") != "early" or work.draft.timestep >= AT or not first():
         return _put(self, work)
     bound = self._runs[work.draft.run]
@@ -118,4 +126,4 @@ def early_put(self: async_executor.HostExecutor, work: async_executor.WorkItem) 
     bound.worker_event.record()
     self._stream.enqueue(lambda: time.sleep(2))  # longer than it takes any leader to look, and to end this
     self._stream.enqueue(lambda: self._run(bound, work, 0))
-    return None
+    return 0.0

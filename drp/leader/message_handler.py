@@ -57,7 +57,7 @@ class MessageHandler:
         """Handle the predictions of a batch, or the message that a batch of an asynchronous run is queued."""
         run, since = sent.run, time.perf_counter_ns()
         try:
-            if run.on_queued(worker_slot.number, sent):
+            if run.on_queued(worker_slot.number, sent, message.seconds):
                 return
             self._done(worker_slot, sent)
             if sent.is_outstanding:

@@ -291,7 +291,8 @@ class Prediction:
 
     For a draft with a sequence number it says only that the evaluation is queued, and `received` is its only time.
 
-    seconds: the time of the evaluation.
+    seconds: the time of the evaluation. For a draft with a sequence number, the time of an earlier evaluation of the
+        run whose completion record does not contain it, 0 if none is known.
     received, began, predicted, ended: when the draft was received, its evaluation began, the prediction was computed,
         and it was written to its row; in seconds of CLOCK_MONOTONIC, which all processes of a machine share.
     """

@@ -29,7 +29,8 @@ class Result(Generic[Samples]):
     rounds: the number of evaluations that had to follow one another.
     evaluations: the number of all evaluations.
     seconds: the wall time of the sampling, without starting workers.
-    device_seconds: the time spent in the denoiser, by the workers' clocks, summed over all workers; 0 if unknown.
+    device_seconds: the time spent in the denoiser, by the workers' clocks, summed over all workers; 0 if unknown. With
+        asynchronous dispatch to GPUs it is extrapolated from the evaluations whose times were known before the end.
     residuals: by index, the distance between the refined state and the input of its prediction, relative to the state's
         norm, the maximum over the samples; empty unless the mode is adaptive or `residuals` were requested.
     cuts: the indices at which an adaptive run stopped advancing although it had predictions beyond.
@@ -63,6 +64,6 @@ class Result(Generic[Samples]):
     def speedup(self) -> float:
         """The measured speed-up: the mean time of an evaluation, times the number of steps, over the wall time.
 
-        It is 0 if the devices report no times, as GPUs with asynchronous dispatch.
+        It is 0 if no times are known, as in a very short run with asynchronous dispatch to GPUs.
         """
         return self.device_seconds / self.evaluations * self.steps / self.seconds

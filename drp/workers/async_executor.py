@@ -73,8 +73,13 @@ class AsyncExecutor(Protocol):
         """Open the events and completion records of a run."""
         ...
 
-    def submit(self, work: WorkItem) -> None:
-        """Queue an evaluation and its completion record. Errors are raised before the draft is answered."""
+    def submit(self, work: WorkItem) -> float:
+        """Queue an evaluation and its completion record. Errors are raised before the draft is answered.
+
+        Returns:
+            The seconds of the run's last evaluation that is complete, if completion records do not contain them and
+            they were not returned yet; else 0.
+        """
         ...
 
     def unbind(self, run: int) -> Any:
@@ -280,12 +285,13 @@ class HostExecutor:
         for wakeup in self._wakeups.values():
             wakeup.close()
 
-    def submit(self, work: WorkItem) -> None:
+    def submit(self, work: WorkItem) -> float:
         """Queue the evaluation of a draft and its completion record, after the leader's event."""
         bound = self._runs[work.draft.run]
         bound.leader_event.wait(work.draft.after)
         self._stream.enqueue(functools.partial(self._run, bound, work, time.perf_counter_ns()))
         bound.worker_event.record()
+        return 0.0
 
     def _run(self, bound: HostRunBinding, work: WorkItem, given: int) -> None:
         draft = work.draft

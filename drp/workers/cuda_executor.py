@@ -6,6 +6,7 @@ copy the next draft in and the last prediction out while the GPU computes.
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from drp.protocol.timeline import (
 from drp.workers.async_executor import RunBinding, WorkItem, host_timelines
 from drp.workers.cuda_device import CudaDevice
 
+Evaluations = deque[tuple[Any, Any]]
+"""CUDA events before and after each evaluation, oldest first."""
+
 
 class CudaExecutor:
     """The streams of one GPU. The compute stream is the current one of the constructing thread."""
@@ -38,6 +42,8 @@ class CudaExecutor:
         self._last: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types for it
         self._counters: dict[Handle, WorkerCounter] = {}
         self._runs: dict[int, RunBinding] = {}
+        self._evaluations: defaultdict[int, Evaluations] = defaultdict(deque)
+        """By run, the evaluations whose times were not returned yet."""
 
     @property
     def busy(self) -> bool:
@@ -60,13 +66,14 @@ class CudaExecutor:
         self._runs[run] = RunBinding(arena, leaders, own)
 
     def unbind(self, run: int) -> RunBinding | None:
+        self._evaluations.pop(run, None)
         return self._runs.pop(run, None)
 
     def rebind(self, run: int, bound: RunBinding) -> None:
         raise NotImplementedError(f"run {run} on a GPU is bound again")
 
     @torch.inference_mode()
-    def submit(self, work: WorkItem) -> None:
+    def submit(self, work: WorkItem) -> float:
         bound, apart = self._runs[work.draft.run], work.arena.memory.device.type == "cpu"
         into, out = (self._in, self._out) if apart else (self._compute, self._compute)
         with torch.cuda.stream(into):
@@ -74,7 +81,10 @@ class CudaExecutor:
             here = self._device.copy_in(work.inputs)
         self._compute.wait_stream(into)
         made = [{k: torch.empty_like(v, device=self.device) for k, v in each.items()} for each in work.outputs]
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types for it
+        began.record(self._compute)
         self._denoiser.evaluate_batch(here, work.timesteps, work.arena.cond, made)
+        ended.record(self._compute)
         out.wait_stream(self._compute)
         with torch.cuda.stream(out):
             self._device.copy_out(made, work.outputs)
@@ -86,6 +96,9 @@ class CudaExecutor:
             for used, stream in ((here, self._compute), (made, out)):
                 for tensor in (tensor for each in used for tensor in each.values()):
                     tensor.record_stream(stream)
+        evaluations = self._evaluations[work.draft.run]
+        evaluations.append((began, ended))
+        return last_seconds(evaluations)
 
     def take_failures(self) -> list[tuple[Draft, BaseException]]:
         return []
@@ -95,6 +108,18 @@ class CudaExecutor:
 
     def close(self) -> None:
         """Do nothing, since the process ends."""
+
+
+def last_seconds(evaluations: Evaluations) -> float:
+    """Remove the evaluations that are complete; return the seconds of the last of them, 0 if there is none.
+
+    It does not wait: an evaluation whose events are not complete stays.
+    """
+    seconds = 0.0
+    while evaluations and evaluations[0][1].query():
+        began, ended = evaluations.popleft()
+        seconds = began.elapsed_time(ended) / 1e3
+    return seconds
 
 
 class PinnedEvent:

@@ -243,9 +243,9 @@ class Worker:
             if draft.sequence:
                 assert self._executor is not None
                 assert work.arena.bind.async_config is not None
-                self._executor.submit(work)
+                seconds = self._executor.submit(work)
                 heard = work.arena.bind.async_config.acknowledge
-                return Prediction(draft.run, draft.index, draft.row, 0.0, received) if heard else None
+                return Prediction(draft.run, draft.index, draft.row, seconds, received) if heard else None
             if self._executor is not None:
                 self._executor.synchronize()
             with torch.inference_mode():

@@ -53,6 +53,14 @@ def test_noise_and_a_memory_of_steps(solver: str) -> None:
             assert torch.equal(run.samples, ref.samples)
 
 
+def test_evaluations_are_timed() -> None:
+    with Leader(SMALL, devices="2xcuda:0", execution=options()) as leader:
+        run = leader.sample(count=2, steps=48)
+        sync = drp.sample(SMALL, devices="2xcuda:0", execution=ExecutionOptions(dispatch="sync"), count=2, steps=48)
+    assert 0 < run.device_seconds < 4 * run.seconds
+    assert run.device_seconds < 2 * sync.device_seconds
+
+
 def test_several_runs_at_once() -> None:
     with Leader(SMALL, devices="3xcuda:0", execution=options()) as leader:
         pending = [leader.submit(steps=20, seed=seed, mode="conservative") for seed in range(8)]

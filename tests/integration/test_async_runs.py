@@ -172,6 +172,18 @@ def test_bits_callbacks_and_residuals_are_the_references(
         assert run.device_seconds > 0  # which come with the stamps
 
 
+def test_times_that_no_record_has_are_made_of_those_that_workers_report(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, misbehaving: Misbehaving
+) -> None:
+    """GPUs report the time of an evaluation once it is complete, with a later draft: not that of each."""
+    acknowledge(monkeypatch, misbehaving.leader, True, size=1)
+    misbehaving.tell("untimed", tmp_path / "unused")
+    run = misbehaving.leader.sample(shape=(3,), steps=STEPS, mode="aggressive")
+    assert torch.equal(run.samples, expected())
+    assert run.device_seconds == pytest.approx(0.25 * run.evaluations)
+    assert run.speedup == pytest.approx(0.25 * STEPS / run.seconds)
+
+
 def test_solvers_with_noise_or_a_memory(three: Leader) -> None:
     for solver, mode in itertools.product(("ddpm", "dpmsolver++", "unipc"), ("conservative", "aggressive")):
         run = three.sample(labels=[4], steps=15, mode=mode, solver=solver)

@@ -5,6 +5,7 @@ Streams that write and wait are the GPU's to show (tests/gpu); here each call is
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from drp.leader.memory import placement
 from drp.leader.memory.placement import MemoryPlacement
 from drp.protocol.cuda import MAX_COUNTERS, GpuCounters, WorkerCounter, WorkerCounterView
 from drp.protocol.timeline import CANCEL_ALL
+from drp.workers.cuda_executor import Evaluations, last_seconds
 from tests.on_host import GPUS, Lent
 
 
@@ -135,3 +137,31 @@ def test_a_driver_that_cannot_write_counters_makes_auto_synchronous(monkeypatch:
         explicit._init_counters()
     for each in (automatic, explicit):
         each.close()
+
+
+class Recorded:
+    """An event of a GPU, at a time in ms; None while it is not complete."""
+
+    def __init__(self, ms: float | None) -> None:
+        self.ms = ms
+
+    def query(self) -> bool:
+        return self.ms is not None
+
+    def elapsed_time(self, end: Recorded) -> float:
+        assert self.ms is not None
+        assert end.ms is not None
+        return end.ms - self.ms
+
+
+def test_the_time_of_the_last_complete_evaluation_is_taken_and_no_other_is_waited_for() -> None:
+    evaluations: Evaluations = deque()
+    assert last_seconds(evaluations) == 0.0
+    third = Recorded(None)
+    evaluations += [(Recorded(0.0), Recorded(20.0)), (Recorded(25.0), Recorded(75.0)), (Recorded(80.0), third)]
+    assert last_seconds(evaluations) == pytest.approx(0.05)
+    assert last_seconds(evaluations) == 0.0
+    assert len(evaluations) == 1
+    third.ms = 90.0
+    assert last_seconds(evaluations) == pytest.approx(0.01)
+    assert not evaluations

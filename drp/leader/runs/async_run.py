@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -52,7 +53,7 @@ class AsyncRun(SyncRun):
         rounds_begun, _round_begun            the number of rounds begun; whether one began since the last placement
         _base_depth                           the number of batches that workers should have
         _checkpoints, _kept_states            what is kept until batches are verified: checkpoints and states
-        _evaluated                            the sizes and times of verified batches
+        _evaluated, _reported_seconds         the sizes and times of verified batches; the times that GPUs report
         _exhausted                            whether all drafts were scheduled
         _last_recorded, _last_progress        the number of the leader's last event; when a batch was last verified
     """
@@ -74,6 +75,8 @@ class AsyncRun(SyncRun):
         self._checkpoints = RunCheckpoints()
         self._evaluated: list[tuple[int, float]] = []
         """For each verified batch, in order, the number of evaluations and their time in seconds."""
+        self._reported_seconds: list[float] = []
+        """Times of batches from workers whose completion records have none: GPUs, which report most of them."""
         self._rounds_formed = self._batches_added = self._batches_verified = self._last_recorded = 0
         self._exhausted = False
         self._last_progress = self._clock.now()
@@ -111,7 +114,7 @@ class AsyncRun(SyncRun):
     def on_dispatched(self, worker: int, sent: InFlightBatch) -> None:
         """Treat the batch as queued if the worker sends no acknowledgement."""
         if not self._placement.workers_acknowledge:
-            self.on_queued(worker, sent)
+            self.on_queued(worker, sent, 0.0)
 
     def _queue_drafts(self, tasks: Sequence[Task]) -> None:
         super()._queue_drafts(tasks)
@@ -170,9 +173,11 @@ class AsyncRun(SyncRun):
         """Return the rows that the arithmetic may still read, and the reserved rows."""
         return super().rows_in_use() | set(self._reserved.values())
 
-    def on_queued(self, worker: int, sent: InFlightBatch) -> bool:
+    def on_queued(self, worker: int, sent: InFlightBatch, seconds: float) -> bool:
         """Queue the wait for the worker's event, the reading of the records and, if it is needed, the arithmetic."""
         sent.completion_pending, counts = True, sent.is_outstanding
+        if seconds:
+            self._reported_seconds.append(seconds)
         with self.stream.current():
             self._events.by_worker[worker].wait()
             self._pending.append(
@@ -359,6 +364,8 @@ class AsyncRun(SyncRun):
         self._kept_states.keep(k, x, draft, self._batches_added)
 
     def _result(self, devices: tuple[str, ...]) -> Result:
+        if self._reported_seconds and not self.device_seconds:
+            self.device_seconds = statistics.fmean(self._reported_seconds) * len(self._evaluated)
         with self.stream.side_stream():
             return super()._result(devices)
 

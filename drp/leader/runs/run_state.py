@@ -232,8 +232,11 @@ class RunState(ABC):
         """
         raise NotImplementedError(f"run {self.number} does not schedule ahead")
 
-    def on_queued(self, worker: int, sent: InFlightBatch) -> bool:
-        """Handle the message that a batch is queued; return False if the message means that it is evaluated."""
+    def on_queued(self, worker: int, sent: InFlightBatch, seconds: float) -> bool:
+        """Handle the message that a batch is queued; return False if the message means that it is evaluated.
+
+        `seconds` is the time of an earlier batch of the run, 0 if unknown.
+        """
         return False
 
     def run_ready(self, notify: bool) -> float:
