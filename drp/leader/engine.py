@@ -296,12 +296,14 @@ class Engine:
         while True:
             self._rounds_seen = self.runs.rounds_begun
             self._scheduler.assign_drafts()
-            if not self.runs.schedulable_runs:
+            runs = self.runs.schedulable_runs
+            if not runs:
                 break
             self._run_ready(notify=False)
             self._refine()  # Refine a round's states before scheduling the next round.
-            for run in self.runs.schedulable_runs:
-                self.runs.schedule_drafts(run)
+            for run in runs:
+                if run.number in self.runs.running:
+                    self.runs.schedule_drafts(run)
             self._run_ready(notify=False)
             self._refine()  # Queue known sums before operations that wait for the predictions of these drafts.
             self._run_ready(notify=False)

@@ -123,7 +123,8 @@ class AsyncRun(SyncRun):
             # Reserve the row now: at send time the waits for other drafts of the round may be queued ahead of it.
             self._reserved[task.slot] = super().free_row(task.slot)
         for some in batches(tasks, self._batch):
-            self._batch_of.update((task.slot, some) for task in some)
+            for task in some:
+                self._batch_of[task.slot] = some
         if self._checkpoints.has_room:
             out = {id(some): some for some in (self._batch_of[slot] for slot in self.outstanding)}
             self._checkpoints.add(RunCheckpoint(self.run.checkpoint(), self._batches_added, tuple(out.values())))
@@ -156,9 +157,10 @@ class AsyncRun(SyncRun):
 
         If rounds wait for each other, only batches of the same round count, since earlier ones are finished by then.
         """
-        return sum(
-            self.job.mode.pipelined or sent.run is not self or sent.tasks[0].round == tasks[0].round for sent in drafts
-        )
+        count = 0
+        for sent in drafts:
+            count += self.job.mode.pipelined or sent.run is not self or sent.tasks[0].round == tasks[0].round
+        return count
 
     def free_row(self, slot: int) -> int:
         """Return the row for a draft's prediction, which is free once the leader's last event is complete."""

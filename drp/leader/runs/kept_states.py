@@ -66,10 +66,10 @@ class KeptStates:
 
     def deliver(self, verified: int, callback: Callable[[int, Tensor], None] | None) -> None:
         """Call `callback` for the states that depend on the first `verified` batches only and are computed."""
-        while self.is_due(verified):
-            if self._states[0].event is not None and not self._stream.query(self._states[0].event):
+        while self._states and (step := self._states[0]).needs <= verified:
+            if step.event is not None and not self._stream.query(step.event):
                 return
-            step = self._states.popleft()
+            self._states.popleft()
             if step.k > self.steps_done:
                 self.steps_done = step.k
                 self._deliver_state(step, callback)

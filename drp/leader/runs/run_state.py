@@ -315,7 +315,8 @@ class RunState(ABC):
 
     def _queue_drafts(self, tasks: Sequence[Task]) -> None:
         self.waiting.extend(batches(tasks, self._batch))
-        self.outstanding.update((task.slot, task) for task in tasks)
+        for task in tasks:
+            self.outstanding[task.slot] = task
 
     def timeout(self, worker: int) -> float:
         """Return a worker's timeout for a draft, in seconds: a multiple of the slowest evaluation so far."""
