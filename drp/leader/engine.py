@@ -7,7 +7,7 @@ marked * are skipped while every run has `workers_saturated`.
       _run_ready        execute the arithmetic that asynchronous runs queued for this thread, as far as it is ready
     * _poll_completions check the completion records of asynchronous runs
     * _assign           send waiting drafts to workers, and schedule the drafts that need no further message
-    * _refine           compute the final states of the last rounds, call callbacks, while the workers compute
+    * refine_all        compute the final states of the last rounds, call callbacks, while the workers compute
     * bind_all          have the remaining workers open the memory of new runs
       _receive          wait for messages, wake-ups or a deadline, and handle them
 
@@ -197,7 +197,7 @@ class Engine:
                 if not self.runs.workers_saturated:
                     self._poll_completions()
                     self._assign()  # First, because workers may be idle.
-                    self._refine()  # Final states of the previous round, while the workers compute.
+                    self.runs.refine_all()  # Final states of the previous round, while the workers compute.
                     self.runs.bind_all()
                     self._run_ready()
                     if self.runs.rounds_begun != self._rounds_seen and not self.runs.workers_saturated:
@@ -300,25 +300,14 @@ class Engine:
             if not runs:
                 break
             self._run_ready(notify=False)
-            self._refine()  # Refine a round's states before scheduling the next round.
+            self.runs.refine_all()  # Refine a round's states before scheduling the next round.
             for run in runs:
                 if run.number in self.runs.running:
                     self.runs.schedule_drafts(run)
             self._run_ready(notify=False)
-            self._refine()  # Queue known sums before operations that wait for the predictions of these drafts.
+            self.runs.refine_all()  # Queue known sums before operations that wait for the predictions of these drafts.
             self._run_ready(notify=False)
         self._scheduler.flush()
-
-    def _refine(self) -> None:
-        for run in self.runs.all_runs:
-            if run.needs_refine and run.number in self.runs.running:
-                since = time.perf_counter_ns()
-                try:
-                    run.refine()
-                except BaseException as error:
-                    self.runs.fail(run, error)
-                else:
-                    self.recorder.record("refined", run, run.steps_done, since=since)
 
     def _receive(self) -> None:
         """Wait for a message, a wake-up or a deadline; handle messages until a worker can be assigned more drafts."""

@@ -528,7 +528,7 @@ def test_the_leader_does_not_sleep_when_a_round_has_begun_that_it_has_given_noth
 ) -> None:
     """Not even if it was late: other rounds' drafts would be, too."""
     looks, engine = list[bool](), emulated.internals
-    take, refine = engine._receive, engine._refine
+    take, refine = engine._receive, engine.runs.refine_all
 
     def look() -> None:
         looks.append(engine.runs.rounds_begun != engine._rounds_seen and not engine.runs.workers_saturated)
@@ -539,7 +539,7 @@ def test_the_leader_does_not_sleep_when_a_round_has_begun_that_it_has_given_noth
         time.sleep(0.006)
 
     monkeypatch.setattr(engine, "_receive", look)
-    monkeypatch.setattr(engine, "_refine", dawdle)
+    monkeypatch.setattr(engine.runs, "refine_all", dawdle)
     emulated.sample(labels=[1], steps=40)
     assert looks
     assert not any(looks)

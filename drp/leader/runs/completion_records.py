@@ -26,7 +26,7 @@ class CompletionRecords:
                 self._stream.enqueue(partial(place.copy_, self._records[row], non_blocking=True))
             return pinned.tolist
         seen = [[PENDING] * COMPLETION_SIZE for _ in rows]
-        self._stream.enqueue(partial(_copy_records, self._records, rows, seen))
+        self._stream.enqueue(_copy_records, self._records, rows, seen)
         return seen.copy
 
 

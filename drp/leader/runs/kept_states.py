@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +56,7 @@ class KeptStates:
 
     def _copy(self, x: Tensor) -> Tensor:
         copy = torch.empty_like(x)
-        self._stream.enqueue(partial(copy.copy_, x))
+        self._stream.enqueue(copy.copy_, x)
         return copy
 
     def is_due(self, verified: int) -> bool:

@@ -113,6 +113,18 @@ class RunTable:
                     self._try_bind(worker_slot, run)
             self._supervisor.flush(self._supervisor.ready)
 
+    def refine_all(self) -> None:
+        """Compute the states that finished rounds have made final, and call callbacks."""
+        for run in self.all_runs:
+            if run.needs_refine and run.number in self.running:
+                since = time.perf_counter_ns()
+                try:
+                    run.refine()
+                except BaseException as error:
+                    self.fail(run, error)
+                else:
+                    self._recorder.record("refined", run, run.steps_done, since=since)
+
     def on_bound(self, worker_slot: WorkerSlot, number: int) -> bool:
         """Record that a worker has opened a run's memory; return False if no acknowledgement was due."""
         run = self.running.get(number) or self.draining.get(number)
