@@ -67,14 +67,15 @@ class RunTable:
             more = run.schedule_drafts()
             if more is False:
                 run.refine()
+            if more is not None and self._recorder.timelines:
+                for cut in run.cuts[cuts:]:
+                    self._recorder.record("discarded", run, cut)
+                steps = tuple(task.index for batch in itertools.islice(run.waiting, scheduled, None) for task in batch)
+                self._recorder.record("scheduled" if more else "end", run, since=since, steps=steps)
+            if more is False:
+                self.finish(run, None)
         except BaseException as error:
-            return self.fail(run, error)
-        if more is not None and self._recorder.timelines:
-            for cut in run.cuts[cuts:]:
-                self._recorder.record("discarded", run, cut)
-            steps = tuple(task.index for batch in itertools.islice(run.waiting, scheduled, None) for task in batch)
-            self._recorder.record("scheduled" if more else "end", run, since=since, steps=steps)
-        return self.finish(run, None) if more is False else None
+            self.fail(run, error)
 
     def bind(self, worker_slot: WorkerSlot, run: RunState, drafts: bool = False) -> None:
         """Enqueue a Bind, by which a worker opens a run's memory, unless one was sent.
