@@ -8,7 +8,7 @@ Distances are relative L2 norms to the sequential run of 48 steps of the same so
 figure is their mean. Every rival is given its best choice of what it leaves open, on the same samples: CHORDS the
 number of cores and where they start, SRDS its blocks and iterations, ParaDiGMS its tolerance. Ours is the window of
 that many rounds without any choice; the window with tapered offsets is printed beside it. `--write` puts the table
-into docs/quality.md; `--only` and `--devices` make it in parts.
+into docs/quality.md; `--only` and `--devices` make it in parts. `--ways ours,DRiffusion` measures these columns only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ TOLERANCES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 BLOCKS = (4, 6, 7, 8, 10, 12, 16)
 PAPERS_STARTS = (0, 2, 4, 8, 16, 24, 32, 40)
 """Where the cores of CHORDS start: its authors' for 8 cores and 50 steps."""
-COLUMNS = ("ours", "DRiffusion", "CHORDS", "SRDS", "ParaDiGMS", "fewer steps", "fewer steps of UniPC")
 
 
 @dataclass(frozen=True)
@@ -167,6 +166,28 @@ def all_paradigms(bench: Bench, devices: int, rounds: int) -> Iterator[Outcome]:
         yield bench.rival(devices, partial(paradigms, tolerance=tolerance), made, alone=True)
 
 
+def fewer(bench: Bench, _: int, rounds: int) -> Iterator[Outcome]:
+    """Yield as many sequential steps as there are rounds."""
+    yield bench.fewer(rounds)
+
+
+def fewer_unipc(bench: Bench, _: int, rounds: int) -> Iterator[Outcome]:
+    """Yield as many sequential steps of UniPC as there are rounds."""
+    yield bench.fewer(rounds, "unipc")
+
+
+WAYS: dict[str, Callable[[Bench, int, int], Iterator[Outcome]]] = {
+    "ours": ours,
+    "DRiffusion": papers,
+    "CHORDS": all_chords,
+    "SRDS": all_srds,
+    "ParaDiGMS": all_paradigms,
+    "fewer steps": fewer,
+    "fewer steps of UniPC": fewer_unipc,
+}
+"""What is measured for each column of the table."""
+
+
 def best(found: Iterator[Outcome], rounds: int) -> tuple[Outcome | None, Outcome | None]:
     """Return the best within the rounds, or the one with the fewest rounds if none is."""
     every = list(found)
@@ -188,10 +209,23 @@ def cell(found: tuple[Outcome | None, Outcome | None]) -> str:
 @click.option("--networks", "-w", multiple=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--only", help="Networks, by name, with commas between.")
 @click.option("--devices", "only_devices", type=int, help="Only the rows of this number of devices.")
+@click.option("--ways", help=f"Columns, with commas between, of {', '.join(WAYS)}; by default all.")
 @click.option("--samples", default=4, show_default=True)
 @click.option("--write", is_flag=True, help="Put the rows into the table of docs/quality.md.")
-def main(networks: tuple[Path, ...], only: str | None, only_devices: int | None, samples: int, write: bool) -> None:
+def main(
+    networks: tuple[Path, ...],
+    only: str | None,
+    only_devices: int | None,
+    ways: str | None,
+    samples: int,
+    write: bool,
+) -> None:
     """Measure every rival on `digits` and on other networks, within some rounds on some devices."""
+    columns = ways.split(",") if ways else list(WAYS)
+    if unknown := [name for name in columns if name not in WAYS]:
+        raise click.UsageError(f"there is no column {unknown[0]!r}; choose of {', '.join(WAYS)}")
+    if write and ways:
+        raise click.UsageError("--write needs all columns; leave out --ways")
     torch.set_num_threads(1)
     nets = Networks(networks)
     rows: dict[str, str] = {}
@@ -201,9 +235,7 @@ def main(networks: tuple[Path, ...], only: str | None, only_devices: int | None,
         for devices, rounds in BUDGETS:
             if only_devices not in (None, devices):
                 continue
-            ways = (ours, papers, all_chords, all_srds, all_paradigms)
-            found = [best(way(bench, devices, rounds), rounds) for way in ways]
-            found += [(bench.fewer(rounds), None), (bench.fewer(rounds, "unipc"), None)]
+            found = [best(WAYS[name](bench, devices, rounds), rounds) for name in columns]
             label = f"{name} ({'noise' if predicts == 'epsilon' else predicts}), {devices} devices, {rounds} rounds"
             rows[label] = f"| {label} | {' | '.join(map(cell, found))} |"
             print(rows[label], flush=True)
@@ -215,7 +247,7 @@ def main(networks: tuple[Path, ...], only: str | None, only_devices: int | None,
         page, head = Path(__file__).parent.parent / "docs" / "quality.md", "relative L2 to 48 steps"
         labels = {*rows, *read("rivals", page)} - {head}
         order = sorted(labels, key=lambda label: (not label.startswith("digits"), label))
-        update("rivals", f"| {head} | {' | '.join(COLUMNS)} |", rows, order, page)
+        update("rivals", f"| {head} | {' | '.join(WAYS)} |", rows, order, page)
 
 
 if __name__ == "__main__":

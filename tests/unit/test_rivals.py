@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from diffusers.pipelines.deprecated.stable_diffusion_variants.pipeline_stable_diffusion_paradigms import (
     StableDiffusionParadigmsPipeline,
 )
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from bench import sd_digits
 from bench.rival_samplers import Problem, chords, paradigms, srds
-from bench.rivals import PAPERS_STARTS
+from bench.rivals import PAPERS_STARTS, main
 from drp import models
 from drp.sampling.modes import Sequential
 from drp.sampling.reference import run_reference
@@ -114,3 +115,16 @@ def test_a_round_has_no_more_states_than_devices() -> None:
         given.predict([(given.start, 0)] * 3)
     with pytest.raises(ValueError, match="give rising indices"):
         chords(given, [0, 12])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ways", "ours,PARADIGMS"], "there is no column 'PARADIGMS'; choose of ours, DRiffusion, CHORDS"),
+        (["--ways", "ours", "--write"], "--write needs all columns"),
+    ],
+)
+def test_columns_that_there_are_not(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 2
+    assert message in done.output
