@@ -2,18 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch.backends import cuda, cudnn, mkldnn
+from torch.backends import cuda, cudnn, mha, mkldnn
 
 Setting = tuple[Callable[[], Any], Callable[[Any], object], Any]
 
 
 def _attribute(owner: Any, name: str, default: Any) -> Setting:
     return lambda: getattr(owner, name), lambda value: setattr(owner, name, value), default
+
+
+PRECISIONS: Mapping[str, str] = {
+    "": "none",
+    "cuda.matmul": "none",
+    "cudnn": "none",
+    "cudnn.conv": "tf32",
+    "cudnn.rnn": "tf32",
+    "mkldnn": "none",
+    "mkldnn.matmul": "none",
+    "mkldnn.conv": "none",
+    "mkldnn.rnn": "none",
+}
+"""What of torch.backends has an attribute `fp32_precision` since torch 2.9, and its default; backends before their
+operations, which take it over from them."""
+OWNERS: tuple[Any, ...] = (
+    tuple(functools.reduce(getattr, filter(None, name.split(".")), torch.backends) for name in PRECISIONS)
+    if hasattr(torch.backends, "fp32_precision")
+    else ()
+)
+
+
+def _float32_precisions() -> list[Any]:
+    """Return the precision of products of float32, by the two functions from before torch 2.9 and by attributes since.
+
+    The older functions raise where a program has set attributes which they cannot express. They are None then.
+    """
+    older: list[Any] = []
+    for read in (torch.get_float32_matmul_precision, lambda: cudnn.allow_tf32):
+        try:
+            older.append(read())
+        except RuntimeError:
+            older.append(None)
+    return older + [owner.fp32_precision for owner in OWNERS]
+
+
+def _set_float32_precisions(values: Sequence[Any]) -> None:
+    """Set what `_float32_precisions` has returned, the older ones first, since they write to the attributes too."""
+    matmul, allow_tf32, *attributes = values
+    if matmul is not None:
+        torch.set_float32_matmul_precision(matmul)
+    if allow_tf32 is not None:
+        cudnn.allow_tf32 = allow_tf32
+    for owner, value in zip(OWNERS, attributes, strict=True):
+        if owner.fp32_precision != value:
+            owner.fp32_precision = value
 
 
 def _flushes_denormals() -> bool:
@@ -23,14 +70,21 @@ def _flushes_denormals() -> bool:
 
 SETTINGS: tuple[Setting, ...] = (
     (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+    (_float32_precisions, _set_float32_precisions, ["highest", True, *[*PRECISIONS.values()][: len(OWNERS)]]),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, 0),
     (_flushes_denormals, torch.set_flush_denormal, False),
     _attribute(mkldnn, "enabled", True),
     _attribute(cudnn, "enabled", True),
     _attribute(cudnn, "benchmark", False),
     _attribute(cudnn, "deterministic", False),
-    _attribute(cudnn, "allow_tf32", True),
+    _attribute(cuda.matmul, "allow_fp16_reduced_precision_reduction", True),
+    _attribute(cuda.matmul, "allow_bf16_reduced_precision_reduction", True),
+    *(
+        [_attribute(cuda.matmul, "allow_fp16_accumulation", False)]
+        if hasattr(cuda.matmul, "allow_fp16_accumulation")  # since torch 2.7
+        else []
+    ),
+    (mha.get_fastpath_enabled, mha.set_fastpath_enabled, True),
     (cuda.flash_sdp_enabled, cuda.enable_flash_sdp, True),
     (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, True),
     (cuda.math_sdp_enabled, cuda.enable_math_sdp, True),

@@ -18,16 +18,16 @@ from drp.diffusers.evaluators import Evaluator
 from drp.diffusers.forms import OfState, Point
 from drp.diffusers.learned import Learned, RecordedCall, UnrecognisedError, learn
 from drp.diffusers.numbers import alike
+from drp.diffusers.pipeline_modes import Modes
 from drp.diffusers.program import PART, Program
 from drp.diffusers.pytree import Json, UnknownValueError, flatten
 from drp.diffusers.report import CallReport
 from drp.diffusers.rounds import Predictions
-from drp.diffusers.scheduler import copy_of
+from drp.diffusers.scheduler import adds_noise, copy_of
 from drp.diffusers.settings import read_settings
 from drp.diffusers.step_state import StepState, TracedStep
 from drp.diffusers.structure import Described
 from drp.diffusers.watch import METHODS
-from drp.sampling.modes import Mode
 
 MAX_RETRACES = 6
 """How often a call may trace a step again because it differs from the previous ones."""
@@ -42,13 +42,14 @@ log = logging.getLogger(__name__)
 class PipelineContext:
     """The state that all calls of a pipeline share: its `modules` by name, and by which source workers find each.
 
+    modes: the mode for schedulers that add noise (True), and that for others.
     split: whether to evaluate the branches of guidance on different devices.
     describe: returns the current state of a module, the same object as long as nothing has changed.
     unchanged: returns whether a module is as it was described last.
     """
 
     pipe: Any
-    mode: Mode
+    modes: Modes
     modules: Mapping[str, OriginalForward]
     evaluator: Evaluator
     split: bool
@@ -71,6 +72,7 @@ class PipelineCall:
         self._traced: TracedStep | None = None
         self._retraces = 0
         self._suspects: dict[str, set[str]] = {}
+        self._drew = False
         self._step = StepState()
         self._index: int | None = None
         self._end: int | None = None
@@ -81,6 +83,7 @@ class PipelineCall:
     def _steps_with(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         try:
+            self._mode = self._context.modes[adds_noise(scheduler)]
             self._drafter = Drafter(scheduler)
         except Exception as error:  # an unknown kind of scheduler
             self._fail(error)
@@ -191,10 +194,10 @@ class PipelineCall:
                 self._on_mismatch(UnrecognisedError(f"{calls[step.position].module} was not called"))
             elif step.x is None or not _agree(step.x, x, step.exact):
                 self._on_mismatch(UnrecognisedError("the scheduler was given other latents than the denoiser"))
-        why_not = self._drafter.why_not(k, x, output) if self._context.mode.width > 1 else ""
+        why_not = self._drafter.why_not(k, x, output) if self._mode.width > 1 else ""
         if why_not and not self._context.always_draft:
             raise UnrecognisedError(f"{why_not}; always_draft=True drafts all the same")
-        if self._traced is None and step.recorded:
+        if self._traced is None and step.recorded and not self._has_drawn():
             self._learn(k, x, output)
         elif step.mismatch:
             self._forget()
@@ -233,6 +236,17 @@ class PipelineCall:
         log.warning("drafting failed; the call goes on without", exc_info=error)
         self._give_up(f"drafting failed: {type(error).__name__}: {error}")
 
+    def _has_drawn(self) -> bool:
+        """Return whether random numbers were drawn in the step; raise UnrecognisedError if they were before, too."""
+        drawing = next((record.module for record in self._step.recorded if record.has_drawn), "")
+        if drawing and self._drew:  # Once, it may have been another thread.
+            raise UnrecognisedError(
+                f"{drawing} draws random numbers, of which workers would draw others; in training mode it may be "
+                f"dropout, which {drawing}.eval() turns off"
+            )
+        self._drew |= bool(drawing)
+        return bool(drawing)
+
     def _learn(self, k: int, x: Tensor, output: Tensor) -> None:
         """Make a program of the recorded step, and begin rounds with it."""
         work = self._context
@@ -246,6 +260,8 @@ class PipelineCall:
             if record.settings != recorded[0].settings:
                 raise UnrecognisedError("torch's settings, or the choice of attention kernels, change within one step")
             states[record.module] = record.state_after
+            if record.changes_again(work.modules[record.module].compiled):
+                raise UnrecognisedError(f"{record.module} itself is changed by each evaluation, so their order matters")
         configs = {record.module: work.config_of(record.module) for record in recorded}
         learned = learn(recorded, self._point(k, x), configs, self._suspects)
         try:
@@ -276,10 +292,10 @@ class PipelineCall:
         inputs = {name: varying.like for name, varying in learned.inputs.items()}
         if program.parts > 1:
             inputs[PART] = torch.tensor(0)
-        slots = work.mode.width * program.parts
+        slots = self._mode.width * program.parts
         session = work.evaluator.bind(program, sources, inputs, learned.outputs, slots, learned.cond)
         try:
-            return Predictions(learned, self._drafter, session, work.mode, k, self._end, self._report, program)
+            return Predictions(learned, self._drafter, session, self._mode, k, self._end, self._report, program)
         except BaseException:  # for example, the mode cannot take this number of steps
             session.close()
             raise
@@ -311,7 +327,7 @@ class PipelineCall:
         if program is not None:
             predictions = self._bind(learned, program, sources, k)
             try:
-                if predictions.agrees_stacked(min(self._context.evaluator.drafts_per_device, self._context.mode.width)):
+                if predictions.agrees_stacked(min(self._context.evaluator.drafts_per_device, self._mode.width)):
                     return predictions
                 why = "the samples of a batch depend on each other"
             except Exception as error:  # A module may fail for a larger batch.
@@ -327,6 +343,8 @@ class PipelineCall:
         learned, step = lesson.learned, self._step
         number, k = step.position, self._index
         tensors = learned.tensors_of(number, module, args, kwargs)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise UnrecognisedError(f"a gradient is to be taken through {module}, which workers cannot do")
         if k is None or self._end is None or k >= self._end or self._stepped is None:
             raise UnrecognisedError("the pipeline takes more steps than its scheduler has timesteps")
         if step.x is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,17 @@ from drp.diffusers.forms import OfState, Point, of_state
 from drp.diffusers.numbers import OfTime, alike, of_time
 from drp.diffusers.program import Call, Leaf, Program, output_name, stride_of, with_zeros
 from drp.diffusers.pytree import Json, UnknownValueError, flatten, rebuild
-from drp.diffusers.structure import Described
+from drp.diffusers.structure import Described, copy_of, describe
 from drp.protocol.memory import NAMES
 from drp.protocol.messages import MAX_TENSORS
+
+log = logging.getLogger(__name__)
+
+
+def random_states(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the states of torch's random number generators for the host and for the GPUs of these tensors."""
+    gpus = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(gpu) for gpu in sorted(gpus, key=str))]
 
 
 class UnrecognisedError(Exception):
@@ -55,7 +64,9 @@ class RecordedCall:
 
     state, state_after: the module's state before and after the call, one object if the call has not changed it.
     settings: the settings of this process.
-    problem: why the call has no description, empty if it has one.
+    random: the states of torch's random number generators before the call.
+    has_drawn: whether they have changed during the call.
+    problem: why a worker cannot make the call, empty if it can.
     """
 
     module: str
@@ -64,6 +75,8 @@ class RecordedCall:
     arguments: Tensors | None = None
     results: Tensors | None = None
     state_after: Described | None = None
+    random: Sequence[Tensor] = ()
+    has_drawn: bool = False
     problem: str = ""
 
     @classmethod
@@ -72,9 +85,10 @@ class RecordedCall:
     ) -> RecordedCall:
         """Record a call before its evaluation, since the module may empty lists among its arguments."""
         try:
-            return cls(module, state, settings, arguments=Tensors.of((list(args), kwargs)))
+            arguments = Tensors.of((list(args), kwargs))
         except UnknownValueError as error:
             return cls(module, state, settings, problem=f"{module}: {error}")
+        return cls(module, state, settings, arguments, random=random_states(arguments.values))
 
     def after(self, result: Any, state: Described) -> None:
         """Record the results of the call, and the module's state after it."""
@@ -83,6 +97,33 @@ class RecordedCall:
             self.results = Tensors.of(result)
         except UnknownValueError as error:
             self.problem = self.problem or f"{self.module}'s result: {error}"
+            return
+        if any(tensor.requires_grad for tensor in self.results.originals):
+            self.problem = self.problem or (
+                f"gradients are recorded through {self.module}, which workers cannot do; if nothing takes them, call "
+                "it under torch.no_grad()"
+            )
+        if self.arguments is not None:
+            self.has_drawn = not all(map(torch.equal, self.random, random_states(self.arguments.values)))
+
+    def changes_again(self, compiled: Any) -> bool:
+        """Return whether the call has changed the module, and the same call would change it again.
+
+        Otherwise what has changed is a cache, for example. It is tried on a copy, which has the same weights. Of
+        modules that are `compiled`, nothing is known.
+        """
+        if self.state_after in (None, self.state) or self.arguments is None or compiled is not None:
+            return False
+        assert self.state_after is not None
+        try:
+            module = copy_of(self.state_after)
+            before = describe(module)
+            args, kwargs = rebuild(self.arguments.description, [value.clone() for value in self.arguments.values])
+            module(*args, **kwargs)
+            return not before.same(describe(module))
+        except Exception as error:  # whatever a module makes of being copied; workers will see
+            log.debug("a copy of %s could not be evaluated: %s", self.module, error)
+            return False
 
 
 @dataclass(frozen=True)

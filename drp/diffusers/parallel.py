@@ -20,12 +20,11 @@ from drp.diffusers.devices import device_of
 from drp.diffusers.evaluators import Evaluator, InProcess
 from drp.diffusers.hook import Hook
 from drp.diffusers.offload import ModelOffload
-from drp.diffusers.pipeline_modes import make_pipeline_mode
+from drp.diffusers.pipeline_modes import Modes, make_pipeline_modes
 from drp.diffusers.pretrained import Pretrained
 from drp.diffusers.publish import Publisher
 from drp.diffusers.pytree import Json
 from drp.diffusers.report import CallReport, Report
-from drp.diffusers.scheduler import adds_noise
 from drp.diffusers.structure import Described, PatchedClassError, describe, has_own_forward
 from drp.diffusers.watch import WatchedMethod, schedulers_by_name, schedulers_of
 from drp.diffusers.workers import Workers, on_gpu_of
@@ -47,10 +46,9 @@ class Parallel:
         the call under way      `_call`, `_fresh` (the next one begins), `_latest`, `_thread`, `_overtaken`
     """
 
-    def __init__(self, pipe: Any, mode: Mode, names: Sequence[str], split: bool, always_draft: bool) -> None:
+    def __init__(self, pipe: Any, modes: Modes, names: Sequence[str], split: bool, always_draft: bool) -> None:
         self.report = Report()
-        self._split, self._always_draft = split, always_draft
-        self._pipe, self._mode = pipe, mode
+        self._pipe, self._modes, self._split, self._always_draft = pipe, modes, split, always_draft
         self.originals = {name: OriginalForward(getattr(pipe, name)) for name in names}
         """The modules as the pipeline calls them without drp, including exchanged ones."""
         self._modules = {name: original.module for name, original in self.originals.items()}
@@ -126,15 +124,19 @@ class Parallel:
             setattr(self._pipe, name, compiled)
 
     def _follow_exchanges(self) -> None:
-        """Replace `forward` in the modules that the pipeline has now, if some were exchanged."""
+        """Replace `forward` in the modules that the pipeline has now, if some were exchanged or compiled."""
         for name, known in self._modules.items():
             module = getattr(self._pipe, name, None)
-            if module is not known and isinstance(module, nn.Module) and "forward" not in vars(module):
+            if not isinstance(module, nn.Module) or (module is known and COMPILED not in vars(known)):
+                continue
+            original = OriginalForward(module)
+            if original.module is not known and not has_own_forward(original.module):
+                continue
+            if original.module is not known:
                 self._unhook(name)
-                self.originals[name] = OriginalForward(module)
-                self._modules[name] = self.originals[name].module
-                self._described.pop(name, None)
-                self._hook(name)
+            self.originals[name], self._modules[name] = original, original.module
+            self._described.pop(name, None)
+            self._hook(name)
 
     def _watch(self) -> None:
         """Watch the pipeline's schedulers, including exchanged ones."""
@@ -153,7 +155,7 @@ class Parallel:
         self, scheduler: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         with self._lock:
-            if self._call is not None and self._call.belongs(scheduler):
+            if self._call is not None and not self._fresh and self._call.belongs(scheduler):
                 self._check_thread()
                 try:
                     return self._call.step(original, args, kwargs)
@@ -197,11 +199,11 @@ class Parallel:
         if self._call is not None:
             self._call.close()
         self._fresh = False
-        report = CallReport(self._mode.name, self._mode.width, self._evaluator.devices)
+        report = CallReport(self._modes[False].name, self._modes[False].width, self._evaluator.devices)
         self.report.calls.append(report)
         work = PipelineContext(
             self._pipe,
-            self._mode,
+            self._modes,
             self.originals,
             self._evaluator,
             self._split,
@@ -240,7 +242,7 @@ class Parallel:
         if described.untouched():
             return True
         now = self.describe(name)
-        if not now.same(described):
+        if not described.same(now):
             return False
         described.take(now)
         return True
@@ -324,9 +326,8 @@ def parallelize(
     source = Pretrained(pipe, pretrained) if has_remote else None
     batch = own.drafts_per_device if own else drafts_per_device
     drafts = _drafts(drafts, count * batch, split_guidance)
-    noise = adds_noise(next(schedulers_of(pipe)))
-    made = make_pipeline_mode(mode, drafts, rule, tolerance, warmup, stride, target_speedup, target_rounds, noise)
-    parallel = Parallel(pipe, made, names, split_guidance, always_draft)
+    modes = make_pipeline_modes(mode, drafts, rule, tolerance, warmup, stride, target_speedup, target_rounds)
+    parallel = Parallel(pipe, modes, names, split_guidance, always_draft)
     device = device_of(pipe, names)
     with ExitStack() as stack:
         stack.callback(parallel.offload.leave)
@@ -384,9 +385,8 @@ def reference(
     placed = parse_devices(expand_count(devices, device_of(pipe, names).type), 1)
     own = threads or max(1, torch.get_num_threads() // len(placed))
     drafts = _drafts(drafts, len(placed) * drafts_per_device, split_guidance)
-    noise = adds_noise(next(schedulers_of(pipe)))
-    made = make_pipeline_mode(mode, drafts, rule, tolerance, warmup, stride, target_speedup, target_rounds, noise)
-    parallel = Parallel(pipe, made, names, split_guidance, always_draft)
+    modes = make_pipeline_modes(mode, drafts, rule, tolerance, warmup, stride, target_speedup, target_rounds)
+    parallel = Parallel(pipe, modes, names, split_guidance, always_draft)
     with ExitStack() as stack:
         stack.callback(parallel.offload.leave)
         parallel.offload.enter()

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from drp.sampling.drafts import DraftRule, find_rule
 from drp.sampling.mode_selection import TargetWindow, make_mode
 from drp.sampling.mode_wrappers import Warmup
 from drp.sampling.modes import Mode
+
+Modes = Mapping[bool, Mode]
+"""The mode for schedulers that add noise, True, and that for others."""
+
+
+def make_pipeline_modes(
+    mode: str | Mode,
+    drafts: int,
+    rule: str | DraftRule | None,
+    tolerance: float,
+    warmup: int,
+    stride: float | None,
+    target_speedup: float | None,
+    target_rounds: int | None,
+) -> Modes:
+    """Return the modes that the arguments describe, as of `make_pipeline_mode`."""
+    given = mode, drafts, rule, tolerance, warmup, stride, target_speedup, target_rounds
+    return {adds_noise: make_pipeline_mode(*given, adds_noise) for adds_noise in (False, True)}
 
 
 def make_pipeline_mode(

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
 
 from drp.diffusers.pytree import Json
 from drp.torch_defaults import SETTINGS
@@ -16,13 +18,26 @@ except ImportError:  # an older diffusers
     _AttentionBackendRegistry = None
 
 
+MODES = (
+    (torch._C._len_torch_function_stack, torch._C._get_function_stack_at),
+    (torch._C._len_torch_dispatch_stack, torch._C._get_dispatch_stack_at),
+)
+"""How many modes there are, of functions and of dispatch, and what returns each."""
+
+
 def read_settings() -> Json:
     """Return the settings of this process, including those of an enclosing `sdpa_kernel` or `attention_backend` block.
 
-    Raises ValueError under torch.autocast, which is not supported.
+    Raises ValueError for what is not supported: torch.autocast, modes that intercept torch's functions, and hooks of all
+    modules.
     """
     if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
         raise ValueError("the pipeline runs under torch.autocast, which workers do not")
+    modes = [type(get(i)) for count, get in MODES for i in range(count())]
+    if other := [mode.__name__ for mode in modes if mode is not DeviceContext]:
+        raise ValueError(f"the pipeline runs under {other[-1]}, which changes torch's functions in this process only")
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]  # torch has no types for it
+        raise ValueError("there is a hook of all modules, by torch.nn.modules.module, which workers lack; remove it")
     values = [read() for read, _, _ in SETTINGS]
     backend = None if _AttentionBackendRegistry is None else _AttentionBackendRegistry.get_active_backend()[0]
     return {

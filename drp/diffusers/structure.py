@@ -59,16 +59,33 @@ class Described:
     def note_pointers(self) -> None:
         """Record the current places of the tensors as the expected ones."""
         self._pointers = [tensor.data_ptr() for tensor in self.tensors]
+        self._versions = list(map(_version, self.tensors))
         with plain_tensors():
-            self._noted = [tensor.detach() for tensor in self.tensors]
+            self._noted = [
+                tensor.detach() if weight else tensor.detach().clone()
+                for tensor, weight in zip(self.tensors, self.is_weight, strict=True)
+            ]
 
     def untouched(self) -> bool:
-        """Return whether every attribute is the same object, and every tensor at the same place. This is fast."""
-        return self._pointers == list(map(Tensor.data_ptr, self.tensors)) and self._contents.untouched()
+        """Return whether every attribute is the same object, and every tensor at the same place and not written to.
+
+        This is fast. Writes to a tensor's `data` are not counted by torch.
+        """
+        return (
+            self._pointers == list(map(Tensor.data_ptr, self.tensors))
+            and self._versions == list(map(_version, self.tensors))
+            and self._contents.untouched()
+        )
 
     def same(self, other: Described) -> bool:
-        """Return whether a later description has the same structure and equal tensors."""
+        """Return whether a later description has the same structure and equal tensors.
+
+        Weights that were written to in place differ, since predictions were made with their former values.
+        """
         if self.pickled != other.pickled:
+            return False
+        versions = zip(self._versions, other._versions, self.is_weight, strict=True)
+        if any(is_weight and before != after for before, after, is_weight in versions):
             return False
         pairs = zip(self._noted, other.tensors, strict=True)
         return all(a.data_ptr() == b.data_ptr() or equal_bits(a, b) for a, b in pairs)
@@ -83,9 +100,7 @@ class Described:
                 with plain_tensors():
                     tensor.data = noted
         other.note_pointers()
-        self._noted = other._noted
-        self.pickled, self.tensors, self.is_weight = other.pickled, other.tensors, other.is_weight
-        self._contents, self._pointers = other._contents, other._pointers
+        vars(self).update(vars(other))
 
 
 class _Contents:
@@ -121,6 +136,11 @@ class _Contents:
             return all(map(operator.is_, self._items, self._all()))
         except KeyError:  # An attribute was replaced by another one.
             return False
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return how often a tensor was written to, None for tensors of inference mode, whose writes are not counted."""
+    return None if tensor.is_inference() else tensor._version
 
 
 @contextmanager
@@ -314,6 +334,14 @@ def make(pickled: bytes, tensors: Sequence[Tensor]) -> nn.Module:
     module = _Unpickler(io.BytesIO(pickled), tensors).load()
     assert isinstance(module, nn.Module)
     return module
+
+
+def copy_of(described: Described) -> nn.Module:
+    """Return another module like the one described, with the same weights and other tensors of its own."""
+    pairs = zip(described.tensors, described.is_weight, strict=True)
+    with plain_tensors():
+        tensors = [tensor.detach() if is_weight else tensor.detach().clone() for tensor, is_weight in pairs]
+    return make(described.pickled, tensors)
 
 
 class _Unpickler(pickle.Unpickler):

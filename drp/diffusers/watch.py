@@ -36,6 +36,9 @@ class WatchedMethod:
         owner = memo.get(id(self._scheduler))
         return self if owner is None else getattr(type(owner), self._name).__get__(owner)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._scheduler, self._name)
+
     def undo(self) -> None:
         """Restore the object."""
         vars(self._scheduler).pop(self._name, None)

@@ -186,6 +186,7 @@ class Graphs:
         """Return what replays a function without arguments, and what it returns each time."""
         if self._stream is None:  # torch's default capture stream is on the GPU where it was used first.
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
+        if not self._graphs:  # torch fails an assertion on a pool whose graphs are all gone, as after a failed capture.
             self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.device(device):
             mine = torch.cuda.current_stream()

@@ -138,6 +138,25 @@ class Denoiser:
                 self.state.restore()
 
     def _run(self, evaluate: Callable[[], T]) -> T:
+        """Evaluate; raise RuntimeError if an evaluation draws from torch's random number generators.
+
+        The second and the third are looked at: a model that seeds them itself leaves them in the state in which its
+        first evaluation has left them, and another thread of the program may draw once meanwhile.
+        """
+        self.state.evaluations += 1
+        if not 2 <= self.state.evaluations <= 3:
+            return self._evaluate(evaluate)
+        before = _random_states()
+        made = self._evaluate(evaluate)
+        self.state.draws += not all(map(torch.equal, before, _random_states()))
+        if self.state.draws == 2:
+            raise RuntimeError(
+                "the denoiser draws random numbers, so that its predictions would depend on which worker makes them, "
+                "and in which order; leave that out, or draw from a torch.Generator that each evaluation seeds"
+            )
+        return made
+
+    def _evaluate(self, evaluate: Callable[[], T]) -> T:
         if not self.state.needs_autograd:
             try:
                 if torch.is_inference_mode_enabled():  # As in a worker, where entering it once more is not free.
@@ -198,6 +217,12 @@ def load(name: str) -> Denoiser:
     for parameter in predict.parameters():  # A ScriptModule has no requires_grad_.
         parameter.requires_grad_(False)
     return Denoiser(predict, spec, ModuleState(predict))
+
+
+def _random_states() -> list[Tensor]:
+    """Return the states of torch's random number generators for the host and, if it is used, for the current GPU."""
+    on_gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return [torch.get_rng_state(), *on_gpu]
 
 
 def _timesteps(x: Tensor, timestep: float) -> Tensor:

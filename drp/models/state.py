@@ -33,6 +33,8 @@ class ModuleState:
         self._modules = modules
         self.needs_autograd = False
         """Whether an evaluation has failed in inference mode because it takes gradients."""
+        self.evaluations = self.draws = 0
+        """Evaluations so far, and how many of the second and the third have drawn random numbers."""
         self.capture()
 
     def capture(self) -> None:

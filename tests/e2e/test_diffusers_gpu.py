@@ -115,6 +115,23 @@ def test_weights_that_change_in_place_are_followed_on_all_gpus(workers: Workers)
     assert not torch.equal(before, changed)
 
 
+def test_weights_that_a_callback_changes_in_place_are_followed_on_all_gpus(workers: Workers) -> None:
+    pipe = sdxl()
+
+    @torch.no_grad()
+    def change(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        if i in (2, 3):
+            pipe.unet.conv_in.weight.mul_(2.0 if i == 2 else 0.5)
+        return {}
+
+    options = {**SDXL, "callback_on_step_end": change}
+    with reference(pipe, devices="3xcuda", mode="aggressive"):
+        expected = run(pipe, options, 9)
+    with parallelize(pipe, workers, "aggressive") as parallel:
+        assert torch.equal(run(pipe, options, 9), expected)
+    assert parallel.report.calls[0].notes["a step was evaluated anew: unet itself was changed"] == 2
+
+
 def test_a_lost_worker_s_drafts_are_evaluated_on_another_gpu(workers: Workers) -> None:
     pipe = sdxl()
     with reference(pipe, devices="3xcuda", mode="aggressive"):

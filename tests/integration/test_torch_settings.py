@@ -41,6 +41,15 @@ def set_mkldnn(enabled: bool) -> None:
     torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]  # a property of the module
 
 
+def matmul_precision() -> str:
+    return str(getattr(torch.backends.cuda.matmul, "fp32_precision", "none"))
+
+
+def set_matmul_precision(value: str) -> None:
+    if hasattr(torch.backends, "fp32_precision"):  # since torch 2.9
+        torch.backends.cuda.matmul.fp32_precision = value
+
+
 CHANGES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "float64": lambda: changed(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
     "bfloat16": lambda: changed(torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16),
@@ -50,6 +59,7 @@ CHANGES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "medium precision": lambda: changed(
         torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"
     ),
+    "TF32 by an attribute": lambda: changed(matmul_precision, set_matmul_precision, "tf32"),
     "deterministic": lambda: changed(
         torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True
     ),

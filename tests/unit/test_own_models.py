@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,20 @@ class Hollow(nn.ModuleList):
 
     def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         return 0.1 * x * self.weight
+
+
+class Noisy(Layer):
+    def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        return nn.functional.dropout(super().forward(x, t, cond), 0.3, training=True)
+
+
+class Seeding(Layer):
+    """Draws numbers that it has seeded, from torch's own generator and from one of its own."""
+
+    def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        torch.manual_seed(0)
+        own = torch.Generator().manual_seed(int(t[0]))
+        return super().forward(x, t, cond) + 0.1 * torch.randn_like(x) + 0.1 * torch.randn(x.shape, generator=own)
 
 
 def make_layer() -> nn.Module:
@@ -100,3 +115,11 @@ def test_its_weights_are_shared(factory: str) -> None:
         for denoiser in (first, second):
             assert torch.equal(denoiser.predict(x, t, {}), expected)
     memory.close()
+
+
+def test_a_model_that_draws_random_numbers_is_refused_unless_it_seeds_them() -> None:
+    options: dict[str, Any] = {"shape": (4,), "steps": 5, "mode": "sequential", "seed": 3}
+    with pytest.raises(RuntimeError, match=r"the denoiser draws random numbers.*torch\.Generator"):
+        drp.reference("tests.unit.test_own_models:Noisy", **options)
+    first, second = (drp.reference("tests.unit.test_own_models:Seeding", **options).samples for _ in range(2))
+    assert torch.equal(first, second)
