@@ -28,8 +28,8 @@ MODES = (
 def read_settings() -> Json:
     """Return the settings of this process, including those of an enclosing `sdpa_kernel` or `attention_backend` block.
 
-    Raises ValueError for what is not supported: torch.autocast, modes that intercept torch's functions, and hooks of all
-    modules.
+    Raises ValueError for what is not supported: torch.autocast, modes that intercept torch's functions, and hooks of
+    all modules.
     """
     if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
         raise ValueError("the pipeline runs under torch.autocast, which workers do not")
