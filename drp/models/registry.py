@@ -138,25 +138,8 @@ class Denoiser:
                 self.state.restore()
 
     def _run(self, evaluate: Callable[[], T]) -> T:
-        """Evaluate; raise RuntimeError if an evaluation draws from torch's random number generators.
-
-        The second and the third are looked at: a model that seeds them itself leaves them in the state in which its
-        first evaluation has left them, and another thread of the program may draw once meanwhile.
-        """
-        self.state.evaluations += 1
-        if not 2 <= self.state.evaluations <= 3:
-            return self._evaluate(evaluate)
-        before = _random_states()
-        made = self._evaluate(evaluate)
-        self.state.draws += not all(map(torch.equal, before, _random_states()))
-        if self.state.draws == 2:
-            raise RuntimeError(
-                "the denoiser draws random numbers, so that its predictions would depend on which worker makes them, "
-                "and in which order; leave that out, or draw from a torch.Generator that each evaluation seeds"
-            )
-        return made
-
-    def _evaluate(self, evaluate: Callable[[], T]) -> T:
+        if self.state.evaluations < 3:
+            evaluate = functools.partial(self._without_random_numbers, evaluate)
         if not self.state.needs_autograd:
             try:
                 if torch.is_inference_mode_enabled():  # As in a worker, where entering it once more is not free.
@@ -170,6 +153,24 @@ class Denoiser:
             self.state.needs_autograd = True
         with torch.inference_mode(mode=False), torch.no_grad():
             return evaluate()
+
+    def _without_random_numbers(self, evaluate: Callable[[], T]) -> T:
+        """Evaluate; raise RuntimeError if evaluations draw from torch's random number generators.
+
+        The second and the third are looked at: a model that seeds them itself leaves them in the state in which its
+        first evaluation has left them, and another thread of the program may draw once meanwhile.
+        """
+        self.state.evaluations += 1
+        before = _random_states()
+        made = evaluate()
+        if self.state.evaluations > 1:
+            self.state.draws += not all(map(torch.equal, before, _random_states()))
+        if self.state.draws == 2:
+            raise RuntimeError(
+                "the denoiser draws random numbers, so that its predictions would depend on which worker makes them, "
+                "and in which order; leave that out, or draw from a torch.Generator that each evaluation seeds"
+            )
+        return made
 
     @property
     def module(self) -> nn.Module | None:
