@@ -176,13 +176,14 @@ class ModelSubject(Subject):
         assert self._leader is not None
         labels = self._label(seed, self._leader.spec.classes)
         options = self._run_options(setting, seed, labels)
-        began = time.perf_counter()
-        if self._in_process and not isinstance(setting, Drafted):
-            result = self._plain(Request(**cast("Options", options)))
-        else:
-            with record(self._leader, trace) if trace is not None else nullcontext():
+        in_process = self._in_process and not isinstance(setting, Drafted)
+        with record(self._leader, trace) if trace is not None and not in_process else nullcontext():
+            began = time.perf_counter()
+            if in_process:
+                result = self._plain(Request(**cast("Options", options)))
+            else:
                 result = self._leader.sample(**cast("Options", options))
-        seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - began  # before the trace is written
         return Sample(
             latents=result.samples,
             images=_images(result.samples),
