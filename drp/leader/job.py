@@ -290,6 +290,8 @@ def _cond(request: Request, spec: ModelSpec) -> dict[str, Tensor]:
             raise ValueError(f"cond[{name!r:.80}] is a {type(value).__name__}; cond holds tensors by name")
         if not is_text(name):
             raise ValueError(f"cond[{name!r:.80}]: the name has characters that are none (lone surrogates)")
+        if value.is_meta or value.is_nested:
+            raise ValueError(f"cond[{name!r}] is a nested tensor, or one without values; give a dense tensor")
         if value.dim() > MAX_DIMENSIONS or value.dtype not in NAMES or value.layout != torch.strided:
             raise ValueError(
                 f"cond[{name!r}] is {value.dtype} with {value.dim()} sizes, {value.layout}; give a dense tensor of one "

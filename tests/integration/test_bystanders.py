@@ -103,6 +103,7 @@ def test_what_no_message_can_hold_ends_the_run_that_asks_for_it(leader: Leader, 
         ({"a": torch.zeros([1] * 17)}, "16 sizes at most"),
         ({"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, "give a dense tensor of one of float64"),
         ({"a": torch.eye(3).to_sparse()}, "give a dense tensor"),
+        ({"a": torch.zeros(2, device="meta")}, "give a dense tensor"),
     ],
 )
 def test_a_condition_that_no_message_can_hold_is_refused(leader: Leader, cond: dict[str, Tensor], words: str) -> None:
