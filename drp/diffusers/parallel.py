@@ -309,8 +309,8 @@ def parallelize(
     trace: a file to which a trace is written, see `drp.trace`, with at most `trace_most` events.
 
     Raises ValueError for an unsuitable pipeline or invalid arguments, and WorkerError if a worker cannot start or has
-    other weights; the pipeline's call raises WorkerError if a worker is lost. Steps whose drafts cannot be verified are
-    taken sequentially in this process; `run.report` says which, and why.
+    other weights. A worker that is lost during a call is replaced, and the samples keep their bits. Steps whose drafts
+    cannot be verified or evaluated are taken sequentially in this process. `run.report` says which, and why.
     """
     if trace is not None:
         check(trace)
