@@ -15,16 +15,11 @@ from drp.diffusers.numbers import OfTime, alike, of_time
 from drp.diffusers.program import Call, Leaf, Program, output_name, stride_of, with_zeros
 from drp.diffusers.pytree import Json, UnknownValueError, flatten, rebuild
 from drp.diffusers.structure import Described, copy_of, describe
+from drp.models.state import random_states
 from drp.protocol.memory import NAMES
 from drp.protocol.messages import MAX_TENSORS
 
 log = logging.getLogger(__name__)
-
-
-def random_states(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the states of torch's random number generators for the host and for the GPUs of these tensors."""
-    gpus = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(gpu) for gpu in sorted(gpus, key=str))]
 
 
 class UnrecognisedError(Exception):
@@ -57,6 +52,11 @@ class Tensors:
         description, tensors, paths = flatten(value)
         return cls(description, tensors, paths, [tensor.detach().clone() for tensor in tensors])
 
+    @property
+    def gpus(self) -> set[torch.device]:
+        """The GPUs that the tensors are on."""
+        return {tensor.device for tensor in self.values if tensor.device.type == "cuda"}
+
 
 @dataclass
 class RecordedCall:
@@ -88,7 +88,7 @@ class RecordedCall:
             arguments = Tensors.of((list(args), kwargs))
         except UnknownValueError as error:
             return cls(module, state, settings, problem=f"{module}: {error}")
-        return cls(module, state, settings, arguments, random=random_states(arguments.values))
+        return cls(module, state, settings, arguments, random=random_states(arguments.gpus))
 
     def after(self, result: Any, state: Described) -> None:
         """Record the results of the call, and the module's state after it."""
@@ -104,7 +104,7 @@ class RecordedCall:
                 "it under torch.no_grad()"
             )
         if self.arguments is not None:
-            self.has_drawn = not all(map(torch.equal, self.random, random_states(self.arguments.values)))
+            self.has_drawn = not all(map(torch.equal, self.random, random_states(self.arguments.gpus)))
 
     def changes_again(self, compiled: Any) -> bool:
         """Return whether the call has changed the module, and the same call would change it again.

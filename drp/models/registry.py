@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from drp.models.state import ModuleState
+from drp.models.state import ModuleState, random_states
 from drp.protocol.messages import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -161,10 +161,11 @@ class Denoiser:
         first evaluation has left them, and another thread of the program may draw once meanwhile.
         """
         self.state.evaluations += 1
-        before = _random_states()
+        gpus = [torch.device("cuda")] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+        before = random_states(gpus)
         made = evaluate()
         if self.state.evaluations > 1:
-            self.state.draws += not all(map(torch.equal, before, _random_states()))
+            self.state.draws += not all(map(torch.equal, before, random_states(gpus)))
         if self.state.draws == 2:
             raise RuntimeError(
                 "the denoiser draws random numbers, so that its predictions would depend on which worker makes them, "
@@ -218,12 +219,6 @@ def load(name: str) -> Denoiser:
     for parameter in predict.parameters():  # A ScriptModule has no requires_grad_.
         parameter.requires_grad_(False)
     return Denoiser(predict, spec, ModuleState(predict))
-
-
-def _random_states() -> list[Tensor]:
-    """Return the states of torch's random number generators for the host and, if it is used, for the current GPU."""
-    on_gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    return [torch.get_rng_state(), *on_gpu]
 
 
 def _timesteps(x: Tensor, timestep: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -68,3 +69,8 @@ class ModuleState:
                 with torch.no_grad(), torch.inference_mode(kept.buffer.is_inference()):
                     kept.buffer.copy_(kept.content)
                 kept.version = None
+
+
+def random_states(gpus: Iterable[torch.device]) -> list[Tensor]:
+    """Return the states of torch's random number generators for the host and for these GPUs, in a fixed order."""
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, sorted(gpus, key=str))]
