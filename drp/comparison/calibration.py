@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drp.comparison.settings import Drafted, default_drafts
-from drp.comparison.subject import Sample, Subject
+from drp.comparison.subject import Sample, Session, Subject
 from drp.leader.scheduling.policies import Barrier
 from drp.protocol.messages import Emulated
 from drp.simulate import Device, Load, simulate
@@ -106,15 +106,10 @@ class _Calibrator:
         """Measure runs with `width` drafts a round."""
         self._report(f"measuring rounds of {width}")
         with self._subject.session(_of_width(width)) as session:
-            warm = session.sample(0)
+            self._samples[width], self._slowest[width] = _measure_rounds(session, width, self._trace)
             if self._exact is None:
                 self._exact = session.untouched(0)  # The first call, whose time has one-time costs in it.
-            samples, slowest = [], []
-            for _ in range(calls(warm.seconds)):
-                samples.append(session.sample(0, self._trace))
-                slowest.append(round_seconds(self._trace, width))
             self._untouched.append(session.untouched(0))
-        self._samples[width], self._slowest[width] = samples, statistics.median(slowest)
 
     def measure_between(self, low: int, high: int) -> None:
         """Measure in the middle of two numbers that were measured, as long as times are not on a straight line."""
@@ -170,8 +165,17 @@ def calibrate(subject: Subject, trace: Path, report: Report) -> tuple[Calibratio
     return calibrator.result(), calibrator.exact
 
 
-def calls(seconds: float) -> int:
-    """Return how many calls to measure of a setting whose calls take `seconds`."""
+def _measure_rounds(session: Session, width: int, trace: Path) -> tuple[list[Sample], float]:
+    """Return the samples of warm calls, and the median over them of `round_seconds`."""
+    samples, slowest = [], []
+    for _ in range(call_count(session.sample(0).seconds)):
+        samples.append(session.sample(0, trace))
+        slowest.append(round_seconds(trace, width))
+    return samples, statistics.median(slowest)
+
+
+def call_count(seconds: float) -> int:
+    """Return the number of calls to measure of a setting whose calls take `seconds`."""
     return max(MIN_CALLS, min(MAX_CALLS, int(CALLS_SECONDS / seconds)))
 
 
@@ -204,12 +208,7 @@ def time_batches(subject: Subject, trace: Path, report: Report) -> dict[int, flo
         report(f"measuring batches of {size}")
         alone = subject.batched(size, one_device=True)
         with alone, alone.session(Drafted("aggressive", size)) as session:
-            warm = session.sample(0)
-            slowest = []
-            for _ in range(calls(warm.seconds)):
-                session.sample(0, trace)
-                slowest.append(round_seconds(trace, size))
-            found[size] = statistics.median(slowest)
+            _, found[size] = _measure_rounds(session, size, trace)
     return found
 
 

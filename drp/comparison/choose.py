@@ -11,7 +11,7 @@ DEFAULT_DISTANCE = 0.05
 """The largest mean relative L2 distance of a setting that is recommended if no bound is given."""
 
 PLAUSIBLE = 1.1
-"""How many times the speed-up that its rounds allow a setting may seem to have by the variation of times."""
+"""A measured speed-up is reported as implausible above this multiple of steps / rounds."""
 
 
 @dataclass(frozen=True)

@@ -122,10 +122,10 @@ class ModelSubject(Subject):
         return ModelSubject(self._name, own, labels=self._labels, **self._options)
 
     def timed(self) -> ModelSubject:
-        """Return this subject, or with emulated devices one whose workers compute a cheap function, not the model.
+        """Return this subject; with emulated devices, one whose workers compute a cheap function instead of the model.
 
-        An emulated device stands for one with a processor of its own. The time that its worker takes to evaluate the
-        model, on cores that all workers share, is none of the device's.
+        An emulated device stands for one with its own processor. Its worker evaluates the model on cores that all
+        workers share, which can take longer than the device's own time.
         """
         placed = self._leader_options.worker_devices
         if not any(device.emulated for device in placed):
@@ -141,7 +141,7 @@ class ModelSubject(Subject):
         threads = self._leader_options.threads
         return reference(self._name, devices=f"{self.capacity}xcpu", threads=threads, **cast("Options", options))
 
-    def cheap_notes(self, evaluation: float) -> list[str]:
+    def emulation_notes(self, evaluation: float) -> list[str]:
         emulated = [device.emulated for device in self._leader_options.worker_devices if device.emulated]
         name = self._name
         notes = [

@@ -21,7 +21,7 @@ BUSY = 1.5
 """How many times its shortest time an untouched call may take before the report says that times vary."""
 
 SLOW_EMULATION = 1.1
-"""How many times its own time the median evaluation of an emulated device may take without a note."""
+"""The report has a note if the median evaluation of an emulated device takes more than this multiple of its time."""
 
 
 def write_reports(

@@ -96,15 +96,18 @@ class Subject(AbstractContextManager["Subject"]):
         raise NotImplementedError
 
     def timed(self) -> Subject:
-        """Return the subject to measure times on: another one, whose samples are worthless, for emulated devices."""
+        """Return the subject whose times are measured; with emulated devices, its samples are not the model's."""
         return self
 
     def reference(self, setting: Drafted | None, seed: int) -> Result:
-        """Sample in this process, which a subject for emulated devices can; None is the untouched run."""
+        """Sample in this process; None is the untouched run. Only subjects with emulated devices implement this."""
         raise NotImplementedError
 
-    def cheap_notes(self, evaluation: float) -> list[str]:
-        """Say, of a subject for emulated devices, what was computed where; `evaluation`: seconds of one here."""
+    def emulation_notes(self, evaluation: float) -> list[str]:
+        """Describe how times and samples of emulated devices were obtained.
+
+        evaluation: the seconds of one evaluation of the model in this process.
+        """
         raise NotImplementedError
 
     @abstractmethod
@@ -137,7 +140,7 @@ def threads_in_words(count: int) -> str:
 
 
 def as_count(devices: Any) -> Any:
-    """Return devices as Python has them: a count that the command line has as text as an int."""
+    """Return devices, with a count that is text, as on the command line, as an int."""
     return int(devices) if isinstance(devices, str) and devices.isdecimal() else devices
 
 

@@ -13,7 +13,7 @@ from drp.comparison.calibration import (
     Calibration,
     Report,
     calibrate,
-    calls,
+    call_count,
     largest_drafts,
     simulated_seconds,
     time_batches,
@@ -89,7 +89,7 @@ def tune(subject: Subject, report: Report = lambda _: None) -> Tuning:
         if timed is not subject:
             report("computing the samples")
             tried, seconds = _with_reference_distances(timed, tried)
-            method += timed.cheap_notes(seconds)
+            method += timed.emulation_notes(seconds)
     measured = dict(zip(map(id, fastest), tried, strict=True))
     found = sorted((measured.get(id(c), c) for c in candidates), key=_time)
     best = min(tried, key=lambda c: c.measured or c.predicted)
@@ -134,8 +134,7 @@ def _try(subject: Subject, candidate: Candidate, exact: Sample, report: Report) 
     own = subject.batched(candidate.batch) if candidate.batch > 1 else None
     runs, untouched = [], []
     with own or nullcontext(), (own or subject).session(candidate.setting) as session:
-        warm = session.sample(0)
-        for _ in range(calls(warm.seconds)):
+        for _ in range(call_count(session.sample(0).seconds)):
             runs.append(session.sample(0))
             untouched.append(session.untouched(0).seconds)
     (apart,) = relative_l2(runs[0].latents[None], exact.latents[None])

@@ -80,7 +80,7 @@ def cheap(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
 
 
 def sleep(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-    """Return x after `SLEEP` seconds in which the processor's caches have filled with other programs' data."""
+    """Return x after `SLEEP` seconds. The processor's caches are cold then, as after an evaluation on a device."""
     time.sleep(SLEEP)
     return x
 

@@ -82,8 +82,8 @@ def test_what_is_said_of_emulated_devices() -> None:
     timed = subject.timed()
     assert timed.devices == ("emulated:20ms:jitter=10%:values=cheap", "emulated:30ms:values=cheap")
     cores = len(os.sched_getaffinity(0))
-    assert len(timed.cheap_notes(0.01 * cores)) == 1  # Two evaluations take as long as the faster device.
-    late = timed.cheap_notes(0.02 * cores)[1]
+    assert len(timed.emulation_notes(0.01 * cores)) == 1  # Two evaluations take as long as the faster device.
+    late = timed.emulation_notes(0.02 * cores)[1]
     assert f"2 evaluations of {20 * cores:.1f} ms at once take 40.0 ms on {cores} cores, and the devices 20 ms" in late
     on_cores = ModelSubject("digits", LeaderOptions(devices=2))
     assert on_cores.timed() is on_cores
