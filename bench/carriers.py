@@ -1,7 +1,8 @@
 """What does a round lose on other machines' workers, by carrier? `python -m bench.carriers`, with Ray on this machine.
 
 A Ray cluster of a head and two nodes, here all on one machine; emulated devices; the same aggressive runs for all
-carriers, in turn, each result compared with the reference. A round's loss is its time beyond its slowest evaluation.
+carriers, one after the other in several turns, each result compared with the reference. A round's loss is its time
+beyond its slowest evaluation.
 The last line is the simulator's, for the link that `drp doctor --ray` measures to the same cluster.
 The results are added to bench/results/carriers.json.
 """
@@ -13,7 +14,7 @@ import importlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +62,22 @@ def cluster(cpus: int) -> Iterator[None]:
         made.shutdown()
 
 
-def measure(work: Work, kinds: Sequence[type[Transport]], turns: int) -> dict[str, dict[str, float]]:
-    """Return the figures of each carrier, measured in turn; the first turn warms up."""
-    runs: dict[str, list[RunTime]] = {NAMES.get(kind, kind.name): [] for kind in kinds}
+def measure(work: Work, kinds: Sequence[type[Transport]], turns: int, runs: int) -> dict[str, dict[str, float]]:
+    """Return the figures of each carrier, measured in turn; each turn's first run warms up.
+
+    Only one carrier's workers live at a time: the idle actors of a compiled graph poll, which delays other carriers.
+    """
+    times: dict[str, list[RunTime]] = {NAMES.get(kind, kind.name): [] for kind in kinds}
     expected = work.reference()
-    with ExitStack() as stack:
-        carriers = [stack.enter_context(closing(kind(work))) for kind in kinds]
-        for turn in range(turns + 1):
-            for (name, times), carrier in zip(runs.items(), carriers, strict=True):
-                if not torch.equal(carrier.sample(), expected):
-                    raise RuntimeError(f"{name} computes other samples than the reference")
-                if turn:
-                    times.append(split(carrier.timeline))
-    return {name: summary(times, work.count) for name, times in runs.items()}
+    for _ in range(turns):
+        for (name, found), kind in zip(times.items(), kinds, strict=True):
+            with closing(kind(work)) as carrier:
+                for run in range(runs + 1):
+                    if not torch.equal(carrier.sample(), expected):
+                        raise RuntimeError(f"{name} computes other samples than the reference")
+                    if run:
+                        found.append(split(carrier.timeline))
+    return {name: summary(found, work.count) for name, found in times.items()}
 
 
 def simulated(work: Work, nbytes: int, link: str) -> dict[str, float]:
@@ -99,11 +103,14 @@ def table(found: dict[str, dict[str, dict[str, float]]], work: Work) -> Table:
 @click.option("-d", "--devices", default=8, show_default=True, help="Emulated devices of each carrier.")
 @click.option("--time", "device_time", default="20ms", show_default=True, help="Of an evaluation.")
 @click.option("--sizes", default="64,256", show_default=True, help="Of a draft, in KiB.")
-@click.option("--turns", default=5, show_default=True, help="Runs of each carrier.")
+@click.option("--turns", default=3, show_default=True, help="Times that each carrier's workers are started.")
+@click.option("--runs", default=3, show_default=True, help="Runs of each carrier in a turn, after one to warm up.")
 @click.option("--steps", default=49, show_default=True)
 @click.option("--carriers", default=",".join(CARRIERS), show_default=True)
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
-def main(devices: int, device_time: str, sizes: str, turns: int, steps: int, carriers: str, out: Path) -> None:
+def main(
+    devices: int, device_time: str, sizes: str, turns: int, runs: int, steps: int, carriers: str, out: Path
+) -> None:
     """Measure."""
     torch.set_num_threads(1)
     kinds = [CARRIERS[name] for name in carriers.split(",")]
@@ -113,7 +120,7 @@ def main(devices: int, device_time: str, sizes: str, turns: int, steps: int, car
         for size in map(int, sizes.split(",")):
             shape = (size * 1024 // 4 // 64**2, 64, 64)
             work = Work(f"emulated:{device_time}", devices, steps=steps, shape=shape)
-            found[f"{size} KiB"] = measure(work, kinds, turns)
+            found[f"{size} KiB"] = measure(work, kinds, turns, runs)
             found[f"{size} KiB"][f"simulated: {link}"] = simulated(work, size * 1024, link)
     console().print(table(found, work))
     record: dict[str, Any] = {
@@ -121,6 +128,7 @@ def main(devices: int, device_time: str, sizes: str, turns: int, steps: int, car
         "machine": facts,
         "devices": f"{devices} x {work.device}",
         "turns": turns,
+        "runs": runs,
         "link": link,
         "sizes": found,
     }
