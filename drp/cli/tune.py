@@ -62,7 +62,7 @@ def _measured(tuning: Tuning) -> list[Table]:
     facts = Table(title="Measured", show_header=False, title_justify="left")
     facts.add_row("untouched run", f"{found.untouched * 1e3:.1f} ms")
     for size, seconds in found.batches.items():
-        facts.add_row(f"a batch of {size} on one device", f"{seconds * 1e3:.2f} ms")
+        facts.add_row(f"a batch of {size} on each device", f"{seconds * 1e3:.2f} ms")
     by_name: dict[str, list[float]] = {}
     for device, used in found.memory.items():
         by_name.setdefault(device.partition(": ")[2], []).append(used / 2**20)

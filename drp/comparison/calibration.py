@@ -45,14 +45,16 @@ class RoundTime:
 class Calibration:
     """What was measured on the devices; times in seconds.
 
+    devices: the number of devices.
     rounds: the time of a round by the number of drafts that are evaluated at once, one a device. Devices that share
         cores or memory take longer for more drafts.
-    batches: the slowest evaluation of a batch of drafts on one device, by its size.
+    batches: the slowest evaluation while every device evaluates a batch of drafts, by the size of the batches.
     fixed: what a call takes before the first evaluation and after the last step.
     memory: bytes, by the name of each device.
     untouched: a call without drp.
     """
 
+    devices: int
     rounds: dict[int, RoundTime]
     batches: dict[int, float]
     fixed: float
@@ -66,9 +68,13 @@ class Calibration:
         """
         devices = -(-width // batch)
         if batch > 1 and width > 1:
-            share = self.batches[batch] / self.rounds[1].slowest
-            return self._at(devices, lambda r: r.slowest) * share + self._at(devices, lambda r: r.loss)
+            slowest = self._at(devices, lambda r: r.slowest)
+            return slowest * self.batch_ratio(batch) + self._at(devices, lambda r: r.loss)
         return self._at(devices, lambda r: r.seconds)
+
+    def batch_ratio(self, size: int) -> float:
+        """Return how many times as long as one draft a batch takes, while all devices evaluate."""
+        return self.batches[size] / self._at(self.devices, lambda r: r.slowest)
 
     def _at(self, width: int, of: Callable[[RoundTime], float]) -> float:
         known = sorted(self.rounds)
@@ -132,7 +138,8 @@ class _Calibrator:
         run has one draft, and loses as much as the rounds of the sequential run.
         """
         untouched = statistics.median(sample.seconds for sample in self._untouched)
-        known = Calibration({w: RoundTime(s, 0.0) for w, s in self._slowest.items()}, {}, 0.0, {}, untouched)
+        devices = len(self._subject.devices)
+        known = Calibration(devices, {w: RoundTime(s, 0.0) for w, s in self._slowest.items()}, {}, 0.0, {}, untouched)
         found: dict[int, RoundTime] = {}
         for width, samples in sorted(self._samples.items()):
             sampling = statistics.median(sample.sampling_seconds for sample in samples)
@@ -143,7 +150,7 @@ class _Calibrator:
                 found[width] = RoundTime(self._slowest[width], rest / (samples[0].rounds - 1))
         every = [sample for samples in self._samples.values() for sample in samples]
         fixed = statistics.median(sample.seconds - sample.sampling_seconds for sample in every)
-        return Calibration(found, {}, fixed, self._subject.memory(), untouched)
+        return Calibration(devices, found, {}, fixed, self._subject.memory(), untouched)
 
     @property
     def exact(self) -> Sample:
@@ -202,13 +209,15 @@ def round_seconds(trace: Path, width: int) -> float:
 
 
 def time_batches(subject: Subject, trace: Path, report: Report) -> dict[int, float]:
-    """Return the times of batches on one device, where devices evaluate batches."""
+    """Return the times of batches on all devices at once, by their size, where devices evaluate batches."""
     found = {}
     for size in BATCHES if subject.can_batch else ():
-        report(f"measuring batches of {size}")
-        alone = subject.batched(size, one_device=True)
-        with alone, alone.session(Drafted("aggressive", size)) as session:
-            _, found[size] = _measure_rounds(session, size, trace)
+        width = size * len(subject.devices)
+        if width <= largest_drafts(subject.steps):
+            report(f"measuring batches of {size}")
+            batched = subject.batched(size)
+            with batched, batched.session(_of_width(width)) as session:
+                _, found[size] = _measure_rounds(session, width, trace)
     return found
 
 

@@ -52,17 +52,23 @@ def choose(
     text = f"Of the settings that are {wanted}, {first} is {_described(cell)}."
     if speedup(cell) < 1:
         text += " It is slower than the untouched run: drafting gains nothing here."
-    rounds = statistics.fmean(cell["rounds"])
-    if speedup(cell) > PLAUSIBLE * cell["steps"] / rounds:
-        text += (
-            f" {rounds:.4g} rounds in place of {cell['steps']} steps allow only {cell['steps'] / rounds:.2f} times: "
-            "something slowed the untouched run down. Measure the times again on a quiet machine."
-        )
+    if why := implausible(speedup(cell), cell["steps"], statistics.fmean(cell["rounds"])):
+        text += f" {why}"
     rivals = [c for c in cells.values() if c["kind"] != "drafted" and distance(c) <= distance(cell)]
     rivals = [c for c in rivals if speedup(c) >= speedup(cell)]
     if rivals:
         text += f" Fewer steps do better: {_described(max(rivals, key=speedup))}."
     return Choice(best, text, cell["code"])
+
+
+def implausible(speedup: float, steps: int, rounds: float) -> str:
+    """Return why a measured speed-up cannot be right, in a sentence; empty if it can."""
+    if speedup <= PLAUSIBLE * steps / rounds:
+        return ""
+    return (
+        f"{rounds:.4g} rounds in place of {steps} steps allow only {steps / rounds:.2f} times: something slowed the "
+        "untouched run down. Measure the times again on a quiet machine."
+    )
 
 
 def distance(cell: Mapping[str, Any]) -> float:

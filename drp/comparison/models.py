@@ -116,9 +116,8 @@ class ModelSubject(Subject):
     def can_batch(self) -> bool:
         return all(device.emulated is None for device in self._leader_options.worker_devices)
 
-    def batched(self, size: int, one_device: bool = False) -> ModelSubject:
-        devices = [self.devices[0]] if one_device else self._leader_options.devices
-        own = replace(self._leader_options, devices=devices, drafts_per_device=size)
+    def batched(self, size: int) -> ModelSubject:
+        own = replace(self._leader_options, drafts_per_device=size)
         return ModelSubject(self._name, own, labels=self._labels, **self._options)
 
     def timed(self) -> ModelSubject:

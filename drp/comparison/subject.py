@@ -91,8 +91,8 @@ class Subject(AbstractContextManager["Subject"]):
         """Whether devices can evaluate several drafts as one batch, and are not emulated."""
         return False
 
-    def batched(self, size: int, one_device: bool = False) -> Subject:
-        """Return the same subject with batches of `size` drafts a device; with `one_device`, on the first alone."""
+    def batched(self, size: int) -> Subject:
+        """Return the same subject with batches of `size` drafts a device."""
         raise NotImplementedError
 
     def timed(self) -> Subject:

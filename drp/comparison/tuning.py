@@ -18,6 +18,7 @@ from drp.comparison.calibration import (
     simulated_seconds,
     time_batches,
 )
+from drp.comparison.choose import implausible
 from drp.comparison.distances import relative_l2
 from drp.comparison.settings import Drafted
 from drp.comparison.subject import Sample, Subject
@@ -172,6 +173,8 @@ def _advice(
         lines = [
             f"Drafting gains nothing: {best.setting.label} takes {1 / gain:.2f} times as long as the untouched run."
         ]
+    if why := implausible(gain, subject.steps, best.rounds):
+        lines.append(why)
     times, count = dict(devices), len(subject.devices)
     for other in (count - 1, count + 1, 2 * count):
         if other in times and other != count:
@@ -191,8 +194,8 @@ def _advice(
             f"An evaluation takes {together / single:.2f} times as long while all devices evaluate, which share "
             "cores or memory."
         )
-    for size, seconds in calibration.batches.items():
-        ratio = seconds / single
+    for size in calibration.batches:
+        ratio = calibration.batch_ratio(size)
         worth = "one device can evaluate several drafts" if ratio < 0.8 * size else "batches gain little"
         lines.append(f"A batch of {size} drafts takes {ratio:.2f} times as long as one draft: {worth}.")
     varied = max(c.varied or 1.0 for c in tried)

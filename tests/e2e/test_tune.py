@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,13 @@ from click.testing import CliRunner
 import drp
 from drp.cli import main
 from drp.cli.tune import tables
+from drp.comparison import calibration
 from drp.comparison.calibration import Calibration, RoundTime, round_seconds
+from drp.comparison.choose import implausible
 from drp.comparison.models import ModelSubject
-from drp.comparison.tuning import Tuning, tune
+from drp.comparison.settings import Drafted
+from drp.comparison.subject import Sample, Session
+from drp.comparison.tuning import Candidate, Tuning, _advice, tune
 from drp.diffusers.comparison import PipelineSubject
 from drp.diffusers.digits import digits_pipeline
 from drp.leader import LeaderOptions
@@ -105,13 +110,47 @@ def test_other_numbers_of_devices(tuning: Tuning) -> None:
 
 def test_times_between_and_beyond_the_measured_ones() -> None:
     rounds = {1: RoundTime(1.0, 0.0), 4: RoundTime(0.5, 0.5), 8: RoundTime(1.0, 2.0)}
-    found = Calibration(rounds, {2: 1.5}, 0.0, {}, 1.0)
+    found = Calibration(4, rounds, {2: 0.75}, 0.0, {}, 1.0)
     assert [found.seconds(width) for width in (1, 2, 4, 6, 8, 10)] == [1.0, 1.0, 1.0, 2.0, 3.0, 4.0]
-    falling = Calibration({1: RoundTime(1.0, 0.0), 2: RoundTime(0.9, 0.0)}, {}, 0.0, {}, 1.0)
+    falling = Calibration(2, {1: RoundTime(1.0, 0.0), 2: RoundTime(0.9, 0.0)}, {}, 0.0, {}, 1.0)
     assert falling.seconds(4) == 0.9  # more drafts than were measured are never faster
     # Two drafts on each of four devices: the slowest evaluation takes 1.5 times as long, the rest as long as ever.
-    assert found.seconds(8, batch=2) == pytest.approx(0.5 * 1.5 + 0.5)
+    assert found.batch_ratio(2) == 1.5
+    assert found.seconds(8, batch=2) == pytest.approx(0.75 + 0.5)
+    assert found.seconds(2, batch=2) == pytest.approx(1.0 * 1.5)  # on one device
     assert found.seconds(1, batch=2) == 1.0
+
+
+@pytest.mark.reports
+def test_batches_are_timed_on_all_devices_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = list[int]()
+    measure = calibration._measure_rounds
+
+    def noted(session: Session, width: int, trace: Path) -> tuple[list[Sample], float]:
+        widths.append(width)
+        return measure(session, width, trace)
+
+    monkeypatch.setattr(calibration, "_measure_rounds", noted)
+    monkeypatch.setattr(calibration, "MAX_CALLS", 3)
+    found = tune(ModelSubject("tests.denoisers:Tiny", LeaderOptions(devices=2), steps=13))
+    assert widths == [1, 2, 4]  # Batches of 4 would need 24 steps.
+    assert list(found.calibration.batches) == [2]
+    assert {c.setting.drafts for c in found.candidates if c.batch == 2} == {4}
+
+
+def test_an_impossible_speedup_is_not_advised_without_a_word() -> None:
+    assert implausible(2.1, 12, 6) == ""
+    assert implausible(2.3, 12, 6) == (
+        "6 rounds in place of 12 steps allow only 2.00 times: something slowed the untouched run down. Measure the "
+        "times again on a quiet machine."
+    )
+    rounds = {1: RoundTime(1.0, 0.0), 2: RoundTime(1.0, 0.0)}
+    found = Calibration(2, rounds, {}, 0.0, {}, 24.0)
+    subject = ModelSubject("digits", LeaderOptions(devices=2), steps=12)
+    best = Candidate(Drafted("aggressive", 2), 1, 7, 7.0, measured=7.0, speedup=3.4, varied=1.0, distance=0.1)
+    lines = _advice(subject, found, [(2, 7.0)], best, [best])
+    assert lines[1] == implausible(3.4, 12, 7)
+    assert not any("allow only" in line for line in _advice(subject, found, [], replace(best, speedup=1.7), [best]))
 
 
 @pytest.mark.reports
