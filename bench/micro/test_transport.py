@@ -2,14 +2,15 @@
 
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator
 from socket import socket as Socket
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from drp.protocol.codec import encode
-from drp.protocol.messages import Draft, Hello, Prediction, Stop
+from drp.protocol.codec import decode, encode
+from drp.protocol.messages import TO_LEADER, Draft, Hello, Prediction, Stop, ToLeader
 from drp.protocol.transport import LeaderSocket, WorkerSocket
 
 DEADLINE = 30.0
@@ -26,6 +27,16 @@ def echo(listener: Socket, leader: int) -> None:
     socket.close()
 
 
+def receive_one(leader: LeaderSocket) -> tuple[bytes, ToLeader]:
+    """Wait for one message; return its sender and the message."""
+    deadline = time.monotonic() + DEADLINE
+    while not (received := leader.receive()):
+        assert time.monotonic() < deadline
+        leader.sleep(deadline - time.monotonic())
+    ((identity, frame),) = received
+    return identity.bytes, decode(frame.bytes, TO_LEADER)
+
+
 @pytest.fixture
 def leader() -> Iterator[LeaderSocket]:
     """Open a leader's socket."""
@@ -40,13 +51,11 @@ def test_round_trip(benchmark: BenchmarkFixture, leader: LeaderSocket) -> None:
     process = multiprocessing.get_context("spawn").Process(target=echo, args=(listener, os.getpid()), daemon=True)
     process.start()
     listener.close()
-    assert leader.poll(DEADLINE)[0]
-    leader.receive()
+    receive_one(leader)
 
     def there_and_back() -> object:
         leader.send(b"echo", encode(Draft(0, 1, 999.0, 1, 1)))
-        assert leader.poll(DEADLINE)[0]
-        return leader.receive()
+        return receive_one(leader)
 
     assert benchmark(there_and_back) == (b"echo", Prediction(0, 1, 1, 0.0))
     leader.send(b"echo", encode(Stop()))
@@ -58,8 +67,7 @@ def test_dispatch_to_8_workers(benchmark: BenchmarkFixture, leader: LeaderSocket
     sockets = [WorkerSocket(leader.invite(b"%d" % number).detach(), os.getpid()) for number in range(WORKERS)]
     for socket in sockets:
         socket.send(Hello(1, 1))
-        assert leader.poll(DEADLINE)[0]
-        leader.receive()
+        receive_one(leader)
     sent = 0
 
     def dispatch() -> None:

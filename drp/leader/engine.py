@@ -1,15 +1,15 @@
 """The engine: the leader's thread, which executes all runs. No other thread uses the socket to the workers.
 
 Other threads submit runs and sessions to the request queue. Each iteration of the loop does the following; the steps
-marked * are skipped while every run has `workers_saturated`.
+marked * are skipped while no run `has_work`.
 
       _admit            start queued runs up to the limit, end cancelled ones
-      _run_ready        execute the arithmetic that asynchronous runs queued for this thread, as far as it is ready
     * _poll_completions check the completion records of asynchronous runs
     * _assign           send waiting drafts to workers, and schedule the drafts that need no further message
     * refine_all        compute the final states of the last rounds, call callbacks, while the workers compute
     * bind_all          have the remaining workers open the memory of new runs
-      _receive          wait for messages, wake-ups or a deadline, and handle them
+    * _run_ready        execute the arithmetic that asynchronous runs queued for this thread, as far as it is ready
+      _receive          wait for messages, wake-ups or a deadline, and handle them, until a run has work
 
 The engine's state is held by:
 
@@ -98,9 +98,9 @@ class Engine:
             self._handler = MessageHandler(
                 self.supervisor, self.runs, self._scheduler, self.recorder, options.draft_timeout
             )
-            self.pool.watch(self._requests.wakeup_fd)
+            self.pool.watch_wakeup(self._requests.wakeup_fd)
             if self.placement.wakeup is not None:
-                self.pool.watch(self.placement.wakeup.fd)
+                self.pool.watch_wakeup(self.placement.wakeup.fd)
             self._thread.start()
             undo.pop_all()  # From here on the thread owns all of these and closes them.
         self._thread_ready.wait()
@@ -193,14 +193,13 @@ class Engine:
             self._start()
             while self._requests.closing is None:
                 self._admit()
-                self._run_ready()
-                if not self.runs.workers_saturated:
+                if self.runs.has_work or self._scheduler.policy.hedge:
                     self._poll_completions()
                     self._assign()  # First, because workers may be idle.
                     self.runs.refine_all()  # Final states of the previous round, while the workers compute.
                     self.runs.bind_all()
                     self._run_ready()
-                    if self.runs.rounds_begun != self._rounds_seen and not self.runs.workers_saturated:
+                    if self.runs.rounds_begun != self._rounds_seen and self.runs.has_work:
                         continue  # A round has begun in the meantime, so more drafts can be assigned.
                 self._receive()
         except WorkerError as lost:
@@ -229,14 +228,13 @@ class Engine:
             self.supervisor.start_worker(worker_slot)
         while self._requests.closing is None and len(self.supervisor.ready) < len(self.supervisor.worker_slots):
             timer = self._clock.to_monotonic(self.supervisor.next_deadline)
-            got = self.pool.poll(timer, self._requests.wakeup_fd)
+            received, _ = self.pool.receive(timer)
             self._clock.resume(timer)
-            losses = self.supervisor.check_health()
-            if got is not None and not losses:
-                loss = self.supervisor.on_message(self.supervisor.slot_of(got[0]), got[1])
-                losses = [loss] if loss else []
-            for loss in losses:
+            for loss in self.supervisor.check_health():
                 raise WorkerError(loss.reason)
+            for worker, message in received:
+                if failed := self.supervisor.on_message(self.supervisor.slot_of(worker), message):
+                    raise WorkerError(failed.reason)
         if self._requests.closing is None:
             self._started.set_result(self.supervisor.startup.loaded_model.spec)
 
@@ -310,41 +308,24 @@ class Engine:
         self._scheduler.flush()
 
     def _receive(self) -> None:
-        """Wait for a message, a wake-up or a deadline; handle messages until a worker can be assigned more drafts."""
-        self._clock.resume()
-        timer = self._clock.to_monotonic(self._next_deadline())
-        has_pending, has_messages = self._follow_streams(timer)
-        got = self.pool.poll(0.0 if has_pending else timer, self._requests.wakeup_fd) if has_messages else None
-        self._clock.resume(timer)
-        self.placement.drain_wakeups()
-        while got is not None:
-            self._handler.on_message(self.supervisor.slot_of(got[0]), got[1])
-            if self.runs.has_work or self._next_ready_time <= time.monotonic():
-                break
-            got = self.pool.receive_now()
-        if time.monotonic() >= timer:
-            self._on_deadline()
+        """Wait for messages, wake-ups and deadlines and handle them, until a run has work or there may be other work.
 
-    def _follow_streams(self, timer: float) -> tuple[bool, bool]:
-        """Sleep and execute what becomes ready on the runs' streams, for as long as nothing else needs this thread.
-
-        Sleeping between the steps leaves this thread's core to the workers.
-
-        Returns:
-            Whether a run's stream had operations pending, and whether a message or another wake-up may be waiting.
+        What becomes ready on the runs' streams in the meantime is executed. Sleeping between such steps leaves this
+        thread's core to the workers.
         """
-        wakeup = self.placement.wakeup
-        if wakeup is None or self._next_ready_time == math.inf:
-            return False, True
-        ready: set[int] = set()
-        while ready <= {wakeup.fd} and self._next_ready_time < math.inf and time.monotonic() < timer:
-            ready = self.pool.sleep(min(timer, self._next_ready_time))
-            self._clock.resume(min(timer, self._next_ready_time))
-            self.placement.drain_wakeups()
-            self._run_ready()
-            if not self.runs.workers_saturated:
-                break
-        return True, not ready <= {wakeup.fd}
+        timer, ready = self._clock.to_monotonic(self._next_deadline()), self.supervisor.ready
+        while True:
+            self._clock.resume()
+            until = min(timer, self._next_ready_time)
+            received, wakeups = self.pool.receive(until)
+            self._clock.resume(until)
+            self._handler.on_messages(received)
+            if self._next_ready_time < math.inf:
+                self._run_ready()
+            if time.monotonic() >= timer:
+                return self._on_deadline()
+            if self.runs.has_work or self._requests.wakeup_fd in wakeups or self.supervisor.ready is not ready:
+                return None
 
     def _next_deadline(self) -> float:
         """Return the time of the next deadline, on the leader's clock."""
@@ -357,8 +338,9 @@ class Engine:
         return min(times)
 
     def _on_deadline(self) -> None:
-        while (got := self.pool.receive_now()) is not None:  # A message that has arrived is not late.
-            self._handler.on_message(self.supervisor.slot_of(got[0]), got[1])
+        while received := self.pool.receive(0.0)[0]:  # A message that has arrived is not late.
+            self._handler.on_messages(received)
+        self._run_ready()
         self._poll_completions()  # The last check may be some time ago.
         for loss in self.supervisor.check_health():
             self._handler.on_worker_lost(loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from drp.errors import WorkerError
 from drp.leader.event_recorder import EventRecorder
@@ -10,6 +11,7 @@ from drp.leader.runs.run_state import InFlightBatch, PendingCompletion, RunState
 from drp.leader.runs.run_table import RunTable, release_rows
 from drp.leader.scheduling.scheduler import Scheduler
 from drp.leader.supervision.supervisor import DRAFT_RETRY_COST, Supervisor, WorkerLoss, WorkerSlot
+from drp.leader.supervision.worker import Received
 from drp.protocol.messages import Bound, EvaluationError, Prediction, ToLeader
 from drp.protocol.timeline import OK
 
@@ -28,7 +30,14 @@ class MessageHandler:
         self._supervisor, self._runs, self._scheduler = supervisor, runs, scheduler
         self._recorder, self._draft_timeout = recorder, draft_timeout
 
-    def on_message(self, worker_slot: WorkerSlot, message: ToLeader | None) -> None:
+    def on_messages(self, received: Sequence[Received]) -> None:
+        """Handle messages, and the exits of workers (None)."""
+        for worker, message in received:
+            worker_slot = self._supervisor.slot_of(worker)
+            if worker_slot.worker is worker:  # It was not lost by what came before.
+                self._on_message(worker_slot, message)
+
+    def _on_message(self, worker_slot: WorkerSlot, message: ToLeader | None) -> None:
         """Handle a worker's message, or its exit (None)."""
         match message:
             case Prediction() if sent := _find_batch(worker_slot, message):

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import zmq
 
-from drp.errors import ProtocolError
 from drp.protocol.codec import MAX_MESSAGE, decode, encode
 from drp.protocol.frames import Frame
-from drp.protocol.messages import TO_LEADER, TO_WORKER, ToLeader, ToWorker
+from drp.protocol.messages import TO_WORKER, ToLeader, ToWorker
 from drp.protocol.waiting import sched_yield, wait_readable
 
 MAX_PATH = 107
@@ -39,6 +38,9 @@ MAX_FROM_WORKER = 1 << 18
 NOBLOCK, SEND_MORE, POLLIN = int(zmq.NOBLOCK), int(zmq.SNDMORE), int(zmq.POLLIN)
 """Flags as plain numbers: combining pyzmq's enumerations takes several Python calls each time."""
 
+_send = zmq.backend.Socket.send
+"""Sending without the layer that pyzmq adds for kinds of sockets that are not used here."""
+
 DESCRIPTORS = 16
 """Descriptors that must be free before a context is created, since libzmq aborts if it gets none for its threads."""
 
@@ -56,8 +58,8 @@ def send_frames(socket: zmq.Socket[bytes], frames: Sequence[Frame], flags: int =
     for the interpreter's lock: that costs more than copying drafts does.
     """
     for frame in frames[:-1]:
-        socket.send(frame, flags | SEND_MORE)
-    socket.send(frames[-1], flags)
+        _send(socket, frame, flags | SEND_MORE)
+    _send(socket, frames[-1], flags)
 
 
 def receive_frames(socket: zmq.Socket[bytes], flags: int = NOBLOCK) -> list[zmq.Frame]:
@@ -70,7 +72,7 @@ def receive_frames(socket: zmq.Socket[bytes], flags: int = NOBLOCK) -> list[zmq.
 
 def has_message(socket: zmq.Socket[bytes]) -> bool:
     """Return whether a message can be received."""
-    return bool(int(socket.getsockopt(zmq.EVENTS)) & POLLIN)
+    return bool(zmq.zmq_poll([(socket, POLLIN)], 0))  # getsockopt(EVENTS) creates enumerations
 
 
 class LeaderSocket:
@@ -144,39 +146,25 @@ class LeaderSocket:
     def sleep(self, seconds: float) -> set[int]:
         """Sleep until there is a message or a watched descriptor is ready, for at most `seconds`. May return early.
 
-        Returns the ready descriptors, including the socket's own.
+        Returns the ready descriptors, of which the socket's own may be one. It does not show messages that arrived
+        while the socket was used.
         """
-        if has_message(self._socket):
-            return {self._fd}
-        if seconds > 0:
+        # One epoll for all: zmq's own poll makes its list anew at each call, and counts whole milliseconds.
+        if seconds > 0 and not has_message(self._socket):
             wait_readable(self._epoll.fileno(), min(seconds, MAX_WAIT))
         return set(dict(self._epoll.poll(0.0)))
-
-    def poll(self, seconds: float) -> tuple[bool, set[int]]:
-        """Wait for a message or a watched descriptor; return whether there is a message, and which are ready."""
-        # One epoll for all: zmq's own poll makes its list anew at each call, and counts whole milliseconds.
-        deadline = time.monotonic() + seconds
-        while True:
-            message = has_message(self._socket)
-            if not message and (left := deadline - time.monotonic()) > 0:
-                wait_readable(self._epoll.fileno(), min(left, MAX_WAIT))
-            ready = set(dict(self._epoll.poll(0.0)))
-            if message or ready - {self._fd} or (not ready and time.monotonic() >= deadline):
-                return message or has_message(self._socket), ready - {self._fd}
 
     def wait(self, seconds: float) -> None:
         """Wait for a message for at most `seconds`."""
         if not has_message(self._socket):
             self._epoll.poll(seconds)
 
-    def receive(self) -> tuple[bytes, ToLeader] | None:
-        """Return a waiting message and its sender, or None; raise ProtocolError if the message is malformed."""
-        if not has_message(self._socket):
-            return None
-        frames = receive_frames(self._socket)
-        if len(frames) != 2:
-            raise ProtocolError(f"{len(frames) - 1} frames; a message is one")
-        return frames[0].bytes, decode(frames[1].bytes, TO_LEADER)
+    def receive(self) -> list[list[zmq.Frame]]:
+        """Return the frames of the messages that have arrived; the first frame of each is its sender's identity."""
+        messages: list[list[zmq.Frame]] = []
+        while len(messages) < MAX_QUEUED and has_message(self._socket):
+            messages.append(receive_frames(self._socket))
+        return messages
 
     def close(self) -> None:
         self._epoll.close()

@@ -9,7 +9,7 @@ from drp.protocol.handles import PipeHandle
 
 
 class WakeupReceiver:
-    """The leader's end of the pipe: `fd` is readable after a notification."""
+    """The leader's end of the pipe: `fd` is readable after a notification, until it is read empty."""
 
     def __init__(self) -> None:
         self.fd, self._write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -18,13 +18,6 @@ class WakeupReceiver:
     def handle(self) -> PipeHandle:
         """What a worker needs to open its end."""
         return PipeHandle(os.getpid(), self._write_fd)
-
-    def drain(self) -> None:
-        """Discard all notifications so far."""
-        try:  # noqa: SIM105  # called in every iteration of the engine's loop
-            os.read(self.fd, 4096)
-        except BlockingIOError:  # There are none.
-            pass
 
     def close(self) -> None:
         os.close(self.fd)

@@ -99,7 +99,7 @@ def test_a_flood_from_strangers_changes_nothing(tmp_path: Path) -> None:
     expected = drp.reference("tests.denoisers:make_slow", devices=2, **options).samples  # type: ignore[arg-type]
     with Leader("tests.denoisers:make_slow", devices=2) as leader:
         local, before = leader.internals.pool.local, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        endpoints = [local.socket.endpoint(worker.identity) for worker in local.workers]
+        endpoints = [local.socket.endpoint(worker.identity) for worker in local.workers.values()]
         flood = python(["-c", FLOOD, *endpoints], tmp_path)
         assert flood.stdout is not None
         assert flood.stdout.readline() == "flooding\n"

@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 import types
 import typing
 from collections.abc import Callable
@@ -27,7 +28,18 @@ from drp.protocol.arena import Arena
 from drp.protocol.codec import decode, encode
 from drp.protocol.handles import Handle
 from drp.protocol.memory import SharedMemory
-from drp.protocol.messages import TO_LEADER, TO_WORKER, Bind, Draft, Load, Prediction, Stop, TensorSpec, Unbind
+from drp.protocol.messages import (
+    TO_LEADER,
+    TO_WORKER,
+    Bind,
+    Draft,
+    Load,
+    Prediction,
+    Stop,
+    TensorSpec,
+    ToLeader,
+    Unbind,
+)
 from drp.protocol.transport import LeaderSocket, WorkerSocket
 
 KINDS: dict[str, type] = {**TO_WORKER, **TO_LEADER, **client_messages.TO_SERVER, **client_messages.TO_CLIENT}
@@ -234,6 +246,19 @@ def connected(leader: LeaderSocket, identity: bytes) -> WorkerSocket:
     return WorkerSocket(leader.invite(identity).detach(), os.getpid())
 
 
+DEADLINE = 5.0
+
+
+def receive_one(leader: LeaderSocket) -> tuple[bytes, ToLeader]:
+    """Wait for one message; return its sender and the message."""
+    deadline = time.monotonic() + DEADLINE
+    while not (received := leader.receive()):
+        assert time.monotonic() < deadline
+        leader.sleep(deadline - time.monotonic())
+    ((identity, frame),) = received
+    return identity.bytes, decode(frame.bytes, TO_LEADER)
+
+
 def test_sockets_have_no_name_and_go_away() -> None:
     before = set(Path(tempfile.gettempdir()).iterdir())
     leader = LeaderSocket()
@@ -243,8 +268,7 @@ def test_sockets_have_no_name_and_go_away() -> None:
     assert place.parent == Path(f"/proc/{os.getpid()}/fd")  # where the kernel lets nobody else in
     assert place.parent.stat().st_mode & 0o777 == 0o500
     worker.send(Prediction(1, 2, 3, 0.5))
-    assert leader.poll(5.0) == (True, set())
-    assert leader.receive() == (b"someone", Prediction(1, 2, 3, 0.5))
+    assert receive_one(leader) == (b"someone", Prediction(1, 2, 3, 0.5))
     leader.send(b"someone", encode(Draft(1, 2, 3.0, 4, 5)))
     assert worker.receive(5.0) == Draft(1, 2, 3.0, 4, 5)
     together = (Draft(1, 3, 3.0, 4, 5), Unbind(1), Draft(2, 0, 1.0, 0, 0))
@@ -264,8 +288,7 @@ def test_a_worker_that_was_dismissed_is_heard_no_more() -> None:
         leader.send(b"0", encode(Stop()))
     workers[0].close()
     workers[1].send(Prediction(1, 2, 3, 0.5))
-    assert leader.poll(5.0)[0]
-    assert leader.receive() == (b"1", Prediction(1, 2, 3, 0.5))
+    assert receive_one(leader) == (b"1", Prediction(1, 2, 3, 0.5))
     workers[1].close()
     leader.close()
 

@@ -172,11 +172,6 @@ class MemoryPlacement:
         """Free the host memory kept for future runs, when memory or descriptors are needed elsewhere."""
         self.buffer_pool.clear()
 
-    def drain_wakeups(self) -> None:
-        """Reset the descriptor by which workers wake the leader, if there is one."""
-        if self.wakeup is not None:
-            self.wakeup.drain()
-
     @property
     def on_gpu(self) -> bool:
         """Whether runs lie on a GPU, whose streams execute by themselves and must be polled."""

@@ -230,14 +230,14 @@ class AsyncRun(SyncRun):
         return bool(self.bind_pending)
 
     @property
-    def workers_saturated(self) -> bool:
-        """Whether workers have the next round queued as well.
+    def has_work(self) -> bool:
+        """Whether there is anything to do before a worker's next event: not while workers have the next round queued.
 
         If no round has just begun, one is about to end, and half the queue is enough: its end is handled first.
         """
         least = self._base_depth if self._round_begun else self._base_depth // 2 + 1
         wanted = self._round_begun and self._kept_states.wanted
-        return not (self.ready or wanted) and self.stream.pending_waits >= max(1, least)
+        return self.ready or wanted or self.stream.pending_waits < max(1, least)
 
     def _on_round_begun(self) -> None:
         self._round_begun = True

@@ -166,9 +166,9 @@ class RunState(ABC):
         """
 
     @property
-    def workers_saturated(self) -> bool:
-        """Whether workers have enough queued work that this thread should leave the cores to them."""
-        return False
+    def has_work(self) -> bool:
+        """Whether the engine has anything to do for the run before the next message: to send drafts or to refine."""
+        return self.needs_refine or bool(self.waiting)
 
     @property
     @abstractmethod

@@ -137,12 +137,12 @@ class RunTable:
         return True
 
     @property
-    def workers_saturated(self) -> bool:
-        """Whether there are runs, and the workers have enough queued work of each."""
+    def has_work(self) -> bool:
+        """Whether there is anything to do for a run before the next message."""
         for run in self.all_runs:
-            if not run.workers_saturated:
-                return False
-        return bool(self.all_runs)
+            if run.has_work:
+                return True
+        return bool(self._to_bind)
 
     @property
     def rounds_begun(self) -> int:
@@ -153,11 +153,6 @@ class RunTable:
     def schedulable_runs(self) -> list[RunState]:
         """Running runs whose next drafts can be scheduled without waiting for a message."""
         return [run for run in self.running.values() if run.schedules_ahead and run.ready]
-
-    @property
-    def has_work(self) -> bool:
-        """Whether a run has drafts to be sent, or drafts that can be scheduled without waiting for a message."""
-        return any(run.waiting or (run.schedules_ahead and run.ready) for run in self.running.values())
 
     def on_worker_lost(self, loss: WorkerLoss) -> list[RunState]:
         """Remove a lost worker from all runs; return the runs that have used predictions which it had not finished."""
@@ -177,6 +172,7 @@ class RunTable:
         self.draining[run.number] = run
         run.waiting.clear()
         run.outstanding.clear()
+        run.needs_refine = False
         if error is not None:
             self._recorder.record("failed", run)
         try:

@@ -22,10 +22,10 @@ from drp.errors import ProtocolError
 from drp.leader.devices import Device
 from drp.leader.supervision.dropped import DroppedMessages
 from drp.leader.supervision.process import Process, find_interpreter
-from drp.leader.supervision.worker import Encoded
-from drp.protocol.codec import encode
+from drp.leader.supervision.worker import Encoded, Received
+from drp.protocol.codec import decode, encode
 from drp.protocol.memory import SharedMemory, require_openable
-from drp.protocol.messages import Stop, ToLeader, ToWorker
+from drp.protocol.messages import TO_LEADER, Stop, ToWorker
 from drp.protocol.transport import LeaderSocket
 
 WORKER_MODULE = "drp.workers.entry"
@@ -111,10 +111,10 @@ class LocalBackend:
         require_openable()
         self._python = find_interpreter(python)
         self._main = _main_script() if model.startswith("__main__:") else None
-        self.workers: list[WorkerProcess] = []
+        self.workers: dict[int, WorkerProcess] = {}
+        """By sentinel."""
         self._dropped = DroppedMessages(log)
         self._threads = threads
-        self._ended: set[int] = set()
         self.dying: list[WorkerProcess] = []
         """Workers that were killed and have not ended: the kernel may take seconds on an overloaded machine."""
         self.socket = LeaderSocket()
@@ -162,42 +162,40 @@ class LocalBackend:
             self.dying.append(worker)
             self.socket.dismiss(worker.identity)
             raise
-        self.workers.append(worker)
+        self.workers[process.sentinel] = worker
         return worker
 
-    def find_ended(self, ready: set[int]) -> tuple[WorkerProcess, ToLeader | None] | None:
-        """Return a worker whose sentinel is ready, or, the first time, a message that one such has left."""
-        for worker in self.workers:
-            if worker.process.sentinel not in ready:
-                continue
-            if worker.number not in self._ended and (worker.exit_code or 0) >= 0:
-                self._ended.add(worker.number)
+    def receive(self, ready: set[int]) -> list[Received]:
+        received = self._receive_messages()
+        ended = [self.workers[sentinel] for sentinel in ready & self.workers.keys()]
+        for worker in ended:
+            if (worker.exit_code or 0) >= 0:  # It has ended by itself, and may have said why.
                 self.socket.wait(LAST_MESSAGE_TIMEOUT)
-                if got := self.receive_now():
-                    return got
-            return worker, None
-        return None
+                received += self._receive_messages()
+        return [*received, *((worker, None) for worker in ended)]
 
-    def receive_now(self) -> tuple[WorkerProcess, ToLeader] | None:
-        """Return a waiting message with its worker, or None. Malformed messages and unknown senders are dropped."""
-        while True:
+    def _receive_messages(self) -> list[Received]:
+        """Return the messages that have arrived. Malformed messages and those of unknown senders are dropped."""
+        received: list[Received] = []
+        for identity, *frames in self.socket.receive():
             try:
-                received = self.socket.receive()
+                if len(frames) != 1:
+                    raise ProtocolError(f"{len(frames)} frames; a message is one")
+                message = decode(frames[0].bytes, TO_LEADER)
             except ProtocolError as error:
                 self._dropped.add(f"no message: {error}")
                 continue
-            if received is None:
-                return None
-            identity, message = received
-            for worker in self.workers:
-                if worker.identity == identity:
-                    return worker, message
-            self._dropped.add(f"a {type(message).__name__} from {identity!r}, which is no worker")
+            for worker in self.workers.values():
+                if worker.identity == identity.bytes:
+                    received.append((worker, message))
+                    break
+            else:
+                self._dropped.add(f"a {type(message).__name__} from {identity.bytes!r}, which is no worker")
+        return received
 
     def retire(self, worker: WorkerProcess) -> tuple[str, int | None]:
         """Kill a worker if it still runs, and free its resources; return how it ended and its exit code."""
-        self.workers.remove(worker)
-        self._ended.discard(worker.number)
+        del self.workers[worker.process.sentinel]
         self.socket.forget(worker.process.sentinel)
         self.socket.dismiss(worker.identity)
         worker.process.kill()
@@ -208,7 +206,7 @@ class LocalBackend:
 
     def close(self, grace: float) -> None:
         """End all workers with Stop and, after `grace` seconds, with SIGKILL; free all memory and sockets."""
-        workers, self.workers = [*self.workers, *self.dying], []
+        workers, self.workers = [*self.workers.values(), *self.dying], {}
         deadline = time.monotonic() + grace
         for worker in workers if grace > 0 else ():
             worker.send(worker.encode(Stop()))

@@ -15,7 +15,7 @@ from drp.errors import ProtocolError
 from drp.leader.devices import Device, parse_emulated
 from drp.leader.remote import RemoteWorkers
 from drp.leader.supervision.dropped import DroppedMessages
-from drp.leader.supervision.worker import Encoded
+from drp.leader.supervision.worker import Encoded, Received
 from drp.protocol.arena import Arena
 from drp.protocol.codec import decode, encode
 from drp.protocol.dial import WorkerKeys
@@ -42,6 +42,8 @@ MAX_IO_THREADS: Final = 4
 PROBE_TIME: Final = 3.0
 """Seconds after the end of a connection for which all workers are probed: ZeroMQ does not say whose connection it was,
 and may still accept messages for it when it reports the end."""
+MAX_RECEIVED: Final = 64
+"""Maximum number of messages that are received at once, so that workers that send many cannot stop the leader."""
 CLOCK_SAMPLES: Final = 32
 """Number of recent round trips of which the shortest gives the offset of a worker's clock."""
 
@@ -155,7 +157,7 @@ class RemoteBackend:
         self._expected: list[RemoteWorker] = []
         self._connected: dict[bytes, RemoteWorker] = {}
         self._spares: dict[bytes, tuple[bytes, Hello]] = {}
-        self._ended: deque[RemoteWorker] = deque()
+        self._ended: list[RemoteWorker] = []
         self._reports: deque[tuple[RemoteWorker, str]] = deque()
         """How launched workers have ended, as the launcher reports it in a thread of its own."""
         self._probe_until = 0.0
@@ -204,7 +206,15 @@ class RemoteBackend:
                 raise
         return worker
 
-    def receive_now(self) -> tuple[RemoteWorker, ToLeader] | None:
+    def receive(self, ready: set[int]) -> list[Received]:
+        received = self._connect_spares()
+        while len(received) < MAX_RECEIVED and (got := self._endpoint.receive()) is not None:
+            received += self._on_frames(*got)
+        return [*received, *((worker, None) for worker in self._find_ended(ready))]
+
+    def _connect_spares(self) -> list[Received]:
+        """Use peers that have sent Hello as workers that are waited for; return these workers with their Hello."""
+        connected: list[Received] = []
         for peer, (key, hello) in list(self._spares.items()) if self._expected else ():
             names = ("", self._name_of(key))
             worker = next((each for each in self._expected if each.key_name in names), None)
@@ -219,13 +229,10 @@ class RemoteBackend:
             self._expected.remove(worker)
             self._connected[peer] = worker
             log.info("%s has dialed in", worker)
-            return worker, hello
-        while (got := self._endpoint.receive()) is not None:
-            if (received := self._on_frames(*got)) is not None:
-                return received
-        return None
+            connected.append((worker, hello))
+        return connected
 
-    def _on_frames(self, peer: bytes, key: bytes, frames: Sequence[Frame]) -> tuple[RemoteWorker, ToLeader] | None:
+    def _on_frames(self, peer: bytes, key: bytes, frames: Sequence[Frame]) -> list[Received]:
         worker = self._connected.get(peer)
         if worker is None or worker.key != key:
             return self._on_stranger(peer, key, frames)
@@ -233,18 +240,18 @@ class RemoteBackend:
             message = worker.decode(frames)
         except ProtocolError as error:
             message = WorkerFailed("sending a message", f"ProtocolError: {error}"[:2000], "")
-        return (worker, message) if message is not None else None
+        return [(worker, message)] if message is not None else []
 
-    def _on_stranger(self, peer: bytes, key: bytes, frames: Sequence[Frame]) -> tuple[RemoteWorker, ToLeader] | None:
+    def _on_stranger(self, peer: bytes, key: bytes, frames: Sequence[Frame]) -> list[Received]:
         """Handle a message of a peer that is not connected as a worker."""
         try:
             message = decode(bytes(frames[0]), TO_LEADER) if len(frames) == 1 else None
         except ProtocolError as error:
             self._dropped.add(f"no message: {error}")
-            return None
+            return []
         name = self._name_of(key)
         if isinstance(message, Pong) and peer in self._spares:
-            return None
+            return []
         if not isinstance(message, Hello) or peer in self._spares or peer in self._connected:
             self._reject(peer, "it is not a worker of this leader, or no longer; start it anew")
         elif message.version != VERSION:
@@ -253,14 +260,14 @@ class RemoteBackend:
             self._reject(peer, f"its identity does not begin with {name!r}, the name of its key")
         else:
             self._spares[peer] = key, message
-            return self.receive_now() if self._expected else None
-        return None
+            return self._connect_spares()
+        return []
 
     def _name_of(self, key: bytes) -> str:
         return self._keys.peers.get(key, "") if self._keys is not None else ""
 
-    def find_ended(self, ready: set[int]) -> tuple[RemoteWorker, ToLeader | None] | None:
-        """Return a worker whose connection has ended."""
+    def _find_ended(self, ready: set[int]) -> list[RemoteWorker]:
+        """Return the workers whose connections have ended."""
         if self.descriptors[1] in ready and self._endpoint.has_lost():
             self._probe_until = time.monotonic() + PROBE_TIME
             for worker in list(self._connected.values()):
@@ -272,7 +279,8 @@ class RemoteBackend:
             if not worker.failure and (worker in self._expected or worker in self._connected.values()):
                 worker.failure = how
                 self._ended.append(worker)
-        return (self._ended.popleft(), None) if self._ended else None
+        ended, self._ended = self._ended, []
+        return ended
 
     def send(self, worker: RemoteWorker, parts: Sequence[Frame]) -> None:
         """Send a message to a connected worker; a worker that does not take it has ended."""

@@ -66,13 +66,17 @@ class Worker(Protocol):
     def send(self, *messages: Encoded) -> None:
         """Send messages together. A worker that takes none is ended.
 
-        Workers that are gone are found by `WorkerBackend.find_ended`.
+        Workers that are gone are found by `WorkerBackend.receive`.
         """
         ...
 
     def retire(self, why: str) -> tuple[str, int | None]:
         """End the worker, told `why` if it can be, and free its resources; return how it ended and its exit code."""
         ...
+
+
+Received = tuple[Worker, ToLeader | None]
+"""A message and the worker that has sent it; None in place of the message if the worker has ended."""
 
 
 class WorkerBackend(Protocol):
@@ -87,14 +91,11 @@ class WorkerBackend(Protocol):
         """Start a worker, or begin to wait for one; raise OSError or MemoryError if there is no room for it."""
         ...
 
-    def receive_now(self) -> tuple[Worker, ToLeader] | None:
-        """Return a waiting message with its worker, or None. Malformed messages and unknown senders are dropped."""
-        ...
+    def receive(self, ready: set[int]) -> list[Received]:
+        """Return the messages that have arrived with their workers, and the workers that have ended with None.
 
-    def find_ended(self, ready: set[int]) -> tuple[Worker, ToLeader | None] | None:
-        """Return a worker that has ended, with None or the last message that it left; None if there is no such worker.
-
-        `ready` are the watched descriptors that can be read.
+        A worker's messages come before its end. Malformed messages and those of unknown senders are dropped. `ready`
+        are the watched descriptors that can be read.
         """
         ...
 

@@ -9,8 +9,8 @@ from drp.leader.devices import Device
 from drp.leader.remote import RemoteWorkers
 from drp.leader.supervision.local import LocalBackend
 from drp.leader.supervision.remote import RemoteBackend
-from drp.leader.supervision.worker import Worker, WorkerBackend
-from drp.protocol.messages import ToLeader, WorkerFailed
+from drp.leader.supervision.worker import Received, Worker, WorkerBackend
+from drp.protocol.messages import WorkerFailed
 
 SHUTDOWN_TIMEOUT = 2.0
 """Seconds that a worker has to exit after Stop, before it is killed."""
@@ -40,8 +40,9 @@ class WorkerPool:
                 self.remote.close(0.0)
             raise
         self._backends: tuple[WorkerBackend, ...] = (self.local,) if self.remote is None else (self.local, self.remote)
+        self._wakeups: set[int] = set()
         for fd in self.remote.descriptors if self.remote is not None else ():
-            self.watch(fd)
+            self.local.socket.watch(fd)
 
     @property
     def dropped(self) -> int:
@@ -55,39 +56,27 @@ class WorkerPool:
         assert self.remote is not None
         return self.remote.start(number, generation, device)
 
-    def watch(self, fd: int) -> None:
-        """Make `poll` also return when this descriptor is ready."""
+    def watch_wakeup(self, fd: int) -> None:
+        """Make `receive` also return when this descriptor, an eventfd or a pipe, is ready; it is then emptied."""
         self.local.socket.watch(fd)
+        self._wakeups.add(fd)
 
-    def sleep(self, deadline: float) -> set[int]:
-        """Sleep until the deadline or until `poll` has work; return the ready descriptors. May return early."""
-        return self.local.socket.sleep(deadline - time.monotonic())
+    def receive(self, deadline: float) -> tuple[list[Received], set[int]]:
+        """Wait for messages and the ends of workers until the deadline. May return early.
 
-    def poll(self, deadline: float, wakeup: int) -> tuple[Worker, ToLeader | None] | None:
-        """Return the next message with its worker, or a worker that has ended, with None in place of the message.
-
-        A worker's messages are returned before its end. Returns None at the deadline, and when the eventfd `wakeup` is
-        ready, which is then reset.
+        Returns:
+            The messages with their workers, and the workers that have ended with None in place of a message, a worker's
+            messages before its end; and the wake-up descriptors that were ready.
         """
-        # The descriptor of a ZeroMQ socket does not show messages that came while the socket was used for sending.
-        if self.remote is not None and (got := self.remote.receive_now() or self.remote.find_ended(set())):
-            return got
-        has_message, ready = self.local.socket.poll(deadline - time.monotonic())
-        if wakeup in ready:
-            os.eventfd_read(wakeup)
-        if (has_message or self.remote is not None) and (received := self.receive_now()):
-            return received
+        # The descriptors of the remote workers' sockets do not show what came while these were used for sending.
+        received = self.remote.receive(set()) if self.remote is not None else []
+        ready = self.local.socket.sleep(0.0 if received else deadline - time.monotonic())
         for backend in self._backends:
-            if (ended := backend.find_ended(ready)) is not None:
-                return ended
-        return None
-
-    def receive_now(self) -> tuple[Worker, ToLeader] | None:
-        """Return a waiting message with its worker, or None. Malformed messages and unknown senders are dropped."""
-        for backend in self._backends:
-            if (got := backend.receive_now()) is not None:
-                return got
-        return None
+            received += backend.receive(ready)
+        wakeups = ready & self._wakeups
+        for fd in wakeups:
+            os.read(fd, 4096)
+        return received, wakeups
 
     def close(self, grace: float = SHUTDOWN_TIMEOUT) -> None:
         """End all workers with Stop and, after `grace` seconds, with SIGKILL; free all memory and sockets."""
