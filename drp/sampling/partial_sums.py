@@ -10,11 +10,11 @@ from torch import Tensor
 
 from drp.sampling.linear import LinearCombination, Symbol
 
-Add = Callable[[Tensor, Tensor, Tensor, bool], None]
-"""Adds a weighted term to sums: called with the sums, the weights, the term, and whether it is the first term."""
+Add = Callable[[Tensor, Tensor, Sequence[Tensor], bool], None]
+"""Adds weighted terms to sums: called with the sums, the terms' weights, the terms, and whether they are the first."""
 
-Vector = Callable[[Symbol, Mapping[int, int]], Tensor | None]
-"""Returns the tensor of a symbol, given the slots of drafts by index; None if the tensor is not there yet."""
+Vectors = Callable[[Sequence[Symbol], Mapping[int, int]], Sequence[Tensor]]
+"""Returns the tensors of symbols, up to the first that is not there yet, given the slots of drafts by index."""
 
 
 class OperationQueue(Protocol):
@@ -57,17 +57,18 @@ class Rows:
             weights = weights.pin_memory()  # Otherwise the host would wait for all work queued on the stream.
         self.weights = weights.to(like.device, non_blocking=True).reshape(len(self.terms), len(rows), 1)
 
-    def write(self, vector: Vector, slots: Mapping[int, int], out: Tensor, add: Add) -> None:
+    def write(self, vectors: Vectors, slots: Mapping[int, int], out: Tensor, add: Add) -> None:
         """Write row i into `out[i]`; `out` is [rows, D]."""
-        PartialSum(self, out, add).accumulate(vector, slots)
+        PartialSum(self, out, add).accumulate(vectors, slots)
 
 
-def add_term(out: Tensor, weight: Tensor, term: Tensor, first: bool) -> None:
-    """Add a weighted term to the sums in `out`, or initialize them with it."""
-    if first:
-        torch.mul(weight, term, out=out)
-    else:
-        out.addcmul_(weight, term)
+def add_terms(out: Tensor, weights: Tensor, terms: Sequence[Tensor], first: bool) -> None:
+    """Add weighted terms, one after the other, to the sums in `out`, which the first term of all initializes."""
+    for place, term in enumerate(terms):
+        if first and place == 0:
+            torch.mul(weights[0], term, out=out)
+        else:
+            out.addcmul_(weights[place], term)
 
 
 class PartialSum:
@@ -76,9 +77,9 @@ class PartialSum:
     def __init__(self, rows: Rows, out: Tensor, add: Add) -> None:
         self._rows, self._out, self._add, self._done = rows, out, add, 0
 
-    def accumulate(self, vector: Vector, slots: Mapping[int, int]) -> None:
+    def accumulate(self, vectors: Vectors, slots: Mapping[int, int]) -> None:
         """Add the terms up to the first that is not there yet."""
-        terms, weights = self._rows.terms, self._rows.weights
-        while self._done < len(terms) and (term := vector(terms[self._done], slots)) is not None:
-            self._add(self._out, weights[self._done], term, self._done == 0)
-            self._done += 1
+        terms = vectors(self._rows.terms[self._done :], slots)
+        if terms:
+            self._add(self._out, self._rows.weights[self._done :], terms, self._done == 0)
+            self._done += len(terms)

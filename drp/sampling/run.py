@@ -13,7 +13,7 @@ from drp.sampling.cached_plan import PlannedAdvance, PlannedRound, make_cached_p
 from drp.sampling.checkpoint import Checkpoint, InFlightRound
 from drp.sampling.linear import LinearCombination, Symbol
 from drp.sampling.modes import Mode
-from drp.sampling.partial_sums import Add, OperationQueue, PartialSum, Rows, add_term, state_order
+from drp.sampling.partial_sums import Add, OperationQueue, PartialSum, Rows, add_terms, state_order
 from drp.sampling.residuals import residual
 from drp.sampling.slot_allocator import SlotAllocator, make_allocator
 from drp.sampling.solvers import Solver
@@ -94,7 +94,7 @@ class Run:
         checkpoints: bool = False,
     ) -> None:
         self._queue = queue
-        self._add: Add = add_term if queue is None else partial(queue.enqueue, add_term)
+        self._add: Add = add_terms if queue is None else partial(queue.enqueue, add_terms)
         self._timesteps = [float(t) for t in solver.grid.timesteps]
         self._shape, self._start = start.shape, start.reshape(-1)
         self._drafts, self._predictions, self._noise = drafts, predictions, noise
@@ -154,7 +154,7 @@ class Run:
                 continue
             drafts = self._partial_drafts or self._draft(event, self._allocate(self._slot_banks, len(event.indices)))
             self._partial_drafts = None
-            drafts.accumulate(self._vector, self._slots)
+            drafts.accumulate(self._vectors, self._slots)
             slots = range(self._first_slot, self._first_slot + len(event.indices))
             self._answers.update(zip(slots, slots, strict=True))
             self._outstanding.update(slots)
@@ -213,7 +213,7 @@ class Run:
         if isinstance(self._event, PlannedAdvance):
             if self._partial_states is None:
                 self._partial_states = self._begin(self._event)
-            self._partial_states.accumulate(self._vector, self._next_slots)
+            self._partial_states.accumulate(self._vectors, self._next_slots)
 
     def _draft_known(self) -> None:
         """Add known terms to the next drafts, if their round waits for all earlier rounds and slots are free."""
@@ -226,7 +226,7 @@ class Run:
                 if first is None:
                     return
                 self._partial_drafts = self._draft(event, first)
-            self._partial_drafts.accumulate(self._vector, self._next_slots)
+            self._partial_drafts.accumulate(self._vectors, self._next_slots)
 
     def checkpoint(self) -> Checkpoint:
         """Keep the run's current state, just after `rounds` has yielded. There is memory for two checkpoints."""
@@ -283,8 +283,8 @@ class Run:
             event, first = self._to_refine.popleft()
             if wanted:
                 states = self._states[first : first + event.steps - event.eager]
-                event.between.write(self._vector, self._slots, states, self._add)
-            for k, x in enumerate(self._states[first : first + event.steps], start=event.base + 1):
+                event.between.write(self._vectors, self._slots, states, self._add)
+            for k, x in enumerate(self._states[first : first + event.steps].unbind(), event.base + 1):
                 self.steps_done = k
                 if self._watch and (given := self.draft_at(k)) is not None:
                     self.residuals[k] = residual(x, given, self._shape[0])
@@ -303,7 +303,7 @@ class Run:
 
     def _slots_in_use(self) -> set[int]:
         used: set[int] = set()
-        kept = ((each.slots, each.in_flight) for each in self._checkpoints)
+        kept = [(each.slots, each.in_flight) for each in self._checkpoints]
         for slots, rounds in ((self._slots, self._in_flight), *kept):
             used.update(slots.values())
             for out in rounds:
@@ -312,7 +312,7 @@ class Run:
 
     def _states_in_use(self) -> set[int]:
         used: set[int] = set()
-        kept = ((each.rows, each.to_refine) for each in self._checkpoints)
+        kept = [(each.rows, each.to_refine) for each in self._checkpoints]
         for rows, to_refine in ((self._rows, self._to_refine), *kept):
             used.update(rows.values())
             for event, first in to_refine:
@@ -342,12 +342,12 @@ class Run:
             if event.steps < len(residuals):
                 self.cuts.append(end)
             if event.steps > len(residuals):
-                event.last.write(self._vector, self._slots, self._eager(event, first), self._add)
+                event.last.write(self._vectors, self._slots, self._eager(event, first), self._add)
         else:
             states = self._partial_states or self._begin(event)
             first = self._first
             self._partial_states = None
-            states.accumulate(self._vector, self._slots)
+            states.accumulate(self._vectors, self._slots)
         for i in range(event.steps - event.eager, event.steps):
             self._rows[event.base + 1 + i] = first + i
         self._to_refine.append((event, first))
@@ -364,7 +364,7 @@ class Run:
         """Compute the states from base + 1 to the last predicted index; return their residuals."""
         first = self._allocate(self._state_banks, len(rows))
         states = self._states[first : first + len(rows)]
-        Rows(rows, states, state_order).write(self._vector, self._slots, states, self._add)
+        Rows(rows, states, state_order).write(self._vectors, self._slots, states, self._add)
         if self._queue is not None:
             self._queue.synchronize()
         residuals = [
@@ -377,19 +377,21 @@ class Run:
         """Return the draft [D] of the prediction at index k, None if it is not kept any more."""
         return self._drafts[self._slots[k]] if k in self._slots else None
 
-    def _vector(self, term: Symbol, slots: Mapping[int, int]) -> Tensor | None:
-        """Return the tensor [D] of a symbol, with the slots of drafts by index; None if it is not there yet."""
-        kind, k = term
-        if kind == "state":
-            if k == 0:
-                return self._start
-            return self._states[self._rows[k]] if k in self._rows else None
-        if kind == "noise":
-            return self._draw(k)
-        slot = slots[k]
-        if kind == "input":
-            return self._drafts[slot]
-        return self._predictions[self._answers[slot]] if slot not in self._outstanding else None
+    def _vectors(self, terms: Sequence[Symbol], slots: Mapping[int, int]) -> list[Tensor]:
+        """Return the tensors [D] of symbols up to the first that is not there yet, given the slots by index."""
+        vectors: list[Tensor] = []
+        for kind, k in terms:
+            if kind == "noise":
+                vectors.append(self._draw(k))
+            elif kind == "input":
+                vectors.append(self._drafts[slots[k]])
+            elif kind == "state" and (k == 0 or k in self._rows):
+                vectors.append(self._states[self._rows[k]] if k else self._start)
+            elif kind == "prediction" and slots[k] not in self._outstanding:
+                vectors.append(self._predictions[self._answers[slots[k]]])
+            else:
+                break
+        return vectors
 
     def _draw(self, k: int) -> Tensor:
         if k not in self._fresh:

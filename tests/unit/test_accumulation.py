@@ -7,7 +7,7 @@ import itertools
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,7 +24,7 @@ from drp.sampling.linear import state
 from drp.sampling.mode_selection import make_mode
 from drp.sampling.mode_wrappers import Eager, PicardSweeps, Warmup
 from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Rolling, Sparse, Window
-from drp.sampling.partial_sums import add_term
+from drp.sampling.partial_sums import add_terms
 from drp.sampling.plan import Predict
 from drp.sampling.run import Run, Task
 from drp.sampling.slot_allocator import slots
@@ -237,22 +237,21 @@ def test_runs_of_a_solver_of_ones_own_leave_nothing(finish: bool) -> None:
 def test_states_between_are_computed_for_who_wants_them_only(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is made of them: without a callback or residuals they are left out, and the samples are the same."""
     counts, samples = list[int](), list[Tensor]()
-    add = add_term
+    add = add_terms
     for between in (None, False, True):
-        added = list[None]()
+        counts.append(0)
 
-        def counted(*terms: Any, added: list[None] = added) -> None:
-            added.append(None)
-            add(*terms)
+        def counted(out: Tensor, weights: Tensor, terms: Sequence[Tensor], first: bool) -> None:
+            counts[-1] += len(terms)
+            add(out, weights, terms, first)
 
-        monkeypatch.setattr("drp.sampling.run.add_term", counted)
+        monkeypatch.setattr("drp.sampling.run.add_terms", counted)
         run, drafts, predictions = start(DDIM(scaled_linear(23)), mode)
         for tasks in run.rounds():
             run.refine(between=between)
             for task in tasks:
                 predictions[task.slot] = denoise(drafts[task.slot], task)
         run.refine(between=between)
-        counts.append(len(added))
         samples.append(run.state.clone())
     assert counts[0] == counts[1] < counts[2]
     assert torch.equal(samples[0], samples[1])
@@ -262,13 +261,13 @@ def test_states_between_are_computed_for_who_wants_them_only(mode: Mode, monkeyp
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_what_is_known_is_added_while_predictions_are_missing(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the last of eight is there, drafts are made of it and the new state, and all else was added before."""
-    add, added = add_term, list[Tensor]()
+    add, added = add_terms, list[Tensor]()
 
-    def counted(*terms: Any) -> None:
-        added.append(terms[2].clone())
-        add(*terms)
+    def counted(out: Tensor, weights: Tensor, terms: Sequence[Tensor], first: bool) -> None:
+        added.extend(term.clone() for term in terms)
+        add(out, weights, terms, first)
 
-    monkeypatch.setattr("drp.sampling.run.add_term", counted)
+    monkeypatch.setattr("drp.sampling.run.add_terms", counted)
     run, drafts, predictions = start(solver, Aggressive(8))
     rounds = run.rounds()
     for number in range(3):
