@@ -66,7 +66,9 @@ _import = lazy_getattr(__name__, _MODULES)
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return _version()
+        from drp.version import find_version  # Imported here, since workers do not need it.
+
+        return find_version()
     if name in _MODULES:
         require_linux()
     return _import(name)
@@ -74,13 +76,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, "__version__"})
-
-
-def _version() -> str:
-    """Return the version of the installed distribution."""
-    from importlib.metadata import PackageNotFoundError, version  # Imported here, since workers do not need it.
-
-    try:
-        return version("draft-refine")
-    except PackageNotFoundError:  # sources on the path that were never installed
-        return "0+unknown"

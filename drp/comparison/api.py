@@ -19,6 +19,7 @@ from drp.comparison.settings import Setting, default_drafts, expand, fewer_steps
 from drp.comparison.store import Store
 from drp.comparison.subject import Subject
 from drp.processor import processor_name
+from drp.version import find_version
 
 MODES = ("window", "aggressive", "conservative", "adaptive")
 """The modes that are compared if none are named."""
@@ -139,8 +140,6 @@ def run(
 
 def machine() -> dict[str, Any]:
     """Return what times depend on."""
-    import drp
-
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
@@ -149,5 +148,5 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "gpus": gpus,
         "torch": torch.__version__,
-        "drp": drp.__version__,
+        "drp": find_version(),
     }

@@ -37,14 +37,14 @@ import torch
 
 from drp.errors import WorkerError
 from drp.leader.clock import Clock
-from drp.leader.event_recorder import EventRecorder
 from drp.leader.job import Job
 from drp.leader.memory.placement import MemoryPlacement
 from drp.leader.message_handler import MessageHandler
 from drp.leader.options import LeaderOptions
 from drp.leader.request_queue import NewWork, RequestQueue
+from drp.leader.runs.event_recorder import EventRecorder
 from drp.leader.runs.factory import make_run
-from drp.leader.runs.run_state import RunState
+from drp.leader.runs.run_state import InFlightBatch, RunState
 from drp.leader.runs.run_table import RunTable
 from drp.leader.runs.session import Session
 from drp.leader.runs.submission import RunConfig, RunFuture, Submission
@@ -92,7 +92,9 @@ class Engine:
             undo.callback(self.placement.close)
             self.pool = WorkerPool(model, options.threads, options.python, options.remote)
             undo.callback(self.pool.close)
-            self.supervisor = Supervisor(self.pool, model, devices, options.start_timeout, self.placement, self._clock)
+            self.supervisor: Supervisor[InFlightBatch] = Supervisor(
+                self.pool, model, devices, options.start_timeout, self.placement, self._clock
+            )
             self.runs = RunTable(self.supervisor, self.recorder)
             self._scheduler = Scheduler(self.supervisor, self.runs, self.recorder, options.scheduling_policy)
             self._handler = MessageHandler(
@@ -112,11 +114,6 @@ class Engine:
             raise
 
     # Called by other threads.
-
-    @property
-    def dropped(self) -> int:
-        """Number of messages dropped because they were malformed or from an unknown sender."""
-        return self.pool.dropped
 
     def submit(self, job: Job, callback: Callback | None) -> RunFuture:
         """Queue a run and return its future.

@@ -18,10 +18,10 @@ from drp.leader.events import Timeline
 from drp.leader.job import make_job
 from drp.leader.options import LeaderArguments, LeaderOptions
 from drp.leader.request import Options, Request
+from drp.leader.runs.run_state import DraftSlot
 from drp.leader.runs.session import Session
 from drp.leader.runs.submission import RunFuture
 from drp.leader.scheduling.policies import Policy
-from drp.leader.supervision.supervisor import WorkerSlot
 from drp.protocol.arena import Arena
 from drp.protocol.codec import is_text
 from drp.protocol.messages import ModelSpec
@@ -56,7 +56,7 @@ class WorkerStatus:
     last_failure: str
 
     @classmethod
-    def of(cls, worker_slot: WorkerSlot) -> WorkerStatus:
+    def of(cls, worker_slot: DraftSlot) -> WorkerStatus:
         """Return the status of a worker slot."""
         worker = worker_slot.worker
         pid = worker.pid if worker else None
@@ -142,7 +142,7 @@ class Leader:
     @property
     def dropped(self) -> int:
         """Number of messages dropped because they were malformed or from an unknown sender."""
-        return self._engine.dropped
+        return self._engine.pool.dropped
 
     @property
     def spec(self) -> ModelSpec:

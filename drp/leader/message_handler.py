@@ -6,11 +6,11 @@ import time
 from collections.abc import Sequence
 
 from drp.errors import WorkerError
-from drp.leader.event_recorder import EventRecorder
-from drp.leader.runs.run_state import InFlightBatch, PendingCompletion, RunState
+from drp.leader.runs.event_recorder import EventRecorder
+from drp.leader.runs.run_state import DraftSlot, InFlightBatch, PendingCompletion, RunState
 from drp.leader.runs.run_table import RunTable, release_rows
 from drp.leader.scheduling.scheduler import Scheduler
-from drp.leader.supervision.supervisor import DRAFT_RETRY_COST, Supervisor, WorkerLoss, WorkerSlot
+from drp.leader.supervision.supervisor import DRAFT_RETRY_COST, Supervisor, WorkerLoss
 from drp.leader.supervision.worker import Received
 from drp.protocol.messages import Bound, EvaluationError, Prediction, ToLeader
 from drp.protocol.timeline import OK
@@ -21,7 +21,7 @@ class MessageHandler:
 
     def __init__(
         self,
-        supervisor: Supervisor,
+        supervisor: Supervisor[InFlightBatch],
         runs: RunTable,
         scheduler: Scheduler,
         recorder: EventRecorder,
@@ -37,7 +37,7 @@ class MessageHandler:
             if worker_slot.worker is worker:  # It was not lost by what came before.
                 self._on_message(worker_slot, message)
 
-    def _on_message(self, worker_slot: WorkerSlot, message: ToLeader | None) -> None:
+    def _on_message(self, worker_slot: DraftSlot, message: ToLeader | None) -> None:
         """Handle a worker's message, or its exit (None)."""
         match message:
             case Prediction() if sent := _find_batch(worker_slot, message):
@@ -56,13 +56,13 @@ class MessageHandler:
                 if loss := self._supervisor.on_message(worker_slot, message):
                     self.on_worker_lost(loss)
 
-    def _done(self, worker_slot: WorkerSlot, sent: InFlightBatch) -> None:
+    def _done(self, worker_slot: DraftSlot, sent: InFlightBatch) -> None:
         """Remove a batch that a worker has finished from its slot, and reset the slot's retry budget."""
         worker_slot.drafts.remove(sent)
         worker_slot.on_draft_finished(self._supervisor.clock.now())
         release_rows(sent)
 
-    def _on_prediction(self, worker_slot: WorkerSlot, sent: InFlightBatch, message: Prediction) -> None:
+    def _on_prediction(self, worker_slot: DraftSlot, sent: InFlightBatch, message: Prediction) -> None:
         """Handle the predictions of a batch, or the message that a batch of an asynchronous run is queued."""
         run, since = sent.run, time.perf_counter_ns()
         try:
@@ -81,7 +81,7 @@ class MessageHandler:
             self._runs.fail(run, error)
         self._runs.release_if_idle(run)
 
-    def _on_error(self, worker_slot: WorkerSlot, sent: InFlightBatch, message: EvaluationError) -> None:
+    def _on_error(self, worker_slot: DraftSlot, sent: InFlightBatch, message: EvaluationError) -> None:
         run, index = sent.run, sent.tasks[0].index
         self._done(worker_slot, sent)
         consequence = run.follows_failure(sent)
@@ -105,7 +105,7 @@ class MessageHandler:
             self._runs.finish(run, WorkerError(words))
         self._runs.release_if_idle(run)
 
-    def deadline_of(self, worker_slot: WorkerSlot) -> float:
+    def deadline_of(self, worker_slot: DraftSlot) -> float:
         """Return when the first draft of a busy worker slot times out and its worker counts as lost."""
         first = worker_slot.drafts[0]
         timeout = self._draft_timeout or first.run.timeout(worker_slot.number)
@@ -124,7 +124,7 @@ class MessageHandler:
                 )
                 self.on_worker_lost(self._supervisor.mark_dead(worker_slot, why))
 
-    def on_worker_lost(self, loss: WorkerLoss) -> None:
+    def on_worker_lost(self, loss: WorkerLoss[InFlightBatch]) -> None:
         """Reassign a lost worker's drafts to other workers. The drafts and so the predictions are unchanged."""
         number = loss.worker_slot.number
         affected = self._runs.on_worker_lost(loss)
@@ -158,7 +158,7 @@ def _key_of(message: Prediction | EvaluationError) -> tuple[int, int, int]:
     return message.run, message.index, message.row
 
 
-def _find_batch(worker_slot: WorkerSlot, message: Prediction | EvaluationError) -> InFlightBatch | None:
+def _find_batch(worker_slot: DraftSlot, message: Prediction | EvaluationError) -> InFlightBatch | None:
     """Return the batch that a message answers, None if it answers none.
 
     A prediction, or the message that a batch is queued, answers the first batch without a pending completion. An error

@@ -29,9 +29,8 @@ from drp.leader.job import make_job
 from drp.leader.memory.host_stream import CorePlacement
 from drp.leader.memory.placement import MemoryPlacement
 from drp.leader.request import Request
-from drp.leader.runs.run_state import PendingCompletion
+from drp.leader.runs.run_state import DraftSlot, PendingCompletion
 from drp.leader.scheduling.policies import LoadAdaptive
-from drp.leader.supervision.supervisor import WorkerSlot
 from drp.protocol.frames import Frame
 from drp.protocol.messages import ModelSpec, ToWorker
 from drp.protocol.timeline import (
@@ -470,7 +469,7 @@ def test_workers_are_bound_when_they_are_needed(monkeypatch: pytest.MonkeyPatch,
     sent = list[tuple[str, int]]()
     post = two.internals.supervisor.enqueue
 
-    def watched(worker_slot: WorkerSlot, message: ToWorker) -> None:
+    def watched(worker_slot: DraftSlot, message: ToWorker) -> None:
         sent.append((type(message).__name__, worker_slot.number))
         post(worker_slot, message)
 
@@ -494,7 +493,7 @@ def test_others_are_left_alone_until_the_first_worker_has_its_draft(
             events.append(identity)
         send(identity, *messages)
 
-    def bound(worker_slot: WorkerSlot, number: int) -> bool:
+    def bound(worker_slot: DraftSlot, number: int) -> bool:
         events.append("bound")
         return on_bound(worker_slot, number)
 

@@ -8,7 +8,9 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
+from drp.leader.supervision.supervisor import WorkerSlot
 from drp.protocol.arena import Arena
 from drp.protocol.messages import Bind
 from drp.protocol.timeline import OK, PENDING, decode_status, encode_status
@@ -44,6 +46,10 @@ class InFlightBatch:
     def is_outstanding(self) -> bool:
         """Whether the predictions are still needed: another copy may have been used, or the run be over."""
         return self.run.outstanding.get(self.tasks[0].slot) is self.tasks[0]
+
+
+DraftSlot: TypeAlias = WorkerSlot[InFlightBatch]
+"""A worker slot, which holds the batches that its worker has."""
 
 
 @dataclass(eq=False)

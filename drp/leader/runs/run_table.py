@@ -9,9 +9,9 @@ import operator
 import time
 from dataclasses import replace
 
-from drp.leader.event_recorder import EventRecorder
-from drp.leader.runs.run_state import InFlightBatch, RunState
-from drp.leader.supervision.supervisor import Supervisor, WorkerLoss, WorkerSlot
+from drp.leader.runs.event_recorder import EventRecorder
+from drp.leader.runs.run_state import DraftSlot, InFlightBatch, RunState
+from drp.leader.supervision.supervisor import Supervisor, WorkerLoss
 from drp.protocol.memory import MAX_RETAINED_NBYTES
 from drp.protocol.messages import Rebind, Unbind
 
@@ -30,7 +30,7 @@ class RunTable:
     The memory of a run is released when it leaves `draining`.
     """
 
-    def __init__(self, supervisor: Supervisor, recorder: EventRecorder) -> None:
+    def __init__(self, supervisor: Supervisor[InFlightBatch], recorder: EventRecorder) -> None:
         self.running: dict[int, RunState] = {}
         self.draining: dict[int, RunState] = {}
         self.all_runs: tuple[RunState, ...] = ()
@@ -77,7 +77,7 @@ class RunTable:
         except BaseException as error:
             self.fail(run, error)
 
-    def bind(self, worker_slot: WorkerSlot, run: RunState, drafts: bool = False) -> None:
+    def bind(self, worker_slot: DraftSlot, run: RunState, drafts: bool = False) -> None:
         """Enqueue a Bind, by which a worker opens a run's memory, unless one was sent.
 
         Args:
@@ -99,7 +99,7 @@ class RunTable:
             if answer:
                 run.bind_pending.add(worker_slot.number)
 
-    def _try_bind(self, worker_slot: WorkerSlot, run: RunState) -> None:
+    def _try_bind(self, worker_slot: DraftSlot, run: RunState) -> None:
         try:
             self.bind(worker_slot, run)
         except BaseException as error:  # For example, a Bind that is too long.
@@ -126,7 +126,7 @@ class RunTable:
                 else:
                     self._recorder.record("refined", run, run.steps_done, since=since)
 
-    def on_bound(self, worker_slot: WorkerSlot, number: int) -> bool:
+    def on_bound(self, worker_slot: DraftSlot, number: int) -> bool:
         """Record that a worker has opened a run's memory; return False if no acknowledgement was due."""
         run = self.running.get(number) or self.draining.get(number)
         if run is None or worker_slot.number not in run.bind_pending:
@@ -154,7 +154,7 @@ class RunTable:
         """Running runs whose next drafts can be scheduled without waiting for a message."""
         return [run for run in self.running.values() if run.schedules_ahead and run.ready]
 
-    def on_worker_lost(self, loss: WorkerLoss) -> list[RunState]:
+    def on_worker_lost(self, loss: WorkerLoss[InFlightBatch]) -> list[RunState]:
         """Remove a lost worker from all runs; return the runs that have used predictions which it had not finished."""
         again = [run for run in self.all_runs if run.drop_worker(loss.worker_slot.number, loss.drafts)]
         for run in self.all_runs:

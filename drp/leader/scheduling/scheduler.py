@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from drp.leader.event_recorder import EventRecorder
-from drp.leader.runs.run_state import InFlightBatch, RunState
+from drp.leader.runs.event_recorder import EventRecorder
+from drp.leader.runs.run_state import DraftSlot, InFlightBatch, RunState
 from drp.leader.runs.run_table import RunTable, release_rows
 from drp.leader.scheduling.policies import Policy
-from drp.leader.supervision.supervisor import Supervisor, WorkerSlot
+from drp.leader.supervision.supervisor import Supervisor
 from drp.protocol.messages import BatchedDraft, Draft
 from drp.protocol.waiting import sched_yield
 from drp.sampling.run import Task
@@ -21,7 +21,9 @@ class Scheduler:
     policy: the policy. It may be replaced while no run is running.
     """
 
-    def __init__(self, supervisor: Supervisor, runs: RunTable, recorder: EventRecorder, policy: Policy) -> None:
+    def __init__(
+        self, supervisor: Supervisor[InFlightBatch], runs: RunTable, recorder: EventRecorder, policy: Policy
+    ) -> None:
         self._supervisor, self._runs, self._recorder, self.policy = supervisor, runs, recorder, policy
 
     def assign_drafts(self) -> None:
@@ -64,7 +66,7 @@ class Scheduler:
         if len(runs) != 1 or not runs[0].waits_for_bind:
             self._supervisor.flush(self._supervisor.ready)
 
-    def _place_drafts(self, runs: Sequence[RunState], ready: Sequence[WorkerSlot]) -> None:
+    def _place_drafts(self, runs: Sequence[RunState], ready: Sequence[DraftSlot]) -> None:
         """Assign the only run's batches to the workers that the run chooses among those that the policy lets it use.
 
         Idle workers are sent their batches at once; busy workers receive them with the next flush.
@@ -80,14 +82,14 @@ class Scheduler:
         if run.waits_for_bind:
             sched_yield()  # The thread that sends the message to the first worker may need this thread's core.
 
-    def _assign(self, worker_slot: WorkerSlot, run: RunState, tasks: tuple[Task, ...]) -> None:
+    def _assign(self, worker_slot: DraftSlot, run: RunState, tasks: tuple[Task, ...]) -> None:
         """Enqueue a batch for a worker; an exception ends the run."""
         try:
             self._post(worker_slot, run, tasks)
         except BaseException as error:
             self._runs.fail(run, error)
 
-    def _post(self, worker_slot: WorkerSlot, run: RunState, tasks: tuple[Task, ...]) -> None:
+    def _post(self, worker_slot: DraftSlot, run: RunState, tasks: tuple[Task, ...]) -> None:
         since, rows = time.perf_counter_ns(), []
         self._runs.bind(worker_slot, run, drafts=True)
         for task in tasks:
@@ -111,7 +113,7 @@ class Scheduler:
 
     # Late drafts.
 
-    def _hedge_late_drafts(self, ready: Sequence[WorkerSlot]) -> None:
+    def _hedge_late_drafts(self, ready: Sequence[DraftSlot]) -> None:
         """Send late drafts to idle workers as well; the first prediction to arrive is used."""
         idle = [worker_slot for worker_slot in ready if not worker_slot.drafts] if self.policy.hedge else []
         for worker_slot in ready if idle else ():
@@ -122,7 +124,7 @@ class Scheduler:
                         self._assign(idle[-1], sent.run, sent.tasks)
                         self._supervisor.flush([idle.pop()])
 
-    def _late_at(self, worker_slot: WorkerSlot) -> float:
+    def _late_at(self, worker_slot: DraftSlot) -> float:
         """Return when the first draft of a busy worker slot is late enough to be hedged; infinity if never."""
         usual = worker_slot.drafts[0].run.median_latency
         hedge = self.policy.hedge

@@ -1,4 +1,8 @@
-"""The supervisor: one worker slot for each device, and a new worker when one is lost."""
+"""The supervisor: one worker slot for each device, and a new worker when one is lost.
+
+It does not know runs. `Batch`, the type of what a worker is given to evaluate, is a type variable here: the leader's
+other parts fill the slots, and get the batches of a lost worker back in `WorkerLoss`.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,12 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from drp.errors import WorkerError
 from drp.leader.clock import Clock
 from drp.leader.devices import Device
 from drp.leader.memory.placement import MemoryPlacement
-from drp.leader.runs.run_state import InFlightBatch
 from drp.leader.supervision.startup import WorkerStartup
 from drp.leader.supervision.worker import Encoded, Worker
 from drp.leader.supervision.worker_pool import SHUTDOWN_TIMEOUT, WorkerPool, failure
@@ -42,10 +45,11 @@ log = logging.getLogger(__name__)
 SlotState = Literal["starting", "ready", "restarting", "lost"]
 LossCause = Literal["outside", "own"]
 Reason = Literal["shortage", "outside", "own"]
+Batch = TypeVar("Batch")
 
 
 @dataclass
-class WorkerSlot:
+class WorkerSlot(Generic[Batch]):
     """The slot of one device: its worker, and the drafts that the worker has.
 
         state        meaning                          `worker`  next state
@@ -68,7 +72,7 @@ class WorkerSlot:
     worker: Worker | None = None
     state: SlotState = "restarting"
     generation: int = 0
-    drafts: deque[InFlightBatch] = field(default_factory=deque)
+    drafts: deque[Batch] = field(default_factory=deque)
     outbox: list[Encoded] = field(default_factory=list)
     """Encoded messages to be sent with the next flush."""
     binds: dict[int, Bind] = field(default_factory=dict)
@@ -106,16 +110,16 @@ class WorkerSlot:
 
 
 @dataclass(frozen=True)
-class WorkerLoss:
+class WorkerLoss(Generic[Batch]):
     """The loss of a worker: its slot, the reason, the cause for the retry budgets, and the drafts that it had."""
 
-    worker_slot: WorkerSlot
+    worker_slot: WorkerSlot[Batch]
     reason: str
     cause: LossCause
-    drafts: tuple[InFlightBatch, ...]
+    drafts: tuple[Batch, ...]
 
 
-class Supervisor:
+class Supervisor(Generic[Batch]):
     """The worker slots of one leader; starts, checks and replaces their workers."""
 
     def __init__(
@@ -128,7 +132,9 @@ class Supervisor:
         clock: Clock,
     ) -> None:
         self.clock, self._placement = clock, placement
-        self.worker_slots = [WorkerSlot(number, device) for number, device in enumerate(devices)]
+        self.worker_slots: list[WorkerSlot[Batch]] = [
+            WorkerSlot(number, device) for number, device in enumerate(devices)
+        ]
         self._pool, self._startup, self._start_timeout = (
             pool,
             WorkerStartup(pool, model, devices, placement),
@@ -136,10 +142,10 @@ class Supervisor:
         )
         self._next_health_check = clock.now() + HEALTH_CHECK_INTERVAL
         self._down_since = clock.now()  # the time at which the last ready worker was lost, while none is ready
-        self.ready: tuple[WorkerSlot, ...] = ()
+        self.ready: tuple[WorkerSlot[Batch], ...] = ()
         """Worker slots whose workers accept drafts."""
 
-    def _set_state(self, worker_slot: WorkerSlot, state: SlotState) -> None:
+    def _set_state(self, worker_slot: WorkerSlot[Batch], state: SlotState) -> None:
         was_serving, worker_slot.state = bool(self.ready), state
         self.ready = tuple(worker_slot for worker_slot in self.worker_slots if worker_slot.state == "ready")
         if was_serving and not self.ready:
@@ -155,19 +161,19 @@ class Supervisor:
         """The start-up handshake, which also knows the model's specification."""
         return self._startup
 
-    def enqueue(self, worker_slot: WorkerSlot, message: ToWorker) -> None:
+    def enqueue(self, worker_slot: WorkerSlot[Batch], message: ToWorker) -> None:
         """Queue a message for a worker, to be sent with the next `flush`; it is dropped if there is no worker."""
         if worker_slot.worker is not None:
             worker_slot.outbox.append(worker_slot.worker.encode(message))
 
-    def flush(self, worker_slots: Iterable[WorkerSlot]) -> None:
+    def flush(self, worker_slots: Iterable[WorkerSlot[Batch]]) -> None:
         """Send the queued messages, those of a worker together. A worker that has exited is noticed by `poll`."""
         for worker_slot in worker_slots:
             if worker_slot.worker is not None and worker_slot.outbox:
                 worker_slot.worker.send(*worker_slot.outbox)
                 worker_slot.outbox.clear()
 
-    def start_worker(self, worker_slot: WorkerSlot) -> None:
+    def start_worker(self, worker_slot: WorkerSlot[Batch]) -> None:
         """Start a new worker in a slot; raise OSError or MemoryError if the machine or this process lacks resources."""
         worker_slot.since = self.clock.now() + self._start_timeout
         worker_slot.worker = self._pool.spawn(worker_slot.number, worker_slot.generation, worker_slot.device)
@@ -175,11 +181,11 @@ class Supervisor:
         self._set_state(worker_slot, "starting")
         self._startup.add_worker(worker_slot.worker)
 
-    def slot_of(self, worker: Worker) -> WorkerSlot:
+    def slot_of(self, worker: Worker) -> WorkerSlot[Batch]:
         """Return a worker's slot."""
         return self.worker_slots[worker.number]
 
-    def on_message(self, worker_slot: WorkerSlot, message: ToLeader | None) -> WorkerLoss | None:
+    def on_message(self, worker_slot: WorkerSlot[Batch], message: ToLeader | None) -> WorkerLoss[Batch] | None:
         """Handle a message of a starting worker, or the failure or exit (None) of any worker."""
         worker = worker_slot.worker
         assert worker is not None
@@ -197,7 +203,7 @@ class Supervisor:
             return self.mark_dead(worker_slot, str(error))
         return None
 
-    def mark_dead(self, worker_slot: WorkerSlot, why: str, reason: Reason | None = None) -> WorkerLoss:
+    def mark_dead(self, worker_slot: WorkerSlot[Batch], why: str, reason: Reason | None = None) -> WorkerLoss[Batch]:
         """Remove a worker, killing it if it still runs, and schedule its replacement.
 
         Args:
@@ -228,7 +234,7 @@ class Supervisor:
         log.warning("lost: %s", worker_slot.last_failure)
         return WorkerLoss(worker_slot, worker_slot.last_failure, fault, drafts)
 
-    def check_health(self) -> list[WorkerLoss]:
+    def check_health(self) -> list[WorkerLoss[Batch]]:
         """Start replacements that are due; return the workers lost to a start timeout or to missed heartbeats."""
         now, losses = self.clock.now(), []
         for worker_slot in self.worker_slots:
@@ -257,7 +263,7 @@ class Supervisor:
             )
         return losses
 
-    def _on_start_timeout(self, worker_slot: WorkerSlot) -> list[WorkerLoss]:
+    def _on_start_timeout(self, worker_slot: WorkerSlot[Batch]) -> list[WorkerLoss[Batch]]:
         """Give up a worker that did not start in time; extend its deadline if it waits for another worker's weights."""
         assert worker_slot.worker is not None
         if self._startup.blocked_by(worker_slot.worker) is not None:
@@ -276,7 +282,7 @@ class Supervisor:
                 deadline = min(deadline, worker_slot.since)
         return deadline
 
-    def _schedule_restart(self, worker_slot: WorkerSlot, reason: Reason) -> None:
+    def _schedule_restart(self, worker_slot: WorkerSlot[Batch], reason: Reason) -> None:
         now = self.clock.now()
         worker_slot.retry_budget_used += SLOT_RETRY_COST[reason]
         self._set_state(worker_slot, "restarting")
