@@ -288,12 +288,9 @@ class Engine:
 
         Arithmetic that becomes ready in the meantime is executed between small steps.
         """
-        while True:
-            self._rounds_seen = self.runs.rounds_begun
-            self._scheduler.assign_drafts()
-            runs = self.runs.schedulable_runs
-            if not runs:
-                break
+        self._rounds_seen = self.runs.rounds_begun
+        self._scheduler.assign_drafts()
+        while runs := self.runs.schedulable_runs:
             self._run_ready(notify=False)
             self.runs.refine_all()  # Refine a round's states before scheduling the next round.
             for run in runs:
@@ -301,7 +298,8 @@ class Engine:
                     self.runs.schedule_drafts(run)
             self._run_ready(notify=False)
             self.runs.refine_all()  # Queue known sums before operations that wait for the predictions of these drafts.
-            self._run_ready(notify=False)
+            self._rounds_seen = self.runs.rounds_begun
+            self._scheduler.assign_drafts()
         self._scheduler.flush()
 
     def _receive(self) -> None:
@@ -326,12 +324,15 @@ class Engine:
 
     def _next_deadline(self) -> float:
         """Return the time of the next deadline, on the leader's clock."""
-        times = [self.supervisor.next_deadline, *self._scheduler.hedge_deadlines()]
+        times = [self.supervisor.next_deadline]
+        if self._scheduler.policy.hedge:
+            times += self._scheduler.hedge_deadlines()
         for worker_slot in self.supervisor.ready:
             if worker_slot.drafts:
                 times.append(self._handler.deadline_of(worker_slot))
         for run in self.runs.all_runs:
-            times.append(self._clock.now() + run.poll_interval)
+            if (interval := run.poll_interval) < math.inf:
+                times.append(self._clock.now() + interval)
         return min(times)
 
     def _on_deadline(self) -> None:

@@ -33,7 +33,7 @@ class MessageHandler:
     def on_messages(self, received: Sequence[Received]) -> None:
         """Handle messages, and the exits of workers (None)."""
         for worker, message in received:
-            worker_slot = self._supervisor.slot_of(worker)
+            worker_slot = self._supervisor.worker_slots[worker.number]
             if worker_slot.worker is worker:  # It was not lost by what came before.
                 self._on_message(worker_slot, message)
 
@@ -59,27 +59,30 @@ class MessageHandler:
     def _done(self, worker_slot: DraftSlot, sent: InFlightBatch) -> None:
         """Remove a batch that a worker has finished from its slot, and reset the slot's retry budget."""
         worker_slot.drafts.remove(sent)
-        worker_slot.on_draft_finished(self._supervisor.clock.now())
+        worker_slot.since, worker_slot.retry_budget_used, worker_slot.restarts = self._supervisor.clock.now(), 0.0, 0
         release_rows(sent)
 
     def _on_prediction(self, worker_slot: DraftSlot, sent: InFlightBatch, message: Prediction) -> None:
         """Handle the predictions of a batch, or the message that a batch of an asynchronous run is queued."""
         run, since = sent.run, time.perf_counter_ns()
         try:
-            if run.on_queued(worker_slot.number, sent, message.seconds):
-                return
+            if sent.sequence:
+                return run.on_queued(worker_slot.number, sent, message.seconds)
             self._done(worker_slot, sent)
-            if sent.is_outstanding:
-                self._recorder.record_predictions("predicted", sent, worker_slot.number, message)
+            counts = sent.is_outstanding  # Else it is the second of two copies, or the run is over.
+            if self._recorder.timelines:
+                self._recorder.record_predictions("predicted" if counts else "late", sent, worker_slot.number, message)
+            if counts:
                 run.on_predictions(worker_slot.number, sent.tasks, sent.rows, message.seconds)
-                self._recorder.record_tasks("accumulated", sent, worker_slot.number, since)
+                if self._recorder.timelines:
+                    self._recorder.record_tasks("accumulated", sent, worker_slot.number, since)
                 if run.ready:
                     self._runs.schedule_drafts(run)
-            else:  # The second of two copies, or a prediction of a run that is over.
-                self._recorder.record_predictions("late", sent, worker_slot.number, message)
         except BaseException as error:
             self._runs.fail(run, error)
-        self._runs.release_if_idle(run)
+        if self._runs.draining:
+            self._runs.release_if_idle(run)
+        return None
 
     def _on_error(self, worker_slot: DraftSlot, sent: InFlightBatch, message: EvaluationError) -> None:
         run, index = sent.run, sent.tasks[0].index
@@ -108,8 +111,7 @@ class MessageHandler:
     def deadline_of(self, worker_slot: DraftSlot) -> float:
         """Return when the first draft of a busy worker slot times out and its worker counts as lost."""
         first = worker_slot.drafts[0]
-        timeout = self._draft_timeout or first.run.timeout(worker_slot.number)
-        return first.run.due_since(first.sequence, worker_slot.since) + timeout
+        return first.run.deadline(worker_slot.number, first.sequence, worker_slot.since, self._draft_timeout)
 
     def drop_late_workers(self) -> None:
         """Give up the workers whose first draft has timed out."""
@@ -154,10 +156,6 @@ class MessageHandler:
         self._scheduler.flush()  # Messages that were held back because of the lost worker.
 
 
-def _key_of(message: Prediction | EvaluationError) -> tuple[int, int, int]:
-    return message.run, message.index, message.row
-
-
 def _find_batch(worker_slot: DraftSlot, message: Prediction | EvaluationError) -> InFlightBatch | None:
     """Return the batch that a message answers, None if it answers none.
 
@@ -165,7 +163,7 @@ def _find_batch(worker_slot: DraftSlot, message: Prediction | EvaluationError) -
     may also answer a batch whose completion is pending.
     """
     for sent in worker_slot.drafts:
-        if _key_of(message) == (sent.run.number, sent.tasks[0].index, sent.rows[0]):
+        if (message.run, message.index, message.row) == (sent.run.number, sent.tasks[0].index, sent.rows[0]):
             return None if sent.completion_pending and isinstance(message, Prediction) else sent
         if not sent.completion_pending:
             return None

@@ -76,7 +76,8 @@ def is_text(text: str) -> bool:
 
 def to_fields(record: Any) -> dict[str, Any]:
     """Convert a dataclass to dicts and lists."""
-    return {name: _plain(getattr(record, name)) for name in record.__dataclass_fields__}
+    values = {name: getattr(record, name) for name in record.__dataclass_fields__}
+    return {name: value if type(value) in _SCALARS else _plain(value) for name, value in values.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -222,9 +222,11 @@ class GpuStream:
     def run_ready(self, notify: bool = True) -> None:
         """Do nothing, since the GPU executes the operations by itself."""
 
+    @property
     def current(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream)
 
+    @property
     def side_stream(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._aside)
 

@@ -242,6 +242,12 @@ class Bind:
     acknowledge: bool = True
     async_config: AsyncConfig | None = None
 
+    def has_same_memory(self, other: Bind) -> bool:
+        """Whether another run has the same memory with the same layout."""
+        mine = self.number, self.memory, self.gpu, self.slots, self.rows, self.inputs, self.outputs, self.cond
+        its = other.number, other.memory, other.gpu, other.slots, other.rows, other.inputs, other.outputs, other.cond
+        return mine == its and self.async_config == other.async_config
+
 
 @dataclass(frozen=True)
 class Bound:

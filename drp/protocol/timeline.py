@@ -76,8 +76,9 @@ class Stream(Protocol):
         """
         ...
 
+    @property
     def current(self) -> AbstractContextManager[object]:
-        """Return a context in which this is the thread's current CUDA stream."""
+        """A context in which this is the thread's current CUDA stream."""
         ...
 
     def record(self) -> Any:
@@ -92,8 +93,9 @@ class Stream(Protocol):
         """Wait until everything was executed. Only allowed if no operation waits for another process."""
         ...
 
+    @property
     def side_stream(self) -> AbstractContextManager[object]:
-        """Return a context with another current stream, for reading what was computed before an event."""
+        """A context with another current stream, for reading what was computed before an event."""
         ...
 
     def close(self) -> None:

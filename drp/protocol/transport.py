@@ -98,8 +98,8 @@ class LeaderSocket:
             self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FROM_WORKER)
             self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # Sending to a worker that is gone is an error.
             self._socket.setsockopt(zmq.HANDSHAKE_IVL, 0)  # A worker answers once it has imported what it needs.
-            self._fd: int = self._socket.fileno()
-            self._epoll.register(self._fd, select.EPOLLIN)
+            self._items = [(self._socket, POLLIN)]  # for zmq_poll
+            self._epoll.register(self._socket.fileno(), select.EPOLLIN)
         except BaseException:
             self.close()
             raise
@@ -133,7 +133,10 @@ class LeaderSocket:
 
         Raises zmq.ZMQError if the worker is gone or its queue is full.
         """
-        send_frames(self._socket, (identity, *messages))
+        _send(self._socket, identity, NOBLOCK | SEND_MORE)
+        for message in messages[:-1]:
+            _send(self._socket, message, NOBLOCK | SEND_MORE)
+        _send(self._socket, messages[-1], NOBLOCK)
 
     def watch(self, fd: int) -> None:
         """Make `poll` also wait for a file descriptor."""
@@ -150,19 +153,19 @@ class LeaderSocket:
         while the socket was used.
         """
         # One epoll for all: zmq's own poll makes its list anew at each call, and counts whole milliseconds.
-        if seconds > 0 and not has_message(self._socket):
+        if seconds > 0 and not zmq.zmq_poll(self._items, 0):
             wait_readable(self._epoll.fileno(), min(seconds, MAX_WAIT))
         return set(dict(self._epoll.poll(0.0)))
 
     def wait(self, seconds: float) -> None:
         """Wait for a message for at most `seconds`."""
-        if not has_message(self._socket):
+        if not zmq.zmq_poll(self._items, 0):
             self._epoll.poll(seconds)
 
     def receive(self) -> list[list[zmq.Frame]]:
         """Return the frames of the messages that have arrived; the first frame of each is its sender's identity."""
         messages: list[list[zmq.Frame]] = []
-        while len(messages) < MAX_QUEUED and has_message(self._socket):
+        while len(messages) < MAX_QUEUED and zmq.zmq_poll(self._items, 0):
             messages.append(receive_frames(self._socket))
         return messages
 

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 
 from torch import Tensor
 
@@ -23,6 +24,8 @@ Callback = Callable[[int, Tensor], None]
 
 Noise = Callable[[int], Tensor]
 """Called with a step's index; returns standard normal numbers shaped like the state, the same on every call."""
+
+_SLOTS, _ROWS = attrgetter("slots", "in_flight"), attrgetter("rows", "to_refine")  # of checkpoints
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,8 @@ class Run:
         # Coefficients are computed while the previous round is evaluated; with feedback, once it is complete.
         self._plan = make_cached_plan(solver, mode, start, self._measure)
         self._position = 0  # of the next event in the plan
-        self._slot_banks, self._state_banks = (
-            make_allocator(solver, mode, width, checkpoints) for width in (mode.width, self._plan.longest)
-        )
+        self._slot_banks = make_allocator(solver, mode, mode.width, checkpoints)
+        self._state_banks = make_allocator(solver, mode, self._plan.longest, checkpoints)
         self._checkpoints: list[Checkpoint] = []
         self._slots: dict[int, int] = {}  # index -> row of drafts
         self._answers: dict[int, int] = {}  # row of drafts -> row of predictions
@@ -303,8 +305,7 @@ class Run:
 
     def _slots_in_use(self) -> set[int]:
         used: set[int] = set()
-        kept = [(each.slots, each.in_flight) for each in self._checkpoints]
-        for slots, rounds in ((self._slots, self._in_flight), *kept):
+        for slots, rounds in ((self._slots, self._in_flight), *map(_SLOTS, self._checkpoints)):
             used.update(slots.values())
             for out in rounds:
                 used.update(out.slots.values())
@@ -312,8 +313,7 @@ class Run:
 
     def _states_in_use(self) -> set[int]:
         used: set[int] = set()
-        kept = [(each.rows, each.to_refine) for each in self._checkpoints]
-        for rows, to_refine in ((self._rows, self._to_refine), *kept):
+        for rows, to_refine in ((self._rows, self._to_refine), *map(_ROWS, self._checkpoints)):
             used.update(rows.values())
             for event, first in to_refine:
                 used.update(range(first, first + event.steps))

@@ -99,7 +99,7 @@ def test_the_owner_waits_for_a_number_that_a_peer_writes(memory: GpuMemory, numb
     assert process.stdout.readline() == "recorded\n"
     began = time.perf_counter()
     seen = torch.full((1,), -1, dtype=torch.int64, pin_memory=True)
-    with stream.current():
+    with stream.current:
         record.wait()
         seen.copy_(number, non_blocking=True)
     mark, queued = stream.record(), time.perf_counter() - began

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import torch
 from hypothesis import example, given
@@ -49,6 +49,6 @@ def test_there_is_a_row_for_each_draft(sent: list[tuple[int, list[int]]]) -> Non
             for place in done if len(writing) < AT_ONCE else (*done, 0):
                 if place < len(writing):
                     del writing[place]
-            session.rows_in_flight = Counter(writing)
+            session.rows_in_flight = defaultdict(int, Counter(writing))
     finally:
         session.arena.close()

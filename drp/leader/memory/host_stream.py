@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from torch import Tensor
 
@@ -36,15 +36,17 @@ shared: every core has a worker. The thread is notified only once all the comple
 """
 
 
-_NO_CONTEXT = contextlib.nullcontext()
-
-
 class HostStream:
     """A queue of operations: `enqueue` and `enqueue_wait` append to it, `run_ready` executes it, all in one thread.
 
     Operations are of three kinds: functions, waits for a worker's timeline semaphore (`_Wait`), and signals of the
     leader's own (`_Signal`).
     """
+
+    current: Final[AbstractContextManager[object]] = contextlib.nullcontext()
+    """It does nothing: operations are enqueued explicitly."""
+    side_stream = current
+    """Executed operations are complete, so no other stream is needed."""
 
     def __init__(self, core_placement: CorePlacement = "dedicated") -> None:
         self._core_placement = core_placement
@@ -137,14 +139,6 @@ class HostStream:
         """Execute all operations; only valid if none of them waits for another process."""
         if self.run_ready() is not None:
             raise RuntimeError("what was given waits for another process")
-
-    def current(self) -> AbstractContextManager[object]:
-        """Return a context that does nothing: operations are enqueued explicitly."""
-        return _NO_CONTEXT
-
-    def side_stream(self) -> AbstractContextManager[object]:
-        """Return a context that does nothing: executed operations are complete, so no other stream is needed."""
-        return _NO_CONTEXT
 
     def close(self) -> None:
         """Discard the operations that were not executed."""

@@ -34,7 +34,7 @@ from drp.leader.runs.sync_run import SyncRun
 from drp.protocol.messages import Bind
 from drp.protocol.timeline import CANCEL_ALL, CANCELLED, PENDING, RAISED
 from drp.sampling.result import Result
-from drp.sampling.run import Run, Task, batches
+from drp.sampling.run import Run, Task
 
 COMPLETION_POLL_INTERVAL = 0.001
 """Seconds between two polls of completion records that a GPU writes."""
@@ -49,7 +49,7 @@ class AsyncRun(SyncRun):
         _in_flight, _pending                  batches that workers have; those that were added and are not verified
         _batches_added, _batches_verified     the number of batches in each state so far
         _batch_of, _reserved                  by slot, the batch of its draft, and the row reserved for its prediction
-        _rounds_formed                        the number of rounds scheduled
+        _rounds_formed, _rounds_refined       the number of rounds scheduled; of them, before the last refinement
         rounds_begun, _round_begun            the number of rounds begun; whether one began since the last placement
         _base_depth                           the number of batches that workers should have
         _checkpoints, _kept_states            what is kept until batches are verified: checkpoints and states
@@ -77,7 +77,8 @@ class AsyncRun(SyncRun):
         """For each verified batch, in order, the number of evaluations and their time in seconds."""
         self._reported_seconds: list[float] = []
         """Times of batches from workers whose completion records have none: GPUs, which report most of them."""
-        self._rounds_formed = self._batches_added = self._batches_verified = self._last_recorded = 0
+        self._rounds_formed = self._rounds_refined = 0
+        self._batches_added = self._batches_verified = self._last_recorded = 0
         self._exhausted = False
         self._last_progress = self._clock.now()
         self._base_depth, self._round_begun = 0, False
@@ -85,10 +86,11 @@ class AsyncRun(SyncRun):
         """The number of rounds that have begun, whose drafts are written."""
         # All rows of a round are reserved at once.
         config = replace(config, spare_rows=config.spare_rows + job.mode.width)
-        extra = RunEvents.nbytes(job.slots(checkpoints=True) + config.spare_rows, config.workers)
+        slots = job.slots(checkpoints=True)
+        extra = RunEvents.nbytes(slots + config.spare_rows, config.workers)
         try:
-            with self.stream.current():
-                super().__init__(submission, config, placement.allocate_ordered, extra, checkpoints=True)
+            with self.stream.current:
+                super().__init__(submission, config, placement.allocate_ordered, extra, slots)
         except BaseException:
             self.stream.close()
             raise
@@ -116,18 +118,19 @@ class AsyncRun(SyncRun):
         if not self._placement.workers_acknowledge:
             self.on_queued(worker, sent, 0.0)
 
-    def _queue_drafts(self, tasks: Sequence[Task]) -> None:
-        super()._queue_drafts(tasks)
+    def _queue_drafts(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
+        groups = super()._queue_drafts(tasks)
         self._rounds_formed += 1
         for task in tasks:
             # Reserve the row now: at send time the waits for other drafts of the round may be queued ahead of it.
             self._reserved[task.slot] = super().free_row(task.slot)
-        for some in batches(tasks, self._batch):
+        for some in groups:
             for task in some:
                 self._batch_of[task.slot] = some
         if self._checkpoints.has_room:
             out = {id(some): some for some in (self._batch_of[slot] for slot in self.outstanding)}
             self._checkpoints.add(RunCheckpoint(self.run.checkpoint(), self._batches_added, tuple(out.values())))
+        return groups
 
     def place_drafts(
         self, queues: Sequence[Sequence[InFlightBatch]], depth: int
@@ -167,7 +170,7 @@ class AsyncRun(SyncRun):
         row = self._reserved.pop(slot, None)
         if row is None:  # The draft is sent again after a loss.
             row = super().free_row(slot)
-            with self.stream.current():
+            with self.stream.current:
                 self._last_recorded = self._events.leader.record()
         return row
 
@@ -175,12 +178,12 @@ class AsyncRun(SyncRun):
         """Return the rows that the arithmetic may still read, and the reserved rows."""
         return super().rows_in_use() | set(self._reserved.values())
 
-    def on_queued(self, worker: int, sent: InFlightBatch, seconds: float) -> bool:
+    def on_queued(self, worker: int, sent: InFlightBatch, seconds: float) -> None:
         """Queue the wait for the worker's event, the reading of the records and, if it is needed, the arithmetic."""
         sent.completion_pending, counts = True, sent.is_outstanding
         if seconds:
             self._reported_seconds.append(seconds)
-        with self.stream.current():
+        with self.stream.current:
             self._events.by_worker[worker].wait()
             self._pending.append(
                 PendingCompletion(sent, worker, self._events.completions.read(sent.rows), counts, self._clock.now())
@@ -189,14 +192,13 @@ class AsyncRun(SyncRun):
                 del self.outstanding[task.slot]
                 self.run.accumulate(task.slot, row)
         self._batches_added += counts
-        return True
 
     def schedule_drafts(self) -> bool | None:
         """Schedule all drafts whose predictions are queued.
 
         After the last drafts, returns None until all completion records were read, then False.
         """
-        with self.stream.current():
+        with self.stream.current:
             if super().schedule_drafts():
                 # Batches sent from now on wait for what was queued so far.
                 self._last_recorded = self._events.leader.record()
@@ -330,7 +332,7 @@ class AsyncRun(SyncRun):
         del self._evaluated[self._batches_added :]
         self.evaluations = sum(count for count, _ in self._evaluated)
         self.device_seconds = sum(seconds for _, seconds in self._evaluated)
-        with self.stream.current():
+        with self.stream.current:
             if last is None:
                 self._begin()
                 return 0
@@ -344,15 +346,19 @@ class AsyncRun(SyncRun):
                     self._reserved[task.slot] = super().free_row(task.slot)
             return self.run.steps_done
 
-    def due_since(self, sequence: int, since: float) -> float:
-        """Return the time from which a batch's timeout counts: only for the batch that the run's stream reads next."""
+    def deadline(self, worker: int, sequence: int, since: float, timeout: float | None) -> float:
+        """Return when a worker is late: only the time of the batch that the run's stream reads next counts."""
         first = self._pending[0].batch.sequence if self._pending else next(iter(self._in_flight))
-        return max(since, self._last_progress) if sequence == first else math.inf
+        if sequence != first:
+            return math.inf
+        return super().deadline(worker, sequence, max(since, self._last_progress), timeout)
 
     def refine(self) -> None:
         """Queue the computation of final states, and hand out the states whose batches are verified."""
-        with self.stream.current():
-            self.run.refine(self._keep_state, between=self._kept_states.wanted)
+        if self._exhausted or self._rounds_refined != self._rounds_formed:
+            self._rounds_refined = self._rounds_formed
+            with self.stream.current:
+                self.run.refine(self._keep_state, between=self._kept_states.wanted)
         if self._exhausted and not self._pending:
             self.stream.synchronize()  # No operation waits for a worker any more.
         self.future.rounds = max(self.future.rounds, self.run.rounds_done)
@@ -368,12 +374,12 @@ class AsyncRun(SyncRun):
     def _result(self, devices: tuple[str, ...]) -> Result:
         if self._reported_seconds and not self.device_seconds:
             self.device_seconds = statistics.fmean(self._reported_seconds) * len(self._evaluated)
-        with self.stream.side_stream():
+        with self.stream.side_stream:
             return super()._result(devices)
 
     def release(self) -> None:
         """Release the memory; its next user is ordered after what is still queued."""
-        with self.stream.current():
+        with self.stream.current:
             self.arena.memory.record_event()
         self.stream.close()
         super().release()

@@ -76,7 +76,7 @@ class KeptStates:
     def _deliver_state(self, step: KeptState, callback: Callable[[int, Tensor], None] | None) -> None:
         if step.state is None:
             return
-        with self._stream.side_stream():  # The run's own stream may be waiting for workers.
+        with self._stream.side_stream:  # The run's own stream may be waiting for workers.
             if step.state.is_cuda:
                 step.state.record_stream(torch.cuda.current_stream())
             if step.draft is not None:

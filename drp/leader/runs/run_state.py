@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -118,7 +118,7 @@ class RunState(ABC):
     """
 
     binds_with_drafts = False
-    """Whether workers open the run's memory with their first draft, without acknowledging it."""
+    """Whether all workers but the first open the run's memory with their first draft, not when the run begins."""
     schedules_ahead = False
     """Whether drafts can be scheduled before the predictions that they depend on are complete."""
     rounds_begun = 0
@@ -136,7 +136,7 @@ class RunState(ABC):
         self.waiting: deque[tuple[Task, ...]] = deque()
         self.outstanding: dict[int, Task] = {}
         """By slot, the scheduled drafts whose predictions have not arrived."""
-        self.rows_in_flight: Counter[int] = Counter()
+        self.rows_in_flight: defaultdict[int, int] = defaultdict(int)
         """Rows to which workers may still write, with the number of drafts that may do so, including late ones."""
         self._reassigned_rows: set[int] = set()
         """Rows that were used at some time for a slot with another number."""
@@ -211,8 +211,9 @@ class RunState(ABC):
         self.arena.memory.record_event()  # It does nothing on the host.
         return 0, 0
 
-    def on_dispatched(self, worker: int, sent: InFlightBatch) -> None:  # noqa: B027  # most have nothing to do
-        """Update the run after a batch was enqueued for a worker."""
+    def on_dispatched(self, worker: int, sent: InFlightBatch) -> None:
+        """Update the run after an asynchronous batch was enqueued for a worker."""
+        raise NotImplementedError(f"run {self.number} has no asynchronous batches")
 
     @property
     def waits_for_bind(self) -> bool:
@@ -238,12 +239,12 @@ class RunState(ABC):
         """
         raise NotImplementedError(f"run {self.number} does not schedule ahead")
 
-    def on_queued(self, worker: int, sent: InFlightBatch, seconds: float) -> bool:
-        """Handle the message that a batch is queued; return False if the message means that it is evaluated.
+    def on_queued(self, worker: int, sent: InFlightBatch, seconds: float) -> None:
+        """Handle the message that an asynchronous batch is queued.
 
         `seconds` is the time of an earlier batch of the run, 0 if unknown.
         """
-        return False
+        raise NotImplementedError(f"run {self.number} has no asynchronous batches")
 
     def run_ready(self, notify: bool) -> float:
         """Execute queued arithmetic that is ready; return when to call this again, in seconds of perf_counter.
@@ -267,14 +268,16 @@ class RunState(ABC):
         """Return to the last verified checkpoint; return its step."""
         raise NotImplementedError(f"run {self.number} uses nothing that is not proven")
 
-    def due_since(self, sequence: int, since: float) -> float:
-        """Return the time from which a draft's timeout counts, or infinity if it does not count yet.
+    def deadline(self, worker: int, sequence: int, since: float, timeout: float | None) -> float:
+        """Return when a worker is late; infinity if its time does not count yet.
 
         Args:
+            worker: the worker's number.
             sequence: the sequence number of the first batch in the worker's queue.
             since: when that batch became the first in the queue.
+            timeout: the timeout in seconds; by default, `timeout(worker)`.
         """
-        return since
+        return since + (timeout or self.timeout(worker))
 
     def withdraw(self, sent: InFlightBatch) -> bool:
         """Remove a batch that will not be evaluated; return whether its predictions were added already."""
@@ -319,10 +322,13 @@ class RunState(ABC):
             self.evaluations += 1
             self.add_prediction(task, row)
 
-    def _queue_drafts(self, tasks: Sequence[Task]) -> None:
-        self.waiting.extend(batches(tasks, self._batch))
+    def _queue_drafts(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
+        """Schedule the drafts of a round; return them in the batches in which they wait."""
+        groups = batches(tasks, self._batch)
+        self.waiting.extend(groups)
         for task in tasks:
             self.outstanding[task.slot] = task
+        return groups
 
     def timeout(self, worker: int) -> float:
         """Return a worker's timeout for a draft, in seconds: a multiple of the slowest evaluation so far."""

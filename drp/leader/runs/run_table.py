@@ -13,7 +13,7 @@ from drp.leader.runs.event_recorder import EventRecorder
 from drp.leader.runs.run_state import DraftSlot, InFlightBatch, RunState
 from drp.leader.supervision.supervisor import Supervisor, WorkerLoss
 from drp.protocol.memory import MAX_RETAINED_NBYTES
-from drp.protocol.messages import Rebind, Unbind
+from drp.protocol.messages import Draft, Rebind, Unbind
 
 _ROUNDS_BEGUN = operator.attrgetter("rounds_begun")
 
@@ -77,27 +77,23 @@ class RunTable:
         except BaseException as error:
             self.fail(run, error)
 
-    def bind(self, worker_slot: DraftSlot, run: RunState, drafts: bool = False) -> None:
-        """Enqueue a Bind, by which a worker opens a run's memory, unless one was sent.
+    def bind(self, worker_slot: DraftSlot, run: RunState, draft: Draft | None = None) -> None:
+        """Enqueue a Bind, by which a worker opens a run's memory, and the draft that follows it, or neither.
 
-        Args:
-            worker_slot: the slot of the worker.
-            run: the run.
-            drafts: whether drafts follow in the same flush. An asynchronous run then needs no acknowledgement, which
-                the drafts' completion records imply.
+        With a draft no acknowledgement is needed, which the answer to the draft implies.
         """
-        if worker_slot.number not in run.bound_workers:
-            answer = not (drafts and run.binds_with_drafts)
-            bind, kept = replace(run.bind(worker_slot.number), acknowledge=answer), worker_slot.retained_bind
-            if kept is not None and replace(kept, run=run.number, acknowledge=answer) == bind:
-                self._supervisor.enqueue(worker_slot, Rebind(run.number, answer))
-                worker_slot.retained_bind = None
-            else:
-                self._supervisor.enqueue(worker_slot, bind)
-            worker_slot.binds[run.number] = bind
-            run.bound_workers.add(worker_slot.number)
-            if answer:
-                run.bind_pending.add(worker_slot.number)
+        bind, kept = run.bind(worker_slot.number), worker_slot.retained_bind
+        if draft is not None:
+            bind = replace(bind, acknowledge=False)
+        again = kept is not None and kept.has_same_memory(bind)
+        first = Rebind(run.number, bind.acknowledge) if again else bind
+        self._supervisor.enqueue(worker_slot, *((first,) if draft is None else (first, draft)))
+        if again:
+            worker_slot.retained_bind = None
+        worker_slot.binds[run.number] = bind
+        run.bound_workers.add(worker_slot.number)
+        if bind.acknowledge:
+            run.bind_pending.add(worker_slot.number)
 
     def _try_bind(self, worker_slot: DraftSlot, run: RunState) -> None:
         try:
@@ -110,7 +106,7 @@ class RunTable:
         while self._to_bind:
             run = self._to_bind.pop()
             for worker_slot in self._supervisor.ready:
-                if run.number in self.running:
+                if run.number in self.running and worker_slot.number not in run.bound_workers:
                     self._try_bind(worker_slot, run)
             self._supervisor.flush(self._supervisor.ready)
 
@@ -124,7 +120,8 @@ class RunTable:
                 except BaseException as error:
                     self.fail(run, error)
                 else:
-                    self._recorder.record("refined", run, run.steps_done, since=since)
+                    if self._recorder.timelines:
+                        self._recorder.record("refined", run, run.steps_done, since=since)
 
     def on_bound(self, worker_slot: DraftSlot, number: int) -> bool:
         """Record that a worker has opened a run's memory; return False if no acknowledgement was due."""

@@ -23,10 +23,10 @@ class SyncRun(RunState):
         config: RunConfig,
         allocate: Allocate | None = None,
         extra_nbytes: int = 0,
-        checkpoints: bool = False,
+        slots: int | None = None,
     ) -> None:
         self._began, job = time.perf_counter(), submission.job
-        slots = job.slots(checkpoints)
+        slots = slots or job.slots(checkpoints=False)
         arena = Arena.create(
             config.number,
             job.start,

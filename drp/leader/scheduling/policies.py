@@ -7,6 +7,7 @@ evaluation; evaluation times are independent. Run times exclude the overhead of 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -26,6 +27,9 @@ class HasDrafts(Protocol):
 
 
 Waiting = TypeVar("Waiting", bound=HasDrafts)
+
+has_waiting = operator.attrgetter("waiting")
+"""Whether a run has drafts that are not assigned to a worker."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,7 @@ class Policy:
 
     def choose(self, worker: int, workers: int, runs: Sequence[Waiting]) -> Waiting | None:
         """Return the run whose next draft worker `worker` of `workers` evaluates; `runs` are oldest first."""
-        for run in runs:
-            if run.waiting:
-                return run
-        return None
+        return next(filter(has_waiting, runs), None)
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,9 @@ class LoadAdaptive(RunAffinity):
 
     def choose(self, worker: int, workers: int, runs: Sequence[Waiting]) -> Waiting | None:
         """Return the oldest run with a draft waiting, or, if there are as many runs as workers, the worker's own."""
-        if len(runs) < workers:
-            return Policy.choose(self, worker, workers, runs)
-        return super().choose(worker, workers, runs)
+        if workers <= len(runs) and runs[worker].waiting:
+            return runs[worker]
+        return next(filter(has_waiting, runs), None)
 
 
 POLICIES: dict[str, Policy] = {

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from drp.leader.runs.event_recorder import EventRecorder
 from drp.leader.runs.run_state import DraftSlot, InFlightBatch, RunState
 from drp.leader.runs.run_table import RunTable, release_rows
-from drp.leader.scheduling.policies import Policy
+from drp.leader.scheduling.policies import Policy, has_waiting
 from drp.leader.supervision.supervisor import Supervisor
 from drp.protocol.messages import BatchedDraft, Draft
 from drp.protocol.waiting import sched_yield
@@ -39,9 +39,9 @@ class Scheduler:
         for depth in range(1, most + 1):
             for place, worker_slot in enumerate(ready):
                 while len(worker_slot.drafts) < depth:
-                    run = self._choose(place, len(ready), runs)
+                    run = self._choose(place, len(ready), runs) if any(map(has_waiting, runs)) else None
                     if run is None:
-                        return self._hedge_late_drafts(ready)
+                        return self._hedge_late_drafts(ready) if self.policy.hedge else None
                     self._assign(worker_slot, run, run.waiting.popleft())
                     self._supervisor.flush([worker_slot])
         return None
@@ -84,38 +84,38 @@ class Scheduler:
 
     def _assign(self, worker_slot: DraftSlot, run: RunState, tasks: tuple[Task, ...]) -> None:
         """Enqueue a batch for a worker; an exception ends the run."""
+        since, rows, first = time.perf_counter_ns(), list[int](), tasks[0]
         try:
-            self._post(worker_slot, run, tasks)
+            for task in tasks:
+                rows.append(run.free_row(task.slot))
+                run.rows_in_flight[rows[-1]] += 1
+            sequence, after = run.prepare_dispatch(worker_slot.number)
+            sent = InFlightBatch(run, tasks, tuple(rows), sequence)
+            also = tuple(map(_batched_draft, tasks[1:], rows[1:]))
+            draft = Draft(run.number, first.index, first.timestep, first.slot, rows[0], sequence, after, also)
+            try:
+                if worker_slot.number in run.bound_workers:
+                    self._supervisor.enqueue(worker_slot, draft)
+                else:
+                    self._runs.bind(worker_slot, run, draft)
+            except BaseException:  # The message cannot be encoded, for example because of a user's timestep.
+                release_rows(sent)
+                raise
+            if self._recorder.timelines:
+                self._recorder.record_tasks("sent", sent, worker_slot.number, since)
+            if not worker_slot.drafts:
+                worker_slot.since = self._supervisor.clock.now()
+            worker_slot.drafts.append(sent)
+            if sequence:
+                run.on_dispatched(worker_slot.number, sent)
         except BaseException as error:
             self._runs.fail(run, error)
-
-    def _post(self, worker_slot: DraftSlot, run: RunState, tasks: tuple[Task, ...]) -> None:
-        since, rows = time.perf_counter_ns(), []
-        self._runs.bind(worker_slot, run, drafts=True)
-        for task in tasks:
-            rows.append(run.free_row(task.slot))
-            run.rows_in_flight[rows[-1]] += 1
-        task, row = tasks[0], rows[0]
-        sequence, after = run.prepare_dispatch(worker_slot.number)
-        sent = InFlightBatch(run, tasks, tuple(rows), sequence)
-        also = tuple(BatchedDraft(t.index, t.timestep, t.slot, r) for t, r in zip(tasks[1:], rows[1:], strict=True))
-        draft = Draft(run.number, task.index, task.timestep, task.slot, row, sequence, after, also)
-        try:
-            self._supervisor.enqueue(worker_slot, draft)
-        except BaseException:  # The message cannot be encoded, for example because of a user's timestep.
-            release_rows(sent)
-            raise
-        self._recorder.record_tasks("sent", sent, worker_slot.number, since)
-        if not worker_slot.drafts:
-            worker_slot.since = self._supervisor.clock.now()
-        worker_slot.drafts.append(sent)
-        run.on_dispatched(worker_slot.number, sent)
 
     # Late drafts.
 
     def _hedge_late_drafts(self, ready: Sequence[DraftSlot]) -> None:
         """Send late drafts to idle workers as well; the first prediction to arrive is used."""
-        idle = [worker_slot for worker_slot in ready if not worker_slot.drafts] if self.policy.hedge else []
+        idle = [worker_slot for worker_slot in ready if not worker_slot.drafts]
         for worker_slot in ready if idle else ():
             if worker_slot.drafts and self._supervisor.clock.now() >= self._late_at(worker_slot):
                 for sent in list(worker_slot.drafts):
@@ -133,7 +133,7 @@ class Scheduler:
     def hedge_deadlines(self) -> Iterator[float]:
         """Yield the times at which drafts of busy worker slots are to be hedged, if a worker is idle."""
         ready = self._supervisor.ready
-        if self.policy.hedge and not all(worker_slot.drafts for worker_slot in ready):
+        if not all(worker_slot.drafts for worker_slot in ready):
             for worker_slot in ready:
                 if any(len(self.copies_of(sent)) == 1 for sent in worker_slot.drafts):
                     yield self._late_at(worker_slot)
@@ -143,3 +143,7 @@ class Scheduler:
         return [
             other for worker_slot in self._supervisor.ready for other in worker_slot.drafts if other.tasks is sent.tasks
         ]
+
+
+def _batched_draft(task: Task, row: int) -> BatchedDraft:
+    return BatchedDraft(task.index, task.timestep, task.slot, row)

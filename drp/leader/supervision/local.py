@@ -115,6 +115,7 @@ class LocalBackend:
         """By sentinel."""
         self._dropped = DroppedMessages(log)
         self._threads = threads
+        self._ended: set[int] = set()
         self.dying: list[WorkerProcess] = []
         """Workers that were killed and have not ended: the kernel may take seconds on an overloaded machine."""
         self.socket = LeaderSocket()
@@ -166,16 +167,6 @@ class LocalBackend:
         return worker
 
     def receive(self, ready: set[int]) -> list[Received]:
-        received = self._receive_messages()
-        ended = [self.workers[sentinel] for sentinel in ready & self.workers.keys()]
-        for worker in ended:
-            if (worker.exit_code or 0) >= 0:  # It has ended by itself, and may have said why.
-                self.socket.wait(LAST_MESSAGE_TIMEOUT)
-                received += self._receive_messages()
-        return [*received, *((worker, None) for worker in ended)]
-
-    def _receive_messages(self) -> list[Received]:
-        """Return the messages that have arrived. Malformed messages and those of unknown senders are dropped."""
         received: list[Received] = []
         for identity, *frames in self.socket.receive():
             try:
@@ -191,11 +182,19 @@ class LocalBackend:
                     break
             else:
                 self._dropped.add(f"a {type(message).__name__} from {identity.bytes!r}, which is no worker")
+        for sentinel in ready & self.workers.keys() if not received else ():
+            worker = self.workers[sentinel]
+            if worker.number not in self._ended and (worker.exit_code or 0) >= 0:
+                self._ended.add(worker.number)
+                self.socket.wait(LAST_MESSAGE_TIMEOUT)  # The next call returns its last message, and then its end.
+            else:
+                received.append((worker, None))
         return received
 
     def retire(self, worker: WorkerProcess) -> tuple[str, int | None]:
         """Kill a worker if it still runs, and free its resources; return how it ended and its exit code."""
         del self.workers[worker.process.sentinel]
+        self._ended.discard(worker.number)
         self.socket.forget(worker.process.sentinel)
         self.socket.dismiss(worker.identity)
         worker.process.kill()

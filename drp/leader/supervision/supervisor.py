@@ -93,10 +93,6 @@ class WorkerSlot(Generic[Batch]):
     _last_heartbeat: int = -1
     _missed_heartbeats: int = 0
 
-    def on_draft_finished(self, now: float) -> None:
-        """Reset the retry budget and the backoff: the worker works."""
-        self.since, self.retry_budget_used, self.restarts = now, 0.0, 0
-
     def check_heartbeat(self) -> bool:
         """Count missed heartbeats of an idle worker; return False if there are too many.
 
@@ -161,10 +157,13 @@ class Supervisor(Generic[Batch]):
         """The start-up handshake, which also knows the model's specification."""
         return self._startup
 
-    def enqueue(self, worker_slot: WorkerSlot[Batch], message: ToWorker) -> None:
-        """Queue a message for a worker, to be sent with the next `flush`; it is dropped if there is no worker."""
+    def enqueue(self, worker_slot: WorkerSlot[Batch], *messages: ToWorker) -> None:
+        """Queue messages for a worker, to be sent with the next `flush`; they are dropped if there is no worker.
+
+        If one cannot be encoded, this raises and none of them is queued.
+        """
         if worker_slot.worker is not None:
-            worker_slot.outbox.append(worker_slot.worker.encode(message))
+            worker_slot.outbox += list(map(worker_slot.worker.encode, messages))
 
     def flush(self, worker_slots: Iterable[WorkerSlot[Batch]]) -> None:
         """Send the queued messages, those of a worker together. A worker that has exited is noticed by `poll`."""
