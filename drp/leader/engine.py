@@ -308,9 +308,9 @@ class Engine:
         What becomes ready on the runs' streams in the meantime is executed. Sleeping between such steps leaves this
         thread's core to the workers.
         """
+        self._clock.resume()
         timer, ready = self._clock.to_monotonic(self._next_deadline()), self.supervisor.ready
         while True:
-            self._clock.resume()
             until = min(timer, self._next_ready_time)
             received, wakeups = self.pool.receive(until)
             self._clock.resume(until)

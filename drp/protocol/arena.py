@@ -84,10 +84,11 @@ class Arena:
 
         `cond` is copied to it. `make(nbytes)` allocates the memory, which includes `more` bytes after `end`.
         """
-        drafts, predictions = _specs("input", inputs), _specs("output", outputs)
-        start = slots * _stride(drafts) + rows * _stride(predictions)
-        specs = _specs("cond", cond, start)
-        memory = make(_end(specs, start) + more)
+        if not inputs or not outputs:
+            raise ValueError("a slot without tensors; name at least one input and one output")
+        (drafts, slot_nbytes), (predictions, row_nbytes) = _specs("input", inputs), _specs("output", outputs)
+        specs, end = _specs("cond", cond, slots * slot_nbytes + rows * row_nbytes)
+        memory = make(end + more)
         handle, gpu = memory.ipc_handles
         arena = cls(memory, Bind(run, handle, slots, rows, drafts, predictions, specs, gpu, memory.number))
         for name, tensor in cond.items():
@@ -120,15 +121,15 @@ class Arena:
         self.memory.close(reuse)
 
 
-def _specs(what: str, tensors: Mapping[str, Tensor], start: int = 0) -> tuple[TensorSpec, ...]:
-    """Return the layout of tensors one after the other, from an offset."""
+def _specs(what: str, tensors: Mapping[str, Tensor], start: int = 0) -> tuple[tuple[TensorSpec, ...], int]:
+    """Return the layout of tensors one after the other, from an offset, and the offset after them."""
     specs = []
     for name, tensor in tensors.items():
         if tensor.dtype not in NAMES:
             raise ValueError(f"{what}[{name!r}] is {tensor.dtype}; choose one of {', '.join(DTYPES)}")
         specs.append(TensorSpec(name, NAMES[tensor.dtype], tuple(tensor.shape), start))
         start += aligned(tensor.numel() * tensor.element_size())
-    return tuple(specs)
+    return tuple(specs), start
 
 
 def _end(specs: Sequence[TensorSpec], start: int = 0) -> int:

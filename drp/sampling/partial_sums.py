@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,9 +12,6 @@ from drp.sampling.linear import LinearCombination, Symbol
 
 Add = Callable[[Tensor, Tensor, Sequence[Tensor], bool], None]
 """Adds weighted terms to sums: called with the sums, the terms' weights, the terms, and whether they are the first."""
-
-Vectors = Callable[[Sequence[Symbol], Mapping[int, int]], Sequence[Tensor]]
-"""Returns the tensors of symbols, up to the first that is not there yet, given the slots of drafts by index."""
 
 
 class OperationQueue(Protocol):
@@ -57,10 +54,6 @@ class Rows:
             weights = weights.pin_memory()  # Otherwise the host would wait for all work queued on the stream.
         self.weights = weights.to(like.device, non_blocking=True).reshape(len(self.terms), len(rows), 1)
 
-    def write(self, vectors: Vectors, slots: Mapping[int, int], out: Tensor, add: Add) -> None:
-        """Write row i into `out[i]`; `out` is [rows, D]."""
-        PartialSum(self, out, add).accumulate(vectors, slots)
-
 
 def add_terms(out: Tensor, weights: Tensor, terms: Sequence[Tensor], first: bool) -> None:
     """Add weighted terms, one after the other, to the sums in `out`, which the first term of all initializes."""
@@ -72,14 +65,15 @@ def add_terms(out: Tensor, weights: Tensor, terms: Sequence[Tensor], first: bool
 
 
 class PartialSum:
-    """Partial sums of linear combinations; terms are added in order, as far as they are ready."""
+    """Partial sums of linear combinations, to which the terms are added in order.
+
+    missing: the terms that were not added yet.
+    """
 
     def __init__(self, rows: Rows, out: Tensor, add: Add) -> None:
-        self._rows, self._out, self._add, self._done = rows, out, add, 0
+        self.missing, self._weights, self._out, self._add = rows.terms, rows.weights, out, add
 
-    def accumulate(self, vectors: Vectors, slots: Mapping[int, int]) -> None:
-        """Add the terms up to the first that is not there yet."""
-        terms = vectors(self._rows.terms[self._done :], slots)
-        if terms:
-            self._add(self._out, self._rows.weights[self._done :], terms, self._done == 0)
-            self._done += len(terms)
+    def add(self, terms: Sequence[Tensor]) -> None:
+        """Add the next terms."""
+        self._add(self._out, self._weights[-len(self.missing) :], terms, len(self.missing) == len(self._weights))
+        self.missing = self.missing[len(terms) :]

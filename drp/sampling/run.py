@@ -12,7 +12,7 @@ from torch import Tensor
 
 from drp.sampling.cached_plan import PlannedAdvance, PlannedRound, make_cached_plan
 from drp.sampling.checkpoint import Checkpoint, InFlightRound
-from drp.sampling.linear import LinearCombination, Symbol
+from drp.sampling.linear import LinearCombination
 from drp.sampling.modes import Mode
 from drp.sampling.partial_sums import Add, OperationQueue, PartialSum, Rows, add_terms, state_order
 from drp.sampling.residuals import residual
@@ -156,7 +156,7 @@ class Run:
                 continue
             drafts = self._partial_drafts or self._draft(event, self._allocate(self._slot_banks, len(event.indices)))
             self._partial_drafts = None
-            drafts.accumulate(self._vectors, self._slots)
+            self._add_known(drafts, self._slots)
             slots = range(self._first_slot, self._first_slot + len(event.indices))
             self._answers.update(zip(slots, slots, strict=True))
             self._outstanding.update(slots)
@@ -215,7 +215,7 @@ class Run:
         if isinstance(self._event, PlannedAdvance):
             if self._partial_states is None:
                 self._partial_states = self._begin(self._event)
-            self._partial_states.accumulate(self._vectors, self._next_slots)
+            self._add_known(self._partial_states, self._next_slots)
 
     def _draft_known(self) -> None:
         """Add known terms to the next drafts, if their round waits for all earlier rounds and slots are free."""
@@ -228,7 +228,7 @@ class Run:
                 if first is None:
                     return
                 self._partial_drafts = self._draft(event, first)
-            self._partial_drafts.accumulate(self._vectors, self._next_slots)
+            self._add_known(self._partial_drafts, self._next_slots)
 
     def checkpoint(self) -> Checkpoint:
         """Keep the run's current state, just after `rounds` has yielded. There is memory for two checkpoints."""
@@ -285,7 +285,7 @@ class Run:
             event, first = self._to_refine.popleft()
             if wanted:
                 states = self._states[first : first + event.steps - event.eager]
-                event.between.write(self._vectors, self._slots, states, self._add)
+                self._add_known(PartialSum(event.between, states, self._add), self._slots)
             for k, x in enumerate(self._states[first : first + event.steps].unbind(), event.base + 1):
                 self.steps_done = k
                 if self._watch and (given := self.draft_at(k)) is not None:
@@ -342,12 +342,12 @@ class Run:
             if event.steps < len(residuals):
                 self.cuts.append(end)
             if event.steps > len(residuals):
-                event.last.write(self._vectors, self._slots, self._eager(event, first), self._add)
+                self._add_known(PartialSum(event.last, self._eager(event, first), self._add), self._slots)
         else:
             states = self._partial_states or self._begin(event)
             first = self._first
             self._partial_states = None
-            states.accumulate(self._vectors, self._slots)
+            self._add_known(states, self._slots)
         for i in range(event.steps - event.eager, event.steps):
             self._rows[event.base + 1 + i] = first + i
         self._to_refine.append((event, first))
@@ -364,7 +364,7 @@ class Run:
         """Compute the states from base + 1 to the last predicted index; return their residuals."""
         first = self._allocate(self._state_banks, len(rows))
         states = self._states[first : first + len(rows)]
-        Rows(rows, states, state_order).write(self._vectors, self._slots, states, self._add)
+        self._add_known(PartialSum(Rows(rows, states, state_order), states, self._add), self._slots)
         if self._queue is not None:
             self._queue.synchronize()
         residuals = [
@@ -377,21 +377,22 @@ class Run:
         """Return the draft [D] of the prediction at index k, None if it is not kept any more."""
         return self._drafts[self._slots[k]] if k in self._slots else None
 
-    def _vectors(self, terms: Sequence[Symbol], slots: Mapping[int, int]) -> list[Tensor]:
-        """Return the tensors [D] of symbols up to the first that is not there yet, given the slots by index."""
-        vectors: list[Tensor] = []
-        for kind, k in terms:
+    def _add_known(self, sums: PartialSum, slots: Mapping[int, int]) -> None:
+        """Add the terms up to the first that is not there yet; `slots` has the slots of drafts by index."""
+        terms: list[Tensor] = []
+        for kind, k in sums.missing:
             if kind == "noise":
-                vectors.append(self._draw(k))
+                terms.append(self._draw(k))
             elif kind == "input":
-                vectors.append(self._drafts[slots[k]])
+                terms.append(self._drafts[slots[k]])
             elif kind == "state" and (k == 0 or k in self._rows):
-                vectors.append(self._states[self._rows[k]] if k else self._start)
+                terms.append(self._states[self._rows[k]] if k else self._start)
             elif kind == "prediction" and slots[k] not in self._outstanding:
-                vectors.append(self._predictions[self._answers[slots[k]]])
+                terms.append(self._predictions[self._answers[slots[k]]])
             else:
                 break
-        return vectors
+        if terms:
+            sums.add(terms)
 
     def _draw(self, k: int) -> Tensor:
         if k not in self._fresh:
