@@ -125,8 +125,7 @@ class Run:
         self._first = 0  # first row of the states being accumulated
         self._partial_drafts: PartialSum | None = None
         self._first_slot = 0  # first slot of the drafts being computed
-        self.rounds_done = 0
-        self.steps_done = 0
+        self.rounds_done = self.steps_done = 0
         self.residuals: dict[int, float] = {}
         self.cuts: list[int] = []
         self.evaluated = [0] * solver.grid.steps
@@ -161,12 +160,11 @@ class Run:
             self._answers.update(zip(slots, slots, strict=True))
             self._outstanding.update(slots)
             self._in_flight.append(InFlightRound(dict(zip(event.indices, slots, strict=True)), self.rounds_done + 1))
-            round_ = self._position  # in the plan, which is unique
             self._look_ahead()
             tasks = []
             for k, slot in zip(event.indices, slots, strict=True):
                 self.evaluated[k] += 1
-                tasks.append(Task(k, self._timesteps[k], slot, round_))
+                tasks.append(Task(k, self._timesteps[k], slot, self._position))
             yield tasks
 
     def _next(self) -> PlannedRound | PlannedAdvance | None:
