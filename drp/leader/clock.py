@@ -13,11 +13,13 @@ class Clock:
 
     A callback may take long, another thread may hold the GIL, the machine or the process group may be suspended. None
     of these is a delay of the workers, which may have answered or may have been suspended as well.
+
+    awake_since: when the last wait ended, or the next was about to begin; what was received in the wait came before.
     """
 
     def __init__(self) -> None:
         self._left_out = 0.0
-        self._last = time.monotonic()
+        self._last = self.awake_since = time.monotonic()
 
     def now(self) -> float:
         """Return `time.monotonic()` less the stalls so far, in seconds."""
@@ -36,4 +38,4 @@ class Clock:
         now = time.monotonic()
         if now - max(self._last, planned) > STALL:
             self._left_out += now - self._last
-        self._last = now
+        self._last, self.awake_since = now, now - self._left_out

@@ -1,15 +1,14 @@
 """The engine: the leader's thread, which executes all runs. No other thread uses the socket to the workers.
 
-Other threads submit runs and sessions to the request queue. Each iteration of the loop does the following; the steps
-marked * are skipped while no run `has_work`.
+Other threads submit runs and sessions to the request queue. Each iteration of the loop does the following:
 
-      _admit            start queued runs up to the limit, end cancelled ones
-    * _poll_completions check the completion records of asynchronous runs
-    * _assign           send waiting drafts to workers, and schedule the drafts that need no further message
-    * refine_all        compute the final states of the last rounds, call callbacks, while the workers compute
-    * bind_all          have the remaining workers open the memory of new runs
-    * _run_ready        execute the arithmetic that asynchronous runs queued for this thread, as far as it is ready
-      _receive          wait for messages, wake-ups or a deadline, and handle them, until a run has work
+    _admit            start queued runs up to the limit, end cancelled ones
+    _poll_completions check the completion records of asynchronous runs
+    _assign           send waiting drafts to workers, and schedule the drafts that need no further message
+    refine_all        compute the final states of the last rounds, call callbacks, while the workers compute
+    bind_all          have the remaining workers open the memory of new runs
+    _run_ready        execute the arithmetic that asynchronous runs queued for this thread, as far as it is ready
+    _receive          wait for messages, wake-ups or a deadline, and handle them, until a run `has_work`
 
 The engine's state is held by:
 
@@ -190,14 +189,13 @@ class Engine:
             self._start()
             while self._requests.closing is None:
                 self._admit()
-                if self.runs.has_work or self._scheduler.policy.hedge:
-                    self._poll_completions()
-                    self._assign()  # First, because workers may be idle.
-                    self.runs.refine_all()  # Final states of the previous round, while the workers compute.
-                    self.runs.bind_all()
-                    self._run_ready()
-                    if self.runs.rounds_begun != self._rounds_seen and self.runs.has_work:
-                        continue  # A round has begun in the meantime, so more drafts can be assigned.
+                self._poll_completions()
+                self._assign()  # First, because workers may be idle.
+                self.runs.refine_all()  # Final states of the previous round, while the workers compute.
+                self.runs.bind_all()
+                self._run_ready()
+                if self.runs.rounds_begun != self._rounds_seen and self.runs.has_work:
+                    continue  # A round has begun in the meantime, so more drafts can be assigned.
                 self._receive()
         except WorkerError as lost:
             error = WorkerError(*lost.args)  # Drop the traceback, whose frames keep the runs' memory alive.
@@ -290,7 +288,7 @@ class Engine:
         """
         self._rounds_seen = self.runs.rounds_begun
         self._scheduler.assign_drafts()
-        while runs := self.runs.schedulable_runs:
+        while runs := [run for run in self.runs.running.values() if run.schedules_ahead and run.ready]:
             self._run_ready(notify=False)
             self.runs.refine_all()  # Refine a round's states before scheduling the next round.
             for run in runs:
@@ -309,7 +307,7 @@ class Engine:
         thread's core to the workers.
         """
         self._clock.resume()
-        timer, ready = self._clock.to_monotonic(self._next_deadline()), self.supervisor.ready
+        timer, ready = self._clock.to_monotonic(self._handler.next_deadline()), self.supervisor.ready
         while True:
             until = min(timer, self._next_ready_time)
             received, wakeups = self.pool.receive(until)
@@ -321,19 +319,8 @@ class Engine:
                 return self._on_deadline()
             if self.runs.has_work or self._requests.wakeup_fd in wakeups or self.supervisor.ready is not ready:
                 return None
-
-    def _next_deadline(self) -> float:
-        """Return the time of the next deadline, on the leader's clock."""
-        times = [self.supervisor.next_deadline]
-        if self._scheduler.policy.hedge:
-            times += self._scheduler.hedge_deadlines()
-        for worker_slot in self.supervisor.ready:
-            if worker_slot.drafts:
-                times.append(self._handler.deadline_of(worker_slot))
-        for run in self.runs.all_runs:
-            if (interval := run.poll_interval) < math.inf:
-                times.append(self._clock.now() + interval)
-        return min(times)
+            if self._scheduler.policy.hedge:
+                return None  # A worker may be idle, to which late drafts can be sent.
 
     def _on_deadline(self) -> None:
         while received := self.pool.receive(0.0)[0]:  # A message that has arrived is not late.

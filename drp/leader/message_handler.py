@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -59,7 +60,8 @@ class MessageHandler:
     def _done(self, worker_slot: DraftSlot, sent: InFlightBatch) -> None:
         """Remove a batch that a worker has finished from its slot, and reset the slot's retry budget."""
         worker_slot.drafts.remove(sent)
-        worker_slot.since, worker_slot.retry_budget_used, worker_slot.restarts = self._supervisor.clock.now(), 0.0, 0
+        worker_slot.since = self._supervisor.clock.awake_since
+        worker_slot.retry_budget_used, worker_slot.restarts = 0.0, 0
         release_rows(sent)
 
     def _on_prediction(self, worker_slot: DraftSlot, sent: InFlightBatch, message: Prediction) -> None:
@@ -108,7 +110,18 @@ class MessageHandler:
             self._runs.finish(run, WorkerError(words))
         self._runs.release_if_idle(run)
 
-    def deadline_of(self, worker_slot: DraftSlot) -> float:
+    def next_deadline(self) -> float:
+        """Return the time of the next deadline, on the leader's clock."""
+        times = [self._supervisor.next_deadline]
+        if self._scheduler.policy.hedge:
+            times += self._scheduler.hedge_deadlines()
+        times += [self._deadline_of(worker_slot) for worker_slot in self._supervisor.ready if worker_slot.drafts]
+        for run in self._runs.all_runs:
+            if (interval := run.poll_interval) < math.inf:
+                times.append(self._supervisor.clock.now() + interval)
+        return min(times)
+
+    def _deadline_of(self, worker_slot: DraftSlot) -> float:
         """Return when the first draft of a busy worker slot times out and its worker counts as lost."""
         first = worker_slot.drafts[0]
         return first.run.deadline(worker_slot.number, first.sequence, worker_slot.since, self._draft_timeout)
@@ -117,7 +130,7 @@ class MessageHandler:
         """Give up the workers whose first draft has timed out."""
         now = self._supervisor.clock.now()
         for worker_slot in self._supervisor.ready:
-            if worker_slot.drafts and self.deadline_of(worker_slot) <= now:
+            if worker_slot.drafts and self._deadline_of(worker_slot) <= now:
                 run, task = worker_slot.drafts[0].run, worker_slot.drafts[0].tasks[0]
                 timeout = self._draft_timeout or run.timeout(worker_slot.number)
                 why = (

@@ -71,9 +71,10 @@ class PartialSum:
     """
 
     def __init__(self, rows: Rows, out: Tensor, add: Add) -> None:
-        self.missing, self._weights, self._out, self._add = rows.terms, rows.weights, out, add
+        self.missing, self._rows, self._out, self._add = rows.terms, rows, out, add
 
     def add(self, terms: Sequence[Tensor]) -> None:
         """Add the next terms."""
-        self._add(self._out, self._weights[-len(self.missing) :], terms, len(self.missing) == len(self._weights))
+        done = len(self._rows.terms) - len(self.missing)
+        self._add(self._out, self._rows.weights[done:], terms, done == 0)
         self.missing = self.missing[len(terms) :]

@@ -146,11 +146,6 @@ class RunTable:
         """The number of rounds that have begun in all running runs."""
         return sum(map(_ROUNDS_BEGUN, self.running.values()))
 
-    @property
-    def schedulable_runs(self) -> list[RunState]:
-        """Running runs whose next drafts can be scheduled without waiting for a message."""
-        return [run for run in self.running.values() if run.schedules_ahead and run.ready]
-
     def on_worker_lost(self, loss: WorkerLoss[InFlightBatch]) -> list[RunState]:
         """Remove a lost worker from all runs; return the runs that have used predictions which it had not finished."""
         again = [run for run in self.all_runs if run.drop_worker(loss.worker_slot.number, loss.drafts)]

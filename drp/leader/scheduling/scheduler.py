@@ -33,18 +33,23 @@ class Scheduler:
         `RunState.place_drafts`.
         """
         runs = [run for run in self._runs.running.values() if run.outstanding]
-        ready, most = self._supervisor.ready, self.policy.depth if len(runs) == 1 else 1
+        ready = self._supervisor.ready
         if len(runs) == 1 and runs[0].schedules_ahead:
             return self._place_drafts(runs, ready)
-        for depth in range(1, most + 1):
+        self._assign_in_turn(runs, ready)
+        if self.policy.hedge:
+            self._hedge_late_drafts(ready)
+        return self._supervisor.flush(ready)
+
+    def _assign_in_turn(self, runs: Sequence[RunState], ready: Sequence[DraftSlot]) -> None:
+        """Assign waiting batches to workers in turn, until no more fit or the policy chooses none."""
+        for depth in range(1, 1 + (self.policy.depth if len(runs) == 1 else 1)):
             for place, worker_slot in enumerate(ready):
                 while len(worker_slot.drafts) < depth:
                     run = self._choose(place, len(ready), runs) if any(map(has_waiting, runs)) else None
                     if run is None:
-                        return self._hedge_late_drafts(ready) if self.policy.hedge else None
+                        return
                     self._assign(worker_slot, run, run.waiting.popleft())
-                    self._supervisor.flush([worker_slot])
-        return None
 
     def _choose(self, place: int, workers: int, runs: Sequence[RunState]) -> RunState | None:
         """Return the run that the policy chooses. If a user's policy fails, the runs that it could choose from end."""
@@ -121,8 +126,7 @@ class Scheduler:
                 for sent in list(worker_slot.drafts):
                     if idle and sent.is_outstanding and len(self.copies_of(sent)) == 1:
                         self._recorder.record_tasks("hedged", sent, worker_slot.number)
-                        self._assign(idle[-1], sent.run, sent.tasks)
-                        self._supervisor.flush([idle.pop()])
+                        self._assign(idle.pop(), sent.run, sent.tasks)
 
     def _late_at(self, worker_slot: DraftSlot) -> float:
         """Return when the first draft of a busy worker slot is late enough to be hedged; infinity if never."""
