@@ -301,10 +301,11 @@ class Engine:
         self._scheduler.flush()
 
     def _receive(self) -> None:
-        """Wait for messages, wake-ups and deadlines and handle them, until a run has work or there may be other work.
+        """Wait for messages and handle them, until a run has work, another thread wakes this one, or a deadline passes.
 
         What becomes ready on the runs' streams in the meantime is executed. Sleeping between such steps leaves this
-        thread's core to the workers.
+        thread's core to the workers. Deadlines that come up meanwhile are later than the first, except those of workers
+        that were lost.
         """
         self._clock.resume()
         timer, ready = self._clock.to_monotonic(self._handler.next_deadline()), self.supervisor.ready
@@ -317,7 +318,9 @@ class Engine:
                 self._run_ready()
             if time.monotonic() >= timer:
                 return self._on_deadline()
-            if self.runs.has_work or self._requests.wakeup_fd in wakeups or self.supervisor.ready is not ready:
+            if self.runs.has_work or self.supervisor.ready is not ready:
+                return None
+            if self._requests.new or self._requests.wakeup_fd in wakeups:
                 return None
             if self._scheduler.policy.hedge:
                 return None  # A worker may be idle, to which late drafts can be sent.

@@ -15,7 +15,7 @@ from drp.leader.supervision.supervisor import Supervisor, WorkerLoss
 from drp.protocol.memory import MAX_RETAINED_NBYTES
 from drp.protocol.messages import Draft, Rebind, Unbind
 
-_ROUNDS_BEGUN = operator.attrgetter("rounds_begun")
+_HAS_WORK, _ROUNDS_BEGUN = operator.attrgetter("has_work"), operator.attrgetter("rounds_begun")
 
 log = logging.getLogger(__name__)
 
@@ -136,10 +136,7 @@ class RunTable:
     @property
     def has_work(self) -> bool:
         """Whether there is anything to do for a run before the next message."""
-        for run in self.all_runs:
-            if run.has_work:
-                return True
-        return bool(self._to_bind)
+        return any(map(_HAS_WORK, self.all_runs))
 
     @property
     def rounds_begun(self) -> int:
