@@ -86,14 +86,23 @@ def test_a_result_that_cannot_be_made_is_the_runs_error(leader: Leader, expected
     assert torch.equal(bystander.result(DEADLINE).samples, expected)
 
 
-def test_what_no_message_can_hold_ends_the_run_that_asks_for_it(leader: Leader, expected: Tensor) -> None:
-    """A timestep of somebody's own grid, beyond what the protocol's numbers go up to."""
+@pytest.mark.parametrize("fine", [0, 5])
+def test_what_no_message_can_hold_ends_the_run_that_asks_for_it(
+    leader: Leader, expected: Tensor, fine: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A timestep of somebody's own grid, beyond what the protocol's numbers go up to.
+
+    If it is that of the first draft, no worker is told of the run, whose memory is freed at once.
+    """
+    monkeypatch.setattr(leader.internals.placement.buffer_pool, "_max_nbytes", 0)
+    losses = [worker.losses for worker in leader.workers]
     grid = scaled_linear(12)
-    grid = replace(grid, timesteps=np.where(np.arange(12) < 5, grid.timesteps, 1e12))
+    grid = replace(grid, timesteps=np.where(np.arange(12) < fine, grid.timesteps, 1e12))
     bystander = leader.submit(**OPTIONS)
     with pytest.raises(drp.ProtocolError, match="1000000000000"):
         leader.submit(shape=(3, 4), solver=DDIM(grid)).result(DEADLINE)
     assert torch.equal(bystander.result(DEADLINE).samples, expected)
+    assert [worker.losses for worker in leader.workers] == losses
 
 
 @pytest.mark.parametrize(
