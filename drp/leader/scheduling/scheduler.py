@@ -35,11 +35,12 @@ class Scheduler:
         runs = [run for run in self._runs.running.values() if run.outstanding]
         ready = self._supervisor.ready
         if len(runs) == 1 and runs[0].schedules_ahead:
-            return self._place_drafts(runs, ready)
-        self._assign_in_turn(runs, ready)
-        if self.policy.hedge:
-            self._hedge_late_drafts(ready)
-        return self._supervisor.flush(ready)
+            self._place_drafts(runs, ready)
+        elif runs:
+            self._assign_in_turn(runs, ready)
+            if self.policy.hedge:
+                self._hedge_late_drafts(ready)
+            self._supervisor.flush(ready)
 
     def _assign_in_turn(self, runs: Sequence[RunState], ready: Sequence[DraftSlot]) -> None:
         """Assign waiting batches to workers in turn, until no more fit or the policy chooses none."""
