@@ -309,6 +309,8 @@ class Engine:
         """
         self._clock.resume()
         timer, ready = self._clock.to_monotonic(self._handler.next_deadline()), self.supervisor.ready
+        # When a run ends, a queued one may begin; when a worker becomes idle, late drafts may be sent to it as well.
+        once = self._requests.new or self._scheduler.policy.hedge
         while True:
             until = min(timer, self._next_ready_time)
             received, wakeups = self.pool.receive(until)
@@ -318,12 +320,8 @@ class Engine:
                 self._run_ready()
             if time.monotonic() >= timer:
                 return self._on_deadline()
-            if self.runs.has_work or self.supervisor.ready is not ready:
+            if once or self.runs.has_work or self._requests.wakeup_fd in wakeups or self.supervisor.ready is not ready:
                 return None
-            if self._requests.new or self._requests.wakeup_fd in wakeups:
-                return None
-            if self._scheduler.policy.hedge:
-                return None  # A worker may be idle, to which late drafts can be sent.
 
     def _on_deadline(self) -> None:
         while received := self.pool.receive(0.0)[0]:  # A message that has arrived is not late.
