@@ -469,9 +469,9 @@ def test_workers_are_bound_when_they_are_needed(monkeypatch: pytest.MonkeyPatch,
     sent = list[tuple[str, int]]()
     post = two.internals.supervisor.enqueue
 
-    def watched(worker_slot: DraftSlot, *messages: ToWorker) -> None:
-        sent.extend((type(message).__name__, worker_slot.number) for message in messages)
-        post(worker_slot, *messages)
+    def watched(worker_slot: DraftSlot, message: ToWorker) -> None:
+        sent.append((type(message).__name__, worker_slot.number))
+        post(worker_slot, message)
 
     monkeypatch.setattr(two.internals.supervisor, "enqueue", watched)
     two.sample(labels=[1] * 5, steps=4, mode="sequential")  # of a size that workers do not remember

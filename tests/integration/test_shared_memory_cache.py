@@ -97,11 +97,10 @@ class Watched:
         self._post = leader.internals.supervisor.enqueue
         leader.internals.supervisor.enqueue = self._watch  # type: ignore[method-assign]  # a spy
 
-    def _watch(self, worker_slot: DraftSlot, *messages: ToWorker) -> None:
-        for message in messages:
-            if isinstance(message, Bind | Rebind | Unbind):
-                self.told.append((type(message).__name__, worker_slot.number))
-        self._post(worker_slot, *messages)
+    def _watch(self, worker_slot: DraftSlot, message: ToWorker) -> None:
+        if isinstance(message, Bind | Rebind | Unbind):
+            self.told.append((type(message).__name__, worker_slot.number))
+        self._post(worker_slot, message)
 
     def run(self, **options: Any) -> torch.Tensor:
         """Return a run's samples once its memory is released."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 from drp.leader.runs.event_recorder import EventRecorder
 from drp.leader.runs.run_state import DraftSlot, InFlightBatch, RunState
 from drp.leader.supervision.supervisor import Supervisor, WorkerLoss
+from drp.protocol.codec import encode
 from drp.protocol.memory import MAX_RETAINED_NBYTES
 from drp.protocol.messages import Draft, Rebind, Unbind
 
@@ -84,15 +85,17 @@ class RunTable:
         """
         bind, kept = run.bind(worker_slot.number), worker_slot.retained_bind
         if draft is not None:
+            encode(draft)  # If this raises, the worker must not be told of the run, whose memory may be closed at once.
             bind = replace(bind, acknowledge=False)
         again = kept is not None and kept.has_same_memory(bind)
-        first = Rebind(run.number, bind.acknowledge) if again else bind
-        self._supervisor.enqueue(worker_slot, *((first,) if draft is None else (first, draft)))
-        if again:
-            worker_slot.retained_bind = None
+        self._supervisor.enqueue(worker_slot, Rebind(run.number, bind.acknowledge) if again else bind)
         worker_slot.binds[run.number] = bind
         run.bound_workers.add(worker_slot.number)
-        if bind.acknowledge:
+        if again:
+            worker_slot.retained_bind = None
+        if draft is not None:
+            self._supervisor.enqueue(worker_slot, draft)
+        else:
             run.bind_pending.add(worker_slot.number)
 
     def _try_bind(self, worker_slot: DraftSlot, run: RunState) -> None:

@@ -157,13 +157,10 @@ class Supervisor(Generic[Batch]):
         """The start-up handshake, which also knows the model's specification."""
         return self._startup
 
-    def enqueue(self, worker_slot: WorkerSlot[Batch], *messages: ToWorker) -> None:
-        """Queue messages for a worker, to be sent with the next `flush`; they are dropped if there is no worker.
-
-        If one cannot be encoded, this raises and none of them is queued.
-        """
+    def enqueue(self, worker_slot: WorkerSlot[Batch], message: ToWorker) -> None:
+        """Queue a message for a worker, to be sent with the next `flush`; it is dropped if there is no worker."""
         if worker_slot.worker is not None:
-            worker_slot.outbox += list(map(worker_slot.worker.encode, messages))
+            worker_slot.outbox.append(worker_slot.worker.encode(message))
 
     def flush(self, worker_slots: Iterable[WorkerSlot[Batch]]) -> None:
         """Send the queued messages, those of a worker together. A worker that has exited is noticed by `poll`."""
