@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from drp import Leader
-from drp.models.classifier import load_classifier
+from training.classifier import load_classifier
 
 RUNS = [("sequential", 1), ("conservative", 2), ("conservative", 4), ("aggressive", 2), ("aggressive", 4)]
 BATCH = 50

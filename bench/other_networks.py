@@ -23,7 +23,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bench.quality import STEPS, distances, draw, summary
-from drp.models.classifier import load_classifier
 from drp.models.digits import Digits
 from drp.models.unet import UNet
 from drp.sampling.drafts import DAMPED, PAPER, DraftRule
@@ -32,6 +31,7 @@ from drp.sampling.reference import run_reference
 from drp.sampling.registry import make_solver
 from drp.sampling.result import Result
 from drp.sampling.solvers import Solver
+from training.classifier import load_classifier
 
 RULES = {
     "paper": PAPER,

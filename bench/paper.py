@@ -31,8 +31,8 @@ from drp.comparison.models import ModelSubject
 from drp.comparison.settings import Drafted
 from drp.comparison.subject import Sample
 from drp.leader import LeaderOptions
-from drp.models.classifier import load_classifier
 from drp.pipelines import load_pipeline
+from training.classifier import load_classifier
 
 NUMBERS = (2, 3, 4)
 PAGE = Path(__file__).parent.parent / "docs" / "compare.md"

@@ -32,12 +32,12 @@ from torch import Tensor
 
 from bench.figures import machine
 from drp import models
-from drp.models.classifier import load_classifier
 from drp.sampling.drafts import DAMPED, PAPER
 from drp.sampling.mode_selection import PATTERNS, default_stride
 from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Sequential, Sparse, Window
 from drp.sampling.reference import run_reference
 from drp.sampling.registry import make_solver
+from training.classifier import load_classifier
 
 RESULTS = Path(__file__).with_name("results")
 KEPT = Path("build") / "quality"

@@ -26,7 +26,6 @@ from bench.figures import console
 from drp.leader import ExecutionOptions, Leader, LeaderOptions
 from drp.leader.events import Timeline
 from drp.leader.scheduling.policies import POLICIES
-from drp.sampling.mode_selection import rounds_of
 from drp.sampling.modes import Aggressive, Conservative, Mode, Rolling
 from drp.simulate import Costs, Load, make_devices, simulate
 from drp.simulate.devices import repeated
@@ -168,7 +167,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     picture, ((speed, good), (agree, late)) = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
     for name, row in figures["speedup"].items():
         if name not in ("eager", "load-adaptive"):  # in the aggressive mode, with one run, both are the barrier
-            shares = [value * rounds_of("aggressive", 48, n) / 48 for n, value in zip(COUNTS, row, strict=True)]
+            shares = [value * len(list(Aggressive(n).rounds(48))) / 48 for n, value in zip(COUNTS, row, strict=True)]
             speed.plot(COUNTS, shares, "o-", label=name)
     speed.set(
         xlabel="devices, one draft each (simulated)",

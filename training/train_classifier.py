@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from drp.models.classifier import Classifier
+from training.classifier import Classifier
 from training.train_digits import HELD_OUT, load_images
 
 EPOCHS = 30
@@ -46,7 +46,7 @@ def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("drp/models/classifier.safetensors"))
+    parser.add_argument("--out", type=Path, default=Path("training/classifier.safetensors"))
     args = parser.parse_args()
     torch.manual_seed(0)
     images, labels = load_images(args.data)

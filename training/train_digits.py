@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from drp.models.unet import UNet
-from drp.sampling.grids import TRAINING_STEPS, scaled_linear_alpha_bars
+from drp.sampling.schedules import TRAINING_STEPS, scaled_linear_alpha_bars
 
 HELD_OUT = 1000
 CLASSES = 10

@@ -61,7 +61,6 @@ class ModuleState:
         return False
 
     def restore(self) -> None:
-        """Restore buffers that were written or replaced."""
         for table, names in self._tables:
             table.update(names)
         for kept in self._kept:

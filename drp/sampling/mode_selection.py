@@ -103,20 +103,6 @@ def _offsets(n: int, offsets: str | Sequence[int] | None) -> tuple[int, ...]:
     return PATTERNS[offsets](n)
 
 
-def rounds_of(name: str, steps: int, n: int, stride: float | None = None) -> int:
-    """Return the number of rounds of `steps` steps in a mode whose rounds are known before the run."""
-    match name:
-        case "sequential":
-            return steps
-        case "aggressive" | "rolling":
-            return 1 + math.ceil((steps - 1) / n)
-        case "window":
-            return len(list(Window(n, default_stride(n) if stride is None else stride).rounds(steps)))
-        case "conservative":
-            return 2 * (steps // (n + 1)) + min(2, steps % (n + 1))
-    raise ValueError(f"the rounds of mode {name!r} are not known before the run")
-
-
 class Choice(NamedTuple):
     """Arguments of `drp.sampling.mode_selection.make_mode`."""
 
@@ -190,7 +176,6 @@ class TargetWindow(Wide):
 
     @property
     def name(self) -> str:
-        """`window`: a target is an option of that mode."""
         return "window"
 
     def for_steps(self, steps: int, rounds_before: int = 0) -> Mode:
@@ -203,5 +188,4 @@ class TargetWindow(Wide):
         return make_mode(choice.mode, choice.drafts, 0.0, self.draft_rule, choice.stride, None, self.adds_noise)
 
     def rounds(self, steps: int) -> Rounds:
-        """Yield the rounds of that window."""
         yield from self.for_steps(steps).rounds(steps)

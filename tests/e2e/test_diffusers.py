@@ -45,9 +45,7 @@ from drp.diffusers.denoisers import DENOISERS
 from drp.diffusers.digits import digits_pipeline
 from drp.diffusers.scheduler import Levels, adds_noise
 from drp.diffusers.structure import describe
-from drp.models.classifier import load_classifier
 from drp.sampling.drafts import STEADY
-from drp.sampling.mode_selection import rounds_of
 from drp.sampling.mode_wrappers import PicardSweeps
 from drp.sampling.modes import Aggressive
 from tests.pipelines import (
@@ -68,6 +66,8 @@ from tests.pipelines import (
     sdxl,
     wan22,
 )
+from tests.rounds import rounds_of
+from training.classifier import load_classifier
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -15,7 +15,7 @@ with atheris.instrument_imports(include=["drp.protocol"]):
     from drp.protocol import client_messages
     from drp.protocol.codec import decode, encode
     from drp.protocol.messages import TO_LEADER, TO_WORKER
-    from drp.protocol.vectors.examples import PROTOCOLS, examples
+    from tests.vectors.examples import PROTOCOLS, examples
 
 KINDS = (TO_LEADER, TO_WORKER, client_messages.TO_CLIENT, client_messages.TO_SERVER)
 

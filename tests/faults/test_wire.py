@@ -16,8 +16,8 @@ from drp.errors import ProtocolError
 from drp.protocol import client_messages
 from drp.protocol.codec import MAX_MESSAGE, decode, encode
 from drp.protocol.messages import TO_LEADER, TO_WORKER
-from drp.protocol.vectors.examples import PROTOCOLS, examples
 from tests.integration.test_lost_workers import python
+from tests.vectors.examples import PROTOCOLS, examples
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 

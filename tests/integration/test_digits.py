@@ -11,7 +11,7 @@ from torch import Tensor
 
 import drp
 from drp import Leader
-from drp.models.classifier import WEIGHTS, load_classifier
+from training.classifier import WEIGHTS, load_classifier
 
 LABELS = list(range(10))
 

@@ -27,8 +27,8 @@ def test_the_keyword_arguments_are_the_fields() -> None:
     [
         ({"start_timeout": 0.0}, "start_timeout is 0.0; give seconds above 0"),
         ({"draft_timeout": float("nan")}, "draft_timeout is nan; give seconds above 0"),
-        ({"drafts_per_device": 0}, "drafts_per_device is 0; give a whole number from 1 to"),
-        ({"drafts_per_device": True}, "drafts_per_device is True; give a whole number from 1 to"),
+        ({"drafts_per_device": 0}, "drafts_per_device is 0; give a whole number, 1 to"),
+        ({"drafts_per_device": True}, "drafts_per_device is True; give a whole number, 1 to"),
         ({"policy": "fast"}, "unknown policy 'fast'; choose one of barrier"),
         ({"policy": 3}, "unknown policy 3; choose one of barrier"),
         ({"devices": "tpu"}, "device 'tpu' does not exist"),

@@ -18,7 +18,7 @@ from drp.leader.request import Request
 from drp.protocol.messages import ModelSpec
 from drp.sampling import advice
 from drp.sampling.drafts import DAMPED, PAPER, SECANT, STEADY, DraftRule
-from drp.sampling.mode_selection import MODE_NAMES, choose_rounds, choose_speedup, make_mode, rounds_of
+from drp.sampling.mode_selection import MODE_NAMES, choose_rounds, choose_speedup, make_mode
 from drp.sampling.mode_wrappers import PicardSweeps, Warmup
 from drp.sampling.modes import Adaptive, Aggressive, Conservative, Sequential, Sparse, Window
 from drp.sampling.plan import make_plan, max_advance
@@ -26,6 +26,7 @@ from drp.sampling.registry import SOLVER_NAMES, make_solver
 from drp.sampling.solvers import DDIM, DPMSolver
 from examples.own_mode import Growing
 from tests.denoisers import make_free
+from tests.rounds import rounds_of
 
 SPEC = ModelSpec(sample_shape=(2, 3))
 FLOW: dict[str, Any] = {"solver": "euler", "prediction_type": "flow"}

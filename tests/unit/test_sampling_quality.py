@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bench.quality import FEWER, SPREADS, distances, frechet, summary, ways, ways_on_spreads
-from drp.sampling.mode_selection import rounds_of
 from drp.sampling.modes import Aggressive
+from tests.rounds import rounds_of
 
 
 def test_frechet_distance_of_gaussians() -> None:

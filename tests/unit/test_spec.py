@@ -16,11 +16,11 @@ from drp.errors import ProtocolError
 from drp.leader.request import Options
 from drp.protocol import client_messages, messages
 from drp.protocol.codec import decode, encode, to_fields
-from drp.protocol.vectors import __main__ as vectors
-from drp.protocol.vectors.examples import PROTOCOLS
-from drp.protocol.vectors.tables import meanings
+from tests.vectors import __main__ as vectors
+from tests.vectors.examples import PROTOCOLS
+from tests.vectors.tables import meanings
 
-RENEW = "run python -m drp.protocol.vectors, and see section 5 of SPEC.md"
+RENEW = "run python -m tests.vectors, and see section 5 of SPEC.md"
 KINDS = {name: {**one, **other} for name, (one, other) in PROTOCOLS.items()}
 
 

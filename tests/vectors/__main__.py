@@ -1,4 +1,4 @@
-"""`python -m drp.protocol.vectors`: write the vectors and the types in SPEC.md anew; print what changed."""
+"""`python -m tests.vectors`: write the vectors and the types in SPEC.md anew; print what changed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 from drp.protocol import client_messages, messages
 from drp.protocol.codec import encode, to_fields
-from drp.protocol.vectors import examples
-from drp.protocol.vectors.tables import fill, records
+from tests.vectors import examples
+from tests.vectors.tables import fill, records
 
-HERE = Path(__file__).parent
+HERE = Path(messages.__file__).with_name("vectors")
 SPEC = HERE.parent / "SPEC.md"
 
 
