@@ -47,8 +47,8 @@ def main(devices: int, out: Path | None) -> None:
     figures["interleaved"] = interleaved.measure()
     console.print(interleaved.table(figures["interleaved"]))
 
-    figures["door"] = client_overhead.measure()
-    console.print(client_overhead.table(figures["door"]))
+    figures["client_overhead"] = client_overhead.measure()
+    console.print(client_overhead.table(figures["client_overhead"]))
     figures["real_model"] = real_model.measure()
     console.print(real_model.table(figures["real_model"]))
     gpus = torch.cuda.device_count()

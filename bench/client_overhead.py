@@ -1,9 +1,9 @@
-"""What does the front door add to a request? The same runs by a leader here and through `drp serve`, in turn.
+"""What does the server add to a request? The same runs by a leader here and through `drp serve`, in turn.
 
     python -m bench.client_overhead
 
 What a request takes beyond its run, by the run's own clock: for `leader.sample`, and for `client.sample` of a server
-process with the same emulated devices. The difference is the door's.
+process with the same emulated devices. The difference is the server's.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 
 def measure(turns: int = TURNS) -> dict[str, Any]:
-    """Return, by case, the seconds beyond the run: without the door, with it, and what it adds."""
+    """Return, by case, the seconds beyond the run: without the server, with it, and what it adds."""
     figures: dict[str, Any] = {"device": f"{DEVICES} x {DEVICE}", "steps": STEPS, "turns": turns, "cases": {}}
     with tempfile.TemporaryDirectory() as folder:
-        address = f"ipc://{folder}/door/socket"
+        address = f"ipc://{folder}/server/socket"
         command = [str(Path(sys.executable).with_name("drp")), "serve", MODEL, "-l", address]
         command += ["-d", f"{DEVICES}x{DEVICE}"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:  # noqa: S603  # of our own
@@ -54,7 +54,7 @@ def measure(turns: int = TURNS) -> dict[str, Any]:
 
 
 def _case(leader: Leader, client: Client, shape: tuple[int, ...], ways: dict[str, Any], turns: int) -> dict[str, Any]:
-    own, door = [], []
+    own, served = [], []
     for turn in range(turns + 1):
         began = time.perf_counter()
         expected = leader.sample(shape=shape, steps=STEPS, seed=turn)
@@ -65,12 +65,12 @@ def _case(leader: Leader, client: Client, shape: tuple[int, ...], ways: dict[str
         result = run.result(60)
         ended = time.perf_counter()
         if not torch.equal(result.samples, expected.samples):
-            raise RuntimeError("the door's samples are not the leader's")
+            raise RuntimeError("the server's samples are not the leader's")
         if turn:  # the first warms up
             own.append(middle - began - expected.seconds)
-            door.append(ended - middle - result.seconds)
-    added = [beyond - without for without, beyond in zip(own, door, strict=True)]
-    rows = {"leader": own, "door": door, "added": added}
+            served.append(ended - middle - result.seconds)
+    added = [beyond - without for without, beyond in zip(own, served, strict=True)]
+    rows = {"leader": own, "server": served, "added": added}
     return {name: {"p50": percentile(times, 50), "p95": percentile(times, 95)} for name, times in rows.items()}
 
 
@@ -78,10 +78,10 @@ def table(figures: dict[str, Any]) -> Table:
     """Return the table."""
     title = f"Beyond a run of {figures['steps']} steps on {figures['device']}, ms ({figures['turns']} turns)"
     shown = Table(title=title)
-    for column in ("samples", "leader: p50", "p95", "door: p50", "p95", "the door adds: p50", "p95"):
+    for column in ("samples", "leader: p50", "p95", "server: p50", "p95", "the server adds: p50", "p95"):
         shown.add_column(column, justify="left" if column == "samples" else "right")
     for name, case in figures["cases"].items():
-        cells = [f"{case[row][q] * 1e3:.2f}" for row in ("leader", "door", "added") for q in ("p50", "p95")]
+        cells = [f"{case[row][q] * 1e3:.2f}" for row in ("leader", "server", "added") for q in ("p50", "p95")]
         shown.add_row(name, *cells)
     return shown
 
