@@ -12,12 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from drp.client.arrays import Library, find_library
 from drp.client.connection import Connection, Curve
 from drp.client.options import Options, to_submit
 from drp.client.run import RemoteRun, Update
 from drp.errors import ProtocolError
 from drp.protocol import keys
+from drp.protocol.arrays import Library, find_library
 from drp.protocol.client_messages import Metrics, Query, Status
 from drp.protocol.codec import encode
 from drp.protocol.frames import nbytes_of_samples

@@ -84,7 +84,6 @@ class Connection:
 
     @property
     def closed(self) -> bool:
-        """Whether the session has ended."""
         return self._error is not None or self._closing
 
     def submit(self, run: RemoteRun, message: ToServer, frames: Sequence[Frame]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from drp.client.arrays import add_array
+from drp.protocol.arrays import add_array
 from drp.protocol.client_messages import Condition, Option, Rule, Submit
 from drp.protocol.frames import Frame, FrameWriter
 from drp.sampling.drafts import RULES, DraftRule

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
-from drp.client.arrays import Library, open_array, take_array
 from drp.errors import ProtocolError, RefusedError, WorkerError
+from drp.protocol.arrays import Library, open_array, take_array
 from drp.protocol.client_messages import Ended, Evaluation, Finished, Progress, Refused
 from drp.protocol.frames import Frame, FrameReader
 from drp.sampling.result import Result

@@ -23,7 +23,6 @@ class BufferPool:
 
     @property
     def nbytes(self) -> int:
-        """Number of bytes in the pool."""
         return sum(memory.nbytes for memory in self.free)
 
     def acquire(self, nbytes: int) -> SharedMemory:
@@ -50,7 +49,6 @@ class BufferPool:
         self.clear()
 
     def clear(self) -> None:
-        """Free all buffers in the pool."""
         while self.free:
             self.free.pop().close(reuse=False)
 

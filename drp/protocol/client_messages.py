@@ -21,7 +21,7 @@ A message is the first frame; the frames after it are the tensors that it names.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from drp.protocol.codec import Bounds, Length
 from drp.protocol.handles import Count, Handle, Name
@@ -292,7 +292,5 @@ class Heartbeat:
 ToServer = Open | Submit | Ack | Cancel | Query
 ToClient = Welcome | Accepted | Refused | Progress | Finished | Ended | Status | Metrics | Heartbeat
 
-TO_SERVER: dict[str, type[ToServer]] = {kind.__name__: kind for kind in (Open, Submit, Ack, Cancel, Query)}
-TO_CLIENT: dict[str, type[ToClient]] = {
-    kind.__name__: kind for kind in (Welcome, Accepted, Refused, Progress, Finished, Ended, Status, Metrics, Heartbeat)
-}
+TO_SERVER: dict[str, type[ToServer]] = {kind.__name__: kind for kind in get_args(ToServer)}
+TO_CLIENT: dict[str, type[ToClient]] = {kind.__name__: kind for kind in get_args(ToClient)}

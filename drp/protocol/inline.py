@@ -143,7 +143,6 @@ class WorkerFrames:
         return _without_frames(message, frames)
 
     def encode(self, message: ToLeader) -> list[Frame]:
-        """Return the frames of a message."""
         if isinstance(message, Prediction | EvaluationError):
             draft = self._in_flight.pop((message.run, message.index, message.row))
             if isinstance(message, Prediction):
@@ -152,7 +151,6 @@ class WorkerFrames:
         return [encode(message)]
 
     def close(self) -> None:
-        """Free the arenas of all runs."""
         self._pool.close()
         while self._arenas:
             self._arenas.popitem()[1].close()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from drp.errors import ProtocolError
+from drp.protocol.frames import ITEM_SIZES
 from drp.protocol.handles import GpuHandle, Handle
 from drp.protocol.memfd import open_memfd
 
@@ -27,25 +28,8 @@ ALIGNMENT: Final = 256
 """The alignment of every tensor in bytes, that of torch's own allocations. cuBLASLt chooses its algorithms by it, so a
 tensor in an arena gives the same bits as one in torch's memory."""
 
-DTYPES: Final = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.complex64,
-        torch.complex128,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
-    )
-}
+DTYPES: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in ITEM_SIZES}
 NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
-
 
 MAX_RETAINED_NBYTES: Final = 64 << 20
 """Maximum size of memory that a worker keeps mapped for later runs."""

@@ -27,7 +27,7 @@ leader -> worker   Rejected         the leader does not use this worker, which e
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from drp.protocol.codec import Bounds, Length, numbers
 from drp.protocol.handles import Bytes, Count, GpuHandle, Handle, Name, PipeHandle
@@ -382,10 +382,5 @@ class WorkerFailed:
 ToWorker = Load | Share | WarmUp | Bind | Rebind | Draft | Unbind | Stop | Ping | Rejected
 ToLeader = Hello | Loaded | Shared | WarmedUp | Bound | Prediction | EvaluationError | WorkerFailed | Pong
 
-TO_WORKER: dict[str, type[ToWorker]] = {
-    kind.__name__: kind for kind in (Load, Share, WarmUp, Bind, Rebind, Draft, Unbind, Stop, Ping, Rejected)
-}
-TO_LEADER: dict[str, type[ToLeader]] = {
-    kind.__name__: kind
-    for kind in (Hello, Loaded, Shared, WarmedUp, Bound, Prediction, EvaluationError, WorkerFailed, Pong)
-}
+TO_WORKER: dict[str, type[ToWorker]] = {kind.__name__: kind for kind in get_args(ToWorker)}
+TO_LEADER: dict[str, type[ToLeader]] = {kind.__name__: kind for kind in get_args(ToLeader)}

@@ -172,7 +172,6 @@ class TimelineSemaphore:
         self._last_value = self._numbers[COMPLETED]
 
     def next_value(self) -> int:
-        """Return the number of the next event."""
         self._last_value += 1
         return self._last_value
 

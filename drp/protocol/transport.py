@@ -143,7 +143,6 @@ class LeaderSocket:
         self._epoll.register(fd, select.EPOLLIN)
 
     def forget(self, fd: int) -> None:
-        """Stop waiting for a file descriptor."""
         self._epoll.unregister(fd)
 
     def sleep(self, seconds: float) -> set[int]:

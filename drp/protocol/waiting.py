@@ -36,7 +36,6 @@ class Futex:
         self._array, self._address = line, line.ctypes.data + 8 * place + half
 
     def wake(self) -> None:
-        """Wake all sleepers."""
         _libc.syscall(SYS_FUTEX, self._address, WAKE, ALL, None)
 
     def wait(self, value: int, seconds: float) -> None:

@@ -48,7 +48,6 @@ class ClientSession:
 
     @property
     def nbytes(self) -> int:
-        """Number of bytes that are kept for the client."""
         unsent = sum(memoryview(frame).nbytes for frames in self.outbox for frame in frames)
         return unsent + sum(memory.nbytes for memory, _ in self.unacknowledged.values())
 
@@ -85,7 +84,6 @@ class ClientSessions:
 
     @property
     def unsent(self) -> int:
-        """Number of unsent messages of all clients."""
         return sum(len(client.outbox) for client in self._all.values())
 
     @property
@@ -121,7 +119,6 @@ class ClientSessions:
         self._limit_bytes()
 
     def acknowledge(self, client: ClientSession, request: int) -> None:
-        """Free the shared memory of a result."""
         memory, _ = client.unacknowledged.pop(request, (None, 0.0))
         if memory is not None:
             memory.close()
@@ -159,7 +156,6 @@ class ClientSessions:
         self._on_gone(client)
 
     def close(self) -> None:
-        """End all sessions."""
         for client in list(self._all.values()):
             self.forget(client)
 

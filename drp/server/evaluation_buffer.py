@@ -20,7 +20,6 @@ class EvaluationBuffer(list[TraceEvent]):
         self._evaluations: dict[int, deque[Evaluation]] = {}
 
     def append(self, mark: TraceEvent) -> None:
-        """Add an event."""
         if mark.kind == "begin":
             if len(self._began) == MAX_RUNS:  # Runs of other users of the leader are never forgotten explicitly.
                 self.forget(next(iter(self._began)))
@@ -37,6 +36,5 @@ class EvaluationBuffer(list[TraceEvent]):
         return tuple(found.popleft() for _ in range(min(most, len(found)))) if found else ()
 
     def forget(self, run: int) -> None:
-        """Remove a run."""
         self._began.pop(run, None)
         self._evaluations.pop(run, None)

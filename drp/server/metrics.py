@@ -23,12 +23,10 @@ class Histogram:
     total: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """Count a duration."""
         self.counts[bisect_left(EDGES, seconds)] += 1
         self.total += seconds
 
     def lines(self, name: str) -> list[str]:
-        """Return the histogram's lines in the text format."""
         found, so_far = [], 0
         for edge, count in zip([*map(str, EDGES), "+Inf"], self.counts, strict=True):
             so_far += count

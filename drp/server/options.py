@@ -6,7 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
+from torch import Tensor
+
 from drp.leader.request import Options
+from drp.protocol.arrays import take_array
 from drp.protocol.client_messages import (
     MAX_FRAME_NBYTES,
     MAX_INCIDENT_LENGTH,
@@ -18,9 +22,9 @@ from drp.protocol.client_messages import (
     Submit,
     TensorData,
 )
-from drp.protocol.frames import Frame, nbytes_of_samples, shape_of_samples
+from drp.protocol.frames import Frame, FrameReader, nbytes_of_samples, shape_of_samples
+from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import ModelSpec
-from drp.protocol.tensors import Received
 from drp.sampling.drafts import DraftRule
 from drp.sampling.result import Result
 from drp.sampling.run import Callback
@@ -28,9 +32,11 @@ from drp.sampling.run import Callback
 
 def options(submit: Submit, frames: Sequence[Frame], callback: Callback) -> Options:
     """Return the leader's options for a Submit; raise ProtocolError if the tensors do not match the message."""
-    received = Received(frames)
-    cond = {each.name: received.take(each.tensor) for each in submit.cond}
-    noise, image = (None if each is None else received.take(each) for each in (submit.noise, submit.image))
+    received = FrameReader(frames)
+    cond = {each.name: take_array(received, each.tensor, "torch") for each in submit.cond}
+    noise, image = (
+        None if each is None else take_array(received, each, "torch") for each in (submit.noise, submit.image)
+    )
     received.done()
     rule = submit.rule
     given = {name: getattr(submit, name) for name in Options.__annotations__ if name not in ("callback", "out")}
@@ -56,6 +62,16 @@ def check_samples(submit: Submit, spec: ModelSpec, local: bool) -> None:
         raise ValueError(f"samples of shape {list(shape_of_samples(submit, spec))} are none; give sizes from 1")
     if nbytes > MAX_FRAME_NBYTES:
         raise ValueError(f"samples of {nbytes} bytes; at most {MAX_FRAME_NBYTES}: ask for fewer")
+
+
+def allocate_samples(shape: tuple[int, ...]) -> tuple[SharedMemory, Tensor]:
+    """Allocate shared memory for samples; return it with a float32 tensor in it."""
+    memory = SharedMemory.create(math.prod(shape) * torch.float32.itemsize)
+    try:
+        return memory, memory.tensor(0, shape, torch.float32)
+    except BaseException:
+        memory.close()
+        raise
 
 
 def _named(what: str, given: Sequence[Option]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import zmq
 
 from drp.errors import ProtocolError, WorkerError
 from drp.leader.leader import Leader
+from drp.protocol.arrays import add_array
 from drp.protocol.client_messages import (
     HEARTBEAT_INTERVAL,
     TO_SERVER,
@@ -37,9 +38,8 @@ from drp.protocol.client_messages import (
 )
 from drp.protocol.codec import decode
 from drp.protocol.endpoint import Endpoint
-from drp.protocol.frames import Frame, shape_of_samples
+from drp.protocol.frames import Frame, FrameWriter, shape_of_samples
 from drp.protocol.keys import Keys
-from drp.protocol.tensors import Frames, shared
 from drp.sampling.result import Result
 from drp.server import options
 from drp.server.clients import ClientSession, ClientSessions
@@ -253,7 +253,9 @@ class Server:
             options.check_samples(request.submit, self._leader.spec, self._endpoint.local)
             given = options.options(request.submit, frames, request.on_step)
             if request.submit.memory:
-                request.memory, given["out"] = shared(shape_of_samples(request.submit, self._leader.spec))
+                request.memory, given["out"] = options.allocate_samples(
+                    shape_of_samples(request.submit, self._leader.spec)
+                )
             request.future = self._leader.submit(**given)
         except ProtocolError:
             raise
@@ -341,17 +343,16 @@ class Server:
         self._counts.add(result, taken, waited)
         if client is None:
             return
-        frames = Frames()
+        frames = FrameWriter()
         if request.memory is not None:
             samples = TensorData("float32", tuple(result.samples.shape), memory=request.memory.handle)
             self._clients.keep(client, request.request, request.memory)
             request.memory = None
         else:
-            samples = frames.add(result.samples)
+            samples = add_array(frames, "samples", result.samples)
         self._clients.send(client, options.finished(request.request, result, samples, waited), frames.frames)
 
     def _on_gone(self, client: ClientSession) -> None:
-        """Cancel the requests of a session that has ended."""
         log.info("client %r is gone, with %d requests under way", client.name, len(client.open_requests))
         self._counts.lost_clients += bool(client.open_requests)
         for request in client.open_requests.values():
@@ -363,7 +364,6 @@ class Server:
     # Status and metrics.
 
     def status(self) -> Status:
-        """Return the server's status."""
         now, counts = time.monotonic(), self._counts
         still = now - self._last_progress if self._requests else 0.0
         state = "lost" if self._leader.closed else "serving" if self._draining is None else "draining"
@@ -386,7 +386,6 @@ class Server:
         )
 
     def metrics(self) -> str:
-        """Return the metrics in the text format of Prometheus."""
         unacknowledged = self._clients.unacknowledged
         gauges = server_gauges(self.status(), self._leader.workers, self._leader.dropped, unacknowledged)
         return prometheus(self._counts, gauges)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from drp.leader.runs.submission import RunFuture
+from drp.protocol.arrays import add_array
 from drp.protocol.client_messages import Evaluation, Progress, Submit, TensorData
-from drp.protocol.frames import Frame
+from drp.protocol.frames import Frame, FrameWriter
 from drp.protocol.memory import SharedMemory
-from drp.protocol.tensors import Frames
 
 MAX_EVALUATIONS = 10_000
 
@@ -47,7 +47,6 @@ class ServerRequest:
 
     @property
     def request(self) -> int:
-        """The client's number of the request."""
         return self.submit.request
 
     def cancel(self) -> None:
@@ -87,8 +86,8 @@ class ServerRequest:
         step = self._step
         shown, state = self._preview
         if state is not None and shown > self._last_reported:
-            frames = Frames()
-            preview = frames.add(state)
+            frames = FrameWriter()
+            preview = add_array(frames, "a preview", state)
             yield self._progress(shown, take(self, MAX_EVALUATIONS), preview), frames.frames
         while (evaluations := take(self, MAX_EVALUATIONS)) or (self._wanted and step > self._last_reported):
             yield self._progress(max(step, self._last_reported), evaluations), []

@@ -27,10 +27,10 @@ import drp
 from drp import Client, Leader
 from drp.cli import main
 from drp.client import RefusedError
-from drp.client.arrays import Library, open_array
 from drp.errors import ProtocolError, WorkerError
 from drp.leader.runs.submission import RunFuture
 from drp.protocol import client_messages
+from drp.protocol.arrays import Library, open_array
 from drp.protocol.client_messages import TensorData
 from drp.protocol.codec import decode, encode
 from drp.protocol.handles import Handle

@@ -15,9 +15,8 @@ import torch
 
 import drp
 from drp import Client
-from drp.client.arrays import add_array, find_library
+from drp.protocol.arrays import add_array, find_library, take_array
 from drp.protocol.frames import FrameReader, FrameWriter
-from drp.protocol.tensors import Received
 from tests.e2e.test_server import ROOT, Served
 
 BARE = """
@@ -123,7 +122,7 @@ def test_arrays_of_every_kind_arrive(dtype: torch.dtype) -> None:
     for value in values:
         writer = FrameWriter()
         data = add_array(writer, "x", value)
-        assert torch.equal(Received(writer.frames).take(data), tensor.detach())
+        assert torch.equal(take_array(FrameReader(writer.frames), data, "torch"), tensor.detach())
         assert len(FrameReader(writer.frames).take_bytes(data)) == tensor.numel() * tensor.itemsize
 
 

@@ -10,7 +10,6 @@ import sys
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from drp.errors import ProtocolError
 from drp.protocol.client_messages import TensorData
@@ -54,8 +53,7 @@ def add_array(frames: FrameWriter, name: str, value: Any) -> TensorData:
 
 def take_array(frames: FrameReader, data: TensorData, library: Library) -> Any:
     """Return a copy of an inline array; raise ProtocolError if it does not match its description."""
-    frame = frames.take_bytes(data)
-    return _array(np.frombuffer(bytearray(frame), _dtype(data)), data, library)
+    return _array(bytearray(frames.take_bytes(data)), data, library)
 
 
 def open_array(data: TensorData, library: Library) -> Any:
@@ -70,15 +68,21 @@ def open_array(data: TensorData, library: Library) -> Any:
         mapped = mmap.mmap(descriptor, data.memory.nbytes)  # The mapping outlives the descriptor.
     finally:
         os.close(descriptor)
-    return _array(np.frombuffer(mapped, _dtype(data), math.prod(data.shape)), data, library)
+    return _array(mapped, data, library)
 
 
-def _array(flat: NDArray[Any], data: TensorData, library: Library) -> Any:
+def _array(buffer: bytearray | mmap.mmap, data: TensorData, library: Library) -> Any:
+    """Return the array at the beginning of a buffer, which it keeps alive."""
+    count = math.prod(data.shape)
     try:
-        array = flat.reshape(data.shape)
-    except ValueError as error:  # An empty array whose other dimensions overflow.
+        if library == "numpy":
+            return np.frombuffer(buffer, _dtype(data), count).reshape(data.shape)
+        torch = sys.modules["torch"]
+        dtype = getattr(torch, data.dtype)
+        flat = torch.frombuffer(buffer, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+        return flat.view(data.shape)
+    except (ValueError, RuntimeError) as error:  # An empty array whose other dimensions overflow.
         raise ProtocolError(f"no array has the shape {list(data.shape)}: {error}") from None
-    return sys.modules["torch"].from_numpy(array) if library == "torch" else array
 
 
 def _dtype(data: TensorData) -> Any:
