@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any, Literal
@@ -91,16 +92,10 @@ def _software() -> list[Finding]:
     return [
         Finding("python", sys.version.split()[0]),
         Finding("torch", f"{torch.__version__}, {f'built for CUDA {cuda}' if cuda else 'built without CUDA'}"),
-        Finding("pyzmq", _version("zmq")),
-        Finding("msgpack", _version("msgpack")),
+        Finding("pyzmq", version("pyzmq")),
+        Finding("msgpack", version("msgpack")),
         Finding("driver", _driver()),
     ]
-
-
-def _version(module: str) -> str:
-    found: Any = importlib.import_module(module)
-    version = found.__version__ if hasattr(found, "__version__") else ".".join(map(str, found.version))
-    return str(version)
 
 
 def _driver() -> str:

@@ -20,8 +20,8 @@ MAX_NUMBERS: Final = 2**34
 """Numbers in all slots of a run together."""
 
 
-def check_count(name: str, value: object, most: int) -> int:
-    """Return `value` if it is a whole number from 1 to `most`; raise ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ValueError(f"{name} is {value!r}; give a whole number from 1 to {most}")
+def check_whole(name: str, value: object, low: int = 0, high: int = 2**63 - 1) -> int:
+    """Return `value` if it is a whole number from `low` to `high`; raise ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r:.80}; give a whole number, {low} to {high}")
     return value

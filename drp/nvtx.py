@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 from torch.cuda import nvtx
 
-P = ParamSpec("P")
-T = TypeVar("T")
+Call = TypeVar("Call", bound=Callable[..., object])
 
 
-def annotate(name: str, call: Callable[P, T]) -> Callable[P, T]:
+def annotate(name: str, call: Call) -> Call:
     """Return a function that calls `call` within a range of this name. It needs a torch built with CUDA."""
-
-    def within(*args: P.args, **kwargs: P.kwargs) -> T:
-        nvtx.range_push(name)  # type: ignore[no-untyped-call]  # torch has no types for it
-        try:
-            return call(*args, **kwargs)
-        finally:
-            nvtx.range_pop()  # type: ignore[no-untyped-call]  # torch has no types for it
-
-    return within
+    annotated: Call = nvtx.range(name)(call)
+    return annotated
 
 
 def annotate_methods(owner: object, **names: str) -> None:

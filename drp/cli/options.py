@@ -115,7 +115,6 @@ class GroupedCommand(click.Command):
     """A command whose help groups its options by OPTION_GROUPS."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options by group."""
         titles = {name: title for title, names in OPTION_GROUPS.items() for name in names}
         groups: dict[str, list[tuple[str, str]]] = {title: [] for title in (*OPTION_GROUPS, "Options")}
         for parameter in self.get_params(context):
@@ -132,7 +131,6 @@ class Number(click.FloatRange):
     """A range of numbers that excludes NaN, which click accepts in every range."""
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        """Convert a value; fail for NaN."""
         number = super().convert(value, parameter, context)
         if math.isnan(number):
             self.fail(f"{value!r} is not a number.", parameter, context)

@@ -24,6 +24,13 @@ SPREAD = ("mode", "drafts", "stride", "target_speedup", "target_rounds", "rule",
 """Options of `drp sample` that are passed to `parallelize`, except the devices."""
 KEPT = ("rows", "shape", "steps", "devices", "ray", "guidance", *SPREAD)
 """Options of `drp sample` that also apply to a pipeline, except those of ALWAYS."""
+CALL_ARGUMENTS = {
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+}
+"""Arguments of a pipeline's call, and the options that define them."""
 ALWAYS = ("seed", "out", "trace", "force", "as_json")
 
 
@@ -43,7 +50,7 @@ def pipeline_options(command: Callable[..., None]) -> Callable[..., None]:
                 given = {name for name in options if source(name) is not ParameterSource.DEFAULT}
                 if source("model") is not ParameterSource.DEFAULT:
                     raise ValueError(f"{model!r} is a model and --diffusers names a pipeline; give one of them")
-                _draw(diffusers, prompt, negative_prompt, options, given)
+                _draw(diffusers, {**options, "prompt": prompt, "negative_prompt": negative_prompt}, given)
                 return
             if prompt is not None or negative_prompt is not None:
                 raise ValueError("a prompt goes with a pipeline; name one by --diffusers")
@@ -52,20 +59,18 @@ def pipeline_options(command: Callable[..., None]) -> Callable[..., None]:
     return sample
 
 
-def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str, Any], given: set[str]) -> None:
+def _draw(path: str, options: Mapping[str, Any], given: set[str]) -> None:
     """Sample from the pipeline at `path`; `given` are the names of the options that the user gave."""
     lost = sorted(given - {*KEPT, *ALWAYS})
     if lost:
         raise ValueError(f"--{lost[0].replace('_', '-')} goes with drp's own models; a pipeline brings that along")
-    if prompt is None:
+    if options["prompt"] is None:
         raise ValueError("prompt is missing; say by --prompt what the pipeline is to draw")
+    arguments = call_arguments(options)
     out: Path = options["out"] or Path("samples.png")
     check_output(out, options["force"])
     if options["trace"] is not None:
         check_file(options["trace"], options["force"])
-    size = parse_numbers("shape", options["shape"]) if options["shape"] is not None else None
-    if size is not None and len(size) != 2:
-        raise ValueError(f"shape is {options['shape']!r}; a pipeline's is height and width, such as 512,768")
     try:
         import torch
 
@@ -84,15 +89,8 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
         list(mode.rounds(options["steps"]))  # raises ValueError if a target cannot be reached
     pipe = load_pipeline(path)
     move_to_gpu(pipe, here)
-    arguments: dict[str, Any] = {"prompt": prompt, "output_type": "pt", "num_inference_steps": options["steps"]}
-    arguments["generator"] = torch.Generator().manual_seed(options["seed"])
-    arguments["num_images_per_prompt"] = options["rows"]
-    if negative is not None:
-        arguments["negative_prompt"] = negative
-    if options["guidance"] is not None:
-        arguments["guidance_scale"] = options["guidance"]
-    if size is not None:
-        arguments["height"], arguments["width"] = size
+    generator = torch.Generator().manual_seed(options["seed"])
+    arguments |= {"output_type": "pt", "generator": generator, "num_images_per_prompt": options["rows"]}
     taken = inspect.signature(pipe.__call__).parameters
     unknown = [name for name in arguments if name not in taken]
     if unknown:
@@ -109,6 +107,17 @@ def _draw(path: str, prompt: str | None, negative: str | None, options: dict[str
         return
     click.echo(str(run.report))
     click.echo(f"wrote {out}")
+
+
+def call_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a pipeline's call that the options define; raise ValueError for an invalid shape."""
+    found = {name: given[option] for name, option in CALL_ARGUMENTS.items() if given[option] is not None}
+    if given["shape"] is not None:
+        size = parse_numbers("shape", given["shape"])
+        if len(size) != 2:
+            raise ValueError(f"shape is {given['shape']!r}; a pipeline's is height and width, such as 512,768")
+        found["height"], found["width"] = size
+    return found
 
 
 def _devices(options: Mapping[str, Any]) -> tuple[Devices, int, str]:

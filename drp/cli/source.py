@@ -12,6 +12,7 @@ import click
 from drp.cli.helpers import parse_numbers
 from drp.cli.leader_options import leader_options, make_leader_options
 from drp.cli.options import Number, pipeline_devices
+from drp.cli.pipeline import call_arguments
 from drp.cli.sample import parse_labels
 from drp.pipelines import find_factory, is_pipeline, load_pipeline
 from drp.sampling.predictions import PREDICTION_TYPES
@@ -124,14 +125,7 @@ def _pipeline(name: str, pipe: Any, source: Mapping[str, Any], call: dict[str, A
     from drp.diffusers.devices import move_to_gpu
 
     _refuse(source, OF_MODELS, f"a model of drp's, and {name} is a pipeline; use --call")
-    wanted = {"prompt": "prompt", "negative_prompt": "negative_prompt", "num_inference_steps": "steps"}
-    wanted |= {"guidance_scale": "guidance"}
-    call |= {argument: source[option] for argument, option in wanted.items() if source[option] is not None}
-    if source["shape"] is not None:
-        size = parse_numbers("shape", source["shape"])
-        if len(size) != 2:
-            raise ValueError(f"shape is {source['shape']!r}; a pipeline's is height and width, such as 512,768")
-        call["height"], call["width"] = size
+    call |= call_arguments(source)
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
     devices, _ = pipeline_devices(source["devices"])

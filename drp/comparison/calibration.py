@@ -154,7 +154,6 @@ class _Calibrator:
 
     @property
     def exact(self) -> Sample:
-        """A sample of the untouched run."""
         assert self._exact is not None
         return self._exact
 

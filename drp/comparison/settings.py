@@ -28,7 +28,6 @@ class Drafted:
 
     @property
     def label(self) -> str:
-        """The setting in words, as tables have it."""
         parts = [self.mode, f"n = {self.drafts}"]
         parts += [f"stride {self.stride:g}"] if self.stride is not None else []
         parts += [f"tolerance {self.tolerance:g}"] if self.tolerance is not None else []
@@ -64,12 +63,10 @@ class FewerSteps:
 
     @property
     def label(self) -> str:
-        """The setting in words, as tables have it."""
         return f"{self.steps} steps" + (f" of {self.solver}" if self.solver else "")
 
     @property
     def key(self) -> str:
-        """A name for files."""
         return _key(self.label)
 
 

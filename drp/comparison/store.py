@@ -77,7 +77,6 @@ class Store:
         return path
 
     def save_samples(self, key: str, samples: Sequence[Sample]) -> None:
-        """Write the samples of all seeds."""
         folder = self.samples(key)
         stacked = torch.stack([sample.latents.float().cpu() for sample in samples]).contiguous()
         save_file({"latents": stacked}, folder / "latents.safetensors", {"software": SOFTWARE})

@@ -117,7 +117,6 @@ class PipelineCall:
         return self._index is None or self._end is None or self._index < self._end
 
     def step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Let the scheduler take a step, and record it."""
         if not self._report.sequential:
             try:
                 self._before_step(args, kwargs)

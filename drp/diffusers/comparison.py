@@ -94,7 +94,7 @@ class PipelineSubject(Subject):
         name: str | None = None,
         **spread: Any,
     ) -> None:
-        self._pipe, self._call = pipe, dict(call)
+        self.pipe, self._call = pipe, dict(call)
         parameters = inspect.signature(pipe.__call__).parameters
         unknown = [each for each in self._call if each not in parameters]
         if unknown:
@@ -143,8 +143,8 @@ class PipelineSubject(Subject):
 
     def check(self, setting: Drafted | FewerSteps) -> None:
         if isinstance(setting, FewerSteps):
-            if "num_inference_steps" not in inspect.signature(self._pipe.__call__).parameters:
-                raise ValueError(f"{type(self._pipe).__name__} takes no num_inference_steps; leave out rivals")
+            if "num_inference_steps" not in inspect.signature(self.pipe.__call__).parameters:
+                raise ValueError(f"{type(self.pipe).__name__} takes no num_inference_steps; leave out rivals")
             return
         tolerance = 0.0025 if setting.tolerance is None else setting.tolerance
         make_pipeline_mode(setting.mode, setting.drafts, setting.rule, tolerance, 0, setting.stride)
@@ -155,7 +155,7 @@ class PipelineSubject(Subject):
             yield _Sequential(self, setting)
             return
         assert self._workers is not None
-        with parallelize(self._pipe, self._workers, **self._spread, **setting.options) as parallel:
+        with parallelize(self.pipe, self._workers, **self._spread, **setting.options) as parallel:
             yield _Drafted(self, parallel, self._workers)
 
     def code(self, setting: Drafted | FewerSteps) -> str:
@@ -163,21 +163,21 @@ class PipelineSubject(Subject):
         if isinstance(setting, FewerSteps):
             line = f"pipe({arguments({**call, 'num_inference_steps': setting.steps})})"
             better = "pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config"
-            return f"{better}{_unipc_arguments(self._pipe.scheduler)})\n{line}" if setting.solver else line
+            return f"{better}{_unipc_arguments(self.pipe.scheduler)})\n{line}" if setting.solver else line
         spread = arguments({"devices": as_count(self._asked), **self._spread, **setting.options})
         return f"with drp.diffusers.parallelize(pipe, {spread}):\n    pipe({arguments(call)})"
 
     def sample(self, seed: int, **changed: Any) -> Sample:
         """Call the pipeline with some arguments changed."""
-        with _Steps(self._pipe) as steps:
+        with _Steps(self.pipe) as steps:
             generator = torch.Generator().manual_seed(seed)
             began = time.perf_counter()
-            output = self._pipe(**{**self._call, **changed}, generator=generator)
+            output = self.pipe(**{**self._call, **changed}, generator=generator)
             found = next(iter(output.values())) if hasattr(output, "values") else output[0]
             pictures = self._pictures(found)
             seconds = time.perf_counter() - began
         if not steps.count:
-            raise ValueError(f"{type(self._pipe).__name__} has called no step of its scheduler, so it has no latents")
+            raise ValueError(f"{type(self.pipe).__name__} has called no step of its scheduler, so it has no latents")
         latents = steps.latents.detach().float().cpu()
         return Sample(
             latents=latents,
@@ -188,10 +188,6 @@ class PipelineSubject(Subject):
             evaluations=steps.count,
             steps=steps.count,
         )
-
-    @property
-    def pipe(self) -> Any:
-        return self._pipe
 
     def _pictures(self, found: Any) -> Tensor | None:
         """Return the pictures of a call's output, uint8 [I, C, H, W]."""

@@ -54,7 +54,6 @@ class Tensors:
 
     @property
     def gpus(self) -> set[torch.device]:
-        """The GPUs that the tensors are on."""
         return {tensor.device for tensor in self.values if tensor.device.type == "cuda"}
 
 
@@ -134,7 +133,6 @@ class Varying:
     like: Tensor
 
     def at(self, point: Point) -> Tensor:
-        """Return the argument at a step."""
         if isinstance(self.form, OfState):
             return self.form.apply(point, self.like)
         return self.form.apply(point.numbers, self.like)
@@ -180,7 +178,6 @@ class Learned:
         return tensors
 
     def _expected(self, leaf: Leaf, inputs: Mapping[str, Tensor], answered: Mapping[tuple[int, int], Tensor]) -> Tensor:
-        """Return the expected value of an argument."""
         if leaf.kind == "output":
             return with_zeros(answered[leaf.call, leaf.place], leaf.zeros)
         return (self.cond if leaf.kind == "cond" else inputs)[leaf.name]

@@ -27,7 +27,6 @@ class Number:
     make: Callable[[Tensor, torch.dtype], Tensor]
 
     def at(self, numbers: Numbers, dtype: torch.dtype) -> Tensor:
-        """Return the number at a step, in a dtype."""
         return self.make(numbers[self.base], dtype).to(dtype)
 
 
@@ -85,7 +84,6 @@ class OfTime:
     parts: tuple[tuple[Number, Tensor | None], ...]
 
     def apply(self, numbers: Numbers, like: Tensor) -> Tensor:
-        """Return the tensor at a step."""
         out = like
         for number, part in self.parts:
             value = number.at(numbers, like.dtype)

@@ -81,7 +81,6 @@ class Parallel:
         self._watch()
 
     def leave(self) -> None:
-        """Restore the pipeline."""
         for name in self._hooks:
             self._unhook(name)
         for method in reversed(self._methods):

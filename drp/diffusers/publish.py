@@ -185,7 +185,6 @@ class Publisher:
             free_cached()
 
     def _create(self, nbytes: int, device: torch.device) -> _Weights:
-        """Allocate a block of weights, and its copies."""
         if self._gpus is None:
             shared = self._on_host(nbytes)
             return _Weights(shared, [], Block(next(_numbers), {}, shared.handle))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from drp.diffusers.program import PART, Program, output_name
 from drp.diffusers.report import CallReport
 from drp.sampling.advice import doubts
 from drp.sampling.modes import Adaptive, Mode, Round, Rounds
+from drp.sampling.residuals import residual
 from drp.sampling.run import Task
 
 JUMP = 0.25
@@ -246,13 +246,11 @@ def _final_results(learned: Learned) -> list[str]:
 
 
 def _apart(x: Tensor, draft: Tensor) -> float:
-    """Return the largest |x - draft| / |x| among the samples. numpy's sums do not depend on the threads."""
+    """Return the largest |x - draft| / |x| among the samples."""
     if x.device.type != "cpu":
         norms = [torch.linalg.vector_norm(each.flatten(1), dim=1, dtype=torch.float64) for each in (x - draft, x)]
         return float((norms[0] / norms[1]).max())
-    difference = (x.double() - draft.double()).reshape(len(x), -1).cpu().numpy()
-    whole = x.double().reshape(len(x), -1).cpu().numpy()
-    return float(np.sqrt(np.square(difference).sum(axis=1) / np.square(whole).sum(axis=1)).max())
+    return residual(x.reshape(-1), draft.reshape(-1), len(x))
 
 
 def _adaptive(mode: Mode) -> Adaptive | None:

@@ -158,7 +158,6 @@ class Levels:
 
     @functools.cached_property
     def of_run(self) -> drafts.Levels:
-        """The levels for a draft rule."""
         alphas, sigmas = (tuple(level[i] for level in self._levels) for i in (0, 1))
         return drafts.Levels(alphas, sigmas, self._timesteps, self._type)
 

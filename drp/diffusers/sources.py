@@ -55,7 +55,6 @@ class TensorLocation:
         return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
 
     def of(self, memory: Memory) -> Tensor:
-        """Return the tensor in its block's memory."""
         # Messages never name the dtypes of 8 bits that weights may be stored in, so the protocol has none.
         known = self.dtype if self.dtype in NAMES else torch.uint8
         flat = memory.tensor(self.offset, (self.count,), known).view(self.dtype)

@@ -57,6 +57,13 @@ def make_app(backend: Backend, hosts: Sequence[str] = ("localhost", "127.0.0.1",
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     app.add_middleware(_PlainTextErrors)  # The middleware added last is the outermost.
     _answer_errors(app)
+    _serve_images(app, backend)
+    _serve_facts(app, backend)
+    return app
+
+
+def _serve_images(app: FastAPI, backend: Backend) -> None:
+    """Add OpenAI's images endpoint."""
 
     @app.post("/v1/images/generations")
     async def _generate(body: Body, request: Request) -> Response:
@@ -82,6 +89,10 @@ def make_app(backend: Backend, hosts: Sequence[str] = ("localhost", "127.0.0.1",
             return JSONResponse(await run_in_threadpool(_answer, images, body))
         except (Exception, CancelledError) as error:
             return _refusal(*_explain(error))
+
+
+def _serve_facts(app: FastAPI, backend: Backend) -> None:
+    """Add the model's description, health, metrics and the page."""
 
     @app.get("/v1/models")
     async def _models() -> Response:
@@ -113,8 +124,6 @@ def make_app(backend: Backend, hosts: Sequence[str] = ("localhost", "127.0.0.1",
     async def _page() -> Response:
         policy = "default-src 'self' 'unsafe-inline'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
         return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": policy})
-
-    return app
 
 
 def _answer_errors(app: FastAPI) -> None:

@@ -14,16 +14,7 @@ MAX_BODY = 1 << 20
 """Maximum size of a request in bytes."""
 
 RUN_OPTIONS = (
-    "steps",
-    "seed",
-    "mode",
-    "drafts",
-    "guidance",
-    "solver",
-    "rule",
-    "tolerance",
-    "stride",
-    "offsets",
+    *("steps", "seed", "mode", "drafts", "guidance", "solver", "rule", "tolerance", "stride", "offsets"),
     "negative_prompt",
 )
 
@@ -75,7 +66,6 @@ class Body(BaseModel):
         return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
     def image_request(self) -> ImageRequest:
-        """Return the request for a backend."""
         given = {name: getattr(self, name) for name in RUN_OPTIONS}
         options = {name: value for name, value in given.items() if value is not None}
         previews = self.partial_images if self.stream else 0

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
+
+RUN_FACTS: Final = ("mode", "drafts", "steps", "devices", "rounds", "evaluations", "seconds", "theory", "speedup")
+"""The facts about a run that are returned with its images, by their names in a result."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from drp.diffusers import Report as Calls
 from drp.diffusers import parallelize
 from drp.diffusers.devices import move_to_gpu
 from drp.errors import RefusedError, WorkerError
-from drp.http.jobs import ImageRequest, Images, Previews, ProgressEvent, Report, check_work
+from drp.http.jobs import RUN_FACTS, ImageRequest, Images, Previews, ProgressEvent, Report, check_work
 from drp.http.previews import decoder
 from drp.limits import MAX_STEPS
 from drp.pipelines import load_pipeline
@@ -32,8 +32,6 @@ MAX_SIDE: Final = 16_384
 """Maximum width and height of an image in pixels."""
 LOAD_TIMEOUT: Final = 600.0
 """Seconds within which a pipeline must be loaded."""
-
-FACTS: Final = ("mode", "drafts", "steps", "devices", "rounds", "evaluations", "seconds", "theory", "speedup")
 
 log = logging.getLogger(__name__)
 
@@ -232,7 +230,7 @@ class PipelineJob:
         images = pipe(**self._arguments, callback_on_step_end=step).images
         facts: dict[str, Any] = {}
         if report.calls:
-            facts = {name: getattr(report.calls[-1], name) for name in FACTS}
+            facts = {name: getattr(report.calls[-1], name) for name in RUN_FACTS}
             facts["notes"] = list(report.calls[-1].notes)  # including lost workers
         return Images([_png(image) for image in images], facts)
 

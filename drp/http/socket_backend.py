@@ -13,7 +13,7 @@ import numpy as np
 
 from drp.client import Client, RemoteRun, Update
 from drp.errors import ProtocolError
-from drp.http.jobs import ImageRequest, Images, Previews, ProgressEvent, Report, check_work
+from drp.http.jobs import RUN_FACTS, ImageRequest, Images, Previews, ProgressEvent, Report, check_work
 from drp.pictures import encode_grid
 from drp.sampling.result import Result
 
@@ -133,16 +133,4 @@ class SocketJob:
         result = run.result()
         rows = np.split(result.samples, len(result.samples) // self._columns)
         pngs = [encode_grid(row, self._columns, SCALE, 0) for row in rows]
-        names = (
-            "mode",
-            "drafts",
-            "steps",
-            "devices",
-            "rounds",
-            "evaluations",
-            "seconds",
-            "theory",
-            "speedup",
-            "incidents",
-        )
-        self.images.set_result(Images(pngs, {name: getattr(result, name) for name in names}))
+        self.images.set_result(Images(pngs, {name: getattr(result, name) for name in (*RUN_FACTS, "incidents")}))

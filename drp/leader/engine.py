@@ -157,7 +157,6 @@ class Engine:
 
     @property
     def closed(self) -> bool:
-        """Whether the engine accepts no more runs."""
         return self._requests.closing is not None
 
     def close(self, grace: float = SHUTDOWN_TIMEOUT) -> None:

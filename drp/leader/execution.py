@@ -55,7 +55,6 @@ class ExecutionOptions:
 
     @property
     def allows_async(self) -> bool:
-        """Whether runs may be dispatched asynchronously."""
         return self.dispatch != "sync" and platform.machine() in STORES_IN_ORDER
 
     def worker_config(self, uuid: str, batch: int, probe: GpuHandle | None = None) -> GpuConfig:

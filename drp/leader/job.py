@@ -12,8 +12,18 @@ import torch
 from torch import Tensor
 
 from drp.leader.request import Request
-from drp.limits import MAX_DRAFTS, MAX_EVALUATIONS, MAX_GUIDANCE, MAX_NUMBERS, MAX_SAMPLES, MAX_STEPS, MAX_TIMESTEP
+from drp.limits import (
+    MAX_DRAFTS,
+    MAX_EVALUATIONS,
+    MAX_GUIDANCE,
+    MAX_NUMBERS,
+    MAX_SAMPLES,
+    MAX_STEPS,
+    MAX_TIMESTEP,
+    check_whole,
+)
 from drp.protocol.codec import is_text
+from drp.protocol.frames import MAX_DIMENSIONS
 from drp.protocol.memory import DTYPES, NAMES
 from drp.protocol.messages import ModelSpec
 from drp.sampling.drafts import find_rule
@@ -26,7 +36,6 @@ from drp.sampling.run import Noise, Run
 from drp.sampling.slot_allocator import slots
 from drp.sampling.solvers import Solver
 
-MAX_DIMENSIONS = 16
 OF_NAMED_MODES = ("drafts", "rule", "target_speedup", "target_rounds", "stride", "offsets")
 
 
@@ -89,7 +98,7 @@ def make_job(request: Request, spec: ModelSpec, devices: int) -> Job:
     cond = _cond(request, spec)
     if labels is not None:
         cond["labels"] = labels
-    seed = _whole("seed", request.seed)
+    seed = check_whole("seed", request.seed)
     noise = _given("noise", request.noise, (count, *shape))
     start = _start(request, solver, _noise(seed, count, shape) if noise is None else noise.detach())
     out = _given("out", request.out, (count, *shape))
@@ -114,7 +123,7 @@ def solver_of(request: Request) -> Solver:
                 "grid, solver_options and strength go with a solver's name; this one is made already, so set them there"
             )
         return request.solver
-    steps = _whole("steps", request.steps, 1, MAX_STEPS)
+    steps = check_whole("steps", request.steps, 1, MAX_STEPS)
     strength = request.strength if request.image is not None else 1.0
     if request.image is None and request.strength != 1.0:
         raise ValueError(f"strength is {request.strength}, but there is no image to start from; give image")
@@ -168,12 +177,6 @@ def _seed_of(seed: int, k: int) -> int:
     return int(np.random.SeedSequence([seed, k]).generate_state(1, np.uint64)[0]) >> 1
 
 
-def _whole(name: str, value: Any, low: int = 0, high: int = 2**63 - 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{name} is {value!r:.80}; give a whole number, {low} to {high}")
-    return value
-
-
 def _number(name: str, value: Any, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise ValueError(f"{name} is {value!r:.80}; give a number, {low:g} to {high:g}")
@@ -183,7 +186,7 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
 def _mode(request: Request, devices: int, steps: int, noise: bool) -> Mode:
     if isinstance(request.mode, str):
         limited = request.drafts is not None
-        drafts = _whole("drafts", request.drafts, 1, MAX_DRAFTS) if limited else min(devices, MAX_DRAFTS)
+        drafts = check_whole("drafts", request.drafts, 1, MAX_DRAFTS) if limited else min(devices, MAX_DRAFTS)
         stride, tolerance = request.stride, _number("tolerance", request.tolerance, 0, math.inf)
         if stride is not None:
             stride = _number("stride", stride, 1, MAX_STEPS)
@@ -204,9 +207,9 @@ def _mode(request: Request, devices: int, steps: int, noise: bool) -> Mode:
         )
     else:
         mode = request.mode
-    if _whole("sweeps", request.sweeps, 0, MAX_EVALUATIONS // steps - 1):
+    if check_whole("sweeps", request.sweeps, 0, MAX_EVALUATIONS // steps - 1):
         mode = PicardSweeps(mode, request.sweeps)
-    if _whole("warmup", request.warmup, 0, MAX_STEPS):
+    if check_whole("warmup", request.warmup, 0, MAX_STEPS):
         mode = Warmup(mode, request.warmup)
     if mode.width > MAX_DRAFTS:
         raise ValueError(f"{mode.width} drafts a round; at most {MAX_DRAFTS}")
@@ -225,7 +228,7 @@ def _target(request: Request, drafts: int, noise: bool) -> TargetWindow:
         given = "target_speedup" if rounds is None else "target_rounds"
         raise ValueError(f"{given} chooses a window, and mode is {request.mode!r}; leave one of them out")
     if rounds is not None:
-        _whole("target_rounds", rounds, 1, MAX_STEPS)
+        check_whole("target_rounds", rounds, 1, MAX_STEPS)
     if speedup is not None:
         speedup = _number("target_speedup", speedup, 1, MAX_STEPS)
     rule = None if request.rule is None else find_rule(request.rule)
@@ -238,7 +241,7 @@ def _offsets(offsets: Any) -> str | tuple[int, ...] | None:
         return offsets
     if not isinstance(offsets, Sequence) or len(offsets) > MAX_DRAFTS:
         raise ValueError(f"offsets are {offsets!r:.80}; give a name, or a whole number for each draft")
-    return tuple(_whole("an offset", offset, 1, MAX_STEPS) for offset in offsets)
+    return tuple(check_whole("an offset", offset, 1, MAX_STEPS) for offset in offsets)
 
 
 def _labels(labels: Sequence[int] | Tensor | None, spec: ModelSpec) -> Tensor | None:
@@ -264,7 +267,7 @@ def _labels(labels: Sequence[int] | Tensor | None, spec: ModelSpec) -> Tensor | 
 def _count(count: int | None, labels: Tensor | None) -> int:
     if count is None:
         return 1 if labels is None else len(labels)
-    _whole("count", count, 1, MAX_SAMPLES)
+    check_whole("count", count, 1, MAX_SAMPLES)
     if labels is not None and len(labels) != count:
         raise ValueError(f"count is {count}, but there are {len(labels)} labels; give one a sample")
     return count
@@ -275,7 +278,7 @@ def _shape(shape: Sequence[int] | None, spec: ModelSpec) -> tuple[int, ...]:
         if spec.sample_shape is None:
             raise ValueError("shape is missing; this model does not say the shape of a sample, so give it")
         return spec.sample_shape
-    own = tuple(_whole("shape", n) for n in shape)
+    own = tuple(check_whole("shape", n) for n in shape)
     if len(own) > 15 or 0 in own:
         raise ValueError(f"shape is {list(own)}; give 0 to 15 sizes of 1 or more")
     if spec.sample_shape is not None and own != spec.sample_shape:

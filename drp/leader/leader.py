@@ -57,7 +57,6 @@ class WorkerStatus:
 
     @classmethod
     def of(cls, worker_slot: DraftSlot) -> WorkerStatus:
-        """Return the status of a worker slot."""
         worker = worker_slot.worker
         pid = worker.pid if worker else None
         lost = worker_slot.generation - (worker is not None)

@@ -39,7 +39,6 @@ class MessageHandler:
                 self._on_message(worker_slot, message)
 
     def _on_message(self, worker_slot: DraftSlot, message: ToLeader | None) -> None:
-        """Handle a worker's message, or its exit (None)."""
         match message:
             case Prediction() if sent := _find_batch(worker_slot, message):
                 self._on_prediction(worker_slot, sent, message)

@@ -12,7 +12,7 @@ from drp.leader.devices import Device, Devices, parse_devices, split_devices
 from drp.leader.execution import ExecutionOptions
 from drp.leader.remote import RemoteWorkers
 from drp.leader.scheduling.policies import Policy, find_policy
-from drp.limits import check_count
+from drp.limits import check_whole
 from drp.protocol.messages import MAX_BATCHED
 
 
@@ -66,7 +66,7 @@ class LeaderOptions:
         for name, value in (("start_timeout", self.start_timeout), ("draft_timeout", self.draft_timeout)):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}; give seconds above 0")
-        check_count("drafts_per_device", self.drafts_per_device, MAX_BATCHED)
+        check_whole("drafts_per_device", self.drafts_per_device, 1, MAX_BATCHED)
         hedge = self.scheduling_policy.hedge
         if self.execution.dispatch == "async" and hedge is not None:
             raise ValueError(
@@ -81,7 +81,6 @@ class LeaderOptions:
 
     @property
     def remote(self) -> RemoteWorkers | None:
-        """The workers on other machines, if there are any."""
         return split_devices(self.devices)[1]
 
     @property
@@ -91,7 +90,6 @@ class LeaderOptions:
 
     @property
     def scheduling_policy(self) -> Policy:
-        """The policy."""
         return find_policy(self.policy)
 
     @cached_property

@@ -10,7 +10,7 @@ from typing import Any
 
 from drp.leader.devices import parse_emulated
 from drp.leader.remote import RemoteWorkers
-from drp.limits import MAX_WORKERS, check_count
+from drp.limits import MAX_WORKERS, check_whole
 from drp.protocol.dial import WorkerKeys
 from drp.protocol.keys import Keys
 
@@ -45,7 +45,7 @@ def on_ray(
 
     Raises ImportError without Ray, ConnectionError if there is no cluster, ValueError for other arguments.
     """
-    check_count("workers", workers, MAX_WORKERS)
+    check_whole("workers", workers, 1, MAX_WORKERS)
     if device is not None and device.startswith("emulated:"):
         parse_emulated(device, 0)
     elif device not in ("cpu", "cuda", None):

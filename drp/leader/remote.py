@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from drp.limits import MAX_WORKERS, check_count
+from drp.limits import MAX_WORKERS, check_whole
 from drp.protocol.dial import WorkerKeys
 from drp.protocol.endpoint import check_address
 from drp.protocol.keys import Keys
@@ -52,7 +52,7 @@ class RemoteWorkers:
     transport_security: Literal["curve", "none"] = "curve"
 
     def __post_init__(self) -> None:
-        check_count("count", self.count, MAX_WORKERS)
+        check_whole("count", self.count, 1, MAX_WORKERS)
         if self.transport_security not in ("curve", "none"):
             raise ValueError(f"transport_security is {self.transport_security!r}; give 'curve', or 'none'")
         if (self.keys is None) == (self.transport_security == "curve"):

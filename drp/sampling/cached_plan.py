@@ -32,12 +32,8 @@ class PlannedAdvance:
     """
 
     def __init__(self, event: Advance, like: Tensor) -> None:
-        self.base, self.oldest, self.previous_base, self.unawaited_rounds = (
-            event.base,
-            event.oldest,
-            event.previous_base,
-            event.unawaited_rounds,
-        )
+        self.base, self.oldest, self.previous_base = event.base, event.oldest, event.previous_base
+        self.unawaited_rounds = event.unawaited_rounds
         self.steps = len(event.states)
         self.eager = min(self.steps, event.base + self.steps - event.oldest + 1)
         split = self.steps - self.eager

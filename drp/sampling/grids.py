@@ -8,27 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from drp.sampling.schedules import (
-    KARRAS_RHO,
-    TRAINING_STEPS,
-    Float64s,
-    alpha_bars,
-    scaled_linear_alpha_bars,
-    spread,
-)
-
-__all__ = [
-    "FAMILIES",
-    "SPACINGS",
-    "TRAINING_STEPS",
-    "Grid",
-    "dynamic_mu",
-    "flow_grid",
-    "ipndm_grid",
-    "make_grid",
-    "scaled_linear",
-    "scaled_linear_alpha_bars",
-]
+from drp.sampling.schedules import KARRAS_RHO, TRAINING_STEPS, Float64s, alpha_bars, spread
 
 FAMILIES = ("ddim", "ddpm", "pndm", "dpm", "euler", "heun")
 SPACINGS = ("leading", "linspace", "trailing")
@@ -65,7 +45,6 @@ class Grid:
             return np.log(self.alphas) - np.log(self.sigmas)
 
     def landing(self, k: int) -> tuple[float, float]:
-        """Return alpha and sigma at the end of step k."""
         if self.landings is not None:
             return float(self.landings[k, 0]), float(self.landings[k, 1])
         return float(self.alphas[k + 1]), float(self.sigmas[k + 1])
@@ -219,6 +198,25 @@ def dynamic_mu(length: int, base: tuple[int, float] = (256, 0.5), most: tuple[in
     return base[1] + (most[1] - base[1]) * (length - base[0]) / (most[0] - base[0])
 
 
+def _check_flow(steps: int, shift: float, mu: float | None, shape: str, terminal: float | None, training: int) -> None:
+    """Raise ValueError for an invalid argument of `flow_grid`."""
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; a grid has 1 step or more")
+    if not (shift > 0 and math.isfinite(shift)):
+        raise ValueError(f"shift is {shift}; give a number above 0, 1 for none")
+    if shape not in ("exponential", "linear"):
+        raise ValueError(f"shape is {shape!r}; choose 'exponential' or 'linear'")
+    if not (isinstance(training, int) and training >= 1):
+        raise ValueError(f"training is {training!r}; give the number of training timesteps, 1 or more, 1000 is usual")
+    if terminal is not None and not (0 < terminal < 1 and steps > 1):
+        raise ValueError(
+            f"terminal is {terminal} with {steps} step(s); give a sigma between 0 and 1, and at least 2 steps"
+        )
+    if mu is not None and not (-20 <= mu <= 20 if shape == "exponential" else 0 < mu < math.inf):
+        allowed = "from -20 to 20" if shape == "exponential" else "above 0"
+        raise ValueError(f"mu is {mu}; give a number {allowed} for shape {shape!r}, 0.5 to 1.15 is usual")
+
+
 def flow_grid(
     steps: int,
     *,
@@ -240,21 +238,7 @@ def flow_grid(
     spacing: finally space the sigmas between their ends as "karras", "exponential" or "beta".
     sigmas: `steps` decreasing numbers, at most 1 and above 0, before shifting.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; a grid has 1 step or more")
-    if not (shift > 0 and math.isfinite(shift)):
-        raise ValueError(f"shift is {shift}; give a number above 0, 1 for none")
-    if shape not in ("exponential", "linear"):
-        raise ValueError(f"shape is {shape!r}; choose 'exponential' or 'linear'")
-    if not (isinstance(training, int) and training >= 1):
-        raise ValueError(f"training is {training!r}; give the number of training timesteps, 1 or more, 1000 is usual")
-    if terminal is not None and not (0 < terminal < 1 and steps > 1):
-        raise ValueError(
-            f"terminal is {terminal} with {steps} step(s); give a sigma between 0 and 1, and at least 2 steps"
-        )
-    if mu is not None and not (-20 <= mu <= 20 if shape == "exponential" else 0 < mu < math.inf):
-        allowed = "from -20 to 20" if shape == "exponential" else "above 0"
-        raise ValueError(f"mu is {mu}; give a number {allowed} for shape {shape!r}, 0.5 to 1.15 is usual")
+    _check_flow(steps, shift, mu, shape, terminal, training)
     if mu is not None:
         shift = math.exp(mu) if shape == "exponential" else mu
 

@@ -7,6 +7,7 @@ what is computed depends on states, predictions, the inputs of these predictions
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal, NamedTuple
 
 Kind = Literal["state", "input", "prediction", "noise", "data", "epsilon"]
@@ -23,34 +24,18 @@ LinearCombination = Mapping[Symbol, float]
 """Float64 coefficients: the vector is the sum of coefficient times term."""
 
 
-def state(index: int) -> Symbol:
-    """Return the symbol of the state x_k."""
-    return Symbol("state", index)
-
-
-def model_input(index: int) -> Symbol:
-    """Return the symbol of the input of the prediction at k: the draft d_k, or the state itself."""
-    return Symbol("input", index)
-
-
-def prediction(index: int) -> Symbol:
-    """Return the symbol of the prediction at k."""
-    return Symbol("prediction", index)
-
-
-def noise(index: int) -> Symbol:
-    """Return the symbol of the standard normal noise that the step from k adds."""
-    return Symbol("noise", index)
-
-
-def data(index: int) -> Symbol:
-    """Return the symbol of the data estimate at k; with `epsilon`, x_k = alpha_k data + sigma_k epsilon."""
-    return Symbol("data", index)
-
-
-def epsilon(index: int) -> Symbol:
-    """Return the symbol of the noise estimate at k."""
-    return Symbol("epsilon", index)
+state = partial(Symbol, "state")
+"""The state x_k."""
+model_input = partial(Symbol, "input")
+"""The input of the prediction at k: the draft d_k, or the state itself."""
+prediction = partial(Symbol, "prediction")
+"""The prediction at k."""
+noise = partial(Symbol, "noise")
+"""The standard normal noise that the step from k adds."""
+data = partial(Symbol, "data")
+"""The data estimate at k; with `epsilon`, x_k = alpha_k data + sigma_k epsilon."""
+epsilon = partial(Symbol, "epsilon")
+"""The noise estimate at k."""
 
 
 def add(*parts: tuple[float, LinearCombination]) -> LinearCombination:

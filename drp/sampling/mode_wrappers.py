@@ -17,36 +17,29 @@ class ModeWrapper(Mode):
 
     @property
     def name(self) -> str:
-        """As that of `mode`."""
         return self.mode.name
 
     @property
     def feedback(self) -> bool:  # type: ignore[override]  # it is that of the mode inside
-        """As that of `mode`."""
         return self.mode.feedback
 
     @property
     def pipelined(self) -> bool:  # type: ignore[override]  # likewise
-        """As that of `mode`."""
         return self.mode.pipelined
 
     @property
     def gaps(self) -> bool:  # type: ignore[override]  # likewise
-        """As that of `mode`."""
         return self.mode.gaps
 
     @property
     def rule(self) -> DraftRule:  # type: ignore[override]  # likewise
-        """As that of `mode`."""
         return self.mode.rule
 
     @property
     def width(self) -> int:
-        """As that of `mode`."""
         return self.mode.width
 
     def for_steps(self, steps: int, rounds_before: int = 0) -> Mode:
-        """Return this wrapper of what `mode` takes for so many steps."""
         return replace(self, mode=self.mode.for_steps(steps, rounds_before))
 
 
@@ -63,7 +56,6 @@ class Warmup(ModeWrapper):
         return replace(self, mode=self.mode.for_steps(steps - self.steps, rounds_before + self.steps))
 
     def rounds(self, steps: int) -> Rounds:
-        """Yield one round per step, then the rounds of `mode`, shifted."""
         first = min(self.steps, steps)
         for k in range(first):
             yield Round(k, (k,))
@@ -81,7 +73,6 @@ class PicardSweeps(ModeWrapper):
     extra: int
 
     def rounds(self, steps: int) -> Rounds:
-        """Yield the rounds of `mode`, those with drafts 1 + `extra` times."""
         if self.mode.pipelined:
             raise ValueError(f"{self.mode} has no blocks to sweep; leave out sweeps, or sweep a mode with a barrier")
         yield from _pass_on(self.mode.rounds(steps), 0, 1 + self.extra)

@@ -88,11 +88,9 @@ class Sequential(Mode):
 
     @property
     def width(self) -> int:
-        """One."""
         return 1
 
     def rounds(self, steps: int) -> Rounds:
-        """Yield one round a step."""
         for k in range(steps):
             yield Round(k, (k,))
 
@@ -105,7 +103,6 @@ class Wide(Mode):
 
     @property
     def width(self) -> int:
-        """The drafts, n."""
         return self.n
 
 
@@ -116,7 +113,6 @@ class Aggressive(Wide):
     rule: DraftRule = DAMPED
 
     def rounds(self, steps: int) -> Rounds:
-        """Yield the first evaluation, then blocks of n steps."""
         yield Round(0, (0,))
         for base in range(0, steps - 1, self.n):
             yield Round(base, tuple(range(base + 1, min(base + self.n, steps - 1) + 1)))
@@ -140,13 +136,11 @@ class Window(Wide):
             raise ValueError(f"stride is {self.stride:g}; a window of {self.n} drafts moves on by 1 to {self.n} steps")
 
     def rounds(self, steps: int) -> Rounds:
-        """Yield the first evaluation, then windows at a distance of the stride."""
         yield Round(0, (0,))
         for base in self.bases(steps):
             yield Round(base, tuple(range(base + 1, min(base + self.n, steps - 1) + 1)))
 
     def bases(self, steps: int) -> Iterator[int]:
-        """Yield the index that each round starts from."""
         for j in itertools.count():
             base = math.floor(j * self.stride + 1e-9)
             if base >= steps - 1:
@@ -169,7 +163,6 @@ class Sparse(Window):
 
     @property
     def name(self) -> str:
-        """`window`: offsets are an option of that mode."""
         return "window"
 
     def __post_init__(self) -> None:
@@ -206,7 +199,6 @@ class Conservative(Wide):
     rule: DraftRule = DAMPED
 
     def rounds(self, steps: int) -> Rounds:
-        """Yield a lone evaluation and a block of drafts in turn."""
         for base in range(0, steps, self.n + 1):
             yield Round(base, (base,))
             last = min(base + self.n, steps - 1)
@@ -254,7 +246,6 @@ class Rolling(Wide):
     rule: DraftRule = DAMPED
 
     def rounds(self, steps: int) -> Rounds:
-        """Yield the first evaluation, then a round for each draft."""
         yield Round(0, (0,))
         for k in range(1, steps):
             base = max(0, k - self.n)

@@ -191,11 +191,9 @@ class _SymbolTable:
 
     @property
     def base(self) -> int:
-        """The index of the run's state."""
         return self.progress.base
 
     def predict(self, r: Round) -> Predict:
-        """Return the drafts of a round."""
         chain = self.chain(r.predict[-1])
         return Predict(r.predict, tuple(chain[k] for k in r.predict), r.unawaited_rounds)
 

@@ -248,7 +248,6 @@ class Run:
         return kept
 
     def drop(self, checkpoint: Checkpoint) -> None:
-        """Release a checkpoint."""
         checkpoint.kept = False
         self._checkpoints.remove(checkpoint)
 

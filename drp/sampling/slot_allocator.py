@@ -20,7 +20,6 @@ class SlotAllocator:
 
     @property
     def rows(self) -> int:
-        """The rows of all groups."""
         return self.count * self.width
 
     def find(self, rows: int, used: Iterable[int]) -> int | None:

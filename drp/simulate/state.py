@@ -31,12 +31,10 @@ class SimulatedRun:
 
     @property
     def seconds(self) -> float:
-        """The time from the run's start to its end."""
         return self.ended - self.began
 
     @property
     def latency(self) -> float:
-        """The time from the run's arrival to its end."""
         return self.ended - self.arrived
 
     @property
@@ -98,7 +96,6 @@ class Outcome:
 
     @property
     def median(self) -> float:
-        """The median time from a run's start to its end."""
         return statistics.median(run.seconds for run in self.runs)
 
     @property

@@ -39,7 +39,6 @@ class Path:
 
     @property
     def leader(self) -> float:
-        """The leader's part of the path."""
         return self.arithmetic + self.sending + self.end
 
 

@@ -136,7 +136,6 @@ class CudaDevice:
         return [{name: value.to(self.device, non_blocking=True) for name, value in each.items()} for each in inputs]
 
     def copy_out(self, made: Sequence[Mapping[str, Tensor]], outputs: Sequence[Mapping[str, Tensor]]) -> None:
-        """Copy the predictions to the arena."""
         for output, mine in zip(outputs, made, strict=True):
             for name, value in output.items():
                 value.copy_(mine[name], non_blocking=True)

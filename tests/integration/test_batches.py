@@ -89,5 +89,5 @@ def test_a_wrong_number_in_any_draft_of_a_batch_is_found(ailing: Leader) -> None
 
 @pytest.mark.parametrize("batch", [0, -1, 256, 1.5, True])
 def test_what_is_no_number_of_drafts_is_refused(batch: int) -> None:
-    with pytest.raises(ValueError, match=r"drafts_per_device is .*; give a whole number from 1 to 255"):
+    with pytest.raises(ValueError, match=r"drafts_per_device is .*; give a whole number, 1 to 255"):
         Leader(TINY, drafts_per_device=batch)

@@ -241,7 +241,7 @@ def test_what_cannot_be_is_refused_before_any_work(folder: Path, tmp_path: Path)
     with pytest.raises(ValueError, match=r"no worker has a key in .*/workers; `drp keys .* --worker NAME` makes one"):
         Leader(TINY, devices=RemoteWorkers(1, "tcp://127.0.0.1:5555", tmp_path))
     for given, words in (
-        ({"count": 0}, "count is 0; give a whole number from 1 to 256"),
+        ({"count": 0}, "count is 0; give a whole number, 1 to 256"),
         ({"listen": "ipc:///tmp/x"}, "listen is 'ipc:///tmp/x'; give tcp://HOST:PORT"),
         ({"keys": None}, "keys is None and transport_security 'curve'; give the directory"),
         ({"transport_security": "none"}, "keys is .* and transport_security 'none'"),

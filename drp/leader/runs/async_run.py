@@ -175,7 +175,6 @@ class AsyncRun(SyncRun):
         return row
 
     def rows_in_use(self) -> set[int]:
-        """Return the rows that the arithmetic may still read, and the reserved rows."""
         return super().rows_in_use() | set(self._reserved.values())
 
     def on_queued(self, worker: int, sent: InFlightBatch, seconds: float) -> None:
@@ -309,7 +308,6 @@ class AsyncRun(SyncRun):
         return any(added)
 
     def cancel_queued(self) -> None:
-        """Cancel the batches that workers have not begun."""
         self._events.leader.cancel_before(CANCEL_ALL)
         for completion in self._pending:
             completion.counts = False

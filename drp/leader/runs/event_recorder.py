@@ -21,7 +21,6 @@ class EventRecorder:
         self.timelines = (*self.timelines, timeline)
 
     def unsubscribe(self, timeline: Timeline) -> None:
-        """Stop appending events to a timeline."""
         self.timelines = tuple(other for other in self.timelines if other is not timeline)
 
     def record(

@@ -29,11 +29,9 @@ class RunCheckpoints:
 
     @property
     def has_room(self) -> bool:
-        """Whether another checkpoint can be added."""
         return len(self._kept) < 2
 
     def add(self, checkpoint: RunCheckpoint) -> None:
-        """Add the latest checkpoint."""
         self._kept.append(checkpoint)
 
     def on_verified(self, run: Run, verified: int) -> None:

@@ -291,7 +291,6 @@ class RunState(ABC):
         """Cancel drafts that workers have not begun, where that is possible."""
 
     def release(self) -> None:
-        """Release the memory, which no worker uses any more."""
         self.arena.close(reuse=not self.tainted)
 
     def free_row(self, slot: int) -> int:

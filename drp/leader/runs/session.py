@@ -75,7 +75,6 @@ class Session(RunState):
     # Called by the engine.
 
     def bind(self, worker: int) -> Bind:
-        """Return the message that describes the memory to a worker."""
         return self.arena.bind
 
     def prepare_dispatch(self, worker: int) -> tuple[int, int]:
@@ -84,7 +83,6 @@ class Session(RunState):
 
     @property
     def cancel_requested(self) -> bool:
-        """Whether the session was closed."""
         return self._closed
 
     @property
@@ -107,15 +105,12 @@ class Session(RunState):
 
     @property
     def ready(self) -> bool:
-        """Whether the current block is finished."""
         return not self.outstanding
 
     def rows_in_use(self) -> set[int]:
-        """Return the rows that the caller may read."""
         return self._kept
 
     def add_prediction(self, task: Task, row: int) -> None:
-        """Record the row of a prediction."""
         assert self._block is not None
         self._kept.add(row)
         self._block.rows[task.index] = row

@@ -54,7 +54,6 @@ class SyncRun(RunState):
 
     @property
     def cancel_requested(self) -> bool:
-        """Whether the future was cancelled."""
         return self.future.cancel_requested
 
     def _annotate_nvtx(self) -> None:
@@ -64,7 +63,6 @@ class SyncRun(RunState):
             self._callback = annotate("drp callback", self._callback)
 
     def schedule_drafts(self) -> bool | None:
-        """Schedule all drafts whose predictions have arrived."""
         self.needs_refine = True
         while self.run.ready:
             tasks = next(self._rounds, None)
@@ -75,15 +73,12 @@ class SyncRun(RunState):
 
     @property
     def ready(self) -> bool:
-        """Whether there are drafts to schedule, or the run is finished."""
         return self.run.ready
 
     def rows_in_use(self) -> set[int]:
-        """Return the rows that the arithmetic may still read."""
         return self.run.rows
 
     def add_prediction(self, task: Task, row: int) -> None:
-        """Add a prediction to the sums of the arithmetic."""
         self.run.accumulate(task.slot, row)
 
     def refine(self) -> None:

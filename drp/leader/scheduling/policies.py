@@ -89,7 +89,6 @@ class Eager(Policy):
     """
 
     def schedule(self, mode: Mode) -> Mode:
-        """Return the mode with each round divided into drafts that are sent separately."""
         return EagerRounds(mode)
 
 
@@ -109,7 +108,6 @@ class Rolling(Policy):
     depth: int = 1
 
     def schedule(self, mode: Mode) -> Mode:
-        """Return a rolling window with the mode's width and draft rule."""
         return RollingWindow(mode.width, mode.rule)
 
 
@@ -147,7 +145,6 @@ class RunAffinity(Policy):
     """For throughput: each worker serves its own run while that has waiting drafts, else the oldest."""
 
     def choose(self, worker: int, workers: int, runs: Sequence[Waiting]) -> Waiting | None:
-        """Return the worker's own run, or the oldest with a draft waiting."""
         own = runs[worker] if worker < len(runs) else None
         return own if own is not None and own.waiting else super().choose(worker, workers, runs)
 

@@ -13,7 +13,6 @@ class DroppedMessages:
         self.count = 0
 
     def add(self, what: str) -> None:
-        """Count a message, described by `what`."""
         self.count += 1
         if self.count & (self.count - 1) == 0:  # Log the 1st, 2nd, 4th, ... only, so that a flood is not logged.
             self._log.warning("dropped: %s (%d so far)", what, self.count)

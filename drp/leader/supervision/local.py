@@ -122,7 +122,6 @@ class LocalBackend:
 
     @property
     def dropped(self) -> int:
-        """Number of messages dropped because they were malformed or from an unknown sender."""
         return self._dropped.count
 
     def start(self, number: int, generation: int, device: Device) -> WorkerProcess:
@@ -192,7 +191,6 @@ class LocalBackend:
         return received
 
     def retire(self, worker: WorkerProcess) -> tuple[str, int | None]:
-        """Kill a worker if it still runs, and free its resources; return how it ended and its exit code."""
         del self.workers[worker.process.sentinel]
         self._ended.discard(worker.number)
         self.socket.forget(worker.process.sentinel)
@@ -204,7 +202,6 @@ class LocalBackend:
         return how, code
 
     def close(self, grace: float) -> None:
-        """End all workers with Stop and, after `grace` seconds, with SIGKILL; free all memory and sockets."""
         workers, self.workers = [*self.workers.values(), *self.dying], {}
         deadline = time.monotonic() + grace
         for worker in workers if grace > 0 else ():

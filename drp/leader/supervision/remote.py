@@ -166,7 +166,6 @@ class RemoteBackend:
 
     @property
     def dropped(self) -> int:
-        """Number of messages dropped because they were malformed or from an unknown sender."""
         return self._dropped.count
 
     @property
@@ -267,7 +266,6 @@ class RemoteBackend:
         return self._keys.peers.get(key, "") if self._keys is not None else ""
 
     def _find_ended(self, ready: set[int]) -> list[RemoteWorker]:
-        """Return the workers whose connections have ended."""
         if self.descriptors[1] in ready and self._endpoint.has_lost():
             self._probe_until = time.monotonic() + PROBE_TIME
             for worker in list(self._connected.values()):

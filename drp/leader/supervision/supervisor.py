@@ -131,11 +131,9 @@ class Supervisor(Generic[Batch]):
         self.worker_slots: list[WorkerSlot[Batch]] = [
             WorkerSlot(number, device) for number, device in enumerate(devices)
         ]
-        self._pool, self._startup, self._start_timeout = (
-            pool,
-            WorkerStartup(pool, model, devices, placement),
-            start_timeout,
-        )
+        self._pool, self._start_timeout = pool, start_timeout
+        self.startup = WorkerStartup(pool, model, devices, placement)
+        """The start-up handshake, which also knows the model's specification."""
         self._next_health_check = clock.now() + HEALTH_CHECK_INTERVAL
         self._down_since = clock.now()  # the time at which the last ready worker was lost, while none is ready
         self.ready: tuple[WorkerSlot[Batch], ...] = ()
@@ -149,13 +147,7 @@ class Supervisor(Generic[Batch]):
 
     @property
     def device_names(self) -> tuple[str, ...]:
-        """The names of the workers' devices, by worker number."""
         return tuple(worker_slot.device.name for worker_slot in self.worker_slots)
-
-    @property
-    def startup(self) -> WorkerStartup:
-        """The start-up handshake, which also knows the model's specification."""
-        return self._startup
 
     def enqueue(self, worker_slot: WorkerSlot[Batch], message: ToWorker) -> None:
         """Queue a message for a worker, to be sent with the next `flush`; it is dropped if there is no worker."""
@@ -175,10 +167,9 @@ class Supervisor(Generic[Batch]):
         worker_slot.worker = self._pool.spawn(worker_slot.number, worker_slot.generation, worker_slot.device)
         worker_slot.generation += 1
         self._set_state(worker_slot, "starting")
-        self._startup.add_worker(worker_slot.worker)
+        self.startup.add_worker(worker_slot.worker)
 
     def slot_of(self, worker: Worker) -> WorkerSlot[Batch]:
-        """Return a worker's slot."""
         return self.worker_slots[worker.number]
 
     def on_message(self, worker_slot: WorkerSlot[Batch], message: ToLeader | None) -> WorkerLoss[Batch] | None:
@@ -190,7 +181,7 @@ class Supervisor(Generic[Batch]):
         if isinstance(message, WorkerFailed):
             return self.mark_dead(worker_slot, failure(worker, message))
         try:
-            if self._startup.on_message(worker, message):
+            if self.startup.on_message(worker, message):
                 worker_slot.since, worker_slot.device = self.clock.now(), worker.device
                 self._set_state(worker_slot, "ready")
         except (MemoryError, OSError) as error:
@@ -211,7 +202,7 @@ class Supervisor(Generic[Batch]):
         assert worker is not None
         name, stopped = str(worker), worker.is_stopped
         how, code = worker.retire(why)
-        self._startup.remove_worker(worker)  # After the process has ended: another worker may reuse its memory.
+        self.startup.remove_worker(worker)  # After the process has ended: another worker may reuse its memory.
         outside = stopped or (not why and code is not None and code < 0 and -code not in CRASH_SIGNALS)
         why += "; it was stopped" if stopped else ""
         worker_slot.last_failure = why or f"{name} {how}"
@@ -262,10 +253,10 @@ class Supervisor(Generic[Batch]):
     def _on_start_timeout(self, worker_slot: WorkerSlot[Batch]) -> list[WorkerLoss[Batch]]:
         """Give up a worker that did not start in time; extend its deadline if it waits for another worker's weights."""
         assert worker_slot.worker is not None
-        if self._startup.blocked_by(worker_slot.worker) is not None:
+        if self.startup.blocked_by(worker_slot.worker) is not None:
             worker_slot.since += self._start_timeout
             return []
-        late = f"{worker_slot.worker} did not {self._startup.pending_step(worker_slot.worker)}"
+        late = f"{worker_slot.worker} did not {self.startup.pending_step(worker_slot.worker)}"
         reason: Reason | None = "outside" if worker_slot.worker.pid is None else None
         return [self.mark_dead(worker_slot, f"{late} within {self._start_timeout:g} s (start_timeout)", reason)]
 
@@ -290,6 +281,5 @@ class Supervisor(Generic[Batch]):
         worker_slot.restarts += 1
 
     def close(self, grace: float = SHUTDOWN_TIMEOUT) -> None:
-        """End all workers and free the shared weights."""
         self._pool.close(grace)
-        self._startup.close()
+        self.startup.close()

@@ -50,7 +50,6 @@ class WorkerPool:
         return sum(backend.dropped for backend in self._backends)
 
     def spawn(self, number: int, generation: int, device: Device) -> Worker:
-        """Start a worker where its device is."""
         if device.remote is None:
             return self.local.start(number, generation, device)
         assert self.remote is not None

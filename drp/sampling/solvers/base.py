@@ -47,7 +47,6 @@ class Solver(ABC):
         return math.isclose(alpha, alpha_b, rel_tol=1e-13) and math.isclose(sigma, sigma_b, rel_tol=1e-13)
 
     def at(self, k: int) -> tuple[float, float]:
-        """Return alpha and sigma at an index."""
         return float(self.grid.alphas[k]), float(self.grid.sigmas[k])
 
 
