@@ -203,7 +203,7 @@ class Connection:
 
     def _run(self, number: int) -> RemoteRun:
         if number not in self._runs:
-            raise ProtocolError(f"the server speaks of request {number}, which is not there")
+            raise ProtocolError(f"the server sent a message about request {number}, which is not open")
         return self._runs[number]
 
     def _take(self, number: int) -> RemoteRun:
@@ -214,7 +214,7 @@ class Connection:
 
     def _answer(self, what: str, message: Status | Metrics) -> None:
         if not self._queries[what]:
-            raise ProtocolError(f"the server sent {what} that nobody asked for")
+            raise ProtocolError(f"the server sent {what} without a query for it")
         self._queries[what].popleft().set_result(message)
 
     def _refused(self, message: Refused) -> None:

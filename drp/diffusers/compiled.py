@@ -47,7 +47,9 @@ def options_of(compiled: Any, path: str) -> dict[str, Any] | None:
     if compiled is None:
         return None
     if getattr(compiled, "get_compiler_config", lambda: None)() is None:
-        raise UnknownValueError(f"{path} is compiled by another backend than Inductor, which workers are not told of")
+        raise UnknownValueError(
+            f"{path} is compiled by another backend than Inductor, whose name torch does not keep for workers"
+        )
     return compiler_options()
 
 

@@ -95,7 +95,7 @@ class PipelineBackend:
             ahead = len(self._waiting) + (self._current is not None)
             if self._closing or len(self._waiting) >= self._max_queue:
                 self._counts.refused += 1
-                why = "it is about to end" if self._closing else f"{ahead} requests are there, as many as there may be"
+                why = "it is about to end" if self._closing else f"{ahead} requests are open, as many as there may be"
                 raise RefusedError("draining" if self._closing else "busy", why)
             if not ahead:
                 self._note_progress()

@@ -29,11 +29,11 @@ class _Timespec(ctypes.Structure):
 
 
 class Futex:
-    """A futex on the lower half of one int64 of `line`, which several processes map."""
+    """A futex on the lower half of one int64 of `array`, which several processes map."""
 
-    def __init__(self, line: npt.NDArray[np.int64], place: int) -> None:
-        half = 0 if line.dtype.byteorder in "=<" and np.little_endian else 4
-        self._array, self._address = line, line.ctypes.data + 8 * place + half
+    def __init__(self, array: npt.NDArray[np.int64], place: int) -> None:
+        half = 0 if array.dtype.byteorder in "=<" and np.little_endian else 4
+        self._array, self._address = array, array.ctypes.data + 8 * place + half
 
     def wake(self) -> None:
         _libc.syscall(SYS_FUTEX, self._address, WAKE, ALL, None)

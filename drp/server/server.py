@@ -207,7 +207,7 @@ class Server:
             reason = f"{self._max_clients} clients are connected, as many as this server takes; try again later"
             self._clients.reply(address, Refused(None, "busy", reason))
             return
-        log.info("client %r is there", message.name)
+        log.info("client %r has opened a session", message.name)
         client = self._clients.open(address, message.name)
         self._clients.send(
             client, Welcome(VERSION, self._model, self._leader.spec, self._leader.devices, self._max_requests)
@@ -215,7 +215,7 @@ class Server:
 
     def _submit(self, client: ClientSession, submit: Submit, frames: Sequence[Frame]) -> None:
         if submit.request in client.open_requests or submit.request in client.unacknowledged:
-            raise ProtocolError(f"request {submit.request} is there already")
+            raise ProtocolError(f"request {submit.request} is open already")
         ahead = len(self._requests)
         request = ServerRequest(client.address, submit, self._report, self._note_progress)
         try:
@@ -240,9 +240,9 @@ class Server:
         if self._draining is not None or self._leader.closed:
             return Refused(submit.request, "draining", "this server is about to end")
         if ahead >= self._max_requests:
-            return Refused(submit.request, "busy", f"{ahead} requests are there, as many as this server takes")
+            return Refused(submit.request, "busy", f"{ahead} requests are open, as many as this server takes")
         if client.requests >= self._max_requests:
-            reason = f"{client.requests} results and requests of this client are there; read and take them first"
+            reason = f"this client has {client.requests} open requests and unread results; read those first"
             return Refused(submit.request, "busy", reason)
         return None
 
@@ -353,7 +353,7 @@ class Server:
         self._clients.send(client, options.finished(request.request, result, samples, waited), frames.frames)
 
     def _on_gone(self, client: ClientSession) -> None:
-        log.info("client %r is gone, with %d requests under way", client.name, len(client.open_requests))
+        log.info("client %r has left, with %d unfinished requests", client.name, len(client.open_requests))
         self._counts.lost_clients += bool(client.open_requests)
         for request in client.open_requests.values():
             request.cancel()

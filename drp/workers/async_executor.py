@@ -130,9 +130,9 @@ def host_timelines(arena: Arena) -> tuple[Tensor, Tensor]:
     config = arena.bind.async_config
     assert config is not None
     if config.index >= config.workers:
-        raise ProtocolError(f"the line {config.index} of {config.workers}")
-    lines = arena.memory.tensor(config.timelines, (1 + config.workers, TIMELINE_NBYTES // 8), torch.int64)
-    return lines[0], lines[1:]
+        raise ProtocolError(f"timeline {config.index} is out of range; there are {config.workers}")
+    timelines = arena.memory.tensor(config.timelines, (1 + config.workers, TIMELINE_NBYTES // 8), torch.int64)
+    return timelines[0], timelines[1:]
 
 
 class ThreadStream:
@@ -197,8 +197,8 @@ class HostWorkerEvent:
     It notifies the leader on request.
     """
 
-    def __init__(self, lines: Tensor, config: AsyncConfig, stream: ThreadStream, wakeup: Wakeup | None) -> None:
-        self._semaphore, self._all_workers = TimelineSemaphore(lines[config.index]), WorkerTimelines(lines)
+    def __init__(self, timelines: Tensor, config: AsyncConfig, stream: ThreadStream, wakeup: Wakeup | None) -> None:
+        self._semaphore, self._all_workers = TimelineSemaphore(timelines[config.index]), WorkerTimelines(timelines)
         self._index, self._stream, self._wakeup = config.index, stream, wakeup
 
     def restart(self) -> None:
@@ -221,8 +221,8 @@ class HostWorkerEvent:
 class HostLeaderEvent:
     """The leader's event, for which the worker's thread waits."""
 
-    def __init__(self, line: Tensor, stream: ThreadStream) -> None:
-        self._semaphore, self._stream = TimelineSemaphore(line), stream
+    def __init__(self, semaphore: Tensor, stream: ThreadStream) -> None:
+        self._semaphore, self._stream = TimelineSemaphore(semaphore), stream
 
     def wait(self, number: int) -> None:
         self._stream.enqueue(functools.partial(self._wait_for, number))
@@ -293,14 +293,14 @@ class HostExecutor:
         bound.worker_event.record()
         return 0.0
 
-    def _run(self, bound: HostRunBinding, work: WorkItem, given: int) -> None:
+    def _run(self, bound: HostRunBinding, work: WorkItem, submitted: int) -> None:
         draft = work.draft
         if bound.leader_event.is_cancelled(draft.after):
             for row in work.rows:
                 write_completion_now(bound.completion_view, row, draft.sequence, status=CANCELLED)
             return
         try:
-            times = self._evaluate(work, max(self._stream.device_time, given) / 1e9)
+            times = self._evaluate(work, max(self._stream.device_time, submitted) / 1e9)
         except BaseException as error:  # The status says that there is no prediction; an EvaluationError says why.
             self._failed.append((draft, error))
             for row in work.rows:

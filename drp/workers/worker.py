@@ -238,14 +238,14 @@ class Worker:
         received = time.perf_counter()
         work = self._work(draft)
         if draft.sequence and (self._executor is None or work.arena.bind.async_config is None):
-            raise ProtocolError(f"draft {draft.sequence} of run {draft.run}, which was bound without an order")
+            raise ProtocolError(f"draft {draft.sequence} is asynchronous, and the Bind of run {draft.run} is not")
         try:
             if draft.sequence:
                 assert self._executor is not None
                 assert work.arena.bind.async_config is not None
                 seconds = self._executor.submit(work)
-                heard = work.arena.bind.async_config.acknowledge
-                return Prediction(draft.run, draft.index, draft.row, seconds, received) if heard else None
+                acknowledge = work.arena.bind.async_config.acknowledge
+                return Prediction(draft.run, draft.index, draft.row, seconds, received) if acknowledge else None
             if self._executor is not None:
                 self._executor.synchronize()
             with torch.inference_mode():

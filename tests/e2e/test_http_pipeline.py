@@ -129,7 +129,7 @@ def test_more_than_may_wait_is_refused(backend: PipelineBackend, monkeypatch: py
     while begun.get(timeout=DEADLINE).step == 0:
         pass
     second = backend.begin(order())
-    with pytest.raises(RefusedError, match="busy: 2 requests are there"):
+    with pytest.raises(RefusedError, match="busy: 2 requests are open"):
         backend.begin(order())
     for work in (second, first):
         work.cancel()

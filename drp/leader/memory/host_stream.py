@@ -138,7 +138,7 @@ class HostStream:
     def synchronize(self) -> None:
         """Execute all operations; only valid if none of them waits for another process."""
         if self.run_ready() is not None:
-            raise RuntimeError("what was given waits for another process")
+            raise RuntimeError("an enqueued operation waits for another process")
 
     def close(self) -> None:
         """Discard the operations that were not executed."""
