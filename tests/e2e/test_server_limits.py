@@ -105,7 +105,7 @@ def test_results_that_a_client_leaves_count_against_its_own_share(free: Leader, 
             plain.hear("Accepted")
             plain.hear("Finished")
         plain.submit(2, shape=[4], steps=2)
-        assert "read and take them first" in plain.hear("Refused")["reason"]
+        assert "read those first" in plain.hear("Refused")["reason"]
         assert client.sample(shape=(4,), steps=3).steps == 3
         plain.say("Ack", request=0)
         plain.submit(2, shape=[4], steps=2)
