@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator, Mapping
-from typing import Any
 
 LIBRARIES = {
     "accelerate",
@@ -19,25 +17,19 @@ LIBRARIES = {
     "typing_extensions",
 }
 """Packages whose functions are part of classes from the start, such as decorators."""
+KNOWN = LIBRARIES | sys.stdlib_module_names - {"__main__"}
 
 
-def patched_method(kind: type) -> str | None:
-    """Return the name of a patched method of a class, None if there is none.
+def patched_method(cls: type) -> str | None:
+    """Return the name of a patched method in a class's own attributes, None if there is none.
 
     A method is the class's own if it was defined in the class's module under the class's name. Decorators may come
     from the same package or from a library. Attributes set by `functools.wraps` are ignored.
     """
-    for cls in kind.__mro__[:-1]:
-        for name, value in vars(cls).items():
-            if isinstance(value, types.FunctionType) and not _is_own(cls, name, value):
-                return f"{cls.__qualname__}.{name}"
+    for name, value in vars(cls).items():
+        if isinstance(value, types.FunctionType) and not _is_own(cls, name, value):
+            return f"{cls.__qualname__}.{name}"
     return None
-
-
-def methods_of(kind: type) -> Iterator[Mapping[str, Any]]:
-    """Yield the attributes of a class and of its base classes."""
-    for cls in kind.__mro__[:-1]:
-        yield vars(cls)
 
 
 def _is_own(cls: type, name: str, function: types.FunctionType) -> bool:
@@ -46,10 +38,9 @@ def _is_own(cls: type, name: str, function: types.FunctionType) -> bool:
     while isinstance(inner := getattr(chain[-1], "__wrapped__", None), types.FunctionType):
         chain.append(inner)
     *wrappers, innermost = (f.__globals__.get("__name__", "") for f in chain)
-    known = LIBRARIES | sys.stdlib_module_names - {"__main__"}
-    if any(w.partition(".")[0] not in known | {package} for w in wrappers):
+    if any(w.partition(".")[0] not in KNOWN and w.partition(".")[0] != package for w in wrappers):
         return False
-    if innermost.partition(".")[0] in known:
+    if innermost.partition(".")[0] in KNOWN:
         return True
     # Generated methods, such as those of dataclasses, also have the class's module.
     return innermost == cls.__module__ and chain[-1].__qualname__ in (f"{cls.__qualname__}.{name}", name)

@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from drp.diffusers.compiled import COMPILED, compile_in_worker, options_of
 from drp.diffusers.features import LEFT_OUT, add_cast, casts_of
 from drp.diffusers.offload import is_held
-from drp.diffusers.patched import methods_of, patched_method
+from drp.diffusers.patched import patched_method
 from drp.diffusers.pytree import UnknownValueError, name_of
 
 
@@ -272,16 +272,19 @@ class _Pickler(pickle.Pickler):
             )
 
     def _check_class(self, kind: type) -> None:
-        """Check that a class is unpatched, and record its methods to detect later changes."""
+        """Check that a class and its bases are unpatched, and record their attributes to detect later changes."""
         if kind in self._kinds:
             return
-        self._kinds.add(kind)
-        if (method := patched_method(kind)) is not None:
-            raise PatchedClassError(
-                f"{method} was exchanged in the class after its module was imported, and workers import the "
-                "class without that; undo it, or make a subclass in a module of its own"
-            )
-        self.containers += methods_of(kind)
+        for cls in kind.__mro__[:-1]:
+            if cls in self._kinds:
+                continue
+            self._kinds.add(cls)
+            if (method := patched_method(cls)) is not None:
+                raise PatchedClassError(
+                    f"{method} was exchanged in the class after its module was imported, and workers import the "
+                    "class without that; undo it, or make a subclass in a module of its own"
+                )
+            self.containers.append(vars(cls))
 
     def _module(self, module: nn.Module) -> Any:
         path, state = self._paths.get(id(module), type(module).__name__), {}
