@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .PHONY: help demo test test-fast test-cpp test-diffusers test-gpu test-ray test-faults test-oldest test-quantized test-reports package docs soak fuzz check bench \
-        bench-gpu study bench-pipelines quality micro clean
+        bench-gpu gpu-session study bench-pipelines quality micro clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -87,6 +87,9 @@ micro: $(READY) ## Measure the parts: codec, transport, arithmetic
 
 bench-gpu: $(READY) ## Measure on one GPU: batched drafts, one worker against the plain loop, a round with four workers
 	$(BIN)/python -m bench.gpu
+
+gpu-session: $(READY) ## Run the tests and the benches for one GPU in eight minutes, into bench/results
+	$(BIN)/python -m bench.gpu_session
 
 study: $(READY) ## Compare policies on emulated and simulated devices, as in docs/study.md
 	$(BIN)/python -m bench.study

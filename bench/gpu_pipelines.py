@@ -1,13 +1,13 @@
 """Pipelines of diffusers on one GPU: bits, memory, time and synchronizations, with networks of real sizes.
 
-    python -m bench.gpu_pipelines [--tiny] [--devices 2xcuda:0] [--steps 24] [--only sd15] [--compiled sd15]
+    python -m bench.gpu_pipelines [--tiny] [--devices 2xcuda:0] [--steps 24] [--only sd15] [--compiled sd15] [-o FILE]
 
 Stable Diffusion 1.5, SDXL and Flux (fewer layers) with random weights in bfloat16 and real pipeline classes; text
 embeddings are random, and latents are not decoded. Printed, each relative to the untouched pipeline: whether one draft
 has its bits, whether the workers have the bits of `reference`, the memory that the workers add, and the time of a call:
 with the workers, and with four drafts as one batch on one device, eager and captured as a CUDA graph. Compiling takes
 minutes, and is done for one pipeline. `--tiny` does the same with tiny networks on two cores, without graphs, to test
-this script where no GPU is.
+this script where no GPU is. Rows are written to bench/results/gpu-pipelines.json as they come.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from diffusers import (
 from torch import Tensor
 
 from bench import figures
+from bench.gpu import RESULTS, write
 from drp import ExecutionOptions
 from drp.diffusers import Workers, parallelize, reference
 from drp.diffusers.pytree import flatten, rebuild
@@ -307,20 +309,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--only", choices=NAMES)
     parser.add_argument("--compiled", choices=[*NAMES, "none"], default="sd15", help="which is measured compiled, too")
+    parser.add_argument("-o", "--out", type=Path, default=RESULTS / "gpu-pipelines.json")
     given = parser.parse_args(arguments)
     device, dtype = ("cpu", torch.float32) if given.tiny else ("cuda", torch.bfloat16)
     devices = given.devices or ("2xcpu" if given.tiny else "2xcuda:0")
     if given.tiny:
         torch.set_num_threads(1)
     began = time.perf_counter()
-    print(figures.machine())
+    found: dict[str, Any] = {"machine": figures.machine(), "devices": devices, "steps": given.steps, "tiny": given.tiny}
+    print(found["machine"])
     for make in (sd15, sdxl, flux):
         if given.only in (None, make.__name__):
             compiled = given.compiled == make.__name__
             setting = Setting(device, dtype, given.tiny, devices, given.steps, not given.tiny, compiled)
             print(f"\n{make.__name__}, {setting.steps} steps on {devices}")
+            rows = found[make.__name__] = dict[str, str]()
             for name, value in measure(make, setting):
                 print(f"  {name:46}{value}", flush=True)
+                rows[name] = value
+                write(given.out, found)
             print(f"  {time.perf_counter() - began:.0f} s since the beginning")
             if not given.tiny:
                 torch.cuda.empty_cache()

@@ -21,6 +21,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import click
@@ -29,7 +30,7 @@ import torch.multiprocessing
 from rich.table import Table
 
 from bench.figures import console, machine, percentile
-from bench.gpu import in_turn
+from bench.gpu import RESULTS, in_turn, write
 from drp import ExecutionOptions, Leader
 from drp.leader.job import make_job
 from drp.leader.request import Request
@@ -141,18 +142,22 @@ def table(times: dict[str, list[float]]) -> Table:
 @click.option("--device", default="cuda:0", show_default=True)
 @click.option("--model", default="unet", show_default=True, help="A factory of bench.gpu_models.")
 @click.option("--turns", default=7, show_default=True)
-def main(device: str, model: str, turns: int) -> None:
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=RESULTS / "worker-cost.json", show_default=True)
+def main(device: str, model: str, turns: int, out: Path) -> None:
     """Print what each part of a worker costs."""
     began = time.perf_counter()
     where = torch.device(device)
     mps = "on" if os.path.exists(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps") + "/control") else "off"  # noqa: PTH110, S108  # where NVIDIA's daemon listens
-    console().print_json(data=machine() | {"mps": mps})
+    facts = machine() | {"mps": mps, "device": device, "steps": STEPS}
+    console().print_json(data=facts)
     if where.type == "cpu":
         torch.set_num_threads(1)
         model = f"small_{model}"
     with contextlib.ExitStack() as stack, torch.inference_mode():
         found = ways(f"bench.gpu_models:{model}", where, stack)
-        console().print(table(in_turn(found, where, turns)))
+        times = in_turn(found, where, turns)
+    console().print(table(times))
+    write(out, {"machine": facts, "seconds": times})
     console().print(f"{time.perf_counter() - began:.0f} s")
 
 

@@ -29,8 +29,9 @@ from drp.diffusers.step_state import StepState, TracedStep
 from drp.diffusers.structure import Described
 from drp.diffusers.watch import METHODS
 
-MAX_RETRACES = 6
-"""How often a call may trace a step again because it differs from the previous ones."""
+MAX_RETRACES = 8
+"""How often a call may trace a step again because it differs from the previous ones. A step that differs after some of
+its calls were answered counts three times, as where guidance begins and where it ends."""
 
 MOST_CALLS = 256
 """How many denoiser calls are recorded until the scheduler takes a step."""
@@ -241,7 +242,7 @@ class PipelineCall:
         if drawing and self._drew:  # Once, it may have been another thread.
             raise UnrecognisedError(
                 f"{drawing} draws random numbers, of which workers would draw others; in training mode it may be "
-                f"dropout, which {drawing}.eval() turns off"
+                f"dropout, which {drawing}.eval() turns off; it may also be another thread of this program"
             )
         self._drew |= bool(drawing)
         return bool(drawing)
@@ -353,7 +354,11 @@ class PipelineCall:
             if not self._context.unchanged(name):
                 raise UnrecognisedError(f"{name} itself was changed")
         if number == 0:
-            if read_settings() != learned.program.settings:
+            try:
+                settings = read_settings()
+            except ValueError as error:
+                raise UnrecognisedError(str(error)) from None
+            if settings != learned.program.settings:
                 raise UnrecognisedError("torch's settings, or the choice of attention kernels, were changed")
             stepped = None if step.exact else self._stepped
             step.outputs = lesson.predictions.at(k, step.x, step.inputs, stepped)

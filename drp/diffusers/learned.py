@@ -63,7 +63,7 @@ class RecordedCall:
 
     state, state_after: the module's state before and after the call, one object if the call has not changed it.
     settings: the settings of this process.
-    random: the states of torch's random number generators before the call.
+    random: the states of the random number generators before the call.
     has_drawn: whether they have changed during the call.
     problem: why a worker cannot make the call, empty if it can.
     """
@@ -74,7 +74,7 @@ class RecordedCall:
     arguments: Tensors | None = None
     results: Tensors | None = None
     state_after: Described | None = None
-    random: Sequence[Tensor] = ()
+    random: Sequence[object] = ()
     has_drawn: bool = False
     problem: str = ""
 
@@ -103,7 +103,7 @@ class RecordedCall:
                 "it under torch.no_grad()"
             )
         if self.arguments is not None:
-            self.has_drawn = not all(map(torch.equal, self.random, random_states(self.arguments.gpus)))
+            self.has_drawn = self.random != random_states(self.arguments.gpus)
 
     def changes_again(self, compiled: Any) -> bool:
         """Return whether the call has changed the module, and the same call would change it again.

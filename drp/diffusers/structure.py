@@ -44,14 +44,24 @@ FORBIDDEN = {
 PARTS = ("_parameters", "_buffers", "_modules")
 PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 SINGLETONS = (type(None), type(...), type(NotImplemented))
+UNCHANGING = (torch.Size, torch.dtype, torch.layout, torch.memory_format)
 NAMED = (type, types.FunctionType, types.BuiltinFunctionType)
 
 
 class Described:
     """A module's pickle, and its distinct `tensors`, which are not pickled. `is_weight` marks parameters."""
 
-    def __init__(self, pickled: bytes, tensors: list[Tensor], is_weight: list[bool], containers: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        pickled: bytes,
+        tensors: list[Tensor],
+        is_weight: list[bool],
+        containers: Sequence[Any],
+        is_opaque: bool = False,
+    ) -> None:
         self.pickled, self.tensors, self.is_weight = pickled, tensors, is_weight
+        self._is_opaque = is_opaque
+        """Whether it has objects that may change without a change of a container, such as random number generators."""
         self._contents = _Contents(containers)
         self._pointers: list[int] = []
         self.note_pointers()
@@ -72,7 +82,8 @@ class Described:
         This is fast. Writes to a tensor's `data` are not counted by torch.
         """
         return (
-            self._pointers == list(map(Tensor.data_ptr, self.tensors))
+            not self._is_opaque
+            and self._pointers == list(map(Tensor.data_ptr, self.tensors))
             and self._versions == list(map(_version, self.tensors))
             and self._contents.untouched()
         )
@@ -104,7 +115,7 @@ class Described:
 
 
 class _Contents:
-    """The contents of containers: dicts, lists and the attributes of classes.
+    """The contents of containers: dicts, lists and the attributes of classes, and the lengths of sets.
 
     They are compared at every step, and SDXL's U-Net has 14,000 containers. The loops are therefore those of the
     interpreter, and the dicts of hooks, half of all containers, are compared by way of others.
@@ -186,7 +197,7 @@ def describe(module: nn.Module, ours: Callable[[Any], bool] = lambda value: Fals
         raise type(error)(f"{_find_culprit(module, ours)}: {error}") from error
     except Exception as error:  # Objects that cannot be pickled may raise any error.
         raise UnknownValueError(f"{_find_culprit(module, ours)} cannot be handed to workers: {error}") from error
-    return Described(file.getvalue(), pickler.tensors, pickler.is_weight, pickler.containers)
+    return Described(file.getvalue(), pickler.tensors, pickler.is_weight, pickler.containers, pickler.is_opaque)
 
 
 def _find_culprit(root: nn.Module, ours: Callable[[Any], bool]) -> str:
@@ -210,6 +221,7 @@ class _Pickler(pickle.Pickler):
         self.tensors: list[Tensor] = []
         self.is_weight: list[bool] = []
         self.containers: list[Any] = []
+        self.is_opaque = False
         self._ours = ours
         name = type(root).__name__
         self._paths = {id(module): f"{name}.{path}" if path else name for path, module in root.named_modules()}
@@ -220,7 +232,7 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
         """Return the persistent id of a tensor or a device; record containers, which may change later."""
         kind = type(value)
-        if kind in (dict, list, OrderedDict):
+        if kind in (dict, list, OrderedDict, set):
             self.containers.append(value)
         elif kind is torch.device:
             # A GPU's number differs between processes, and a worker has one GPU.
@@ -249,8 +261,11 @@ class _Pickler(pickle.Pickler):
                 id(value) in self._weights
             ):  # The tensors of which it consists, such as those of a quantized weight, are weights too.
                 self._weights |= {id(inner) for inner in vars(value).values() if isinstance(inner, Tensor)}
-        elif hasattr(value, "__dict__"):
-            self.containers.append(vars(value))
+        else:
+            if hasattr(value, "__dict__"):
+                self.containers.append(vars(value))
+            is_watched = hasattr(value, "__dict__") and not isinstance(value, (dict, list, set))
+            self.is_opaque |= not (is_watched or kind.__name__ == "FrozenDict" or kind in UNCHANGING)
         return NotImplemented
 
     def _tensor(self, tensor: Tensor) -> tuple[Any, ...]:

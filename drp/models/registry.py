@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from drp.models.state import ModuleState, random_states
+from drp.models.state import ModuleState, others_draw, random_states
 from drp.protocol.messages import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -155,18 +155,19 @@ class Denoiser:
             return evaluate()
 
     def _without_random_numbers(self, evaluate: Callable[[], T]) -> T:
-        """Evaluate; raise RuntimeError if evaluations draw from torch's random number generators.
+        """Evaluate; raise RuntimeError if evaluations draw from global random number generators.
 
         The second and the third are looked at: a model that seeds them itself leaves them in the state in which its
-        first evaluation has left them, and another thread of the program may draw once meanwhile.
+        first evaluation has left them, and another thread of the program may draw once meanwhile. If numbers are also
+        drawn while nothing is evaluated, it was another thread.
         """
         self.state.evaluations += 1
         gpus = [torch.device("cuda")] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
         before = random_states(gpus)
         made = evaluate()
         if self.state.evaluations > 1:
-            self.state.draws += not all(map(torch.equal, before, random_states(gpus)))
-        if self.state.draws == 2:
+            self.state.draws += random_states(gpus) != before
+        if self.state.draws == 2 and not others_draw(gpus):
             raise RuntimeError(
                 "the denoiser draws random numbers, so that its predictions would depend on which worker makes them, "
                 "and in which order; leave that out, or draw from a torch.Generator that each evaluation seeds"

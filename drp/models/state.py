@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+import random
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,6 +74,16 @@ class ModuleState:
                 kept.version = None
 
 
-def random_states(gpus: Iterable[torch.device]) -> list[Tensor]:
-    """Return the states of torch's random number generators for the host and for these GPUs, in a fixed order."""
-    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, sorted(gpus, key=str))]
+def random_states(gpus: Iterable[torch.device]) -> list[object]:
+    """Return the states of the global random number generators of torch (host and GPUs), numpy and Python."""
+    tensors = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, sorted(gpus, key=str))]
+    numbers = np.random.get_state(legacy=False)
+    return [*(tensor.numpy().tobytes() for tensor in tensors), pickle.dumps(numbers), random.getstate()]
+
+
+def others_draw(gpus: Iterable[torch.device], seconds: float = 0.5) -> bool:
+    """Return whether other threads of the program draw random numbers within some seconds."""
+    gpus = list(gpus)
+    before = random_states(gpus)
+    time.sleep(seconds)
+    return random_states(gpus) != before

@@ -346,19 +346,25 @@ def test_a_denoiser_may_be_exchanged_for_another() -> None:
     assert "forward" not in {**vars(first), **vars(second)}
 
 
-def test_a_modular_pipeline_with_a_guider() -> None:
+@pytest.mark.parametrize(
+    ("interval", "steps", "rounds", "changes"), [({}, 7, 3, 0), ({"start": 0.3, "stop": 0.7}, 20, 11, 2)]
+)
+def test_a_modular_pipeline_with_a_guider(interval: dict[str, float], steps: int, rounds: int, changes: int) -> None:
+    """In an interval of guidance the number of calls changes twice, and drafts go on."""
     parts = sdxl()
     pipe = StableDiffusionXLCoreDenoiseStep().init_pipeline()
-    guider = ClassifierFreeGuidance(guidance_scale=5.0)
+    guider = ClassifierFreeGuidance(guidance_scale=5.0, **interval)
     pipe.update_components(unet=parts.unet, scheduler=parts.scheduler, vae=parts.vae, guider=guider)
     pipe.set_progress_bar_config(disable=True)
 
     def call(pipe: Any) -> torch.Tensor:
         size = {"height": 16, "width": 16}
-        options = {**prompts(1, 6, 8), **pooled(), **size, "num_inference_steps": 7, "output": "latents"}
+        options = {**prompts(1, 6, 8), **pooled(), **size, "num_inference_steps": steps, "output": "latents"}
         return torch.as_tensor(pipe(**options, generator=torch.Generator().manual_seed(0)))
 
     assert not exact(pipe, call).report.calls[0].sequential
     with reference(pipe, devices=3, mode="aggressive") as parallel:
         call(pipe)
-    assert parallel.report.calls[0].rounds == 3
+    (report,) = parallel.report.calls
+    assert (report.rounds, report.sequential) == (rounds, "")
+    assert sum(n for note, n in report.notes.items() if "evaluated anew" in note) == changes

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
+import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
@@ -39,11 +41,12 @@ class Around(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner, self.calls, self.factor = inner, 0, torch.ones(1)
+        self.array = np.ones(1)
         self.register_buffer("scale", torch.ones(1))
         self.scale: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.inner(x) * self.factor * self.scale
+        out: Tensor = self.inner(x) * self.factor * self.scale * float(self.array[0])
         return out
 
 
@@ -63,6 +66,39 @@ class CountingInNumber(Around):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         return super().forward(x) * 1.1**self.calls
+
+
+class CountingInArray(Around):
+    """Counts in what has no attributes."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.counts = np.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.counts += 1
+        return super().forward(x) * 1.1 ** int(self.counts[0])
+
+
+class DrawingItself(Around):
+    """Draws from a generator of its own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.generator = torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.1 * torch.rand(1, generator=self.generator)
+
+
+class DrawingFromNumpy(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.1 * float(np.random.rand())
+
+
+class DrawingFromPython(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.1 * random.random()
 
 
 class Caching(Around):
@@ -87,6 +123,7 @@ def scaled(tensor: Tensor) -> None:
 CHANGES: dict[str, Callable[[Any], object]] = {
     "a buffer": lambda unet: scaled(unet.conv_in.scale),
     "a tensor that is an attribute": lambda unet: scaled(unet.conv_in.factor),
+    "an array that is an attribute": lambda unet: np.copyto(unet.conv_in.array, 0.5),
     "a weight in place": lambda unet: scaled(unet.conv_in.inner.weight.data),
     "a weight's data": lambda unet: setattr(unet.conv_in.inner.weight, "data", unet.conv_in.inner.weight.data * 0.5),
 }
@@ -110,7 +147,7 @@ def test_a_callback_may_change(what: str, worker: Workers) -> None:
     assert not parallel.report.calls[0].sequential
 
 
-@pytest.mark.parametrize("kind", [CountingInBuffer, CountingInTensor, CountingInNumber])
+@pytest.mark.parametrize("kind", [CountingInBuffer, CountingInTensor, CountingInNumber, CountingInArray, DrawingItself])
 def test_a_denoiser_that_each_evaluation_changes_is_not_drafted(kind: type[Around]) -> None:
     untouched = run(around(kind), CHEAP)
     pipe = around(kind)
@@ -154,6 +191,16 @@ def test_random_numbers_of_a_denoiser_are_not_drafted() -> None:
         return run(pipe, CHEAP)
 
     assert "unet draws random numbers" in exact(pipe, call).report.calls[0].sequential
+
+
+@pytest.mark.parametrize("kind", [DrawingFromNumpy, DrawingFromPython])
+def test_random_numbers_of_other_generators_are_not_drafted(kind: type[Around]) -> None:
+    def call(pipe: Any) -> Tensor:
+        np.random.seed(1)
+        random.seed(1)
+        return run(pipe, CHEAP)
+
+    assert "unet draws random numbers" in exact(around(kind), call).report.calls[0].sequential
 
 
 def test_gradients_through_a_denoiser_are_not_drafted() -> None:

@@ -240,8 +240,9 @@ def test_a_model_made_in_a_script_without_a_main_guard_is_told_so(tmp_path: Path
 
 def test_a_forked_child_does_not_end_its_parents_workers(tmp_path: Path) -> None:
     text = """
-        import os
+        import os, warnings
         import drp
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # since Python 3.12
         if __name__ == "__main__":
             with drp.Leader("tests.denoisers:make_free", devices=1) as leader:
                 first = leader.sample(shape=(4,), steps=5).samples

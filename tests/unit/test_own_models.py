@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import threading
+import time
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -52,6 +56,29 @@ class Hollow(nn.ModuleList):
 class Noisy(Layer):
     def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         return nn.functional.dropout(super().forward(x, t, cond), 0.3, training=True)
+
+
+class Slow(Layer):
+    """Takes long enough that another thread draws meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for parameter in self.parameters():
+            parameter.data.fill_(0.1)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        time.sleep(0.02)
+        return super().forward(x, t, cond)
+
+
+class NoisyByNumpy(Layer):
+    def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        return super().forward(x, t, cond) * float(np.random.rand())
+
+
+class NoisyByPython(Layer):
+    def forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        return super().forward(x, t, cond) * random.random()
 
 
 class Seeding(Layer):
@@ -117,9 +144,32 @@ def test_its_weights_are_shared(factory: str) -> None:
     memory.close()
 
 
-def test_a_model_that_draws_random_numbers_is_refused_unless_it_seeds_them() -> None:
-    options: dict[str, Any] = {"shape": (4,), "steps": 5, "mode": "sequential", "seed": 3}
+DRAWS: dict[str, Any] = {"shape": (4,), "steps": 5, "mode": "sequential", "seed": 3}
+
+
+@pytest.mark.parametrize("model", ["Noisy", "NoisyByNumpy", "NoisyByPython"])
+def test_a_model_that_draws_random_numbers_is_refused(model: str) -> None:
     with pytest.raises(RuntimeError, match=r"the denoiser draws random numbers.*torch\.Generator"):
-        drp.reference("tests.unit.test_own_models:Noisy", **options)
-    first, second = (drp.reference("tests.unit.test_own_models:Seeding", **options).samples for _ in range(2))
+        drp.reference(f"tests.unit.test_own_models:{model}", **DRAWS)
+
+
+def test_a_model_may_seed_the_random_numbers_that_it_draws() -> None:
+    first, second = (drp.reference("tests.unit.test_own_models:Seeding", **DRAWS).samples for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_random_numbers_that_another_thread_draws_are_not_blamed_on_the_model() -> None:
+    ends = threading.Event()
+
+    def draw() -> None:
+        while not ends.wait(1e-4):
+            torch.rand(1)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        slow = drp.reference("tests.unit.test_own_models:Slow", **DRAWS).samples
+    finally:
+        ends.set()
+        thread.join()
+    assert torch.equal(slow, drp.reference("tests.unit.test_own_models:Slow", **DRAWS).samples)
