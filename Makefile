@@ -94,7 +94,7 @@ gpu-session: $(READY) ## Run the tests and the benches for one GPU in eight minu
 study: $(READY) ## Compare policies on emulated and simulated devices, as in docs/study.md
 	$(BIN)/python -m bench.study
 
-quality: $(READY) ## Measure the quality of drafted samples; FULL=1: 200 of them, SPREADS=1: several spreads of noise levels
+quality: $(READY) ## Measure the quality of drafted samples, and for 5 minutes the default against the paper; FULL=1: 200 samples, SPREADS=1: several spreads of noise levels
 	$(BIN)/python -m bench.quality $(if $(FULL),--full) $(if $(SPREADS),--spreads)
 	$(BIN)/python -m bench.drafting report --group default --only digits
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from drp.sampling.drafts import DAMPED, PAPER, SECANT, DraftRule
+from drp.sampling.mode_selection import TargetWindow
 from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Round, Rounds, Sparse, Wide, Window
 
 PAPERS: Mapping[str, Mode] = {
@@ -36,6 +37,22 @@ class Warped(Wide):
                 wanted = int((steps - 1 - self.tail) * (j / more) ** self.power + 1e-9)
                 base = max(base + 1, min(wanted, base + self.n), steps - 1 - self.n * (more + 1 - j))
             yield Round(base, tuple(range(base + 1, min(base + self.n, steps - 1) + 1)))
+
+
+@dataclass(frozen=True)
+class Fewest(Wide):
+    """The window that `target_rounds` chooses for the fewest rounds. `skips`: it may leave out indices."""
+
+    skips: bool
+
+    def for_steps(self, steps: int, rounds_before: int = 0) -> Mode:
+        """Return the window for so many steps."""
+        rounds = 1 + math.ceil((steps - 1) / self.n)
+        return TargetWindow(self.n, rounds, skips=self.skips).for_steps(steps, rounds_before)
+
+    def rounds(self, steps: int) -> Rounds:
+        """Yield the rounds of that window."""
+        yield from self.for_steps(steps).rounds(steps)
 
 
 def _rules() -> dict[str, DraftRule]:
@@ -100,6 +117,8 @@ CANDIDATES: Mapping[str, tuple[str, Mapping[str, Mode]]] = {
     ),
     "drafts, 13 rounds": ("aggressive 4", {f"window 3.92 of {n}": Window(n, 47 / 12) for n in (4, 5, 6, 8, 12)}),
     "drafts, 17 rounds": ("conservative 4", {f"window 2.94 of {n}": Window(n, 47 / 16) for n in (3, 4, 5, 6, 8, 12)}),
+    "fewest 4": ("aggressive 4", {"dense": Fewest(4, False), "spaced": Fewest(4, True)}),
+    "fewest 8": ("aggressive 8", {"dense": Fewest(8, False), "spaced": Fewest(8, True)}),
     "two": ("aggressive 2", {name: Window(2, 2, rule) for name, rule in SINGLE.items()}),
     "default": ("conservative 8", {"window 5 of 8": Window(8, 5)}),
     "default 4": ("conservative 4", {"window 3 of 4": Window(4, 3)}),

@@ -27,7 +27,7 @@ from bench.quality import distances, draw
 from bench.rival_samplers import Problem, chords, paradigms, srds
 from bench.tables import read, update
 from drp.sampling.drafts import DAMPED, PAPER
-from drp.sampling.mode_selection import PATTERNS, choose_rounds
+from drp.sampling.mode_selection import PATTERNS, TargetWindow
 from drp.sampling.modes import Aggressive, Conservative, Mode, Sequential, Sparse, Window
 from drp.sampling.reference import Denoiser, run_reference
 from drp.sampling.registry import make_solver
@@ -101,9 +101,10 @@ class Bench:
 
 def ours(bench: Bench, devices: int, rounds: int) -> Iterator[Outcome]:
     """Yield the window that `target_rounds` chooses."""
-    chosen = choose_rounds(rounds, STEPS, devices)
-    assert chosen.stride is not None
-    yield bench.mode(Window(chosen.drafts, chosen.stride), f"window {chosen.stride:.3g} of {chosen.drafts}")
+    mode = TargetWindow(devices, target_rounds=rounds).for_steps(STEPS)
+    assert isinstance(mode, Window)
+    offsets = f", offsets {mode.offsets}" if isinstance(mode, Sparse) else ""
+    yield bench.mode(mode, f"window {mode.stride:.3g} of {mode.n}{offsets}")
 
 
 def tapered(bench: Bench, devices: int, rounds: int) -> Outcome:

@@ -53,7 +53,7 @@ def make_pipeline_mode(
     if isinstance(mode, str) and names and names != ["stride"]:
         if mode != "window":
             raise ValueError(f"{names[0]} chooses a window, and mode is {mode!r}; leave one of them out")
-        made: Mode = TargetWindow(drafts, target_rounds, target_speedup, chosen, adds_noise)
+        made: Mode = TargetWindow(drafts, target_rounds, target_speedup, chosen, adds_noise, skips=False)
     else:
         made = mode if isinstance(mode, Mode) else make_mode(mode, drafts, tolerance, chosen, stride, None, adds_noise)
     if warmup:

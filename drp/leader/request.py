@@ -53,7 +53,8 @@ class Request:
     drafts: n, the number of drafts per round, at most 256; by default one per device. The samples depend on this number
         but not on the devices.
     target_speedup: choose a window with at most `drafts` drafts so that steps divided by rounds reach this number.
-    target_rounds: choose a window with at most `drafts` drafts that takes this number of rounds.
+    target_rounds: choose a window with at most `drafts` drafts that takes this number of rounds. For the fewest rounds
+        its last drafts may lie two apart.
     stride: for mode "window", the number of steps by which the window advances per round, 1 to n; by default n / 2 + 1,
         or (n + 1) / 2 from 3 drafts on if the solver adds noise.
     offsets: for mode "window", how many steps ahead each of the n drafts lies, in ascending order; or "dense" (1 to n),

@@ -29,6 +29,17 @@ PATTERNS: Mapping[str, Callable[[int], tuple[int, ...]]] = {
 }
 """Offsets of n drafts by name: all indices; every second one; all in the nearer half, every second one beyond."""
 
+MIN_SPACED_DRAFTS = 4
+"""Drafts a round below which a gap costs more than it gains: with two, three times the error."""
+LEAST_STEPS_A_SPACED_DRAFT = 6
+"""Steps for each draft a round below which offsets with gaps reach too far ahead to gain."""
+
+
+def spaced_offsets(n: int) -> tuple[int, ...]:
+    """Return n offsets of which the last n // 4 are two apart: 1, 2, 3, 5 for n = 4, 1 to 6, 8 and 10 for n = 8."""
+    dense = n - n // 4
+    return (*range(1, dense + 1), *range(dense + 2, dense + 2 * (n // 4) + 1, 2))
+
 
 def default_stride(n: int, adds_noise: bool = False) -> float:
     """Return the default stride of a window of n drafts, n / 2 + 1: 2, 3 and 5 for n = 2, 4 and 8.
@@ -109,9 +120,10 @@ class Choice(NamedTuple):
     mode: str
     drafts: int
     stride: float | None
+    offsets: tuple[int, ...] | None = None
 
 
-def choose_rounds(rounds: int, steps: int, most_drafts: int, rounds_before: int = 0) -> Choice:
+def choose_rounds(rounds: int, steps: int, most_drafts: int, rounds_before: int = 0, gaps: bool = False) -> Choice:
     """Return the window that takes `steps` steps in at most `rounds` rounds; raise ValueError if there is none.
 
     `rounds` includes `rounds_before`, the rounds that a warm-up has taken, of one step each.
@@ -119,6 +131,9 @@ def choose_rounds(rounds: int, steps: int, most_drafts: int, rounds_before: int 
     Its stride follows from the number of rounds. It has as many drafts as there may be, `most_drafts`, since each index
     is then evaluated more often; but if the stride allows, no more than a quarter of the steps, beyond which drafts are
     too far ahead to be of use, and no more than four evaluations of each index need (docs/quality.md).
+
+    In the fewest rounds, each index is evaluated once only. If there may be `gaps`, the last quarter of the drafts is
+    then spaced two apart, so that the run has a prediction beyond where the next round starts (docs/quality.md).
     """
     remaining = rounds - rounds_before
     if remaining >= steps:
@@ -131,14 +146,15 @@ def choose_rounds(rounds: int, steps: int, most_drafts: int, rounds_before: int 
             f"{rounds_before + fewest} rounds or more: use more devices or drafts, or fewer steps"
         )
     stride = (steps - 1) / (remaining - 1)
-    drafts = max(math.ceil(stride), min(steps // 4, math.ceil(4 * stride)))
-    return Choice("window", min(drafts, most_drafts), stride)
+    drafts = min(max(math.ceil(stride), min(steps // 4, math.ceil(4 * stride))), most_drafts)
+    spaced = gaps and remaining == fewest and MIN_SPACED_DRAFTS <= drafts <= steps // LEAST_STEPS_A_SPACED_DRAFT
+    return Choice("window", drafts, stride, spaced_offsets(drafts) if spaced else None)
 
 
-def choose_speedup(speedup: float, steps: int, most_drafts: int, rounds_before: int = 0) -> Choice:
+def choose_speedup(speedup: float, steps: int, most_drafts: int, rounds_before: int = 0, gaps: bool = False) -> Choice:
     """Return the window whose steps divided by rounds reach `speedup`; raise ValueError if there is none.
 
-    Steps and rounds include `rounds_before`, as of `choose_rounds`.
+    Steps and rounds include `rounds_before`, as of `choose_rounds`; `gaps` as there.
     """
     if not speedup >= 1:
         raise ValueError(f"target_speedup is {speedup}; give 1 or more")
@@ -150,7 +166,7 @@ def choose_speedup(speedup: float, steps: int, most_drafts: int, rounds_before: 
             f"target_speedup is {speedup:g}; with at most {most_drafts} drafts, {total} steps{after} allow "
             f"{total / fewest:.3g}: use more devices or drafts, or more steps"
         )
-    return choose_rounds(math.floor(total / speedup + 1e-9), steps, most_drafts, rounds_before)
+    return choose_rounds(math.floor(total / speedup + 1e-9), steps, most_drafts, rounds_before, gaps)
 
 
 @dataclass(frozen=True)
@@ -159,12 +175,15 @@ class TargetWindow(Wide):
 
     Exactly one of `target_rounds` and `target_speedup` (steps divided by rounds) is given. They count a warm-up too.
     `draft_rule` is None for the default, which depends on the window and on whether the solver `adds_noise`.
+    `skips`: whether the window may skip indices; in the fewest rounds that then decreases the error, unless the solver
+    adds noise.
     """
 
     target_rounds: int | None = None
     target_speedup: float | None = None
     draft_rule: DraftRule | None = None
     adds_noise: bool = False
+    skips: bool = True
 
     def __post_init__(self) -> None:
         if self.target_rounds is not None and self.target_speedup is not None:
@@ -180,12 +199,14 @@ class TargetWindow(Wide):
 
     def for_steps(self, steps: int, rounds_before: int = 0) -> Mode:
         """Return the window that reaches the target in this number of steps; raise ValueError if there is none."""
+        gaps = self.skips and not self.adds_noise
         if self.target_rounds is not None:
-            choice = choose_rounds(self.target_rounds, steps, self.n, rounds_before)
+            choice = choose_rounds(self.target_rounds, steps, self.n, rounds_before, gaps)
         else:
             assert self.target_speedup is not None
-            choice = choose_speedup(self.target_speedup, steps, self.n, rounds_before)
-        return make_mode(choice.mode, choice.drafts, 0.0, self.draft_rule, choice.stride, None, self.adds_noise)
+            choice = choose_speedup(self.target_speedup, steps, self.n, rounds_before, gaps)
+        mode, drafts, stride, offsets = choice
+        return make_mode(mode, drafts, 0.0, self.draft_rule, stride, offsets, self.adds_noise)
 
     def rounds(self, steps: int) -> Rounds:
         yield from self.for_steps(steps).rounds(steps)

@@ -24,6 +24,7 @@ ASKED: list[dict[str, Any]] = [
     {"drafts": 4, "offsets": [1, 3, 4, 9], "warmup": 2},
     {"drafts": 6, "sweeps": 1},
     {"drafts": 8, "target_rounds": 9},
+    {"drafts": 4, "target_rounds": 8},  # the fewest, with gaps
 ]
 
 

@@ -64,7 +64,7 @@ def test_modes_by_option() -> None:
     assert job(mode="adaptive", tolerance=0.02).mode == Adaptive(4, 0.02)
     assert job(mode="adaptive", warmup=3, sweeps=2).mode == Warmup(PicardSweeps(Adaptive(4, 0.0025), 2), 3)
     assert job(target_speedup=3.0).mode == Window(4, 47 / 15)
-    assert job(target_rounds=13).mode == Window(4, 47 / 12)
+    assert job(target_rounds=14).mode == Window(4, 47 / 13)
     assert job(target_rounds=11, devices=8).mode == Window(8, 4.7)
     assert job(target_rounds=17, devices=8).mode == Window(8, 47 / 16)
     assert job(target_rounds=48).mode == Sequential()
@@ -92,7 +92,7 @@ def test_karras_sigmas_are_even_in_their_rho_th_root() -> None:
 
 @pytest.mark.parametrize("speedup", [1.2, 1.9, 2.5, 3.6, 6.8])
 def test_the_window_that_reaches_a_speedup(speedup: float) -> None:
-    mode, n, stride = choose_speedup(speedup, 48, 8)
+    mode, n, stride, _ = choose_speedup(speedup, 48, 8)
     assert stride is not None
     rounds = rounds_of(mode, 48, n, stride)
     assert 48 / rounds >= speedup > 48 / (rounds + 1)
@@ -103,10 +103,24 @@ def test_the_window_that_takes_so_many_rounds() -> None:
     for steps in (2, 3, 10, 28, 48):
         for rounds in range(2, steps):
             for most in range(-(-(steps - 1) // (rounds - 1)), 20):
-                mode, n, stride = choose_rounds(rounds, steps, most)
-                made = make_mode(mode, n, 0.0, PAPER, stride)
-                assert len(list(made.rounds(steps))) == rounds
-                assert n <= most
+                for gaps in (False, True):
+                    mode, n, stride, offsets = choose_rounds(rounds, steps, most, gaps=gaps)
+                    made = make_mode(mode, n, 0.0, PAPER, stride, offsets)
+                    assert len(list(made.rounds(steps))) == rounds
+                    assert n <= most
+
+
+def test_a_target_of_the_fewest_rounds_spaces_the_last_quarter_of_the_drafts() -> None:
+    stride = 47 / 12
+    assert job(target_rounds=13).mode == Sparse(4, stride, DAMPED, (1, 2, 3, 5))
+    assert job(target_speedup=3.6).mode == job(target_rounds=13).mode
+    assert job(target_rounds=7, devices=8).mode == Sparse(8, 47 / 6, DAMPED, (1, 2, 3, 4, 5, 6, 8, 10))
+    assert job(target_rounds=15, warmup=2).mode.for_steps(48) == Warmup(Sparse(4, 45 / 12, DAMPED, (1, 2, 3, 5)), 2)
+    # Not with two drafts, not with seven of 28 steps, not where noise is added, and not in pipelines.
+    assert job(target_rounds=25, devices=2).mode == Window(2, 47 / 24)
+    assert job(target_rounds=5, steps=28, devices=8).mode == Window(7, 27 / 4)
+    assert job(target_rounds=13, solver="ddpm").mode == Window(4, stride, STEADY)
+    assert make_pipeline_mode("window", 4, None, 0.0, 0, target_rounds=13).for_steps(48) == Window(4, stride)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])
@@ -126,7 +140,7 @@ def test_more_rounds_evaluate_each_index_as_often_with_all_drafts_that_are_of_us
         for most in range(1, 20):
             fewest = 1 + -(-(steps - 1) // most)
             chosen = [choose_rounds(rounds, steps, most) for rounds in range(max(fewest, 2), steps)]
-            windows = [(n, s) for _, n, s in chosen if s is not None and s <= steps // 4]
+            windows = [(n, s) for _, n, s, _ in chosen if s is not None and s <= steps // 4]
             assert [n / s for n, s in windows if n < 4 * s] == sorted(n / s for n, s in windows if n < 4 * s)
             assert all(n >= min(most, steps // 4, 4 * s) for n, s in windows)
 
