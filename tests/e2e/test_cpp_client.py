@@ -23,13 +23,13 @@ from torch import Tensor
 import drp
 from drp import Client, Leader
 from drp.errors import ProtocolError
-from drp.protocol import client_messages, vectors
+from drp.protocol import client_messages
 from drp.protocol.codec import decode
 from drp.protocol.keys import Keys, make, pair, public
 from tests.cpp_build import build
 from tests.e2e.test_server import Served, serving, until
 
-HERE = Path(vectors.__file__).parent
+HERE = Path(client_messages.__file__).with_name("vectors")
 MODEL = "tests.denoisers:Tiny"
 DEADLINE = 60.0
 EACH = 63  # of eight clients: more than 500 requests
