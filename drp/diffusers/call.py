@@ -32,7 +32,6 @@ from drp.diffusers.watch import METHODS
 MAX_RETRACES = 8
 """How often a call may trace a step again because it differs from the previous ones. A step that differs after some of
 its calls were answered counts three times, as where guidance begins and where it ends."""
-
 MOST_CALLS = 256
 """How many denoiser calls are recorded until the scheduler takes a step."""
 
@@ -114,7 +113,6 @@ class PipelineCall:
 
     @property
     def goes_on(self) -> bool:
-        """Whether further steps are expected."""
         return self._index is None or self._end is None or self._index < self._end
 
     def step(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -142,9 +140,9 @@ class PipelineCall:
         return stepped
 
     def close(self) -> None:
-        lesson, self._traced = self._traced, None
-        if lesson is not None:
-            lesson.predictions.close()
+        traced, self._traced = self._traced, None
+        if traced is not None:
+            traced.predictions.close()
 
     # A step.
 
@@ -286,7 +284,6 @@ class PipelineCall:
             self._report.notes[self._drafter.assumes] = 1
 
     def _bind(self, learned: Learned, program: Program, sources: Mapping[str, Json], k: int) -> Predictions:
-        """Begin rounds with a program."""
         assert self._end is not None
         work = self._context
         inputs = {name: varying.like for name, varying in learned.inputs.items()}
