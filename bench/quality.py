@@ -32,7 +32,7 @@ from torch import Tensor
 from bench.figures import machine
 from drp import models
 from drp.sampling.drafts import DAMPED, PAPER
-from drp.sampling.mode_selection import PATTERNS, default_stride
+from drp.sampling.mode_selection import PATTERNS, TargetWindow, default_stride
 from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Sequential, Sparse, Window
 from drp.sampling.reference import Denoiser, run_reference
 from drp.sampling.registry import make_solver
@@ -87,6 +87,8 @@ def ways(solution_steps: int) -> list[Way]:
             Way(f"window n={n}", "dpmsolver++", STEPS, Window(n, default_stride(n))),
         ]
     found += [Way(f"window n=8, {name}", "ddim", STEPS, Sparse(8, 8, DAMPED, PATTERNS[name](8))) for name in GAPS]
+    for n, rounds in ((4, 13), (8, 7)):
+        found.append(Way(f"window n={n}, spaced", "ddim", STEPS, TargetWindow(n, rounds).for_steps(STEPS)))
     found.append(Way(f"adaptive n=8, tolerance {TOLERANCE}", "ddim", STEPS, Adaptive(8, TOLERANCE), alone=True))
     for solver, steps in (("dpmsolver++", STEPS), *(("unipc", k) for k in (STEPS, *FEWER))):
         found.append(Way("fewer steps" if steps < STEPS else "sequential", solver, steps, Sequential()))
@@ -263,6 +265,7 @@ def draw_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         "conservative, paper": lambda r: r["way"].startswith("conservative") and r["way"].endswith("paper"),
         "window": lambda r: r["way"].startswith("window") and r["way"][-1].isdigit() and r["solver"] == "ddim",
         "window, tapered": lambda r: r["way"].endswith("tapered"),
+        "window, spaced": lambda r: r["way"].endswith("spaced"),
         "window, even": lambda r: r["way"].endswith("even"),
         "adaptive": lambda r: r["way"].startswith("adaptive"),
         "window, DPM-Solver++ 2M": lambda r: r["way"].startswith("window") and r["solver"] == "dpmsolver++",
