@@ -1,9 +1,12 @@
-"""Detection of classes that were patched after their import, since workers import them unpatched."""
+"""Classes that were changed after their import, since workers import them unchanged."""
 
 from __future__ import annotations
 
 import sys
 import types
+from typing import Any
+
+from drp.diffusers.pytree import PLAIN
 
 LIBRARIES = {
     "accelerate",
@@ -30,6 +33,23 @@ def patched_method(cls: type) -> str | None:
         if isinstance(value, types.FunctionType) and not _is_own(cls, name, value):
             return f"{cls.__qualname__}.{name}"
     return None
+
+
+def values_of(kind: type) -> tuple[tuple[str, Any], ...]:
+    """Return the attributes of a class, and of its bases outside of libraries, that are numbers or text."""
+    found: dict[str, Any] = {}
+    for cls in reversed(kind.__mro__[:-1]):
+        if cls.__module__.partition(".")[0] not in KNOWN:
+            found |= {k: v for k, v in vars(cls).items() if type(v) in PLAIN and not k.startswith("__")}
+    return tuple(found.items())
+
+
+def set_values(kind: type, values: tuple[tuple[str, Any], ...]) -> None:
+    """Give a class and its bases the attributes that `values_of` has found in another process."""
+    for name, value in values:
+        owner = next((cls for cls in kind.__mro__ if name in vars(cls)), kind)
+        if vars(owner).get(name) != value:
+            setattr(owner, name, value)
 
 
 def _is_own(cls: type, name: str, function: types.FunctionType) -> bool:

@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from drp.diffusers.compiled import COMPILED, compile_in_worker, options_of
 from drp.diffusers.features import LEFT_OUT, add_cast, casts_of
 from drp.diffusers.offload import is_held
-from drp.diffusers.patched import patched_method
+from drp.diffusers.patched import patched_method, set_values, values_of
 from drp.diffusers.pytree import UnknownValueError, name_of
 
 
@@ -191,6 +191,7 @@ def describe(module: nn.Module, ours: Callable[[Any], bool] = lambda value: Fals
     pickler = _Pickler(file, module, ours, compiled)
     try:
         pickler.dump(module)
+        pickler.dump(tuple(pickler.classes.items()))
     except UnknownValueError as error:
         if str(error).startswith(type(module).__name__):
             raise
@@ -222,6 +223,8 @@ class _Pickler(pickle.Pickler):
         self.is_weight: list[bool] = []
         self.containers: list[Any] = []
         self.is_opaque = False
+        self.classes: dict[type, Any] = {}
+        """The numbers and text in the classes of objects."""
         self._ours = ours
         name = type(root).__name__
         self._paths = {id(module): f"{name}.{path}" if path else name for path, module in root.named_modules()}
@@ -300,6 +303,8 @@ class _Pickler(pickle.Pickler):
                     "class without that; undo it, or make a subclass in a module of its own"
                 )
             self.containers.append(vars(cls))
+        if values := values_of(kind):
+            self.classes[kind] = values
 
     def _module(self, module: nn.Module) -> Any:
         path, state = self._paths.get(id(module), type(module).__name__), {}
@@ -349,7 +354,10 @@ def _fill(module: nn.Module, packed: tuple[tuple[tuple[str, Any], ...], Any, dic
 
 def make(pickled: bytes, tensors: Sequence[Tensor]) -> nn.Module:
     """Return the module that `describe` described, with these tensors. The pickle must be trusted."""
-    module = _Unpickler(io.BytesIO(pickled), tensors).load()
+    unpickler = _Unpickler(io.BytesIO(pickled), tensors)
+    module = unpickler.load()
+    for kind, values in unpickler.load():
+        set_values(kind, values)
     assert isinstance(module, nn.Module)
     return module
 

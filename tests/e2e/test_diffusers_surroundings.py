@@ -101,6 +101,13 @@ class DrawingFromPython(Around):
         return super().forward(x) + 0.1 * random.random()
 
 
+class OfClass(Around):
+    strength = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.strength
+
+
 class Caching(Around):
     """Fills a cache when it is first evaluated."""
 
@@ -144,6 +151,24 @@ def test_a_callback_may_change(what: str, worker: Workers) -> None:
     pipe = around(Around)
     with parallelize(pipe, worker, drafts=1) as parallel:
         assert torch.equal(run(pipe, options), untouched)
+    assert not parallel.report.calls[0].sequential
+
+
+def test_numbers_in_a_class_of_the_program_may_change(worker: Workers) -> None:
+    """Before workers import the class, and by a callback in the middle of a call."""
+
+    def change(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        OfClass.strength = 0.5 if i > 2 else 0.9
+        return kept
+
+    def call(pipe: Any) -> Tensor:
+        OfClass.strength = 0.9
+        return run(pipe, {**CHEAP, "callback_on_step_end": change})
+
+    untouched = call(around(OfClass))
+    pipe = around(OfClass)
+    with parallelize(pipe, worker, drafts=1) as parallel:
+        assert torch.equal(call(pipe), untouched)
     assert not parallel.report.calls[0].sequential
 
 
