@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from drp.diffusers.publish import GpuWeights
-from drp.leader.devices import parse_devices
+from drp.leader.devices import Device, parse_devices
 from drp.leader.gpus import find_gpus
 from drp.protocol.cuda import uuid_of
 
@@ -38,6 +38,12 @@ def move_to_gpu(pipe: Any, devices: int | str | Sequence[str]) -> None:
 def gpu_of(device: torch.device) -> str | None:
     """Return the UUID of a GPU, None for the host."""
     return uuid_of(device.index) if device.type == "cuda" else None
+
+
+def refuse_other_kind(device: torch.device, workers: Sequence[Device]) -> None:
+    """Raise ValueError if a pipeline on this device could not give its weights to the workers on this machine."""
+    if local := [worker.gpu for worker in workers if worker.remote is None]:
+        weights_of(gpu_of(device), local, ipc=False)
 
 
 def weights_of(home: str | None, workers: Sequence[str | None], ipc: bool) -> GpuWeights | None:

@@ -16,7 +16,7 @@ from torch import nn
 from drp.diffusers.call import PipelineCall, PipelineContext
 from drp.diffusers.compiled import COMPILED, OriginalForward
 from drp.diffusers.denoisers import find_denoisers
-from drp.diffusers.devices import device_of
+from drp.diffusers.devices import device_of, refuse_other_kind
 from drp.diffusers.evaluators import Evaluator, InProcess
 from drp.diffusers.hook import Hook
 from drp.diffusers.offload import ModelOffload
@@ -321,6 +321,7 @@ def parallelize(
             expand_count(devices, device_of(pipe, names).type) if isinstance(devices, int | str) else devices
         )
         placed = parse_devices(named, 1)
+        refuse_other_kind(device_of(pipe, names), placed)
         own, count, has_remote = None, len(placed), any(device.remote is not None for device in placed)
     source = Pretrained(pipe, pretrained) if has_remote else None
     batch = own.drafts_per_device if own else drafts_per_device

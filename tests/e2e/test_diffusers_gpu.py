@@ -171,10 +171,9 @@ def captures() -> int:
     return found.read_text().count('"captured"') if found.exists() else 0
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_a_step_s_calls_are_captured_once(batch: int, gpus: None) -> None:
+def test_a_step_s_calls_are_captured_once(gpus: None) -> None:
     """As graphs they have the same bits, also after a weight was changed in place, and with other conditions."""
-    pipe = sdxl()
+    pipe, batch = sdxl(), 2  # The first draft is evaluated alone.
     count: dict[str, Any] = {"drafts": 4, "mode": "aggressive"}
     other = {**SDXL, "prompt_embeds": normal(1, 6, 8, seed=5)}
     with Workers("cuda:0", threads=1, execution=ExecutionOptions(graphs=True), drafts_per_device=batch) as workers:
@@ -196,7 +195,9 @@ def test_a_step_s_calls_are_captured_once(batch: int, gpus: None) -> None:
         assert torch.equal(run(pipe, SDXL), changed)
 
 
-def test_a_pipeline_and_its_workers_are_on_devices_of_one_kind(gpus: None) -> None:
+@pytest.mark.usefixtures("gpus")
+def test_a_pipeline_and_its_workers_are_on_devices_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Workers, "__init__", lambda *_, **__: pytest.fail("workers were started"))
     with pytest.raises(ValueError, match="the pipeline is on a GPU and its workers are not"):  # noqa: SIM117
         with parallelize(sdxl(), "cpu"):
             pass
