@@ -7,8 +7,10 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import psutil
@@ -17,9 +19,14 @@ import torch
 
 from drp import Leader
 
+if TYPE_CHECKING:
+    from drp.diffusers import Workers
+
 DEADLINE = 10.0
 
 
+# As workers have: bits depend on the number. And threads that wait for work spin on the cores that workers need.
+torch.set_num_threads(1)
 gc.disable()  # until all tests are imported: what imports make stays, and to go through it again and again takes time
 
 
@@ -50,13 +57,12 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.01)
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Have torch use one thread in this process, as workers do: bits depend on the number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@contextmanager
+def dispatching(leader: Leader, dispatch: str) -> Iterator[Leader]:
+    """Have a leader dispatch the runs of a block synchronously or asynchronously, so that one start does for both."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leader.internals.placement, "allows_async", dispatch == "async")
+        yield leader
 
 
 def leftovers() -> dict[str, set[str]]:
@@ -111,21 +117,46 @@ def _own_folder() -> Iterator[None]:
         os.environ["TMPDIR"] = before[1]
 
 
+SHARED = ("tiny", "digits", "pipeline_workers")
+"""Session-scoped fixtures that start workers. No test may kill these: it would take them from all others."""
+
+
+def shared_by_module(items: Iterable[pytest.Item]) -> dict[Path, list[str]]:
+    """Return which of the shared workers the tests of each module use."""
+    found: dict[Path, list[str]] = {}
+    for item in items:
+        found.setdefault(item.path, []).extend(name for name in SHARED if name in getattr(item, "fixturenames", ()))
+    return found
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup`, run a module's tests in one process, and those of all modules that share workers."""
+    shared = shared_by_module(items)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group((*shared[item.path], str(item.path))[0]))
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _leave_nothing() -> Iterator[None]:
+def _leave_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail the module that leaves a process, shared memory or a socket behind."""
+    shared = shared_by_module(request.session.items)[request.path]
+    for name in shared:
+        request.getfixturevalue(name)  # started before the first look
     before = leftovers()
     yield
-    assert not what_stays(before)
+    assert not what_stays(before, "memfd:drp-run" if shared else None)  # The workers that stay keep memory of runs.
 
 
-def what_stays(before: dict[str, set[str]]) -> dict[str, set[str]]:
-    """Return what is there and was not before, and is still there at the deadline."""
+def what_stays(before: dict[str, set[str]], but: str | None = None) -> dict[str, set[str]]:
+    """Return what is there and was not before, and is still there at the deadline, except names that contain `but`."""
     deadline = time.monotonic() + DEADLINE
     stays: dict[str, set[str]] | None = None
     while True:
         gc.collect()  # memory stays mapped while a tensor in it lives
-        new = {what: left - before[what] for what, left in leftovers().items()}
+        new = {
+            what: {name for name in left - before[what] if but is None or but not in name}
+            for what, left in leftovers().items()
+        }
         # Other programs may come and go too: what counts is what was there every time.
         stays = new if stays is None else {what: left & new[what] for what, left in stays.items()}
         stays = {what: left for what, left in stays.items() if left}
@@ -134,8 +165,24 @@ def what_stays(before: dict[str, set[str]]) -> dict[str, set[str]]:
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tiny() -> Iterator[Leader]:
     """Two workers with the tiny denoiser."""
     with Leader("tests.denoisers:Tiny", devices=2) as leader:
         yield leader
+
+
+@pytest.fixture(scope="session")
+def digits() -> Iterator[Leader]:
+    """Two workers with the trained digits."""
+    with Leader("digits", devices=2) as leader:
+        yield leader
+
+
+@pytest.fixture(scope="session")
+def pipeline_workers() -> Iterator[Workers]:
+    """Two workers for pipelines, which import diffusers as they start."""
+    from drp.diffusers import Workers
+
+    with Workers(2, threads=1) as workers:
+        yield workers

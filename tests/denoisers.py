@@ -68,15 +68,6 @@ def make_raising() -> Callable[..., Tensor]:
     return predict
 
 
-def make_dying() -> Callable[..., Tensor]:
-    def predict(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        if _at(500, t):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return x
-
-    return predict
-
-
 def make_crashing() -> Callable[..., Tensor]:
     def predict(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         if _at(500, t):
@@ -174,9 +165,7 @@ ILLS = (
     make_misshapen,
     make_infinite,
     make_nan,
-    make_dying,
     make_crashing,
-    make_hanging,
     make_failing_oddly,
 )
 

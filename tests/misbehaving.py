@@ -45,9 +45,6 @@ def told() -> dict[str, Any]:
 def first() -> bool:
     """Whether nobody has done it yet; the asking does."""
     path = Path(told()["path"])
-    if told().get("always"):
-        path.touch()
-        return True
     try:
         path.touch(exist_ok=False)
     except FileExistsError:

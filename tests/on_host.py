@@ -179,11 +179,6 @@ class Watched(nn.Module):
         return [(torch.zeros(1, 128), torch.zeros(1), {})]
 
 
-def make_varying() -> Watched:
-    """Other weights in each process."""
-    return Watched(os.getpid())
-
-
 def make_other_dtype() -> Watched:
     """The same weights in another dtype in each process."""
     return Watched().double() if number() == 1 else Watched()

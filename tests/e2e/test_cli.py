@@ -24,6 +24,7 @@ from drp.cli.options import default_devices
 from drp.cli.output import check_file, check_output, write_samples
 from drp.cli.sample import parse_labels
 from drp.leader.gpus import Gpu
+from drp.trace import read as read_trace
 from drp.trace import write as write_trace
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,8 @@ def drp(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_sample_draws_a_picture(tmp_path: Path) -> None:
-    done = drp("sample", "digits", "-l", "7,1,3-4", "-r", "2", "-n", "6", "-d", "2", "-o", "out.png", cwd=tmp_path)
+    arguments = ("-l", "7,1,3-4", "-r", "2", "-n", "6", "-d", "2", "-o", "out.png", "--trace", "run.json")
+    done = drp("sample", "digits", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(
         r"^window, 2 worker\(s\) on cpu:0, cpu:\d: 6 steps in 4 rounds, 6 evaluations, [\d.]+ s; "
@@ -47,6 +49,9 @@ def test_sample_draws_a_picture(tmp_path: Path) -> None:
     with Image.open(tmp_path / "out.png") as image:
         assert image.size == (4 * 60, 2 * 60)
         assert image.getextrema() != (0, 0)
+    marks, devices, _ = read_trace(tmp_path / "run.json")
+    assert [mark.kind for mark in marks].count("predicted") == 6
+    assert len(devices) == 2
 
 
 def here(*arguments: str) -> Result:
@@ -155,13 +160,13 @@ def here_json(*arguments: str) -> Any:
 
 
 def test_samples_that_are_no_pictures_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model in the working directory, of four channels, with two workers; each format holds what `sample` returns."""
+    """A model in the working directory, of four channels; each format holds what `sample` returns."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     Path("slow.py").write_text("from tests.denoisers import make_free as make\n")
-    shown = here_json("sample", "slow:make", "--shape", "4,16,16", "-r", "2", "-n", "4", "-d", "2")
+    shown = here_json("sample", "slow:make", "--shape", "4,16,16", "-r", "2", "-n", "4", "-d", "1", "--drafts", "2")
     assert shown["out"] == "samples.safetensors"
-    assert (shown["steps"], shown["rounds"], len(shown["devices"])) == (4, 3, 2)
+    assert (shown["steps"], shown["rounds"], len(shown["devices"])) == (4, 3, 1)
     made = load_file("samples.safetensors")["samples"]
     assert made.shape == (2, 4, 16, 16)
     expected = package.reference("tests.denoisers:make_free", shape=(4, 16, 16), count=2, steps=4, devices=2)

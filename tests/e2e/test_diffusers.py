@@ -70,7 +70,6 @@ from tests.rounds import rounds_of
 from training.classifier import load_classifier
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     # diffusers hands tensors to numpy in a way that numpy means to forbid.
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Should have ta>=t0:UserWarning"),  # torchsde, of rounding
@@ -99,10 +98,9 @@ EVERY = {**PIPELINES, **VARIANTS}
 CHEAP = {**prompts(1, 6, 8), **pooled(), **IMAGE}
 
 
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    with Workers(2, threads=1) as made:
-        yield made
+@pytest.fixture
+def workers(pipeline_workers: Workers) -> Workers:
+    return pipeline_workers
 
 
 @pytest.fixture(scope="module")
@@ -249,15 +247,15 @@ def test_every_scheduler_drafts(name: str, workers: Workers) -> None:
     untouched = run(pipe, CHEAP, steps=9)
     with reference(pipe, devices=3, mode="aggressive", always_draft=True):
         expected = run(pipe, CHEAP, steps=9)
-    with parallelize(pipe, workers, "aggressive", always_draft=True) as parallel:
+    with parallelize(pipe, workers, "aggressive", always_draft=name in REFUSED) as parallel:
         assert torch.equal(run(pipe, CHEAP, steps=9), expected)
     (report,) = parallel.report.calls
     assert report.rounds == rounds_of("aggressive", report.steps, 3)
     assert not report.sequential
-    with reference(pipe, devices=3, mode="aggressive") as parallel:
-        assert torch.equal(run(pipe, CHEAP, steps=9), untouched if name in REFUSED else expected)
-    assert REFUSED.get(name, "") in parallel.report.calls[0].sequential
-    assert bool(parallel.report.calls[0].sequential) == (name in REFUSED)
+    if name in REFUSED:
+        with reference(pipe, devices=3, mode="aggressive") as parallel:
+            assert torch.equal(run(pipe, CHEAP, steps=9), untouched)
+        assert REFUSED[name] in parallel.report.calls[0].sequential
     assert not torch.equal(expected, untouched)
     assert bool(told(report)) == (name in UNKNOWN)
 
@@ -295,17 +293,19 @@ def digits_noise(count: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("mode", "rule"),
-    [
-        ("sequential", "paper"),
-        *itertools.product(("aggressive", "conservative"), ("paper", "secant")),
-        *itertools.product(("window", "adaptive"), ("paper", "damped")),
+    ("mode", "rule", "solver"),
+    [  # A solver is rows of coefficients to modes and rules: with the second solver each of them once.
+        ("sequential", "paper", "euler"),
+        *itertools.product(("aggressive", "conservative"), ("paper", "secant"), ("euler",)),
+        *itertools.product(("window", "adaptive"), ("paper", "damped"), ("euler",)),
+        ("sequential", "paper", "dpmsolver++"),
+        ("aggressive", "paper", "dpmsolver++"),
+        ("conservative", "secant", "dpmsolver++"),
+        ("window", "damped", "dpmsolver++"),
+        ("adaptive", "damped", "dpmsolver++"),
     ],
 )
-@pytest.mark.parametrize(
-    ("solver", "kind"), [("euler", EulerDiscreteScheduler), ("dpmsolver++", DPMSolverMultistepScheduler)]
-)
-def test_drafts_are_those_of_drps_own_solvers(solver: str, kind: Any, mode: str, rule: str) -> None:
+def test_drafts_are_those_of_drps_own_solvers(mode: str, rule: str, solver: str) -> None:
     labels, options = [3], {"timestep_spacing": "trailing"}
     own = drp.reference(
         labels=labels,
@@ -317,6 +317,7 @@ def test_drafts_are_those_of_drps_own_solvers(solver: str, kind: Any, mode: str,
         rule=rule,
         tolerance=0.02,
     )
+    kind = {"euler": EulerDiscreteScheduler, "dpmsolver++": DPMSolverMultistepScheduler}[solver]
     pipe = digits_pipeline(kind(**BETAS, **options))
     pipe.set_progress_bar_config(disable=True)
     with reference(pipe, devices=4, mode=mode, rule=rule, tolerance=0.02) as parallel:

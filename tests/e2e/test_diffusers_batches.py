@@ -11,7 +11,6 @@ from drp.diffusers import Workers, parallelize, reference
 from tests.pipelines import IMAGE, PIPELINES, MixingConv, pooled, prompts, run, sdxl
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
 ]
 

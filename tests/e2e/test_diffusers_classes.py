@@ -10,7 +10,6 @@ pytest.importorskip("diffusers")
 from bench.coverage import CASES, look_at
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore"),  # of all kinds, from diffusers' own pipelines
 ]
 

@@ -17,7 +17,6 @@ from tests import on_host, on_host_pipelines
 from tests.pipelines import IMAGE, PIPELINES, check_bits, drafted, normal, pooled, prompts, run, sdxl
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
 ]
 

@@ -24,15 +24,8 @@ from tests.e2e.test_diffusers_calls import CHEAP, euler, exact
 from tests.pipelines import normal, run, unet
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Workers]:
-    with Workers(1, threads=1) as made:
-        yield made
 
 
 class Around(nn.Module):
@@ -137,7 +130,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_callback_may_change(what: str, worker: Workers) -> None:
+def test_a_callback_may_change(what: str, pipeline_workers: Workers) -> None:
     def change(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
         if i == 3:
             CHANGES[what](pipe.unet)
@@ -149,7 +142,7 @@ def test_a_callback_may_change(what: str, worker: Workers) -> None:
     with reference(pipe):
         assert torch.equal(run(pipe, options), untouched)
     pipe = around(Around)
-    with parallelize(pipe, worker, drafts=1) as parallel:
+    with parallelize(pipe, pipeline_workers, drafts=1) as parallel:
         assert torch.equal(run(pipe, options), untouched)
     assert not parallel.report.calls[0].sequential
 
@@ -283,7 +276,7 @@ def precision(owner: Any, value: str) -> Iterator[None]:
 
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="since torch 2.9")
 @pytest.mark.parametrize("name", ["all", "cuda.matmul", "mkldnn.matmul", "cudnn.conv"])
-def test_precisions_by_torch_s_newer_attributes_are_carried_over(name: str, worker: Workers) -> None:
+def test_precisions_by_torch_s_newer_attributes_are_carried_over(name: str, pipeline_workers: Workers) -> None:
     backends = torch.backends
     owner = {
         "all": backends,
@@ -295,7 +288,7 @@ def test_precisions_by_torch_s_newer_attributes_are_carried_over(name: str, work
     with precision(owner, "ieee" if name == "cudnn.conv" else "tf32"):
         before = [read() for read, _, _ in SETTINGS]
         untouched = run(pipe, CHEAP)
-        with parallelize(pipe, worker, drafts=1) as parallel:
+        with parallelize(pipe, pipeline_workers, drafts=1) as parallel:
             assert torch.equal(run(pipe, CHEAP), untouched)
         assert [read() for read, _, _ in SETTINGS] == before
     assert not parallel.report.calls[0].sequential

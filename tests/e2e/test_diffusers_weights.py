@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,16 +12,14 @@ from tests.pipelines import IMAGE, PIPELINES, flux, prompts, run, sd15, vae
 from tests.writing import ExchangingLayer
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # Inductor's own
 ]
 
 
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    with Workers(2, threads=1) as made:
-        yield made
+@pytest.fixture
+def workers(pipeline_workers: Workers) -> Workers:
+    return pipeline_workers
 
 
 def drafts(pipe: Any, options: dict[str, Any], workers: Workers) -> None:

@@ -17,7 +17,6 @@ from drp.models.gpu import Graphs
 from tests import on_host
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
 ]
 

@@ -561,7 +561,7 @@ def test_health_is_progress(free: Leader, tmp_path: Path) -> None:
 def test_a_run_that_lost_a_worker_says_so(free: Leader, tmp_path: Path) -> None:
     with serving(free, tmp_path) as server, Client(server.address) as client:
         assert client.sample(shape=(8, 8), steps=3).incidents == ()
-        run = client.submit(shape=(8, 8), steps=900, sweeps=9, progress=True)
+        run = client.submit(shape=(8, 8), steps=900, sweeps=1, progress=True)
         next(run.progress())
         pid = free.workers[1].pid
         assert pid is not None

@@ -26,7 +26,6 @@ from drp.leader import LeaderOptions
 
 STEPS, DEVICES = 13, 4
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.timeout(300),  # Many runs are measured, and a machine may be busy with other things.
 ]
 

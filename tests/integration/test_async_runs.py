@@ -38,7 +38,7 @@ from drp.protocol.timeline import (
 )
 from drp.sampling.run import Task
 from drp.workers.cuda_errors import UNRECOVERABLE_ERRORS, is_unrecoverable
-from tests.conftest import leftovers, until, what_stays
+from tests.conftest import dispatching, leftovers, until, what_stays
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -103,16 +103,16 @@ class Misbehaving:
 
 
 @contextmanager
-def misbehaving_workers(folder: Path, **options: Any) -> Iterator[Misbehaving]:
+def misbehaving_workers(folder: Path, devices: int = 2) -> Iterator[Misbehaving]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DRP_TEST_ORDERS", str(folder / "orders"))  # also in the environment of workers that are replaced
-        with Leader(MODEL, devices=2, draft_timeout=3.0, **options) as leader:
+        with Leader(MODEL, devices=devices, draft_timeout=3.0, execution=DEVICE) as leader:
             yield Misbehaving(leader, folder / "orders")
 
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Misbehaving]:
-    with misbehaving_workers(tmp_path_factory.mktemp("orders"), execution=DEVICE) as started:
+    with misbehaving_workers(tmp_path_factory.mktemp("orders")) as started:
         yield started
 
 
@@ -317,11 +317,9 @@ def test_emulated_devices_take_their_time_and_say_so(emulated: Leader) -> None:
 @pytest.mark.parametrize(
     ("what", "words", "mode", "hears"),
     [
-        ("kill", "SIGKILL", "aggressive", False),
+        ("kill", r"was killed by SIGKILL; its crash log is empty", "aggressive", False),
         ("kill", "SIGKILL", "conservative", True),
-        ("kill", "SIGKILL", "adaptive", False),
-        ("kill", "SIGKILL", "window", False),
-        ("hang", "draft_timeout", "conservative", False),
+        ("hang", r"has not evaluated step \d+ of run \d+ within 3 s \(draft_timeout\)", "conservative", False),
         ("stale", "without a valid completion record", "rolling", False),
         ("early", "without a valid completion record", "aggressive", False),
         ("early", "without a valid completion record", "adaptive", True),
@@ -374,12 +372,6 @@ def test_no_state_is_handed_out_before_it_is_proven(
     assert mine.equals(theirs)
 
 
-def test_one_that_always_dies_is_given_up(tmp_path: Path, misbehaving: Misbehaving) -> None:
-    leader = misbehaving.tell("assert", tmp_path / "once", always=True)  # Replacements find the same.
-    with pytest.raises(WorkerError, match=r"step \d+ of run \d+ was given up(.|\n)*device-side assert"):
-        leader.submit(shape=(3,), steps=STEPS).result(DEADLINE)
-
-
 @pytest.mark.parametrize(
     ("what", "words"),
     [
@@ -399,14 +391,16 @@ def test_what_the_denoiser_does_ends_its_run_only(
     assert [worker.losses for worker in leader.workers] == before
 
 
-def test_a_lost_context_ends_the_worker_with_ordering_host_too(tmp_path: Path) -> None:
-    with misbehaving_workers(tmp_path, execution=ExecutionOptions(dispatch="sync")) as started:
-        leader = started.tell("assert", tmp_path / "once")
+def test_a_lost_context_ends_the_worker_of_a_synchronous_run_too(misbehaving: Misbehaving, tmp_path: Path) -> None:
+    leader = misbehaving.tell("assert", tmp_path / "once")
+    before = sum(worker.losses for worker in leader.workers)
+    with dispatching(leader, "sync"):
         run = leader.sample(shape=(3,), steps=STEPS)
-        assert torch.equal(run.samples, expected())
-        assert len(run.incidents) == 1
-        assert "device-side assert triggered" in run.incidents[0]
-        assert sorted(worker.losses for worker in leader.workers) == [0, 1]
+    assert run.dispatch == "sync"
+    assert torch.equal(run.samples, expected())
+    assert len(run.incidents) == 1
+    assert "device-side assert triggered" in run.incidents[0]
+    assert sum(worker.losses for worker in leader.workers) == before + 1
 
 
 def test_a_callback_that_raises_ends_its_run_only(two: Leader) -> None:
@@ -423,7 +417,7 @@ def test_a_callback_that_raises_ends_its_run_only(two: Leader) -> None:
 
 def test_closing_in_the_middle_waits_for_nobody(tmp_path: Path) -> None:
     before = leftovers()
-    with misbehaving_workers(tmp_path, execution=DEVICE) as started:
+    with misbehaving_workers(tmp_path, devices=1) as started:
         leader = started.tell("wait", tmp_path / "never")
         pending = leader.submit(shape=(3,), steps=STEPS)
         until(lambda: any(worker.drafts > 1 for worker in leader.workers))

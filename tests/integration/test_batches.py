@@ -19,17 +19,17 @@ from tests.denoisers import ill
 TINY = "tests.denoisers:Tiny"
 
 
-@pytest.mark.parametrize(("workers", "batch"), [(1, 4), (2, 3)])
-def test_bits_equal_a_reference_that_batches_alike(workers: int, batch: int) -> None:
-    with Leader(TINY, devices=workers, drafts_per_device=batch) as leader:
+def test_bits_equal_a_reference_that_batches_alike() -> None:
+    """With two workers, see the asynchronous runs."""
+    with Leader(TINY, drafts_per_device=4) as leader:
         for mode, labels in itertools.product(
             ("sequential", "conservative", "aggressive", "rolling"), ([3], [1, 2, 4])
         ):
             run = leader.sample(labels=labels, mode=mode, steps=13)
-            ref = drp.reference(TINY, labels=labels, mode=mode, steps=13, devices=workers, drafts_per_device=batch)
+            ref = drp.reference(TINY, labels=labels, mode=mode, steps=13, drafts_per_device=4)
             assert torch.equal(run.samples, ref.samples), (mode, labels)
             assert (run.rounds, run.evaluations, run.drafts) == (ref.rounds, ref.evaluations, ref.drafts)
-            assert run.drafts == (1 if mode == "sequential" else workers * batch)
+            assert run.drafts == (1 if mode == "sequential" else 4)
 
 
 def test_batches_are_no_more_messages_than_they_must_be() -> None:

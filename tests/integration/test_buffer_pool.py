@@ -92,7 +92,7 @@ def test_what_is_kept_is_given_back_when_descriptors_are_short() -> None:
         memory.close()
 
 
-def test_runs_use_memory_again_and_have_their_own_bits() -> None:
+def test_runs_use_memory_again_and_have_their_own_bits(tiny: Leader) -> None:
     made = []
     create = SharedMemory.create
 
@@ -100,16 +100,15 @@ def test_runs_use_memory_again_and_have_their_own_bits() -> None:
         made.append(nbytes)
         return create(nbytes, keep)  # type: ignore[arg-type]  # it is passed on
 
-    with Leader(TINY, devices=2) as leader:
-        SharedMemory.create = counted  # type: ignore[method-assign]  # a spy
-        try:
-            for seed in range(5):
-                for mode in ("aggressive", "conservative"):
-                    run = leader.sample(labels=[1], steps=9, mode=mode, seed=seed)
-                    ref = drp.reference(TINY, labels=[1], steps=9, mode=mode, seed=seed, devices=2)
-                    assert torch.equal(run.samples, ref.samples)
-        finally:
-            SharedMemory.create = create  # type: ignore[method-assign]  # as it was
+    SharedMemory.create = counted  # type: ignore[method-assign]  # a spy
+    try:
+        for seed in range(5):
+            for mode in ("aggressive", "conservative"):
+                run = tiny.sample(labels=[1] * 6, steps=9, mode=mode, seed=seed)
+                ref = drp.reference(TINY, labels=[1] * 6, steps=9, mode=mode, seed=seed, devices=2)
+                assert torch.equal(run.samples, ref.samples)
+    finally:
+        SharedMemory.create = create  # type: ignore[method-assign]  # as it was
     assert len(made) <= 2
 
 

@@ -14,20 +14,27 @@ import torch
 from torch import Tensor
 
 import drp
-from drp import ExecutionOptions, Leader
+from drp import Leader
 from drp.leader.scheduling.policies import Policy, Waiting
 from drp.sampling.grids import scaled_linear
 from drp.sampling.result import Result
 from drp.sampling.solvers import DDIM
+from tests.conftest import dispatching
 
 MODEL = "tests.denoisers:make_slow_sine"
 DEADLINE = 60.0
 OPTIONS: dict[str, Any] = {"shape": (3, 4), "steps": 20, "seed": 5}
 
 
-@pytest.fixture(scope="module", params=["sync", "async"])
-def leader(request: pytest.FixtureRequest) -> Iterator[Leader]:
-    with Leader(MODEL, devices=2, execution=ExecutionOptions(dispatch=request.param)) as leader:
+@pytest.fixture(scope="module")
+def started() -> Iterator[Leader]:
+    with Leader(MODEL, devices=2) as leader:
+        yield leader
+
+
+@pytest.fixture(params=["sync", "async"])
+def leader(started: Leader, request: pytest.FixtureRequest) -> Iterator[Leader]:
+    with dispatching(started, request.param) as leader:
         yield leader
 
 
@@ -139,13 +146,15 @@ class Empty:
 
 
 @pytest.mark.parametrize("wrong", ["raise", "empty"])
-def test_a_policy_that_fails_ends_the_runs_that_it_was_to_choose_from(wrong: str) -> None:
-    policy = Fickle(wrong=[wrong])
-    with Leader("tests.denoisers:make_free", policy=policy) as leader:
+def test_a_policy_that_fails_ends_the_runs_that_it_was_to_choose_from(wrong: str, started: Leader) -> None:
+    before, started.policy = started.policy, Fickle(wrong=[wrong])
+    try:
         with pytest.raises(RuntimeError, match="the policy chose no run for worker 0: "):
-            leader.submit(shape=(3,), steps=4).result(DEADLINE)
-        policy.wrong.clear()
-        assert leader.sample(shape=(3,), steps=4).steps == 4
+            started.submit(shape=(3,), steps=4).result(DEADLINE)
+        started.policy.wrong.clear()
+        assert started.sample(shape=(3,), steps=4).steps == 4
+    finally:
+        started.policy = before
 
 
 def test_runs_whose_memory_grows_keep_few_descriptors(leader: Leader) -> None:

@@ -12,7 +12,6 @@ from tests.comfyui import CONTROL, PATH, Comfy, spy
 
 # Warnings of ComfyUI and of what it imports are its own.
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore" if PATH else "error"),
 ]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from safetensors import safe_open
@@ -20,10 +18,13 @@ def share_as_asked(samples: Tensor) -> float:
     return float((load_classifier()(samples).argmax(1) == torch.tensor(LABELS)).float().mean())
 
 
-@pytest.fixture(scope="module")
-def digits() -> Iterator[Leader]:
-    with Leader("digits", devices=2) as leader:
-        yield leader
+def test_bits_equal_the_reference(digits: Leader) -> None:
+    for mode in ("sequential", "conservative", "aggressive", "window", "rolling"):
+        run = digits.sample(labels=[0, 1, 2], mode=mode, steps=5, drafts=3)
+        ref = drp.reference("digits", labels=[0, 1, 2], mode=mode, steps=5, drafts=3)
+        assert torch.equal(run.samples, ref.samples), mode
+        assert run.samples.dtype == torch.float32
+        assert run.samples.shape == (3, 1, 28, 28)
 
 
 @pytest.mark.parametrize("mode", ["sequential", "aggressive"])

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from drp import ExecutionOptions, Leader, WorkerError
+from drp import Leader, WorkerError
+from tests.conftest import dispatching
 from tests.denoisers import RAISED, ill
 
 SHAPE = (1, 4, 4)
@@ -18,29 +19,22 @@ DEADLINE = 60.0
 @pytest.fixture(scope="module")
 def ailing() -> Iterator[Leader]:
     """A worker whose denoiser fails as a run asks for."""
-    with Leader("tests.denoisers:make_ailing", draft_timeout=1.5) as leader:
+    with Leader("tests.denoisers:make_ailing") as leader:
         yield leader
 
 
-@pytest.fixture(scope="module")
-def ailing_sync() -> Iterator[Leader]:
-    """The same, dispatched to synchronously."""
-    with Leader("tests.denoisers:make_ailing", execution=ExecutionOptions(dispatch="sync")) as leader:
-        yield leader
-
-
-@pytest.mark.parametrize("leader", ["ailing", "ailing_sync"])
-def test_whatever_a_denoiser_raises_ends_its_run_and_no_worker(leader: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("dispatch", ["sync", "async"])
+def test_whatever_a_denoiser_raises_ends_its_run_and_no_worker(ailing: Leader, dispatch: str) -> None:
     """Among it errors that no message can tell as they are, and those that would end a program."""
-    fixture: Leader = request.getfixturevalue(leader)
-    before = [worker.losses for worker in fixture.workers]
-    for number, error in enumerate(RAISED):
-        cond = ill("make_failing_oddly") | {"raised": torch.tensor(number)}
-        pending = fixture.submit(shape=SHAPE, steps=12, cond=cond)
-        with pytest.raises(WorkerError, match=rf"failed evaluating step \d+ of run \d+: {type(error).__name__}"):
-            pending.result(DEADLINE)
-    assert fixture.sample(shape=SHAPE, steps=3).steps == 3
-    assert [worker.losses for worker in fixture.workers] == before
+    before = [worker.losses for worker in ailing.workers]
+    with dispatching(ailing, dispatch):
+        for number, error in enumerate(RAISED):
+            cond = ill("make_failing_oddly") | {"raised": torch.tensor(number)}
+            pending = ailing.submit(shape=SHAPE, steps=12, cond=cond)
+            with pytest.raises(WorkerError, match=rf"failed evaluating step \d+ of run \d+: {type(error).__name__}"):
+                pending.result(DEADLINE)
+        assert ailing.sample(shape=SHAPE, steps=3).steps == 3
+    assert [worker.losses for worker in ailing.workers] == before
 
 
 @pytest.mark.parametrize(
@@ -67,20 +61,14 @@ def test_a_denoiser_that_fails_ends_its_run_only(ailing: Leader, model: str, wor
     assert [worker.losses for worker in ailing.workers] == before
 
 
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [
-        ("make_dying", r"worker \d \(cpu:\d, process \d+\) was killed by SIGKILL; its crash log is empty"),
-        ("make_crashing", r"was killed by SIGSEGV; its crash log:\n(.|\n)*denoisers.py(.|\n)* in predict"),
-        ("make_hanging", r"worker \d .* has not evaluated step \d+ of run \d+ within 1.5 s \(draft_timeout\)"),
-    ],
-)
-def test_a_draft_that_every_worker_is_lost_with_is_a_clear_error(ailing: Leader, model: str, words: str) -> None:
+def test_a_draft_that_every_worker_is_lost_with_is_a_clear_error(ailing: Leader) -> None:
+    model = "make_crashing"
     with pytest.raises(WorkerError) as error:
         ailing.submit(shape=SHAPE, steps=20, cond=ill(model)).result(DEADLINE)
     assert re.match(
         r"step \d+ of run \d+ was given up, after every worker that evaluated it was lost", str(error.value)
     )
+    words = r"was killed by SIGSEGV; its crash log:\n(.|\n)*denoisers.py(.|\n)* in predict"
     assert re.search(words, str(error.value)), str(error.value)
     # The leader goes on: one step, at a timestep that does no harm, once there is a worker again.
     assert ailing.submit(shape=SHAPE, steps=1, cond=ill(model)).result(DEADLINE).steps == 1

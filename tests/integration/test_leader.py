@@ -8,7 +8,6 @@ import math
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -28,37 +27,26 @@ MODES = ("sequential", "conservative", "aggressive", "window", "rolling")
 
 
 @pytest.fixture(scope="module")
-def three() -> Iterator[Leader]:
-    with Leader(TINY, devices=3) as leader:
+def one() -> Iterator[Leader]:
+    with Leader(TINY, devices=1) as leader:
         yield leader
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_bits_equal_the_reference(tiny: Leader, three: Leader, workers: int) -> None:
-    there = {2: tiny, 3: three}.get(workers)
-    with nullcontext(there) if there else Leader(TINY, devices=workers) as leader:
-        for mode, (seed, batch), steps in itertools.product(MODES, ((0, 1), (11, 3)), (1, 2, 10, 13)):
-            labels = list(range(batch))
-            run = leader.sample(labels=labels, mode=mode, seed=seed, steps=steps)
-            ref = drp.reference(TINY, labels=labels, mode=mode, seed=seed, steps=steps, devices=workers)
-            assert torch.equal(run.samples, ref.samples), (mode, seed, batch, steps)
-            assert (run.rounds, run.evaluations) == (ref.rounds, ref.evaluations)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bits_equal_the_reference(one: Leader, tiny: Leader, workers: int) -> None:
+    """With three workers, see the asynchronous runs and the policies."""
+    leader = one if workers == 1 else tiny
+    for mode, (seed, batch), steps in itertools.product(MODES, ((0, 1), (11, 3)), (1, 2, 10, 13)):
+        labels = list(range(batch))
+        run = leader.sample(labels=labels, mode=mode, seed=seed, steps=steps)
+        ref = drp.reference(TINY, labels=labels, mode=mode, seed=seed, steps=steps, devices=workers)
+        assert torch.equal(run.samples, ref.samples), (mode, seed, batch, steps)
+        assert (run.rounds, run.evaluations) == (ref.rounds, ref.evaluations)
 
 
-def test_bits_of_digits_equal_the_reference() -> None:
-    with Leader("digits", devices=2) as leader:
-        for mode in MODES:
-            labels = [0, 1, 2]
-            run = leader.sample(labels=labels, mode=mode, steps=5, drafts=3)
-            ref = drp.reference("digits", labels=labels, mode=mode, steps=5, drafts=3)
-            assert torch.equal(run.samples, ref.samples), (mode, labels)
-            assert run.samples.dtype == torch.float32
-            assert run.samples.shape == (len(labels), 1, 28, 28)
-
-
-def test_samples_depend_on_drafts_not_on_devices(tiny: Leader, three: Leader) -> None:
+def test_samples_depend_on_drafts_not_on_devices(one: Leader, tiny: Leader) -> None:
     for drafts in (1, 2, 3, 5):
-        results = [each.sample(labels=[1, 2], steps=12, drafts=drafts).samples for each in (tiny, three)]
+        results = [each.sample(labels=[1, 2], steps=12, drafts=drafts).samples for each in (one, tiny)]
         assert torch.equal(*results)
 
 
@@ -170,22 +158,6 @@ def test_a_model_of_ones_own_with_conditions() -> None:
     assert bare.samples.shape == (1, 5)
 
 
-def test_the_leaders_thread_has_one_torch_thread_and_others_keep_theirs() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    counts: dict[str, int] = {}
-    try:
-        with Leader(TINY) as leader:
-            leader.sample(labels=[1], steps=2, callback=lambda k, x: counts.update(leader=torch.get_num_threads()))
-            counts["caller"] = torch.get_num_threads()
-            thread = threading.Thread(target=lambda: counts.update(new=torch.get_num_threads()))
-            thread.start()
-            thread.join(5)
-    finally:
-        torch.set_num_threads(before)
-    assert counts == {"leader": 1, "caller": 2, "new": 2}
-
-
 def test_one_copy_of_the_weights(tiny: Leader) -> None:
     def shared_by(pid: int) -> set[str]:
         lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
@@ -212,9 +184,24 @@ def test_workers_are_pinned_with_one_thread_each(tiny: Leader) -> None:
 
 
 def test_leaders_side_by_side_of_which_one_is_closed_twice(tiny: Leader) -> None:
+    """The other's thread has one torch thread, whatever the program has, whose threads keep theirs."""
     first = tiny.sample(labels=[3], steps=8).samples
-    other = Leader(TINY, devices=1)
-    assert torch.equal(other.sample(labels=[3], steps=8, drafts=2).samples, first)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    counts: dict[str, int] = {}
+    try:
+        other = Leader(TINY, devices=1)
+        run = other.sample(
+            labels=[3], steps=8, drafts=2, callback=lambda k, x: counts.update(leader=torch.get_num_threads())
+        )
+        counts["caller"] = torch.get_num_threads()
+        thread = threading.Thread(target=lambda: counts.update(new=torch.get_num_threads()))
+        thread.start()
+        thread.join(5)
+    finally:
+        torch.set_num_threads(before)
+    assert counts == {"leader": 1, "caller": 2, "new": 2}
+    assert torch.equal(run.samples, first)
     other.close()
     other.close()
     with pytest.raises(RuntimeError, match="closed; make a new one"):

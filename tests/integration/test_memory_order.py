@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import drp
-from drp import ExecutionOptions, Leader
+from drp import Leader
 from drp.errors import ProtocolError
 from drp.protocol.arena import Arena
 from drp.protocol.handles import GpuHandle, Handle
 from drp.protocol.memory import Memory, SharedMemory
+from tests.conftest import dispatching
 
 HANDLE = GpuHandle("GPU-of-the-test", 1 << 16, bytes(64), bytes(64))
 TINY = "tests.denoisers:Tiny"
-SYNC = ExecutionOptions(dispatch="sync")  # asynchronous runs are ordered by semaphores
 
 
 class Late:
@@ -59,26 +60,28 @@ class Late:
 
 
 class Forgetful(Late):
-    """Says nothing after the arena was bound, to two workers."""
+    """Says nothing after the arena was bound, to all workers."""
 
-    said = 0
+    said, workers = 0, 2
 
     def record_event(self) -> None:
         self.said += 1
-        if self.said <= 2:
+        if self.said <= self.workers:
             super().record_event()
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("workers", "batch"), [(2, 1), (1, 3)])
 def test_the_leader_says_what_is_written_before_every_message_that_has_it_read(
-    batch: int, monkeypatch: pytest.MonkeyPatch
+    workers: int, batch: int, monkeypatch: pytest.MonkeyPatch, tiny: Leader
 ) -> None:
-    with Leader(TINY, devices=2, drafts_per_device=batch, execution=SYNC) as leader:
+    monkeypatch.setattr(Forgetful, "workers", workers)
+    own = nullcontext(tiny) if batch == 1 else Leader(TINY, devices=workers, drafts_per_device=batch)
+    with own as leader, dispatching(leader, "sync"):  # Asynchronous runs are ordered by semaphores.
         for make, equal in ((Late, True), (Forgetful, False)):
             monkeypatch.setattr(leader.internals.placement, "allocate", make)
             for mode in ("conservative", "rolling"):
                 run = leader.sample(labels=[1, 2], steps=12, mode=mode)
-                ref = drp.reference(TINY, labels=[1, 2], steps=12, mode=mode, devices=2, drafts_per_device=batch)
+                ref = drp.reference(TINY, labels=[1, 2], steps=12, mode=mode, devices=workers, drafts_per_device=batch)
                 assert torch.equal(run.samples, ref.samples) is equal, (make, mode)
 
 

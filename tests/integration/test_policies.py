@@ -24,7 +24,7 @@ from examples import own_policy as spare
 from examples.own_policy import Spare
 from tests.integration.test_trace import check_format, names
 
-LATE = "emulated:1ms:jitter=50%:straggler=8x@20%"
+LATE = "emulated:1ms:jitter=50%:straggler=8x@20%:link=100us@1GB/s"
 TINY = "tests.denoisers:Tiny"
 SYNC = ExecutionOptions(dispatch="sync")
 
@@ -46,6 +46,7 @@ def test_bits_are_those_of_the_mode_that_a_policy_schedules(late: Leader, name: 
         result = late.sample(labels=[1, 2], steps=17, mode=mode, drafts=drafts)
         assert torch.equal(result.samples, reference.samples)
         assert (result.rounds, result.evaluations) == (reference.rounds, reference.evaluations)
+        assert result.devices == (LATE,) * 3
         assert result.dispatch == ("sync" if POLICIES[name].hedge else "async")
 
 

@@ -23,6 +23,7 @@ from drp.leader.supervision.process import Process, find_interpreter
 from drp.protocol.memory import SharedMemory
 from drp.workers import entry
 from drp.workers.config import WorkerConfig
+from tests.closing import close_all
 
 
 @pytest.fixture
@@ -153,13 +154,8 @@ def test_the_end_of_a_process_that_the_program_itself_reaped_is_noticed() -> Non
     process.close()
 
 
-def closes_all() -> None:
-    os.closerange(0, 256)
-    time.sleep(60)
-
-
 def test_a_process_that_closes_the_sentinel_is_not_waited_for_without_end() -> None:
-    process = Process(find_interpreter(), "some-name", closes_all, ())
+    process = Process(find_interpreter(), "some-name", close_all, ())
     process.start()
     try:
         assert wait([process.sentinel], 60)

@@ -195,30 +195,37 @@ EMPTY = "cae66941d9efbd404e4d88758ea67670"
 """Digest of no weights."""
 
 
-@pytest.mark.parametrize(
-    ("frames", "words"),
-    [
+def test_a_frame_that_is_not_as_long_as_its_row_ends_the_worker_and_not_the_run(folder: Path) -> None:
+    address, run = free_address(), {"shape": (64,), "steps": 12, "mode": "aggressive"}
+    expected = drp.reference("tests.denoisers:make_free", devices=2, **run).samples  # type: ignore[arg-type]  # options
+    wrong: tuple[tuple[list[bytes], str], ...] = (
         ([bytes(257)], r"frames of \[257\] bytes, where \[256\] are due"),
         ([bytes(8 << 20)], r"frames of \[8388608\] bytes, where \[256\] are due"),
         ([], r"frames of \[\] bytes, where \[256\] are due"),
         ([bytes(256)] * 2, r"frames of \[256, 256\] bytes"),
-    ],
-)
-def test_a_frame_that_is_not_as_long_as_its_row_ends_the_worker_and_not_the_run(
-    folder: Path, frames: list[bytes], words: str
-) -> None:
-    address = free_address()
-    worker = FakeWorker(address, folder, "anna")
-    thread = answering(worker, lambda w, bind, draft, _: w.send(Prediction(0, draft.index, draft.row, 0.1), *frames))
+    )
+
+    def dial(number: int) -> tuple[FakeWorker, threading.Thread]:
+        def answer(worker: FakeWorker, bind: Bind, draft: Draft, _: list[bytes]) -> None:
+            worker.send(Prediction(bind.run, draft.index, draft.row, 0.1), *wrong[number][0])
+
+        worker = FakeWorker(address, folder, "anna")
+        return worker, answering(worker, answer)
+
+    worker, thread = dial(0)
     with Leader("tests.denoisers:make_free", devices=["cpu:0", RemoteWorkers(1, address, folder)]) as leader:
-        result = leader.sample(shape=(64,), steps=12, mode="aggressive")
-        thread.join(DEADLINE)
-        message, _ = worker.receive()
-    expected = drp.reference("tests.denoisers:make_free", devices=2, shape=(64,), steps=12, mode="aggressive")
-    assert torch.equal(result.samples, expected.samples)
-    assert re.search(rf"worker 1 \(faked/cpu:0, process 1\) failed sending a message: .*{words}", result.incidents[0])
-    assert isinstance(message, Rejected)
-    worker.close()
+        for number, (_, words) in enumerate(wrong):
+            if number:
+                worker, thread = dial(number)
+                until(lambda: leader.workers[1].state == "ready", "another has taken the lost one's place")
+            result = leader.sample(**run)  # type: ignore[arg-type]  # options
+            thread.join(DEADLINE)
+            message, _ = worker.receive()
+            worker.close()
+            assert torch.equal(result.samples, expected)
+            lost = rf"worker 1 \(faked/cpu:0, process 1\) failed sending a message: .*{words}"
+            assert re.search(lost, result.incidents[0])
+            assert isinstance(message, Rejected)
 
 
 def test_a_prediction_that_is_not_owed_is_written_nowhere_and_clocks_that_differ_are_told_apart(folder: Path) -> None:

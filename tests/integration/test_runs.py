@@ -16,11 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from drp import ExecutionOptions, Leader
+from drp import Leader
 from drp.leader.scheduling.policies import Barrier, LoadAdaptive, RunAffinity
-from tests.conftest import until
+from tests.conftest import dispatching, until
 
-TINY = "tests.denoisers:Tiny"
 DEADLINE = 30.0
 
 ASKED: list[dict[str, Any]] = [
@@ -50,7 +49,7 @@ def test_a_run_that_is_cancelled_ends_within_a_round() -> None:
         if k == 3:
             reached.set()
 
-    with Leader("tests.denoisers:make_slow", devices=2) as leader:
+    with Leader("tests.denoisers:make_slow", devices=1) as leader:
         leader.timeline = []
         pending = leader.submit(shape=(4,), steps=500, callback=watch)
         assert reached.wait(DEADLINE)
@@ -153,8 +152,8 @@ def test_sharing_by_load() -> None:
 
 
 @pytest.mark.parametrize("dispatch", ["sync", "async"])
-def test_a_thousand_rounds_gain_no_memory_and_no_descriptor(dispatch: str) -> None:
-    with Leader(TINY, devices=2, execution=ExecutionOptions(dispatch=dispatch)) as leader:
+def test_a_thousand_rounds_gain_no_memory_and_no_descriptor(dispatch: str, tiny: Leader) -> None:
+    with dispatching(tiny, dispatch) as leader:
         everyone = [psutil.Process(), *(psutil.Process(worker.pid) for worker in leader.workers)]
 
         def use() -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +13,14 @@ import pytest
 import torch
 
 import drp
-from drp import ExecutionOptions, Leader
+from drp import Leader
 from drp.errors import ProtocolError
 from drp.leader.runs.run_state import DraftSlot
 from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import Bind, Rebind, ToWorker, Unbind
 from drp.sampling.run import Task
 from drp.workers.shared_memory_cache import MAX_ENTRIES, SharedMemoryCache
-from tests.conftest import until
+from tests.conftest import dispatching, until
 
 PAGE = 4096
 TINY = "tests.denoisers:Tiny"
@@ -116,18 +117,19 @@ class Watched:
         return [name for name, number in self.told if name != "Unbind" and number == worker]
 
 
-@pytest.fixture(scope="module", params=["sync", "async"])
-def shared(request: pytest.FixtureRequest) -> Iterator[Watched]:
-    with Leader(TINY, devices=2, execution=ExecutionOptions(dispatch=request.param)) as leader:
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Watched]:
+    with Leader(TINY, devices=2) as leader:
         yield Watched(leader)
 
 
-@pytest.fixture
-def watched(shared: Watched) -> Watched:
+@pytest.fixture(params=["sync", "async"])
+def watched(shared: Watched, request: pytest.FixtureRequest) -> Iterator[Watched]:
     """One whose workers keep the memory of a run of another size than a test's."""
-    shared.run(labels=[1] * 7, steps=3)
-    shared.told.clear()
-    return shared
+    with dispatching(shared.leader, request.param):
+        shared.run(labels=[1] * 7, steps=3)
+        shared.told.clear()
+        yield shared
 
 
 def test_a_worker_maps_the_memory_of_runs_once(watched: Watched) -> None:
@@ -196,7 +198,9 @@ def test_nothing_is_left_to_a_lost_workers_successor(watched: Watched) -> None:
     pid = leader.workers[0].pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
+    assert leader.sample(labels=[1], steps=5).steps == 5  # by the other one
     until(lambda: leader.workers[0].pid not in (None, pid) and leader.workers[0].state == "ready")
+    assert re.search(r"worker 0 .* was killed by SIGKILL", leader.workers[0].last_failure)
     watched.told.clear()
     assert torch.equal(watched.run(labels=[1], steps=9), samples)
     assert watched.names() == ["Bind"]

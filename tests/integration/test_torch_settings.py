@@ -13,14 +13,9 @@ import torch
 import drp
 from drp import ExecutionOptions, Leader
 from drp.torch_defaults import SETTINGS
+from tests.conftest import dispatching
 
 RUN: dict[str, Any] = {"labels": [3], "steps": 4, "mode": "aggressive"}
-
-
-@pytest.fixture(scope="module")
-def leader() -> Iterator[Leader]:
-    with Leader("digits", devices=2) as leader:
-        yield leader
 
 
 @contextmanager
@@ -54,6 +49,7 @@ CHANGES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "float64": lambda: changed(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
     "bfloat16": lambda: changed(torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16),
     "device": lambda: torch.device("meta"),
+    "threads": lambda: changed(torch.get_num_threads, torch.set_num_threads, 2),
     "inference mode": torch.inference_mode,
     "no mkldnn": lambda: changed(mkldnn_enabled, set_mkldnn, False),
     "medium precision": lambda: changed(
@@ -72,31 +68,29 @@ def expected() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_setting_of_the_program_changes_no_bit(change: str, leader: Leader, expected: torch.Tensor) -> None:
+def test_a_setting_of_the_program_changes_no_bit(change: str, digits: Leader, expected: torch.Tensor) -> None:
     with CHANGES[change]():
         before = [read() for read, _, _ in SETTINGS]
-        samples = [leader.sample(**RUN).samples, drp.reference("digits", devices=2, **RUN).samples]
+        samples = [digits.sample(**RUN).samples, drp.reference("digits", devices=2, **RUN).samples]
         assert [read() for read, _, _ in SETTINGS] == before
     for each in samples:
         assert each.dtype == torch.float32
         assert torch.equal(each, expected)
 
 
-@pytest.mark.parametrize("dispatch", ["sync", "async"])
-def test_a_leader_that_starts_under_other_defaults_computes_the_same(dispatch: str, expected: torch.Tensor) -> None:
-    with (
-        CHANGES["float64"](),
-        CHANGES["device"](),
-        Leader("digits", devices=1, execution=ExecutionOptions(dispatch=dispatch)) as own,
-    ):
-        samples = own.sample(**RUN, drafts=2).samples
-    assert torch.equal(samples, expected)
+def test_a_leader_that_starts_under_other_defaults_computes_the_same(expected: torch.Tensor) -> None:
+    with CHANGES["float64"](), CHANGES["device"](), Leader("digits", devices=1) as own:
+        samples = [own.sample(**RUN, drafts=2).samples]
+        with dispatching(own, "sync"):
+            samples.append(own.sample(**RUN, drafts=2).samples)
+    for each in samples:
+        assert torch.equal(each, expected)
 
 
-def test_autocast_is_refused_with_the_remedy(leader: Leader) -> None:
+def test_autocast_is_refused_with_the_remedy(digits: Leader) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         with pytest.raises(ValueError, match=r"torch.autocast\('cpu'\) is on .* put it into the denoiser's own code"):
-            leader.submit(**RUN)
+            digits.submit(**RUN)
         with pytest.raises(ValueError, match=r"torch.autocast\('cpu'\) is on"):
             drp.reference("digits", **RUN)
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 import drp
 from bench.rounds import split
-from drp import ExecutionOptions, Leader
+from drp import Leader
 from drp.cli import main
 from drp.leader.events import Timeline
 from drp.trace import read, record, summarise
+from tests.conftest import dispatching
 
 Event = dict[str, Any]
 EMULATED = "emulated:5ms:jitter=20%:values=cheap:link=300us"
@@ -82,14 +83,14 @@ def names(events: list[Event], phase: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def emulated() -> Any:
+def emulated() -> Iterator[Leader]:
     with Leader(CHEAP, devices=[EMULATED] * 2) as leader:
         yield leader
 
 
-@pytest.fixture(scope="module")
-def synchronous() -> Iterator[Leader]:
-    with Leader(CHEAP, devices=[EMULATED] * 2, execution=ExecutionOptions(dispatch="sync")) as leader:
+@pytest.fixture
+def synchronous(emulated: Leader) -> Iterator[Leader]:
+    with dispatching(emulated, "sync") as leader:
         yield leader
 
 
@@ -198,11 +199,9 @@ def test_a_place_that_cannot_be_written_is_refused_before_workers_start(tmp_path
             drp.sample("digits", labels=[1], trace=place)
 
 
-def test_the_command_line_writes_and_reads(tmp_path: Path) -> None:
-    to = ["--trace", str(tmp_path / "run.json"), "--out", str(tmp_path / "out.png")]
-    made = CliRunner().invoke(main, ["sample", "-l", "7", "-n", "6", "-d", "2", *to])
-    assert made.exit_code == 0, made.output
-    check_format(tmp_path / "run.json")
+def test_the_command_line_summarises(tiny: Leader, tmp_path: Path) -> None:
+    with record(tiny, tmp_path / "run.json"):
+        tiny.sample(labels=[7], steps=6)
     said = CliRunner().invoke(main, ["trace", "summary", str(tmp_path / "run.json")])
     assert said.exit_code == 0, said.output
     assert "6 evaluations on 2 device(s), 4 consecutive evaluations per run" in said.output

@@ -12,7 +12,7 @@ import torch
 
 import drp
 from drp import Leader
-from drp.leader.execution import ExecutionOptions
+from tests.conftest import dispatching
 from tests.denoisers import make_free
 
 SLOW = "tests.denoisers:make_slow_sine"
@@ -28,27 +28,29 @@ ASKED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module", params=["sync", "async"])
-def leader(request: pytest.FixtureRequest) -> Iterator[Leader]:
-    with Leader(make_free, devices=2, execution=ExecutionOptions(dispatch=request.param)) as leader:
+@pytest.fixture(scope="module")
+def leader() -> Iterator[Leader]:
+    with Leader(make_free, devices=2) as leader:
         yield leader
 
 
+@pytest.mark.parametrize("dispatch", ["sync", "async"])
 @pytest.mark.parametrize("policy", ["barrier", "eager"])
-def test_bits_rounds_and_evaluations_are_the_references(leader: Leader, policy: str) -> None:
+def test_bits_rounds_and_evaluations_are_the_references(leader: Leader, policy: str, dispatch: str) -> None:
     leader.policy = policy
     for options in ASKED:
         common = {"count": 2, "shape": (3, 2), "steps": 29, **options}
-        run, ref = leader.sample(**common), drp.reference(make_free, **common)
+        with dispatching(leader, dispatch):
+            run, ref = leader.sample(**common), drp.reference(make_free, **common)
         assert torch.equal(run.samples, ref.samples), options
+        assert run.dispatch == dispatch
         assert (run.evaluations, run.evaluated) == (ref.evaluations, ref.evaluated), options
         assert run.rounds <= ref.rounds if policy == "eager" else run.rounds == ref.rounds
 
 
-@pytest.mark.parametrize("dispatch", ["sync", "async"])
-def test_a_lost_worker_changes_no_bit(dispatch: str) -> None:
-    with Leader(SLOW, devices=2, execution=ExecutionOptions(dispatch=dispatch)) as leader:
-        for options in ({"drafts": 8}, {"drafts": 5, "offsets": "even"}):
+def test_a_lost_worker_changes_no_bit() -> None:
+    with Leader(SLOW, devices=2) as leader:
+        for dispatch, options in (("sync", {"drafts": 5, "offsets": "even"}), ("async", {"drafts": 8})):
             common: dict[str, Any] = {"shape": (3,), "steps": 24, **options}
 
             def kill(k: int, state: torch.Tensor) -> None:
@@ -57,8 +59,9 @@ def test_a_lost_worker_changes_no_bit(dispatch: str) -> None:
                     assert pid is not None
                     os.kill(pid, signal.SIGKILL)
 
-            run = leader.submit(**common, callback=kill).result(60)
+            with dispatching(leader, dispatch):
+                run = leader.submit(**common, callback=kill).result(60)
             ref = drp.reference(SLOW, **common)
             assert torch.equal(run.samples, ref.samples)
-            assert (run.rounds, run.evaluated) == (ref.rounds, ref.evaluated)
+            assert (run.rounds, run.evaluated, run.dispatch) == (ref.rounds, ref.evaluated, dispatch)
             assert "SIGKILL" in run.incidents[0]

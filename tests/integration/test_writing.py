@@ -15,19 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import drp
-from drp import ExecutionOptions, Leader
+from drp import Leader
 from drp.leader.scheduling.policies import LoadAdaptive
 from drp.models import load
+from tests.conftest import dispatching
 from tests.writing import KINDS, cond, make_once
 
 MODEL = "tests.writing:make_once"
 SHAPE = (2, 3)
-WAYS: dict[str, dict[str, Any]] = {
-    "async": {"devices": 2, "execution": ExecutionOptions(dispatch="async")},
-    "sync, hedged": {"devices": 2, "policy": LoadAdaptive(hedge=1.1)},
-    "batched, sync": {"drafts_per_device": 2, "execution": ExecutionOptions(dispatch="sync")},
-    "batched, async": {"drafts_per_device": 2, "execution": ExecutionOptions(dispatch="async")},
-}
+WAYS = ("async", "sync, hedged", "batched, sync", "batched, async")
 RUNS = st.fixed_dictionaries(
     {
         "drafts": st.integers(1, 4),
@@ -38,12 +34,25 @@ RUNS = st.fixed_dictionaries(
 )
 
 
+@pytest.fixture(scope="module")
+def two() -> Iterator[Leader]:
+    with Leader(MODEL, devices=2) as leader:
+        yield leader
+
+
+@pytest.fixture(scope="module")
+def batched() -> Iterator[Leader]:
+    with Leader(MODEL, drafts_per_device=2) as leader:
+        yield leader
+
+
 @pytest.fixture(scope="module", params=WAYS)
-def way(request: pytest.FixtureRequest) -> Iterator[tuple[Leader, int]]:
+def way(request: pytest.FixtureRequest, two: Leader, batched: Leader) -> Iterator[tuple[Leader, int]]:
     """A leader, and how many drafts it evaluates as a batch."""
-    options = WAYS[request.param]
-    with Leader(MODEL, **options) as leader:
-        yield leader, options.get("drafts_per_device", 1)
+    two.policy = LoadAdaptive(hedge=1.1) if "hedged" in request.param else "load-adaptive"
+    leader, batch = (batched, 2) if "batched" in request.param else (two, 1)
+    with dispatching(leader, "async" if "async" in request.param else "sync"):
+        yield leader, batch
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -76,7 +76,7 @@ def test_gpus_that_there_are_become_lines(monkeypatch: pytest.MonkeyPatch) -> No
     assert seen(found, "devices=N").seen == "a worker a GPU, N up to 2"
     assert seen(found, "devices='Nxcpu'").seen.startswith("a worker a core, cpu:0")
     # This machine does not see these GPUs: what was tried says so, and drp would do without.
-    assert all("fails" in how and "GPU-1" in how for row in found.ipc for how in row)
+    assert all("does not see the GPU" in how and "GPU-1" in how for row in found.ipc for how in row)
     assert seen(found, "runs' memory").seen.startswith("on the host, pinned, with workers on cuda:0, cuda:1")
     assert "on cuda:0, cuda:1 one a worker" in seen(found, "weights").seen
     shown = Console(width=200, record=True, file=io.StringIO())
@@ -87,8 +87,6 @@ def test_gpus_that_there_are_become_lines(monkeypatch: pytest.MonkeyPatch) -> No
 def test_memory_of_gpus_is_tried_from_a_process_on_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "GpuMemory", on_host.Lent)
     gpus = on_host.GPUS
-    failed = doctor.ipc(gpus[:1])
-    assert "does not see the GPU" in failed[0][0]
     python = str(on_host.interpreter(tmp_path))
     monkeypatch.setattr(doctor, "find_interpreter", lambda: python)
     reached = doctor.ipc(gpus)
