@@ -1,8 +1,7 @@
-"""Several drafts of a round as one batch on one device: the bits are those of a reference that batches alike."""
+"""Several drafts of a round as one batch on one device: see also test_async_runs and test_writing, for the bits."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import threading
@@ -17,19 +16,6 @@ from drp import Leader
 from tests.denoisers import ill
 
 TINY = "tests.denoisers:Tiny"
-
-
-def test_bits_equal_a_reference_that_batches_alike() -> None:
-    """With two workers, see the asynchronous runs."""
-    with Leader(TINY, drafts_per_device=4) as leader:
-        for mode, labels in itertools.product(
-            ("sequential", "conservative", "aggressive", "rolling"), ([3], [1, 2, 4])
-        ):
-            run = leader.sample(labels=labels, mode=mode, steps=13)
-            ref = drp.reference(TINY, labels=labels, mode=mode, steps=13, drafts_per_device=4)
-            assert torch.equal(run.samples, ref.samples), (mode, labels)
-            assert (run.rounds, run.evaluations, run.drafts) == (ref.rounds, ref.evaluations, ref.drafts)
-            assert run.drafts == (1 if mode == "sequential" else 4)
 
 
 def test_batches_are_no_more_messages_than_they_must_be() -> None:

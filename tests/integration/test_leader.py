@@ -34,7 +34,7 @@ def one() -> Iterator[Leader]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_bits_equal_the_reference(one: Leader, tiny: Leader, workers: int) -> None:
-    """With three workers, see the asynchronous runs and the policies."""
+    """With three workers, see the policies."""
     leader = one if workers == 1 else tiny
     for mode, (seed, batch), steps in itertools.product(MODES, ((0, 1), (11, 3)), (1, 2, 10, 13)):
         labels = list(range(batch))

@@ -227,8 +227,10 @@ def test_dpm_solver(steps: int, order: int, algorithm: str, monkeypatch: pytest.
             DPMSolver(make_grid(steps, family="dpm"), order=3, algorithm=algorithm)
         return
     ends = ("zero", "sigma_min") if algorithm.endswith("++") else ("sigma_min",)
-    choices = itertools.product(SPACINGS, ends, ("midpoint", "heun"))
-    for (spacing, end, variant), prediction in zip(choices, itertools.cycle(TURNS)):
+    choices = itertools.product(SPACINGS, ends)
+    # Each variant with each end.
+    variants = itertools.cycle(("midpoint", "heun") if len(ends) == 1 else ("midpoint", "heun", "heun", "midpoint"))
+    for (spacing, end), variant, prediction in zip(choices, variants, itertools.cycle(TURNS)):
         scheduler = diffusers.DPMSolverMultistepScheduler(
             **BETAS,
             solver_order=order,
