@@ -133,7 +133,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `--dist loadgroup`, run a module's tests in one process, and those of all modules that share workers."""
     shared = shared_by_module(items)
     for item in items:
-        item.add_marker(pytest.mark.xdist_group((*shared[item.path], str(item.path))[0]))
+        item.add_marker(pytest.mark.xdist_group((*shared[item.path], item.path.stem)[0]))
 
 
 @pytest.fixture(autouse=True, scope="module")

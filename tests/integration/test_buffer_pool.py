@@ -113,7 +113,7 @@ def test_runs_use_memory_again_and_have_their_own_bits(tiny: Leader) -> None:
 
 
 def test_memory_of_a_run_that_lost_a_worker_is_not_used_again() -> None:
-    with Leader("tests.denoisers:make_slow_sine", devices=2) as leader:
+    with Leader("tests.denoisers:make_slow_sine", devices=1) as leader:
         leader.sample(shape=(3,), steps=4)
         kept = leader.internals.placement.buffer_pool.free
         deadline = time.monotonic() + 60.0
@@ -124,7 +124,7 @@ def test_memory_of_a_run_that_lost_a_worker_is_not_used_again() -> None:
         pending = leader.submit(shape=(3,), steps=40)  # in the same memory
         while pending.rounds < 2:
             time.sleep(0.005)
-        pid = leader.workers[1].pid
+        pid = leader.workers[0].pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         assert pending.result(60.0).incidents
