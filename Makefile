@@ -23,7 +23,7 @@ demo: $(READY) ## Draw digits with two worker processes, into digits.png
 	$(BIN)/drp sample digits --labels 0-9 --rows 4 --steps 48 --devices 2 --mode aggressive --out digits.png
 
 test: $(READY) ## Run the tests, in two processes
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY) ## Run what needs no worker processes, under a minute: while editing
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
@@ -49,7 +49,7 @@ test-oldest: $(READY) ## Run tests with the oldest versions of the dependencies,
 	PYTHONPATH=build/oldest $(BIN)/python -m pytest $(OLDEST)
 
 test-reports: $(READY) ## Run whole comparisons, drp tune and benches, and look at their reports in a browser
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m reports tests/e2e
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m reports tests/e2e
 
 test-quantized: $(READY) ## Run a pipeline that torchao has quantized; the package is kept apart, since diffusers imports it in every worker
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/torchao torchao==0.18.0

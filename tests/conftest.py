@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import psutil
@@ -121,27 +122,37 @@ SHARED = ("tiny", "digits", "pipeline_workers")
 """Session-scoped fixtures that start workers. No test may kill these: it would take them from all others."""
 
 
-def shared_by_module(items: Iterable[pytest.Item]) -> dict[Path, list[str]]:
-    """Return which of the shared workers the tests of each module use."""
-    found: dict[Path, list[str]] = {}
-    for item in items:
-        found.setdefault(item.path, []).extend(name for name in SHARED if name in getattr(item, "fixturenames", ()))
-    return found
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | None:
+    """With `--dist loadfile`, run all files that share workers in one process, so that the workers start once.
+
+    Marks for `--dist loadgroup` would do, but pytest-xdist 3.8 does not see them with pytest 9.
+    """
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]  # it has no types
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # likewise
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return shared_by(config.rootpath / file) or file
+
+    return Scheduling(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup`, run a module's tests in one process, and those of all modules that share workers."""
-    shared = shared_by_module(items)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group((*shared[item.path], item.path.stem)[0]))
+@functools.cache
+def shared_by(file: Path) -> str | None:
+    """Return the shared workers that the tests of a file take as an argument, None if there are none."""
+    text = file.read_text()
+    return next((name for name in SHARED if re.search(rf"\b{name}: (Leader|Workers)\b", text)), None)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _leave_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail the module that leaves a process, shared memory or a socket behind."""
-    shared = shared_by_module(request.session.items)[request.path]
-    for name in shared:
-        request.getfixturevalue(name)  # started before the first look
+    shared = shared_by(request.path)
+    if shared is not None:
+        request.getfixturevalue(shared)  # started before the first look
     before = leftovers()
     yield
     assert not what_stays(before, "memfd:drp-run" if shared else None)  # The workers that stay keep memory of runs.

@@ -201,13 +201,13 @@ def test_a_place_that_cannot_be_written_is_refused_before_workers_start(tmp_path
 
 def test_the_command_line_summarises(tiny: Leader, tmp_path: Path) -> None:
     with record(tiny, tmp_path / "run.json"):
-        tiny.sample(labels=[7], steps=6)
+        tiny.sample(labels=[7], steps=6, mode="sequential")
     said = CliRunner().invoke(main, ["trace", "summary", str(tmp_path / "run.json")])
     assert said.exit_code == 0, said.output
-    assert "6 evaluations on 2 device(s), 4 consecutive evaluations per run" in said.output
+    assert "6 evaluations on 2 device(s), 6 consecutive evaluations per run" in said.output
     assert "How each device spent the time" in said.output
     shown = json.loads(CliRunner().invoke(main, ["trace", "summary", str(tmp_path / "run.json"), "--json"]).stdout)
-    assert [(path["evaluations"], path["rounds"]) for path in shown["paths"]] == [(6, 4)]
+    assert [(path["evaluations"], path["rounds"]) for path in shown["paths"]] == [(6, 6)]
     assert sum(each["evaluations"] for each in shown["workers"]) == 6
     (tmp_path / "other.json").write_text('{"traceEvents": []}')
     refused = CliRunner().invoke(main, ["trace", "summary", str(tmp_path / "other.json")])

@@ -55,13 +55,10 @@ def test_workers_can_open_the_leaders_memory_or_it_says_that_they_cannot(
     assert failed.remedy
 
 
-def test_too_few_files_are_in_the_way() -> None:
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.sched_getaffinity(0)) * doctor.FILES - 1, before[1]))
-    try:
-        found = doctor.examine()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+def test_too_few_files_are_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = len(os.sched_getaffinity(0)) * doctor.FILES - 1
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (few, 10 * few))
+    found = doctor.examine()
     assert [finding.about for finding in found.bad] == ["open files"]
     assert found.bad[0].remedy.startswith("ulimit -n")
 
