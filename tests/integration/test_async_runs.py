@@ -301,7 +301,7 @@ def test_emulated_devices_take_their_time_and_say_so(emulated: Leader) -> None:
     run = emulated.sample(labels=[2], steps=10, mode="aggressive")
     emulated.timeline = None
     assert torch.equal(run.samples, drp.reference(TINY, labels=[2], steps=10, mode="aggressive", devices=2).samples)
-    assert run.device_seconds == pytest.approx(10 * 0.005, rel=0.5)
+    assert 0.999 * 10 * 0.005 <= run.device_seconds <= 2 * run.seconds
     path = summarise(timeline, emulated.devices).paths[0]
     parts = path.compute + path.transfer + path.leader + path.queue
     assert parts == pytest.approx(path.wall)
