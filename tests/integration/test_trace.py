@@ -199,9 +199,9 @@ def test_a_place_that_cannot_be_written_is_refused_before_workers_start(tmp_path
             drp.sample("digits", labels=[1], trace=place)
 
 
-def test_the_command_line_summarises(tiny: Leader, tmp_path: Path) -> None:
-    with record(tiny, tmp_path / "run.json"):
-        tiny.sample(labels=[7], steps=6, mode="sequential")
+def test_the_command_line_summarises(synchronous: Leader, tmp_path: Path) -> None:
+    with record(synchronous, tmp_path / "run.json"):
+        synchronous.sample(shape=(4, 8, 8), steps=6, mode="sequential")
     said = CliRunner().invoke(main, ["trace", "summary", str(tmp_path / "run.json")])
     assert said.exit_code == 0, said.output
     assert "6 evaluations on 2 device(s), 6 consecutive evaluations per run" in said.output
