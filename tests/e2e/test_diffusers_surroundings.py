@@ -147,7 +147,7 @@ def test_a_callback_may_change(what: str, pipeline_workers: Workers) -> None:
     assert not parallel.report.calls[0].sequential
 
 
-def test_numbers_in_a_class_of_the_program_may_change(worker: Workers) -> None:
+def test_numbers_in_a_class_of_the_program_may_change(pipeline_workers: Workers) -> None:
     """Before workers import the class, and by a callback in the middle of a call."""
 
     def change(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def test_numbers_in_a_class_of_the_program_may_change(worker: Workers) -> None:
 
     untouched = call(around(OfClass))
     pipe = around(OfClass)
-    with parallelize(pipe, worker, drafts=1) as parallel:
+    with parallelize(pipe, pipeline_workers, drafts=1) as parallel:
         assert torch.equal(call(pipe), untouched)
     assert not parallel.report.calls[0].sequential
 
