@@ -33,7 +33,15 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PipelineBackend]:
+def other_processes() -> set[psutil.Process]:
+    """Return this process's children before the backend starts its own: workers that other tests share."""
+    return set(psutil.Process().children())
+
+
+@pytest.fixture(scope="module")
+def backend(
+    tmp_path_factory: pytest.TempPathFactory, other_processes: set[psutil.Process]
+) -> Iterator[PipelineBackend]:
     trace = tmp_path_factory.mktemp("http") / "run.json"
     sys.path.append(EXAMPLES)
     try:
@@ -97,13 +105,13 @@ def test_the_images_are_the_pipelines(backend: PipelineBackend) -> None:
     assert 'drp_requests_total{outcome="finished"} 1' in backend.metrics()
 
 
-def test_a_lost_worker_is_told(backend: PipelineBackend) -> None:
+def test_a_lost_worker_is_told(backend: PipelineBackend, other_processes: set[psutil.Process]) -> None:
     assert backend.begin(order(steps=12)).images.result(DEADLINE).facts["notes"] == []  # fewer than 10 would be noted
     begun: SimpleQueue[ProgressEvent] = SimpleQueue()
     work = backend.begin(order(steps=30), begun.put)
     while begun.get(timeout=DEADLINE).step == 0:
         pass
-    worker = psutil.Process().children()[0]
+    worker = (set(psutil.Process().children()) - other_processes).pop()
     worker.kill()
     notes = work.images.result(DEADLINE).facts["notes"]
     assert any(f"process {worker.pid}) was killed by SIGKILL" in note for note in notes)
