@@ -2,16 +2,16 @@
 
 import multiprocessing
 import os
-import time
 from collections.abc import Iterator
 from socket import socket as Socket
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from drp.protocol.codec import decode, encode
-from drp.protocol.messages import TO_LEADER, Draft, Hello, Prediction, Stop, ToLeader
+from drp.protocol.codec import encode
+from drp.protocol.messages import Draft, Hello, Prediction, Stop
 from drp.protocol.transport import LeaderSocket, WorkerSocket
+from tests.leader_socket import receive_one
 
 DEADLINE = 30.0
 WORKERS = 8
@@ -25,16 +25,6 @@ def echo(listener: Socket, leader: int) -> None:
         assert isinstance(message, Draft)
         socket.send(Prediction(message.run, message.index, message.slot, 0.0))
     socket.close()
-
-
-def receive_one(leader: LeaderSocket) -> tuple[bytes, ToLeader]:
-    """Wait for one message; return its sender and the message."""
-    deadline = time.monotonic() + DEADLINE
-    while not (received := leader.receive()):
-        assert time.monotonic() < deadline
-        leader.sleep(deadline - time.monotonic())
-    ((identity, frame),) = received
-    return identity.bytes, decode(frame.bytes, TO_LEADER)
 
 
 @pytest.fixture
@@ -51,11 +41,11 @@ def test_round_trip(benchmark: BenchmarkFixture, leader: LeaderSocket) -> None:
     process = multiprocessing.get_context("spawn").Process(target=echo, args=(listener, os.getpid()), daemon=True)
     process.start()
     listener.close()
-    receive_one(leader)
+    receive_one(leader, DEADLINE)
 
     def there_and_back() -> object:
         leader.send(b"echo", encode(Draft(0, 1, 999.0, 1, 1)))
-        return receive_one(leader)
+        return receive_one(leader, DEADLINE)
 
     assert benchmark(there_and_back) == (b"echo", Prediction(0, 1, 1, 0.0))
     leader.send(b"echo", encode(Stop()))
@@ -67,7 +57,7 @@ def test_dispatch_to_8_workers(benchmark: BenchmarkFixture, leader: LeaderSocket
     sockets = [WorkerSocket(leader.invite(b"%d" % number).detach(), os.getpid()) for number in range(WORKERS)]
     for socket in sockets:
         socket.send(Hello(1, 1))
-        receive_one(leader)
+        receive_one(leader, DEADLINE)
     sent = 0
 
     def dispatch() -> None:

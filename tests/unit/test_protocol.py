@@ -9,7 +9,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 import types
 import typing
 from collections.abc import Callable
@@ -37,10 +36,10 @@ from drp.protocol.messages import (
     Prediction,
     Stop,
     TensorSpec,
-    ToLeader,
     Unbind,
 )
 from drp.protocol.transport import LeaderSocket, WorkerSocket
+from tests.leader_socket import receive_one
 
 KINDS: dict[str, type] = {**TO_WORKER, **TO_LEADER, **client_messages.TO_SERVER, **client_messages.TO_CLIENT}
 
@@ -232,16 +231,6 @@ def connected(leader: LeaderSocket, identity: bytes) -> WorkerSocket:
 DEADLINE = 5.0
 
 
-def receive_one(leader: LeaderSocket) -> tuple[bytes, ToLeader]:
-    """Wait for one message; return its sender and the message."""
-    deadline = time.monotonic() + DEADLINE
-    while not (received := leader.receive()):
-        assert time.monotonic() < deadline
-        leader.sleep(deadline - time.monotonic())
-    ((identity, frame),) = received
-    return identity.bytes, decode(frame.bytes, TO_LEADER)
-
-
 def test_sockets_have_no_name_and_go_away() -> None:
     before = set(Path(tempfile.gettempdir()).iterdir())
     leader = LeaderSocket()
@@ -251,7 +240,7 @@ def test_sockets_have_no_name_and_go_away() -> None:
     assert place.parent == Path(f"/proc/{os.getpid()}/fd")  # where the kernel lets nobody else in
     assert place.parent.stat().st_mode & 0o777 == 0o500
     worker.send(Prediction(1, 2, 3, 0.5))
-    assert receive_one(leader) == (b"someone", Prediction(1, 2, 3, 0.5))
+    assert receive_one(leader, DEADLINE) == (b"someone", Prediction(1, 2, 3, 0.5))
     leader.send(b"someone", encode(Draft(1, 2, 3.0, 4, 5)))
     assert worker.receive(5.0) == Draft(1, 2, 3.0, 4, 5)
     together = (Draft(1, 3, 3.0, 4, 5), Unbind(1), Draft(2, 0, 1.0, 0, 0))
@@ -271,7 +260,7 @@ def test_a_worker_that_was_dismissed_is_heard_no_more() -> None:
         leader.send(b"0", encode(Stop()))
     workers[0].close()
     workers[1].send(Prediction(1, 2, 3, 0.5))
-    assert receive_one(leader) == (b"1", Prediction(1, 2, 3, 0.5))
+    assert receive_one(leader, DEADLINE) == (b"1", Prediction(1, 2, 3, 0.5))
     workers[1].close()
     leader.close()
 
