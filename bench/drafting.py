@@ -197,7 +197,7 @@ def table(ratios: Mapping[str, Mapping[Setting, float]]) -> str:
 @click.command()
 @click.argument("what", type=click.Choice(list(SEEDS)))
 @click.option("--networks", "-w", multiple=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--only", help="Networks, by name, with commas between.")
+@click.option("--only", help="Networks by name, separated by commas.")
 @click.option("--samples", default=8, show_default=True)
 @click.option("--full", is_flag=True, help="All steps and strengths of guidance.")
 @click.option("--group", default="", help="Only the groups of candidates that begin so.")

@@ -68,7 +68,7 @@ class Errors:
 
 @click.command()
 @click.option("--networks", "-w", multiple=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--only", help="Networks, by name, with commas between.")
+@click.option("--only", help="Networks by name, separated by commas.")
 @click.option("--samples", default=8, show_default=True)
 @click.option("--guidance", default=2.0, show_default=True)
 @click.option("--write", is_flag=True, help="Put the rows into the table of docs/drafts.md.")

@@ -61,7 +61,7 @@ def keep(states: dict[int, Tensor], k: int, state: Tensor) -> None:
 
 @click.command()
 @click.option("--networks", "-w", multiple=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--only", help="Networks, by name, with commas between.")
+@click.option("--only", help="Networks by name, separated by commas.")
 @click.option("--samples", default=32, show_default=True)
 @click.option("--drafts", default=8, show_default=True)
 @click.option("--stride", default=5.0, show_default=True)

@@ -218,12 +218,12 @@ def write(out: Path, figures: dict[str, Any]) -> None:
 @click.option(
     "--device", default="cuda:0", show_default=True, help="A GPU; cpu tries the bench out, with small models."
 )
-@click.option("--models", default="unet,dit", show_default=True, help="Which, with commas between.")
+@click.option("--models", default="unet,dit", show_default=True, help="Models, separated by commas.")
 @click.option(
     "--ways",
     default="eager,graphs",
     show_default=True,
-    help="Which: eager, graphs, compiled, with commas between; compiling takes minutes a model.",
+    help="Ways, separated by commas: eager, graphs, compiled; compiling takes minutes a model.",
 )
 @click.option(
     "--memory",

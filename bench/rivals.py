@@ -208,9 +208,9 @@ def cell(found: tuple[Outcome | None, Outcome | None]) -> str:
 
 @click.command()
 @click.option("--networks", "-w", multiple=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--only", help="Networks, by name, with commas between.")
+@click.option("--only", help="Networks by name, separated by commas.")
 @click.option("--devices", "only_devices", type=int, help="Only the rows of this number of devices.")
-@click.option("--ways", help=f"Columns, with commas between, of {', '.join(WAYS)}; by default all.")
+@click.option("--ways", help=f"Columns, separated by commas: {', '.join(WAYS)}; by default all.")
 @click.option("--samples", default=4, show_default=True)
 @click.option("--write", is_flag=True, help="Put the rows into the table of docs/quality.md.")
 def main(

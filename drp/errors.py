@@ -7,7 +7,7 @@ a TimeoutError, and a cancelled run a `concurrent.futures.CancelledError`.
         WorkerError    (RuntimeError)  a worker could not start, raised, died or did not answer
         RefusedError   (RuntimeError)  a server did not take a request, or did not finish it
         CudaError      (RuntimeError)  a call of the CUDA runtime or driver failed
-        ProtocolError                  a message that breaks the protocol
+        ProtocolError                  a message that violates the protocol
 """
 
 from __future__ import annotations
@@ -41,4 +41,4 @@ class CudaError(DRPError, RuntimeError):
 
 
 class ProtocolError(DRPError):
-    """Bytes that are no message, or a message that breaks the protocol."""
+    """Bytes that are not a message, or a message that violates the protocol."""

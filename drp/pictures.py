@@ -24,7 +24,7 @@ def encode_grid(samples: Tensor | NDArray[Any], columns: int, scale: int, border
     """Return such a PNG with a border around each sample."""
     tiles = np.asarray(samples, dtype=np.float32)
     if tiles.ndim != 4 or tiles.shape[1] not in (1, 3):
-        raise ValueError(f"samples of shape {list(tiles.shape)} are no pictures; a picture has 1 or 3 channels")
+        raise ValueError(f"samples of shape {list(tiles.shape)} are not pictures; a picture has 1 or 3 channels")
     tiles = tiles.repeat(scale, axis=2).repeat(scale, axis=3)
     around = (border, border)
     tiles = np.pad(tiles, ((0, -len(tiles) % columns), (0, 0), around, around), constant_values=-1)

@@ -28,7 +28,7 @@ def load_pipeline(name: str, others: Sequence[str] = ()) -> Any:
     if ":" in name:
         made = find_factory(name)()
         if not is_pipeline(made):
-            raise ValueError(f"{name!r} returned a {type(made).__name__}, which is no pipeline of diffusers")
+            raise ValueError(f"{name!r} returned a {type(made).__name__}, which is not a diffusers pipeline")
         return made
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -36,7 +36,7 @@ def load_pipeline(name: str, others: Sequence[str] = ()) -> Any:
             raise ValueError(f"{name!r} is a folder without {INDEX}, so it holds no pipeline")
     elif not _may_be_of_hub(name):
         known = "".join(f"{other}, " for other in others)
-        raise ValueError(f"{name!r} is no folder here, and no hub's name; give {known}{KINDS}")
+        raise ValueError(f"{name!r} is neither a folder nor a name on the hub; give {known}{KINDS}")
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
@@ -44,7 +44,7 @@ def load_pipeline(name: str, others: Sequence[str] = ()) -> Any:
     try:
         return DiffusionPipeline.from_pretrained(str(folder) if folder.is_dir() else name)
     except (OSError, ValueError) as error:
-        where = "" if folder.is_dir() else ", which is no folder here, from the hub or its cache"
+        where = "" if folder.is_dir() else ", which is not a local folder, from the hub or its cache"
         raise ValueError(f"cannot load the pipeline {name!r}{where}: {error}") from error
 
 

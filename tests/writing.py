@@ -14,7 +14,7 @@ KINDS = (
     "mapping",
     "workspace",
     "counter",
-    "exchanged buffer",
+    "replaced buffer",
     "result in a buffer",
     "parameter",
     "view",
@@ -71,7 +71,7 @@ class Writing(nn.Module):
             case "counter":
                 self.count.add_(1)
                 return predicted * self.count
-            case "exchanged buffer":
+            case "replaced buffer":
                 self.scale = self.scale * 2
                 return predicted * self.scale
             case "result in a buffer":
@@ -103,7 +103,7 @@ class Writing(nn.Module):
                 return torch.tanh(x) * at + 0.1 * (e * 0.9)
             case "timestep":
                 return torch.tanh(x) * (at * 0.5) + 0.1 * e
-            case "exchanged buffer":
+            case "replaced buffer":
                 return predicted * 2
             case "parameter":
                 return predicted + (e.view(2) * x.mean()).view(2, 1)
@@ -126,7 +126,7 @@ def make_once() -> Writing:
 
 
 class ExchangingLayer(nn.Module):
-    """A layer around one of a pipeline's own, which exchanges a buffer for an equal one."""
+    """A layer around one of a pipeline's own, which replaces a buffer by an equal one."""
 
     scale: Tensor
 

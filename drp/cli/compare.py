@@ -29,7 +29,7 @@ def _list(kind: type) -> Any:
         try:
             return None if text is None else [kind(part.strip()) for part in text.split(",")]
         except ValueError:
-            raise click.BadParameter(f"{text!r} is no list of numbers with commas between", param=parameter) from None
+            raise click.BadParameter(f"{text!r} is not a comma-separated list of numbers", param=parameter) from None
 
     return parse
 

@@ -31,7 +31,7 @@ def parse_numbers(what: str, text: str) -> list[int]:
     """Parse a list of whole numbers such as `1,28,28`; raise ValueError for other text."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise ValueError(f"{what} is {text!r}; write whole numbers with commas between")
+        raise ValueError(f"{what} is {text!r}; write whole numbers separated by commas")
     return [int(part) for part in parts]
 
 

@@ -111,7 +111,7 @@ def http(
             backend = _pipeline(diffusers, spread, max_work, queue)
         else:
             if trace is not None:
-                raise ValueError("--trace goes with --diffusers; a server has its own leader: drp serve --trace FILE")
+                raise ValueError("--trace needs --diffusers; a server has its own leader: drp serve --trace FILE")
             from drp.client import Client
             from drp.http.socket_backend import SocketBackend
             from drp.server.endpoint import default_address, raise_descriptor_limit

@@ -49,7 +49,7 @@ verbose_option = click.option(
 
 def _extend_path(_: click.Context, __: click.Parameter, folder: Path) -> None:
     if not folder.is_dir():
-        raise click.BadParameter(f"there is no folder {folder}")
+        raise click.BadParameter(f"folder {folder} does not exist")
     path = str(folder.resolve())
     if sys.path[:1] != [path]:  # Workers inherit this process's path.
         sys.path.insert(0, path)
@@ -80,7 +80,7 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
         if name not in known:
             close = difflib.get_close_matches(name, [each for each in known if each], 1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; `{context.command_path} --help` lists the options"
-            raise click.BadParameter(f"{path} has {key!r}, which is no option of `{context.command_path}`{hint}")
+            raise click.BadParameter(f"{path} has {key!r}, which is not an option of `{context.command_path}`{hint}")
         if isinstance(value, dict):
             raise click.BadParameter(f"{path}: {key} is a table; give a value, such as {key} = 1")
         joined = isinstance(value, list) and not known[name].multiple
@@ -119,7 +119,7 @@ class GroupedCommand(click.Command):
         groups: dict[str, list[tuple[str, str]]] = {title: [] for title in (*OPTION_GROUPS, "Options")}
         for parameter in self.get_params(context):
             record = parameter.get_help_record(context)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):
                 groups[titles.get(parameter.name or "", "Options")].append(record)
         for title, records in groups.items():
             if records:

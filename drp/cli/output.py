@@ -30,13 +30,11 @@ def check_file(path: Path, force: bool) -> None:
     if path.is_dir():
         raise ValueError(f"{path} cannot be written: it is a folder")
     if not path.parent.is_dir():
-        raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
+        raise ValueError(f"{path} cannot be written: folder {path.parent} does not exist")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"{path} cannot be written: permission denied")
     if not force and path.exists() and not _is_ours(path):
-        raise ValueError(
-            f"{path} is there already, and drp cannot tell that it has written it; give --force or another name"
-        )
+        raise ValueError(f"{path} already exists, and drp cannot tell if it wrote it; give --force or another name")
 
 
 def _is_ours(path: Path) -> bool:

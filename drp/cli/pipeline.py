@@ -53,7 +53,7 @@ def pipeline_options(command: Callable[..., None]) -> Callable[..., None]:
                 _draw(diffusers, {**options, "prompt": prompt, "negative_prompt": negative_prompt}, given)
                 return
             if prompt is not None or negative_prompt is not None:
-                raise ValueError("a prompt goes with a pipeline; name one by --diffusers")
+                raise ValueError("--prompt needs a pipeline; give --diffusers PATH")
         command(model, **options)
 
     return sample
@@ -63,9 +63,9 @@ def _draw(path: str, options: Mapping[str, Any], given: set[str]) -> None:
     """Sample from the pipeline at `path`; `given` are the names of the options that the user gave."""
     lost = sorted(given - {*KEPT, *ALWAYS})
     if lost:
-        raise ValueError(f"--{lost[0].replace('_', '-')} goes with drp's own models; a pipeline brings that along")
+        raise ValueError(f"--{lost[0].replace('_', '-')} applies to drp's own models only; a pipeline has its own")
     if options["prompt"] is None:
-        raise ValueError("prompt is missing; say by --prompt what the pipeline is to draw")
+        raise ValueError("prompt is missing; give --prompt TEXT")
     arguments = call_arguments(options)
     out: Path = options["out"] or Path("samples.png")
     check_output(out, options["force"])

@@ -34,10 +34,10 @@ def parse_labels(text: str) -> list[int]:
     for part in text.split(",") if text else ():
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"labels {text!r}: {part!r} is no label; write them as 3,1,4 or 0-9")
+            raise ValueError(f"labels {text!r}: {part!r} is not a label; write them as 3,1,4 or 0-9")
         low, high = int(first), int(last or first)
         if high < low or high - low > 100_000:
-            raise ValueError(f"labels {text!r}: {part!r} is no range; write the smaller number first")
+            raise ValueError(f"labels {text!r}: {part!r} is not a range; write the smaller number first")
         labels.extend(range(low, high + 1))
     return labels
 
@@ -94,7 +94,7 @@ def parse_labels(text: str) -> list[int]:
     "-o",
     "--out",
     type=click.Path(path_type=Path),
-    help="Output file, .png, .npy or .safetensors; by default samples.png, or samples.safetensors if samples are no "
+    help="Output file, .png, .npy or .safetensors; by default samples.png, or samples.safetensors if samples are not "
     "pictures.",
 )
 @force_option

@@ -89,7 +89,7 @@ def _parse_call(text: str | None) -> dict[str, Any]:
     try:
         call = json.loads(text) if text is not None else {}
     except json.JSONDecodeError as error:
-        raise ValueError(f"call is {text!r:.80}, which is no JSON: {error}") from None
+        raise ValueError(f"call is {text!r:.80}, which is not valid JSON: {error}") from None
     if not isinstance(call, dict):
         raise ValueError(f"call is {text!r:.80}; give an object with the arguments by name")
     return call
@@ -99,7 +99,7 @@ def _refuse(source: Mapping[str, Any], names: tuple[str, ...], kind: str) -> Non
     default: dict[str, Any] = {"split_guidance": False, "dispatch": "auto"}
     for name in names:
         if source[name] != default.get(name):
-            raise ValueError(f"--{name.replace('_', '-')} goes with {kind}")
+            raise ValueError(f"--{name.replace('_', '-')} applies to {kind} only")
 
 
 def _model(name: str, source: Mapping[str, Any]) -> Subject:

@@ -45,7 +45,7 @@ def to_submit(number: int, given: Options, ways: Mapping[str, Any]) -> tuple[Sub
                 "copy result.samples"
             )
         if name not in Options.__annotations__:
-            raise TypeError(f"there is no option {name!r}; choose among {', '.join(Options.__annotations__)}")
+            raise TypeError(f"unknown option {name!r}; choose one of {', '.join(Options.__annotations__)}")
     options: dict[str, Any] = {name: given.get(name, DEFAULTS[name]) for name in Options.__annotations__}
     for name in ("solver", "mode"):
         if not isinstance(options[name], str):

@@ -108,7 +108,8 @@ def add_distances(store: Store, clip: str | None = None) -> None:
     if UNTOUCHED not in store.results:
         return
     exact, pictures = store.latents(UNTOUCHED), store.images(UNTOUCHED)
-    able, omitted = measures(pictures[0][0].shape, clip) if pictures else ([], {"pictures": "the samples are none"})
+    no_pictures = {"pictures": "the samples are not pictures"}
+    able, omitted = measures(pictures[0][0].shape, clip) if pictures else ([], no_pictures)
     store.results["omitted"] = omitted
     store.results["measures"] = {m.name: {"title": m.title, "better": m.better, "summary": m.summary} for m in able}
     for key, cell in store.results["cells"].items():

@@ -111,7 +111,7 @@ def expand(
             found.setdefault(rounds, setting)
     if not found:
         raise ValueError(
-            f"strides {list(strides)} leave nothing to compare: a window of n drafts moves on by 1 to n steps"
+            f"strides {list(strides)} leave nothing to compare: a window of n drafts advances by 1 to n steps"
         )
     return list(found.values())
 

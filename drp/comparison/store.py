@@ -58,7 +58,7 @@ class Store:
             found = json.loads(path.read_text())
             before, cells = found["facts"], dict(found["cells"])
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path} is no comparison of drp's; name another folder, or use force") from None
+            raise ValueError(f"{path} is not a comparison written by drp; name another folder, or use force") from None
         wanted = self.results["facts"]
         differing = [name for name in {**before, **wanted} if before.get(name) != wanted.get(name)]
         if differing:

@@ -194,7 +194,7 @@ class PipelineCall:
                 self._on_mismatch(UnrecognisedError("the scheduler was given other latents than the denoiser"))
         why_not = self._drafter.why_not(k, x, output) if self._mode.width > 1 else ""
         if why_not and not self._context.always_draft:
-            raise UnrecognisedError(f"{why_not}; always_draft=True drafts all the same")
+            raise UnrecognisedError(f"{why_not}; always_draft=True drafts nevertheless")
         if self._traced is None and step.recorded and not self._has_drawn():
             self._learn(k, x, output)
         elif step.mismatch:
@@ -239,7 +239,7 @@ class PipelineCall:
         drawing = next((record.module for record in self._step.recorded if record.has_drawn), "")
         if drawing and self._drew:  # Once, it may have been another thread.
             raise UnrecognisedError(
-                f"{drawing} draws random numbers, of which workers would draw others; in training mode it may be "
+                f"{drawing} draws random numbers, and workers would draw different ones; in training mode it may be "
                 f"dropout, which {drawing}.eval() turns off; it may also be another thread of this program"
             )
         self._drew |= bool(drawing)
@@ -341,7 +341,7 @@ class PipelineCall:
         number, k = step.position, self._index
         tensors = learned.tensors_of(number, module, args, kwargs)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            raise UnrecognisedError(f"a gradient is to be taken through {module}, which workers cannot do")
+            raise UnrecognisedError(f"a gradient is computed through {module}, which workers cannot do")
         if k is None or self._end is None or k >= self._end or self._stepped is None:
             raise UnrecognisedError("the pipeline takes more steps than its scheduler has timesteps")
         if step.x is None:

@@ -16,7 +16,7 @@ from drp.diffusers.arguments import Argument, argument_of, results_of
 from drp.diffusers.forms import Scale
 from drp.diffusers.learned import UnrecognisedError
 from drp.diffusers.scheduler import Levels, adds_noise, copy_of, why_drafts_differ
-from drp.diffusers.watch import METHODS, exchanged_method
+from drp.diffusers.watch import METHODS, replaced_method
 from drp.sampling.drafts import PAPER, DraftRule
 
 KNOWN = ("model_output", "timestep", "sample")
@@ -76,8 +76,8 @@ class Drafter:
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of the scheduler's `step` by name; raise UnrecognisedError if they can't be drafted."""
-        if (name := exchanged_method(self._scheduler)) is not None:
-            raise UnrecognisedError(f"the scheduler's {name} was exchanged on the object, so no copy has its own")
+        if (name := replaced_method(self._scheduler)) is not None:
+            raise UnrecognisedError(f"the scheduler's {name} was replaced on the object, so no copy has its own")
         arguments: dict[str, Any] = dict(self._signature.bind(self._scheduler, *args, **kwargs).arguments)
         missing = [name for name in KNOWN if name not in arguments]
         if missing:
@@ -120,7 +120,7 @@ class Drafter:
         """Return the index of the first step's timestep; second-order schedulers have each timestep twice."""
         same: list[int] = (self.timesteps == (t.cpu() if isinstance(t, Tensor) else t)).nonzero().flatten().tolist()
         if not same:
-            raise UnrecognisedError(f"timestep {t} is none of the scheduler's")
+            raise UnrecognisedError(f"timestep {t} is not one of the scheduler's")
         if len(same) > 1 and hasattr(self._scheduler, "_init_step_index"):
             asked = copy_of(self._scheduler, METHODS)
             asked._init_step_index(t)

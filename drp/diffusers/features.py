@@ -33,7 +33,7 @@ def casts_of(module: nn.Module, path: str) -> list[list[str]]:
     if (config := getattr(module, "_cache_config", None)) is not None:
         name = type(config).__name__.removesuffix("Config")
         raise UnknownValueError(
-            f"{path} has {name} enabled, which takes results over from one step to the next; call disable_cache()"
+            f"{path} has {name} enabled, which reuses results of earlier steps; call disable_cache()"
         )
     hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
     for name, hook in hooks.items():

@@ -168,7 +168,7 @@ class Learned:
             raise UnrecognisedError(f"{module} was called once more")
         call = self.program.calls[number]
         if call.module != module:
-            raise UnrecognisedError(f"{module} was called in the place of {call.module}")
+            raise UnrecognisedError(f"{module} was called in place of {call.module}")
         try:
             description, tensors, _ = flatten((list(args), kwargs))
         except UnknownValueError as error:

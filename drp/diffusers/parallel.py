@@ -41,7 +41,7 @@ class Parallel:
     Its state is held by:
 
         the denoising modules   `originals`, `_modules`, `_hooks`, `_described`, `offload`
-        the schedulers          `_schedulers`, `_watched` (also those exchanged since), `_methods`
+        the schedulers          `_schedulers`, `_watched` (also those replaced since), `_methods`
         the workers             `_evaluator`; `_publisher` and `_pretrained`, by which they get the modules
         the call under way      `_call`, `_fresh` (the next one begins), `_latest`, `_thread`, `_overtaken`
     """
@@ -50,7 +50,7 @@ class Parallel:
         self.report = Report()
         self._pipe, self._modes, self._split, self._always_draft = pipe, modes, split, always_draft
         self.originals = {name: OriginalForward(getattr(pipe, name)) for name in names}
-        """The modules as the pipeline calls them without drp, including exchanged ones."""
+        """The modules as the pipeline calls them without drp, including replaced ones."""
         self._modules = {name: original.module for name, original in self.originals.items()}
         self.offload = ModelOffload(pipe, names)
         self._schedulers: dict[str, Any] = {}
@@ -122,8 +122,8 @@ class Parallel:
         elif getattr(self._pipe, name) is module:
             setattr(self._pipe, name, compiled)
 
-    def _follow_exchanges(self) -> None:
-        """Replace `forward` in the modules that the pipeline has now, if some were exchanged or compiled."""
+    def _follow_replacements(self) -> None:
+        """Replace `forward` in the modules that the pipeline has now, if some were replaced or compiled."""
         for name, known in self._modules.items():
             module = getattr(self._pipe, name, None)
             if not isinstance(module, nn.Module) or (module is known and COMPILED not in vars(known)):
@@ -138,7 +138,7 @@ class Parallel:
             self._hook(name)
 
     def _watch(self) -> None:
-        """Watch the pipeline's schedulers, including exchanged ones."""
+        """Watch the pipeline's schedulers, including replaced ones."""
         if self._schedulers and all(getattr(self._pipe, n, None) is known for n, known in self._schedulers.items()):
             return
         self._schedulers = schedulers_by_name(self._pipe)
@@ -159,7 +159,7 @@ class Parallel:
                 try:
                     return self._call.step(original, args, kwargs)
                 finally:
-                    self._follow_exchanges()
+                    self._follow_replacements()
         return original(*args, **kwargs)
 
     def _set_timesteps(
@@ -171,7 +171,7 @@ class Parallel:
                 self._overtaken.add(self._thread)
             self._overtaken.discard(here)
             self._thread, self._latest, self._fresh = here, scheduler, True
-            self._follow_exchanges()
+            self._follow_replacements()
             return original(*args, **kwargs)
 
     def _check_thread(self) -> None:

@@ -46,9 +46,9 @@ def make_pipeline_mode(
     given = {"stride": stride, "target_speedup": target_speedup, "target_rounds": target_rounds}
     names = [name for name, value in given.items() if value is not None]
     if not isinstance(mode, str) and names:
-        raise ValueError(f"mode is {mode}, an object that says itself by how much it moves on; leave out {names[0]}")
+        raise ValueError(f"mode is {mode}, an object that defines its own stride; leave out {names[0]}")
     if len(names) > 1:
-        raise ValueError(f"{' and '.join(names)} are given, each of which says by how much a window moves on; give one")
+        raise ValueError(f"{' and '.join(names)} are given, but each of them sets the window's stride; give one")
     chosen = find_rule(rule) if rule is not None else None
     if isinstance(mode, str) and names and names != ["stride"]:
         if mode != "window":

@@ -43,7 +43,7 @@ def flatten(value: Any, path: str = "") -> tuple[Json, list[Tensor], list[str]]:
             return {"map": items} if kind is dict else {"record": name_of(kind), "items": items}
         if kind in (torch.dtype, torch.device):
             return {kind.__name__: str(value).removeprefix("torch.")}
-        raise UnknownValueError(f"{path or 'an argument'} is a {kind.__name__}, which cannot be handed to workers")
+        raise UnknownValueError(f"{path or 'an argument'} is a {kind.__name__}, which cannot be sent to workers")
 
     return walk(value, path), tensors, paths
 
@@ -85,5 +85,5 @@ def name_of(thing: Any) -> str:
 
 def _key(key: Any, path: str) -> Any:
     if type(key) not in PLAIN:
-        raise UnknownValueError(f"{path or 'an argument'} has the key {key!r:.40}, which cannot be handed to workers")
+        raise UnknownValueError(f"{path or 'an argument'} has the key {key!r:.40}, which cannot be sent to workers")
     return key

@@ -155,10 +155,10 @@ class Predictions:
         residual = _apart(x, self._drafts[k])
         self._report.residuals[k] = residual
         if stepped is not None and _apart(x, stepped) > JUMP:
-            self._report.notes["drafts were given up: the latents were exchanged between two steps"] += 1
+            self._report.notes["drafts were given up: the latents were replaced between two steps"] += 1
             self._jumps += 1
             if self._jumps > MOST_JUMPS:
-                raise UnrecognisedError("the latents are exchanged between steps again and again", final=True)
+                raise UnrecognisedError("the latents are replaced between steps repeatedly", final=True)
             self._begin(k)
             return True
         if self._residuals is not None:

@@ -1,7 +1,7 @@
 """The structure of a module, pickled without its tensors, so that a worker can rebuild it around the same weights.
 
 As in `torch.save`, the pickle has persistent ids in place of tensors, whose memory is shared. The live objects are
-pickled, including loaded LoRAs, exchanged attention processors, fused layers and quantized weights. A pickle reaches a
+pickled, including loaded LoRAs, replaced attention processors, fused layers and quantized weights. A pickle reaches a
 worker through this process's shared memory, signed with the key that `multiprocessing` gives its children when they
 start, and never through a socket.
 
@@ -128,7 +128,7 @@ class _Contents:
         self._attributes = [
             (operator.itemgetter(*(name for name in c if name not in HOOKS)), c) for c in dicts if "_forward_hooks" in c
         ]
-        """Functions that return the exchangeable containers of modules, and the containers."""
+        """Functions that return the replaceable containers of modules, and the containers."""
         self._lists = [c for c in containers if isinstance(c, list)]
         self._tables = [c for c in containers if isinstance(c, types.MappingProxyType)]
         self._lengths, self._items = list(map(len, self._containers)), list(self._all())
@@ -197,7 +197,7 @@ def describe(module: nn.Module, ours: Callable[[Any], bool] = lambda value: Fals
             raise
         raise type(error)(f"{_find_culprit(module, ours)}: {error}") from error
     except Exception as error:  # Objects that cannot be pickled may raise any error.
-        raise UnknownValueError(f"{_find_culprit(module, ours)} cannot be handed to workers: {error}") from error
+        raise UnknownValueError(f"{_find_culprit(module, ours)} cannot be sent to workers: {error}") from error
     return Described(file.getvalue(), pickler.tensors, pickler.is_weight, pickler.containers, pickler.is_opaque)
 
 
@@ -299,7 +299,7 @@ class _Pickler(pickle.Pickler):
             self._kinds.add(cls)
             if (method := patched_method(cls)) is not None:
                 raise PatchedClassError(
-                    f"{method} was exchanged in the class after its module was imported, and workers import the "
+                    f"{method} was replaced in the class after its module was imported, and workers import the "
                     "class without that; undo it, or make a subclass in a module of its own"
                 )
             self.containers.append(vars(cls))
@@ -321,7 +321,7 @@ class _Pickler(pickle.Pickler):
             elif name == "forward":
                 if not (self._ours(value) or casts or has_own_forward(module)):
                     raise UnknownValueError(
-                        f"{path}.forward was exchanged on the object, by a hook or by hand; undo that"
+                        f"{path}.forward was replaced on the object, by a hook or by hand; undo that"
                     )
             elif name not in LEFT_OUT and not self._ours(value):
                 state[name] = value

@@ -62,7 +62,7 @@ def schedulers_by_name(pipe: Any) -> dict[str, Any]:
     return {name: component for name, component in components.items() if is_scheduler(component)}
 
 
-def exchanged_method(scheduler: Any) -> str | None:
+def replaced_method(scheduler: Any) -> str | None:
     """Return the name of a method that was replaced on the object, None if there is none."""
     kind = type(scheduler)
     name: str

@@ -134,9 +134,9 @@ def _answer_errors(app: FastAPI) -> None:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"][1:]))
         if first["type"] == "json_invalid":
-            return _refusal(400, f"the body is no JSON: {first['ctx']['error']}, at character {name}")
+            return _refusal(400, f"the body is not valid JSON: {first['ctx']['error']}, at character {name}")
         if not name:
-            return _refusal(400, "the body is no object; send JSON as Content-Type application/json")
+            return _refusal(400, "the body is not an object; send JSON as Content-Type application/json")
         if name == "response_format":
             return _refusal(400, "response_format: images are in the answer alone; ask for 'b64_json'", name)
         return _refusal(400, f"{name}: {first['msg']}", name)

@@ -149,7 +149,7 @@ def _on_gpu(name: str, turn: int, find: Callable[[], tuple[Gpu, ...]], cores: Se
     """Return the device for a GPU's name."""
     wanted = name.partition(":")[2]
     if not re.fullmatch(r"cuda(:(\d{1,4}|(GPU-|MIG-)?[0-9a-fA-F-]{4,40}))?", name):
-        raise ValueError(f"device {name!r} is none; write cuda, cuda:0, or cuda: and a UUID as nvidia-smi -L prints it")
+        raise ValueError(f"device {name!r} is not a GPU; write cuda, cuda:0, or cuda: and a UUID from nvidia-smi -L")
     try:
         gpus = find()
     except ValueError as error:
@@ -198,8 +198,8 @@ def _emulated_option(option: str) -> dict[str, Any]:
     if key == "values" and value in typing.get_args(Values):
         return {"values": value}
     raise ValueError(
-        f"{option!r} is no option of an emulated device; "
-        "give jitter=10%, straggler=3x@5%, link=50us@10GB/s or values=cheap (recorded, model), colons between"
+        f"{option!r} is not an option of an emulated device; "
+        "give jitter=10%, straggler=3x@5%, link=50us@10GB/s or values=cheap (recorded, model), separated by colons"
     )
 
 
@@ -207,7 +207,7 @@ def parse_time(text: str) -> float:
     """Parse a time such as `20ms`, `500us` or `1s`, in seconds; raise ValueError if the text is not a time."""
     found = re.fullmatch(f"{NUMBER}(s|ms|us)", text)
     if not found or float(found[1]) * SECONDS[found[2]] > MAX_SECONDS:
-        raise ValueError(f"{text!r} is no time up to {MAX_SECONDS} s; write 20ms, 500us or 1s")
+        raise ValueError(f"{text!r} is not a time up to {MAX_SECONDS} s; write 20ms, 500us or 1s")
     return float(found[1]) * SECONDS[found[2]]
 
 
@@ -221,7 +221,7 @@ def parse_bytes(text: str) -> int:
     """Parse a size such as `64KiB` or `8MiB`, in bytes; raise ValueError if the text is not a size."""
     found = re.fullmatch(f"{NUMBER}(KiB|MiB|GiB)", text)
     if not found:
-        raise ValueError(f"{text!r} is no size; write 64KiB, 8MiB or 1GiB")
+        raise ValueError(f"{text!r} is not a size; write 64KiB, 8MiB or 1GiB")
     return round(float(found[1]) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[found[2]])
 
 
@@ -229,7 +229,7 @@ def parse_rate(text: str) -> float:
     """Parse a rate such as `10GB/s`, in bytes per second; raise ValueError if the text is not a rate above 0."""
     found = re.fullmatch(f"{NUMBER}([GMK]B/s)", text)
     if not found or not float(found[1]):
-        raise ValueError(f"{text!r} is no rate above 0; write 10GB/s, 500MB/s or 100KB/s")
+        raise ValueError(f"{text!r} is not a rate above 0; write 10GB/s, 500MB/s or 100KB/s")
     return float(found[1]) * BYTES[found[2]]
 
 

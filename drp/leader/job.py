@@ -120,7 +120,7 @@ def solver_of(request: Request) -> Solver:
     if not isinstance(request.solver, str):
         if request.grid or request.solver_options or request.strength != 1.0:
             raise ValueError(
-                "grid, solver_options and strength go with a solver's name; this one is made already, so set them there"
+                "grid, solver_options and strength apply to a solver's name; this solver is an object: set them there"
             )
         return request.solver
     steps = check_whole("steps", request.steps, 1, MAX_STEPS)
@@ -139,7 +139,7 @@ def solver_of(request: Request) -> Solver:
     numbers = np.concatenate((own.timesteps, own.alphas, own.sigmas, [own.start]))
     if not np.all(np.isfinite(numbers)) or np.max(np.abs(numbers)) > MAX_TIMESTEP:
         raise ValueError(
-            f"grid {dict(grid)!s:.200} leads to timesteps or noise levels that are no finite numbers within "
+            f"grid {dict(grid)!s:.200} leads to timesteps or noise levels that are not finite numbers within "
             f"{MAX_TIMESTEP:g}; leave out what is extreme in it"
         )
     return solver
@@ -152,7 +152,7 @@ def _start(request: Request, solver: Solver, noise: Tensor) -> Tensor:
     image = request.image
     if not isinstance(image, Tensor) or not image.is_floating_point() or image.shape != noise.shape:
         got = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
-        raise ValueError(f"image is {got}; give floating point numbers of shape {list(noise.shape)}, one a sample")
+        raise ValueError(f"image is {got}; give floating point numbers of shape {list(noise.shape)}, one per sample")
     alpha, sigma = solver.at(0)
     return alpha * image.to(noise.dtype) + sigma * noise
 
@@ -202,7 +202,7 @@ def _mode(request: Request, devices: int, steps: int, noise: bool) -> Mode:
             )
     elif any(getattr(request, given) is not None for given in OF_NAMED_MODES):
         raise ValueError(
-            f"mode is {request.mode}, an object that says itself how drafts are made and how many; leave out "
+            f"mode is {request.mode}, an object that defines its own drafts and their number; leave out "
             f"{', '.join(OF_NAMED_MODES)}"
         )
     else:
@@ -212,7 +212,7 @@ def _mode(request: Request, devices: int, steps: int, noise: bool) -> Mode:
     if check_whole("warmup", request.warmup, 0, MAX_STEPS):
         mode = Warmup(mode, request.warmup)
     if mode.width > MAX_DRAFTS:
-        raise ValueError(f"{mode.width} drafts a round; at most {MAX_DRAFTS}")
+        raise ValueError(f"{mode.width} drafts per round; at most {MAX_DRAFTS}")
     return mode.for_steps(steps)
 
 
@@ -247,7 +247,7 @@ def _offsets(offsets: Any) -> str | tuple[int, ...] | None:
 def _labels(labels: Sequence[int] | Tensor | None, spec: ModelSpec) -> Tensor | None:
     if labels is None:
         if spec.classes is not None:
-            raise ValueError(f"labels are missing; this model needs one a sample, from 0 to {spec.classes - 1}")
+            raise ValueError(f"labels are missing; this model needs one per sample, from 0 to {spec.classes - 1}")
         return None
     try:
         given = torch.as_tensor(labels, device="cpu")
@@ -269,7 +269,7 @@ def _count(count: int | None, labels: Tensor | None) -> int:
         return 1 if labels is None else len(labels)
     check_whole("count", count, 1, MAX_SAMPLES)
     if labels is not None and len(labels) != count:
-        raise ValueError(f"count is {count}, but there are {len(labels)} labels; give one a sample")
+        raise ValueError(f"count is {count}, but there are {len(labels)} labels; give one per sample")
     return count
 
 
@@ -292,7 +292,7 @@ def _cond(request: Request, spec: ModelSpec) -> dict[str, Tensor]:
         if not isinstance(name, str) or not 0 < len(name) <= 200 or not isinstance(value, Tensor):
             raise ValueError(f"cond[{name!r:.80}] is a {type(value).__name__}; cond holds tensors by name")
         if not is_text(name):
-            raise ValueError(f"cond[{name!r:.80}]: the name has characters that are none (lone surrogates)")
+            raise ValueError(f"cond[{name!r:.80}]: the name contains lone surrogates, which are not characters")
         if value.is_meta or value.is_nested:
             raise ValueError(f"cond[{name!r}] is a nested tensor, or one without values; give a dense tensor")
         if value.dim() > MAX_DIMENSIONS or value.dtype not in NAMES or value.layout != torch.strided:

@@ -48,9 +48,7 @@ class MessageHandler:
                 return
             case Prediction() | EvaluationError() | Bound():
                 self.on_worker_lost(
-                    self._supervisor.mark_dead(
-                        worker_slot, f"{worker_slot.worker} sent {message}, which it does not owe"
-                    )
+                    self._supervisor.mark_dead(worker_slot, f"{worker_slot.worker} sent an unexpected {message}")
                 )
             case _:
                 if loss := self._supervisor.on_message(worker_slot, message):

@@ -60,7 +60,7 @@ def open_array(data: TensorData, library: Library) -> Any:
     """Map an array that a peer shares; raise ProtocolError if it does not match its description."""
     nbytes = count_bytes(data)
     if data.memory is None or data.frame is not None:
-        raise ProtocolError("an array in a frame where one in shared memory is due")
+        raise ProtocolError("an array is in a frame instead of shared memory")
     if nbytes > data.memory.nbytes:
         raise ProtocolError(f"{list(data.shape)} of {data.dtype} does not fit into {data.memory.nbytes} bytes")
     descriptor = open_memfd(data.memory)

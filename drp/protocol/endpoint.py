@@ -178,7 +178,7 @@ def _private(address: str) -> Path:
     """Return the path of an ipc address; its directory, created if missing, must be accessible to this user only."""
     path = Path(address.removeprefix("ipc://")).absolute()
     if len(str(path)) > MAX_PATH:
-        raise ValueError(f"{address!r} is no address; give ipc:// and a path of at most {MAX_PATH} characters")
+        raise ValueError(f"{address!r} is not an address; give ipc:// and a path of at most {MAX_PATH} characters")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     facts = path.parent.lstat()
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o077:

@@ -65,7 +65,7 @@ class FrameReader:
         """Return the bytes of an inline tensor; raise ProtocolError if they do not match the message."""
         nbytes = count_bytes(data)
         if data.frame is None or data.memory is not None:
-            raise ProtocolError("a tensor in shared memory where one in a frame is due")
+            raise ProtocolError("a tensor is in shared memory instead of a frame")
         frame = self._frames[data.frame - 1] if data.frame <= len(self._frames) else None
         if frame is None:
             raise ProtocolError(f"frame {data.frame} is missing, or named twice")

@@ -133,7 +133,7 @@ class Window(Wide):
 
     def __post_init__(self) -> None:
         if not 1 <= self.stride <= self.n:
-            raise ValueError(f"stride is {self.stride:g}; a window of {self.n} drafts moves on by 1 to {self.n} steps")
+            raise ValueError(f"stride is {self.stride:g}; a window of {self.n} drafts advances by 1 to {self.n} steps")
 
     def rounds(self, steps: int) -> Rounds:
         yield Round(0, (0,))

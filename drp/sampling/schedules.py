@@ -66,7 +66,7 @@ def alpha_bars(schedule: str | Float64s, zero_snr: bool = False) -> Float64s:
         values = np.asarray(schedule, dtype=np.float64)
         if values.ndim != 1 or len(values) < 2 or not (np.all(np.diff(values) < 0) and 0 <= values[-1] < values[0] < 1):
             raise ValueError(
-                "schedule is no falling row of numbers between 0 and 1; give alpha-bar, as in cumprod(1 - beta)"
+                "schedule is not a decreasing sequence of numbers between 0 and 1; give alpha-bar: cumprod(1 - beta)"
             )
     return zero_terminal_snr(values) if zero_snr else values
 

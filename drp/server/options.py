@@ -59,7 +59,7 @@ def check_samples(submit: Submit, spec: ModelSpec, local: bool) -> None:
         raise ValueError("memory is true, which an ipc:// address alone allows")
     nbytes = nbytes_of_samples(submit, spec)
     if nbytes == 0:
-        raise ValueError(f"samples of shape {list(shape_of_samples(submit, spec))} are none; give sizes from 1")
+        raise ValueError(f"samples of shape {list(shape_of_samples(submit, spec))} are empty; give sizes from 1")
     if nbytes > MAX_FRAME_NBYTES:
         raise ValueError(f"samples of {nbytes} bytes; at most {MAX_FRAME_NBYTES}: ask for fewer")
 

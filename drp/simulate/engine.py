@@ -261,7 +261,7 @@ class _Simulation:
         if min(answer, timer) == float("inf"):
             if not self.runs and not self.arrivals:
                 return
-            raise RuntimeError("nothing is due, and runs are left: the mode or the policy leaves drafts waiting")
+            raise RuntimeError("no event is left, but runs are: the mode or the policy leaves drafts waiting")
         first = answer > self.now
         if first and answer <= timer:
             self.now = answer + self._some(self.costs.wake_long if answer - self.now > SLEEP else self.costs.wake_short)

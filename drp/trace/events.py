@@ -58,7 +58,7 @@ def read(path: str | Path) -> tuple[Timeline, tuple[str, ...], int]:
         timeline = [event._replace(times=tuple(event.times), steps=tuple(event.steps)) for event in timeline]
         return timeline, tuple(found["devices"]), int(found["dropped"])
     except (KeyError, TypeError, IndexError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no trace of drp's ({error!r}); write one with --trace") from None
+        raise ValueError(f"{path} is not a trace written by drp ({error!r}); write one with --trace") from None
 
 
 def _names(devices: Sequence[str]) -> Iterator[Event]:

@@ -76,7 +76,7 @@ class DraftAndRefine:
         """Return a sampler that drafts; raise ValueError for devices that there are not."""
         function = getattr(sampler, "sampler_function", None)
         if function is None:
-            raise ValueError(f"{type(sampler).__name__} is no sampler with a function; connect a KSamplerSelect")
+            raise ValueError(f"{type(sampler).__name__} is not a sampler with a function; connect a KSamplerSelect")
         name = getattr(function, "__name__", "")
         why = next((reason for word, reason in UNSUITED.items() if word in name), "")
         if why:

@@ -78,7 +78,7 @@ def never(*_: object, **__: object) -> None:
         (["--steps", "0"], "0 is not in the range x>=1"),
         (["--labels", "11"], "label 11 is out of range; this model has the classes 0 to 9"),
         (["--labels", "3-1"], "write the smaller number first"),
-        (["--labels", "three"], "'three' is no label"),
+        (["--labels", "three"], "'three' is not a label"),
         (["--devices", "0"], "devices is 0"),
         (["--devices", "tpu:0"], "device 'tpu:0' does not exist"),
         (["--rows", "0"], "0 is not in the range x>=1"),
@@ -96,7 +96,7 @@ def never(*_: object, **__: object) -> None:
         (["--order", "2"], "solver_options holds 'order'"),
         (["--target-speedup", "100"], "target_speedup is 100"),
         (["--config", "nowhere.toml"], "nowhere.toml cannot be read"),
-        (["--app-dir", "nowhere"], "there is no folder nowhere"),
+        (["--app-dir", "nowhere"], "folder nowhere does not exist"),
         (["tests.denoisers:make_free", "--mode", "agressive"], "'agressive' is not one of"),
         (["tests.denoisers:make_free", "--shape", "3,8,8", "--eta", "1", "--solver", "unipc"], "holds 'eta'"),
         (["tests.denoisers:make_free", "--shape", "4,8,8", "--out", "out.png"], "a picture has 1 or 3 channels"),
@@ -197,10 +197,10 @@ def test_a_file_that_drp_has_not_written_is_not_overwritten(tmp_path: Path) -> N
     check_file(trace, force=False)
     trace.write_text('{"name": "package"}')
     for path in (tmp_path / "out.npy", tmp_path / "photo.png"):
-        with pytest.raises(ValueError, match=r"is there already.* give --force"):
+        with pytest.raises(ValueError, match=r"already exists.* give --force"):
             check_output(path, force=False)
         check_output(path, force=True)
-    with pytest.raises(ValueError, match=r"is there already.* give --force"):
+    with pytest.raises(ValueError, match=r"already exists.* give --force"):
         check_file(trace, force=False)
 
 
@@ -229,7 +229,7 @@ def test_a_configuration_file_says_the_defaults(tmp_path: Path, given: dict[str,
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("step = 24", "has 'step', which is no option of `main sample`; did you mean 'steps'?"),
+        ("step = 24", "has 'step', which is not an option of `main sample`; did you mean 'steps'?"),
         ('mode = "fast"', "'fast' is not one of"),
         ("steps = 0", "0 is not in the range"),
         ("steps", "cannot be read"),

@@ -183,7 +183,7 @@ def test_emulated_devices_that_cannot_keep_their_time(tmp_path: Path) -> None:
         ({"turns": 0}, "turns 0"),
         ({"max_distance": -1.0}, "max_distance is -1.0"),
         ({"mode": "window"}, "mode is given, but a comparison tries several"),
-        ({"strides": [3.0]}, "a window of n drafts moves on by 1 to n"),
+        ({"strides": [3.0]}, "a window of n drafts advances by 1 to n"),
     ],
 )
 def test_what_cannot_be_is_refused_first(
@@ -199,7 +199,7 @@ def test_other_files_stay(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a folder with other things in it"):
         compare("digits", **ASKED, out=tmp_path)
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match="no comparison of drp's"):
+    with pytest.raises(ValueError, match="not a comparison written by drp"):
         compare("digits", **ASKED, out=tmp_path)
 
 
@@ -246,11 +246,11 @@ def test_an_interrupted_comparison_leaves_a_report_and_goes_on(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["digitz"], "'digitz' is no folder here, and no hub's name; give digits, a pipeline's folder"),
+        (["digitz"], "'digitz' is neither a folder nor a name on the hub; give digits, a pipeline's folder"),
         (["no_such_module:make"], "there is no module 'no_such_module'"),
-        (["digits", "--prompt", "a cat"], "--prompt goes with a pipeline"),
+        (["digits", "--prompt", "a cat"], "--prompt applies to a pipeline"),
         (["digits", "--modes", "agressive"], "unknown mode 'agressive'"),
-        (["digits", "--drafts", "two"], "is no list of numbers"),
+        (["digits", "--drafts", "two"], "is not a comma-separated list"),
         (["digits", "--drafts", "0"], "drafts is 0; a round needs at least 1 draft"),
         (["digits", "--strides", "nan"], "stride is nan"),
         (["digits", "--tolerances", "-1"], "tolerance is -1.0"),
@@ -259,8 +259,8 @@ def test_an_interrupted_comparison_leaves_a_report_and_goes_on(tmp_path: Path) -
         (["digits", "--out", f"{__file__}/report"], "test_compare.py' is a file; name a folder"),
         (["digits", "--out", str(ROOT)], "a folder with other things in it; name a new one"),
         (["digits", "--labels", "11"], "label 11 is out of range"),
-        (["drp.diffusers.digits:digits_pipeline", "--labels", "3"], "--labels goes with a model"),
-        (["drp.diffusers.digits:digits_pipeline", "--call", "{"], "which is no JSON"),
+        (["drp.diffusers.digits:digits_pipeline", "--labels", "3"], "--labels applies to a model"),
+        (["drp.diffusers.digits:digits_pipeline", "--call", "{"], "which is not valid JSON"),
         (["drp.diffusers.digits:digits_pipeline", "--prompt", "a cat"], "DigitsPipeline takes no prompt"),
         (["drp.diffusers.digits:digits_pipeline", "--modes", "rolling"], "goes back to steps"),
     ],
@@ -282,7 +282,7 @@ def test_bad_input_is_a_line(
     [
         (["--modes", "agressive"], "unknown mode 'agressive'; choose one of sequential, conservative"),
         (["--out", __file__], "which is a file; name a folder"),
-        (["--call", "{"], "which is no JSON"),
+        (["--call", "{"], "which is not valid JSON"),
         (["--devices", "2xabacus"], "abacus"),
     ],
 )

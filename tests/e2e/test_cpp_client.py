@@ -146,7 +146,7 @@ def test_the_entry_points_for_c(programs: Path, served: Served) -> None:
 def test_errors_are_told(programs: Path, served: Served, tmp_path: Path, program: str) -> None:
     for address, label, words in (
         (served.address, "11", "label 11 is out of range; this model has the classes 0 to 9"),
-        ("nowhere", "1", "'nowhere' is no address; give ipc://PATH or tcp://HOST:PORT"),
+        ("nowhere", "1", "'nowhere' is not an address; give ipc://PATH or tcp://HOST:PORT"),
     ):
         run = ran(programs / "examples" / program, address, label, tmp_path / "out.f32")
         assert run.returncode == 1

@@ -437,7 +437,7 @@ def test_two_pipelines_at_once(workers: Workers) -> None:
         assert torch.equal(run(first, CHEAP), expected[0])
 
 
-def test_the_scheduler_may_be_exchanged_between_calls(workers: Workers) -> None:
+def test_the_scheduler_may_be_replaced_between_calls(workers: Workers) -> None:
     pipe = sdxl()
     with parallelize(pipe, workers, drafts=1) as parallel:
         run(pipe, CHEAP)
@@ -479,19 +479,19 @@ def test_a_callback_may_nudge_the_latents(workers: Workers) -> None:
     assert float((expected - untouched).norm() / untouched.norm()) < 0.1
 
 
-def test_latents_that_a_callback_exchanges_end_the_drafts(workers: Workers) -> None:
+def test_latents_that_a_callback_replaces_end_the_drafts(workers: Workers) -> None:
     pipe = sdxl()
 
-    def exchange(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+    def replace_latents(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
         return {"latents": normal(1, 4, 8, 8, seed=9)} if i == 4 else {}
 
-    options = {**CHEAP, "callback_on_step_end": exchange}
+    options = {**CHEAP, "callback_on_step_end": replace_latents}
     with reference(pipe, devices=3):
         expected = run(pipe, options, steps=10)
     with parallelize(pipe, workers) as parallel:
         assert torch.equal(run(pipe, options, steps=10), expected)
     (report,) = parallel.report.calls
-    assert "drafts were given up: the latents were exchanged between two steps" in told(report)
+    assert "drafts were given up: the latents were replaced between two steps" in told(report)
     assert report.rounds == 1 + 2 + 1 + 2  # steps 0, 1-3 and 4-6, of which 5 and 6 are dropped; then 5, 6-8 and 9
 
 
@@ -773,7 +773,7 @@ def test_what_is_not_recognised_runs_sequentially_and_says_why(workers: Workers)
     with parallelize(pipe, workers) as parallel:
         drafted = run(pipe, CHEAP)
     assert torch.equal(drafted, untouched)
-    assert "scale_model_input was exchanged" in parallel.report.calls[0].sequential
+    assert "scale_model_input was replaced" in parallel.report.calls[0].sequential
     assert parallel.report.calls[0].rounds == 7
     assert "without drafts" in str(parallel.report)
 
@@ -842,7 +842,7 @@ def test_what_cannot_be_handed_to_workers_is_refused() -> None:
         pass
     pipe = sdxl()
     pipe.unet.conv_in.forward = functools.partial(pipe.unet.conv_in.forward)
-    with pytest.raises(ValueError, match=r"conv_in\.forward was exchanged"), parallelize(pipe, 2):
+    with pytest.raises(ValueError, match=r"conv_in\.forward was replaced"), parallelize(pipe, 2):
         pass
     pipe = sdxl()
     pipe.unet._hf_hook = object()

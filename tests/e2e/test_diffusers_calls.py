@@ -284,7 +284,7 @@ def test_a_patched_class_is_not_drafted(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(drafted, run(pipe, CHEAP))
     first, second = parallel.report.calls
     assert not first.sequential
-    assert "UNet2DConditionModel.forward was exchanged in the class" in second.sequential
+    assert "UNet2DConditionModel.forward was replaced in the class" in second.sequential
 
 
 @pytest.mark.parametrize(
@@ -323,18 +323,18 @@ def test_group_offloading_is_refused_by_its_name() -> None:
         pass
 
 
-def test_a_denoiser_may_be_exchanged_for_another() -> None:
+def test_a_denoiser_may_be_replaced_for_another() -> None:
     """Between two calls, and by a callback in the middle of one."""
     pipe, first = euler(), unet()
     second = unet(layers_per_block=2)
 
-    def exchange(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+    def replace_denoiser(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
         pipe.unet = second if i >= 3 else first
         return {}
 
     def call(pipe: Any) -> torch.Tensor:
         pipe.unet = first
-        return run(pipe, {**CHEAP, "callback_on_step_end": exchange})
+        return run(pipe, {**CHEAP, "callback_on_step_end": replace_denoiser})
 
     # The callback comes after the scheduler's step: one step is not seen.
     assert list(exact(pipe, call).report.calls[0].notes) == ["a step was evaluated anew: unet was not called"]

@@ -32,10 +32,10 @@ def python(*arguments: str, cwd: Path) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "a cat"], "goes with a pipeline"),
+        (["--prompt", "a cat"], "--prompt needs a pipeline"),
         (["--diffusers", "."], "prompt is missing"),
-        (["--diffusers", ".", "--prompt", "a cat", "--solver", "ddim"], "--solver goes with drp's own models"),
-        (["--diffusers", ".", "--prompt", "a cat", "--labels", "3"], "--labels goes with"),
+        (["--diffusers", ".", "--prompt", "a cat", "--solver", "ddim"], "--solver applies to drp's own models"),
+        (["--diffusers", ".", "--prompt", "a cat", "--labels", "3"], "--labels applies to"),
         (["--diffusers", ".", "--prompt", "a cat", "--out", "nowhere/out.png"], "cannot be written"),
     ],
 )

@@ -112,7 +112,7 @@ def test_layerwise_casting_and_gradient_checkpointing_are_no_hindrance(workers: 
     drafts(pipe, PIPELINES["Flux"][1], workers)
 
 
-def test_a_module_may_exchange_a_buffer_for_an_equal_one(workers: Workers) -> None:
+def test_a_module_may_replace_a_buffer_by_an_equal_one(workers: Workers) -> None:
     pipe = sd15()
     pipe.unet.conv_in = ExchangingLayer(pipe.unet.conv_in)
     drafts(pipe, {**prompts(1, 6, 8), **IMAGE}, workers)

@@ -17,7 +17,7 @@ def test_a_pipeline_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "captions.txt").write_text("a cat\na dog\n")
     done = CliRunner().invoke(main, ["--pipeline", "sdxl", "--captions", str(tmp_path / "captions.txt")])
     assert done.exit_code == 2
-    assert "'sdxl' is no folder here" in done.stderr
+    assert "'sdxl' is neither a folder" in done.stderr
     done = CliRunner().invoke(main, ["--pipeline", "sdxl"])
     assert "a pipeline needs --captions" in done.stderr
 

@@ -122,7 +122,7 @@ def test_a_cluster_without_room_is_a_clear_error(cluster: Any) -> None:
     [
         ({"workers": 0}, "workers is 0; give a whole number, 1 to 256"),
         ({"workers": 1, "device": "tpu"}, "device is 'tpu'; give 'cuda', 'cpu' or 'emulated:TIME'"),
-        ({"workers": 1, "device": "emulated:5"}, "'5' is no time"),
+        ({"workers": 1, "device": "emulated:5"}, "'5' is not a time"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(arguments: dict[str, Any], words: str) -> None:

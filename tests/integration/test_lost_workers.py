@@ -89,7 +89,7 @@ def test_a_worker_that_says_what_it_does_not_owe_is_lost_and_given_back_in_the_e
         patch.setattr(Process, "kill", kill_late)
         run = leader.sample(shape=SHAPE, steps=20)
         assert leader.internals.pool.local.dying
-    assert re.search(r"worker 0 .* sent Hello, which it does not owe", run.incidents[0])
+    assert re.search(r"worker 0 .* sent an unexpected Hello", run.incidents[0])
     ref = drp.reference("tests.denoisers:make_free", devices=2, shape=SHAPE, steps=20)
     assert torch.equal(run.samples, ref.samples)
     for timer in late:

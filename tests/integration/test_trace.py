@@ -212,4 +212,4 @@ def test_the_command_line_summarises(synchronous: Leader, tmp_path: Path) -> Non
     (tmp_path / "other.json").write_text('{"traceEvents": []}')
     refused = CliRunner().invoke(main, ["trace", "summary", str(tmp_path / "other.json")])
     assert refused.exit_code == 1
-    assert "other.json is no trace of drp's" in refused.output
+    assert "other.json is not a trace written by drp" in refused.output

@@ -194,7 +194,7 @@ def test_weights_lie_in_shared_memory_as_they_lay_before() -> None:
 def test_buffers_are_each_workers_own_on_a_gpu_too(host: dict[str, Any]) -> None:
     run: dict[str, Any] = {"shape": (2, 3), "steps": 9, "mode": "aggressive"}
     with Leader("tests.writing:make_once", devices="2xcuda:0", **host) as leader:
-        for kind in ("input", "condition", "workspace", "counter", "exchanged buffer", "gradient"):
+        for kind in ("input", "condition", "workspace", "counter", "replaced buffer", "gradient"):
             samples = leader.sample(cond=cond(kind), **run).samples
             assert torch.equal(
                 samples, drp.reference("tests.writing:make_once", devices=2, cond=cond(kind), **run).samples

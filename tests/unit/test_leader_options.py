@@ -92,3 +92,4 @@ def test_the_help_lists_options_by_group(command: str) -> None:
     assert all(f"--{name}" in leader for name in ("devices", "threads", "policy", "hedge", "draft-timeout"))
     assert "--dispatch" in text[text.index("Execution options:") :]
     assert text.count("  -d, --devices") == 1
+    assert text.count("[MODEL]") == 1  # in the usage line, not among the options

@@ -215,7 +215,7 @@ def test_the_same_seed_gives_the_same_and_every_trace_is_valid(tmp_path: Path) -
         (["--policy", "hedged", "--dispatch", "async"], "policy 'hedged' hedges, which needs synchronous dispatch"),
         (["--mode", "fast"], "'fast' is not one of"),
         (["--runs", "0"], "0 is not in the range"),
-        (["--message", "fast"], "'fast' is no time"),
+        (["--message", "fast"], "'fast' is not a time"),
         (["--mtbf=-1"], "-1.0 is not in the range"),
     ],
 )
@@ -289,9 +289,9 @@ def test_the_command_line_takes_a_link(tmp_path: Path) -> None:
     assert dispatch == "sync"
     assert seconds == pytest.approx(expected)
     for wrong, words in (
-        (["--link", "fast"], "'fast' is no time"),
-        (["--link", "1ms@fast"], "'fast' is no rate above 0; write 10GB/s, 500MB/s or 100KB/s"),
-        (["--link", "1ms", "--latent", "64KB"], "'64KB' is no size; write 64KiB, 8MiB or 1GiB"),
+        (["--link", "fast"], "'fast' is not a time"),
+        (["--link", "1ms@fast"], "'fast' is not a rate above 0; write 10GB/s, 500MB/s or 100KB/s"),
+        (["--link", "1ms", "--latent", "64KB"], "'64KB' is not a size; write 64KiB, 8MiB or 1GiB"),
         (["--encryption", "1GB/s"], "there is no link; give --link"),
         (["--link", "1ms", "--dispatch", "async"], "workers on other machines are sent drafts synchronously"),
     ):

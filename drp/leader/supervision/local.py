@@ -180,7 +180,7 @@ class LocalBackend:
                     received.append((worker, message))
                     break
             else:
-                self._dropped.add(f"a {type(message).__name__} from {identity.bytes!r}, which is no worker")
+                self._dropped.add(f"a {type(message).__name__} from {identity.bytes!r}, which is not a worker")
         for sentinel in ready & self.workers.keys() if not received else ():
             worker = self.workers[sentinel]
             if worker.number not in self._ended and (worker.exit_code or 0) >= 0:

@@ -86,9 +86,9 @@ class WorkerStartup:
         """Handle a worker's message; return whether the worker is ready. Raises WorkerError if it cannot be used."""
         due = self._expected.get(worker.identity)
         if due is None:
-            raise WorkerError(f"{worker} sent {type(message).__name__}, which it does not owe")
+            raise WorkerError(f"{worker} sent an unexpected {type(message).__name__}")
         if not isinstance(message, due):
-            raise WorkerError(f"{worker} sent {type(message).__name__} where {due.__name__} was due")
+            raise WorkerError(f"{worker} sent {type(message).__name__} instead of {due.__name__}")
         match message:
             case Hello(version):
                 if version != VERSION:
