@@ -1,4 +1,4 @@
-/* The same in C: submits a run of one label, shows its progress, writes the numbers.
+/* Submits a run with one label to a server, shows its progress, and writes the samples as float32.
  *
  *     submit_c ADDRESS LABEL FILE
  */

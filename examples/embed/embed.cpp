@@ -1,11 +1,11 @@
-// drp's leader inside a C++ program.
+// Runs drp's leader inside a C++ program.
 //
 //     embed PYTHON    the interpreter of the environment that has drp
 //     embed           modules from PYTHONPATH
 //
-// Several threads sample at once from their own noise into their own memory; no tensor is copied between C++ and
-// Python. The leader is closed and made again. What it must not touch is compared before and after: signal handlers,
-// settings of torch and multiprocessing, standard output. Exit status 0 says that all was as it should be.
+// Several threads sample concurrently, each from its own noise into its own memory, without copies between C++ and
+// Python. The leader is closed and created again. The program then checks that signal handlers and the settings of
+// torch and multiprocessing are unchanged, and that samples equal those of drp.reference. Exit status 0 means success.
 
 #include <algorithm>
 #include <csignal>
@@ -28,7 +28,7 @@ namespace {
 
 constexpr int kThreads = 4, kRuns = 3, kSteps = 6, kDevices = 2;
 
-// All in Python that others could have set and a library must leave alone, as text; and a place for log records.
+// Python code that describes the state which a library must not change, and that collects log records.
 constexpr const char* kHelpers = R"(
 import gc, hashlib, logging, multiprocessing.spawn, os, random, sys, threading, warnings
 import numpy, psutil, torch, torch.multiprocessing
@@ -112,27 +112,27 @@ bool equal(const DLTensor& a, const DLTensor& b) {
            b.byte_offset == 0 && std::memcmp(a.data, b.data, count * sizeof(float)) == 0;
 }
 
-struct Kept {
+struct Sample {
     std::vector<long> labels;
     std::shared_ptr<Buffer> noise;
     Sampled sampled;
 };
 
-Taken reference(const python::Object& helper, const Kept& kept) {
+ManagedTensor reference(const python::Object& helper, const Sample& samples) {
     const python::Gil gil;
     const python::Object list = python::checked(PyList_New(0));
-    for (const long label : kept.labels) PyList_Append(list.get(), python::checked(PyLong_FromLong(label)).get());
-    const python::Object noise = lend(kept.noise);
-    return take(python::call(helper, "reference", "{s:O,s:i,s:O,s:i}", "labels", list.get(), "steps", kSteps, "noise",
-                             noise.get(), "devices", kDevices));
+    for (const long label : samples.labels) PyList_Append(list.get(), python::checked(PyLong_FromLong(label)).get());
+    const python::Object noise = to_torch(samples.noise);
+    return from_torch(python::call(helper, "reference", "{s:O,s:i,s:O,s:i}", "labels", list.get(), "steps", kSteps,
+                                   "noise", noise.get(), "devices", kDevices));
 }
 
-// Makes a leader, samples in several threads at once, closes it. It outlives the thread that made it, the samples both.
-std::vector<Kept> use_leader(unsigned seed) {
-    std::optional<Leader> made;
-    std::thread([&] { made.emplace("digits", kDevices); }).join();
-    Leader& leader = *made;
-    std::vector<Kept> kept(kThreads * kRuns);
+// Creates a leader in a thread that ends, samples in several threads, and closes it. The samples outlive the leader.
+std::vector<Sample> use_leader(unsigned seed) {
+    std::optional<Leader> created;
+    std::thread([&] { created.emplace("digits", kDevices); }).join();
+    Leader& leader = *created;
+    std::vector<Sample> samples(kThreads * kRuns);
     std::vector<std::thread> threads;
     for (unsigned place = 0; place < kThreads; ++place) {
         threads.emplace_back([&, place] {
@@ -141,7 +141,7 @@ std::vector<Kept> use_leader(unsigned seed) {
                     const auto labels = std::vector<long>(static_cast<std::size_t>(count), static_cast<long>(place));
                     const auto noise = standard_normal({count, 1, 28, 28}, seed + place * kRuns + run);
                     const auto out = run < 2 ? std::make_shared<Buffer>(noise->shape) : nullptr;
-                    kept[place * kRuns + run] = {labels, noise, leader.sample(labels, kSteps, noise, out)};
+                    samples[place * kRuns + run] = {labels, noise, leader.sample(labels, kSteps, noise, out)};
                 } catch (const std::exception& error) {
                     std::cerr << error.what() << std::endl;
                 }
@@ -150,39 +150,39 @@ std::vector<Kept> use_leader(unsigned seed) {
     for (std::thread& thread : threads) thread.join();
     try {
         leader.sample({1}, 0, standard_normal({1, 1, 28, 28}, seed), nullptr);
-        kept.emplace_back();  // as good as a run that failed
+        samples.emplace_back();  // counts as a failed run
     } catch (const python::Error& error) {
         std::cout << "refused: " << error.what() << std::endl;
     }
     leader.close();
-    return kept;
+    return samples;
 }
 
-// Returns the number of things that were not right.
-int judge(const std::vector<Kept>& kept, const python::Object& helper) {
+// Compares samples with drp.reference; returns the number of failures.
+int check(const std::vector<Sample>& samples, const python::Object& helper) {
     int lost = 0, copies = 0, wrong = 0;
-    for (const Kept& run : kept) {
+    for (const Sample& run : samples) {
         lost += !run.sampled.samples;
         copies += run.sampled.copied;
         wrong += run.sampled.samples && !equal(run.sampled.samples->dl_tensor, reference(helper, run)->dl_tensor);
     }
-    std::cout << kThreads << " threads, " << kept.size() << " runs: " << lost << " failed, " << copies << " copied, "
+    std::cout << kThreads << " threads, " << samples.size() << " runs: " << lost << " failed, " << copies << " copied, "
               << wrong << " differ from drp.reference" << std::endl;
     return lost + copies + wrong;
 }
 
 int embed(const std::string& environment, const char* program) {
-    // A host's own. Where there is none for SIGINT, Python itself sets one when its module `signal` is first imported.
+    // The program's own handlers. Without one for SIGINT, CPython installs its own when `signal` is first imported.
     for (const int number : {SIGINT, SIGTERM}) std::signal(number, [](int) { std::_Exit(3); });
     const Signals signals;
     const python::Interpreter interpreter(environment, program);
     const python::Object helper = helpers();
     const std::string before = settings(helper);
 
-    const std::vector<Kept> first = use_leader(1), second = use_leader(2);
+    const std::vector<Sample> first = use_leader(1), second = use_leader(2);
 
     const bool same_settings = settings(helper) == before, same_signals = Signals() == signals;
-    const int wrong = judge(first, helper) + judge(second, helper);
+    const int wrong = check(first, helper) + check(second, helper);
     const python::Gil gil;
     const python::Object lines = python::attribute(python::attribute(helper, "records"), "lines");
     std::cout << "settings, child processes, descriptors: " << (same_settings ? "as before" : "CHANGED") << '\n'

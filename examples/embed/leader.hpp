@@ -1,4 +1,4 @@
-// drp.Leader for C++: made, asked and closed from any thread, none of which needs to know of the GIL.
+// A C++ wrapper of drp.Leader. Any thread may construct, call and close it; the wrapper acquires the GIL.
 #pragma once
 
 #include <future>
@@ -9,41 +9,41 @@
 #include "python.hpp"
 #include "tensors.hpp"
 
-// One run that was submitted.
+// A submitted run.
 class Run {
 public:
-    // `pending` is what drp.Leader.submit returned. Needs the GIL.
-    explicit Run(python::Object pending) : pending_(std::move(pending)) {
-        auto told = std::make_unique<std::promise<void>>();
-        over_ = told->get_future();
-        const python::Object capsule = python::checked(PyCapsule_New(told.get(), nullptr, [](PyObject* self) {
+    // `future` is the result of drp.Leader.submit. The GIL must be held.
+    explicit Run(python::Object future) : future_(std::move(future)) {
+        auto done = std::make_unique<std::promise<void>>();
+        done_ = done->get_future();
+        const python::Object capsule = python::checked(PyCapsule_New(done.get(), nullptr, [](PyObject* self) {
             delete static_cast<std::promise<void>*>(PyCapsule_GetPointer(self, nullptr));
         }));
-        told.release();  // the capsule's now
-        static PyMethodDef tell = {"tell", &Run::tell, METH_O, nullptr};
-        python::call(pending_, "add_done_callback", python::checked(PyCFunction_New(&tell, capsule.get())));
+        done.release();  // now owned by the capsule
+        static PyMethodDef callback = {"on_done", &Run::on_done, METH_O, nullptr};
+        python::call(future_, "add_done_callback", python::checked(PyCFunction_New(&callback, capsule.get())));
     }
 
-    // Waits for its end, without the GIL.
-    void wait() const { over_.wait(); }
+    // Waits until the run is over. The GIL must not be held.
+    void wait() const { done_.wait(); }
 
-    // The samples, or the error of the run. Needs the GIL.
-    python::Object samples() const { return python::attribute(python::call(pending_, "result", "{}"), "samples"); }
+    // Returns the samples; throws the error of the run if it failed. The GIL must be held.
+    python::Object samples() const { return python::attribute(python::call(future_, "result", "{}"), "samples"); }
 
 private:
-    // Called in the leader's thread, which has the GIL.
-    static PyObject* tell(PyObject* self, PyObject*) {
+    // Called in the leader's thread, which holds the GIL.
+    static PyObject* on_done(PyObject* self, PyObject*) {
         static_cast<std::promise<void>*>(PyCapsule_GetPointer(self, nullptr))->set_value();
         Py_RETURN_NONE;
     }
 
-    python::Object pending_;
-    std::future<void> over_;
+    python::Object future_;
+    std::future<void> done_;
 };
 
 struct Sampled {
-    Taken samples;
-    bool copied;  // whether any tensor was elsewhere on the two sides
+    ManagedTensor samples;
+    bool copied;  // whether the memory of any tensor differs between C++ and Python
 };
 
 class Leader {
@@ -53,17 +53,17 @@ public:
         leader_ = python::call(python::import("drp"), "Leader", "{s:s,s:i}", "model", model, "devices", devices);
     }
 
-    // Samples from this noise: into `out`, or if there is none into memory that Python makes. The GIL is free while
-    // this waits. Throws python::Error if the run is refused or fails.
+    // Samples from this noise into `out`, or into memory that Python allocates if `out` is null. Releases the GIL while
+    // it waits. Throws python::Error if the run is refused or fails.
     Sampled sample(const std::vector<long>& labels, int steps, const std::shared_ptr<Buffer>& noise,
                    const std::shared_ptr<Buffer>& out) const {
         bool copied = false;
         const Run run = [&] {
             const python::Gil gil;
-            const python::Object from = lend(noise);
-            const python::Object into = out ? lend(out) : python::Object(Py_NewRef(Py_None));
-            copied |= address(from) != noise->numbers.data();
-            copied |= out && address(into) != out->numbers.data();
+            const python::Object from = to_torch(noise);
+            const python::Object into = out ? to_torch(out) : python::Object(Py_NewRef(Py_None));
+            copied |= data_ptr(from) != noise->numbers.data();
+            copied |= out && data_ptr(into) != out->numbers.data();
             const python::Object list = python::checked(PyList_New(0));
             for (const long label : labels) PyList_Append(list.get(), python::checked(PyLong_FromLong(label)).get());
             return Run(python::call(leader_, "submit", "{s:O,s:i,s:O,s:O}", "labels", list.get(), "steps", steps,
@@ -72,13 +72,13 @@ public:
         run.wait();
         const python::Gil gil;
         const python::Object samples = run.samples();
-        Taken taken = take(samples);
-        copied |= taken->dl_tensor.data != address(samples);
-        copied |= out && taken->dl_tensor.data != out->numbers.data();
-        return {std::move(taken), copied};
+        ManagedTensor tensor = from_torch(samples);
+        copied |= tensor->dl_tensor.data != data_ptr(samples);
+        copied |= out && tensor->dl_tensor.data != out->numbers.data();
+        return {std::move(tensor), copied};
     }
 
-    // Ends the workers; runs under way end with an error.
+    // Ends the workers; running runs end with an error.
     void close() {
         const python::Gil gil;
         python::call(leader_, "close", "{}");

@@ -1,4 +1,4 @@
-// CPython in a C++ program: objects that are released by themselves, errors as exceptions, the GIL held by scope.
+// RAII wrappers for CPython: references, exceptions, the GIL and the interpreter.
 #pragma once
 
 #include <Python.h>
@@ -9,7 +9,7 @@
 
 namespace python {
 
-// Holds the GIL: in any thread, also where it is held already.
+// Holds the GIL for a scope, in any thread. Scopes may be nested.
 class Gil {
 public:
     Gil() : state_(PyGILState_Ensure()) {}
@@ -21,7 +21,7 @@ private:
     PyGILState_STATE state_;
 };
 
-// A reference to a Python object. All that is done with one needs the GIL, but for moving and destroying it.
+// An owned reference to a Python object. Moving and destroying it do not need the GIL; everything else does.
 class Object {
 public:
     Object() = default;
@@ -48,11 +48,11 @@ private:
 // A Python exception: "ValueError: steps is 0; ...".
 class Error : public std::runtime_error {
 public:
-    Error() : std::runtime_error(take()) {}
+    Error() : std::runtime_error(fetch()) {}
 
 private:
-    // Makes text of the exception that is set, and clears it.
-    static std::string take() {
+    // Returns the text of the current exception and clears it.
+    static std::string fetch() {
 #if PY_VERSION_HEX >= 0x030C0000
         const Object value(PyErr_GetRaisedException());
 #else
@@ -68,13 +68,13 @@ private:
     }
 };
 
-// Takes a new reference from the C API, where null means that an exception is set.
-inline Object checked(PyObject* made) {
-    if (made == nullptr) throw Error();
-    return Object(made);
+// Wraps a new reference from the C API; throws the Python exception if it is null.
+inline Object checked(PyObject* result) {
+    if (result == nullptr) throw Error();
+    return Object(result);
 }
 
-// `Py_BuildValue`, then a call of what `of` has by this name, by keywords only.
+// Calls the method `name` of `of` with keyword arguments, which `Py_BuildValue` makes.
 template <typename... Values>
 Object call(const Object& of, const char* name, const char* keywords, Values... values) {
     const Object function = checked(PyObject_GetAttrString(of.get(), name));
@@ -83,7 +83,7 @@ Object call(const Object& of, const char* name, const char* keywords, Values... 
     return checked(PyObject_Call(function.get(), none.get(), options.get()));
 }
 
-// A call with one object.
+// Calls the method `name` of `of` with one argument.
 inline Object call(const Object& of, const char* name, const Object& argument) {
     const Object function = checked(PyObject_GetAttrString(of.get(), name));
     return checked(PyObject_CallOneArg(function.get(), argument.get()));
@@ -100,11 +100,12 @@ inline std::string text(const Object& of) {
     return bytes;
 }
 
-// The interpreter, once in a program: torch cannot be imported again after its end. No thread holds the GIL afterwards.
+// The interpreter. There can be one per program, since torch cannot be imported a second time. After construction, no
+// thread holds the GIL.
 class Interpreter {
 public:
-    // `python` is the interpreter of the environment that has drp; its modules are used, and workers run it.
-    // Without one ("") the modules are those that PYTHONPATH names, and this program is what Python thinks it runs in.
+    // `python` is the interpreter of the environment that has drp: its modules are imported, and workers run it. If it
+    // is empty, modules are found by PYTHONPATH, and `program` is the interpreter's name.
     Interpreter(const std::string& python, const char* program) {
         PyConfig config;
         if (python.empty()) {
@@ -119,17 +120,17 @@ public:
         if (!PyStatus_Exception(status)) status = Py_InitializeFromConfig(&config);
         PyConfig_Clear(&config);
         if (PyStatus_Exception(status)) throw std::runtime_error(status.err_msg ? status.err_msg : "no Python");
-        mine_ = PyEval_SaveThread();  // else the leader's thread would never run
+        main_thread_ = PyEval_SaveThread();  // releases the GIL, so that the leader's thread can run
     }
     Interpreter(const Interpreter&) = delete;
     Interpreter& operator=(const Interpreter&) = delete;
     ~Interpreter() {
-        PyEval_RestoreThread(mine_);
+        PyEval_RestoreThread(main_thread_);
         Py_FinalizeEx();
     }
 
 private:
-    PyThreadState* mine_;
+    PyThreadState* main_thread_;
 };
 
 }  // namespace python

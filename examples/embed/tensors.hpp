@@ -1,15 +1,16 @@
-// Tensors between C++ and Python by DLPack: both see the same memory, nothing is copied.
+// Passes tensors between C++ and Python by DLPack, without copies.
 #pragma once
 
 #include <ATen/dlpack.h>
 
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "python.hpp"
 
-// Memory of this program, which Python may read and write. It lives as long as either of the two uses it.
+// Memory that C++ allocates, and that Python may read and write. It is freed when neither uses it any more.
 struct Buffer {
     explicit Buffer(std::vector<std::int64_t> sizes) : shape(std::move(sizes)) {
         std::size_t count = 1;
@@ -20,47 +21,47 @@ struct Buffer {
     std::vector<float> numbers;
 };
 
-// A torch tensor that is this buffer. Needs the GIL.
-inline python::Object lend(const std::shared_ptr<Buffer>& buffer) {
-    struct Lent {
+// Returns a torch tensor that views this buffer. The GIL must be held.
+inline python::Object to_torch(const std::shared_ptr<Buffer>& buffer) {
+    struct Context {
         DLManagedTensor tensor;
         std::shared_ptr<Buffer> buffer;
     };
-    auto lent = std::make_unique<Lent>(Lent{{}, buffer});
-    lent->tensor.dl_tensor.data = buffer->numbers.data();
-    lent->tensor.dl_tensor.device = {kDLCPU, 0};
-    lent->tensor.dl_tensor.ndim = static_cast<std::int32_t>(buffer->shape.size());
-    lent->tensor.dl_tensor.dtype = {kDLFloat, 32, 1};
-    lent->tensor.dl_tensor.shape = buffer->shape.data();  // no strides: in C order
-    lent->tensor.manager_ctx = lent.get();
-    lent->tensor.deleter = [](DLManagedTensor* self) { delete static_cast<Lent*>(self->manager_ctx); };
-    const auto destroy = [](PyObject* capsule) {  // only if nobody took the tensor: it is renamed when taken
+    auto context = std::make_unique<Context>(Context{{}, buffer});
+    context->tensor.dl_tensor.data = buffer->numbers.data();
+    context->tensor.dl_tensor.device = {kDLCPU, 0};
+    context->tensor.dl_tensor.ndim = static_cast<std::int32_t>(buffer->shape.size());
+    context->tensor.dl_tensor.dtype = {kDLFloat, 32, 1};
+    context->tensor.dl_tensor.shape = buffer->shape.data();  // no strides: C order
+    context->tensor.manager_ctx = context.get();
+    context->tensor.deleter = [](DLManagedTensor* self) { delete static_cast<Context*>(self->manager_ctx); };
+    const auto destroy = [](PyObject* capsule) {  // a capsule that was consumed has another name
         if (PyCapsule_IsValid(capsule, "dltensor")) {
             auto* tensor = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
             tensor->deleter(tensor);
         }
     };
-    const python::Object capsule = python::checked(PyCapsule_New(&lent->tensor, "dltensor", destroy));
-    lent.release();  // the capsule's now
+    const python::Object capsule = python::checked(PyCapsule_New(&context->tensor, "dltensor", destroy));
+    context.release();  // now owned by the capsule
     return python::call(python::import("torch"), "from_dlpack", capsule);
 }
 
-// A tensor of Python's: its memory lives until this does. Destroy it before the interpreter; it needs no GIL.
-struct Release {
+// A tensor whose memory Python owns; this keeps it alive. Destroy it before the interpreter; the GIL is not needed.
+struct CallDeleter {
     void operator()(DLManagedTensor* tensor) const { tensor->deleter(tensor); }
 };
-using Taken = std::unique_ptr<DLManagedTensor, Release>;
+using ManagedTensor = std::unique_ptr<DLManagedTensor, CallDeleter>;
 
-// Takes a torch tensor over. Needs the GIL.
-inline Taken take(const python::Object& tensor) {
+// Returns a view of a torch tensor. The GIL must be held.
+inline ManagedTensor from_torch(const python::Object& tensor) {
     const python::Object capsule = python::call(tensor, "__dlpack__", "{}");
     auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.get(), "dltensor"));
     if (managed == nullptr || PyCapsule_SetName(capsule.get(), "used_dltensor") != 0) throw python::Error();
-    return Taken(managed);
+    return ManagedTensor(managed);
 }
 
-// Where a torch tensor's numbers are. Needs the GIL.
-inline const void* address(const python::Object& tensor) {
-    const python::Object number = python::call(tensor, "data_ptr", "{}");
-    return PyLong_AsVoidPtr(number.get());
+// Returns the address of a torch tensor's elements. The GIL must be held.
+inline const void* data_ptr(const python::Object& tensor) {
+    const python::Object address = python::call(tensor, "data_ptr", "{}");
+    return PyLong_AsVoidPtr(address.get());
 }

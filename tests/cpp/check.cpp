@@ -1,8 +1,9 @@
-// What the tests ask of the C++ client.
+// A program with which the tests exercise the C++ client.
 //
-//     check vectors < LINES               a name and a message in hexadecimal each: says what it is, and its bytes
-//     again check soak ADDRESS SEED COUNT       so many requests, some cancelled, some left; says what became of each
-//     check once ADDRESS STEPS [SERVER_KEY PUBLIC_KEY SECRET_KEY]       one request, and what became of it
+//     check vectors < LINES           decodes named messages in hexadecimal; prints each as JSON, and encoded again
+//     check soak ADDRESS SEED COUNT   submits requests, cancels or abandons some; prints the outcomes
+//     check once ADDRESS STEPS [SERVER_KEY PUBLIC_KEY SECRET_KEY]
+//                                     submits one request; prints the outcome
 
 #include <cstdlib>
 #include <drp/client.hpp>
@@ -124,7 +125,7 @@ std::uint64_t digest(const drp::Tensor& samples) {
     return sum;
 }
 
-// One request, in one of the ways that a client may treat it. What it came to is a line of standard output.
+// Submits a request, and perhaps cancels or abandons it, at random. Prints a line with the outcome.
 void request(std::optional<drp::Client>& client, const std::string& address, std::mt19937& random) {
     drp::Request request;
     const std::int64_t label = random() % 4, seed = random() % 3, way = random() % 10;
@@ -144,7 +145,7 @@ void request(std::optional<drp::Client>& client, const std::string& address, std
             run.cancel();
         } else if (way == 4) {
             run.next();
-            client.reset();  // half-way, without a word
+            client.reset();  // in the middle of the run
             client.emplace(address);
         }
         const drp::Result result = run.result();
@@ -165,10 +166,10 @@ void soak(const std::string& address, unsigned seed, int count) {
     const drp::Run run = client->submit(last);
     run.next();
     std::cout << "left" << std::endl;
-    std::_Exit(0);  // with a run under way, and nobody told
+    std::_Exit(0);  // while a run is running
 }
 
-// The client's own error if there is no session, the run's if there is one.
+// Prints the error of the connection, or the result or the error of the run.
 void once(const std::string& address, std::int64_t steps, const std::optional<drp::Keys>& keys) {
     try {
         const drp::Client client(address, {"once", keys, 5.0});

@@ -1,16 +1,15 @@
-/* What the tests ask of the entry points for C: every code and every kind of argument, at a server of the tiny
- * denoiser. */
+/* Tests of the C interface: every code and every kind of argument, with a server of the tiny denoiser. */
 #include <drp/client.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
 
-#define CHECK(true_now)                                                                  \
-    do {                                                                                 \
-        if (!(true_now)) {                                                               \
-            fprintf(stderr, "line %d: %s; %s\n", __LINE__, #true_now, drp_last_error()); \
-            return 1;                                                                    \
-        }                                                                                \
+#define CHECK(condition)                                                                  \
+    do {                                                                                  \
+        if (!(condition)) {                                                               \
+            fprintf(stderr, "line %d: %s; %s\n", __LINE__, #condition, drp_last_error()); \
+            return 1;                                                                     \
+        }                                                                                 \
     } while (0)
 
 static float noise_numbers[64];
@@ -33,7 +32,7 @@ int main(int count, char** arguments) {
     for (int i = 0; i < 64; ++i) noise_numbers[i] = (float)(i % 7 - 3) / 2;
     CHECK(drp_client_open(NULL, NULL, NULL, 1.0, &client) == DRP_INVALID && client == NULL);
     CHECK(strstr(drp_last_error(), "address is NULL") != NULL);
-    CHECK(drp_client_open("ipc:///no/such/door", NULL, NULL, 0.2, &client) == DRP_TIMEOUT && client == NULL);
+    CHECK(drp_client_open("ipc:///no/such/socket", NULL, NULL, 0.2, &client) == DRP_TIMEOUT && client == NULL);
     CHECK(drp_client_open(arguments[1], "entry points", NULL, 10.0, &client) == DRP_OK);
 
     drp_request_init(&request);
@@ -55,7 +54,7 @@ int main(int count, char** arguments) {
             CHECK(progress.preview.dimensions == 4 && memcmp(progress.preview.shape, shape, sizeof shape) == 0);
             ++seen;
         }
-    CHECK(seen > 0 && drp_run_next(run, &progress) == DRP_OVER);
+    CHECK(seen > 0 && drp_run_next(run, &progress) == DRP_END);
     CHECK(drp_run_result(run, &result) == DRP_OK && drp_run_result(run, &again) == DRP_OK);
     CHECK(result.steps == 8 && result.drafts == 2 && again.evaluations == result.evaluations);
     CHECK(result.incidents_count == 0 && again.samples.data == result.samples.data);
@@ -63,7 +62,7 @@ int main(int count, char** arguments) {
     CHECK(drp_run_cancel(run) == DRP_OK && drp_run_result(run, &result) == DRP_OK);
     drp_run_free(run);
 
-    noise.shape = other_shape; /* what the server refuses, and what the client does */
+    noise.shape = other_shape; /* refused by the server; further down, by the client */
     CHECK(drp_client_submit(client, &request, &run) == DRP_OK && drp_run_result(run, &result) == DRP_INVALID);
     CHECK(strstr(drp_last_error(), "noise is torch.float32 [1, 1, 4, 4]") != NULL);
     drp_run_free(run);

@@ -1,4 +1,4 @@
-# Debian: libzmq3-dev, libmsgpack-cxx-dev. Where they lie, the variables DRP_* say, if they are not found.
+# Debian: libzmq3-dev, libmsgpack-cxx-dev. If they are not found, set the variables DRP_ZMQ_INCLUDE and so on.
 find_package(Threads REQUIRED)
 find_path(DRP_ZMQ_INCLUDE zmq.h REQUIRED)
 find_library(DRP_ZMQ_LIBRARY zmq REQUIRED)

@@ -1,9 +1,9 @@
-/* A client of `drp serve`, for C: the entry points of the library drp_client, across which no exception passes.
+/* A C client for `drp serve`: the interface of the library drp_client_c. No exception crosses it.
  *
- * Each returns 0 (DRP_OK) or says what went wrong; drp_last_error() then says it in words, for the calling thread. What
- * a function returns through a pointer is set only if it returns DRP_OK. All functions may be called from any thread,
- * but for the two that end something: nobody may be using what they end. Every wait ends: after 10 s without a word
- * from the server with DRP_GONE. C++ has drp/client.hpp, which is one header and needs no library of ours.
+ * A function returns DRP_OK (0) or an error code; drp_last_error() then describes the error, for the calling thread.
+ * Output parameters are set only if a function returns DRP_OK. All functions are thread-safe, but an object must not be
+ * in use by another thread when drp_client_close or drp_run_free frees it. Every wait is bounded: if the server sends
+ * nothing for 10 s, the code is DRP_LOST. For C++ there is drp/client.hpp, a single header that needs no library.
  */
 #ifndef DRP_CLIENT_H
 #define DRP_CLIENT_H
@@ -17,32 +17,33 @@ extern "C" {
 
 typedef enum drp_code {
     DRP_OK = 0,
-    DRP_INVALID = 1,   /* the request cannot be: its options do not fit the model or each other */
-    DRP_BUSY = 2,      /* the server has as many requests as it takes */
-    DRP_DRAINING = 3,  /* the server is about to end */
-    DRP_VERSION = 4,   /* the server speaks another version of the protocol */
-    DRP_PROTOCOL = 5,  /* one side broke the protocol */
+    DRP_INVALID = 1,   /* the request is invalid: its options do not fit the model or each other */
+    DRP_BUSY = 2,      /* the server has reached its limit of requests */
+    DRP_DRAINING = 3,  /* the server is shutting down */
+    DRP_VERSION = 4,   /* the server uses another version of the protocol */
+    DRP_PROTOCOL = 5,  /* one side violated the protocol */
     DRP_CANCELLED = 6, /* the run was cancelled */
     DRP_FAILED = 7,    /* the run failed: the denoiser raised, or all workers were lost */
-    DRP_GONE = 8,      /* the server is gone, or silent */
-    DRP_TIMEOUT = 9,   /* not in time */
+    DRP_LOST = 8,      /* the connection was lost, or the server is silent */
+    DRP_TIMEOUT = 9,   /* the given time has passed */
     DRP_CLOSED = 10,   /* the client was closed */
-    DRP_REFUSED = 11,  /* for a reason that this client does not know */
-    DRP_OVER = 12,     /* the run is over: there is no more news */
-    DRP_ERROR = 13     /* no memory, or the like */
+    DRP_REFUSED = 11,  /* refused with a code that this client does not know */
+    DRP_END = 12,      /* the run is over: there are no further progress updates */
+    DRP_ERROR = 13     /* any other error, such as a lack of memory */
 } drp_code;
 
 typedef struct drp_client drp_client;
 typedef struct drp_run drp_run;
 
-/* Keys in Z85, 40 characters each: the server's public one, and this client's pair. Only for tcp://. */
+/* The server's public key and this client's key pair, 40 characters of Z85 each. Only for tcp://. */
 typedef struct drp_keys {
     const char* server;
     const char* public_key;
     const char* secret_key;
 } drp_keys;
 
-/* Numbers in C order: of the caller, who keeps them until the call returns, or of a run, until drp_run_free. */
+/* A contiguous tensor in C order. The caller's memory must stay valid until the call returns; the memory of a run's
+ * tensor is valid until drp_run_free. */
 typedef struct drp_tensor {
     const char* dtype; /* "float32"; see SPEC.md */
     const int64_t* shape;
@@ -50,7 +51,7 @@ typedef struct drp_tensor {
     const void* data;
 } drp_tensor;
 
-/* A tensor for the denoiser. */
+/* A tensor that is passed to the denoiser. */
 typedef struct drp_condition {
     const char* name;
     drp_tensor tensor;
@@ -58,7 +59,7 @@ typedef struct drp_condition {
 
 typedef enum drp_kind { DRP_WHOLE, DRP_REAL, DRP_TEXT, DRP_FLAG, DRP_REALS } drp_kind;
 
-/* An option of a solver or a grid: the member of `value` that `kind` names. */
+/* An option of a solver or a grid. `kind` selects the member of `value`. */
 typedef struct drp_option {
     const char* name;
     drp_kind kind;
@@ -74,8 +75,7 @@ typedef struct drp_option {
     } value;
 } drp_option;
 
-/* What a run is asked for, as in SPEC.md under Submit. drp_request_init sets the defaults; then change what is to
- * differ. */
+/* The options of a run; SPEC.md describes them under Submit. drp_request_init sets the defaults. */
 typedef struct drp_request {
     const int64_t* labels; /* NULL: none */
     size_t labels_count;
@@ -96,14 +96,14 @@ typedef struct drp_request {
     const drp_tensor* image; /* NULL: none */
     double strength;
     const char* mode;
-    int64_t drafts;         /* -1: one a device */
+    int64_t drafts;         /* -1: one per device */
     double target_speedup;  /* NAN: none */
     int64_t target_rounds;  /* -1: none */
     double stride;          /* NAN: the default of the mode and the solver */
-    const int64_t* offsets; /* NULL: those of the name */
+    const int64_t* offsets; /* NULL: use offsets_name */
     size_t offsets_count;
     const char* offsets_name; /* NULL: dense */
-    const char* rule;         /* NULL: the best measured */
+    const char* rule;         /* NULL: the default */
     double tolerance;         /* INFINITY is allowed */
     int64_t warmup, sweeps, seed;
     int residuals, progress;
@@ -113,14 +113,14 @@ typedef struct drp_request {
 typedef struct drp_progress {
     int64_t step, steps, rounds;
     int has_preview;
-    drp_tensor preview; /* until the next drp_run_next of this run */
+    drp_tensor preview; /* valid until the next drp_run_next of this run */
 } drp_progress;
 
 typedef struct drp_result {
-    drp_tensor samples; /* float32 [count, ...], until drp_run_free */
+    drp_tensor samples; /* float32 [count, ...], valid until drp_run_free */
     int64_t drafts, steps, rounds, evaluations;
     double seconds, device_seconds, waited;
-    const char* const* incidents; /* what happened to workers meanwhile, incidents_count texts, until drp_run_free */
+    const char* const* incidents; /* the workers lost during the run, valid until drp_run_free */
     size_t incidents_count;
 } drp_result;
 
@@ -130,37 +130,39 @@ typedef struct drp_status {
     double uptime, since_progress;
 } drp_status;
 
-/* Connects to a server; `name` is for its log, `keys` may be NULL. Waits `timeout` seconds for its answer at most. */
+/* Connects to a server and waits at most `timeout` seconds for its answer. `name` appears in the server's log; `keys`
+ * may be NULL. */
 drp_code drp_client_open(const char* address, const char* name, const drp_keys* keys, double timeout,
                          drp_client** client);
 
-/* Cancels the runs under way, ends the session and frees the client; its runs are over, and still to be freed. */
+/* Cancels all runs, closes the connection and frees the client. Its runs must still be freed. */
 void drp_client_close(drp_client* client);
 
-/* Asks how the server is. */
+/* Queries the status of the server. */
 drp_code drp_client_status(const drp_client* client, double timeout, drp_status* status);
 
+/* Sets all options to their defaults. */
 void drp_request_init(drp_request* request);
 
-/* Asks for a run and returns at once. Tensors are copied. */
+/* Submits a run and returns immediately. Tensors are copied. */
 drp_code drp_client_submit(const drp_client* client, const drp_request* request, drp_run** run);
 
-/* Waits for news of a run; DRP_OVER when it is over, whatever it came to. */
+/* Waits for the next progress update; returns DRP_END when the run is over, even if it failed. */
 drp_code drp_run_next(drp_run* run, drp_progress* progress);
 
-/* Waits for the end of a run at most so long: DRP_OK if it is over, else DRP_TIMEOUT. */
+/* Waits at most this many seconds for the end of a run: DRP_OK if it is over, else DRP_TIMEOUT. */
 drp_code drp_run_wait(const drp_run* run, double seconds);
 
-/* Waits for the result of a run, or says what became of it. */
+/* Waits for the result of a run. Returns the error of a run that has none. */
 drp_code drp_run_result(drp_run* run, drp_result* result);
 
-/* Asks for the end of a run; drp_run_result then is DRP_CANCELLED, or DRP_OK if it was over before. */
+/* Cancels a run. drp_run_result then returns DRP_CANCELLED, or DRP_OK if the samples had already arrived. */
 drp_code drp_run_cancel(const drp_run* run);
 
-/* Cancels a run, unless it is over, and frees it with its samples. */
+/* Cancels a run, unless it is over, and frees the run and its samples. */
 void drp_run_free(drp_run* run);
 
-/* The last error of this thread, in words; until its next call. */
+/* Returns the message of this thread's last error, valid until the thread's next call. */
 const char* drp_last_error(void);
 
 #ifdef __cplusplus

@@ -1,4 +1,4 @@
-// A client of `drp serve`, for C++17, on libzmq and msgpack-cxx: one header, to be included anywhere.
+// A C++17 client for `drp serve`, as a single header. It needs libzmq and msgpack-cxx.
 //
 //     drp::Client client("ipc:///run/user/1000/drp/server");
 //     drp::Request request;
@@ -7,10 +7,9 @@
 //     drp::Result result = run.result();
 //     const float* numbers = result.samples.data<float>();
 //
-// All of Client and Run may be used from any thread, at the same time; a thread of the client's own has the socket, and
-// receives no signals. Every wait ends: after 10 s without a word from the server there is an Error (lost).
-// What fails throws drp::Error. drp/client.h has the same for C, where nothing throws.
-// The bytes, and what they mean: drp/protocol/SPEC.md.
+// Client and Run are thread-safe. Each Client has one thread, which owns the socket and blocks all signals. Every wait
+// is bounded: if the server sends nothing for 10 s, it throws Error (lost). All failures are thrown as drp::Error.
+// drp/client.h is the C interface, which does not throw. drp/protocol/SPEC.md specifies the protocol.
 #pragma once
 
 #include <fcntl.h>
@@ -51,22 +50,22 @@ namespace drp {
 // ---------------------------------------------------------------------------------------------------------- errors
 
 enum class Code {
-    invalid = 1,  // the request cannot be: its options do not fit the model or each other
-    busy,         // the server has as many requests as it takes
-    draining,     // the server is about to end
-    version,      // the server speaks another version of the protocol
-    protocol,     // one side broke the protocol
+    invalid = 1,  // the request is invalid: its options do not fit the model or each other
+    busy,         // the server has reached its limit of requests
+    draining,     // the server is shutting down
+    version,      // the server uses another version of the protocol
+    protocol,     // one side violated the protocol
     cancelled,    // the run was cancelled
     failed,       // the run failed: the denoiser raised, or all workers were lost
-    lost,         // the server is gone, or silent
-    timeout,      // not in time
+    lost,         // the connection was lost, or the server is silent
+    timeout,      // the given time has passed
     closed,       // the client was closed
-    refused,      // for a reason that this client does not know
+    refused,      // refused with a code that this client does not know
 };
 
 class Error : public std::runtime_error {
 public:
-    Error(Code why, const std::string& words) : std::runtime_error(words), code(why) {}
+    Error(Code error_code, const std::string& message) : std::runtime_error(message), code(error_code) {}
     Code code;
 };
 
@@ -96,7 +95,7 @@ constexpr const char* dtype_of() {
     return "";
 }
 
-// The bytes of a tensor; throws what `code` says if they cannot be counted.
+// Returns the size of a tensor in bytes; throws Error (code) if the dtype or the shape is invalid.
 inline std::size_t nbytes(const std::string& dtype, const std::vector<std::int64_t>& shape, Code code) {
     std::size_t bytes = 0;
     for (const Dtype& known : kDtypes)
@@ -113,7 +112,7 @@ inline std::size_t nbytes(const std::string& dtype, const std::vector<std::int64
 
 }  // namespace detail
 
-// Numbers in C order. Copies share the memory; whoever holds the last one ends it.
+// A contiguous tensor in C order. Copies share the memory, which is freed with the last copy.
 struct Tensor {
     std::string dtype = "float32";
     std::vector<std::int64_t> shape;
@@ -127,7 +126,7 @@ struct Tensor {
         return count;
     }
 
-    // The numbers, of which there are `size()`. Throws if they are of another type.
+    // Returns the `size()` elements. Throws if the dtype is another one.
     template <class T>
     const T* data() const {
         if (dtype != detail::dtype_of<T>())
@@ -135,12 +134,12 @@ struct Tensor {
         return static_cast<const T*>(memory.get());
     }
 
-    // A tensor of these numbers, which it owns.
+    // Makes a tensor that owns these elements.
     template <class T>
     static Tensor of(std::vector<T> numbers, std::vector<std::int64_t> shape) {
         Tensor tensor{detail::dtype_of<T>(), std::move(shape), nullptr};
         if (tensor.nbytes() != numbers.size() * sizeof(T))
-            throw Error(Code::invalid, std::to_string(numbers.size()) + " numbers are not as many as their shape says");
+            throw Error(Code::invalid, std::to_string(numbers.size()) + " numbers do not match their shape");
         const auto kept = std::make_shared<const std::vector<T>>(std::move(numbers));
         tensor.memory = std::shared_ptr<const void>(kept, kept->data());
         return tensor;
@@ -149,8 +148,8 @@ struct Tensor {
 
 // -------------------------------------------------------------------------------------------------------- messages
 
-// The client protocol's messages, each with its fields' names and bounds, as in SPEC.md. `fields(self, visit)` calls
-// visit(name, member, bounds) for each field in order: writing, reading and checking are visits.
+// The messages of the client protocol, with the names and bounds of their fields, as in SPEC.md. `fields(self, visit)`
+// calls visit(name, member, bounds) for each field in order; encoding, decoding and validation are such visitors.
 namespace protocol {
 
 inline constexpr std::int64_t kVersion = 3;
@@ -163,13 +162,13 @@ struct Real {
     double low, high;
 };
 struct Text {
-    std::size_t most;
+    std::size_t max;
 };
 struct Flag {};
 struct Record {};
 template <class Item>
 struct List {
-    std::size_t most;
+    std::size_t max;
     Item item;
 };
 template <std::size_t N>
@@ -245,7 +244,7 @@ struct Rule {
 
 struct Residual {
     std::int64_t index = 0;
-    std::optional<double> value;  // none: not finite
+    std::optional<double> value;  // nullopt: not finite
     template <class Self, class Visit>
     static void fields(Self& self, Visit&& visit) {
         visit("index", self.index, kCount);
@@ -305,7 +304,7 @@ struct Welcome {
     }
 };
 
-// What a run is asked for, tensors apart; the meanings are in SPEC.md under Submit, and so are the defaults.
+// The options of a run, without tensors. SPEC.md describes them and their defaults under Submit.
 struct Settings {
     std::optional<std::vector<std::int64_t>> labels;
     std::optional<std::int64_t> count;
@@ -323,7 +322,7 @@ struct Settings {
     std::optional<double> stride;
     std::optional<std::variant<std::string, std::vector<std::int64_t>>> offsets;
     std::optional<std::variant<std::string, Rule>> rule;
-    std::optional<double> tolerance = 0.0025;  // none: infinite
+    std::optional<double> tolerance = 0.0025;  // nullopt: infinite
     std::int64_t warmup = 0, sweeps = 0, seed = 0;
     bool residuals = false, progress = false;
     std::int64_t previews = 0;
@@ -388,7 +387,7 @@ struct Refused {
     template <class Self, class Visit>
     static void fields(Self& self, Visit&& visit) {
         visit("request", self.request, kCount);
-        visit("code", self.code, kName);  // other versions may have codes of their own
+        visit("code", self.code, kName);  // servers of other versions may send other codes
         visit("reason", self.reason, kText);
     }
 };
@@ -409,8 +408,8 @@ struct Progress {
     }
 };
 
-// What a run came to, the samples apart; the meanings are in SPEC.md under Finished.
-struct Facts {
+// The result of a run, without the samples. SPEC.md describes the fields under Finished.
+struct RunSummary {
     std::string mode;
     std::int64_t drafts = 0, steps = 0;
     std::vector<std::string> devices;
@@ -421,7 +420,7 @@ struct Facts {
     std::vector<std::string> incidents;
 };
 
-struct Finished : Facts {
+struct Finished : RunSummary {
     static constexpr const char* type = "Finished";
     std::int64_t request = 0;
     TensorData samples;
@@ -527,9 +526,9 @@ struct Heartbeat {
 using ToServer = std::variant<Open, Submit, Ack, Cancel, Query>;
 using ToClient = std::variant<Welcome, Accepted, Refused, Progress, Finished, Ended, Status, Metrics, Heartbeat>;
 
-// ----- what holds of values, whether they go or come
+// ----- validation
 
-// The characters (code points) of UTF-8; none if it is not that.
+// Returns the number of code points, or nullopt if the text is not valid UTF-8.
 inline std::optional<std::size_t> characters(const char* text, std::size_t size) {
     const auto* bytes = reinterpret_cast<const unsigned char*>(text);
     std::size_t count = 0;
@@ -544,7 +543,7 @@ inline std::optional<std::size_t> characters(const char* text, std::size_t size)
         if (length == 0 || size - i < length) return std::nullopt;
         for (std::size_t j = 1; j < length; ++j)
             if ((bytes[i + j] & 0xC0) != 0x80) return std::nullopt;
-        // Overlong forms, halves of surrogate pairs, and what is past the last code point.
+        // Overlong forms, surrogates, and values above the last code point.
         if ((first == 0xE0 && bytes[i + 1] < 0xA0) || (first == 0xED && bytes[i + 1] > 0x9F) ||
             (first == 0xF0 && bytes[i + 1] < 0x90) || (first == 0xF4 && bytes[i + 1] > 0x8F))
             return std::nullopt;
@@ -553,30 +552,30 @@ inline std::optional<std::size_t> characters(const char* text, std::size_t size)
     return count;
 }
 
-inline bool holds(std::int64_t value, Int bounds) { return bounds.low <= value && value <= bounds.high; }
-inline bool holds(double value, Real bounds) { return bounds.low <= value && value <= bounds.high; }  // false for NaN
-inline bool holds(const std::string& value, Text bounds) {
+inline bool within(std::int64_t value, Int bounds) { return bounds.low <= value && value <= bounds.high; }
+inline bool within(double value, Real bounds) { return bounds.low <= value && value <= bounds.high; }  // false for NaN
+inline bool within(const std::string& value, Text bounds) {
     const auto count = characters(value.data(), value.size());
-    return count && *count <= bounds.most;
+    return count && *count <= bounds.max;
 }
 template <std::size_t N>
-bool holds(const std::string& value, OneOf<N> bounds) {
+bool within(const std::string& value, OneOf<N> bounds) {
     return std::find(bounds.names, bounds.names + N, value) != bounds.names + N;
 }
 
 template <class Value, class Bounds>
 void check(const Value& value, Bounds bounds, const char* name, Code code) {
-    if (!holds(value, bounds)) throw Error(code, std::string(name) + " is not within its bounds");
+    if (!within(value, bounds)) throw Error(code, std::string(name) + " is not within its bounds");
 }
 
-struct Look {
+struct Ignore {
     template <class... Field>
     void operator()(Field&&...) const {}
 };
 template <class T>
-using IsRecord = decltype(T::fields(std::declval<T&>(), Look{}));
+using IsRecord = decltype(T::fields(std::declval<T&>(), Ignore{}));
 
-// ----- to bytes
+// ----- encoding
 
 class Writer {
 public:
@@ -586,84 +585,84 @@ public:
         std::uint32_t count = 1;
         Message::fields(message, [&](auto&&...) { ++count; });
         writer.packer_.pack_map(count);
-        writer.put("type", Text{kName});
-        writer.put(Message::type, Text{kName});
-        writer.put_fields(message);
+        writer.pack("type", Text{kName});
+        writer.pack(Message::type, Text{kName});
+        writer.pack_fields(message);
         if (writer.buffer_.size() > kMaxMessage) throw Error(Code::invalid, "a message is longer than 1,048,576 bytes");
         return {writer.buffer_.data(), writer.buffer_.data() + writer.buffer_.size()};
     }
 
 private:
     template <class T>
-    void put_fields(const T& record) {
+    void pack_fields(const T& record) {
         T::fields(record, [&](const char* name, const auto& value, auto bounds) {
-            put(name, kName);
+            pack(name, kName);
             name_ = name;
-            put(value, bounds);
+            pack(value, bounds);
         });
     }
-    void put(const std::string& value, Text bounds) {
+    void pack(const std::string& value, Text bounds) {
         check(value, bounds, name_, Code::invalid);
         packer_.pack_str(static_cast<std::uint32_t>(value.size()));
         packer_.pack_str_body(value.data(), static_cast<std::uint32_t>(value.size()));
     }
     template <std::size_t N>
-    void put(const std::string& value, OneOf<N> bounds) {
+    void pack(const std::string& value, OneOf<N> bounds) {
         check(value, bounds, name_, Code::invalid);
-        put(value, kText);
+        pack(value, kText);
     }
-    void put(std::int64_t value, Int bounds) {
+    void pack(std::int64_t value, Int bounds) {
         check(value, bounds, name_, Code::invalid);
         packer_.pack_int64(value);
     }
-    void put(double value, Real bounds) {
+    void pack(double value, Real bounds) {
         check(value, bounds, name_, Code::invalid);
-        std::uint64_t bits;  // not pack_double, which in some versions makes an integer of 2.0: those are two things
+        std::uint64_t bits;  // not pack_double, which in some versions writes 2.0 as an integer
         std::memcpy(&bits, &value, sizeof bits);
         char bytes[9] = {'\xcb'};
         for (int i = 0; i < 8; ++i) bytes[1 + i] = static_cast<char>(bits >> (56 - 8 * i));
         buffer_.write(bytes, sizeof bytes);
     }
-    void put(bool value, Flag) { value ? packer_.pack_true() : packer_.pack_false(); }
+    void pack(bool value, Flag) { value ? packer_.pack_true() : packer_.pack_false(); }
     template <class T, class = IsRecord<T>>
-    void put(const T& record, Record) {
+    void pack(const T& record, Record) {
         std::uint32_t count = 0;
         T::fields(record, [&](auto&&...) { ++count; });
         packer_.pack_map(count);
-        put_fields(record);
+        pack_fields(record);
     }
     template <class T, class Item>
-    void put(const std::vector<T>& values, List<Item> bounds) {
-        if (values.size() > bounds.most) throw Error(Code::invalid, std::string(name_) + " has too many items");
+    void pack(const std::vector<T>& values, List<Item> bounds) {
+        if (values.size() > bounds.max) throw Error(Code::invalid, std::string(name_) + " has too many items");
         packer_.pack_array(static_cast<std::uint32_t>(values.size()));
-        for (const T& value : values) put(value, bounds.item);
+        for (const T& value : values) pack(value, bounds.item);
     }
     template <class T, class Bounds>
-    void put(const std::optional<T>& value, Bounds bounds) {
+    void pack(const std::optional<T>& value, Bounds bounds) {
         if (value)
-            put(*value, bounds);
+            pack(*value, bounds);
         else
             packer_.pack_nil();
     }
-    void put(const decltype(Option::value)& value, OptionValue) {
-        std::visit([&](const auto& each) { put_option(each); }, value);
+    void pack(const decltype(Option::value)& value, OptionValue) {
+        std::visit([&](const auto& each) { pack_option(each); }, value);
     }
-    void put_option(std::int64_t value) { put(value, kWhole); }
-    void put_option(double value) { put(value, kReal); }
-    void put_option(const std::string& value) { put(value, kName); }
-    void put_option(bool value) { put(value, Flag{}); }
-    void put_option(const std::vector<double>& value) { put(value, kReals); }
-    void put(const std::variant<std::string, Rule>& value, RuleOrName) {
+    void pack_option(std::int64_t value) { pack(value, kWhole); }
+    void pack_option(double value) { pack(value, kReal); }
+    void pack_option(const std::string& value) { pack(value, kName); }
+    void pack_option(bool value) { pack(value, Flag{}); }
+    void pack_option(const std::vector<double>& value) { pack(value, kReals); }
+    void pack(const std::variant<std::string, Rule>& value, RuleOrName) {
         if (const auto* name = std::get_if<std::string>(&value))
-            put(*name, kName);
+            pack(*name, kName);
         else
-            put(std::get<Rule>(value), Record{});
+            pack(std::get<Rule>(value), Record{});
     }
-    void put(const std::variant<std::string, std::vector<std::int64_t>>& value, CountsOrName) {
+    void pack(const std::variant<std::string, std::vector<std::int64_t>>& value, CountsOrName) {
         if (const auto* name = std::get_if<std::string>(&value))
-            put(*name, kName);
+            pack(*name, kName);
         else
-            put(std::get<std::vector<std::int64_t>>(value), kCounts);
+            pack(std::get<std::vector<std::int64_t>>(value), kCounts);
     }
 
     msgpack::sbuffer buffer_;
@@ -676,14 +675,14 @@ std::vector<char> encode(const Message& message) {
     return Writer::write(message);
 }
 
-// ----- from bytes
+// ----- decoding
 
 class Reader {
 public:
     template <class T>
     static T read(const msgpack::object& map) {
         T record;
-        Reader().take_fields(map, record, 1);
+        Reader().unpack_fields(map, record, 1);
         return record;
     }
 
@@ -693,36 +692,36 @@ private:
     [[noreturn]] void refuse(const char* wanted) const {
         throw Error(Code::protocol, std::string(name_) + " is not " + wanted);
     }
-    // `surplus` is how many fields there are besides: the type of a message.
+    // `extra` is the number of further fields: 1 for a message, which has a type.
     template <class T>
-    void take_fields(const msgpack::object& object, T& record, std::uint32_t surplus) {
+    void unpack_fields(const msgpack::object& object, T& record, std::uint32_t extra) {
         if (object.type != Type::MAP) refuse("a map");
         const msgpack::object_map& map = object.via.map;
-        std::uint32_t count = surplus;
+        std::uint32_t count = extra;
         T::fields(record, [&](const char* name, auto& value, auto bounds) {
             ++count;
             const msgpack::object_kv *first = map.ptr, *end = first + map.size;
             const auto* found = std::find_if(first, end, [&](const auto& each) { return is(each.key, name); });
             name_ = name;
-            if (found == end) refuse("there");
-            take(found->val, value, bounds);
+            if (found == end) refuse("present");
+            unpack(found->val, value, bounds);
         });
-        if (map.size != count) refuse("one of a map with these fields alone");
+        if (map.size != count) refuse("the last field: the map has others");
     }
     static bool is(const msgpack::object& object, const char* text) {
         return object.type == Type::STR && object.via.str.size == std::strlen(text) &&
                std::memcmp(object.via.str.ptr, text, object.via.str.size) == 0;
     }
-    void take(const msgpack::object& object, std::int64_t& value, Int bounds) {
+    void unpack(const msgpack::object& object, std::int64_t& value, Int bounds) {
         if (object.type == Type::NEGATIVE_INTEGER)
             value = object.via.i64;
         else if (object.type == Type::POSITIVE_INTEGER && object.via.u64 <= static_cast<std::uint64_t>(kMaxInt64))
             value = static_cast<std::int64_t>(object.via.u64);
         else
-            refuse("a whole number that can be");
+            refuse("a 64-bit signed integer");
         check(value, bounds, name_, Code::protocol);
     }
-    void take(const msgpack::object& object, double& value, Real bounds) {
+    void unpack(const msgpack::object& object, double& value, Real bounds) {
         if (object.type == Type::FLOAT32 || object.type == Type::FLOAT64)
             value = object.via.f64;
         else if (object.type == Type::NEGATIVE_INTEGER)
@@ -733,77 +732,78 @@ private:
             refuse("a number");
         check(value, bounds, name_, Code::protocol);
     }
-    void take(const msgpack::object& object, bool& value, Flag) {
+    void unpack(const msgpack::object& object, bool& value, Flag) {
         if (object.type != Type::BOOLEAN) refuse("true or false");
         value = object.via.boolean;
     }
     template <class Bounds>
-    void take(const msgpack::object& object, std::string& value, Bounds bounds) {
+    void unpack(const msgpack::object& object, std::string& value, Bounds bounds) {
         if (object.type != Type::STR) refuse("text");
         value.assign(object.via.str.ptr, object.via.str.size);
         check(value, bounds, name_, Code::protocol);
     }
     template <class T, class = IsRecord<T>>
-    void take(const msgpack::object& object, T& record, Record) {
-        take_fields(object, record, 0);
+    void unpack(const msgpack::object& object, T& record, Record) {
+        unpack_fields(object, record, 0);
     }
     template <class T, class Item>
-    void take(const msgpack::object& object, std::vector<T>& values, List<Item> bounds) {
-        if (object.type != Type::ARRAY || object.via.array.size > bounds.most) refuse("a list of so many items");
+    void unpack(const msgpack::object& object, std::vector<T>& values, List<Item> bounds) {
+        if (object.type != Type::ARRAY || object.via.array.size > bounds.max) refuse("a list, or has too many items");
         values.resize(object.via.array.size);
-        for (std::uint32_t i = 0; i < object.via.array.size; ++i) take(object.via.array.ptr[i], values[i], bounds.item);
+        for (std::uint32_t i = 0; i < object.via.array.size; ++i)
+            unpack(object.via.array.ptr[i], values[i], bounds.item);
     }
     template <class T, class Bounds>
-    void take(const msgpack::object& object, std::optional<T>& value, Bounds bounds) {
+    void unpack(const msgpack::object& object, std::optional<T>& value, Bounds bounds) {
         if (object.type == Type::NIL)
             value.reset();
         else
-            take(object, value.emplace(), bounds);
+            unpack(object, value.emplace(), bounds);
     }
-    void take(const msgpack::object& object, decltype(Option::value)& value, OptionValue) {
+    void unpack(const msgpack::object& object, decltype(Option::value)& value, OptionValue) {
         switch (object.type) {
             case Type::POSITIVE_INTEGER:
             case Type::NEGATIVE_INTEGER:
-                return take(object, value.emplace<std::int64_t>(), kWhole);
+                return unpack(object, value.emplace<std::int64_t>(), kWhole);
             case Type::FLOAT32:
             case Type::FLOAT64:
-                return take(object, value.emplace<double>(), kReal);
+                return unpack(object, value.emplace<double>(), kReal);
             case Type::STR:
-                return take(object, value.emplace<std::string>(), kName);
+                return unpack(object, value.emplace<std::string>(), kName);
             case Type::BOOLEAN:
-                return take(object, value.emplace<bool>(), Flag{});
+                return unpack(object, value.emplace<bool>(), Flag{});
             default:
-                return take(object, value.emplace<std::vector<double>>(), kReals);
+                return unpack(object, value.emplace<std::vector<double>>(), kReals);
         }
     }
-    void take(const msgpack::object& object, std::variant<std::string, Rule>& value, RuleOrName) {
+    void unpack(const msgpack::object& object, std::variant<std::string, Rule>& value, RuleOrName) {
         if (object.type == Type::STR)
-            take(object, value.emplace<std::string>(), kName);
+            unpack(object, value.emplace<std::string>(), kName);
         else
-            take(object, value.emplace<Rule>(), Record{});
+            unpack(object, value.emplace<Rule>(), Record{});
     }
-    void take(const msgpack::object& object, std::variant<std::string, std::vector<std::int64_t>>& value,
-              CountsOrName) {
+    void unpack(const msgpack::object& object, std::variant<std::string, std::vector<std::int64_t>>& value,
+                CountsOrName) {
         if (object.type == Type::STR)
-            take(object, value.emplace<std::string>(), kName);
+            unpack(object, value.emplace<std::string>(), kName);
         else
-            take(object, value.emplace<std::vector<std::int64_t>>(), kCounts);
+            unpack(object, value.emplace<std::vector<std::int64_t>>(), kCounts);
     }
 
     const char* name_ = "a message";
 };
 
 template <class Messages>
-struct Kinds;
+struct MessageTypes;
 template <class... Each>
-struct Kinds<std::variant<Each...>> {
+struct MessageTypes<std::variant<Each...>> {
     static void match(const std::string& type, const msgpack::object& object,
                       std::optional<std::variant<Each...>>& found) {
         ((type == Each::type ? void(found = Reader::read<Each>(object)) : void()), ...);
     }
 };
 
-// The message in these bytes, one of those in the variant; throws Error (protocol) for anything else.
+// Decodes a message, one of those in the variant; throws Error (protocol) for anything else.
 template <class Messages>
 Messages decode(const void* data, std::size_t size) {
     if (size > kMaxMessage) throw Error(Code::protocol, "a message is longer than 1,048,576 bytes");
@@ -814,26 +814,26 @@ Messages decode(const void* data, std::size_t size) {
         const msgpack::unpack_limit limit(100000, 256, kMaxMessage, 0, 0, 8);
         const auto refer = [](msgpack::type::object_type, std::size_t, void*) { return true; };
         handle = msgpack::unpack(static_cast<const char*>(data), size, end, referenced, refer, nullptr, limit);
-        if (end != size) throw Error(Code::protocol, "there is more than one message in a frame");
+        if (end != size) throw Error(Code::protocol, "a frame has more than one message");
     } catch (const Error&) {
         throw;
     } catch (const std::exception& error) {
         throw Error(Code::protocol, std::string("not MessagePack: ") + error.what());
     }
     const msgpack::object& object = handle.get();
-    if (object.type != msgpack::type::MAP) throw Error(Code::protocol, "a message is no map");
+    if (object.type != msgpack::type::MAP) throw Error(Code::protocol, "a message is not a map");
     std::string type;
     for (std::uint32_t i = 0; i < object.via.map.size; ++i) {
         const msgpack::object_kv& field = object.via.map.ptr[i];
-        if (field.key.type != msgpack::type::STR) throw Error(Code::protocol, "a field's name is no text");
+        if (field.key.type != msgpack::type::STR) throw Error(Code::protocol, "a field's name is not text");
         if (std::string(field.key.via.str.ptr, field.key.via.str.size) == "type" &&
             field.val.type == msgpack::type::STR)
             type.assign(field.val.via.str.ptr, field.val.via.str.size);
     }
     std::optional<Messages> message;
-    Kinds<Messages>::match(type, object, message);
+    MessageTypes<Messages>::match(type, object, message);
     if (!message)
-        throw Error(Code::protocol, "unknown message type" + (holds(type, Text{80}) ? " '" + type + "'" : ""));
+        throw Error(Code::protocol, "unknown message type" + (within(type, Text{80}) ? " '" + type + "'" : ""));
     return *std::move(message);
 }
 
@@ -848,11 +848,11 @@ using protocol::Rule;
 using protocol::Status;
 using protocol::Welcome;
 
-// What a run is asked for: the fields of protocol::Settings, and tensors. They are sent from where they are.
+// The options of a run: the fields of protocol::Settings, and tensors, which are sent without a copy.
 struct Request : protocol::Settings {
     std::vector<std::pair<std::string, Tensor>> cond;
     std::optional<Tensor> noise, image;
-    // Let samples of this many bytes or more come in shared memory, over ipc://.
+    // Samples of at least this many bytes arrive in shared memory, over ipc://.
     std::size_t shared_from = std::size_t{1} << 18;
 };
 
@@ -862,20 +862,20 @@ struct Progress {
     std::vector<Evaluation> evaluations;
 };
 
-struct Result : protocol::Facts {
+struct Result : protocol::RunSummary {
     Tensor samples;  // float32 [count, ...]
 };
 
-// Public key of the server, and this client's pair, in Z85: 40 characters each.
+// The server's public key and this client's key pair, 40 characters of Z85 each.
 struct Keys {
     std::string server, public_key, secret_key;
 };
 
-// ------------------------------------------------------------------------------------------------- the conversation
+// ------------------------------------------------------------------------------------------------- the connection
 
 namespace detail {
 
-// One frame, and what has its bytes.
+// A frame of a message, and the owner of its bytes.
 struct Frame {
     std::shared_ptr<const void> memory;
     std::size_t size = 0;
@@ -886,7 +886,7 @@ inline Frame frame_of(std::vector<char> bytes) {
     return {std::shared_ptr<const void>(kept, kept->data()), kept->size()};
 }
 
-[[noreturn]] inline void fail(const char* what) {
+[[noreturn]] inline void throw_zmq_error(const char* what) {
     throw Error(Code::lost, std::string(what) + ": " + zmq_strerror(zmq_errno()));
 }
 
@@ -916,19 +916,19 @@ private:
     int fd_;
 };
 
-// Maps a tensor that the server shares, to be read.
+// Maps a tensor in the server's shared memory, read-only.
 inline Tensor map_shared(const protocol::TensorData& data) {
     const protocol::Handle& handle = *data.memory;
     const std::size_t bytes = nbytes(data.dtype, data.shape, Code::protocol);
     const std::string path = "/proc/" + std::to_string(handle.pid) + "/fd/" + std::to_string(handle.fd);
     const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
-    struct stat facts = {};
-    if (file.get() < 0 || fstat(file.get(), &facts) != 0)
+    struct stat status = {};
+    if (file.get() < 0 || fstat(file.get(), &status) != 0)
         throw Error(Code::protocol,
                     "shared memory of the server cannot be opened: " + std::string(std::strerror(errno)));
     const auto size = static_cast<std::size_t>(handle.nbytes);
-    if (facts.st_size != handle.nbytes || bytes > size || size == 0)
-        throw Error(Code::protocol, "shared memory is not as long as it should be");
+    if (status.st_size != handle.nbytes || bytes > size || size == 0)
+        throw Error(Code::protocol, "shared memory has the wrong size");
     const int seals = fcntl(file.get(), F_GET_SEALS);
     if (seals < 0 || !(seals & F_SEAL_SHRINK)) throw Error(Code::protocol, "shared memory is not sealed");
     void* start = mmap(nullptr, size, PROT_READ, MAP_SHARED, file.get(), 0);
@@ -936,12 +936,12 @@ inline Tensor map_shared(const protocol::TensorData& data) {
     return {data.dtype, data.shape, std::shared_ptr<const void>(start, [size](void* it) { munmap(it, size); })};
 }
 
-// The tensor frames that came with a message. Each is named once.
+// The tensor frames of a received message. Each must be named exactly once.
 class Received {
 public:
     explicit Received(std::deque<Frame> frames) : frames_(std::move(frames)) {}
 
-    Tensor take(const protocol::TensorData& data) {
+    Tensor tensor(const protocol::TensorData& data) {
         const std::size_t bytes = nbytes(data.dtype, data.shape, Code::protocol);
         const std::size_t place = data.frame ? static_cast<std::size_t>(*data.frame) : 0;
         if (data.memory || place == 0 || place > frames_.size() || !frames_[place - 1].memory)
@@ -951,13 +951,13 @@ public:
         return {data.dtype, data.shape, aligned(frame)};
     }
 
-    void done() const {
+    void check_all_used() const {
         for (const Frame& frame : frames_)
-            if (frame.memory) throw Error(Code::protocol, "no field names a frame");
+            if (frame.memory) throw Error(Code::protocol, "a frame is not named by any field");
     }
 
 private:
-    // libzmq may hand out the middle of a buffer of its own, where numbers cannot be read as such.
+    // libzmq may return a pointer into one of its buffers that is not aligned for the elements.
     static std::shared_ptr<const void> aligned(const Frame& frame) {
         if (reinterpret_cast<std::uintptr_t>(frame.memory.get()) % alignof(std::max_align_t) == 0) return frame.memory;
         std::shared_ptr<void> copy(::operator new(frame.size), [](void* it) { ::operator delete(it); });
@@ -968,50 +968,51 @@ private:
     std::deque<Frame> frames_;
 };
 
-// A run as the line and its caller share it; all but `number` under the line's mutex.
+// The state of a run, shared by the connection and the caller. The connection's mutex guards all but `number`.
 struct RunState {
     explicit RunState(std::int64_t own) : number(own) {}
     const std::int64_t number;
     std::condition_variable changed;
-    std::deque<Progress> news;
+    std::deque<Progress> progress;
     std::optional<Result> result;
     std::optional<Error> error;
     bool over() const { return result || error; }
 };
 
-// A question that was asked, and its answer.
-template <class Answer>
-struct Question {
-    std::optional<Answer> answer;
+// A query that was sent, and its reply.
+template <class Reply>
+struct PendingQuery {
+    std::optional<Reply> reply;
 };
 
-// The connection, and the thread that has the socket. Nothing that leaves the thread is an exception.
-class Line {
+// The connection, and the thread that owns the socket. No exception leaves the thread.
+class Connection {
 public:
-    Line(std::string address, const std::string& name, const std::optional<Keys>& keys)
+    Connection(std::string address, const std::string& name, const std::optional<Keys>& keys)
         : address_(std::move(address)), context_(zmq_ctx_new()), wakeup_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
-        if (!context_ || wakeup_.get() < 0) fail("no context");
+        if (!context_ || wakeup_.get() < 0) throw_zmq_error("no context");
         socket_.reset(zmq_socket(context_.get(), ZMQ_DEALER));
-        if (!socket_) fail("no socket");
-        set(ZMQ_LINGER, 200);  // a last Cancel has a moment to leave
-        const std::int64_t most = static_cast<std::int64_t>(protocol::kMaxFrameBytes);
-        if (zmq_setsockopt(socket_.get(), ZMQ_MAXMSGSIZE, &most, sizeof most) != 0) fail("ZMQ_MAXMSGSIZE");
+        if (!socket_) throw_zmq_error("no socket");
+        set(ZMQ_LINGER, 200);  // for the last Cancel messages
+        const std::int64_t max_size = static_cast<std::int64_t>(protocol::kMaxFrameBytes);
+        if (zmq_setsockopt(socket_.get(), ZMQ_MAXMSGSIZE, &max_size, sizeof max_size) != 0)
+            throw_zmq_error("ZMQ_MAXMSGSIZE");
         if (keys) {
             set_key(ZMQ_CURVE_SERVERKEY, keys->server);
             set_key(ZMQ_CURVE_PUBLICKEY, keys->public_key);
             set_key(ZMQ_CURVE_SECRETKEY, keys->secret_key);
         }
         const int events = ZMQ_EVENT_DISCONNECTED | ZMQ_EVENT_HANDSHAKE_FAILED_AUTH;
-        if (zmq_socket_monitor(socket_.get(), "inproc://events", events) != 0) fail("no monitor");
+        if (zmq_socket_monitor(socket_.get(), "inproc://events", events) != 0) throw_zmq_error("no monitor");
         monitor_.reset(zmq_socket(context_.get(), ZMQ_PAIR));
-        if (!monitor_ || zmq_connect(monitor_.get(), "inproc://events") != 0) fail("no monitor");
+        if (!monitor_ || zmq_connect(monitor_.get(), "inproc://events") != 0) throw_zmq_error("no monitor");
         if (zmq_connect(socket_.get(), address_.c_str()) != 0) {
             if (zmq_errno() == EINVAL || zmq_errno() == EPROTONOSUPPORT)
-                throw Error(Code::invalid, "'" + address_ + "' is no address; give ipc://PATH or tcp://HOST:PORT");
-            fail("cannot connect");
+                throw Error(Code::invalid, "'" + address_ + "' is not an address; give ipc://PATH or tcp://HOST:PORT");
+            throw_zmq_error("cannot connect");
         }
         outgoing_.push_back({frame_of(protocol::encode(protocol::Open{protocol::kVersion, name}))});
-        sigset_t all, before;  // signals are for the program's own threads
+        sigset_t all, before;  // the program's own threads handle signals
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
         try {
@@ -1022,14 +1023,14 @@ public:
         }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }
-    Line(const Line&) = delete;
-    Line& operator=(const Line&) = delete;
-    ~Line() { close(); }
+    Connection(const Connection&) = delete;
+    Connection& operator=(const Connection&) = delete;
+    ~Connection() { close(); }
 
     Welcome open(double seconds) {
         std::unique_lock lock(mutex_);
         if (!changed_.wait_for(lock, to_duration(seconds), [&] { return welcome_ || error_; }))
-            throw Error(Code::timeout, "no server answers at " + address_ + " in time");
+            throw Error(Code::timeout, "no server answers at " + address_ + " within the timeout");
         if (!welcome_) throw Error(*error_);
         return *welcome_;
     }
@@ -1040,42 +1041,44 @@ public:
         while (runs_.count(submit.request));
         tensors.push_front(frame_of(protocol::encode(submit)));
         auto run = std::make_shared<RunState>(submit.request);
-        put(std::move(tensors), [&] { runs_[run->number] = run; });
+        enqueue(std::move(tensors), [&] { runs_[run->number] = run; });
         return run;
     }
 
     void cancel(const RunState& run) {
         const std::lock_guard lock(mutex_);
-        if (!run.over() && !error_ && !closing_) put({frame_of(protocol::encode(protocol::Cancel{run.number}))}, [] {});
+        if (!run.over() && !error_ && !closing_)
+            enqueue({frame_of(protocol::encode(protocol::Cancel{run.number}))}, [] {});
     }
 
-    // Waits until `true_now()`, which is about `run`; no longer than `seconds`, if that is given.
+    // Waits until `predicate()` is true, at most for `seconds` if given. Returns the lock.
     template <class Condition>
-    std::unique_lock<std::mutex> wait(RunState& run, std::optional<double> seconds, Condition true_now) {
+    std::unique_lock<std::mutex> wait(RunState& run, std::optional<double> seconds, Condition predicate) {
         std::unique_lock lock(mutex_);
         if (seconds)
-            run.changed.wait_for(lock, to_duration(*seconds), true_now);
+            run.changed.wait_for(lock, to_duration(*seconds), predicate);
         else
-            run.changed.wait(lock, true_now);
+            run.changed.wait(lock, predicate);
         return lock;
     }
 
-    template <class Answer>
-    Answer ask(const char* what, std::deque<std::shared_ptr<Question<Answer>>> Line::* asked, double seconds) {
+    template <class Reply>
+    Reply query_server(const char* what, std::deque<std::shared_ptr<PendingQuery<Reply>>> Connection::* pending,
+                       double seconds) {
         std::unique_lock lock(mutex_);
-        const auto question = std::make_shared<Question<Answer>>();
-        put({frame_of(protocol::encode(protocol::Query{what}))}, [&] { (this->*asked).push_back(question); });
-        if (!changed_.wait_for(lock, to_duration(seconds), [&] { return question->answer || error_; }))
-            throw Error(Code::timeout, std::string("no answer to the question for the ") + what + " in time");
-        if (!question->answer) throw Error(*error_);
-        return *std::move(question->answer);
+        const auto query = std::make_shared<PendingQuery<Reply>>();
+        enqueue({frame_of(protocol::encode(protocol::Query{what}))}, [&] { (this->*pending).push_back(query); });
+        if (!changed_.wait_for(lock, to_duration(seconds), [&] { return query->reply || error_; }))
+            throw Error(Code::timeout, std::string("no ") + what + " within the timeout");
+        if (!query->reply) throw Error(*error_);
+        return *std::move(query->reply);
     }
 
     void close() {
         {
             const std::lock_guard lock(mutex_);
             closing_ = true;
-            wake();
+            notify();
         }
         const std::lock_guard lock(joining_);
         if (thread_.joinable()) thread_.join();
@@ -1083,76 +1086,76 @@ public:
 
     bool local() const { return address_.rfind("ipc://", 0) == 0; }
 
-    std::deque<std::shared_ptr<Question<Status>>> statuses_;
-    std::deque<std::shared_ptr<Question<protocol::Metrics>>> metrics_;
+    std::deque<std::shared_ptr<PendingQuery<Status>>> statuses_;
+    std::deque<std::shared_ptr<PendingQuery<protocol::Metrics>>> metrics_;
 
 private:
     using Clock = std::chrono::steady_clock;
-    static constexpr std::chrono::seconds kSilence{10};
+    static constexpr std::chrono::seconds kServerTimeout{10};
 
     static std::chrono::duration<double> to_duration(double seconds) {
         return std::chrono::duration<double>(std::clamp(seconds, 0.0, 1e8));
     }
     void set(int option, int value) {
-        if (zmq_setsockopt(socket_.get(), option, &value, sizeof value) != 0) fail("a socket's option");
+        if (zmq_setsockopt(socket_.get(), option, &value, sizeof value) != 0) throw_zmq_error("a socket's option");
     }
     void set_key(int option, const std::string& key) {
         if (key.size() != 40 || zmq_setsockopt(socket_.get(), option, key.c_str(), 41) != 0)
             throw Error(Code::invalid, "a key is not 40 characters of Z85; `drp keys` makes them");
     }
 
-    // What other threads do, with the mutex held.
+    // Called by other threads, with the mutex held.
 
-    void wake() const { (void)eventfd_write(wakeup_.get(), 1); }
+    void notify() const { (void)eventfd_write(wakeup_.get(), 1); }
 
     template <class Note>
-    void put(std::deque<Frame> message, Note note) {
+    void enqueue(std::deque<Frame> message, Note note) {
         if (error_) throw Error(*error_);
         if (closing_) throw Error(Code::closed, "the client is closed");
-        if (!waits()) heard_ = Clock::now();  // until now the server had no cause to speak
+        if (!awaits_reply()) last_received_ = Clock::now();  // the server owed no reply until now
         note();
         outgoing_.push_back(std::move(message));
-        wake();
+        notify();
     }
-    bool waits() const { return !welcome_ || !runs_.empty() || !statuses_.empty() || !metrics_.empty(); }
+    bool awaits_reply() const { return !welcome_ || !runs_.empty() || !statuses_.empty() || !metrics_.empty(); }
 
-    // The thread.
+    // Called by the connection's thread.
 
     void serve() noexcept {
         Error why(Code::closed, "the client is closed");
         try {
-            while (go_on()) continue;
+            while (run_once()) continue;
         } catch (const Error& error) {
             why = error;
         } catch (const std::exception& error) {
             why = Error(Code::lost, error.what());
         }
-        end(why);
+        fail_all(why);
     }
 
-    bool go_on() {
-        bool speaks;
+    bool run_once() {
+        bool has_outgoing;
         {
             const std::lock_guard lock(mutex_);
             if (closing_) return false;
-            if (welcome_ && waits() && Clock::now() - heard_ > kSilence)
+            if (welcome_ && awaits_reply() && Clock::now() - last_received_ > kServerTimeout)
                 throw Error(Code::lost, "the server at " + address_ + " has been silent for 10 s");
-            speaks = !outgoing_.empty();
+            has_outgoing = !outgoing_.empty();
         }
         zmq_pollitem_t items[] = {
-            {socket_.get(), 0, static_cast<short>(speaks ? ZMQ_POLLIN | ZMQ_POLLOUT : ZMQ_POLLIN), 0},
+            {socket_.get(), 0, static_cast<short>(has_outgoing ? ZMQ_POLLIN | ZMQ_POLLOUT : ZMQ_POLLIN), 0},
             {monitor_.get(), 0, ZMQ_POLLIN, 0},
             {nullptr, wakeup_.get(), ZMQ_POLLIN, 0}};
-        if (zmq_poll(items, 3, 1000) < 0 && zmq_errno() != EINTR) fail("the connection");
+        if (zmq_poll(items, 3, 1000) < 0 && zmq_errno() != EINTR) throw_zmq_error("the connection");
         eventfd_t ignored;
         if (items[2].revents) (void)eventfd_read(wakeup_.get(), &ignored);
-        while (hear()) continue;
-        speak();
-        if (items[1].revents) look();
+        while (receive()) continue;
+        flush();
+        if (items[1].revents) check_monitor();
         return true;
     }
 
-    void speak() {
+    void flush() {
         while (true) {
             std::deque<Frame> message;
             {
@@ -1163,31 +1166,31 @@ private:
             }
             for (std::size_t i = 0; i < message.size(); ++i) {
                 if (send(message[i], i + 1 < message.size())) continue;
-                if (i > 0) fail("the connection");  // libzmq takes a message as a whole
+                if (i > 0) throw_zmq_error("the connection");  // libzmq accepts or refuses whole messages
                 const std::lock_guard lock(mutex_);
-                outgoing_.push_front(std::move(message));  // until there is room
+                outgoing_.push_front(std::move(message));  // sent when there is room
                 return;
             }
         }
     }
 
-    // Sends a frame from where it lies; returns whether there was room.
+    // Sends a frame without copying it; returns false if there is no room.
     bool send(const Frame& frame, bool more) {
         auto kept = std::make_unique<std::shared_ptr<const void>>(frame.memory);
         const auto release = [](void*, void* hint) { delete static_cast<std::shared_ptr<const void>*>(hint); };
         zmq_msg_t message;
         void* data = const_cast<void*>(frame.memory.get());
-        if (zmq_msg_init_data(&message, data, frame.size, release, kept.get()) != 0) fail("no memory");
+        if (zmq_msg_init_data(&message, data, frame.size, release, kept.get()) != 0) throw_zmq_error("no memory");
         kept.release();  // the message's now
         if (zmq_msg_send(&message, socket_.get(), ZMQ_DONTWAIT | (more ? ZMQ_SNDMORE : 0)) >= 0) return true;
         const int error = zmq_errno();
         zmq_msg_close(&message);
-        if (error != EAGAIN && error != EINTR) fail("the connection");
+        if (error != EAGAIN && error != EINTR) throw_zmq_error("the connection");
         return false;
     }
 
-    // Takes a message, if there is one.
-    bool hear() {
+    // Receives and handles one message; returns false if there is none.
+    bool receive() {
         std::deque<Frame> frames;
         bool more = true;
         while (more) {
@@ -1199,7 +1202,7 @@ private:
             zmq_msg_init(message.get());
             if (zmq_msg_recv(message.get(), socket_.get(), ZMQ_DONTWAIT) < 0) {
                 if (zmq_errno() == EAGAIN || zmq_errno() == EINTR) return false;
-                fail("the connection");
+                throw_zmq_error("the connection");
             }
             more = zmq_msg_more(message.get()) != 0;
             frames.push_back(
@@ -1210,14 +1213,14 @@ private:
         if (frames.size() > protocol::kMaxFrames) throw Error(Code::protocol, "a message has too many tensors");
         Received tensors(std::move(frames));
         std::visit([&](const auto& each) { on(each, tensors); }, message);
-        tensors.done();
+        tensors.check_all_used();
         const std::lock_guard lock(mutex_);
-        heard_ = Clock::now();
+        last_received_ = Clock::now();
         return true;
     }
 
-    // Looks at what became of the connection.
-    void look() {
+    // Throws if the monitor reports that the connection was closed.
+    void check_monitor() {
         while (true) {
             unsigned char event[6] = {};
             if (zmq_recv(monitor_.get(), event, sizeof event, ZMQ_DONTWAIT) < 0) return;
@@ -1226,7 +1229,7 @@ private:
             std::uint16_t what;
             std::memcpy(&what, event, sizeof what);
             const std::lock_guard lock(mutex_);
-            // Before the server has answered, libzmq tries again by itself.
+            // Until the server has answered, libzmq reconnects by itself.
             if (welcome_ || what == ZMQ_EVENT_HANDSHAKE_FAILED_AUTH)
                 throw Error(Code::lost, "the server at " + address_ + " has closed the connection");
         }
@@ -1240,26 +1243,26 @@ private:
     void on(const protocol::Accepted&, Received&) {}
     void on(const protocol::Heartbeat&, Received&) {}
     void on(const protocol::Progress& message, Received& tensors) {
-        Progress news{message.step, message.steps, message.rounds, std::nullopt, message.evaluations};
-        if (message.preview) news.preview = tensors.take(*message.preview);
+        Progress progress{message.step, message.steps, message.rounds, std::nullopt, message.evaluations};
+        if (message.preview) progress.preview = tensors.tensor(*message.preview);
         const std::lock_guard lock(mutex_);
         RunState& run = *find(message.request);
-        run.news.push_back(std::move(news));
+        run.progress.push_back(std::move(progress));
         run.changed.notify_all();
     }
     void on(const protocol::Finished& message, Received& tensors) {
         Result result;
-        static_cast<protocol::Facts&>(result) = message;
+        static_cast<protocol::RunSummary&>(result) = message;
         std::optional<Error> error;
         if (!message.samples.memory || !local()) {
-            result.samples = tensors.take(message.samples);
-        } else
+            result.samples = tensors.tensor(message.samples);
+        } else {
             try {
                 result.samples = map_shared(message.samples);
-            } catch (
-                const Error& bad) {  // in a container with other process numbers: this run's end, not the session's
-                error = bad;
+            } catch (const Error& failure) {  // e.g. in another process namespace; other runs are not affected
+                error = failure;
             }
+        }
         const std::lock_guard lock(mutex_);
         finish(message.request, [&](RunState& run) {
             if (error)
@@ -1284,24 +1287,24 @@ private:
                                                           {"draining", Code::draining}};
         const auto known = codes.find(message.code);
         const Error error(known == codes.end() ? Code::refused : known->second, message.reason);
-        if (!message.request) throw error;  // nothing goes on from there
+        if (!message.request) throw error;  // the whole connection was refused
         const std::lock_guard lock(mutex_);
         finish(*message.request, [&](RunState& run) { run.error = error; });
     }
-    void on(const Status& message, Received&) { answer(statuses_, message); }
-    void on(const protocol::Metrics& message, Received&) { answer(metrics_, message); }
+    void on(const Status& message, Received&) { resolve(statuses_, message); }
+    void on(const protocol::Metrics& message, Received&) { resolve(metrics_, message); }
 
-    template <class Answer>
-    void answer(std::deque<std::shared_ptr<Question<Answer>>>& asked, const Answer& message) {
+    template <class Reply>
+    void resolve(std::deque<std::shared_ptr<PendingQuery<Reply>>>& pending, const Reply& message) {
         const std::lock_guard lock(mutex_);
-        if (asked.empty()) throw Error(Code::protocol, "the server answers what nobody asked");
-        asked.front()->answer = message;
-        asked.pop_front();
+        if (pending.empty()) throw Error(Code::protocol, "the server sent a reply that was not requested");
+        pending.front()->reply = message;
+        pending.pop_front();
         changed_.notify_all();
     }
     std::shared_ptr<RunState> find(std::int64_t number) const {
         const auto found = runs_.find(number);
-        if (found == runs_.end()) throw Error(Code::protocol, "the server speaks of a request that is not there");
+        if (found == runs_.end()) throw Error(Code::protocol, "the server named an unknown request");
         return found->second;
     }
     template <class How>
@@ -1312,7 +1315,7 @@ private:
         run->changed.notify_all();
     }
 
-    void end(const Error& why) noexcept {
+    void fail_all(const Error& why) noexcept {
         try {
             std::vector<std::int64_t> left;
             {
@@ -1331,9 +1334,9 @@ private:
                         outgoing_.push_back({frame_of(protocol::encode(protocol::Cancel{number}))});
                 changed_.notify_all();
             }
-            if (why.code == Code::closed) speak();
+            if (why.code == Code::closed) flush();
         } catch (...) {
-            // The last words of a connection that is closed now all the same.
+            // The connection is closed anyway; only the last Cancel messages are lost.
         }
         zmq_socket_monitor(socket_.get(), nullptr, 0);
         monitor_.reset();
@@ -1352,7 +1355,7 @@ private:
     std::optional<Error> error_;
     std::int64_t next_ = 1;
     bool closing_ = false;
-    Clock::time_point heard_ = Clock::now();
+    Clock::time_point last_received_ = Clock::now();
     std::thread thread_;
 };
 
@@ -1360,51 +1363,52 @@ private:
 
 // ------------------------------------------------------------------------------------------------------- the client
 
-// A run that was submitted. The last one to let go of it cancels it, unless it is over.
+// A submitted run. Copies refer to the same run; destroying the last one cancels it, unless it is over.
 class Run {
 public:
-    // Waits at most so long; returns whether the run is over.
+    // Waits for at most this many seconds; returns whether the run is over.
     bool wait(double seconds) const {
-        const auto lock = line_->wait(*state_, seconds, [&] { return state_->over(); });
+        const auto lock = connection_->wait(*state_, seconds, [&] { return state_->over(); });
         return state_->over();
     }
 
-    // The next news, or none when the run is over. There is none at all unless `progress`, `previews` or `timeline`
-    // was asked for; steps that are done faster than they can be told are left out.
+    // Waits for the next progress update; returns nullopt when the run is over. There are updates only if the request
+    // sets `progress`, `previews` or `timeline`. Steps may be skipped if they are faster than the updates.
     std::optional<Progress> next() const {
-        const auto lock = line_->wait(*state_, std::nullopt, [&] { return state_->over() || !state_->news.empty(); });
-        if (state_->news.empty()) return std::nullopt;
-        Progress news = std::move(state_->news.front());
-        state_->news.pop_front();
-        return news;
+        const auto lock =
+            connection_->wait(*state_, std::nullopt, [&] { return state_->over() || !state_->progress.empty(); });
+        if (state_->progress.empty()) return std::nullopt;
+        Progress progress = std::move(state_->progress.front());
+        state_->progress.pop_front();
+        return progress;
     }
 
-    // Waits for the result; throws what became of the run if there is none.
+    // Waits for the result; throws the error of a run that has none.
     Result result() const {
-        const auto lock = line_->wait(*state_, std::nullopt, [&] { return state_->over(); });
+        const auto lock = connection_->wait(*state_, std::nullopt, [&] { return state_->over(); });
         if (state_->error) throw Error(*state_->error);
         return *state_->result;
     }
 
-    // Asks for the end of the run: then its result is Error (cancelled), or the samples if they were there already.
-    void cancel() const { line_->cancel(*state_); }
+    // Cancels the run: result() then throws Error (cancelled), unless the samples had already arrived.
+    void cancel() const { connection_->cancel(*state_); }
 
 private:
     friend class Client;
-    Run(std::shared_ptr<detail::Line> line, std::shared_ptr<detail::RunState> state)
-        : line_(std::move(line)), state_(std::move(state)) {
-        unwanted_ = std::shared_ptr<void>(nullptr, [line = line_, state = state_](void*) {
+    Run(std::shared_ptr<detail::Connection> connection, std::shared_ptr<detail::RunState> state)
+        : connection_(std::move(connection)), state_(std::move(state)) {
+        cancel_on_release_ = std::shared_ptr<void>(nullptr, [connection = connection_, state = state_](void*) {
             try {
-                line->cancel(*state);
+                connection->cancel(*state);
             } catch (const std::exception&) {
-                // Then there is no memory, or no connection, and the server sees to it.
+                // Without memory or a connection, the server ends the run itself.
             }
         });
     }
 
-    std::shared_ptr<detail::Line> line_;
+    std::shared_ptr<detail::Connection> connection_;
     std::shared_ptr<detail::RunState> state_;
-    std::shared_ptr<void> unwanted_;
+    std::shared_ptr<void> cancel_on_release_;
 };
 
 // A session with a server.
@@ -1413,20 +1417,20 @@ public:
     struct Options {
         std::string name = "C++";  // for the server's log
         std::optional<Keys> keys;  // for tcp://
-        double timeout = 10.0;     // seconds until the server must have answered
+        double timeout = 10.0;     // seconds to wait for the server's answer
     };
 
     // Connects; throws Error: timeout, version, lost, invalid.
     explicit Client(const std::string& address) : Client(address, Options()) {}
     Client(const std::string& address, const Options& options)
-        : line_(std::make_shared<detail::Line>(address, options.name, options.keys)),
-          welcome_(line_->open(options.timeout)) {}
+        : connection_(std::make_shared<detail::Connection>(address, options.name, options.keys)),
+          welcome_(connection_->open(options.timeout)) {}
 
-    // What is served, and by which devices.
+    // The served model and its devices.
     const Welcome& server() const { return welcome_; }
 
-    // Asks for a run and returns at once. Throws Error (invalid) for what cannot be said in a message; what the server
-    // thinks of the request, the run's result says.
+    // Submits a run and returns immediately. Throws Error (invalid) if the request cannot be encoded. If the server
+    // refuses the request, result() throws.
     Run submit(const Request& request) const {
         protocol::Submit submit;
         static_cast<protocol::Settings&>(submit) = request;
@@ -1434,24 +1438,26 @@ public:
         for (const auto& [name, tensor] : request.cond) submit.cond.push_back({name, add(frames, tensor)});
         if (request.noise) submit.noise = add(frames, *request.noise);
         if (request.image) submit.image = add(frames, *request.image);
-        submit.memory = line_->local() && samples_of(request) >= request.shared_from;
-        return Run(line_, line_->submit(std::move(submit), std::move(frames)));
+        submit.memory = connection_->local() && samples_of(request) >= request.shared_from;
+        return Run(connection_, connection_->submit(std::move(submit), std::move(frames)));
     }
 
-    // Samples once.
+    // Submits a run and waits for its result.
     Result sample(const Request& request) const { return submit(request).result(); }
 
-    Status status(double timeout = 10.0) const { return line_->ask("status", &detail::Line::statuses_, timeout); }
+    Status status(double timeout = 10.0) const {
+        return connection_->query_server("status", &detail::Connection::statuses_, timeout);
+    }
 
     // The server's metrics, in the text format of Prometheus.
     std::string metrics(double timeout = 10.0) const {
-        return line_->ask("metrics", &detail::Line::metrics_, timeout).text;
+        return connection_->query_server("metrics", &detail::Connection::metrics_, timeout).text;
     }
 
-    // Cancels the runs under way and ends the session; what waits for them gets Error (closed).
-    void close() const { line_->close(); }
+    // Cancels all runs and closes the connection; waiting calls throw Error (closed).
+    void close() const { connection_->close(); }
 
-    ~Client() { line_->close(); }
+    ~Client() { connection_->close(); }
     Client(const Client&) = delete;
     Client& operator=(const Client&) = delete;
 
@@ -1474,7 +1480,7 @@ private:
         return static_cast<std::size_t>(std::clamp(bytes, 0.0, 1e15));
     }
 
-    std::shared_ptr<detail::Line> line_;
+    std::shared_ptr<detail::Connection> connection_;
     Welcome welcome_;
 };
 
