@@ -3,6 +3,7 @@
     python -m training.train_digits --data digits.npz --predicts flow --channels 8 16 24 --out flow.safetensors
     python -m bench.drafting choose --networks flow.safetensors         # the search, on some seeds
     python -m bench.drafting report --networks flow.safetensors         # the default against the paper's, on others
+    python -m bench.drafting check --cells --samples 64                 # on seeds that no default was changed for
 
 A setting is a network, a solver with its grid, steps, and guidance; `digits` is always among the networks.
 Distances are relative L2 norms, sample by sample, and the figure of a setting is their mean. What was measured is kept
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
@@ -35,7 +37,7 @@ from drp.sampling.reference import Denoiser, run_reference
 from drp.sampling.registry import make_solver
 from drp.sampling.run import Callback
 
-SEEDS = {"choose": 20_000, "report": 40_000}
+SEEDS = {"choose": 20_000, "report": 40_000, "check": 60_000}
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,14 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def interval(ours: Sequence[float], papers: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the ratio of two means over the same samples, by 4,000 bootstrap draws."""
+    picked = torch.randint(len(ours), (4000, len(ours)), generator=torch.Generator().manual_seed(0))
+    ratios = torch.tensor(ours)[picked].mean(dim=1) / torch.tensor(papers)[picked].mean(dim=1)
+    low, high = ratios.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high
+
+
 def geometric(values: Sequence[float]) -> float:
     """Return the geometric mean."""
     return math.exp(mean([math.log(max(value, 1e-9)) for value in values]))
@@ -201,9 +211,17 @@ def table(ratios: Mapping[str, Mapping[Setting, float]]) -> str:
 @click.option("--samples", default=8, show_default=True)
 @click.option("--full", is_flag=True, help="All steps and strengths of guidance.")
 @click.option("--group", default="", help="Only the groups of candidates that begin so.")
+@click.option("--cells", is_flag=True, help="Print every ratio, of means with its 95 % interval and of medians.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("build/drafting.jsonl"), show_default=True)
 def main(
-    what: str, networks: tuple[Path, ...], only: str | None, samples: int, full: bool, group: str, out: Path
+    what: str,
+    networks: tuple[Path, ...],
+    only: str | None,
+    samples: int,
+    full: bool,
+    group: str,
+    cells: bool,
+    out: Path,
 ) -> None:
     """Compare modes and rules with the paper's that takes as many rounds."""
     torch.set_num_threads(1)
@@ -218,10 +236,15 @@ def main(
         for name, (paper, candidates) in groups.items():
             if name.startswith("fewest") and bench.adds_noise(setting):
                 continue  # There, no index is skipped.
-            base = mean(bench.distances(setting, f"paper {paper}", PAPERS[paper]))
+            papers = bench.distances(setting, f"paper {paper}", PAPERS[paper])
             for label, given in candidates.items():
                 mode = bench.default(setting, given.width) if name.startswith("default") else given
-                found[name][label][setting] = mean(bench.distances(setting, label, mode)) / base
+                ours = bench.distances(setting, label, mode)
+                found[name][label][setting] = ratio = mean(ours) / mean(papers)
+                if cells:
+                    low, high = interval(ours, papers)
+                    of_medians = f"medians {median(ours) / median(papers):.2f}"
+                    print(f"{setting}; {label}: {ratio:.2f} ({low:.2f} to {high:.2f}), {of_medians}", flush=True)
     for name, (paper, _) in groups.items():
         print(f"\n{name}: error over that of the paper's {paper}, {samples} samples of each setting\n")
         print(table(found[name]))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from drp.sampling.drafts import DAMPED, PAPER, STEADY, DraftRule, find_rule
+from drp.sampling.drafts import DAMPED, PAPER, STEADY, STEADY_WIDE, DraftRule, find_rule
 from drp.sampling.modes import (
     Adaptive,
     Aggressive,
@@ -31,6 +31,8 @@ PATTERNS: Mapping[str, Callable[[int], tuple[int, ...]]] = {
 
 MIN_SPACED_DRAFTS = 4
 """Drafts a round below which a gap costs more than it gains: with two, three times the error."""
+MAX_STEADY_DRAFTS = 4
+"""Drafts a round beyond which a window under a solver that adds noise carries more of the data estimate."""
 LEAST_STEPS_A_SPACED_DRAFT = 6
 """Steps for each draft a round below which offsets with gaps reach too far ahead to gain."""
 
@@ -59,8 +61,11 @@ def default_rule(name: str, n: int, stride: float | None, adds_noise: bool) -> D
     """
     if not adds_noise:
         return DAMPED
-    again = name == "window" and (default_stride(n, True) if stride is None else stride) < n
-    return STEADY if again or name == "adaptive" else PAPER
+    if name == "adaptive":
+        return STEADY
+    if name != "window" or (default_stride(n, True) if stride is None else stride) >= n:
+        return PAPER
+    return STEADY if n <= MAX_STEADY_DRAFTS else STEADY_WIDE
 
 
 def make_mode(

@@ -17,7 +17,7 @@ from drp.leader.job import Job, make_job
 from drp.leader.request import Request
 from drp.protocol.messages import ModelSpec
 from drp.sampling import advice
-from drp.sampling.drafts import DAMPED, PAPER, SECANT, STEADY, DraftRule
+from drp.sampling.drafts import DAMPED, PAPER, SECANT, STEADY, STEADY_WIDE, DraftRule
 from drp.sampling.mode_selection import MODE_NAMES, choose_rounds, choose_speedup, make_mode
 from drp.sampling.mode_wrappers import PicardSweeps, Warmup
 from drp.sampling.modes import Adaptive, Aggressive, Conservative, Sequential, Sparse, Window
@@ -50,7 +50,9 @@ def test_modes_by_option() -> None:
     assert job().mode == Window(4, 3, DAMPED)
     assert job(devices=1).mode == Window(1, 1)
     assert job(solver="ddpm").mode == Window(4, 2.5, STEADY)
-    assert job(solver="ddpm", devices=8).mode == Window(8, 4.5, STEADY)
+    assert job(solver="ddpm", devices=5).mode == Window(5, 3, STEADY_WIDE)
+    assert job(solver="ddpm", devices=8).mode == Window(8, 4.5, STEADY_WIDE)
+    assert job(solver="ddpm", devices=8, mode="adaptive").mode == Adaptive(8, 0.0025, STEADY)
     assert job(solver="ddpm", devices=2).mode == Window(2, 2, PAPER)
     assert job(solver="ddpm", mode="aggressive").mode == Aggressive(4, PAPER)
     assert job(solver="ddpm", rule="damped").mode == Window(4, 2.5, DAMPED)
