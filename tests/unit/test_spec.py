@@ -62,7 +62,7 @@ def test_the_specification_names_the_versions_and_the_limits() -> None:
     assert "every second" in text
     assert client_messages.HEARTBEAT_INTERVAL == 1.0
     assert f"After {client_messages.SILENCE_TIMEOUT:g} s of silence" in text
-    assert f"untaken for {client_messages.ACK_TIMEOUT:g} s" in text
+    assert f"unacknowledged for {client_messages.ACK_TIMEOUT:g} s" in text
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
