@@ -22,8 +22,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## Draw digits with two worker processes, into digits.png
 	$(BIN)/drp sample digits --labels 0-9 --rows 4 --steps 48 --devices 2 --mode aggressive --out digits.png
 
-test: $(READY) ## Run the tests, in two processes
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: $(READY) ## Run the tests, in three processes, since they wait for workers a fifth of the time
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY) ## Run what needs no worker processes, under a minute: while editing
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/unit

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from drp import Leader
+from tests.denoisers import make_free
 
 if TYPE_CHECKING:
     from drp.diffusers import Workers
@@ -67,13 +68,14 @@ def dispatching(leader: Leader, dispatch: str) -> Iterator[Leader]:
 
 
 def leftovers() -> dict[str, set[str]]:
-    """Return what a leader could leave: worker processes, shared memory, socket directories."""
+    """Return what a leader could leave, unless it is shared: worker processes, shared memory, socket directories."""
     children = psutil.Process().children(recursive=True)
     workers = {str(child.pid) for child in children if "resource_tracker" not in " ".join(_command(child))}
     memory = {path.name for path in Path("/dev/shm").iterdir() if _is_ours(path.name, workers)}
     sockets = {path.name for path in Path(tempfile.gettempdir()).glob("drp-*")}
     descriptors = {str(target) for target in _descriptors() if "memfd:drp" in target}
-    return {"processes": workers, "/dev/shm": memory, "sockets": sockets, "memory": descriptors}
+    found = {"processes": workers, "/dev/shm": memory, "sockets": sockets, "memory": descriptors}
+    return {what: names.difference(*(each.held(what) for each in shared.values())) for what, names in found.items()}
 
 
 def _is_ours(name: str, workers: set[str]) -> bool:
@@ -118,13 +120,83 @@ def _own_folder() -> Iterator[None]:
         os.environ["TMPDIR"] = before[1]
 
 
-SHARED = ("tiny", "digits", "pipeline_workers")
-"""Session-scoped fixtures that start workers. No test may kill these: it would take them from all others."""
+def _start_pipeline_workers() -> Workers:
+    from drp.diffusers import Workers
+
+    return Workers(2, threads=1)
+
+
+SHARED: dict[str, Callable[[], Leader | Workers]] = {
+    "one": lambda: Leader("tests.denoisers:Tiny", devices=1),
+    "tiny": lambda: Leader("tests.denoisers:Tiny", devices=2),
+    "free": lambda: Leader(make_free, devices=2),
+    "digits": lambda: Leader("digits", devices=2),
+    "pipeline_workers": _start_pipeline_workers,
+}
+"""How the leaders are started that all tests of a process share, by the names of their fixtures."""
+
+
+class Shared:
+    """A leader that tests share. They may kill its workers and change its policy: `restore` undoes that."""
+
+    def __init__(self, name: str) -> None:
+        before = leftovers()
+        self.given = SHARED[name]()
+        self._leader = self.given if isinstance(self.given, Leader) else self.given._leader
+        self._policy = self._leader.policy
+        self._held = {what: names - before[what] for what, names in leftovers().items()}
+
+    def held(self, what: str) -> set[str]:
+        """Return which of a kind of leftovers are this leader's. Its workers may be others by now."""
+        return {str(worker.pid) for worker in self._leader.workers} if what == "processes" else self._held[what]
+
+    def restore(self) -> None:
+        """Wait until all workers are ready and no run is left; fail if that takes too long."""
+        runs = self._leader.internals.runs
+        until(
+            lambda: (
+                self._leader.closed
+                or (
+                    not runs.running
+                    and not runs.draining
+                    and all(each.state == "ready" for each in self._leader.workers)
+                )
+            ),
+            seconds=3 * DEADLINE,
+        )
+        assert not self._leader.closed
+        self._leader.timeline, self._leader.policy = None, self._policy
+
+    def close(self) -> None:
+        self.given.close()
+
+
+shared: dict[str, Shared] = {}
+"""The shared leaders that are running, by name."""
+
+
+def share(name: str) -> Iterator[Any]:
+    """Give a test a shared leader. If the test breaks it, the test fails, and the next one has a new leader."""
+    if name not in shared:
+        shared[name] = Shared(name)
+    yield shared[name].given
+    try:
+        shared[name].restore()
+    except AssertionError:
+        shared.pop(name).close()
+        pytest.fail(f"the test left the shared leader {name!r} without a worker, or with a run; it was closed")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _close_shared(_own_folder: None) -> Iterator[None]:
+    yield
+    while shared:
+        shared.popitem()[1].close()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | None:
-    """With `--dist loadfile`, run all files that share workers in one process, so that the workers start once.
+    """With `--dist loadfile`, run all files that share leaders in one process, so that the leaders start once.
 
     Marks for `--dist loadgroup` would do, but pytest-xdist 3.8 does not see them with pytest 9.
     """
@@ -142,20 +214,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | Non
 
 @functools.cache
 def shared_by(file: Path) -> str | None:
-    """Return the shared workers that the tests of a file take as an argument, None if there are none."""
-    text = file.read_text()
-    return next((name for name in SHARED if re.search(rf"\b{name}: (Leader|Workers)\b", text)), None)
+    """Return what kind of shared leaders the tests of a file take as an argument, None if they take none."""
+    found = re.search(rf"\b(?:{'|'.join(SHARED)}): (Leader|Workers)\b", file.read_text())
+    return found[1] if found else None
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _leave_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+def _leave_nothing() -> Iterator[None]:
     """Fail the module that leaves a process, shared memory or a socket behind."""
-    shared = shared_by(request.path)
-    if shared is not None:
-        request.getfixturevalue(shared)  # started before the first look
     before = leftovers()
     yield
-    assert not what_stays(before, "memfd:drp-run" if shared else None)  # The workers that stay keep memory of runs.
+    assert not what_stays(before, "memfd:drp-run" if shared else None)  # Shared leaders keep memory of runs.
 
 
 def what_stays(before: dict[str, set[str]], but: str | None = None) -> dict[str, set[str]]:
@@ -176,24 +245,31 @@ def what_stays(before: dict[str, set[str]], but: str | None = None) -> dict[str,
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
+def one() -> Iterator[Leader]:
+    """One worker with the tiny denoiser."""
+    yield from share("one")
+
+
+@pytest.fixture
 def tiny() -> Iterator[Leader]:
     """Two workers with the tiny denoiser."""
-    with Leader("tests.denoisers:Tiny", devices=2) as leader:
-        yield leader
+    yield from share("tiny")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
+def free() -> Iterator[Leader]:
+    """Two workers with a denoiser that takes any shape, and a condition `shift`."""
+    yield from share("free")
+
+
+@pytest.fixture
 def digits() -> Iterator[Leader]:
     """Two workers with the trained digits."""
-    with Leader("digits", devices=2) as leader:
-        yield leader
+    yield from share("digits")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def pipeline_workers() -> Iterator[Workers]:
     """Two workers for pipelines, which import diffusers as they start."""
-    from drp.diffusers import Workers
-
-    with Workers(2, threads=1) as workers:
-        yield workers
+    yield from share("pipeline_workers")

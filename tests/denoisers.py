@@ -46,7 +46,9 @@ class Tiny(nn.Module):
 
 
 def free(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """Any shape; uses a condition if there is one."""
+    """Any shape. There may be a condition that is added, and one that says how long it takes."""
+    if "seconds" in cond:
+        time.sleep(float(cond["seconds"]))
     shift = cond["shift"] if "shift" in cond else torch.zeros(())
     return torch.sin(x) * (1 - t / 2000).view(-1, *[1] * (x.dim() - 1)) + shift
 

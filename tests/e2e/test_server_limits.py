@@ -25,12 +25,6 @@ BIG = 2**31 - 1
 
 
 @pytest.fixture(scope="module")
-def free() -> Iterator[Leader]:
-    with Leader("tests.denoisers:make_free") as leader:
-        yield leader
-
-
-@pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server with few descriptors, of which it may have more, and few clients."""
     folder = tmp_path_factory.mktemp("limits")

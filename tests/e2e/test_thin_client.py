@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import drp
-from drp import Client
+from drp import Client, Leader
 from drp.protocol.arrays import add_array, find_library, take_array
 from drp.protocol.frames import FrameReader, FrameWriter
-from tests.e2e.test_server import ROOT, Served
+from tests.e2e.test_server import ROOT, serving
 
 BARE = """
 import sys, time
@@ -40,16 +40,6 @@ seconds = time.process_time() - began
 """
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    server = Served(tmp_path_factory.mktemp("thin"), "-d", "1")
-    try:
-        yield server
-        assert server.end() == (0, "")
-    finally:
-        server.process.kill()
-
-
 def bare(program: str, *arguments: str) -> str:
     env = {name: each for name, each in os.environ.items() if name not in ("COVERAGE_PROCESS_START",)}
     command = [sys.executable, "-c", BARE + program, *arguments]
@@ -66,7 +56,13 @@ def test_it_is_small() -> None:
     assert seconds < 3  # 0.15 where nothing else runs; processor time, not that of a clock
 
 
-def test_it_samples_without_torch(served: Served, tmp_path: Path) -> None:
+@pytest.fixture
+def address(tiny: Leader, tmp_path: Path) -> Iterator[str]:
+    with serving(tiny, tmp_path) as server:
+        yield server.address
+
+
+def test_it_samples_without_torch(address: str, tmp_path: Path) -> None:
     program = """
 import numpy as np
 with Client(sys.argv[1]) as client:
@@ -85,7 +81,7 @@ assert "torch" not in sys.modules
 result.samples[0] += 0  # It may be written to.
 np.savez(sys.argv[2], samples=result.samples, large=large, own=own, last=previews[-1])
 """
-    bare(program, served.address, str(tmp_path / "samples.npz"))
+    bare(program, address, str(tmp_path / "samples.npz"))
     noise = torch.from_numpy(np.linspace(-1, 1, 64, dtype=np.float32)).view(1, 1, 8, 8)
     with np.load(tmp_path / "samples.npz") as found:
         expected: dict[str, Any] = {
@@ -95,14 +91,14 @@ np.savez(sys.argv[2], samples=result.samples, large=large, own=own, last=preview
             "own": {"labels": [2], "noise": noise, "steps": 3},
         }
         for name, options in expected.items():
-            samples = drp.reference("tests.denoisers:Tiny", **options).samples
+            samples = drp.reference("tests.denoisers:Tiny", devices=2, **options).samples
             np.testing.assert_array_equal(found[name], samples.numpy(), err_msg=name)
 
 
-def test_arrays_are_of_the_library_that_was_asked_for(served: Served) -> None:
-    with Client(served.address, arrays="numpy") as client:
+def test_arrays_are_of_the_library_that_was_asked_for(address: str) -> None:
+    with Client(address, arrays="numpy") as client:
         assert isinstance(client.sample(labels=[1], steps=3).samples, np.ndarray)
-    with Client(served.address) as client:
+    with Client(address) as client:
         assert isinstance(client.sample(labels=[1], steps=3).samples, torch.Tensor)
     with pytest.raises(ValueError, match="arrays is 'jax'; choose 'numpy' or 'torch'"):
         find_library("jax")  # type: ignore[arg-type]  # wrong on purpose

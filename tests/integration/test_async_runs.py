@@ -51,16 +51,11 @@ STEPS = 20
 DEADLINE = 60.0
 
 
-@pytest.fixture(scope="module")
-def one() -> Iterator[Leader]:
-    with Leader(TINY, devices=1, execution=DEVICE) as leader:
-        yield leader
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Leader]:
+@pytest.fixture
+def two(tiny: Leader, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leader]:
     """Two workers; a draft may take longer than a test."""
-    with Leader(TINY, devices=2, execution=DEVICE, draft_timeout=2 * DEADLINE) as leader:
+    monkeypatch.setattr(tiny.internals._handler, "_draft_timeout", 2 * DEADLINE)
+    with dispatching(tiny, "async") as leader:
         yield leader
 
 
@@ -424,7 +419,7 @@ def test_closing_in_the_middle_waits_for_nobody(tmp_path: Path) -> None:
 # What it refuses.
 
 
-def test_what_cannot_be_is_refused(two: Leader) -> None:
+def test_what_cannot_be_is_refused(batched: Leader) -> None:
     with pytest.raises(ValueError, match="dispatch is 'gpu'; give 'auto', 'sync' or 'async'"):
         ExecutionOptions(dispatch="gpu")
     with pytest.raises(ValueError, match=r"hedge is 2\.0, but with dispatch=\"async\""):
@@ -432,7 +427,7 @@ def test_what_cannot_be_is_refused(two: Leader) -> None:
     with pytest.raises(ValueError, match=r"hedge is 1\.25"):
         Leader(TINY, execution=DEVICE, policy="hedged")
     with pytest.raises(ValueError, match=r"hedge is 1\.25"):
-        two.policy = "rolling-hedged"
+        batched.policy = "rolling-hedged"
 
 
 # To whom, and who is told.

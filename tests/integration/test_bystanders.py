@@ -20,28 +20,23 @@ from drp.sampling.grids import scaled_linear
 from drp.sampling.result import Result
 from drp.sampling.solvers import DDIM
 from tests.conftest import dispatching
+from tests.denoisers import make_free
 
-MODEL = "tests.denoisers:make_slow_sine"
 DEADLINE = 60.0
-OPTIONS: dict[str, Any] = {"shape": (3, 4), "steps": 20, "seed": 5}
-
-
-@pytest.fixture(scope="module")
-def started() -> Iterator[Leader]:
-    with Leader(MODEL, devices=2) as leader:
-        yield leader
+SLOW: dict[str, Any] = {"shape": (3, 4), "cond": {"seconds": torch.tensor(0.02)}}
+OPTIONS: dict[str, Any] = {"steps": 20, "seed": 5, **SLOW}
 
 
 @pytest.fixture(params=["sync", "async"])
-def leader(started: Leader, request: pytest.FixtureRequest) -> Iterator[Leader]:
-    with dispatching(started, request.param) as leader:
+def leader(free: Leader, request: pytest.FixtureRequest) -> Iterator[Leader]:
+    with dispatching(free, request.param) as leader:
         yield leader
 
 
 @pytest.fixture(scope="module")
 def expected() -> Tensor:
     """The samples of the run beside the one that fails."""
-    return drp.reference(MODEL, devices=2, **OPTIONS).samples
+    return drp.reference(make_free, devices=2, **OPTIONS).samples
 
 
 class Unusual(BaseException):
@@ -60,7 +55,7 @@ def test_what_a_callback_raises_ends_its_own_run(leader: Leader, expected: Tenso
 
     bystander = leader.submit(**OPTIONS)
     with pytest.raises(kind) as caught:
-        leader.submit(shape=(3, 4), steps=12, callback=callback).result(DEADLINE)
+        leader.submit(**SLOW, steps=12, callback=callback).result(DEADLINE)
     assert caught.value is error
     assert torch.equal(bystander.result(DEADLINE).samples, expected)
 
@@ -74,7 +69,7 @@ def test_what_a_done_callback_raises_is_logged_and_others_are_called(
         raise SystemExit(3)
 
     bystander = leader.submit(**OPTIONS)
-    pending = leader.submit(shape=(3, 4), steps=12)
+    pending = leader.submit(**SLOW, steps=12)
     pending.add_done_callback(leave)
     pending.add_done_callback(called.append)
     pending.result(DEADLINE)
@@ -86,7 +81,7 @@ def test_what_a_done_callback_raises_is_logged_and_others_are_called(
 def test_a_result_that_cannot_be_made_is_the_runs_error(leader: Leader, expected: Tensor) -> None:
     out = torch.zeros(1, 3, 4)
     bystander = leader.submit(**OPTIONS)
-    pending = leader.submit(shape=(3, 4), steps=12, out=out)
+    pending = leader.submit(**SLOW, steps=12, out=out)
     out.resize_(1)
     with pytest.raises(RuntimeError, match="shape"):
         pending.result(DEADLINE)
@@ -107,7 +102,7 @@ def test_what_no_message_can_hold_ends_the_run_that_asks_for_it(
     grid = replace(grid, timesteps=np.where(np.arange(12) < fine, grid.timesteps, 1e12))
     bystander = leader.submit(**OPTIONS)
     with pytest.raises(drp.ProtocolError, match="1000000000000"):
-        leader.submit(shape=(3, 4), solver=DDIM(grid)).result(DEADLINE)
+        leader.submit(**SLOW, solver=DDIM(grid)).result(DEADLINE)
     assert torch.equal(bystander.result(DEADLINE).samples, expected)
     assert [worker.losses for worker in leader.workers] == losses
 
@@ -146,15 +141,12 @@ class Empty:
 
 
 @pytest.mark.parametrize("wrong", ["raise", "empty"])
-def test_a_policy_that_fails_ends_the_runs_that_it_was_to_choose_from(wrong: str, started: Leader) -> None:
-    before, started.policy = started.policy, Fickle(wrong=[wrong])
-    try:
-        with pytest.raises(RuntimeError, match="the policy chose no run for worker 0: "):
-            started.submit(shape=(3,), steps=4).result(DEADLINE)
-        started.policy.wrong.clear()
-        assert started.sample(shape=(3,), steps=4).steps == 4
-    finally:
-        started.policy = before
+def test_a_policy_that_fails_ends_the_runs_that_it_was_to_choose_from(wrong: str, free: Leader) -> None:
+    free.policy = fickle = Fickle(wrong=[wrong])
+    with pytest.raises(RuntimeError, match="the policy chose no run for worker 0: "):
+        free.submit(shape=(3,), steps=4).result(DEADLINE)
+    fickle.wrong.clear()
+    assert free.sample(shape=(3,), steps=4).steps == 4
 
 
 def test_runs_whose_memory_grows_keep_few_descriptors(leader: Leader) -> None:

@@ -7,8 +7,8 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,16 +20,11 @@ from drp import Leader
 from drp.leader.devices import parse_devices
 from drp.leader.job import make_job
 from drp.leader.request import Request
+from examples.own_mode import Growing
 from tests.denoisers import make_free
 
 TINY = "tests.denoisers:Tiny"
 MODES = ("sequential", "conservative", "aggressive", "window", "rolling")
-
-
-@pytest.fixture(scope="module")
-def one() -> Iterator[Leader]:
-    with Leader(TINY, devices=1) as leader:
-        yield leader
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -48,6 +43,32 @@ def test_samples_depend_on_drafts_not_on_devices(one: Leader, tiny: Leader) -> N
     for drafts in (1, 2, 3, 5):
         results = [each.sample(labels=[1, 2], steps=12, drafts=drafts).samples for each in (one, tiny)]
         assert torch.equal(*results)
+
+
+def test_workers_equal_the_reference_whatever_is_asked(free: Leader) -> None:
+    asked: list[dict[str, Any]] = [
+        {"mode": "adaptive", "tolerance": 0.003},
+        {"mode": "adaptive", "tolerance": 0.003, "solver": "unipc", "warmup": 2, "sweeps": 1},
+        {"mode": "aggressive", "solver": "ddpm", "rule": "paper"},
+        {"mode": "conservative", "solver": "sde-dpmsolver++", "prediction_type": "v"},
+        {"mode": "aggressive", "solver": "lms", "prediction_type": "v", "residuals": True},
+        {"mode": Growing(3), "solver": "dpmsolver++"},
+        {"stride": 2},
+        {"offsets": "even", "solver": "unipc", "stride": 2.5},
+        {"offsets": "tapered", "solver": "ddpm"},
+    ]
+    for options in asked:
+        drafts = {} if isinstance(options.get("mode"), Growing) else {"drafts": 3}
+        common = {"count": 2, "shape": (4, 4), "steps": 17, **drafts, **options}
+        result, expected = free.sample(**common), drp.reference(make_free, **common)
+        assert torch.equal(result.samples, expected.samples), options
+        assert (result.rounds, result.evaluations) == (expected.rounds, expected.evaluations)
+        assert result.residuals == expected.residuals
+        assert result.cuts == expected.cuts
+        assert result.evaluated == expected.evaluated
+        assert sum(result.evaluated) == result.evaluations
+        if "residuals" in options:
+            assert sorted(result.residuals) == list(range(1, 17))
 
 
 def test_the_programs_own_random_numbers_are_left_alone(tiny: Leader) -> None:

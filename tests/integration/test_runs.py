@@ -41,7 +41,8 @@ def test_runs_at_the_same_time_have_the_bits_they_have_alone(tiny: Leader) -> No
     tiny.policy = before
 
 
-def test_a_run_that_is_cancelled_ends_within_a_round() -> None:
+def test_a_run_that_is_cancelled_ends_within_a_round(free: Leader) -> None:
+    slow: dict[str, Any] = {"shape": (4,), "drafts": 1, "cond": {"seconds": torch.tensor(0.05)}}
     reached, seen = threading.Event(), list[int]()
 
     def watch(k: int, x: Tensor) -> None:
@@ -49,18 +50,17 @@ def test_a_run_that_is_cancelled_ends_within_a_round() -> None:
         if k == 3:
             reached.set()
 
-    with Leader("tests.denoisers:make_slow", devices=1) as leader:
-        leader.timeline = []
-        pending = leader.submit(shape=(4,), steps=500, callback=watch)
-        assert reached.wait(DEADLINE)
-        sent = sum(mark.kind == "sent" for mark in leader.timeline)
-        assert pending.cancel()
-        with pytest.raises(CancelledError):
-            pending.result(DEADLINE)
-        assert sum(mark.kind == "sent" for mark in leader.timeline) <= sent + 2
-        until(lambda: not leader.internals.runs.draining)  # the workers answered, and let go of its memory
-        assert leader.sample(shape=(4,), steps=3).evaluations == 3
-        assert len(seen) < 20
+    free.timeline = []
+    pending = free.submit(**slow, steps=500, callback=watch)
+    assert reached.wait(DEADLINE)
+    sent = sum(mark.kind == "sent" for mark in free.timeline)
+    assert pending.cancel()
+    with pytest.raises(CancelledError):
+        pending.result(DEADLINE)
+    assert sum(mark.kind == "sent" for mark in free.timeline) <= sent + 2
+    until(lambda: not free.internals.runs.draining)  # the workers answered, and let go of its memory
+    assert free.sample(**slow, steps=3).evaluations == 3
+    assert len(seen) < 20
 
 
 def test_more_runs_than_there_is_room_for_wait_their_turn(tiny: Leader) -> None:

@@ -93,10 +93,10 @@ def test_no_more_is_kept_than_allowed_nor_what_does_not_come_again() -> None:
 class Watched:
     """A leader, and what it tells its workers of runs: the message's name and the worker's number."""
 
-    def __init__(self, leader: Leader) -> None:
+    def __init__(self, leader: Leader, monkeypatch: pytest.MonkeyPatch) -> None:
         self.leader, self.told = leader, list[tuple[str, int]]()
         self._post = leader.internals.supervisor.enqueue
-        leader.internals.supervisor.enqueue = self._watch  # type: ignore[method-assign]  # a spy
+        monkeypatch.setattr(leader.internals.supervisor, "enqueue", self._watch)
 
     def _watch(self, worker_slot: DraftSlot, message: ToWorker) -> None:
         if isinstance(message, Bind | Rebind | Unbind):
@@ -117,19 +117,14 @@ class Watched:
         return [name for name, number in self.told if name != "Unbind" and number == worker]
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Watched]:
-    with Leader(TINY, devices=2) as leader:
-        yield Watched(leader)
-
-
 @pytest.fixture(params=["sync", "async"])
-def watched(shared: Watched, request: pytest.FixtureRequest) -> Iterator[Watched]:
+def watched(tiny: Leader, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
     """One whose workers keep the memory of a run of another size than a test's."""
-    with dispatching(shared.leader, request.param):
-        shared.run(labels=[1] * 7, steps=3)
-        shared.told.clear()
-        yield shared
+    with dispatching(tiny, request.param) as leader:
+        watched = Watched(leader, monkeypatch)
+        watched.run(labels=[1] * 7, steps=3)
+        watched.told.clear()
+        yield watched
 
 
 def test_a_worker_maps_the_memory_of_runs_once(watched: Watched) -> None:

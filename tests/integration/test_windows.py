@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from drp import Leader
 from tests.conftest import dispatching
 from tests.denoisers import make_free
 
-SLOW = "tests.denoisers:make_slow_sine"
 ASKED: list[dict[str, Any]] = [
     *({"drafts": n} for n in range(2, 9)),
     {"drafts": 8, "stride": 3.5, "solver": "dpmsolver++"},
@@ -28,19 +26,13 @@ ASKED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def leader() -> Iterator[Leader]:
-    with Leader(make_free, devices=2) as leader:
-        yield leader
-
-
 @pytest.mark.parametrize("dispatch", ["sync", "async"])
 @pytest.mark.parametrize("policy", ["barrier", "eager"])
-def test_bits_rounds_and_evaluations_are_the_references(leader: Leader, policy: str, dispatch: str) -> None:
-    leader.policy = policy
+def test_bits_rounds_and_evaluations_are_the_references(free: Leader, policy: str, dispatch: str) -> None:
+    free.policy = policy
     for options in ASKED:
         common = {"count": 2, "shape": (3, 2), "steps": 29, **options}
-        with dispatching(leader, dispatch):
+        with dispatching(free, dispatch) as leader:
             run, ref = leader.sample(**common), drp.reference(make_free, **common)
         assert torch.equal(run.samples, ref.samples), options
         assert run.dispatch == dispatch
@@ -48,20 +40,21 @@ def test_bits_rounds_and_evaluations_are_the_references(leader: Leader, policy: 
         assert run.rounds <= ref.rounds if policy == "eager" else run.rounds == ref.rounds
 
 
-def test_a_lost_worker_changes_no_bit() -> None:
-    with Leader(SLOW, devices=2) as leader:
-        for dispatch, options in (("sync", {"drafts": 5, "offsets": "even"}), ("async", {"drafts": 8})):
-            common: dict[str, Any] = {"shape": (3,), "steps": 24, **options}
+@pytest.mark.parametrize(
+    ("dispatch", "options"), [("sync", {"drafts": 5, "offsets": "even"}), ("async", {"drafts": 8})]
+)
+def test_a_lost_worker_changes_no_bit(free: Leader, dispatch: str, options: dict[str, Any]) -> None:
+    common: dict[str, Any] = {"shape": (3,), "steps": 24, "cond": {"seconds": torch.tensor(0.02)}, **options}
 
-            def kill(k: int, state: torch.Tensor) -> None:
-                if k == 9:
-                    pid = leader.workers[1].pid
-                    assert pid is not None
-                    os.kill(pid, signal.SIGKILL)
+    def kill(k: int, state: torch.Tensor) -> None:
+        if k == 9:
+            pid = free.workers[1].pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
 
-            with dispatching(leader, dispatch):
-                run = leader.submit(**common, callback=kill).result(60)
-            ref = drp.reference(SLOW, **common)
-            assert torch.equal(run.samples, ref.samples)
-            assert (run.rounds, run.evaluated, run.dispatch) == (ref.rounds, ref.evaluated, dispatch)
-            assert "SIGKILL" in run.incidents[0]
+    with dispatching(free, dispatch) as leader:
+        run = leader.submit(**common, callback=kill).result(60)
+    ref = drp.reference(make_free, **common)
+    assert torch.equal(run.samples, ref.samples)
+    assert (run.rounds, run.evaluated, run.dispatch) == (ref.rounds, ref.evaluated, dispatch)
+    assert "SIGKILL" in run.incidents[0]

@@ -86,13 +86,17 @@ def test_memory_of_gpus_is_tried_from_a_process_on_each(tmp_path: Path, monkeypa
     gpus = on_host.GPUS
     python = str(on_host.interpreter(tmp_path))
     monkeypatch.setattr(doctor, "find_interpreter", lambda: python)
-    reached = doctor.ipc(gpus)
-    assert reached == (("works", "works"), ("works", "works"))
-    used = {finding.about: finding.seen for finding in doctor._use(gpus, "", reached)}
+
+    def spoil(memory: on_host.Lent) -> None:
+        _, handle = memory.ipc_handles
+        if handle is not None and handle.device == gpus[1].uuid:
+            memory.tensor(0, (1,), torch.uint8).fill_(77)
+
+    monkeypatch.setattr(on_host.Lent, "record_event", spoil)
+    assert doctor.ipc(gpus) == (("works", "works"), ("WRONG", "WRONG"))
+    used = {finding.about: finding.seen for finding in doctor._use(gpus, "", (("works", "works"),) * 2)}
     assert used["runs' memory"] == "on cuda:0, if that is the first named: all GPUs reach it"
     assert used["weights"] == "one copy for all workers of a GPU"
-    monkeypatch.setattr(on_host.Lent, "record_event", lambda memory: memory.tensor(0, (1,), torch.uint8).fill_(77))
-    assert doctor.ipc(gpus[:1]) == (("WRONG",),)
     python = "/bin/false"
     assert doctor.ipc(gpus[:1]) == (("fails: the process there ended with exit code 1",),)
 

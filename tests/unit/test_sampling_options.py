@@ -1,4 +1,4 @@
-"""What callers may ask of a run, and that workers compute the same bits whatever they ask."""
+"""What callers may ask of a run; that workers compute the same bits is tested in tests/integration/test_leader.py."""
 
 import itertools
 import math
@@ -24,7 +24,6 @@ from drp.sampling.modes import Adaptive, Aggressive, Conservative, Sequential, S
 from drp.sampling.plan import make_plan, max_advance
 from drp.sampling.registry import SOLVER_NAMES, make_solver
 from drp.sampling.solvers import DDIM, DPMSolver
-from examples.own_mode import Growing
 from tests.denoisers import make_free
 from tests.rounds import rounds_of
 
@@ -248,33 +247,6 @@ def test_noise_of_a_step_depends_on_seed_and_index_alone() -> None:
     drawn = [few.fresh(7), few.fresh(8), job(seed=6).fresh(7), few.start]
     for i, a in enumerate(drawn):
         assert all(not torch.equal(a, b) for b in drawn[:i])
-
-
-def test_workers_equal_the_reference_whatever_is_asked() -> None:
-    asked: list[dict[str, Any]] = [
-        {"mode": "adaptive", "tolerance": 0.003},
-        {"mode": "adaptive", "tolerance": 0.003, "solver": "unipc", "warmup": 2, "sweeps": 1},
-        {"mode": "aggressive", "solver": "ddpm", "rule": "paper"},
-        {"mode": "conservative", "solver": "sde-dpmsolver++", "prediction_type": "v"},
-        {"mode": "aggressive", "solver": "lms", "prediction_type": "v", "residuals": True},
-        {"mode": Growing(3), "solver": "dpmsolver++"},
-        {"stride": 2},
-        {"offsets": "even", "solver": "unipc", "stride": 2.5},
-        {"offsets": "tapered", "solver": "ddpm"},
-    ]
-    with drp.Leader(make_free, devices=2) as leader:
-        for options in asked:
-            drafts = {} if isinstance(options.get("mode"), Growing) else {"drafts": 3}
-            common = {"count": 2, "shape": (4, 4), "steps": 17, **drafts, **options}
-            result, expected = leader.sample(**common), drp.reference(make_free, **common)
-            assert torch.equal(result.samples, expected.samples), options
-            assert (result.rounds, result.evaluations) == (expected.rounds, expected.evaluations)
-            assert result.residuals == expected.residuals
-            assert result.cuts == expected.cuts
-            assert result.evaluated == expected.evaluated
-            assert sum(result.evaluated) == result.evaluations
-            if "residuals" in options:
-                assert sorted(result.residuals) == list(range(1, 17))
 
 
 BARS = tuple(np.linspace(0.999, 0.001, 10_000))
