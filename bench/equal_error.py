@@ -1,11 +1,14 @@
 """Equal error: what drafting is worth against the best sequential solver with fewer steps.
 
-    python -m bench.equal_error --networks flow.safetensors --only flow
+    python -m bench.equal_error --networks flow.safetensors --only flow --out bench/results/equal-error-flow.json
 
 Distances are relative L2 norms to the converged solution, 240 steps of second order, averaged over samples. Both sides
-choose solver, noise levels and steps freely, the drafted side also stride and offsets, on seeds of their own. The
-equal-error speed-up of a drafted run is how many rounds the best sequential run of the same error has, over its own.
-Between numbers of steps that were tried the logarithm of the error is interpolated over that of the steps.
+choose solver, noise levels and steps freely, the drafted side also stride and offsets. The equal-error speed-up of a
+drafted run is how many rounds the best sequential run of the same error has, over its own, where the error is the mean
+or the median over the samples. Between numbers of steps that were tried the logarithm of the error is interpolated over
+that of the steps.
+
+All drafted runs are tried on some seeds, and the best of them again on more; the best of these is measured on others.
 """
 
 from __future__ import annotations
@@ -14,15 +17,18 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import click
 import torch
 
 from bench.candidates import HALF
 from bench.drafting import KARRAS, SEEDS, SHIFT_1, SHIFT_3, Bench, Grid, Networks, Setting, mean
-from drp.sampling.mode_selection import PATTERNS
+from bench.figures import machine
+from drp.sampling.mode_selection import PATTERNS, spaced_offsets
 from drp.sampling.modes import Mode, Sequential, Sparse, Window
 
 SOLUTION = 240
@@ -30,6 +36,30 @@ SEQUENTIAL = (5, 6, 7, 8, 9, 10, 12, 14, 17, 20, 24, 28, 34, 40, 48)
 RANGES = {8: (7, 8, 9), 4: (8, 10, 13)}
 """By the number of drafts, the numbers of rounds that are tried."""
 RHO_5: Grid = (("rho", 5.0), ("sigmas", "karras"))
+FINALISTS = 4
+"""Drafted runs that are tried again, on MORE times as many samples."""
+MORE = 3
+
+
+class Drafted(NamedTuple):
+    """A drafted run: its solver with grid, steps, rounds, the mode's name and the mode."""
+
+    solver: str
+    grid: Grid
+    steps: int
+    rounds: int
+    label: str
+    mode: Mode
+
+    def __str__(self) -> str:
+        return f"{self.label}, {self.solver} {dict(self.grid)}, {self.steps} steps, {self.rounds} rounds"
+
+
+class Gain(NamedTuple):
+    """Equal-error speed-ups, of the mean error and of the median one."""
+
+    mean: float
+    median: float
 
 
 def modes(n: int, rounds: int, steps: int) -> dict[str, Mode]:
@@ -42,7 +72,7 @@ def modes(n: int, rounds: int, steps: int) -> dict[str, Mode]:
         for drafts in sorted({n * 5 // 8, n * 3 // 4, n})
         if stride <= drafts
     }
-    for name, pattern in PATTERNS.items():
+    for name, pattern in {**PATTERNS, "spaced": spaced_offsets}.items():
         offsets = pattern(n)
         if name != "dense" and stride <= offsets[-1]:
             found[f"{name}, stride {stride:.3g}"] = Sparse(n, stride, HALF, offsets)
@@ -66,26 +96,32 @@ def sequential_rounds(error: float, best: Sequence[tuple[int, float]]) -> float:
 
 
 class Errors:
-    """The mean distances of a network's runs from its converged solution, on some seeds."""
+    """The distances of a network's runs from its converged solution, on some seeds."""
 
     def __init__(self, bench: Bench, network: str, predicts: str, guidance: float) -> None:
-        self._bench, self._network, self._guidance, self._solvers = bench, network, guidance, solvers(predicts)
+        self._bench, self._network, self._guidance = bench, network, guidance
         grid = SHIFT_1 if predicts == "flow" else KARRAS
         self._solution = bench.run(Setting(network, "dpmsolver++", SOLUTION, guidance, grid), Sequential())
+        self.mean: list[tuple[int, float]] = []
+        """The mean error of the best sequential solver by the number of steps, each at most that of fewer steps."""
+        self.median: list[tuple[int, float]] = []
+        for steps in SEQUENTIAL:
+            errors = [self._of(*solver, steps, Sequential()) for solver in solvers(predicts)]
+            self.mean.append((steps, min([*map(mean, errors), *(error for _, error in self.mean)])))
+            self.median.append((steps, min([*map(median, errors), *(error for _, error in self.median)])))
 
-    def of(self, solver: str, grid: Grid, steps: int, mode: Mode) -> float:
-        """Return the error of runs with a solver, in a mode."""
+    def _of(self, solver: str, grid: Grid, steps: int, mode: Mode) -> list[float]:
         x = self._bench.run(Setting(self._network, solver, steps, self._guidance, grid), mode)
         apart = (x - self._solution).flatten(1).norm(dim=1) / self._solution.flatten(1).norm(dim=1)
-        return mean(apart.tolist())
+        return [float(each) for each in apart]
 
-    def sequential(self) -> list[tuple[int, float]]:
-        """Return the errors of the best solver by the number of steps, each at most that of fewer steps."""
-        best: list[tuple[int, float]] = []
-        for steps in SEQUENTIAL:
-            error = min(self.of(*solver, steps, Sequential()) for solver in self._solvers)
-            best.append((steps, min([error, *(e for _, e in best)])))
-        return best
+    def gain(self, run: Drafted) -> Gain:
+        """Return the equal-error speed-ups of a drafted run."""
+        errors = self._of(run.solver, run.grid, run.steps, run.mode)
+        return Gain(
+            sequential_rounds(mean(errors), self.mean) / run.rounds,
+            sequential_rounds(median(errors), self.median) / run.rounds,
+        )
 
 
 @click.command()
@@ -105,34 +141,39 @@ def main(
     torch.set_num_threads(1)
     nets = Networks(networks)
     rows: list[dict[str, Any]] = []
+    facts = {"date": str(date.today()), "samples": MORE * samples, "guidance": guidance, "machine": machine()}
     for name in only.split(",") if only else nets.names:
         predicts = nets[name][1]
-        choose, report = (
-            Errors(Bench(nets, first + 5000, samples, Path("/dev/null")), name, predicts, guidance)
-            for first in (SEEDS["choose"], SEEDS["report"])
+        choose, again, report = (
+            Errors(Bench(nets, first, count, Path("/dev/null")), name, predicts, guidance)
+            for first, count in (
+                (SEEDS["choose"] + 5000, samples),
+                (SEEDS["choose"] + 6000, MORE * samples),
+                (SEEDS["report"] + 5000, MORE * samples),
+            )
         )
-        tried = choose.sequential()
-        known = report.sequential()
-        print(f"{name}, sequential: {', '.join(f'{n} steps {error:.4f}' for n, error in known)}", flush=True)
+        print(f"{name}, sequential: {', '.join(f'{n} steps {error:.4f}' for n, error in report.mean)}", flush=True)
         for n, several in RANGES.items():
-            found = []
-            for (solver, grid), count, rounds in itertools.product(
-                solvers(predicts), map(int, steps.split(",")), several
-            ):
-                for label, mode in modes(n, rounds, count).items():
-                    gain = sequential_rounds(choose.of(solver, grid, count, mode), tried) / rounds
-                    found.append((gain, count, rounds, label, solver, grid, mode))
-            for some in ({28}, {one[1] for one in found}):
-                top = max((one for one in found if one[1] in some), key=lambda one: one[0])
-                chosen, count, rounds, label, solver, grid, mode = top
-                gain = sequential_rounds(report.of(solver, grid, count, mode), known) / rounds
-                run = f"{label}, {solver} {dict(grid)}, {count} steps, {rounds} rounds"
-                rows.append({"network": name, "n": n, "steps": sorted(some), "run": run, "gain": gain})
+            found = [
+                Drafted(*solver, count, rounds, label, mode)
+                for solver, count, rounds in itertools.product(solvers(predicts), map(int, steps.split(",")), several)
+                for label, mode in modes(n, rounds, count).items()
+            ]
+            gains = {run: choose.gain(run).mean for run in found}
+            for some in ({28}, {run.steps for run in found}):
+                best = sorted((run for run in found if run.steps in some), key=lambda run: -gains[run])[:FINALISTS]
+                finals = {run: again.gain(run) for run in best}
+                run = max(best, key=lambda run: finals[run].mean)
+                gain = report.gain(run)
+                measured = {"gain": gain._asdict(), "gain where chosen": finals[run]._asdict()}
+                rows.append({"network": name, "n": n, "steps": sorted(some), "run": str(run), **measured})
                 print(
-                    f"{name}, n = {n}, steps {sorted(some)}: {gain:.2f} ({chosen:.2f} where chosen; {run})", flush=True
+                    f"{name}, n = {n}, steps {sorted(some)}: mean {gain.mean:.2f}, median {gain.median:.2f} "
+                    f"({finals[run].mean:.2f} and {finals[run].median:.2f} where chosen; {run})",
+                    flush=True,
                 )
     if out is not None:
-        out.write_text(json.dumps(rows, indent=1) + "\n")
+        out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
