@@ -33,7 +33,7 @@ from drp.doctor_network import measure as measure_network
 from drp.leader.ray import on_ray
 from drp.leader.scheduling.policies import Barrier
 from drp.sampling.modes import Aggressive
-from drp.simulate import Link, Load, make_devices, simulate
+from drp.simulate import Link, Workload, make_devices, simulate
 
 RESULTS = Path(__file__).with_name("results") / "carriers.json"
 NODES = 2
@@ -82,7 +82,7 @@ def measure(work: Work, kinds: Sequence[type[Transport]], turns: int, runs: int)
 
 def simulated(work: Work, nbytes: int, link: str) -> dict[str, float]:
     """Return what the simulator says that a round loses on workers over a link."""
-    load, devices = Load(Aggressive(work.count), work.steps, 1), make_devices(f"{work.count}x{work.device}")
+    load, devices = Workload(Aggressive(work.count), work.steps, 1), make_devices(f"{work.count}x{work.device}")
     network = Link.parse(link, None, nbytes)
     slow, fast = (simulate(devices, Barrier(), load, link=each).median for each in (network, None))
     lost = (slow - fast) / (1 + math.ceil((work.steps - 1) / work.count))

@@ -13,7 +13,7 @@ import click
 from drp.leader.devices import parse_bytes, parse_time
 from drp.leader.scheduling.policies import LoadAdaptive
 from drp.sampling.modes import Aggressive
-from drp.simulate import Costs, Link, Load, make_devices, simulate
+from drp.simulate import Costs, Link, Workload, make_devices, simulate
 
 DEVICES, STEPS = 8, 48
 CURVE = "730MB/s"
@@ -26,7 +26,7 @@ MESSAGE, ROW, WAKE = 50e-6, 10e-6, 100e-6
 
 def speedup(time: str, size: str | None, link: str) -> float:
     """Return the speed-up over one device; without a size, of workers on the leader's machine."""
-    costs, load = Costs.given(MESSAGE, ROW, WAKE), Load(Aggressive(DEVICES), STEPS, 1)
+    costs, load = Costs.constant(MESSAGE, ROW, WAKE), Workload(Aggressive(DEVICES), STEPS, 1)
     network = Link.parse(link, CURVE, parse_bytes(size)) if size is not None else None
     devices = make_devices(f"{DEVICES}xemulated:{time}")
     return STEPS * parse_time(time) / simulate(devices, LoadAdaptive(), load, costs, link=network).median

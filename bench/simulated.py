@@ -22,7 +22,7 @@ from drp.leader import ExecutionOptions, Leader, LeaderOptions
 from drp.leader.events import Timeline
 from drp.leader.scheduling.policies import POLICIES
 from drp.sampling.modes import Aggressive
-from drp.simulate import Costs, Load, make_devices, simulate
+from drp.simulate import Costs, Workload, make_devices, simulate
 
 CHEAP = "drp.workers.emulated:load"
 SHAPE = (4, 64, 64)
@@ -55,7 +55,11 @@ def measure(n: int, turns: int, steps: int = 48, dispatch: str = "sync") -> dict
     for (jitter, name), engine in walls.items():
         simulated = [  # run by run: with the draws that the devices had
             simulate(
-                make_devices(f"{n}x{JITTER[jitter]}"), POLICIES[name], Load(Aggressive(n), steps, 1, first=k), costs, k
+                make_devices(f"{n}x{JITTER[jitter]}"),
+                POLICIES[name],
+                Workload(Aggressive(n), steps, 1, first=k),
+                costs,
+                k,
             ).median
             for k in numbers[jitter, name]
         ]

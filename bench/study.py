@@ -27,7 +27,7 @@ from drp.leader import ExecutionOptions, Leader, LeaderOptions
 from drp.leader.events import Timeline
 from drp.leader.scheduling.policies import POLICIES
 from drp.sampling.modes import Aggressive, Conservative, Mode, Rolling
-from drp.simulate import Costs, Load, make_devices, simulate
+from drp.simulate import Costs, Workload, make_devices, simulate
 from drp.simulate.devices import repeated
 
 RESULTS = Path(__file__).with_name("results")
@@ -51,7 +51,9 @@ def speedups(costs: Costs, runs: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, policy in POLICIES.items():
         found[name] = [
-            48 * 0.02 / simulate(repeated(make_devices(JITTER), n), policy, Load(Aggressive(n), 48, runs), costs).median
+            48
+            * 0.02
+            / simulate(repeated(make_devices(JITTER), n), policy, Workload(Aggressive(n), 48, runs), costs).median
             for n in COUNTS
         ]
     return found
@@ -71,7 +73,7 @@ def quality(costs: Costs, runs: int) -> list[dict[str, Any]]:
         apart = (samples - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
         devices = repeated(make_devices(JITTER), min(n, 8))
         policy = POLICIES["rolling" if name == "rolling" else "barrier"]
-        took = simulate(devices, policy, Load(mode, 48, runs), costs).median
+        took = simulate(devices, policy, Workload(mode, 48, runs), costs).median
         rows.append({"mode": name, "n": n, "seconds": took, "distance": float(apart.mean())})
     return rows
 
@@ -80,9 +82,9 @@ def stragglers(costs: Costs, runs: int) -> list[dict[str, Any]]:
     """Simulate one of 8 devices that is late, each of them in turn; return the mean seconds that this costs."""
     rows = []
     for name, n in STRAGGLING:
-        load = Load(Aggressive(n), STRAGGLER_STEPS, runs)
+        load = Workload(Aggressive(n), STRAGGLER_STEPS, runs)
 
-        def mean(which: int | None, name: str = name, load: Load = load) -> float:
+        def mean(which: int | None, name: str = name, load: Workload = load) -> float:
             devices = [DEVICE + (LATE if k == which else "") for k in range(STRAGGLER_DEVICES)]
             return simulate(make_devices(devices), POLICIES[name], load, costs).mean
 

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 
 import drp
 from drp.sampling.result import Result
-from drp.trace.evaluations import Evaluation, evaluations
+from drp.trace.evaluations import TracedEvaluation, evaluations
 from drp.trace.record import record
 
 LABELS = tuple(range(10))
@@ -25,7 +25,7 @@ RUNS = 3
 STEPS = 48
 
 
-def median_run(devices: str, mode: str, trace: Path) -> tuple[Result, list[Evaluation]]:
+def median_run(devices: str, mode: str, trace: Path) -> tuple[Result, list[TracedEvaluation]]:
     """Return the run of median duration, and its evaluations."""
     found = []
     with drp.Leader("digits", devices=devices) as leader:
@@ -36,7 +36,7 @@ def median_run(devices: str, mode: str, trace: Path) -> tuple[Result, list[Evalu
     return sorted(found[1:], key=lambda run: run[0].seconds)[RUNS // 2]
 
 
-def draw_run(axes: Axes, title: str, run: tuple[Result, list[Evaluation]], until: float) -> None:
+def draw_run(axes: Axes, title: str, run: tuple[Result, list[TracedEvaluation]], until: float) -> None:
     """Draw a bar for each evaluation, a lane for each device, coloured by its round."""
     result, found = run
     zero = min(e.began for e in found)

@@ -55,7 +55,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Report:
+class DoctorReport:
     """The findings by section, and which GPUs can access each other: by copies, and between processes by CUDA IPC."""
 
     sections: dict[str, tuple[Finding, ...]]
@@ -69,7 +69,7 @@ class Report:
         return [finding for findings in self.sections.values() for finding in findings if finding.state == "bad"]
 
 
-def examine(find: Callable[[], tuple[Gpu, ...]] = find_gpus) -> Report:
+def examine(find: Callable[[], tuple[Gpu, ...]] = find_gpus) -> DoctorReport:
     """Examine this machine; `find` returns its GPUs."""
     try:
         gpus, why = find(), ""
@@ -84,7 +84,7 @@ def examine(find: Callable[[], tuple[Gpu, ...]] = find_gpus) -> Report:
         "limits": (*_limits(),),
         "drp will use": (*_use(gpus, why, reached),),
     }
-    return Report(sections, gpus, peers(gpus), reached)
+    return DoctorReport(sections, gpus, peers(gpus), reached)
 
 
 def _software() -> list[Finding]:

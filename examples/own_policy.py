@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import drp
 from drp.leader.scheduling.policies import POLICIES, Policy, Waiting
 from drp.sampling.modes import Aggressive
-from drp.simulate import Load, make_devices, simulate
+from drp.simulate import Workload, make_devices, simulate
 
 
 @dataclass(frozen=True)
@@ -33,5 +33,5 @@ if __name__ == "__main__":
         for policy in (POLICIES["barrier"], Spare()):
             leader.policy = policy
             runs = [leader.sample(labels=[3], mode="aggressive", drafts=7).seconds for _ in range(20)]
-            simulated = simulate(make_devices([device] * 8), policy, Load(Aggressive(7), count=1000)).mean
+            simulated = simulate(make_devices([device] * 8), policy, Workload(Aggressive(7), count=1000)).mean
             print(f"{type(policy).__name__}: {statistics.mean(runs):.3f} s; without costs {simulated:.3f} s")

@@ -33,7 +33,7 @@ from drp import Leader, RemoteWorkers, WorkerError
 from drp.leader.scheduling.policies import Barrier
 from drp.protocol.keys import make
 from drp.sampling.modes import Aggressive
-from drp.simulate import Costs, Load, make_devices, simulate
+from drp.simulate import Costs, Workload, make_devices, simulate
 from tests.remote import DEADLINE, ROOT, ending, until
 
 HERE, THERE, PORT = "10.77.0.1", "10.77.0.2", 5555
@@ -155,7 +155,7 @@ def delayed(folder: Path, wire: Wire, enter: list[str]) -> None:
     with workers_there(folder, enter, 2), leader(folder, 1, 2) as led:
         result = led.sample(**OPTIONS)
         devices = make_devices("emulated:20ms,2xemulated:20ms:link=100ms")
-        simulated = simulate(devices, Barrier(), Load(Aggressive(3), OPTIONS["steps"], 1), Costs()).median
+        simulated = simulate(devices, Barrier(), Workload(Aggressive(3), OPTIONS["steps"], 1), Costs()).median
         report(f"{result.rounds} rounds with a delay of 200 ms: {result.seconds:.2f} s, simulated {simulated:.2f} s")
         assert torch.equal(result.samples, expected.samples)
         wire.loss, before = 0.01, wire.lost

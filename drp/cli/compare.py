@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from drp.cli.helpers import plain_errors, print_json
-from drp.cli.options import GroupedCommand, Number, common_options, force_option, json_option
+from drp.cli.options import GroupedCommand, NumberRange, common_options, force_option, json_option
 from drp.cli.source import make_subject, source_options
 from drp.sampling.drafts import RULES
 from drp.sampling.mode_selection import MODE_NAMES
@@ -54,10 +54,12 @@ def _list(kind: type) -> Any:
 @click.option("--seeds", type=click.IntRange(1), default=8, show_default=True, help="Samples of each setting.")
 @click.option("--turns", type=click.IntRange(1), default=3, show_default=True, help="Timed calls of each setting.")
 @click.option(
-    "--max-distance", type=Number(0, min_open=True), help="Recommend the fastest setting within this distance."
+    "--max-distance", type=NumberRange(0, min_open=True), help="Recommend the fastest setting within this distance."
 )
 @click.option(
-    "--min-speedup", type=Number(0, min_open=True), help="Recommend the nearest setting with at least this speed-up."
+    "--min-speedup",
+    type=NumberRange(0, min_open=True),
+    help="Recommend the nearest setting with at least this speed-up.",
 )
 @click.option("--clip", help="CLIP model, a folder or a name in the hub's local cache.")
 @click.option(

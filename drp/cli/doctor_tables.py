@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from rich.markup import escape
 from rich.table import Table
 
-from drp.doctor import Report
+from drp.doctor import DoctorReport
 
 MARKS = {"": "", "good": "[green]yes[/]", "bad": "[red]NO[/]"}
 
 
-def tables(report: Report) -> Iterator[Table]:
+def tables(report: DoctorReport) -> Iterator[Table]:
     """Yield a table for each section, and if there are GPUs one for each kind of access between them."""
     for title, findings in report.sections.items():
         table = Table(title=title, title_justify="left", show_header=False, expand=False)

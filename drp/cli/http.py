@@ -15,7 +15,7 @@ import click
 from drp.cli.helpers import plain_errors
 from drp.cli.options import (
     GroupedCommand,
-    Number,
+    NumberRange,
     common_options,
     force_option,
     pipeline_devices,
@@ -55,7 +55,7 @@ from drp.sampling.mode_selection import MODE_NAMES
 @click.option("--allow-host", multiple=True, help="Further Host header to accept; '*' for any.")
 @click.option(
     "--max-work",
-    type=Number(1),
+    type=NumberRange(1),
     default=1e9,
     show_default=True,
     help="Limit of images x width x height x steps per request.",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from drp.cli.options import Number, default_devices
+from drp.cli.options import NumberRange, default_devices
 
 if TYPE_CHECKING:
     from drp.leader.devices import Devices
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 POSITIVE = click.IntRange(1)
-SECONDS = Number(0, min_open=True)
+SECONDS = NumberRange(0, min_open=True)
 
 _OPTIONS = (
     click.option(
@@ -44,7 +44,7 @@ _OPTIONS = (
     ),
     click.option(
         "--hedge",
-        type=Number(1, min_open=True),
+        type=NumberRange(1, min_open=True),
         help="Send a draft to a second worker after this many times the median latency.",
     ),
     click.option(

@@ -30,7 +30,7 @@ trace_most_option = click.option(
     type=click.IntRange(1),
     default=50_000,
     show_default=True,
-    help="Number of newest events kept in the trace; 50,000 are about 200 runs of 48 steps.",
+    help="NumberRange of newest events kept in the trace; 50,000 are about 200 runs of 48 steps.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output instead of text.")
 force_option = click.option("-f", "--force", is_flag=True, help="Overwrite files that drp has not written.")
@@ -127,7 +127,7 @@ class GroupedCommand(click.Command):
                     formatter.write_dl(records)
 
 
-class Number(click.FloatRange):
+class NumberRange(click.FloatRange):
     """A range of numbers that excludes NaN, which click accepts in every range."""
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:

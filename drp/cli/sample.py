@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from drp.cli.helpers import parse_numbers, parse_offsets, plain_errors, print_json
 from drp.cli.leader_options import POSITIVE, leader_options, make_leader_options
-from drp.cli.options import GroupedCommand, Number, common_options, force_option, json_option, trace_option
+from drp.cli.options import GroupedCommand, NumberRange, common_options, force_option, json_option, trace_option
 from drp.cli.output import check_file, check_output, check_shape, default_output, write_samples
 from drp.cli.pipeline import pipeline_options
 from drp.pipelines import check_module
@@ -52,12 +52,14 @@ def parse_labels(text: str) -> list[int]:
 @click.option("-m", "--mode", type=click.Choice(MODE_NAMES), default="window", show_default=True)
 @click.option("--drafts", type=POSITIVE, help="Drafts per round; by default as many as the devices evaluate at once.")
 @click.option(
-    "--target-speedup", type=Number(1), help="Choose a window with this ratio of steps to rounds and at most --drafts."
+    "--target-speedup",
+    type=NumberRange(1),
+    help="Choose a window with this ratio of steps to rounds and at most --drafts.",
 )
 @click.option("--target-rounds", type=POSITIVE, help="Choose a window with this number of rounds and at most --drafts.")
 @click.option(
     "--stride",
-    type=Number(1),
+    type=NumberRange(1),
     help="Steps by which mode window advances; by default n / 2 + 1, or (n + 1) / 2 if the solver adds noise.",
 )
 @click.option(
@@ -66,7 +68,7 @@ def parse_labels(text: str) -> list[int]:
 @click.option("--rule", type=click.Choice([*RULES]), help="Draft rule; by default the one that measured best.")
 @click.option(
     "--tolerance",
-    type=Number(0),
+    type=NumberRange(0),
     default=0.0025,
     show_default=True,
     help="Relative residual above which mode adaptive discards predictions.",
@@ -77,10 +79,10 @@ def parse_labels(text: str) -> list[int]:
 )
 @click.option("--solver", type=click.Choice(SOLVER_NAMES), default="ddim", show_default=True)
 @click.option("--order", type=POSITIVE, help="Order of a multistep solver.")
-@click.option("--eta", type=Number(0, 1), help="Noise that ddim adds, 0 to 1.")
+@click.option("--eta", type=NumberRange(0, 1), help="Noise that ddim adds, 0 to 1.")
 @click.option("--spacing", type=click.Choice(["trailing", "leading", "linspace"]), help="Spacing of the timesteps.")
 @click.option("--sigmas", type=click.Choice(["karras", "exponential", "beta"]), help="Spacing of the noise levels.")
-@click.option("--shift", type=Number(0, min_open=True), help="Shift of a flow-matching grid.")
+@click.option("--shift", type=NumberRange(0, min_open=True), help="Shift of a flow-matching grid.")
 @click.option(
     "--prediction-type",
     type=click.Choice(PREDICTION_TYPES),

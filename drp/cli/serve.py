@@ -13,7 +13,7 @@ from drp.cli.helpers import plain_errors, print_json
 from drp.cli.leader_options import SECONDS, leader_options, make_leader_options
 from drp.cli.options import (
     GroupedCommand,
-    Number,
+    NumberRange,
     common_options,
     force_option,
     json_option,
@@ -49,7 +49,7 @@ from drp.cli.output import check_file
 )
 @click.option(
     "--drain",
-    type=Number(0),
+    type=NumberRange(0),
     default=30.0,
     show_default=True,
     help="Seconds that requests have to finish after SIGTERM.",

@@ -11,15 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from drp.cli.helpers import parse_offsets, plain_errors, print_json
-from drp.cli.options import Number, common_options, force_option, json_option, trace_option
+from drp.cli.options import NumberRange, common_options, force_option, json_option, trace_option
 from drp.cli.output import check_file
 from drp.sampling.mode_selection import MODE_NAMES
 
 if TYPE_CHECKING:
-    from drp.simulate import Costs, Device, Link, Outcome
+    from drp.simulate import Costs, Link, Outcome, SimulatedDevice
 
 ABOVE_ZERO = click.IntRange(1)
-NOT_NEGATIVE = Number(0)
+NOT_NEGATIVE = NumberRange(0)
 
 
 @click.command()
@@ -54,7 +54,7 @@ NOT_NEGATIVE = Number(0)
 )
 @click.option("-m", "--mode", type=click.Choice(MODE_NAMES), default="window", show_default=True)
 @click.option("--drafts", type=ABOVE_ZERO, help="Drafts per round; by default one per device.")
-@click.option("--stride", type=Number(1), help="Steps by which mode window advances.")
+@click.option("--stride", type=NumberRange(1), help="Steps by which mode window advances.")
 @click.option("--offsets", help="Steps ahead of the drafts in mode window: a name, or numbers.")
 @click.option(
     "-p",
@@ -64,7 +64,7 @@ NOT_NEGATIVE = Number(0)
     help="Policies by name, or all; see drp.leader.scheduling.policies.",
 )
 @click.option("-n", "--steps", type=ABOVE_ZERO, default=48, show_default=True, help="Steps of each run.")
-@click.option("-r", "--runs", type=ABOVE_ZERO, default=200, show_default=True, help="Number of runs.")
+@click.option("-r", "--runs", type=ABOVE_ZERO, default=200, show_default=True, help="NumberRange of runs.")
 @click.option(
     "--rate",
     type=NOT_NEGATIVE,
@@ -133,7 +133,7 @@ def simulate(
         from drp.leader.events import Timeline
         from drp.leader.scheduling.policies import POLICIES, find_policy
         from drp.sampling.mode_selection import make_mode
-        from drp.simulate import Load, make_devices
+        from drp.simulate import Workload, make_devices
         from drp.simulate import simulate as run
         from drp.simulate.devices import repeated
         from drp.trace.events import write
@@ -152,7 +152,7 @@ def simulate(
             way = "sync" if dispatch == "sync" or chosen.hedge is not None or network is not None else "async"
             for count in counts:
                 made = make_mode(mode, drafts or count, tolerance, "damped", stride, parse_offsets(offsets))
-                load, timeline = Load(made, steps, runs, rate, users), Timeline()
+                load, timeline = Workload(made, steps, runs, rate, users), Timeline()
                 outcome = run(repeated(given, count), chosen, load, costs[way], seed, staleness, timeline, network)
                 cost = {"cost_per_run": outcome.cost(price)} if price else {}
                 rows.append({"policy": name, "devices": count, "dispatch": way, **_figures(outcome), **cost})
@@ -187,8 +187,8 @@ def _network(link: str | None, latent: str, encryption: str | None, dispatch: st
 
 
 def _costs(
-    devices: tuple[Device, ...], source: Path | None, times: tuple[str, str, str], dispatch: str
-) -> tuple[tuple[Device, ...], dict[str, Costs]]:
+    devices: tuple[SimulatedDevice, ...], source: Path | None, times: tuple[str, str, str], dispatch: str
+) -> tuple[tuple[SimulatedDevice, ...], dict[str, Costs]]:
     """Return the devices with their measured times, and the costs by dispatch: of a trace, or of given times."""
     from drp.leader.devices import parse_time
     from drp.simulate import Costs
@@ -197,7 +197,7 @@ def _costs(
 
     if source is None:
         message, row, wake = map(parse_time, times)
-        return devices, {each: Costs.given(message, row, wake, each) for each in ("sync", "async")}
+        return devices, {each: Costs.constant(message, row, wake, each) for each in ("sync", "async")}
     events, names, _ = read(source)
     costs = Costs.measured(events, names, "async" if dispatch == "auto" else dispatch)
     if not all(name.startswith("emulated:") for name in names):

@@ -11,7 +11,7 @@ import click
 
 from drp.cli.helpers import parse_numbers
 from drp.cli.leader_options import leader_options, make_leader_options
-from drp.cli.options import Number, pipeline_devices
+from drp.cli.options import NumberRange, pipeline_devices
 from drp.cli.pipeline import call_arguments
 from drp.cli.sample import parse_labels
 from drp.pipelines import find_factory, is_pipeline, load_pipeline
@@ -51,7 +51,7 @@ def source_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option(
         "--prediction-type", type=click.Choice(PREDICTION_TYPES), help="What a model predicts; by default epsilon."
     )
-    @click.option("--shift", type=Number(0, min_open=True), help="Shift of a model's flow-matching grid.")
+    @click.option("--shift", type=NumberRange(0, min_open=True), help="Shift of a model's flow-matching grid.")
     @functools.wraps(command)
     def wrapped(**options: Any) -> None:
         given = {name: options.pop(name) for name in names}

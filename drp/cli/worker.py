@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from drp.cli.helpers import plain_errors
-from drp.cli.options import Number, app_dir_option, verbose_option
+from drp.cli.options import NumberRange, app_dir_option, verbose_option
 from drp.frozen_imports import frozen_imports
 
 RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
@@ -43,7 +43,7 @@ RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of torch.")
 @click.option(
     "--wait",
-    type=Number(0, min_open=True),
+    type=NumberRange(0, min_open=True),
     default=300.0,
     show_default=True,
     help="Seconds within which the leader must answer.",

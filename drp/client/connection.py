@@ -154,7 +154,7 @@ class Connection:
         except Exception as lost:
             error = lost
         finally:
-            self._end(socket, error)
+            self._shut_down(socket, error)
             socket.disable_monitor()
             monitor.close()
             socket.close()
@@ -187,16 +187,16 @@ class Connection:
             case Progress():
                 self._run(message.request).on_progress(message, frames)
             case Finished():
-                self._take(message.request).on_finished(message, frames)
+                self._pop_run(message.request).on_finished(message, frames)
                 return Ack(message.request) if message.samples.memory is not None else None
             case Ended():
-                self._take(message.request).on_error(message)
+                self._pop_run(message.request).on_error(message)
             case Refused():
                 self._refused(message)
             case Status():
-                self._answer("status", message)
+                self._resolve_query("status", message)
             case Metrics():
-                self._answer("metrics", message)
+                self._resolve_query("metrics", message)
             case Accepted() | Heartbeat():
                 return None
         return None
@@ -206,26 +206,26 @@ class Connection:
             raise ProtocolError(f"the server sent a message about request {number}, which is not open")
         return self._runs[number]
 
-    def _take(self, number: int) -> RemoteRun:
+    def _pop_run(self, number: int) -> RemoteRun:
         run = self._run(number)
         with self._gate:
             del self._runs[number]
         return run
 
-    def _answer(self, what: str, message: Status | Metrics) -> None:
+    def _resolve_query(self, what: str, message: Status | Metrics) -> None:
         if not self._queries[what]:
             raise ProtocolError(f"the server sent {what} without a query for it")
         self._queries[what].popleft().set_result(message)
 
     def _refused(self, message: Refused) -> None:
         if message.request is not None:
-            self._take(message.request).on_error(message)
+            self._pop_run(message.request).on_error(message)
         elif message.code == "protocol":
             raise ProtocolError(message.reason)
         else:
             raise RefusedError(message.code, message.reason)
 
-    def _end(self, socket: zmq.Socket[bytes], error: Exception) -> None:
+    def _shut_down(self, socket: zmq.Socket[bytes], error: Exception) -> None:
         with self._gate:
             self._error = error
             os.close(self._wakeup)
@@ -235,10 +235,10 @@ class Connection:
         if self._closing:
             self._send_queued(socket)
         for run in self._runs.values():
-            run.set_exception(CancelledError("the client was closed") if self._closing else _again(error))
+            run.set_exception(CancelledError("the client was closed") if self._closing else _copy_of(error))
         for answer in (self.opened, *(each for asked in self._queries.values() for each in asked)):
             if not answer.done():
-                answer.set_exception(_again(error))
+                answer.set_exception(_copy_of(error))
         self._runs.clear()
 
 
@@ -251,6 +251,6 @@ def _refused(monitor: zmq.Socket[bytes]) -> bool:
     return refused
 
 
-def _again(error: Exception) -> Exception:
+def _copy_of(error: Exception) -> Exception:
     """Return a copy of an error for one more future, since raising an error adds a traceback to it."""
     return type(error)(error.code, error.reason) if isinstance(error, RefusedError) else type(error)(*error.args)

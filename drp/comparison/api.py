@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from drp.api import divide_arguments
-from drp.comparison.choose import Choice
+from drp.comparison.choose import Recommendation
 from drp.comparison.measure import Measurement, Progress, add_distances
 from drp.comparison.models import ModelSubject
 from drp.comparison.report import notes, table, write_reports
@@ -37,7 +37,7 @@ class Comparison:
     """
 
     cells: Mapping[str, Mapping[str, Any]]
-    choice: Choice
+    choice: Recommendation
     report: Path
     table: Sequence[Sequence[str]]
     notes: Sequence[str]

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drp.comparison.settings import Drafted, default_drafts
-from drp.comparison.subject import Sample, Session, Subject
+from drp.comparison.subject import Sample, Subject, SubjectSession
 from drp.leader.scheduling.policies import Barrier
 from drp.protocol.messages import Emulated
-from drp.simulate import Device, Load, simulate
+from drp.simulate import SimulatedDevice, Workload, simulate
 from drp.trace import read
 from drp.trace.evaluations import evaluations
 
@@ -88,7 +88,7 @@ class Calibration:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _TimedDevice(Device):
+class _TimedDevice(SimulatedDevice):
     """A device whose evaluations take as long as a round with as many drafts, in batches of `batch`."""
 
     calibration: Calibration
@@ -171,7 +171,7 @@ def calibrate(subject: Subject, trace: Path, report: Report) -> tuple[Calibratio
     return calibrator.result(), calibrator.exact
 
 
-def _measure_rounds(session: Session, width: int, trace: Path) -> tuple[list[Sample], float]:
+def _measure_rounds(session: SubjectSession, width: int, trace: Path) -> tuple[list[Sample], float]:
     """Return the samples of warm calls, and the median over them of `round_seconds`."""
     samples, slowest = [], []
     for _ in range(call_count(session.sample(0).seconds)):
@@ -226,4 +226,4 @@ def simulated_seconds(
     """Return the simulated time of a run with a device for each draft, or each batch of drafts."""
     mode = setting.make_mode(adds_noise)
     device = _TimedDevice(Emulated(0, 0.0), calibration=calibration, batch=batch)
-    return simulate([device] * mode.width, Barrier(), Load(mode, steps, 1)).mean
+    return simulate([device] * mode.width, Barrier(), Workload(mode, steps, 1)).mean

@@ -26,7 +26,7 @@ class Tick:
 
 
 @dataclass(frozen=True)
-class Point:
+class ChartPoint:
     """A setting in the plot; `number` is its row in the table."""
 
     x: float
@@ -40,7 +40,7 @@ class Point:
 class Plot:
     """Speed-up over distance, the distance on a logarithmic axis."""
 
-    points: list[Point]
+    points: list[ChartPoint]
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     one: float
@@ -64,7 +64,7 @@ def plot(cells: Sequence[Mapping[str, Any]], bound: float | None) -> Plot:
         return HEIGHT - BOTTOM - value / top * (HEIGHT - TOP - BOTTOM)
 
     points = [
-        Point(x(distance(cell)), y(speedup(cell)), number, cell["kind"], cell["label"])
+        ChartPoint(x(distance(cell)), y(speedup(cell)), number, cell["kind"], cell["label"])
         for number, cell in enumerate(cells, start=1)
     ]
     decades = range(math.ceil(first), math.floor(last) + 1)

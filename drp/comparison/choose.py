@@ -1,4 +1,4 @@
-"""Choice: the setting that a bound on distance or speed-up asks for."""
+"""Recommendation: the setting that a bound on distance or speed-up asks for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLAUSIBLE = 1.1
 
 
 @dataclass(frozen=True)
-class Choice:
+class Recommendation:
     """A recommendation: a cell's key, None if no setting is within the bounds, and the reasons in words."""
 
     key: str | None
@@ -25,7 +25,7 @@ class Choice:
 
 def choose(
     cells: Mapping[str, Mapping[str, Any]], max_distance: float | None = None, min_speedup: float | None = None
-) -> Choice:
+) -> Recommendation:
     """Return the drafted setting within the bounds: the fastest, or, if only a speed-up is asked for, the nearest.
 
     max_distance: the largest mean relative L2 distance to the untouched samples.
@@ -33,7 +33,7 @@ def choose(
     """
     drafted = {key: cell for key, cell in cells.items() if cell["kind"] == "drafted"}
     if not drafted:
-        return Choice(None, "No drafted setting was measured.")
+        return Recommendation(None, "No drafted setting was measured.")
     unbounded = max_distance is None and min_speedup is None
     largest = DEFAULT_DISTANCE if unbounded else max_distance
     fits = [
@@ -45,7 +45,7 @@ def choose(
     if not fits:
         order = speedup if largest is None else (lambda cell: -distance(cell))
         near = max(drafted.values(), key=order)
-        return Choice(None, f"No setting is {wanted}. The closest is {_described(near)}.")
+        return Recommendation(None, f"No setting is {wanted}. The closest is {_described(near)}.")
     best = max(fits, key=lambda key: speedup(drafted[key]) if largest is not None else -distance(drafted[key]))
     cell = drafted[best]
     first = "the fastest" if largest is not None else "the nearest"
@@ -58,7 +58,7 @@ def choose(
     rivals = [c for c in rivals if speedup(c) >= speedup(cell)]
     if rivals:
         text += f" Fewer steps do better: {_described(max(rivals, key=speedup))}."
-    return Choice(best, text, cell["code"])
+    return Recommendation(best, text, cell["code"])
 
 
 def implausible(speedup: float, steps: int, rounds: float) -> str:

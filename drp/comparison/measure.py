@@ -9,7 +9,7 @@ from typing import Any
 from drp.comparison.distances import measures, relative_l2
 from drp.comparison.settings import Drafted, Setting
 from drp.comparison.store import UNTOUCHED, Store
-from drp.comparison.subject import Sample, Session, Subject
+from drp.comparison.subject import Sample, Subject, SubjectSession
 
 Progress = Callable[[int, int, str], None]
 """Called with the number of calls made, the number of all calls, and what is being done."""
@@ -57,7 +57,7 @@ class Measurement:
         }
         self._store.write()
 
-    def _measure(self, setting: Setting, session: Session) -> dict[str, Any]:
+    def _measure(self, setting: Setting, session: SubjectSession) -> dict[str, Any]:
         """Return a setting's figures: a call to warm up, then timed calls in turn with the untouched run.
 
         The last call is traced if it is not timed, else the first.

@@ -19,8 +19,8 @@ from drp.api import check_options, reference
 from drp.comparison.settings import Drafted, FewerSteps
 from drp.comparison.subject import (
     Sample,
-    Session,
     Subject,
+    SubjectSession,
     arguments,
     as_count,
     threads_in_words,
@@ -105,7 +105,7 @@ class ModelSubject(Subject):
         check_options(self._name, self.capacity, cast("Options", self._run_options(setting, 0, labels)))
 
     @contextmanager
-    def session(self, setting: Drafted | FewerSteps) -> Iterator[Session]:
+    def session(self, setting: Drafted | FewerSteps) -> Iterator[SubjectSession]:
         yield _ModelSession(self, setting)
 
     def memory(self) -> dict[str, int]:
@@ -221,7 +221,7 @@ class ModelSubject(Subject):
         return {**options, "mode": "sequential"}
 
 
-class _ModelSession(Session):
+class _ModelSession(SubjectSession):
     def __init__(self, subject: ModelSubject, setting: Drafted | FewerSteps) -> None:
         self._subject, self._setting = subject, setting
 

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from drp.comparison.charts import HEIGHT, LEFT, TOP, WIDTH, plot, timeline
-from drp.comparison.choose import DEFAULT_DISTANCE, Choice, choose, speedup
+from drp.comparison.choose import DEFAULT_DISTANCE, Recommendation, choose, speedup
 from drp.comparison.contact_sheet import contact_sheet
 from drp.comparison.store import UNTOUCHED, Store
 from drp.leader.devices import parse_emulated
@@ -26,7 +26,7 @@ SLOW_EMULATION = 1.1
 
 def write_reports(
     store: Store, seeds: Sequence[int], planned: int, max_distance: float | None, min_speedup: float | None
-) -> Choice:
+) -> Recommendation:
     """Write both reports and the recommendation; `planned` is how many settings there are to be."""
     cells: dict[str, dict[str, Any]] = store.results["cells"]
     chosen = choose(cells, max_distance, min_speedup)
@@ -147,7 +147,7 @@ def _in_words(value: Any) -> str:
     return "" if value is None or value is False or value == "auto" else str(value)
 
 
-def markdown(store: Store, chosen: Choice, planned: int) -> str:
+def markdown(store: Store, chosen: Recommendation, planned: int) -> str:
     """Return report.md."""
     facts, untouched = store.results["facts"], store.results.get(UNTOUCHED)
     titles, *rows = table(store)

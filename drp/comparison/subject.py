@@ -41,7 +41,7 @@ class Sample:
     reason: str = ""
 
 
-class Session(ABC):
+class SubjectSession(ABC):
     """The workers and the pipeline while one setting is measured."""
 
     @abstractmethod
@@ -79,7 +79,7 @@ class Subject(AbstractContextManager["Subject"]):
         """Raise ValueError for a setting that cannot be, before any work."""
 
     @abstractmethod
-    def session(self, setting: Drafted | FewerSteps) -> AbstractContextManager[Session]:
+    def session(self, setting: Drafted | FewerSteps) -> AbstractContextManager[SubjectSession]:
         """Prepare to sample in a setting and untouched, in turn."""
 
     @abstractmethod

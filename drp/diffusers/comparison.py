@@ -22,8 +22,8 @@ from drp.comparison.models import facts_of
 from drp.comparison.settings import Drafted, FewerSteps
 from drp.comparison.subject import (
     Sample,
-    Session,
     Subject,
+    SubjectSession,
     arguments,
     as_count,
     threads_in_words,
@@ -150,7 +150,7 @@ class PipelineSubject(Subject):
         make_pipeline_mode(setting.mode, setting.drafts, setting.rule, tolerance, 0, setting.stride)
 
     @contextmanager
-    def session(self, setting: Drafted | FewerSteps) -> Iterator[Session]:
+    def session(self, setting: Drafted | FewerSteps) -> Iterator[SubjectSession]:
         if isinstance(setting, FewerSteps):
             yield _Sequential(self, setting)
             return
@@ -204,7 +204,7 @@ class PipelineSubject(Subject):
         return to_pixels(unit.reshape(-1, *found.shape[-3:]))
 
 
-class _Drafted(Session):
+class _Drafted(SubjectSession):
     """The pipeline parallelized on workers. Between calls it is unchanged."""
 
     def __init__(self, subject: PipelineSubject, parallel: Parallel, workers: Workers) -> None:
@@ -227,7 +227,7 @@ class _Drafted(Session):
             return self._subject.sample(seed)
 
 
-class _Sequential(Session):
+class _Sequential(SubjectSession):
     """The pipeline without drp, with fewer steps and possibly another scheduler."""
 
     def __init__(self, subject: PipelineSubject, setting: FewerSteps) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from drp.diffusers.arguments import Argument, argument_of, results_of
 from drp.diffusers.forms import Scale
 from drp.diffusers.learned import UnrecognisedError
-from drp.diffusers.scheduler import Levels, adds_noise, copy_of, why_drafts_differ
+from drp.diffusers.scheduler import SchedulerLevels, adds_noise, copy_of, why_drafts_differ
 from drp.diffusers.watch import METHODS, replaced_method
 from drp.sampling.drafts import PAPER, DraftRule
 
@@ -64,7 +64,7 @@ class Drafter:
         """The rule of the mode, which is known once the number of steps is."""
         self._kind = type(scheduler)
         self._signature = inspect.signature(self._kind.step)
-        self._levels = Levels(scheduler, self.timesteps)
+        self._levels = SchedulerLevels(scheduler, self.timesteps)
         self.adds_noise = adds_noise(scheduler)
         self._arguments: dict[str, Argument] = {}
         self._time: Any = None

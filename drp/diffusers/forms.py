@@ -34,7 +34,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Source:
+class LatentScaling:
     """A scaling of the latents: none, that of the scheduler, or by a number of the step."""
 
     scaled: bool = False
@@ -66,7 +66,7 @@ class OfState:
         folded, transposed, or a selection.
     """
 
-    source: Source = Source()
+    source: LatentScaling = LatentScaling()
     repeats: int = 1
     axis: int | None = None
     offset: int = 0
@@ -122,7 +122,7 @@ def of_state(tensor: Tensor, point: Point, config: Mapping[str, Any]) -> OfState
     """Return the form of a tensor that contains the latents, None if it does not."""
     if not tensor.is_floating_point() or tensor.numel() == 0 or point.x.dim() == 0:
         return None
-    sources = (Source(), Source(scaled=True))
+    sources = (LatentScaling(), LatentScaling(scaled=True))
     for source in sources:
         for form in _whole(tensor, point.x, source):
             if torch.equal(form.apply(point, tensor), tensor):
@@ -134,7 +134,7 @@ def of_state(tensor: Tensor, point: Point, config: Mapping[str, Any]) -> OfState
     return _times_a_number(tensor, point, config)
 
 
-def _whole(tensor: Tensor, x: Tensor, source: Source) -> Iterator[OfState]:
+def _whole(tensor: Tensor, x: Tensor, source: LatentScaling) -> Iterator[OfState]:
     """Yield the possible forms of a tensor that contains all latents."""
     if tensor.numel() % x.numel() == 0:
         yield OfState(source, tensor.numel() // x.numel())
@@ -149,7 +149,7 @@ def _whole(tensor: Tensor, x: Tensor, source: Source) -> Iterator[OfState]:
             yield OfState(source, item=item)
 
 
-def _in_part(tensor: Tensor, point: Point, source: Source) -> OfState | None:
+def _in_part(tensor: Tensor, point: Point, source: LatentScaling) -> OfState | None:
     """Return the form of a tensor whose shape is that of the latents and which contains a part of them."""
     if tensor.numel() % point.x.numel():
         return None
@@ -169,7 +169,7 @@ def _enough(same: Tensor, tensor: Tensor, x: Tensor) -> bool:
     return count >= min(FEW, x.numel()) and 10 * count >= x.numel()
 
 
-def _in_places(tensor: Tensor, point: Point, source: Source) -> OfState | None:
+def _in_places(tensor: Tensor, point: Point, source: LatentScaling) -> OfState | None:
     """Return the form of a tensor that contains the latents in another order.
 
     They are found by their values, which is not possible in dtypes of low precision, where many values are equal.
@@ -204,5 +204,5 @@ def _times_a_number(tensor: Tensor, point: Point, config: Mapping[str, Any]) -> 
         made = (some * number.at(point.numbers, _working(x.dtype))).to(wanted.dtype)
         close = (made - wanted).abs() <= tolerance(tensor.dtype) * wanted.abs()
         if _enough(close, wanted, wanted):
-            return _in_part(tensor, point, Source(factor=number))
+            return _in_part(tensor, point, LatentScaling(factor=number))
     return None

@@ -12,7 +12,8 @@ class ModelOffload:
     """Holds the denoising modules on their device, where workers share them; the other models stay offloaded.
 
     accelerate links the models' hooks in the order in which they run: each hook offloads the model before its own.
-    While the denoisers are held they are left out of that chain, and `make_room` offloads what runs before them.
+    While the denoisers are held they are left out of that chain, and `offload_previous_models` offloads the models that
+    run before them.
     """
 
     def __init__(self, pipe: Any, names: Sequence[str]) -> None:
@@ -35,7 +36,7 @@ class ModelOffload:
         if self._held:
             vars(self._pipe)["maybe_free_model_hooks"] = self._offload_others
 
-    def make_room(self) -> None:
+    def offload_previous_models(self) -> None:
         """Offload what ran before the denoisers."""
         for user in self._held:
             before = user.hook.prev_module_hook

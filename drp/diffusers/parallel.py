@@ -188,7 +188,7 @@ class Parallel:
             self._check_thread()
             self._watch()
             if self._fresh:
-                self.offload.make_room()
+                self.offload.offload_previous_models()
                 self._begin()
             assert self._call is not None
             return self._call.evaluate(name, args, kwargs)
@@ -243,7 +243,7 @@ class Parallel:
         now = self.describe(name)
         if not described.same(now):
             return False
-        described.take(now)
+        described.update_from(now)
         return True
 
     def _config(self, name: str) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from drp.diffusers.pytree import Json, UnknownValueError
-from drp.diffusers.sources import Block, Source, TensorLocation, dump_signed
+from drp.diffusers.sources import Block, ModuleSource, TensorLocation, dump_signed
 from drp.diffusers.structure import Described, equal_bits, plain_tensors
 from drp.errors import CudaError
 from drp.protocol.cuda import GpuMemory
@@ -111,7 +111,7 @@ class Publisher:
         self._host: list[SharedMemory] = []
         self._places: dict[Key, tuple[_Weights, TensorLocation]] = {} if gpus is None else gpus.places
         self._copies: dict[str, _Copies] = {}
-        self._latest: dict[str, tuple[Source, Json, SharedMemory]] = {}
+        self._latest: dict[str, tuple[ModuleSource, Json, SharedMemory]] = {}
 
     def publish(self, name: str, described: Described) -> Json:
         """Return the JSON by which a worker finds a module, the previous one if nothing has changed."""
@@ -132,11 +132,11 @@ class Publisher:
                 places.append(copies.places[i])
         for weights in used:
             weights.follow()
-        source = Source(described.pickled, (copies.block, *(weights.block for weights in used)), tuple(places))
+        source = ModuleSource(described.pickled, (copies.block, *(weights.block for weights in used)), tuple(places))
         described.note_pointers()
         return self._json(name, source)
 
-    def _json(self, name: str, source: Source) -> Json:
+    def _json(self, name: str, source: ModuleSource) -> Json:
         known, json, old = self._latest.get(name, (None, None, None))
         if known == source:
             return json

@@ -117,10 +117,10 @@ class Predictions:
         return self._as_recorded(rows)
 
     def close(self) -> None:
-        self._tell()
+        self._report_incidents()
         self._session.close()
 
-    def _tell(self) -> None:
+    def _report_incidents(self) -> None:
         """Report the workers that were lost since the last call."""
         new = self._session.incidents[self._reported :]
         self._report.notes.update(new)
@@ -190,7 +190,7 @@ class Predictions:
             drafts.append((state.index, float(self._drafter.timesteps[state.index]), drafted))
             self._drafts[state.index] = state.x
         self._rows = self._evaluate(drafts)
-        self._tell()
+        self._report_incidents()
         self._residuals = [0.0] if self._mode.feedback else None
         self._next = self._after()
         self._report.rounds += 1

@@ -86,7 +86,7 @@ FEW_CLIPPED = 1e-3
 """The share of an estimate's numbers below which clipping is ignored."""
 
 
-class Levels:
+class SchedulerLevels:
     """The estimate of the data by a scheduler: c_x times the state and c_p times the model's output, at each index.
 
     known: False for schedulers whose noise levels are unknown. Their drafts assume a constant model output.

@@ -62,7 +62,7 @@ class TensorLocation:
 
 
 @dataclass(frozen=True)
-class Source:
+class ModuleSource:
     """A module: its pickle, see `drp.diffusers.structure`, and the places of its tensors, in order."""
 
     pickled: bytes
@@ -70,13 +70,13 @@ class Source:
     places: tuple[TensorLocation, ...]
 
 
-def dump_signed(source: Source) -> bytes:
+def dump_signed(source: ModuleSource) -> bytes:
     """Return a source as bytes, signed with the key that this process shares with its children."""
     data = pickle.dumps(source, pickle.HIGHEST_PROTOCOL)
     return _digest(data) + data
 
 
-def load_signed(data: bytes) -> Source:
+def load_signed(data: bytes) -> ModuleSource:
     """Decode a source; raise PermissionError, before unpickling, if it is not from this process's parent."""
     digest, data = data[:DIGEST_NBYTES], data[DIGEST_NBYTES:]
     if not hmac.compare_digest(digest, _digest(data)):
@@ -84,7 +84,7 @@ def load_signed(data: bytes) -> Source:
             "a module was not signed with the key of this worker's parent; was multiprocessing's authkey changed?"
         )
     source = pickle.loads(data)  # noqa: S301  # this process's own parent has signed it
-    assert isinstance(source, Source)
+    assert isinstance(source, ModuleSource)
     return source
 
 

@@ -101,7 +101,7 @@ class Described:
         pairs = zip(self._noted, other.tensors, strict=True)
         return all(a.data_ptr() == b.data_ptr() or equal_bits(a, b) for a, b in pairs)
 
-    def take(self, other: Described) -> None:
+    def update_from(self, other: Described) -> None:
         """Update this object by a later description of the same structure.
 
         Parameters that moved but have the same values, for example after casts, are restored to their places.

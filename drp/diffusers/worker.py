@@ -24,7 +24,7 @@ KEPT = 8
 """The maximum number of cached programs and modules."""
 
 
-class Gpu(Protocol):
+class WorkerGpu(Protocol):
     """A worker's GPU, see `drp.workers.cuda_device`."""
 
     device: torch.device
@@ -39,7 +39,7 @@ class Programs:
     """Runs the program in the conditions of a run."""
 
     def __init__(self) -> None:
-        self._gpu: Gpu | None = None
+        self._gpu: WorkerGpu | None = None
         self._loads_pretrained = False
         self._texts: dict[int, tuple[Tensor, bytes]] = {}
         self._programs: dict[bytes, tuple[Program, dict[str, nn.Module], ModuleState]] = {}
@@ -51,7 +51,7 @@ class Programs:
         """The version and the copy of blocks on the host, by number, for a GPU without shared memory."""
         self._graphs: Graphs | None = None
 
-    def use_gpu(self, gpu: Gpu) -> None:
+    def use_gpu(self, gpu: WorkerGpu) -> None:
         """Run on this GPU from now on, with CUDA graphs if it is configured so."""
         self._gpu = gpu
         self._graphs = Graphs() if gpu.config.graphs else None

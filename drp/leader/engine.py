@@ -45,7 +45,7 @@ from drp.leader.runs.event_recorder import EventRecorder
 from drp.leader.runs.factory import make_run
 from drp.leader.runs.run_state import InFlightBatch, RunState
 from drp.leader.runs.run_table import RunTable
-from drp.leader.runs.session import Session
+from drp.leader.runs.session import EvaluationSession
 from drp.leader.runs.submission import RunConfig, RunFuture, Submission
 from drp.leader.scheduling.policies import Policy
 from drp.leader.scheduling.scheduler import Scheduler
@@ -124,12 +124,12 @@ class Engine:
         self._requests.put(Submission(job, callback, future))
         return future
 
-    def open_session(self, make_arena: Callable[[int, int], Arena]) -> Session:
+    def open_session(self, make_arena: Callable[[int, int], Arena]) -> EvaluationSession:
         """Start a session. `make_arena(number, spare_rows)` is called with the session's number and its spare rows.
 
         Spare rows are those that workers may write to beyond the rows that the session reads.
         """
-        session = Session(*self._numbered(make_arena), self._requests.notify, self._batch)
+        session = EvaluationSession(*self._numbered(make_arena), self._requests.notify, self._batch)
         try:
             self._requests.put(session)
         except BaseException:
@@ -252,14 +252,14 @@ class Engine:
         for run in list(running.values()):
             if not run.cancel_requested:
                 continue
-            if isinstance(run, Session):
+            if isinstance(run, EvaluationSession):
                 self.recorder.record("end", run)
                 self.runs.finish(run, None)
             else:
                 self.runs.finish(run, CancelledError())
 
     def _begin(self, work: NewWork) -> RunState | None:
-        if isinstance(work, Session):
+        if isinstance(work, EvaluationSession):
             return work
         if work.future.done():  # cancelled while it waited
             return None
@@ -358,7 +358,7 @@ class Engine:
         for run in self.runs.running.values():
             run.finish(reason(), self.supervisor.device_names)
         for work in self._requests.new:
-            if isinstance(work, Session):
+            if isinstance(work, EvaluationSession):
                 work.finish(reason(), self.supervisor.device_names)
                 work.arena.close()
             elif not work.future.done():

@@ -19,7 +19,7 @@ from drp.leader.job import make_job
 from drp.leader.options import LeaderArguments, LeaderOptions
 from drp.leader.request import Options, Request
 from drp.leader.runs.run_state import DraftSlot
-from drp.leader.runs.session import Session
+from drp.leader.runs.session import EvaluationSession
 from drp.leader.runs.submission import RunFuture
 from drp.leader.scheduling.policies import Policy
 from drp.protocol.arena import Arena
@@ -194,7 +194,7 @@ class Leader:
 
     def open_session(
         self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], slots: int, cond: Mapping[str, Tensor]
-    ) -> Session:
+    ) -> EvaluationSession:
         """Start a session, which evaluates drafts for a caller with its own arithmetic; see `drp.leader.runs.session`.
 
         Args:

@@ -7,10 +7,10 @@ import threading
 from collections import deque
 
 from drp.errors import WorkerError
-from drp.leader.runs.session import Session
+from drp.leader.runs.session import EvaluationSession
 from drp.leader.runs.submission import Submission
 
-NewWork = Submission | Session
+NewWork = Submission | EvaluationSession
 
 
 class RequestQueue:
@@ -23,7 +23,7 @@ class RequestQueue:
     def __init__(self) -> None:
         self._owner = os.getpid()
         self.new: deque[NewWork] = deque()
-        self.notified: deque[Session] = deque()
+        self.notified: deque[EvaluationSession] = deque()
         self.closing: float | None = None
         """Seconds that workers have to end; None until the queue is closed."""
         self.wakeup_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -49,7 +49,7 @@ class RequestQueue:
             self.new.append(work)
         self.wake()
 
-    def notify(self, session: Session) -> None:
+    def notify(self, session: EvaluationSession) -> None:
         """Notify the engine that a session has new evaluations or was closed."""
         self.notified.append(session)
         self.wake()

@@ -119,7 +119,7 @@ def _offsets(n: int, offsets: str | Sequence[int] | None) -> tuple[int, ...]:
     return PATTERNS[offsets](n)
 
 
-class Choice(NamedTuple):
+class ModeArguments(NamedTuple):
     """Arguments of `drp.sampling.mode_selection.make_mode`."""
 
     mode: str
@@ -128,12 +128,14 @@ class Choice(NamedTuple):
     offsets: tuple[int, ...] | None = None
 
 
-def choose_rounds(rounds: int, steps: int, most_drafts: int, rounds_before: int = 0, gaps: bool = False) -> Choice:
+def choose_rounds(
+    rounds: int, steps: int, max_drafts: int, rounds_before: int = 0, gaps: bool = False
+) -> ModeArguments:
     """Return the window that takes `steps` steps in at most `rounds` rounds; raise ValueError if there is none.
 
     `rounds` includes `rounds_before`, the rounds that a warm-up has taken, of one step each.
 
-    Its stride follows from the number of rounds. It has as many drafts as there may be, `most_drafts`, since each index
+    Its stride follows from the number of rounds. It has as many drafts as there may be, `max_drafts`, since each index
     is then evaluated more often; but if the stride allows, no more than a quarter of the steps, beyond which drafts are
     too far ahead to be of use, and no more than four evaluations of each index need (docs/quality.md).
 
@@ -142,21 +144,23 @@ def choose_rounds(rounds: int, steps: int, most_drafts: int, rounds_before: int 
     """
     remaining = rounds - rounds_before
     if remaining >= steps:
-        return Choice("sequential", 1, None)
-    fewest = 1 + math.ceil((steps - 1) / most_drafts)
+        return ModeArguments("sequential", 1, None)
+    fewest = 1 + math.ceil((steps - 1) / max_drafts)
     if remaining < fewest:
         after = f" after {rounds_before} of warm-up" if rounds_before else ""
         raise ValueError(
-            f"target_rounds is {rounds}; with at most {most_drafts} drafts, {steps} steps{after} take "
+            f"target_rounds is {rounds}; with at most {max_drafts} drafts, {steps} steps{after} take "
             f"{rounds_before + fewest} rounds or more: use more devices or drafts, or fewer steps"
         )
     stride = (steps - 1) / (remaining - 1)
-    drafts = min(max(math.ceil(stride), min(steps // 4, math.ceil(4 * stride))), most_drafts)
+    drafts = min(max(math.ceil(stride), min(steps // 4, math.ceil(4 * stride))), max_drafts)
     spaced = gaps and remaining == fewest and MIN_SPACED_DRAFTS <= drafts <= steps // LEAST_STEPS_A_SPACED_DRAFT
-    return Choice("window", drafts, stride, spaced_offsets(drafts) if spaced else None)
+    return ModeArguments("window", drafts, stride, spaced_offsets(drafts) if spaced else None)
 
 
-def choose_speedup(speedup: float, steps: int, most_drafts: int, rounds_before: int = 0, gaps: bool = False) -> Choice:
+def choose_speedup(
+    speedup: float, steps: int, max_drafts: int, rounds_before: int = 0, gaps: bool = False
+) -> ModeArguments:
     """Return the window whose steps divided by rounds reach `speedup`; raise ValueError if there is none.
 
     Steps and rounds include `rounds_before`, as of `choose_rounds`; `gaps` as there.
@@ -164,14 +168,14 @@ def choose_speedup(speedup: float, steps: int, most_drafts: int, rounds_before: 
     if not speedup >= 1:
         raise ValueError(f"target_speedup is {speedup}; give 1 or more")
     total = steps + rounds_before
-    fewest = rounds_before + 1 + math.ceil((steps - 1) / most_drafts)
+    fewest = rounds_before + 1 + math.ceil((steps - 1) / max_drafts)
     if total / fewest < speedup:
         after = f", {rounds_before} of them in a warm-up," if rounds_before else ""
         raise ValueError(
-            f"target_speedup is {speedup:g}; with at most {most_drafts} drafts, {total} steps{after} allow "
+            f"target_speedup is {speedup:g}; with at most {max_drafts} drafts, {total} steps{after} allow "
             f"{total / fewest:.3g}: use more devices or drafts, or more steps"
         )
-    return choose_rounds(math.floor(total / speedup + 1e-9), steps, most_drafts, rounds_before, gaps)
+    return choose_rounds(math.floor(total / speedup + 1e-9), steps, max_drafts, rounds_before, gaps)
 
 
 @dataclass(frozen=True)

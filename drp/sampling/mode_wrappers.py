@@ -79,7 +79,7 @@ class PicardSweeps(ModeWrapper):
 
 
 @dataclass(frozen=True)
-class Eager(ModeWrapper):
+class EagerRounds(ModeWrapper):
     """Divides the rounds of `mode`, so that each draft is sent as soon as the predictions that it depends on are there.
 
     A draft at an index that was predicted before is the state refined with the predictions below that index: in the

@@ -73,7 +73,7 @@ def make_plan(solver: Solver, mode: Mode, measure: Measure | None = None) -> Ite
 
 def max_advance(mode: Mode, steps: int) -> int:
     """Return the longest advance, in steps, of a mode without feedback; raise ValueError as `make_plan` would."""
-    progress, longest = Progress(), 0
+    progress, longest = PlanProgress(), 0
     for r in mode.rounds(steps):
         before = progress.base
         progress.begin(r, mode, steps)
@@ -89,7 +89,7 @@ def most_in_use(mode: Mode, steps: int, history: int) -> int:
 
     Where indices are skipped, how long a prediction is needed depends on where its neighbours are evaluated.
     """
-    progress, most = Progress(), 0
+    progress, most = PlanProgress(), 0
     rounds: dict[int, int] = {}  # by index, the round that predicted it last; `ways`: the advance to its state
     ways: dict[int, int] = {}
     for number, r in enumerate(mode.rounds(steps)):
@@ -121,7 +121,7 @@ def transition(
     return table.chain(b)[b]
 
 
-class Progress:
+class PlanProgress:
     """The symbolic progress of a run through its rounds, without numbers.
 
     base: the index of the run's state.
@@ -186,7 +186,7 @@ class _SymbolTable:
         self._reads = [
             estimates(solver.prediction_type, float(grid.alphas[k]), float(grid.sigmas[k])) for k in range(grid.steps)
         ]
-        self.progress = Progress()
+        self.progress = PlanProgress()
         self.previous_base = 0
 
     @property
@@ -280,7 +280,7 @@ class _SymbolTable:
         return {data(i): weight for i, weight in weights.items()}
 
 
-def _check_round(r: Round, progress: Progress, mode: Mode, steps: int) -> None:
+def _check_round(r: Round, progress: PlanProgress, mode: Mode, steps: int) -> None:
     """Check a round of a mode, which may be a user's; the error's message names the rule that it breaks."""
     base, last = progress.base, progress.last
     if not base <= r.base <= last + 1:

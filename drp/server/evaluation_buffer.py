@@ -21,8 +21,8 @@ class EvaluationBuffer(list[TraceEvent]):
 
     def append(self, mark: TraceEvent) -> None:
         if mark.kind == "begin":
-            if len(self._began) == MAX_RUNS:  # Runs of other users of the leader are never forgotten explicitly.
-                self.forget(next(iter(self._began)))
+            if len(self._began) == MAX_RUNS:  # Runs of other users of the leader are never discarded explicitly.
+                self.discard(next(iter(self._began)))
             self._evaluations[mark.run] = deque()
             self._began[mark.run] = mark.ns
         elif mark.kind == "predicted" and mark.run in self._began:
@@ -30,11 +30,11 @@ class EvaluationBuffer(list[TraceEvent]):
             _, began, _, ended = mark.times
             self._evaluations[mark.run].append(Evaluation(mark.step, mark.worker, began - zero, ended - zero))
 
-    def take(self, run: int, most: int) -> tuple[Evaluation, ...]:
-        """Return and remove a run's evaluations, at most `most` of them."""
+    def pop_evaluations(self, run: int, max_count: int) -> tuple[Evaluation, ...]:
+        """Return and remove a run's evaluations, at most `max_count` of them."""
         found = self._evaluations.get(run)
-        return tuple(found.popleft() for _ in range(min(most, len(found)))) if found else ()
+        return tuple(found.popleft() for _ in range(min(max_count, len(found)))) if found else ()
 
-    def forget(self, run: int) -> None:
+    def discard(self, run: int) -> None:
         self._began.pop(run, None)
         self._evaluations.pop(run, None)

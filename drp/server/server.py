@@ -305,15 +305,19 @@ class Server:
             if over:
                 self._end(request, client)
 
-    def _evaluations(self, request: ServerRequest, most: int) -> tuple[Evaluation, ...]:
+    def _evaluations(self, request: ServerRequest, max_count: int) -> tuple[Evaluation, ...]:
         number = request.future.number
-        return self._evaluation_buffer.take(number, most) if number is not None and request.submit.timeline else ()
+        return (
+            self._evaluation_buffer.pop_evaluations(number, max_count)
+            if number is not None and request.submit.timeline
+            else ()
+        )
 
     def _end(self, request: ServerRequest, client: ClientSession | None) -> None:
         """Send a finished run's result, or its error, to the client, and remove the request."""
         self._requests.remove(request)
         if request.future.number is not None:
-            self._evaluation_buffer.forget(request.future.number)
+            self._evaluation_buffer.discard(request.future.number)
         self._listen(any(other.submit.timeline for other in self._requests))
         self._note_progress()
         if client is not None:

@@ -8,20 +8,20 @@ from drp.lazy import lazy_getattr
 
 if TYPE_CHECKING:
     from drp.simulate.costs import Costs
-    from drp.simulate.devices import Device, make_devices
+    from drp.simulate.devices import SimulatedDevice, make_devices
     from drp.simulate.engine import simulate
-    from drp.simulate.load import Load
+    from drp.simulate.load import Workload
     from drp.simulate.network import Link
     from drp.simulate.state import Outcome
 
-__all__ = ["Costs", "Device", "Link", "Load", "Outcome", "make_devices", "simulate"]
+__all__ = ["Costs", "Link", "Outcome", "SimulatedDevice", "Workload", "make_devices", "simulate"]
 
 # Imported on first use, so that the command line shows its help without importing torch.
 _MODULES = {
     "Costs": "drp.simulate.costs",
-    "Device": "drp.simulate.devices",
+    "SimulatedDevice": "drp.simulate.devices",
     "Link": "drp.simulate.network",
-    "Load": "drp.simulate.load",
+    "Workload": "drp.simulate.load",
     "Outcome": "drp.simulate.state",
     "make_devices": "drp.simulate.devices",
     "simulate": "drp.simulate.engine",

@@ -13,7 +13,7 @@ import numpy as np
 
 from drp.leader.devices import parse_emulated
 from drp.leader.events import TraceEvent
-from drp.trace.evaluations import Evaluation, evaluations
+from drp.trace.evaluations import TracedEvaluation, evaluations
 from drp.workers.emulated import seconds_of
 
 Samples = tuple[float, ...]
@@ -62,7 +62,7 @@ class Costs:
     following: from the end of a worker's evaluation until it begins a draft that is already queued.
     wake_long, wake_short: from the end of an evaluation until the leader handles the prediction, after sleeping for
         longer than `SLEEP` or not.
-    take_first, take_more: handling a prediction after a sleep, and one that had arrived already.
+    receive_first, receive_more: handling a prediction after a sleep, and one that had arrived already.
     refine: computing final states, by their number.
     head_start: how long the leader waits before refining, so that workers can start.
     end: from the last prediction to the run's end.
@@ -77,19 +77,19 @@ class Costs:
     following: Samples = (0.0,)
     wake_long: Samples = (0.0,)
     wake_short: Samples = (0.0,)
-    take_first: Samples = (0.0,)
-    take_more: Samples = (0.0,)
+    receive_first: Samples = (0.0,)
+    receive_more: Samples = (0.0,)
     refine: LinearCost = LinearCost()
     head_start: float = 0.0
     end: Samples = (0.0,)
     late: Samples = (0.0,)
 
     @classmethod
-    def given(cls, message: float, row: float, wake: float, dispatch: str = "sync") -> Costs:
+    def constant(cls, message: float, row: float, wake: float, dispatch: str = "sync") -> Costs:
         """Return costs from three times in seconds: per message, per row of arithmetic, and for waking a process up."""
         start, m, r, w, rows = (message + row,), (message,), (row,), (wake,), LinearCost(0.0, row)
         if dispatch == "async":
-            return cls(start, rows, wake_long=w, wake_short=w, take_first=r, take_more=r, refine=rows, end=r)
+            return cls(start, rows, wake_long=w, wake_short=w, receive_first=r, receive_more=r, refine=rows, end=r)
         return cls(start, rows, m, m, (w,), m, w, w, m, m, rows, 0.0, r)
 
     @classmethod
@@ -101,7 +101,7 @@ class Costs:
         Of the runs with the same number of rounds, the middle half by time is used. This omits the first run, which
         includes one-time work, and runs that other programs slowed down.
         """
-        counted = _usual(timeline)
+        counted = _typical_runs(timeline)
         if not counted:
             raise ValueError("no run in this trace has finished; record a trace of one that does")
         found = [e for e in evaluations(timeline) if e.run in counted and e.answered is not None]
@@ -112,7 +112,7 @@ class Costs:
 class _Fit:
     """Collects the samples of costs from the events and evaluations of some runs."""
 
-    def __init__(self, events: Sequence[TraceEvent], found: Sequence[Evaluation], devices: Sequence[str]) -> None:
+    def __init__(self, events: Sequence[TraceEvent], found: Sequence[TracedEvaluation], devices: Sequence[str]) -> None:
         self._events, self._found = events, found
         self._emulated = [parse_emulated(d, n) if d.startswith("emulated:") else None for n, d in enumerate(devices)]
         spans = {"scheduled", "sent", "accumulated", "refined", "end"}
@@ -120,25 +120,25 @@ class _Fit:
 
     def costs(self) -> Costs:
         start, end, form, refine = self._leader()
-        send = self._sends()
+        send = self._send_times()
         down, following, late = self._workers()
-        wake = self._wakes()
-        take = self._takes()
+        wake = self._wake_times()
+        take = self._receive_times()
         return Costs(
-            start=_some(start),
+            start=_or_zero(start),
             form=form,
-            send_first=_some(send[0]),
-            send_more=_some(send[1]),
-            down=tuple(map(_some, down)) or ((0.0,),),
-            following=_some(following),
-            wake_long=_some(wake[0]),
-            wake_short=_some(wake[1] or wake[0]),
-            take_first=_some(take[0]),
-            take_more=_some(take[1]),
+            send_first=_or_zero(send[0]),
+            send_more=_or_zero(send[1]),
+            down=tuple(map(_or_zero, down)) or ((0.0,),),
+            following=_or_zero(following),
+            wake_long=_or_zero(wake[0]),
+            wake_short=_or_zero(wake[1] or wake[0]),
+            receive_first=_or_zero(take[0]),
+            receive_more=_or_zero(take[1]),
             refine=refine,
             head_start=self._head_start(),
-            end=_some(end),
-            late=_some(late),
+            end=_or_zero(end),
+            late=_or_zero(late),
         )
 
     def async_costs(self) -> Costs:
@@ -151,7 +151,7 @@ class _Fit:
         idle: list[float] = []
         following: list[float] = []
         first: dict[int, int] = {}
-        last: dict[int, Evaluation] = {}
+        last: dict[int, TracedEvaluation] = {}
         for e in sorted(self._found, key=lambda e: e.began):
             began = e.began - self._link(e)
             place = bisect.bisect_right(ends[e.run], began)
@@ -172,7 +172,11 @@ class _Fit:
         ]
         late = self._workers()[2]
         return Costs(
-            start=_some(start), down=(_some(idle),), following=_some(following), end=_some(end), late=_some(late)
+            start=_or_zero(start),
+            down=(_or_zero(idle),),
+            following=_or_zero(following),
+            end=_or_zero(end),
+            late=_or_zero(late),
         )
 
     def _leader(self) -> tuple[list[float], list[float], LinearCost, LinearCost]:
@@ -199,7 +203,7 @@ class _Fit:
                 end.append(took)
         return start, end, LinearCost.fit(form), LinearCost.fit(refine)
 
-    def _sends(self) -> tuple[list[float], list[float]]:
+    def _send_times(self) -> tuple[list[float], list[float]]:
         """Return the times of sending a draft after another action, and after another draft."""
         first: list[float] = []
         more: list[float] = []
@@ -210,7 +214,7 @@ class _Fit:
             before = event
         return first, more
 
-    def _takes(self) -> tuple[list[float], list[float]]:
+    def _receive_times(self) -> tuple[list[float], list[float]]:
         """Return the times of handling a prediction after a sleep, and one that had arrived, including its receipt."""
         first: list[float] = []
         more: list[float] = []
@@ -225,7 +229,7 @@ class _Fit:
                     first.append((e.accumulated - e.answered) / 1e9)
         return first, more
 
-    def _link(self, e: Evaluation) -> int:
+    def _link(self, e: TracedEvaluation) -> int:
         """Return the link latency of an emulated device, one way, in ns; 0 for other devices."""
         emulated = self._emulated[e.worker]
         return round(emulated.latency * 1e9) if emulated is not None else 0
@@ -235,8 +239,8 @@ class _Fit:
         down: list[list[float]] = []
         following: list[float] = []
         late: list[float] = []
-        last: dict[int, Evaluation] = {}
-        before: Evaluation | None = None
+        last: dict[int, TracedEvaluation] = {}
+        before: TracedEvaluation | None = None
         place = 0
         for e in self._found:
             place = place + 1 if before is not None and e.since - before.sent < 50_000 else 0
@@ -251,7 +255,7 @@ class _Fit:
             before = last[e.worker] = e
         return [samples for samples in down if samples], following, late
 
-    def _wakes(self) -> tuple[list[float], list[float]]:
+    def _wake_times(self) -> tuple[list[float], list[float]]:
         """Return samples of `wake_long` and `wake_short`: from the evaluation that ended a sleep to its handling."""
         long: list[float] = []
         short: list[float] = []
@@ -277,7 +281,7 @@ class _Fit:
         return float(np.median(waits)) if waits else 0.0
 
 
-def _usual(timeline: Sequence[TraceEvent]) -> set[int]:
+def _typical_runs(timeline: Sequence[TraceEvent]) -> set[int]:
     """Return the middle half of the runs by time, separately for each number of rounds."""
     began: dict[int, int] = {}
     rounds: Counter[int] = Counter()
@@ -297,5 +301,5 @@ def _usual(timeline: Sequence[TraceEvent]) -> set[int]:
     return found
 
 
-def _some(samples: Sequence[float]) -> Samples:
+def _or_zero(samples: Sequence[float]) -> Samples:
     return tuple(samples) or (0.0,)

@@ -20,7 +20,7 @@ DISTRIBUTIONS = get_args(Distribution)
 
 
 @dataclass(frozen=True)
-class Device:
+class SimulatedDevice:
     """A simulated device.
 
     emulated: its times, as in `drp.leader.devices`.
@@ -59,20 +59,20 @@ class Device:
         return e.seconds * factor * draws.lognormvariate(-variance / 2, math.sqrt(variance))
 
 
-def make_devices(names: str | Sequence[str], distribution: str = "normal") -> tuple[Device, ...]:
+def make_devices(names: str | Sequence[str], distribution: str = "normal") -> tuple[SimulatedDevice, ...]:
     """Return up to 1,024 devices for names such as `8xemulated:20ms:jitter=10%`.
 
     Raises ValueError for other devices or an unknown distribution.
     """
     if distribution not in DISTRIBUTIONS[:-1]:
         raise ValueError(f"distribution {distribution!r} does not exist; choose one of {', '.join(DISTRIBUTIONS[:-1])}")
-    found: list[Device] = []
+    found: list[SimulatedDevice] = []
     for name in names.split(",") if isinstance(names, str) else names:
         several = re.fullmatch(r"(?:(\d{1,4})x)?(emulated:.*)", name.strip())
         if several is None:
             raise ValueError(f"device {name!r} cannot be simulated; write emulated:TIME, or 8xemulated:TIME")
         for _ in range(int(several[1] or 1)):
-            found.append(Device(parse_emulated(several[2], len(found)), distribution))  # type: ignore[arg-type]  # checked
+            found.append(SimulatedDevice(parse_emulated(several[2], len(found)), distribution))  # type: ignore[arg-type]  # checked
             if len(found) > MAX_DEVICES:
                 raise ValueError(f"more than {MAX_DEVICES} devices; the simulator has at most as many")
     if not found:
@@ -80,7 +80,7 @@ def make_devices(names: str | Sequence[str], distribution: str = "normal") -> tu
     return tuple(found)
 
 
-def measured(devices: Sequence[Device], timeline: Sequence[TraceEvent]) -> tuple[Device, ...]:
+def measured(devices: Sequence[SimulatedDevice], timeline: Sequence[TraceEvent]) -> tuple[SimulatedDevice, ...]:
     """Return the devices with times drawn from the evaluations in a trace."""
     times = tuple(mark.seconds for mark in timeline if mark.kind == "predicted")
     if not times:
@@ -88,7 +88,7 @@ def measured(devices: Sequence[Device], timeline: Sequence[TraceEvent]) -> tuple
     return tuple(replace(device, distribution="measured", measured=times) for device in devices)
 
 
-def repeated(devices: Sequence[Device], count: int) -> tuple[Device, ...]:
+def repeated(devices: Sequence[SimulatedDevice], count: int) -> tuple[SimulatedDevice, ...]:
     """Return `count` devices, repeating the given ones in turn, each with its own random draws."""
     if not 1 <= count <= MAX_DEVICES:
         raise ValueError(f"{count} devices; give 1 to {MAX_DEVICES}")

@@ -18,8 +18,8 @@ from drp.leader.engine import RUNS_PER_WORKER
 from drp.leader.events import EventKind, Timeline, TraceEvent
 from drp.leader.scheduling.policies import Policy
 from drp.simulate.costs import SLEEP, Costs
-from drp.simulate.devices import Device
-from drp.simulate.load import Load
+from drp.simulate.devices import SimulatedDevice
+from drp.simulate.load import Workload
 from drp.simulate.network import Link, Network
 from drp.simulate.schedule import Schedule, ScheduledDraft
 from drp.simulate.state import Outcome, SimulatedRun, SimulatedWorker
@@ -29,9 +29,9 @@ NOTICE = 0.005
 
 
 def simulate(
-    devices: Sequence[Device],
+    devices: Sequence[SimulatedDevice],
     policy: Policy,
-    load: Load,
+    load: Workload,
     costs: Costs | None = None,
     seed: int = 0,
     staleness: float = 5e-5,
@@ -75,9 +75,9 @@ class _Simulation:
 
     def __init__(
         self,
-        devices: Sequence[Device],
+        devices: Sequence[SimulatedDevice],
         policy: Policy,
-        load: Load,
+        load: Workload,
         costs: Costs,
         seed: int,
         staleness: float,
@@ -108,7 +108,7 @@ class _Simulation:
             self._admit()
             self._dispatch()
             self._refine()
-            self._take()
+            self._receive()
         first = min(run.arrived for run in self.done)
         last = max(run.ended for run in self.done)
         computed = sum(worker_slot.computed for worker_slot in self.worker_slots)
@@ -129,7 +129,7 @@ class _Simulation:
             run = SimulatedRun(next(self.numbers), self.arrivals.popleft(), schedule, self.load.steps, began=self.now)
             self._mark("begin", run)
             self.runs.append(run)
-            since, drafts = self.now, schedule.form()
+            since, drafts = self.now, schedule.schedule_drafts()
             self.now += self._some(self.costs.start)
             self._formed(run, drafts, since)
 
@@ -161,10 +161,10 @@ class _Simulation:
                     if run is None:
                         self._hedge(ready)
                         return
-                    self._give(worker_slot, run, run.waiting.popleft(), sent)
+                    self._assign(worker_slot, run, run.waiting.popleft(), sent)
                     sent += 1
 
-    def _give(self, worker_slot: SimulatedWorker, run: SimulatedRun, draft: ScheduledDraft, sent: int) -> None:
+    def _assign(self, worker_slot: SimulatedWorker, run: SimulatedRun, draft: ScheduledDraft, sent: int) -> None:
         since = self.now
         self.now += self._some(self.costs.send_more if sent else self.costs.send_first)
         self._mark("sent", run, draft.step, worker_slot.number, since=since)
@@ -234,7 +234,7 @@ class _Simulation:
                     if idle and draft in run.outstanding and self._copies(draft) == 1:
                         self.hedged += 1
                         self._mark("hedged", run, draft.step, worker_slot.number)
-                        self._give(idle.pop(), run, draft, 0)
+                        self._assign(idle.pop(), run, draft, 0)
 
     def _late(self, worker_slot: SimulatedWorker) -> float:
         usual = worker_slot.drafts[0][0].median_latency
@@ -254,7 +254,7 @@ class _Simulation:
                 self._mark("refined", run, run.schedule.base, since=since)
             run.needs_refine = None
 
-    def _take(self) -> None:
+    def _receive(self) -> None:
         """Sleep until an event is due; handle events until drafts can be assigned."""
         answer = self._next_event()
         timer = self._timer()
@@ -268,7 +268,7 @@ class _Simulation:
         else:
             self.now = max(self.now, min(answer, timer))
         while self._next_event() <= self.now:
-            self._on(first)
+            self._handle_event(first)
             first = False
             if any(run.waiting for run in self.runs):
                 break
@@ -284,7 +284,7 @@ class _Simulation:
             times += [at for at in late if at > self.now]
         return min(times, default=float("inf"))
 
-    def _on(self, first: bool) -> None:
+    def _handle_event(self, first: bool) -> None:
         at, _, worker_slot, generation, draft, seconds, began, _ = heapq.heappop(self.events)
         if draft is None:
             self._on_loss(worker_slot, at)
@@ -299,14 +299,14 @@ class _Simulation:
         self._mark("predicted" if needed else "late", run, draft.step, worker_slot.number, seconds, times=times)
         if not needed:
             return
-        self.now += self._some(self.costs.take_first if first else self.costs.take_more)
+        self.now += self._some(self.costs.receive_first if first else self.costs.receive_more)
         self._mark("accumulated", run, draft.step, worker_slot.number, since=since)
         run.outstanding.remove(draft)
         run.recent.append(seconds)
         run.evaluations += 1
         run.schedule.arrive(draft)
         if run.schedule.ready:
-            since, drafts = self.now, run.schedule.form()
+            since, drafts = self.now, run.schedule.schedule_drafts()
             if drafts is not None:
                 self.now += self.costs.form.draw(len(drafts), self.draws)
             self._formed(run, drafts, since)

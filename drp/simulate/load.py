@@ -9,7 +9,7 @@ from drp.sampling.modes import Mode
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """`count` requests of `steps` steps in a mode, numbered from `first`.
 
     rate: the arrivals per second, as a Poisson process. With 0, each of `users` users sends a request as soon as the

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from drp.sampling.modes import Mode, Round
-from drp.sampling.plan import Progress
+from drp.sampling.plan import PlanProgress
 
 
 @dataclass(eq=False)
@@ -34,8 +34,8 @@ class Schedule:
         self._rounds = mode.rounds(steps)
         self._next: Round | None = next(self._rounds, None)
         self._known = True  # whether _next is the next round, which with feedback depends on residuals
-        self._progress = Progress()
-        self._out: deque[tuple[set[ScheduledDraft], int]] = deque()
+        self._progress = PlanProgress()
+        self._in_flight: deque[tuple[set[ScheduledDraft], int]] = deque()
         self._distance: dict[int, int] = {}
         self.depth = 0
         self.states = 0
@@ -49,32 +49,32 @@ class Schedule:
     def ready(self) -> bool:
         """Whether there are drafts to schedule, or the run is finished."""
         behind = self._next.unawaited_rounds if self._known and self._next is not None else 0
-        used = len(self._out) - behind
-        return not any(missing for missing, _ in (self._out[i] for i in range(used)))
+        used = len(self._in_flight) - behind
+        return not any(missing for missing, _ in (self._in_flight[i] for i in range(used)))
 
     def arrive(self, draft: ScheduledDraft) -> None:
-        for missing, _ in self._out:
+        for missing, _ in self._in_flight:
             missing.discard(draft)
         self._distance[draft.step] = draft.distance
 
-    def form(self) -> list[ScheduledDraft] | None:
+    def schedule_drafts(self) -> list[ScheduledDraft] | None:
         """Return the next drafts; None if the run is over."""
         drafts: list[ScheduledDraft] = []
         before = self._progress.base
         while self.ready:
-            r = self._ask()
+            r = self._next_round()
             if r is None:
-                self.depth = max([self.depth, *(depth for _, depth in self._out)])
+                self.depth = max([self.depth, *(depth for _, depth in self._in_flight)])
                 self._progress.end(self._mode, self._steps)
                 self.states = self._steps - self._progress.base
                 return None
             self._progress.begin(r, self._mode, self._steps)
-            while len(self._out) > r.unawaited_rounds:
-                self.depth = max(self.depth, self._out.popleft()[1])
+            while len(self._in_flight) > r.unawaited_rounds:
+                self.depth = max(self.depth, self._in_flight.popleft()[1])
             self._progress.base = r.base
             made = [ScheduledDraft(k, k - r.base, len(r.predict)) for k in r.predict]
             self._progress.in_flight.append(r)
-            self._out.append((set(made), self.depth + 1))
+            self._in_flight.append((set(made), self.depth + 1))
             drafts += made
             if self._mode.feedback:
                 self._known = False
@@ -83,7 +83,7 @@ class Schedule:
         self.states = self._progress.base - before
         return drafts
 
-    def _ask(self) -> Round | None:
+    def _next_round(self) -> Round | None:
         """Return the next round, after sending the last residuals to a mode with feedback."""
         if not self._known:
             self._progress.receive(0)

@@ -6,7 +6,7 @@ import statistics
 from collections import deque
 from dataclasses import dataclass, field
 
-from drp.simulate.devices import Device
+from drp.simulate.devices import SimulatedDevice
 from drp.simulate.schedule import Schedule, ScheduledDraft
 
 LATENCY_HISTORY = 32
@@ -51,7 +51,7 @@ class SimulatedWorker:
     """
 
     number: int
-    device: Device
+    device: SimulatedDevice
     drafts: deque[tuple[SimulatedRun, ScheduledDraft]] = field(default_factory=deque)
     since: float = 0.0
     free_at: float = 0.0

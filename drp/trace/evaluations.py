@@ -10,7 +10,7 @@ from drp.leader.events import TraceEvent
 
 
 @dataclass(eq=False)
-class Evaluation:
+class TracedEvaluation:
     """A draft that was sent to a worker. Times are in ns of perf_counter, unless stated otherwise.
 
     sent: when the draft was sent. since: when sending began.
@@ -40,13 +40,13 @@ class Evaluation:
     lost: int | None = None
 
 
-def evaluations(timeline: Sequence[TraceEvent]) -> list[Evaluation]:
+def evaluations(timeline: Sequence[TraceEvent]) -> list[TracedEvaluation]:
     """Return the evaluations of a timeline, in the order in which they were sent."""
-    found: list[Evaluation] = []
+    found: list[TracedEvaluation] = []
     scheduled: dict[tuple[int, int], deque[TraceEvent]] = defaultdict(deque)
     last_scheduled: dict[tuple[int, int], TraceEvent] = {}
-    out: dict[tuple[int, int, int], deque[Evaluation]] = defaultdict(deque)
-    unused: dict[int, list[Evaluation]] = defaultdict(list)
+    out: dict[tuple[int, int, int], deque[TracedEvaluation]] = defaultdict(deque)
+    unused: dict[int, list[TracedEvaluation]] = defaultdict(list)
     for event in timeline:
         key = (event.run, event.step)
         if event.kind == "scheduled":
@@ -55,7 +55,7 @@ def evaluations(timeline: Sequence[TraceEvent]) -> list[Evaluation]:
         elif event.kind == "sent":
             if scheduled[key]:  # Otherwise the draft is sent again, to another worker.
                 last_scheduled[key] = scheduled[key].popleft()
-            e = Evaluation(
+            e = TracedEvaluation(
                 event.run, event.step, event.worker, event.ns, event.since or event.ns, last_scheduled.get(key)
             )
             found.append(e)
@@ -81,7 +81,7 @@ def evaluations(timeline: Sequence[TraceEvent]) -> list[Evaluation]:
     return found
 
 
-def _guess(e: Evaluation, answer: TraceEvent) -> tuple[float, float, float, float]:
+def _guess(e: TracedEvaluation, answer: TraceEvent) -> tuple[float, float, float, float]:
     """Return times for an evaluation without a worker's times, placed in the middle between the two messages."""
     spare = max(0.0, (answer.ns - e.sent) / 1e9 - answer.seconds) / 2
     began, ended = e.sent / 1e9 + spare, answer.ns / 1e9 - spare

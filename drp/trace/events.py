@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from drp.leader.events import Timeline, TraceEvent
-from drp.trace.evaluations import Evaluation, evaluations
+from drp.trace.evaluations import TracedEvaluation, evaluations
 
 Event = dict[str, Any]
 
@@ -101,7 +101,7 @@ def _leader(timeline: Sequence[TraceEvent], zero: int) -> Iterator[Event]:
             yield {"ph": "i", "s": "t", "cat": "drp", "name": event.kind, **at}
 
 
-def _rounds(timeline: Sequence[TraceEvent], found: Sequence[Evaluation], zero: int, last: int) -> Iterator[Event]:
+def _rounds(timeline: Sequence[TraceEvent], found: Sequence[TracedEvaluation], zero: int, last: int) -> Iterator[Event]:
     """Yield each run and its rounds, from scheduling to the last prediction; overlapping rounds get separate tracks."""
     answered: dict[int, int] = {}  # by the event that scheduled a round, when its last prediction arrived
     for e in found:
@@ -138,7 +138,7 @@ def _runs(timeline: Sequence[TraceEvent], last: int) -> list[tuple[TraceEvent, l
     return found
 
 
-def _worker(found: Sequence[Evaluation], zero: int, last: int) -> Iterator[Event]:
+def _worker(found: Sequence[TracedEvaluation], zero: int, last: int) -> Iterator[Event]:
     """Yield a worker's slices: receiving a draft, its evaluation, the copy, and sending the prediction."""
     free = 0  # when the last slice ended
     # A worker may receive a draft before the leader has recorded it as sent, so use the time when sending began.
@@ -159,7 +159,7 @@ def _worker(found: Sequence[Evaluation], zero: int, last: int) -> Iterator[Event
         yield _slice("reply", process, ended, free, zero, **facts)
 
 
-def _arrows(number: int, e: Evaluation, zero: int) -> Iterator[Event]:
+def _arrows(number: int, e: TracedEvaluation, zero: int) -> Iterator[Event]:
     """Yield the arrow from a draft, through its evaluation, to the states refined with its prediction."""
 
     def point(phase: str, process: int, since: int, until: int) -> Event:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from drp.leader.events import TraceEvent
-from drp.trace.evaluations import Evaluation, evaluations
+from drp.trace.evaluations import TracedEvaluation, evaluations
 
 
 @dataclass
@@ -121,16 +121,20 @@ def summarise(timeline: Sequence[TraceEvent], devices: Sequence[str], dropped: i
     return summary
 
 
-def _path(begin: TraceEvent, end: TraceEvent, own: list[Evaluation], everyone: Sequence[Evaluation]) -> Path:
+def _path(
+    begin: TraceEvent, end: TraceEvent, own: list[TracedEvaluation], everyone: Sequence[TracedEvaluation]
+) -> Path:
     path = Path(begin.run, (end.ns - begin.ns) / 1e9, evaluations=len(own))
-    before: dict[tuple[int, int], Evaluation] = {}  # by worker and time of sending, the worker's previous evaluation
-    last: dict[int, Evaluation] = {}
+    before: dict[
+        tuple[int, int], TracedEvaluation
+    ] = {}  # by worker and time of sending, the worker's previous evaluation
+    last: dict[int, TracedEvaluation] = {}
     for each in everyone:
         if each.answered is not None:
             if each.worker in last:
                 before[each.worker, each.sent] = last[each.worker]
             last[each.worker] = each
-    e: Evaluation | None = max(own, key=lambda e: e.answered or 0, default=None)
+    e: TracedEvaluation | None = max(own, key=lambda e: e.answered or 0, default=None)
     path.end = (end.ns - ((e.answered or 0) if e else begin.ns)) / 1e9
     until = e.answered or 0 if e else 0  # the end of the part of the path that is not attributed yet
     while e is not None:
@@ -187,7 +191,7 @@ def _spans(timeline: Sequence[TraceEvent]) -> list[tuple[int, int]]:
 
 
 def _summarise_worker(
-    device: str, found: list[Evaluation], timeline: Sequence[TraceEvent], spans: list[tuple[int, int]]
+    device: str, found: list[TracedEvaluation], timeline: Sequence[TraceEvent], spans: list[tuple[int, int]]
 ) -> WorkerSummary:
     worker = WorkerSummary(device, len(found))
     scheduled = sorted((event.since or event.ns, event.ns) for event in timeline if event.kind == "scheduled")

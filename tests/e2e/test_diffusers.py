@@ -43,7 +43,7 @@ from drp import diffusers as face
 from drp.diffusers import CallReport, Workers
 from drp.diffusers.denoisers import DENOISERS
 from drp.diffusers.digits import digits_pipeline
-from drp.diffusers.scheduler import Levels, adds_noise
+from drp.diffusers.scheduler import SchedulerLevels, adds_noise
 from drp.diffusers.structure import describe
 from drp.sampling.drafts import STEADY
 from drp.sampling.mode_wrappers import PicardSweeps
@@ -275,7 +275,7 @@ def test_the_estimate_of_the_data_is_the_schedulers_own(name: str) -> None:
     scheduler = (SCHEDULERS | FLOWS)[name]()
     scheduler.set_timesteps(12)
     data = normal(1, 4, 8, 8, seed=3)
-    levels = Levels(scheduler, scheduler.timesteps)
+    levels = SchedulerLevels(scheduler, scheduler.timesteps)
     assert levels.known
     x = normal(1, 4, 8, 8) * getattr(scheduler, "init_noise_sigma", 1.0)
     for k, t in enumerate(scheduler.timesteps):

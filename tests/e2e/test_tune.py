@@ -18,7 +18,7 @@ from drp.comparison.calibration import Calibration, RoundTime, round_seconds
 from drp.comparison.choose import implausible
 from drp.comparison.models import ModelSubject
 from drp.comparison.settings import Drafted
-from drp.comparison.subject import Sample, Session
+from drp.comparison.subject import Sample, SubjectSession
 from drp.comparison.tuning import Candidate, Tuning, _advice, tune
 from drp.diffusers.comparison import PipelineSubject
 from drp.diffusers.digits import digits_pipeline
@@ -125,7 +125,7 @@ def test_batches_are_timed_on_all_devices_at_once(monkeypatch: pytest.MonkeyPatc
     widths = list[int]()
     measure = calibration._measure_rounds
 
-    def noted(session: Session, width: int, trace: Path) -> tuple[list[Sample], float]:
+    def noted(session: SubjectSession, width: int, trace: Path) -> tuple[list[Sample], float]:
         widths.append(width)
         return measure(session, width, trace)
 

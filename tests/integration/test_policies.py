@@ -18,7 +18,7 @@ from drp.sampling.drafts import DAMPED
 from drp.sampling.mode_selection import make_mode
 from drp.sampling.mode_wrappers import PicardSweeps
 from drp.sampling.modes import Aggressive
-from drp.simulate import Load, make_devices, simulate
+from drp.simulate import Workload, make_devices, simulate
 from drp.trace import record, summarise
 from examples import own_policy as spare
 from examples.own_policy import Spare
@@ -66,7 +66,7 @@ def test_a_policy_of_ones_own_runs_in_both(late: Leader) -> None:
     assert torch.equal(result.samples, drp.reference(TINY, labels=[1], steps=30, drafts=2).samples)
     hedged = {mark.step for mark in marks if mark.kind == "hedged"}
     assert {mark.step for mark in marks if mark.kind == "sent" and mark.worker == 2} <= hedged
-    outcome = simulate(make_devices([LATE] * 3), Spare(), Load(Aggressive(2), 30, 50))
+    outcome = simulate(make_devices([LATE] * 3), Spare(), Workload(Aggressive(2), 30, 50))
     assert outcome.hedged
     assert len(Path(spare.__file__).read_text().splitlines()) <= 40
 

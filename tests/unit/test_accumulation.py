@@ -22,7 +22,7 @@ from drp.sampling.drafts import DAMPED, PAPER, RULES
 from drp.sampling.grids import scaled_linear
 from drp.sampling.linear import state
 from drp.sampling.mode_selection import make_mode
-from drp.sampling.mode_wrappers import Eager, PicardSweeps, Warmup
+from drp.sampling.mode_wrappers import EagerRounds, PicardSweeps, Warmup
 from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Rolling, Sparse, Window
 from drp.sampling.partial_sums import add_terms
 from drp.sampling.plan import Predict
@@ -107,11 +107,11 @@ SCHEDULES = [
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_eager_drafts_are_the_same_and_wait_for_less(mode: Mode, solver: Solver) -> None:
     expected, rounds = sample_in_turn(solver, mode)
-    eager, depth = sample_in_turn(solver, Eager(mode))
+    eager, depth = sample_in_turn(solver, EagerRounds(mode))
     assert torch.equal(eager, expected)
     assert depth <= rounds
     for seed in range(5):
-        assert torch.equal(sample(solver, Eager(mode), random.Random(seed))[0], expected), seed
+        assert torch.equal(sample(solver, EagerRounds(mode), random.Random(seed))[0], expected), seed
         assert torch.equal(sample(solver, mode, random.Random(seed))[0], expected), seed
 
 
@@ -151,7 +151,7 @@ def sample_with_setbacks(solver: Solver, mode: Mode, order: random.Random) -> tu
                 assert not any(later.kept for later, _ in kept[place + 1 :])
 
 
-@pytest.mark.parametrize("mode", [*SCHEDULES, Conservative(5), Rolling(4), Eager(PicardSweeps(Aggressive(4), 2))])
+@pytest.mark.parametrize("mode", [*SCHEDULES, Conservative(5), Rolling(4), EagerRounds(PicardSweeps(Aggressive(4), 2))])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_run_that_went_back_to_a_checkpoint_has_the_same_bits(mode: Mode, solver: Solver) -> None:
     expected, _ = sample_in_turn(solver, mode)
@@ -162,7 +162,9 @@ def test_a_run_that_went_back_to_a_checkpoint_has_the_same_bits(mode: Mode, solv
 
 
 def test_drafts_of_several_sweeps_are_out_at_the_same_time() -> None:
-    most = [sample(SOLVERS[0], Eager(PicardSweeps(Aggressive(4), 2)), random.Random(seed))[1] for seed in range(5)]
+    most = [
+        sample(SOLVERS[0], EagerRounds(PicardSweeps(Aggressive(4), 2)), random.Random(seed))[1] for seed in range(5)
+    ]
     assert max(most) > 4
     assert sample(SOLVERS[0], PicardSweeps(Aggressive(4), 2), random.Random(0))[1] == 4
 

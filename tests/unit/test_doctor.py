@@ -20,16 +20,16 @@ from drp.leader.gpus import Gpu
 from tests import on_host
 
 
-def seen(report: doctor.Report, about: str) -> doctor.Finding:
+def seen(report: doctor.DoctorReport, about: str) -> doctor.Finding:
     return next(f for findings in report.sections.values() for f in findings if f.about == about)
 
 
 @pytest.fixture(scope="module")
-def report() -> doctor.Report:
+def report() -> doctor.DoctorReport:
     return doctor.examine()
 
 
-def test_it_names_what_this_process_has(report: doctor.Report) -> None:
+def test_it_names_what_this_process_has(report: doctor.DoctorReport) -> None:
     cores = len(os.sched_getaffinity(0))
     assert f", {cores} of " in seen(report, "this process may use").seen
     assert torch.__version__ in seen(report, "torch").seen
@@ -39,14 +39,14 @@ def test_it_names_what_this_process_has(report: doctor.Report) -> None:
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
-def test_it_says_why_there_is_no_gpu(report: doctor.Report) -> None:
+def test_it_says_why_there_is_no_gpu(report: doctor.DoctorReport) -> None:
     assert "built without CUDA" in seen(report, "GPUs").seen
     assert "built without CUDA" in seen(report, "devices='cuda'").seen
     assert (report.gpus, report.peers, report.ipc) == ((), (), ())
 
 
 def test_workers_can_open_the_leaders_memory_or_it_says_that_they_cannot(
-    report: doctor.Report, monkeypatch: pytest.MonkeyPatch
+    report: doctor.DoctorReport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert seen(report, "memfd through /proc/PID/fd").state == "good"
     monkeypatch.setattr(doctor, "SEEN", "import os, sys; os.open(sys.argv[1] + '9999', os.O_RDWR)")
@@ -101,13 +101,13 @@ def test_memory_of_gpus_is_tried_from_a_process_on_each(tmp_path: Path, monkeypa
     assert doctor.ipc(gpus[:1]) == (("fails: the process there ended with exit code 1",),)
 
 
-def test_it_says_in_which_process_namespace_it_is(report: doctor.Report) -> None:
+def test_it_says_in_which_process_namespace_it_is(report: doctor.DoctorReport) -> None:
     said = seen(report, "process namespace").seen
     assert said.startswith("pid:[")
     assert ("the machine's own" in said) is (str(Path("/proc/self/ns/pid").readlink()) == doctor.FIRST_NAMESPACE)
 
 
-def test_the_command_prints_every_line(report: doctor.Report) -> None:
+def test_the_command_prints_every_line(report: doctor.DoctorReport) -> None:
     shown = CliRunner().invoke(main, ["doctor"])
     assert shown.exit_code == 0, shown.output
     for findings in report.sections.values():
@@ -115,7 +115,7 @@ def test_the_command_prints_every_line(report: doctor.Report) -> None:
             assert finding.about in shown.output
 
 
-def test_the_command_prints_json(report: doctor.Report) -> None:
+def test_the_command_prints_json(report: doctor.DoctorReport) -> None:
     shown = CliRunner().invoke(main, ["doctor", "--json"])
     assert shown.exit_code == 0, shown.output
     found = json.loads(shown.stdout)

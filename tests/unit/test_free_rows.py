@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from drp.leader.runs.session import Session
+from drp.leader.runs.session import EvaluationSession
 from drp.protocol.arena import Arena
 
 SLOTS = 5
@@ -16,7 +16,7 @@ AT_ONCE = 3
 """Drafts that workers have at most."""
 
 
-class Kept(Session):
+class Kept(EvaluationSession):
     """A session in which each slot's latest prediction is kept until the slot is used again, as in a run."""
 
     def __init__(self) -> None:

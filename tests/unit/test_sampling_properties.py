@@ -13,7 +13,7 @@ from torch import Tensor
 from drp.sampling.drafts import PAPER, DraftRule
 from drp.sampling.grids import Grid
 from drp.sampling.linear import data, prediction, state, substitute
-from drp.sampling.mode_wrappers import Eager, PicardSweeps, Warmup
+from drp.sampling.mode_wrappers import EagerRounds, PicardSweeps, Warmup
 from drp.sampling.modes import Adaptive, Aggressive, Conservative, Mode, Rolling, Sequential
 from drp.sampling.plan import transition
 from drp.sampling.predictions import PREDICTION_TYPES
@@ -86,7 +86,7 @@ def test_enough_sweeps_are_sequential(solver: Solver, n: int, rule: DraftRule) -
     assert_close(result.samples, expected)
     assert result.rounds == 1 + n * math.ceil((solver.grid.steps - 1) / n)
     assert_close(sample(solver, PicardSweeps(Conservative(n, rule), n - 1)).samples, expected)
-    eager = sample(solver, Eager(PicardSweeps(Aggressive(n, rule), n - 1)))
+    eager = sample(solver, EagerRounds(PicardSweeps(Aggressive(n, rule), n - 1)))
     assert torch.equal(eager.samples, result.samples)
     assert eager.evaluations == result.evaluations
     assert eager.rounds <= result.rounds

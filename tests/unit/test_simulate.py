@@ -18,11 +18,11 @@ from drp.leader.scheduling.policies import POLICIES, Barrier, LoadAdaptive, Poli
 from drp.sampling.drafts import DAMPED
 from drp.sampling.grids import scaled_linear
 from drp.sampling.mode_selection import make_mode
-from drp.sampling.mode_wrappers import Eager, PicardSweeps, Warmup
+from drp.sampling.mode_wrappers import EagerRounds, PicardSweeps, Warmup
 from drp.sampling.modes import Aggressive, Conservative, Mode, Rolling, Sequential
 from drp.sampling.reference import run_reference
 from drp.sampling.solvers import DDIM
-from drp.simulate import Costs, Link, Load, make_devices, simulate
+from drp.simulate import Costs, Link, Workload, make_devices, simulate
 from drp.simulate.devices import repeated
 from drp.trace import summarise, write
 from tests.integration.test_trace import check_format, names
@@ -40,11 +40,11 @@ STEADY = "8xemulated:20ms"
         Rolling(3),
         Warmup(Aggressive(5), 3),
         PicardSweeps(Aggressive(4), 2),
-        Eager(PicardSweeps(Aggressive(4), 2)),
+        EagerRounds(PicardSweeps(Aggressive(4), 2)),
     ],
 )
 def test_without_costs_a_run_takes_its_rounds(mode: Mode) -> None:
-    outcome = simulate(make_devices(STEADY), Barrier(), Load(mode, 48, 3))
+    outcome = simulate(make_devices(STEADY), Barrier(), Workload(mode, 48, 3))
     start = torch.zeros(1, 2)
     reference = run_reference(lambda x, t, cond: x, DDIM(scaled_linear(48)), mode, start, {})
     for run in outcome.runs:
@@ -55,7 +55,7 @@ def test_without_costs_a_run_takes_its_rounds(mode: Mode) -> None:
 
 def test_adaptive_goes_by_how_stale_drafts_are() -> None:
     def depth(tolerance: float) -> int:
-        load = Load(make_mode("adaptive", 8, tolerance, DAMPED), 48, 1)
+        load = Workload(make_mode("adaptive", 8, tolerance, DAMPED), 48, 1)
         return simulate(make_devices(STEADY), Barrier(), load).runs[0].schedule.depth
 
     assert depth(0.0) == 48
@@ -71,30 +71,30 @@ def test_given_costs_are_found_again_in_the_trace() -> None:
         down=((4e-4,), (5e-4,), (6e-4,), (7e-4,)),
         wake_long=(5e-4,),
         wake_short=(5e-4,),
-        take_first=(1e-4,),
-        take_more=(3e-5,),
+        receive_first=(1e-4,),
+        receive_more=(3e-5,),
         head_start=5e-4,
         end=(2e-4,),
         late=(6e-5,),
     )
     marks = Timeline()
     devices = make_devices("4xemulated:20ms")
-    simulate(devices, Barrier(), Load(Aggressive(4), 48, 8), given, timeline=marks)
+    simulate(devices, Barrier(), Workload(Aggressive(4), 48, 8), given, timeline=marks)
     found = Costs.measured(marks, ["emulated:20ms"] * 4)
-    for name in ("start", "send_first", "send_more", "wake_long", "end", "late", "take_first"):
+    for name in ("start", "send_first", "send_more", "wake_long", "end", "late", "receive_first"):
         assert statistics.median(getattr(found, name)) == pytest.approx(getattr(given, name)[0], abs=2e-9), name
     assert [statistics.median(samples) for samples in found.down] == pytest.approx([4e-4, 5e-4, 6e-4, 7e-4], abs=2e-9)
-    again = simulate(devices, Barrier(), Load(Aggressive(4), 48, 8), found)
-    first = simulate(devices, Barrier(), Load(Aggressive(4), 48, 8), given)
+    again = simulate(devices, Barrier(), Workload(Aggressive(4), 48, 8), found)
+    first = simulate(devices, Barrier(), Workload(Aggressive(4), 48, 8), given)
     assert again.median == pytest.approx(first.median, rel=1e-3)
     assert first.median == pytest.approx(13 * 0.02, rel=0.1)
     assert first.median > 13 * 0.02
 
 
 def test_asynchronous_runs_wait_for_no_message() -> None:
-    devices, load = make_devices("4xemulated:20ms"), Load(Aggressive(4), 48, 2)
+    devices, load = make_devices("4xemulated:20ms"), Workload(Aggressive(4), 48, 2)
     sync, ahead = (
-        simulate(devices, Barrier(), load, Costs.given(1e-4, 1e-5, 2e-4, dispatch)) for dispatch in ("sync", "async")
+        simulate(devices, Barrier(), load, Costs.constant(1e-4, 1e-5, 2e-4, dispatch)) for dispatch in ("sync", "async")
     )
     rounds, least = 13, 2e-4 + 5 * 1e-5  # the leader wakes up, adds a prediction and computes four drafts
     assert ahead.median == pytest.approx(rounds * (0.02 + least), rel=2e-3)
@@ -104,7 +104,7 @@ def test_asynchronous_runs_wait_for_no_message() -> None:
 def test_costs_of_asynchronous_runs_are_found_again_in_their_trace() -> None:
     given = Costs(start=(3e-4,), down=((4e-4,),), following=(1e-4,), end=(2e-4,), late=(6e-5,))
     devices = make_devices("2xemulated:20ms:link=1ms")
-    marks, load = Timeline(), Load(Aggressive(4), 48, 8)
+    marks, load = Timeline(), Workload(Aggressive(4), 48, 8)
     first = simulate(devices, Barrier(), load, given, timeline=marks)
     found = Costs.measured(marks, ["emulated:20ms:link=1ms"] * 2, "async")
     for name in ("start", "following", "end", "late"):
@@ -115,12 +115,12 @@ def test_costs_of_asynchronous_runs_are_found_again_in_their_trace() -> None:
 
 def lost(policy: Policy, n: int, steps: int) -> float:
     """Return what straggling costs, on average over which of 8 devices does."""
-    whole = simulate(make_devices(STEADY), policy, Load(Aggressive(n), steps, 1)).mean
+    whole = simulate(make_devices(STEADY), policy, Workload(Aggressive(n), steps, 1)).mean
     late = []
     for which in range(8):
         devices = ["emulated:20ms"] * 8
         devices[which] += ":straggler=3x@5%"
-        late.append(simulate(make_devices(devices), policy, Load(Aggressive(n), steps, 40)).mean - whole)
+        late.append(simulate(make_devices(devices), policy, Workload(Aggressive(n), steps, 40)).mean - whole)
     return statistics.mean(late)
 
 
@@ -132,7 +132,7 @@ def test_a_hedged_window_loses_less_than_half_of_what_a_barrier_loses() -> None:
 def test_a_window_waits_less_for_jitter_than_a_barrier() -> None:
     devices = make_devices("8xemulated:20ms:jitter=10%")
     barrier, eager, rolling = (
-        simulate(devices, POLICIES[name], Load(Aggressive(8), 48, 100)) for name in ("barrier", "eager", "rolling")
+        simulate(devices, POLICIES[name], Workload(Aggressive(8), 48, 100)) for name in ("barrier", "eager", "rolling")
     )
     assert 0.140 < rolling.mean < barrier.mean == eager.mean
     assert rolling.utilisation > barrier.utilisation
@@ -157,16 +157,16 @@ def test_measured_times_are_drawn_as_they_were() -> None:
 def test_load() -> None:
     devices = make_devices(STEADY)
     most = 8 / (48 * 0.02)
-    calm = simulate(devices, LoadAdaptive(), Load(Aggressive(8), 48, 200, rate=0.2 * most))
-    busy = simulate(devices, LoadAdaptive(), Load(Aggressive(8), 48, 200, rate=3 * most))
-    spread = simulate(devices, Barrier(), Load(Aggressive(8), 48, 200, rate=3 * most))
+    calm = simulate(devices, LoadAdaptive(), Workload(Aggressive(8), 48, 200, rate=0.2 * most))
+    busy = simulate(devices, LoadAdaptive(), Workload(Aggressive(8), 48, 200, rate=3 * most))
+    spread = simulate(devices, Barrier(), Workload(Aggressive(8), 48, 200, rate=3 * most))
     assert calm.latency(50) < 0.2 < busy.latency(50)
     assert calm.throughput == pytest.approx(0.2 * most, rel=0.2)
     assert busy.throughput == pytest.approx(most, rel=0.05)
     assert spread.throughput <= most
     assert busy.utilisation > 0.95 > calm.utilisation
     assert busy.cost(2.0) == pytest.approx(2.0 * 8 / 3600 / busy.throughput)
-    users = simulate(devices, LoadAdaptive(), Load(Aggressive(8), 48, 50, users=4))
+    users = simulate(devices, LoadAdaptive(), Workload(Aggressive(8), 48, 50, users=4))
     assert len(users.runs) == 50
     assert 1 / users.median * 4 == pytest.approx(users.throughput, rel=0.1)
 
@@ -174,7 +174,7 @@ def test_load() -> None:
 @pytest.mark.parametrize("name", POLICIES)
 def test_failures_cost_time_and_lose_nothing(name: str) -> None:
     devices = [replace(device, mtbf=3.0, restart=0.5) for device in make_devices(STEADY)]
-    outcome = simulate(devices, POLICIES[name], Load(Aggressive(8), 48, 60), Costs.given(5e-5, 1e-5, 1e-4))
+    outcome = simulate(devices, POLICIES[name], Workload(Aggressive(8), 48, 60), Costs.constant(5e-5, 1e-5, 1e-4))
     assert outcome.lost > 5
     assert len(outcome.runs) == 60
     assert all(run.evaluations == 48 for run in outcome.runs)
@@ -183,7 +183,7 @@ def test_failures_cost_time_and_lose_nothing(name: str) -> None:
 
 def test_a_thousand_devices() -> None:
     devices = repeated(make_devices("emulated:20ms:jitter=10%"), 1024)
-    outcome = simulate(devices, POLICIES["rolling"], Load(Rolling(64), 200, 2, users=2))
+    outcome = simulate(devices, POLICIES["rolling"], Workload(Rolling(64), 200, 2, users=2))
     assert len(outcome.runs) == 2
     with pytest.raises(ValueError, match="1 to 1024"):
         repeated(devices, 1025)
@@ -196,7 +196,9 @@ def test_the_same_seed_gives_the_same_and_every_trace_is_valid(tmp_path: Path) -
     for name, policy in POLICIES.items():
         marks, again = Timeline(), Timeline()
         for timeline in (marks, again):
-            simulate(devices, policy, Load(Aggressive(6), 20, 5), Costs.given(5e-5, 1e-5, 1e-4), 7, timeline=timeline)
+            simulate(
+                devices, policy, Workload(Aggressive(6), 20, 5), Costs.constant(5e-5, 1e-5, 1e-4), 7, timeline=timeline
+            )
         assert marks == again
         write(tmp_path / "run.json", marks, ["simulated"] * 4)
         assert names(check_format(tmp_path / "run.json"), "X").count("last states") == 5
@@ -251,7 +253,7 @@ def test_a_link_is_shared_by_all_drafts_of_a_round_and_encrypted_by_the_leaders_
     link = Link(nbytes, latency, bandwidth, encryption, io_threads)
     for n in (1, 4, 8):
         seconds = simulate(
-            make_devices(f"{n}xemulated:20ms"), Barrier(), Load(Aggressive(n), 1 + 4 * n, 1), link=link
+            make_devices(f"{n}xemulated:20ms"), Barrier(), Workload(Aggressive(n), 1 + 4 * n, 1), link=link
         ).median
         # The last draft of a round waits for its thread and for the wire; all devices take the same time, and the
         # predictions come back in the order of the drafts, so that only the last one's own way is added.
@@ -264,7 +266,7 @@ def test_a_link_is_shared_by_all_drafts_of_a_round_and_encrypted_by_the_leaders_
 
 def test_a_link_without_limits_costs_its_latency_alone() -> None:
     def time(link: Link | None) -> float:
-        return simulate(make_devices(STEADY), Barrier(), Load(Aggressive(8), 49, 1), link=link).median
+        return simulate(make_devices(STEADY), Barrier(), Workload(Aggressive(8), 49, 1), link=link).median
 
     assert time(Link()) == time(None)
     rounds = 1 + 6
@@ -282,8 +284,8 @@ def test_the_command_line_takes_a_link(tmp_path: Path) -> None:
         return row["dispatch"], row["median_seconds"]
 
     link = Link(1 << 18, 0.0002, 1e9, 7.3e8)
-    load = Load(Aggressive(8), 49, 1)
-    costs = Costs.given(0.0, 0.0, 0.0)
+    load = Workload(Aggressive(8), 49, 1)
+    costs = Costs.constant(0.0, 0.0, 0.0)
     expected = simulate(make_devices(STEADY), LoadAdaptive(hedge=None), load, costs, link=link).median
     dispatch, seconds = run("--link", "200us@1GB/s", "--latent", "256KiB", "--encryption", "730MB/s")
     assert dispatch == "sync"

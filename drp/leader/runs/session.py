@@ -22,7 +22,7 @@ class EvaluationBlock:
         self.done: Future[dict[int, int]] = Future()
 
 
-class Session(RunState):
+class EvaluationSession(RunState):
     """An arena that all workers open, in which blocks of drafts are evaluated, one block at a time.
 
     The caller writes drafts to `arena.drafts`, calls `evaluate` in its own thread, and reads the predictions from the
@@ -30,7 +30,7 @@ class Session(RunState):
     The engine handles lost workers and timeouts as for runs. `close` ends the session.
     """
 
-    def __init__(self, number: int, arena: Arena, notify: Callable[[Session], None], batch: int) -> None:
+    def __init__(self, number: int, arena: Arena, notify: Callable[[EvaluationSession], None], batch: int) -> None:
         super().__init__(number, arena, batch)
         self._notify = notify
         self.arena.memory.record_event()  # The conditions were copied by this thread, which is the caller's.

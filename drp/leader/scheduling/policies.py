@@ -12,7 +12,7 @@ from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from drp.sampling.mode_wrappers import Eager as EagerRounds
+from drp.sampling.mode_wrappers import EagerRounds
 from drp.sampling.modes import Mode
 from drp.sampling.modes import Rolling as RollingWindow
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from drp.errors import CudaError, WorkerError
 from drp.leader.devices import Device
 from drp.leader.memory.placement import MemoryPlacement
-from drp.leader.supervision.worker import Worker
+from drp.leader.supervision.worker import WorkerHandle
 from drp.leader.supervision.worker_pool import WorkerPool
 from drp.protocol.cuda import GpuMemory
 from drp.protocol.memory import Memory, SharedMemory
@@ -27,9 +27,9 @@ class SharedWeights:
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
-        self.publisher: Worker | None = None
+        self.publisher: WorkerHandle | None = None
         self.published = False
-        self.waiting: list[Worker] = []
+        self.waiting: list[WorkerHandle] = []
 
 
 class WorkerStartup:
@@ -65,11 +65,11 @@ class WorkerStartup:
         assert self._loaded_model is not None
         return self._loaded_model
 
-    def add_worker(self, worker: Worker) -> None:
+    def add_worker(self, worker: WorkerHandle) -> None:
         """Begin the handshake with a worker that was just started."""
         self._expected[worker.identity] = Hello
 
-    def pending_step(self, worker: Worker) -> str:
+    def pending_step(self, worker: WorkerHandle) -> str:
         """Describe the step that a worker has not completed."""
         return {
             Hello: "start",
@@ -77,12 +77,12 @@ class WorkerStartup:
             Shared: "share its weights and start",
         }.get(self._expected[worker.identity], "compile, capture or warm its model and start")
 
-    def blocked_by(self, worker: Worker) -> Worker | None:
+    def blocked_by(self, worker: WorkerHandle) -> WorkerHandle | None:
         """Return the worker whose copy of the weights another worker waits for, None if it does not wait."""
         copy = self._shared_weights.get(worker.device.gpu)
         return copy.publisher if copy is not None and worker in copy.waiting else None
 
-    def on_message(self, worker: Worker, message: ToLeader) -> bool:
+    def on_message(self, worker: WorkerHandle, message: ToLeader) -> bool:
         """Handle a worker's message; return whether the worker is ready. Raises WorkerError if it cannot be used."""
         due = self._expected.get(worker.identity)
         if due is None:
@@ -103,7 +103,7 @@ class WorkerStartup:
                 del self._expected[worker.identity]
         return worker.identity not in self._expected
 
-    def remove_worker(self, worker: Worker) -> None:
+    def remove_worker(self, worker: WorkerHandle) -> None:
         """Remove a worker that has ended. If it was copying its weights, another worker does so instead."""
         self._expected.pop(worker.identity, None)
         copy = self._shared_weights.get(worker.device.gpu)
@@ -122,7 +122,7 @@ class WorkerStartup:
                 copy.memory.close()
         self._shared_weights.clear()
 
-    def _on_loaded(self, worker: Worker, loaded: Loaded) -> None:
+    def _on_loaded(self, worker: WorkerHandle, loaded: Loaded) -> None:
         """Have a worker share or use the weights, or continue where each worker keeps its own."""
         if self._loaded_model is None:
             self._loaded_model, self._first_worker = loaded, str(worker)
@@ -165,7 +165,7 @@ class WorkerStartup:
             self._warn(gpu, f"the leader cannot share {nbytes} bytes there: {error}")
             return None
 
-    def _on_shared(self, worker: Worker, unreached: str) -> None:
+    def _on_shared(self, worker: WorkerHandle, unreached: str) -> None:
         gpu = worker.device.gpu
         copy = self._shared_weights[gpu]
         assert copy is not None
@@ -192,7 +192,7 @@ class WorkerStartup:
         while copy.published and copy.waiting:
             self._send(copy.waiting.pop(0), Share(handle, False, gpu), Shared)
 
-    def _continue(self, worker: Worker) -> None:
+    def _continue(self, worker: WorkerHandle) -> None:
         """Continue with a worker whose weights are at their final address: warm up on a GPU, else finish."""
         if worker.device.gpu is None:
             del self._expected[worker.identity]
@@ -202,6 +202,6 @@ class WorkerStartup:
     def _warn(self, gpu: str | None, why: str) -> None:
         log.warning("weights on %s are not shared by all its workers, and take memory once more each: %s", gpu, why)
 
-    def _send(self, worker: Worker, message: Load | Share | WarmUp, due: type[ToLeader]) -> None:
+    def _send(self, worker: WorkerHandle, message: Load | Share | WarmUp, due: type[ToLeader]) -> None:
         self._expected[worker.identity] = due
         worker.send(worker.encode(message))

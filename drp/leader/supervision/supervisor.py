@@ -18,7 +18,7 @@ from drp.leader.clock import Clock
 from drp.leader.devices import Device
 from drp.leader.memory.placement import MemoryPlacement
 from drp.leader.supervision.startup import WorkerStartup
-from drp.leader.supervision.worker import Encoded, Worker
+from drp.leader.supervision.worker import Encoded, WorkerHandle
 from drp.leader.supervision.worker_pool import SHUTDOWN_TIMEOUT, WorkerPool, failure
 from drp.protocol.messages import Bind, ToLeader, ToWorker, WorkerFailed
 
@@ -69,7 +69,7 @@ class WorkerSlot(Generic[Batch]):
 
     number: int
     device: Device
-    worker: Worker | None = None
+    worker: WorkerHandle | None = None
     state: SlotState = "restarting"
     generation: int = 0
     drafts: deque[Batch] = field(default_factory=deque)
@@ -137,7 +137,7 @@ class Supervisor(Generic[Batch]):
         self._next_health_check = clock.now() + HEALTH_CHECK_INTERVAL
         self._down_since = clock.now()  # the time at which the last ready worker was lost, while none is ready
         self.ready: tuple[WorkerSlot[Batch], ...] = ()
-        """Worker slots whose workers accept drafts."""
+        """WorkerHandle slots whose workers accept drafts."""
 
     def _set_state(self, worker_slot: WorkerSlot[Batch], state: SlotState) -> None:
         was_serving, worker_slot.state = bool(self.ready), state
@@ -169,7 +169,7 @@ class Supervisor(Generic[Batch]):
         self._set_state(worker_slot, "starting")
         self.startup.add_worker(worker_slot.worker)
 
-    def slot_of(self, worker: Worker) -> WorkerSlot[Batch]:
+    def slot_of(self, worker: WorkerHandle) -> WorkerSlot[Batch]:
         return self.worker_slots[worker.number]
 
     def on_message(self, worker_slot: WorkerSlot[Batch], message: ToLeader | None) -> WorkerLoss[Batch] | None:

@@ -13,7 +13,7 @@ Encoded = Sequence[Frame]
 """A message as its worker's backend sends it: one frame, or several where tensors travel with the message."""
 
 
-class Worker(Protocol):
+class WorkerHandle(Protocol):
     """A worker as the leader sees it.
 
     A replacement has the number of the lost worker and the next generation, and therefore another identity. Late
@@ -75,7 +75,7 @@ class Worker(Protocol):
         ...
 
 
-Received = tuple[Worker, ToLeader | None]
+Received = tuple[WorkerHandle, ToLeader | None]
 """A message and the worker that has sent it; None in place of the message if the worker has ended."""
 
 
@@ -87,7 +87,7 @@ class WorkerBackend(Protocol):
         """Number of messages dropped because they were malformed or from an unknown sender."""
         ...
 
-    def start(self, number: int, generation: int, device: Device) -> Worker:
+    def start(self, number: int, generation: int, device: Device) -> WorkerHandle:
         """Start a worker, or begin to wait for one; raise OSError or MemoryError if there is no room for it."""
         ...
 

@@ -9,7 +9,7 @@ from drp.leader.devices import Device
 from drp.leader.remote import RemoteWorkers
 from drp.leader.supervision.local import LocalBackend
 from drp.leader.supervision.remote import RemoteBackend
-from drp.leader.supervision.worker import Received, Worker, WorkerBackend
+from drp.leader.supervision.worker import Received, WorkerBackend, WorkerHandle
 from drp.protocol.messages import WorkerFailed
 
 SHUTDOWN_TIMEOUT = 2.0
@@ -49,7 +49,7 @@ class WorkerPool:
         """Number of messages dropped because they were malformed or from an unknown sender."""
         return sum(backend.dropped for backend in self._backends)
 
-    def spawn(self, number: int, generation: int, device: Device) -> Worker:
+    def spawn(self, number: int, generation: int, device: Device) -> WorkerHandle:
         if device.remote is None:
             return self.local.start(number, generation, device)
         assert self.remote is not None
@@ -85,6 +85,6 @@ class WorkerPool:
             backend.close(grace)
 
 
-def failure(worker: Worker, failed: WorkerFailed) -> str:
+def failure(worker: WorkerHandle, failed: WorkerFailed) -> str:
     """Describe the failure that a worker reported before it ended."""
     return f"{worker} failed {failed.activity}: {failed.error}\n{failed.traceback}"
