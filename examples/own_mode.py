@@ -1,9 +1,9 @@
-"""A mode of one's own: short blocks at first, where states change most, and longer ones later.
+"""A custom mode: short blocks at first, where states change most, and longer ones later.
 
     python examples/own_mode.py
 
-A mode yields rounds; each says from where it goes on (`base`) and what it predicts at the same time. The run does the
-rest: drafts, refining, bookkeeping. A mode that breaks the rules is told which.
+A mode yields rounds. Each round has the index from which it starts (`base`) and the indices that are predicted in
+parallel. The run makes the drafts and refines the states. It raises ValueError for invalid rounds.
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from drp.sampling.modes import Mode, Round, Rounds
 
 @dataclass(frozen=True)
 class Growing(Mode):
-    """Blocks of 1, 2, 3, ... up to n drafts, each starting from the last prediction of the one before."""
+    """Blocks of 1, 2, 3, ... up to n drafts, each starting from the last prediction of the previous one."""
 
     n: int
     rule: DraftRule = DAMPED
 
     @property
     def width(self) -> int:
-        """The most drafts a round."""
+        """The maximum number of drafts per round."""
         return self.n
 
     def rounds(self, steps: int) -> Rounds:
@@ -40,4 +40,4 @@ if __name__ == "__main__":
     for mode in (Growing(4), Growing(8)):
         result = drp.sample("digits", labels=range(10), devices=2, mode=mode)
         error = float((result.samples - exact).norm() / exact.norm())
-        print(f"{mode.n} drafts at most: {result.rounds} rounds, relative L2 to the sequential run {error:.4f}")
+        print(f"at most {mode.n} drafts: {result.rounds} rounds, relative L2 to the sequential run {error:.4f}")

@@ -1,8 +1,8 @@
-"""A policy of one's own: the last device is kept to take over what is late on the others.
+"""A custom policy: the last device is reserved for drafts that are late on the others.
 
     python examples/own_policy.py
 
-The engine on emulated devices and the simulator run the same object.
+The engine, here on emulated devices, and the simulator use the same object.
 """
 
 import statistics
@@ -16,21 +16,21 @@ from drp.simulate import Workload, make_devices, simulate
 
 
 @dataclass(frozen=True)
-class Spare(Policy):
-    """A draft later than 1.2 times the usual goes to the last device too, which has no others."""
+class ReservedDevice(Policy):
+    """A draft that takes 1.2 times the median latency is also sent to the last device, which has no other drafts."""
 
     hedge: float | None = 1.2
     depth: int = 1
 
     def choose(self, worker: int, workers: int, runs: Sequence[Waiting]) -> Waiting | None:
-        """Return nothing for the last worker, and the oldest run's draft for the others."""
+        """Return None for the last worker, and the oldest run for the others."""
         return None if worker == workers - 1 else super().choose(worker, workers, runs)
 
 
 if __name__ == "__main__":
     device = "emulated:20ms:straggler=3x@5%:values=cheap"
     with drp.Leader("digits", devices=[device] * 8, policy="barrier") as leader:
-        for policy in (POLICIES["barrier"], Spare()):
+        for policy in (POLICIES["barrier"], ReservedDevice()):
             leader.policy = policy
             runs = [leader.sample(labels=[3], mode="aggressive", drafts=7).seconds for _ in range(20)]
             simulated = simulate(make_devices([device] * 8), policy, Workload(Aggressive(7), count=1000)).mean

@@ -1,10 +1,10 @@
-"""A draft rule of one's own: what is carried follows the noise level.
+"""A custom draft rule: the carry depends on the noise level.
 
     python examples/own_rule.py
 
-At much noise the estimate of the clean sample hardly depends on the state, so that what was predicted at a draft holds
-at the refined state too; at little noise it follows the state. A rule overrides `carry_at`, `extrapolate` or both; the
-same object serves `drp.sample` and `drp.diffusers.parallelize`.
+At high noise the estimate of the clean sample hardly depends on the state, so the estimate made at a draft also holds
+at the refined state; at low noise the estimate follows the state. A rule overrides `carry_at`, `extrapolate` or both.
+`drp.sample` and `drp.diffusers.parallelize` accept the same object.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from drp.sampling.drafts import DraftRule, Levels
 
 @dataclass(frozen=True)
 class ByNoise(DraftRule):
-    """Carry the data to the share of the noise in the state's variance, between two bounds."""
+    """The carry is the share of the noise in the state's variance, between two bounds."""
 
     least: float = 0.2
     most: float = 0.8
 
     def carry_at(self, k: int, levels: Levels) -> float:
-        """Return w at index k."""
+        """Return the carry at index k."""
         noise, signal = levels.sigmas[k] ** 2, levels.alphas[k] ** 2
         return self.least + (self.most - self.least) * noise / (noise + signal)
 

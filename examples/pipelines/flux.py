@@ -1,9 +1,9 @@
-"""Flux, one image on several devices, with a callback that watches the steps.
+"""Samples one image with Flux on several devices, with a callback at every step.
 
     python examples/pipelines/flux.py "an astronaut on a horse" --devices 4xcuda
     python examples/pipelines/flux.py --tiny
 
-`--tiny` needs no weights: what it draws is noise.
+`--tiny` uses small random weights and needs no download; the result is noise.
 """
 
 import argparse
@@ -14,9 +14,11 @@ from diffusers import FluxPipeline
 from drp.diffusers import parallelize
 
 
-def watch(pipe: FluxPipeline, step: int, t: torch.Tensor, kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Show how large the latents are."""
-    print(f"step {step}: latents of norm {float(kept['latents'].float().norm()):.1f}")
+def print_norm(
+    pipe: FluxPipeline, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Print the norm of the latents."""
+    print(f"step {step}: latents of norm {float(tensors['latents'].float().norm()):.1f}")
     return {}
 
 
@@ -32,7 +34,7 @@ if __name__ == "__main__":
     if args.tiny:
         import tiny
 
-        pipe, size = tiny.flux(), {"height": 64, "width": 64, "max_sequence_length": 16}
+        pipe, size = tiny.flux(), {"height": 64, "width": 64, "max_sequence_length": 32}
     else:
         pipe, size = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev"), {}
 
@@ -41,7 +43,7 @@ if __name__ == "__main__":
 
     with parallelize(pipe, devices=args.devices, mode="aggressive") as run:
         seed = torch.Generator().manual_seed(0)
-        size |= {"num_inference_steps": args.steps, "generator": seed, "callback_on_step_end": watch}
+        size |= {"num_inference_steps": args.steps, "generator": seed, "callback_on_step_end": print_norm}
         image = pipe(args.prompt, **size).images[0]
     print(run.report)
     image.save(args.out)

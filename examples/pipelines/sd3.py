@@ -1,9 +1,9 @@
-"""Stable Diffusion 3, one image on several devices, and again with a negative prompt: the workers stay.
+"""Samples two images with Stable Diffusion 3 on several devices; both calls use the same workers.
 
     python examples/pipelines/sd3.py "an astronaut on a horse" --devices 4xcuda
     python examples/pipelines/sd3.py --tiny
 
-`--tiny` needs no weights: what it draws is noise.
+`--tiny` uses small random weights and needs no download; the result is noise.
 """
 
 import argparse
@@ -26,7 +26,7 @@ if __name__ == "__main__":
     if args.tiny:
         import tiny
 
-        pipe, size = tiny.sd3(), {"max_sequence_length": 16, "height": 64, "width": 64}
+        pipe, size = tiny.sd3(), {"max_sequence_length": 32, "height": 64, "width": 64}
     else:
         pipe, size = StableDiffusion3Pipeline.from_pretrained("stabilityai/stable-diffusion-3-medium-diffusers"), {}
 

@@ -1,9 +1,9 @@
-"""SDXL, one image on several devices.
+"""Samples one image with SDXL on several devices.
 
     python examples/pipelines/sdxl.py "an astronaut on a horse" --devices 4xcuda
     python examples/pipelines/sdxl.py --tiny
 
-`--tiny` needs no weights: what it draws is noise.
+`--tiny` uses small random weights and needs no download; the result is noise.
 """
 
 import argparse

@@ -1,7 +1,4 @@
-"""Tiny: the pipelines of these examples with a few thousand random weights, to see the scripts run on any machine.
-
-What they draw is noise; how it is drawn is as with real weights.
-"""
+"""Small pipelines with random weights, to run the scripts in this folder on any machine. Their images are noise."""
 
 from __future__ import annotations
 
@@ -35,18 +32,18 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-LENGTH = 16
-"""Tokens of a prompt."""
+LENGTH = 32
+"""The maximum number of tokens of a prompt, one per letter."""
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Return one that takes letters for words."""
+    """Return a tokenizer that makes each letter a token."""
     words = ["<pad>", "<unk>", "</s>", *map(chr, range(33, 127))]
     vocabulary = {word: i for i, word in enumerate([*words, *(f"##{word}" for word in words[3:])])}
-    made = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", unk_token="<unk>", eos_token="</s>", model_max_length=LENGTH
+        tokenizer_object=tokens, pad_token="<pad>", unk_token="<unk>", eos_token="</s>", model_max_length=LENGTH
     )
 
 
@@ -85,7 +82,7 @@ def vae(channels: int) -> AutoencoderKL:
 
 
 def sdxl() -> StableDiffusionXLPipeline:
-    """Return StableDiffusionXLPipeline, small: its U-Net is the largest thing here."""
+    """Return a small StableDiffusionXLPipeline, whose U-Net is the largest of these networks."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         block_out_channels=(64, 128),
@@ -120,7 +117,7 @@ def sdxl() -> StableDiffusionXLPipeline:
 
 
 def sd3() -> StableDiffusion3Pipeline:
-    """Return StableDiffusion3Pipeline, small."""
+    """Return a small StableDiffusion3Pipeline."""
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
         sample_size=32,
@@ -148,7 +145,7 @@ def sd3() -> StableDiffusion3Pipeline:
 
 
 def flux() -> FluxPipeline:
-    """Return FluxPipeline, small."""
+    """Return a small FluxPipeline."""
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
         patch_size=1,
@@ -174,7 +171,7 @@ def flux() -> FluxPipeline:
 
 
 def wan() -> WanPipeline:
-    """Return WanPipeline, small."""
+    """Return a small WanPipeline."""
     torch.manual_seed(0)
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),

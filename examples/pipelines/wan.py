@@ -1,9 +1,9 @@
-"""Wan, one video on several devices: two calls of the transformer a step, both drafted.
+"""Samples one video with Wan on several devices. Each step has two calls of the transformer, both of which are drafted.
 
     python examples/pipelines/wan.py "a fox runs through snow" --devices 4xcuda
     python examples/pipelines/wan.py --tiny
 
-`--tiny` needs no weights: what it draws is noise.
+`--tiny` uses small random weights and needs no download; the result is noise.
 """
 
 import argparse
@@ -25,7 +25,7 @@ if __name__ == "__main__":
     if args.tiny:
         import tiny
 
-        pipe, size = tiny.wan(), {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16}
+        pipe, size = tiny.wan(), {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 32}
     else:
         pipe, size = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers"), {}
 

@@ -1,4 +1,4 @@
-"""Digits drawn by workers that Ray places on two nodes, here both on this machine.
+"""Samples digits on workers that Ray places on two nodes, which are both on this machine.
 
     pip install 'draft-refine[ray]'
     python examples/ray/digits.py
@@ -36,4 +36,4 @@ if __name__ == "__main__":
             result = leader.sample(**options)
         print(f"{result.steps} steps in {result.rounds} rounds on {', '.join(result.devices)}")
         expected = drp.reference("digits", devices=2, **options)
-        print("the same bits as in one process:", bool((result.samples == expected.samples).all()))
+        print("bit-identical to one process:", bool((result.samples == expected.samples).all()))

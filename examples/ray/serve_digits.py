@@ -1,10 +1,10 @@
-"""A Ray Serve deployment that holds a leader, whose workers Ray places on the cluster beside it.
+"""A Ray Serve deployment with a leader, whose workers Ray places on the cluster.
 
     pip install 'draft-refine[ray]' 'ray[serve]'
     python examples/ray/serve_digits.py
 
-It asks its own deployment for digits, and ends. On a cluster, call `drp.on_ray` with `device="cuda"`, and start it by
-`serve run serve_digits:app`. The replica needs a core of its own; its workers are in a placement group of theirs.
+The script sends one request to its own deployment, and ends. On a cluster, call `drp.on_ray` with `device="cuda"`, and
+start it by `serve run serve_digits:app`. The replica needs one core; its workers have a separate placement group.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Digits:
         self.leader = drp.Leader("digits", devices=drp.on_ray(workers=workers, device="cpu", strategy="SPREAD"))
 
     async def __call__(self, request: Request) -> dict[str, Any]:
-        """Draw what a request asks for. The leader takes several requests at once."""
-        asked = await request.json()
-        run = self.leader.submit(labels=asked["labels"], seed=asked.get("seed", 0))
+        """Sample for one request. The leader executes several requests concurrently."""
+        body = await request.json()
+        run = self.leader.submit(labels=body["labels"], seed=body.get("seed", 0))
         result = await asyncio.wrap_future(run)
         return {"shape": list(result.samples.shape), "mean": float(result.samples.mean()), "devices": result.devices}
 
     def check_health(self) -> None:
-        """Have Serve replace a replica whose workers are lost and could not be replaced."""
+        """Raise RuntimeError if all workers were lost, so that Serve replaces the replica."""
         if self.leader.closed:
             raise RuntimeError("the leader is closed")
 

@@ -20,8 +20,8 @@ from drp.sampling.mode_wrappers import PicardSweeps
 from drp.sampling.modes import Aggressive
 from drp.simulate import Workload, make_devices, simulate
 from drp.trace import record, summarise
-from examples import own_policy as spare
-from examples.own_policy import Spare
+from examples import own_policy
+from examples.own_policy import ReservedDevice
 from tests.integration.test_trace import check_format, names
 
 LATE = "emulated:1ms:jitter=50%:straggler=8x@20%:link=100us@1GB/s"
@@ -59,16 +59,16 @@ def test_eager_sweeps_have_the_bits_of_sweeps(late: Leader) -> None:
 
 
 def test_a_policy_of_ones_own_runs_in_both(late: Leader) -> None:
-    late.policy = Spare()
+    late.policy = ReservedDevice()
     late.timeline = marks = Timeline()
     result = late.sample(labels=[1], steps=30, drafts=2)
     late.timeline = None
     assert torch.equal(result.samples, drp.reference(TINY, labels=[1], steps=30, drafts=2).samples)
     hedged = {mark.step for mark in marks if mark.kind == "hedged"}
     assert {mark.step for mark in marks if mark.kind == "sent" and mark.worker == 2} <= hedged
-    outcome = simulate(make_devices([LATE] * 3), Spare(), Workload(Aggressive(2), 30, 50))
+    outcome = simulate(make_devices([LATE] * 3), ReservedDevice(), Workload(Aggressive(2), 30, 50))
     assert outcome.hedged
-    assert len(Path(spare.__file__).read_text().splitlines()) <= 40
+    assert len(Path(own_policy.__file__).read_text().splitlines()) <= 40
 
 
 def test_a_window_outlives_a_worker_and_its_trace_shows_it(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_names(late: Leader) -> None:
     with pytest.raises(ValueError, match=r"hedge is 1\.0; give a factor above 1"):
         Barrier(hedge=1.0)
     with pytest.raises(ValueError, match="depth is 0; give a whole number of at least 1"):
-        Spare(depth=0)
+        ReservedDevice(depth=0)
     with pytest.raises(ValueError, match="unknown policy"):
         late.policy = "fast"
 
