@@ -17,13 +17,13 @@ from drp.sampling.drafts import DraftRule, Levels
 class ByNoise(DraftRule):
     """The carry is the share of the noise in the state's variance, between two bounds."""
 
-    least: float = 0.2
-    most: float = 0.8
+    minimum: float = 0.2
+    maximum: float = 0.8
 
     def carry_at(self, k: int, levels: Levels) -> float:
         """Return the carry at index k."""
         noise, signal = levels.sigmas[k] ** 2, levels.alphas[k] ** 2
-        return self.least + (self.most - self.least) * noise / (noise + signal)
+        return self.minimum + (self.maximum - self.minimum) * noise / (noise + signal)
 
 
 if __name__ == "__main__":

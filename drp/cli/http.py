@@ -19,7 +19,7 @@ from drp.cli.options import (
     common_options,
     force_option,
     pipeline_devices,
-    trace_most_option,
+    trace_max_events_option,
     trace_option,
 )
 from drp.cli.output import check_file
@@ -71,7 +71,7 @@ from drp.sampling.mode_selection import MODE_NAMES
     help="Connections at once; further requests are answered with 503.",
 )
 @trace_option
-@trace_most_option
+@trace_max_events_option
 @force_option
 @common_options
 def http(
@@ -89,7 +89,7 @@ def http(
     queue: int,
     max_connections: int,
     trace: Path | None,
-    trace_most: int,
+    trace_max_events: int,
     force: bool,
 ) -> None:
     """Serve images over HTTP: OpenAI's images endpoint, /health, /metrics and a page. Needs draft-refine[serve]."""
@@ -107,7 +107,7 @@ def http(
             places, batch = pipeline_devices(devices)
             spread: dict[str, Any] = {"devices": places, "mode": mode, "drafts": drafts, "drafts_per_device": batch}
             if trace is not None:
-                spread |= {"trace": trace, "trace_most": trace_most}
+                spread |= {"trace": trace, "trace_max_events": trace_max_events}
             backend = _pipeline(diffusers, spread, max_work, queue)
         else:
             if trace is not None:

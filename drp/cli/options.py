@@ -25,8 +25,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 trace_option = click.option(
     "--trace", type=click.Path(path_type=Path), help="File to write a trace of the run to, for Perfetto."
 )
-trace_most_option = click.option(
-    "--trace-most",
+trace_max_events_option = click.option(
+    "--trace-max-events",
     type=click.IntRange(1),
     default=50_000,
     show_default=True,

@@ -17,7 +17,7 @@ from drp.cli.options import (
     common_options,
     force_option,
     json_option,
-    trace_most_option,
+    trace_max_events_option,
     trace_option,
 )
 from drp.cli.output import check_file
@@ -55,7 +55,7 @@ from drp.cli.output import check_file
     help="Seconds that requests have to finish after SIGTERM.",
 )
 @trace_option
-@trace_most_option
+@trace_max_events_option
 @force_option
 @common_options
 def serve(
@@ -67,7 +67,7 @@ def serve(
     stall: float,
     drain: float,
     trace: Path | None,
-    trace_most: int,
+    trace_max_events: int,
     force: bool,
     **leader: Any,
 ) -> None:
@@ -93,7 +93,7 @@ def serve(
         torch.set_num_threads(1)  # This process computes little, and must not use its workers' cores.
         with (
             Leader(model, options) as started,
-            record(started, trace, trace_most) if trace is not None else nullcontext(),
+            record(started, trace, trace_max_events) if trace is not None else nullcontext(),
         ):
             server = Server(
                 started, model, address, keys=own, max_requests=max_requests, max_clients=max_clients, stall=stall

@@ -273,7 +273,7 @@ def parallelize(
     execution: ExecutionOptions | None = None,
     drafts_per_device: int = 1,
     trace: str | os.PathLike[str] | None = None,
-    trace_most: int | None = None,
+    trace_max_events: int | None = None,
 ) -> Iterator[Parallel]:
     """Parallelize the calls of a diffusers pipeline over several devices, in a `with` block.
 
@@ -305,7 +305,7 @@ def parallelize(
     start_timeout, draft_timeout, execution: as in `drp.LeaderOptions`.
     drafts_per_device: evaluate this many drafts of a round as one batch, if the first step of a call verifies that the
         results are right. A round then has this many times as many drafts.
-    trace: a file to which a trace is written, see `drp.trace`, with at most `trace_most` events.
+    trace: a file to which a trace is written, see `drp.trace`, with at most `trace_max_events` events.
 
     Raises ValueError for an unsuitable pipeline or invalid arguments, and WorkerError if a worker cannot start or has
     other weights. A worker that is lost during a call is replaced, and the samples keep their bits. Steps whose drafts
@@ -349,7 +349,7 @@ def parallelize(
         if publisher is not None:
             stack.callback(publisher.close)
         if trace is not None:
-            stack.enter_context(workers.record(trace, trace_most))
+            stack.enter_context(workers.record(trace, trace_max_events))
         parallel.enter(workers, publisher, source)
         stack.callback(parallel.leave)
         if source is not None:

@@ -123,9 +123,9 @@ class Workers:
         with closing(self.bind(Program(()), sources, {"x": nothing}, {"x": nothing}, count, {})) as session:
             session.evaluate([Task(number, 0.0, number) for number in range(count)])
 
-    def record(self, path: str | os.PathLike[str], most: int | None = None) -> AbstractContextManager[Timeline]:
+    def record(self, path: str | os.PathLike[str], max_events: int | None = None) -> AbstractContextManager[Timeline]:
         """Write a trace of the workers during a block, see `drp.trace.record`."""
-        return record(self._leader, path, most)
+        return record(self._leader, path, max_events)
 
     def close(self) -> None:
         self._leader.close()

@@ -96,10 +96,10 @@ class Previews:
         return due
 
 
-def check_work(images: int, width: int, height: int, steps: int, most: float) -> None:
-    """Raise ValueError for a request of more than `most` pixels times steps."""
-    if images * width * height * steps > most:
+def check_work(images: int, width: int, height: int, steps: int, limit: float) -> None:
+    """Raise ValueError for a request of more than `limit` pixels times steps."""
+    if images * width * height * steps > limit:
         raise ValueError(
             f"{images} image(s) of {width}x{height} in {steps} steps are {images * width * height * steps:.3g} pixel "
-            f"steps, and one request may have {most:.3g}; ask for fewer or smaller images, or fewer steps"
+            f"steps, and one request may have {limit:.3g}; ask for fewer or smaller images, or fewer steps"
         )

@@ -49,7 +49,7 @@ class Bounds:
 class Length:
     """The maximum length of a string, a tuple or bytes."""
 
-    most: int
+    max: int
 
 
 def encode(message: object) -> bytes:
@@ -251,16 +251,16 @@ def _limited(hint: Any, limit: Any) -> Checker:
         item = _checker(typing.get_args(hint)[0])
 
         def check_tuple(value: Any) -> Any:
-            if not isinstance(value, list) or len(value) > limit.most:
-                _refuse(value, f"a list of at most {limit.most} items")
+            if not isinstance(value, list) or len(value) > limit.max:
+                _refuse(value, f"a list of at most {limit.max} items")
             return tuple(item(v) for v in value) if value else ()
 
         return check_tuple
     if hint is bytes:
 
         def check_bytes(value: Any) -> Any:
-            fits = isinstance(value, bytes) and len(value) <= limit.most
-            return value if fits else _refuse(value, f"at most {limit.most} bytes")
+            fits = isinstance(value, bytes) and len(value) <= limit.max
+            return value if fits else _refuse(value, f"at most {limit.max} bytes")
 
         return check_bytes
     if hint is str:
@@ -268,8 +268,8 @@ def _limited(hint: Any, limit: Any) -> Checker:
         def check_text(value: Any) -> Any:
             return (
                 value
-                if isinstance(value, str) and len(value) <= limit.most
-                else _refuse(value, f"text of at most {limit.most} characters")
+                if isinstance(value, str) and len(value) <= limit.max
+                else _refuse(value, f"text of at most {limit.max} characters")
             )
 
         return check_text

@@ -193,9 +193,9 @@ def _doubled(grid: Grid) -> Grid:
     return Grid(grid.timesteps[twice], grid.alphas[ends], grid.sigmas[ends], grid.start)
 
 
-def dynamic_mu(length: int, base: tuple[int, float] = (256, 0.5), most: tuple[int, float] = (4096, 1.15)) -> float:
+def dynamic_mu(length: int, start: tuple[int, float] = (256, 0.5), end: tuple[int, float] = (4096, 1.15)) -> float:
     """Return mu of the dynamic shift for images of `length` tokens, on the line through two points (length, mu)."""
-    return base[1] + (most[1] - base[1]) * (length - base[0]) / (most[0] - base[0])
+    return start[1] + (end[1] - start[1]) * (length - start[0]) / (end[0] - start[0])
 
 
 def _check_flow(steps: int, shift: float, mu: float | None, shape: str, terminal: float | None, training: int) -> None:

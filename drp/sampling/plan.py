@@ -84,12 +84,12 @@ def max_advance(mode: Mode, steps: int) -> int:
     return max(longest, steps - progress.base)
 
 
-def most_in_use(mode: Mode, steps: int, history: int) -> int:
+def max_rounds_in_use(mode: Mode, steps: int, history: int) -> int:
     """Return the maximum number of rounds or advances, in a mode with gaps, whose results are needed at once.
 
     Where indices are skipped, how long a prediction is needed depends on where its neighbours are evaluated.
     """
-    progress, most = PlanProgress(), 0
+    progress, peak = PlanProgress(), 0
     rounds: dict[int, int] = {}  # by index, the round that predicted it last; `ways`: the advance to its state
     ways: dict[int, int] = {}
     for number, r in enumerate(mode.rounds(steps)):
@@ -98,12 +98,12 @@ def most_in_use(mode: Mode, steps: int, history: int) -> int:
         oldest = min(progress.known_at(before), progress.known_at(r.base - history))
         ways.update(dict.fromkeys(range(before + 1, r.base + 1), number))
         rounds.update(dict.fromkeys(r.predict, number))
-        most = max(most, len(set(rounds.values())), len(set(ways.values())))
+        peak = max(peak, len(set(rounds.values())), len(set(ways.values())))
         rounds = {k: made for k, made in rounds.items() if k >= oldest}
         ways = {k: made for k, made in ways.items() if k >= oldest}
         progress.base = r.base
         progress.in_flight.append(r)
-    return most
+    return peak
 
 
 def transition(

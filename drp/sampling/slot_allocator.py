@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from drp.sampling.modes import Mode
-from drp.sampling.plan import most_in_use
+from drp.sampling.plan import max_rounds_in_use
 from drp.sampling.solvers import Solver
 
 ROUNDS_BACK = 4
@@ -57,7 +57,7 @@ def _rounds_kept(solver: Solver, mode: Mode) -> int:
     rule looks back on; and one round for each earlier index that the solver uses.
     """
     usual = 3 + mode.rule.looks_back + solver.history
-    return max(usual, 1 + most_in_use(mode, solver.grid.steps, solver.history)) if mode.gaps else usual
+    return max(usual, 1 + max_rounds_in_use(mode, solver.grid.steps, solver.history)) if mode.gaps else usual
 
 
 def make_allocator(solver: Solver, mode: Mode, width: int, checkpoints: bool) -> SlotAllocator:

@@ -111,6 +111,6 @@ def _incident_texts(incidents: Sequence[str]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def words(error: BaseException, most: int) -> str:
-    """Return an error's text in valid Unicode, truncated to `most` characters."""
-    return (str(error) or repr(error)).encode(errors="backslashreplace").decode()[:most]
+def error_text(error: BaseException, max_length: int) -> str:
+    """Return an error's text in valid Unicode, truncated to `max_length` characters."""
+    return (str(error) or repr(error)).encode(errors="backslashreplace").decode()[:max_length]

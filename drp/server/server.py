@@ -178,7 +178,7 @@ class Server:
                 self._on_message(address, decode(bytes(head), TO_SERVER), frames)
             except ProtocolError as error:
                 self._counts.bad_messages += 1
-                self._clients.reply(address, Refused(None, "protocol", options.words(error, 2000)))
+                self._clients.reply(address, Refused(None, "protocol", options.error_text(error, 2000)))
 
     def _on_message(self, address: bytes, message: ToServer, frames: Sequence[Frame]) -> None:
         client = self._clients.get(address)
@@ -222,7 +222,7 @@ class Server:
             refused = self._refusal(client, submit, ahead) or self._begin(request, frames)
         except ProtocolError as error:
             self._counts.bad_messages += 1
-            refused = Refused(submit.request, "protocol", options.words(error, 2000))
+            refused = Refused(submit.request, "protocol", options.error_text(error, 2000))
         if refused is not None:
             request.release()
             self._counts.refused += 1
@@ -260,9 +260,9 @@ class Server:
         except ProtocolError:
             raise
         except WorkerError as error:
-            return Refused(request.request, "draining", options.words(error, 2000))
+            return Refused(request.request, "draining", options.error_text(error, 2000))
         except ValueError as error:
-            return Refused(request.request, "invalid", options.words(error, 2000))
+            return Refused(request.request, "invalid", options.error_text(error, 2000))
         except Exception as error:  # Any error caused by the options is reported to the client; the server goes on.
             log.warning("a request raised", exc_info=True)
             return Refused(request.request, "invalid", repr(error)[:2000])
@@ -335,7 +335,7 @@ class Server:
         """Count a run that ended without samples; return the message for its client."""
         if not isinstance(error, CancelledError):
             self._counts.failed += 1
-            return Ended(request.request, "failed", options.words(error, 20_000))
+            return Ended(request.request, "failed", options.error_text(error, 20_000))
         self._counts.cancelled += 1
         if request.cancelled:
             return Ended(request.request, "cancelled", "")

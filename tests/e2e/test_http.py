@@ -84,7 +84,7 @@ class Gateway:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("http")
-    trace = ("--trace", str(folder / "run.json"), "--trace-most", "1000")
+    trace = ("--trace", str(folder / "run.json"), "--trace-max-events", "1000")
     server = Served(folder, "-d", "2xemulated:2ms", "--max-requests", "4", *trace)
     try:
         yield server

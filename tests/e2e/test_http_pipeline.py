@@ -45,7 +45,7 @@ def backend(
     trace = tmp_path_factory.mktemp("http") / "run.json"
     sys.path.append(EXAMPLES)
     try:
-        backend = load("tiny:sdxl", SPREAD | {"trace": trace, "trace_most": 10_000})
+        backend = load("tiny:sdxl", SPREAD | {"trace": trace, "trace_max_events": 10_000})
         yield backend
         backend.close()
         assert not backend.health()[0]

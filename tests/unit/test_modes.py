@@ -222,7 +222,7 @@ def test_mode_names() -> None:
 
 def test_a_rule_of_ones_own() -> None:
     solver = DDIM(scaled_linear(24))
-    half, always = ByNoise(least=0.5, most=0.5), DraftRule(carry=0.5)
+    half, always = ByNoise(minimum=0.5, maximum=0.5), DraftRule(carry=0.5)
     for mode in (Window(6, 4), Aggressive(4), Sparse(4, 4, DAMPED, (2, 4, 6, 8))):
         mine, same, other = (
             run_reference(denoise, solver, replace(mode, rule=rule), draw(), {}).samples

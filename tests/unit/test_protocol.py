@@ -56,10 +56,10 @@ def values(hint: typing.Any) -> st.SearchStrategy[typing.Any]:
         if inner is float:
             return st.floats(limit.low, limit.high, allow_nan=False)
         if inner is str:
-            return st.text(max_size=min(limit.most, 50))
+            return st.text(max_size=min(limit.max, 50))
         if inner is bytes:
-            return st.binary(max_size=min(limit.most, 8))
-        return st.lists(values(typing.get_args(inner)[0]), max_size=min(limit.most, 4)).map(tuple)
+            return st.binary(max_size=min(limit.max, 8))
+        return st.lists(values(typing.get_args(inner)[0]), max_size=min(limit.max, 4)).map(tuple)
     if origin in (typing.Union, types.UnionType):
         return st.one_of(*(values(a) for a in arguments))
     if origin is typing.Literal:

@@ -96,9 +96,9 @@ def _limited(hint: Any, limit: Bounds | Length, size: str, name: str) -> Any:
             )
         return {"least": float(limit.low), "middle": max(limit.low, min(0.1, limit.high))}.get(size, float(limit.high))
     if hint is bytes:
-        return {"least": b"", "middle": name.encode()}.get(size, bytes(range(192, 256))[: limit.most])
+        return {"least": b"", "middle": name.encode()}.get(size, bytes(range(192, 256))[: limit.max])
     if hint is str:
-        return {"least": "", "middle": name}.get(size, "żółw ∂ 亀"[: limit.most])
+        return {"least": "", "middle": name}.get(size, "żółw ∂ 亀"[: limit.max])
     item = typing.get_args(hint)[0]
-    count = {"least": 0, "middle": 1}.get(size, min(3, limit.most))
+    count = {"least": 0, "middle": 1}.get(size, min(3, limit.max))
     return tuple(_value(item, size, name) for _ in range(count))

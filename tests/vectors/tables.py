@@ -74,8 +74,8 @@ def describe(hint: Any) -> str:
             return f"{'int' if inner is int else 'float'} {_number(limit.low, inner)} to {_number(limit.high, inner)}"
         assert isinstance(limit, Length)
         if inner in (str, bytes):
-            return f"{'str' if inner is str else 'bin'}, at most {limit.most}"
-        return f"list, at most {limit.most}, of {describe(typing.get_args(inner)[0])}"
+            return f"{'str' if inner is str else 'bin'}, at most {limit.max}"
+        return f"list, at most {limit.max}, of {describe(typing.get_args(inner)[0])}"
     if origin is typing.Literal:
         return " or ".join(f'"{word}"' for word in arguments)
     if origin in (typing.Union, types.UnionType):
