@@ -22,14 +22,14 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## Draw digits with two worker processes, into digits.png
 	$(BIN)/drp sample digits --labels 0-9 --rows 4 --steps 48 --devices 2 --mode aggressive --out digits.png
 
-test: $(READY) ## Run the tests, in three processes, since they wait for workers a fifth of the time
+test: $(READY) ## Run the tests, in three processes: on two cores, since tests wait for workers a fifth of the time
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY) ## Run what needs no worker processes, under a minute: while editing
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
 
 test-cpp: $(READY) ## Build the client and the examples in C++, and run them
-	$(BIN)/python -m pytest -m cpp
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m cpp tests/e2e/test_cpp_client.py tests/e2e/test_embed.py
 
 test-diffusers: $(READY) ## Run every diffusers pipeline with two, three and four workers
 	$(BIN)/python -m pytest -m diffusers
@@ -60,7 +60,7 @@ package: $(READY) ## Build the wheel, check it, install it in a fresh environmen
 
 docs: $(READY) ## Build the site into build/site, with the tutorial executed; no warning, no broken link, all messages found
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	$(BIN)/python -m pytest -m docs tests/docs
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m docs tests/docs
 
 soak: $(READY) ## Kill a worker every second for ten minutes
 	DRP_SOAK_SECONDS=600 $(BIN)/python -m pytest -m faults -s tests/faults/test_soak.py --timeout 900

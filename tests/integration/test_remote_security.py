@@ -251,13 +251,3 @@ def test_a_prediction_that_is_not_owed_is_written_nowhere_and_clocks_that_differ
     assert torch.equal(result.samples, expected.samples)
     assert re.search(r"worker 1 .* failed sending a message: .* answers no draft", result.incidents[0])
     worker.close()
-
-
-def test_a_trusted_network_needs_no_keys() -> None:
-    address = free_address()
-    worker = start_worker(address, None, "", "--device", "cpu:0", "--transport-security", "none")
-    with (
-        ending([worker]),
-        Leader(MODEL, devices=RemoteWorkers(1, address, transport_security="none")) as leader,
-    ):
-        assert leader.sample(**(OPTIONS | {"steps": 3})).steps == 3

@@ -89,12 +89,16 @@ def test_times_of_evaluations_are_by_the_leaders_clock(mixed: Leader) -> None:
         assert event.times[0] > began - 1.0  # by its clock to half a round trip, which a busy machine makes long
 
 
-def test_batches_and_several_conditions(folder: Path) -> None:
+def test_batches_and_several_conditions_on_a_trusted_network_without_keys() -> None:
     address = free_address()
     options: dict[str, Any] = {"shape": (3, 4), "count": 2, "steps": 9, "cond": {"shift": torch.linspace(0, 1, 4)}}
     with (
-        ending([start_worker(address, folder, "anna")]),
-        Leader("tests.denoisers:make_free", devices=RemoteWorkers(1, address, folder), drafts_per_device=3) as leader,
+        ending([start_worker(address, None, "", "--device", "cpu:0", "--transport-security", "none")]),
+        Leader(
+            "tests.denoisers:make_free",
+            devices=RemoteWorkers(1, address, transport_security="none"),
+            drafts_per_device=3,
+        ) as leader,
     ):
         for shift in (0.0, 1.0):  # The second run uses the first one's memory again.
             options["cond"]["shift"] = torch.linspace(0, shift, 4)
