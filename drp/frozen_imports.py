@@ -1,4 +1,4 @@
-"""Imports without garbage collection, for processes whose start is waited for."""
+"""Imports without garbage collection, for processes whose start time matters."""
 
 from __future__ import annotations
 

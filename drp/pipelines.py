@@ -1,4 +1,4 @@
-"""Pipelines of diffusers by name: a folder, a hub's name, or `package.module:factory`."""
+"""Diffusers pipelines by name: a folder, a name on the hub, or `package.module:factory`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def load_pipeline(name: str, others: Sequence[str] = ()) -> Any:
 
 
 def is_pipeline(made: object) -> bool:
-    """Return whether a factory has returned a pipeline of diffusers, and not a model."""
+    """Return whether a factory has returned a diffusers pipeline, and not a model."""
     return hasattr(made, "components") and hasattr(made, "scheduler")
 
 

@@ -121,7 +121,7 @@ def call_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _devices(options: Mapping[str, Any]) -> tuple[Devices, int, str]:
-    """Return the devices, the number of drafts of each, and the devices by whose kind the pipeline here is placed."""
+    """Return the devices, the number of drafts of each, and the devices that determine the pipeline's."""
     if options["ray"] is not None:
         workers = ray_devices(options["ray"], options["devices"], options["threads"])
         return workers, 1, "cuda" if workers.device == "cuda" else "cpu"

@@ -105,7 +105,7 @@ def _refuse(source: Mapping[str, Any], names: tuple[str, ...], kind: str) -> Non
 def _model(name: str, source: Mapping[str, Any]) -> Subject:
     from drp.comparison.models import ModelSubject
 
-    _refuse(source, OF_PIPELINES, f"a pipeline of diffusers, and {name} is a model")
+    _refuse(source, OF_PIPELINES, f"a diffusers pipeline, and {name} is a model")
     options = {key: source[key] for key in ("guidance", "solver", "prediction_type") if source[key] is not None}
     if source["shape"] is not None:
         options["shape"] = parse_numbers("shape", source["shape"])

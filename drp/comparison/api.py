@@ -1,4 +1,4 @@
-"""`drp.compare`, and what it shares with `drp.diffusers.compare`."""
+"""`drp.compare`, and the code that it shares with `drp.diffusers.compare`."""
 
 from __future__ import annotations
 
@@ -65,23 +65,23 @@ def compare(
 ) -> Comparison:
     """Measure modes and numbers of drafts on a model against the untouched sequential run, and write a report.
 
-    model, devices: as of `drp.Leader`.
-    modes, drafts, strides, tolerances, rule: what is tried, every mode with every number of drafts; strides are the
-        window's, tolerances the adaptive mode's. `drafts` is by default 2, 4, 8, ... up to what the devices evaluate at
-        once.
-    rivals: also try as many sequential steps as the settings have rounds, of the same solver and of UniPC.
-    seeds: how many seeds, or which; each is one sample.
-    turns: how many calls of each setting are timed, in turn with the untouched run.
+    model, devices: as for `drp.Leader`.
+    modes, drafts, strides, tolerances, rule: the settings, every mode with every number of drafts. `strides` apply to
+        mode window, `tolerances` to mode adaptive. By default `drafts` are the powers of 2 up to the number that the
+        devices evaluate at once.
+    rivals: also measure as many sequential steps as the settings have rounds, of the same solver and of UniPC.
+    seeds: the number of seeds, or a list of seeds, with one sample each.
+    turns: the number of timed calls of each setting, which alternate with those of the untouched run.
     max_distance, min_speedup: bounds for the recommendation, on the mean relative L2 distance and the speed-up.
     clip: a folder or a hub's name of a CLIP model in the local cache.
-    out: the folder for report.html, report.md, results.json and the samples. What is there with the same settings is
-        not measured again.
-    force: replace what is in `out`.
+    out: the folder for report.html, report.md, results.json and the samples. Existing results of the same
+        settings are not measured again.
+    force: replace the contents of `out`.
     progress: called with calls made, all calls, and the setting.
-    arguments: as of `drp.sample`: the leader's threads, drafts_per_device and so on, the run's steps, solver, guidance,
+    arguments: those of `drp.sample`, such as the leader's threads and drafts_per_device and the run's steps, guidance,
         labels, shape and so on.
 
-    An interrupted comparison leaves the report of what is done, and the KeyboardInterrupt is raised again. Raises
+    If interrupted, it writes the report of the settings measured so far and raises KeyboardInterrupt again. Raises
     ValueError for invalid arguments, before any work.
     """
     leader, options = divide_arguments({"devices": devices, **arguments})

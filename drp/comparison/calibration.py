@@ -31,7 +31,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class RoundTime:
-    """The time of a round in seconds: of its slowest evaluation, and what the round takes besides."""
+    """The time of a round in seconds: of its slowest evaluation, and the additional time of the round."""
 
     slowest: float
     loss: float
@@ -49,7 +49,7 @@ class Calibration:
     rounds: the time of a round by the number of drafts that are evaluated at once, one a device. Devices that share
         cores or memory take longer for more drafts.
     batches: the slowest evaluation while every device evaluates a batch of drafts, by the size of the batches.
-    fixed: what a call takes before the first evaluation and after the last step.
+    fixed: the time of a call before the first evaluation and after the last step.
     memory: bytes, by the name of each device.
     untouched: a call without drp.
     """

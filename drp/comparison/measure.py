@@ -1,4 +1,4 @@
-"""Measurement: every setting on all seeds, timed in turn with the untouched run."""
+"""Measurement: every setting on all seeds, timed alternately with the untouched run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Progress = Callable[[int, int, str], None]
 
 
 class Measurement:
-    """Measures settings one after the other; what is in the store already is not measured again.
+    """Measures settings one after another; results that are already in the store are not measured again.
 
     seeds: the seeds of the samples.
     turns: how many calls of each setting are timed, each followed by an untouched call with the same seed.

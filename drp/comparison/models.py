@@ -246,5 +246,5 @@ def _images(samples: Tensor) -> Tensor | None:
 
 
 def facts_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options as JSON: what is neither a number nor text by its repr."""
+    """Return options as JSON; values that are neither numbers nor text become their repr."""
     return {name: value if isinstance(value, (int, float, str)) else repr(value) for name, value in options.items()}

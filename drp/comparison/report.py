@@ -89,7 +89,7 @@ def row(number: int, cell: Mapping[str, Any], measures: Mapping[str, Mapping[str
 
 
 def notes(store: Store) -> list[str]:
-    """Return what a reader has to know besides the figures."""
+    """Return the notes that a reader needs in addition to the figures."""
     found = [f"Left out: {name}, because {reason}." for name, reason in store.results.get("omitted", {}).items()]
     cells = list(store.results["cells"].values())
     for cell in cells:

@@ -18,7 +18,7 @@ BETTER_SOLVER = "unipc"
 
 @dataclass(frozen=True)
 class Drafted:
-    """Drafting in a mode with n drafts a round; what is None is left at its default."""
+    """Drafting in a mode with n drafts per round; None means the default."""
 
     mode: str
     drafts: int
@@ -56,7 +56,7 @@ class Drafted:
 
 @dataclass(frozen=True)
 class FewerSteps:
-    """Fewer sequential steps, of the untouched run's solver or of another one: what a user would do without drp."""
+    """Fewer sequential steps, of the untouched run's solver or of another one: the alternative without drp."""
 
     steps: int
     solver: str | None = None

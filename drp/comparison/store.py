@@ -1,4 +1,4 @@
-"""The folder of a comparison: what was measured, and the samples, so that it can be gone on with and checked.
+"""The folder of a comparison: measurements and samples, so that it can be continued and verified.
 
 results.json                    the figures of every setting, and what they were measured on
 samples/<setting>/latents.safetensors    `latents` float32 [S, ...], a row for each seed
@@ -33,8 +33,8 @@ UNTOUCHED = "untouched"
 class Store:
     """The results in a folder; raises ValueError if the folder holds something else.
 
-    facts: what the results depend on. An earlier comparison with the same facts is continued: its cells are kept.
-    force: replace what is there.
+    facts: everything that the results depend on. A comparison with the same facts is continued, and its cells kept.
+    force: replace the existing contents.
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], force: bool = False) -> None:

@@ -53,18 +53,18 @@ class SubjectSession(ABC):
 
     @abstractmethod
     def untouched(self, seed: int) -> Sample:
-        """Sample as if drp were not there, in between."""
+        """Sample without drp, between samples of the setting."""
 
 
 class Subject(AbstractContextManager["Subject"]):
     """A model or a pipeline with the arguments of its call.
 
     facts: everything that the samples depend on, as JSON. Cells of an earlier comparison with other facts are not used.
-    baseline: in words, how the untouched run is made.
+    baseline: a description of the untouched run.
     steps: the steps of the untouched run.
     adds_noise: the solver adds noise, for which drafting has other defaults.
     devices: the names of the devices that drafts are evaluated on.
-    capacity: how many drafts they evaluate at once.
+    capacity: the number of drafts that they evaluate at once.
     """
 
     facts: Mapping[str, Any]
@@ -80,7 +80,7 @@ class Subject(AbstractContextManager["Subject"]):
 
     @abstractmethod
     def session(self, setting: Drafted | FewerSteps) -> AbstractContextManager[SubjectSession]:
-        """Prepare to sample in a setting and untouched, in turn."""
+        """Prepare to sample alternately in a setting and untouched."""
 
     @abstractmethod
     def memory(self) -> dict[str, int]:

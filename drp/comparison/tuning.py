@@ -122,7 +122,7 @@ def _predict(subject: Subject, calibration: Calibration) -> list[Candidate]:
 
 
 def _window_time(subject: Subject, calibration: Calibration, devices: int) -> float:
-    """Return the predicted time of the fastest window on so many devices."""
+    """Return the predicted time of the fastest window on this number of devices."""
     settings = [Drafted("sequential", 1)]
     steps, noise = subject.steps, subject.adds_noise
     settings += [Drafted("window", n) for n in range(2, min(devices, largest_drafts(steps)) + 1)]

@@ -1,4 +1,4 @@
-"""Parallel sampling for pipelines of diffusers. See docs/diffusers.md."""
+"""Parallel sampling for diffusers pipelines. See docs/diffusers.md."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def compare(
     progress: Progress | None = None,
     **spread: Any,
 ) -> Comparison:
-    """Measure modes and numbers of drafts on a pipeline of diffusers against the pipeline as it is; write a report.
+    """Measure modes and numbers of drafts on a diffusers pipeline against the untouched pipeline, and write a report.
 
         drp.diffusers.compare(pipe, {"prompt": "an astronaut on a horse"}, devices=4)
 
@@ -72,7 +72,7 @@ def compare(
     name: the pipeline's name in the report and its code; by default the name from which it was loaded.
     spread: further arguments of `parallelize`, such as split_guidance, for every drafted setting.
 
-    Pictures are compared if the call returns some, in [0, 1] if the pipeline has an argument `output_type`, else in
+    Pictures are compared if the call returns any, in [0, 1] if the pipeline has an argument `output_type`, else in
     [-1, 1]. Latents are the result of the scheduler's last step. The other arguments are those of `drp.compare`. Rivals
     with another solver use UniPC with the configuration of the pipeline's own scheduler.
     """

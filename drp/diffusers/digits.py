@@ -1,4 +1,4 @@
-"""The trained model of digits as a pipeline of diffusers."""
+"""The trained model of digits as a diffusers pipeline."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ class Graphs:
         restore: Callable[[], object],
         name: object = None,
     ) -> T:
-        """Return what a function returns for these tensors.
+        """Return the result of a function for these tensors.
 
         Args:
             function: called for the capture only; `name` says which it is.
@@ -183,7 +183,7 @@ class Graphs:
     def _capture(
         self, function: Callable[[], T], device: torch.device, restore: Callable[[], object]
     ) -> tuple[Callable[[], object], T]:
-        """Return what replays a function without arguments, and what it returns each time."""
+        """Return a callable that replays a function without arguments, and the tensors that it returns each time."""
         if self._stream is None:  # torch's default capture stream is on the GPU where it was used first.
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
         if not self._graphs:  # torch fails an assertion on a pool whose graphs are all gone, as after a failed capture.

@@ -162,6 +162,7 @@ class Denoiser:
         drawn while nothing is evaluated, it was another thread.
         """
         self.state.evaluations += 1
+        # torch.cuda.is_initialized has no type annotations.
         gpus = [torch.device("cuda")] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
         before = random_states(gpus)
         made = evaluate()
@@ -200,6 +201,7 @@ def load(name: str) -> Denoiser:
     """
     describe(name)
     factory = pkgutil.resolve_name(BUILT_IN[name][0] if name in BUILT_IN else name)
+    # torch.cuda.is_initialized has no type annotations.
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=gpus):
         torch.default_generator.manual_seed(FACTORY_SEED)
@@ -228,7 +230,7 @@ def _timesteps(x: Tensor, timestep: float) -> Tensor:
 
 
 def _kind(value: object) -> str:
-    """Describe what a denoiser returned."""
+    """Describe the result of a denoiser."""
     return _described(value.dtype, value.layout, value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 

@@ -39,7 +39,7 @@ class Endpoint:
     """A ROUTER socket bound to `address`, for use by one thread.
 
     keys: of this side and of the peers that are let in; None over ipc://, or where `encrypted` is False.
-    encrypted: whether tcp:// takes keys. Without, anybody who reaches the address is let in, and everything is readable
+    encrypted: whether tcp:// takes keys. If not, anyone who can reach the address is accepted, and all data is readable
         on the network.
     io_threads: the number of threads that send, receive, encrypt and decrypt; each connection uses one of them.
     max_connections: further connections are closed. libzmq aborts the process if there is no descriptor left when it

@@ -128,10 +128,10 @@ class LocalMemory:
         return self.bytes[offset : offset + count * dtype.itemsize].view(dtype).view(tuple(shape))
 
     def record_event(self) -> None:
-        """Do nothing: nobody else reads it."""
+        """Do nothing: no other process reads it."""
 
     def wait_event(self) -> None:
-        """Do nothing: nobody else writes it."""
+        """Do nothing: no other process writes it."""
 
     def close(self, reuse: bool = True) -> None:
         """Do nothing: it goes with its last tensor."""

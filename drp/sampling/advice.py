@@ -16,7 +16,7 @@ _said: set[str] = set()
 
 
 def doubts(steps: int, drafts: int, adds_noise: bool) -> dict[str, str]:
-    """Return why a run of so many steps with so many drafts a round may not be worth it, by kind; empty if it is."""
+    """Return the reasons why a run with these steps and drafts per round may not be worthwhile, by kind."""
     found: dict[str, str] = {}
     if drafts < 2:
         return found

@@ -23,7 +23,7 @@ class Levels:
     prediction_type: str
 
     def on(self, axis: str, k: int) -> float:
-        """Return where index k lies on an axis: the index, log(sigma / alpha), atan2(sigma, alpha) or the timestep."""
+        """Return index k's position on an axis: the index, log(sigma / alpha), atan2(sigma, alpha) or the timestep."""
         match axis:
             case "log-sigma":  # The first state of flow matching has no signal: its alpha is 0.
                 return math.log(self.sigmas[k] / max(self.alphas[k], 1e-3 * self.sigmas[k]))

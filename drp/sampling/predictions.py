@@ -1,4 +1,4 @@
-"""Prediction types: what a network's output says of the clean sample and of the noise in its input."""
+"""Prediction types: how a network's output determines the clean sample and the noise in its input."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def simulate(
         load: the requests.
         costs: the times of everything except the devices; by default 0.
         seed: determines the costs, arrivals and failures that are drawn.
-        staleness: stands for the network in a mode with feedback, see `Schedule`.
+        staleness: replaces the network in a mode with feedback, see `Schedule`.
         timeline: a list to which the runs' events are appended, as by the engine.
         link: the network to the workers if they are on other machines; in addition to the devices' own links.
 

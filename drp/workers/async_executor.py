@@ -1,6 +1,6 @@
 """Asynchronous execution in a worker: drafts are queued and executed in order, here by a thread.
 
-The thread stands in for a CUDA stream: it executes in order and asynchronously, so asynchronous dispatch runs anywhere.
+The thread replaces a CUDA stream: it executes in order and asynchronously, so asynchronous dispatch runs anywhere.
 """
 
 from __future__ import annotations

@@ -71,4 +71,4 @@ def _import_main(path: str) -> None:
     process = multiprocessing.current_process()
     process._inheriting = True  # type: ignore[attr-defined]  # so that what it must not start refuses, as in any child
     multiprocessing.spawn.import_main_path(path)
-    del process._inheriting  # type: ignore[attr-defined]
+    del process._inheriting  # type: ignore[attr-defined]  # private to multiprocessing

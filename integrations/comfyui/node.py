@@ -108,7 +108,7 @@ def sample_drafted(
 
 
 def _prediction_type(model: Any) -> str:
-    """Return what a network predicts; what is not known is taken for the data, which is then carried as it is."""
+    """Return the prediction type of a network; an unknown one counts as "sample", whose output is carried unchanged."""
     names = {cls.__name__ for cls in type(model.inner_model.inner_model.model_sampling).__mro__}
     return next((kind for name, kind in KINDS.items() if name in names), "sample")
 

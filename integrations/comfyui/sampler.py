@@ -1,4 +1,4 @@
-"""Sampler: any of ComfyUI's sampler functions, run with a model whose answers are predicted from drafts.
+"""Runs any of ComfyUI's sampler functions with a model whose outputs are predicted at drafts.
 
 A sampler function is `function(model, x, sigmas, extra_args=..., callback=..., disable=..., **options)`. It calls
 `model(x, sigma, **extra_args)`, which returns the denoised latents after guidance, once or several times a step.
@@ -90,7 +90,7 @@ class DraftedRun:
         disable: bool | None = None,
         **options: Any,
     ) -> Tensor:
-        """Run the sampler function; return what it returns."""
+        """Run the sampler function and return its result."""
         self._extra, self._options = dict(extra_args or {}), options
         self._start, self._sigmas = x.clone(), sigmas.clone()
         self._random = _random_state(x.device)
@@ -156,7 +156,7 @@ class DraftedRun:
         self._next = next(self._schedule, None)
 
     def _carried(self, k: int, draft: Tensor, denoised: Tensor, x: Tensor) -> Tensor:
-        """Return what the denoised latents that were predicted at a draft become at x, by the rule's carry."""
+        """Return the denoised latents at x, given those predicted at a draft, by the rule's carry."""
         carry = self._mode.rule.carry_at(k, self._levels)
         if draft is x or carry == 1 or torch.equal(draft, x):
             return denoised

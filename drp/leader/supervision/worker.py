@@ -71,7 +71,7 @@ class WorkerHandle(Protocol):
         ...
 
     def retire(self, why: str) -> tuple[str, int | None]:
-        """End the worker, told `why` if it can be, and free its resources; return how it ended and its exit code."""
+        """End the worker, send it `why` if possible, and free its resources; return how it ended and its exit code."""
         ...
 
 
