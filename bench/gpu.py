@@ -147,16 +147,16 @@ def in_turn(ways: dict[str, Callable[[], object]], device: torch.device, turns: 
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(turns + 1):
         for name, way in ways.items():
-            settle(device)
+            synchronize(device)
             began = time.perf_counter()
             way()
-            settle(device)
+            synchronize(device)
             if turn:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
 
 
-def settle(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait for what the device has to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -194,7 +194,7 @@ def tables(title: str, figures: dict[str, Any]) -> list[Table]:
     return [ms, s]
 
 
-def verdict(promises: list[dict[str, Any]]) -> Table:
+def goals_table(promises: list[dict[str, Any]]) -> Table:
     """Return the table of what was promised."""
     table = Table("model", "dispatch", "promise", "figure", "holds", title="promises, as graphs in bfloat16")
     for row in promises:
@@ -277,7 +277,7 @@ def main(device: str, models: str, ways: str, memory: str, turns: int, out: Path
     console().print(f"a round with nothing to evaluate, us, by workers on the one device: {figures['round_us']}")
     figures["promises"] = judge(figures, names)
     if figures["promises"]:
-        console().print(verdict(figures["promises"]))
+        console().print(goals_table(figures["promises"]))
     write(out, figures)
     console().print(f"wrote {out}")
 

@@ -13,7 +13,7 @@ from bench.figures import console
 from bench.rounds import RunTime, split, summary
 from bench.transports.base import Transport, Work
 from bench.transports.gloo import Gloo
-from bench.transports.ours import Ahead, Ours
+from bench.transports.ours import Ours, OursAsync
 from bench.transports.pipes import Pipes
 from bench.transports.queues import Queues
 
@@ -26,13 +26,13 @@ def measure(work: Work, turns: int = TURNS) -> dict[str, Any]:
     All run in turn, so that what else the machine does falls on each alike. Ray keeps processes of its own busy, so it
     has its turns after the others, against drp once more.
     """
-    figures = _in_turn([Ours, Ahead, Pipes, Queues, Gloo], work, turns)
+    figures = _in_turn([Ours, OursAsync, Pipes, Queues, Gloo], work, turns)
     if importlib.util.find_spec("ray") is None:
         figures["ray"] = None
     else:
         from bench.transports.actors import Actors
 
-        beside_ray = _in_turn([Ours, Ahead, Actors], work, turns)
+        beside_ray = _in_turn([Ours, OursAsync, Actors], work, turns)
         figures["drp beside ray"], figures["drp, ahead, beside ray"] = beside_ray["drp"], beside_ray["drp, ahead"]
         figures["ray"] = beside_ray["ray"]
     return figures

@@ -37,7 +37,7 @@ class Ours(Transport):
         self.leader.close()
 
 
-class Ahead(Ours):
+class OursAsync(Ours):
     """Likewise, and messages run ahead of the devices, which the memory orders."""
 
     name = "drp, ahead"

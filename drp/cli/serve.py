@@ -98,9 +98,9 @@ def serve(
             server = Server(
                 started, model, address, keys=own, max_requests=max_requests, max_clients=max_clients, stall=stall
             )
-            patience = iter([drain])
+            drain_times = iter([drain])
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: server.drain(next(patience, 0.0)))
+                signal.signal(number, lambda *_: server.drain(next(drain_times, 0.0)))
             try:
                 click.echo(f"serving {model} on {', '.join(started.devices)} at {server.address}")
                 server.run()

@@ -37,11 +37,11 @@ class CallReport:
         if self.sequential or self.drafts < 2 or self.rounds < self.steps:
             return self.sequential
         if self.steps == 0:
-            return "no step of the pipeline's scheduler has followed the denoiser's calls" if self.evaluations else ""
+            return "no step of the pipeline's scheduler followed the calls of the denoiser" if self.evaluations else ""
         if self.steps <= 2:
-            return "there are too few steps: the first two are taken one by one"
+            return "there are too few steps: the first two are always sequential"
         if self.notes:
-            return "no draft was of use: " + "; ".join(self.notes)
+            return "no draft could be used: " + "; ".join(self.notes)
         return "no round of the mode has had more than one step"
 
     @property
@@ -58,7 +58,7 @@ class CallReport:
 
     def __str__(self) -> str:
         line = (
-            f"{self.mode}, {self.drafts} draft(s) a round on {', '.join(self.devices)}: {self.steps} steps in "
+            f"{self.mode}, {self.drafts} draft(s) per round on {', '.join(self.devices)}: {self.steps} steps in "
             f"{self.rounds} rounds, {self.evaluations} evaluations, {self.seconds:.2f} s; speed-up "
             f"{self.speedup:.2f} of {self.theory:.2f} in theory"
         )

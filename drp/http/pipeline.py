@@ -117,9 +117,9 @@ class PipelineBackend:
     def close(self) -> None:
         with self._changed:
             self._closing = True
-            unwanted = [*self._waiting, *([self._current] if self._current is not None else [])]
+            unfinished = [*self._waiting, *([self._current] if self._current is not None else [])]
             self._changed.notify()
-        for work in unwanted:
+        for work in unfinished:
             work.cancel()
         self._thread.join(30.0)
 
@@ -206,21 +206,21 @@ class PipelineJob:
         self.images: Future[Images] = Future()
         self._arguments, self._previews, self._report = arguments, Previews(previews), report
         self._on_progress, self._withdraw = on_progress, withdraw
-        self._unwanted = False
+        self._cancelled = False
 
     def cancel(self) -> None:
-        self._unwanted = True
+        self._cancelled = True
         if self._withdraw(self):
             self.images.set_exception(CancelledError())
 
     def draw(self, pipe: Any, report: Calls) -> Images:
         """Call the pipeline; raise CancelledError if the request was cancelled."""
-        if self._unwanted:
+        if self._cancelled:
             raise CancelledError
         decode = decoder(pipe, self._arguments)
 
         def step(own: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-            if self._unwanted:
+            if self._cancelled:
                 raise CancelledError
             self._on_progress()
             if self._report is not None:

@@ -143,15 +143,15 @@ class PlanProgress:
         """Receive the predictions that a round uses; raise ValueError if the round breaks the rules."""
         if not 0 <= r.unawaited_rounds <= (len(self.in_flight) if mode.pipelined else 0):
             may = f"0 to {len(self.in_flight)}" if mode.pipelined else "none, unless it says that it `lags`"
-            raise ValueError(f"{mode}: {r} leaves {r.unawaited_rounds} rounds behind; it may leave {may}")
+            raise ValueError(f"{mode}: {r} has {r.unawaited_rounds} unawaited rounds; it may have {may}")
         self.receive(r.unawaited_rounds)
         _check_round(r, self, mode, steps)
         if r.previous_base is not None or r.base > self.base:
             self.previous_base = r.base if r.previous_base is None else r.previous_base
 
-    def receive(self, behind: int) -> None:
-        """Receive the predictions of all rounds in flight except the last `behind`."""
-        while len(self.in_flight) > behind:
+    def receive(self, unawaited_rounds: int) -> None:
+        """Receive the predictions of all rounds in flight except the last `unawaited_rounds`."""
+        while len(self.in_flight) > unawaited_rounds:
             r = self.in_flight.popleft()
             self.last = max(self.last, r.predict[-1])
             self.known.update(r.predict)
@@ -197,7 +197,7 @@ class _SymbolTable:
         chain = self.chain(r.predict[-1])
         return Predict(r.predict, tuple(chain[k] for k in r.predict), r.unawaited_rounds)
 
-    def advance(self, target: int, behind: int, previous_base: int | None) -> Advance:
+    def advance(self, target: int, unawaited_rounds: int, previous_base: int | None) -> Advance:
         """Advance to `target`, which is at most one index past the last prediction."""
         chain, base = self.chain(target), self.base
         states = tuple(chain[k] for k in range(base + 1, target + 1))
@@ -207,14 +207,14 @@ class _SymbolTable:
         if oldest < self.progress.last:  # If this index was skipped, its neighbours are needed.
             oldest = self.progress.known_at(oldest)
         if not self._rule.looks_back:
-            return Advance(base, states, oldest, None, behind)
+            return Advance(base, states, oldest, None, unawaited_rounds)
         # A previous base that the mode chooses may later be any following index, so these are needed as well.
         return Advance(
             base,
             states,
             oldest if previous_base is None else min(oldest, self.previous_base),
             self.previous_base,
-            behind,
+            unawaited_rounds,
         )
 
     def ahead(self) -> tuple[LinearCombination, ...]:

@@ -244,10 +244,10 @@ class _Simulation:
         return sum(other is draft for worker_slot in self.worker_slots for _, other in worker_slot.drafts)
 
     def _refine(self) -> None:
-        behind = [run for run in self.runs if run.needs_refine is not None]
-        if behind:
+        to_refine = [run for run in self.runs if run.needs_refine is not None]
+        if to_refine:
             self.now = min(self.now + self.costs.head_start, max(self.now, self._next_event()))
-        for run in behind:
+        for run in to_refine:
             since = self.now
             if run.needs_refine:
                 self.now += self.costs.refine.draw(run.needs_refine, self.draws)

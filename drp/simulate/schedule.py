@@ -48,8 +48,8 @@ class Schedule:
     @property
     def ready(self) -> bool:
         """Whether there are drafts to schedule, or the run is finished."""
-        behind = self._next.unawaited_rounds if self._known and self._next is not None else 0
-        used = len(self._in_flight) - behind
+        unawaited = self._next.unawaited_rounds if self._known and self._next is not None else 0
+        used = len(self._in_flight) - unawaited
         return not any(missing for missing, _ in (self._in_flight[i] for i in range(used)))
 
     def arrive(self, draft: ScheduledDraft) -> None:

@@ -90,7 +90,7 @@ def reference(pipe: Any, *, mode: Any = "aggressive", **options: Any) -> Any:
 def told(report: CallReport) -> Counter[str]:
     """The notes of a call but the advice to take more steps: tests take few."""
     return Counter(
-        {note: n for note, n in report.notes.items() if "few to draft" not in note and "are many" not in note}
+        {note: n for note, n in report.notes.items() if "too few for drafting" not in note and "are many" not in note}
     )
 
 

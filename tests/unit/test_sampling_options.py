@@ -324,8 +324,8 @@ def test_numbers_out_of_bounds_are_named(options: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"steps": 6, "drafts": 4}, "6 steps are few to draft"),
-        ({"steps": 20, "drafts": 8}, "8 drafts a round are many for 20 steps: .* take 6 drafts or fewer"),
+        ({"steps": 6, "drafts": 4}, "6 steps are too few for drafting"),
+        ({"steps": 20, "drafts": 8}, "8 drafts per round are many for 20 steps: .* take 6 drafts or fewer"),
         ({"solver": "ddpm", "drafts": 8}, "the solver adds noise, and a round has 8 drafts"),
         ({"steps": 6, "mode": "sequential"}, ""),
         ({"steps": 6, "drafts": 1}, ""),

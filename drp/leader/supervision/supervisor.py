@@ -99,9 +99,9 @@ class WorkerSlot(Generic[Batch]):
         A suspended system does not count as missed heartbeats.
         """
         assert self.worker is not None
-        beats = self.worker.heartbeat
-        self._missed_heartbeats = 0 if self.drafts or beats != self._last_heartbeat else self._missed_heartbeats + 1
-        self._last_heartbeat = beats
+        heartbeat = self.worker.heartbeat
+        self._missed_heartbeats = 0 if self.drafts or heartbeat != self._last_heartbeat else self._missed_heartbeats + 1
+        self._last_heartbeat = heartbeat
         return self._missed_heartbeats < MAX_MISSED_HEARTBEATS
 
 

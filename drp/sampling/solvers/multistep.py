@@ -132,9 +132,9 @@ class PNDM(Solver):
     def step(self, k: int) -> LinearCombination:
         if k == 1:
             return _ddim(self.at(0), self.grid.landing(1), 0, {epsilon(0): 0.5, epsilon(1): 0.5})
-        behind = [j for j in range(k, -1, -1) if j != 1][:4]  # Only the Heun step uses the prediction at 1.
+        previous = [j for j in range(k, -1, -1) if j != 1][:4]  # Only the Heun step uses the prediction at 1.
         mean: LinearCombination = {
-            epsilon(j): weight for j, weight in zip(behind, ADAMS_BASHFORTH[len(behind) - 1], strict=True)
+            epsilon(j): weight for j, weight in zip(previous, ADAMS_BASHFORTH[len(previous) - 1], strict=True)
         }
         return _ddim(self.at(k), self.grid.landing(k), k, mean)
 
