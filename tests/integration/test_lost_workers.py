@@ -181,6 +181,8 @@ def test_a_script_needs_no_main_guard_finds_its_process_as_it_was_and_may_fork(t
         before = torch.get_rng_state()
         with drp.Leader("tests.denoisers:make_free", devices=1) as leader:
             first = leader.sample(shape=(4,), steps=3)
+            slot = {"x": torch.zeros(1)}
+            session = leader.open_session(slot, slot, 1, {})
             assert multiprocessing.get_start_method(allow_none=True) is None
             running = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
             assert len(running) == 1 and "spawn_main" in running[0], running
@@ -190,8 +192,14 @@ def test_a_script_needs_no_main_guard_finds_its_process_as_it_was_and_may_fork(t
                     leader.sample(shape=(4,), steps=3)
                 except RuntimeError as error:
                     assert "forked from" in str(error)
+                try:
+                    session.evaluate([drp.sampling.run.Task(0, 0.0, 0)])
+                except RuntimeError as error:
+                    assert "forked from" in str(error)
+                    session.close()
                     raise SystemExit(0)  # with finalizers, as any child might
             assert os.waitpid(child, 0)[1] == 0
+            session.close()
             assert (leader.sample(shape=(4,), steps=3).samples == first.samples).all()
         assert not psutil.Process().children()
         assert torch.equal(torch.get_rng_state(), before)

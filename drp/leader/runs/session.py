@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ class EvaluationSession(RunState):
     def __init__(self, number: int, arena: Arena, notify: Callable[[EvaluationSession], None], batch: int) -> None:
         super().__init__(number, arena, batch)
         self._notify = notify
+        self._owner = os.getpid()
         self.arena.memory.record_event()  # The conditions were copied by this thread, which is the caller's.
         self._gate = threading.Lock()
         self._blocks: deque[EvaluationBlock] = deque()
@@ -51,6 +53,8 @@ class EvaluationSession(RunState):
 
         Raises WorkerError if a worker raised or none is left, RuntimeError if the session is closed.
         """
+        if os.getpid() != self._owner:
+            raise RuntimeError(f"this session is process {self._owner}'s, which this one was forked from")
         indices = {task.index for task in tasks}
         if not tasks or len(indices) < len(tasks):
             raise ValueError(f"{len(tasks)} tasks with {len(indices)} different indices; give one or more, each once")
@@ -65,6 +69,8 @@ class EvaluationSession(RunState):
 
     def close(self) -> None:
         """End the session and release its memory, which must not be used any more. Further calls do nothing."""
+        if os.getpid() != self._owner:
+            return  # A forked child does not have the engine's thread.
         with self._gate:
             if not self._closed:
                 self.arena.memory.record_event()  # The next session in this memory waits for what was read of it.
