@@ -5,21 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from drp.diffusers.arguments import results_of
-from drp.diffusers.compiled import OriginalForward
+from drp.diffusers.context import PipelineContext
 from drp.diffusers.drafting import Drafter, scale_of
-from drp.diffusers.evaluators import Evaluator
 from drp.diffusers.forms import OfState, Point
-from drp.diffusers.learned import Learned, RecordedCall, UnrecognisedError, learn
+from drp.diffusers.learned import Learned, RecordedCall, UnrecognisedError, check_changes, learn
 from drp.diffusers.numbers import alike
-from drp.diffusers.pipeline_modes import Modes
-from drp.diffusers.program import PART, Program
+from drp.diffusers.program import PART, Program, to_tensor
 from drp.diffusers.pytree import Json, UnknownValueError, flatten
 from drp.diffusers.report import CallReport
 from drp.diffusers.rounds import Predictions
@@ -36,28 +33,6 @@ MOST_CALLS = 256
 """How many denoiser calls are recorded until the scheduler takes a step."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PipelineContext:
-    """The state that all calls of a pipeline share: its `modules` by name, and by which source workers find each.
-
-    modes: the mode for schedulers that add noise (True), and that for others.
-    split: whether to evaluate the branches of guidance on different devices.
-    describe: returns the current state of a module, the same object as long as nothing has changed.
-    unchanged: returns whether a module is as it was described last.
-    """
-
-    pipe: Any
-    modes: Modes
-    modules: Mapping[str, OriginalForward]
-    evaluator: Evaluator
-    split: bool
-    always_draft: bool
-    describe: Callable[[str], Described]
-    publish: Callable[[str, Described], Json]
-    unchanged: Callable[[str], bool]
-    config_of: Callable[[str], Mapping[str, Any]]
 
 
 class PipelineCall:
@@ -98,6 +73,8 @@ class PipelineCall:
             except UnrecognisedError as error:
                 self._suspects.setdefault(error.path, set()).update(error.refuted)
                 self._on_mismatch(error)
+            except UnknownValueError as error:  # A module was changed to something that workers cannot have.
+                self._give_up(str(error))
             except Exception as error:  # The call continues, as it would without drp.
                 self._fail(error)
         return self._evaluate_in_process(module, args, kwargs)
@@ -258,10 +235,9 @@ class PipelineCall:
             if record.settings != recorded[0].settings:
                 raise UnrecognisedError("torch's settings, or the choice of attention kernels, change within one step")
             states[record.module] = record.state_after
-            if record.changes_again(work.modules[record.module].compiled):
-                raise UnrecognisedError(f"{record.module} itself is changed by each evaluation, so their order matters")
         configs = {record.module: work.config_of(record.module) for record in recorded}
         learned = learn(recorded, self._point(k, x), configs, self._suspects)
+        check_changes(learned, recorded, {name: work.modules[name].compiled for name in states})
         try:
             sources = {name: work.publish(name, state) for name, state in states.items()}
         except UnknownValueError as error:
@@ -292,10 +268,23 @@ class PipelineCall:
         slots = self._mode.width * program.parts
         session = work.evaluator.bind(program, sources, inputs, learned.outputs, slots, learned.cond)
         try:
-            return Predictions(learned, self._drafter, session, self._mode, k, self._end, self._report, program)
+            made = Predictions(learned, self._drafter, session, self._mode, k, self._end, self._report, program)
+            if program is learned.program and any(sources.values()):
+                self._verify(made, to_tensor(program, sources))
+            return made
         except BaseException:  # for example, the mode cannot take this number of steps
             session.close()
             raise
+
+    def _verify(self, predictions: Predictions, program: Tensor) -> None:
+        """Raise UnrecognisedError if workers do not reproduce the traced step, which is tried once per program."""
+        key, verified = hash(program.numpy().tobytes()), self._context.evaluator.verified
+        if key not in verified and not predictions.agrees(self._mode.width):
+            raise UnrecognisedError(
+                "workers have other results than this process: a module depends on what they lack, such as a function "
+                "that was replaced in a library, a variable that is not a number, or the environment"
+            )
+        verified.add(key)
 
     def _split(self, learned: Learned, sources: Mapping[str, Json], k: int) -> Predictions | None:
         """Begin rounds with split guidance, if that reproduces the traced step; else note the reason."""

@@ -40,9 +40,13 @@ class Session(Protocol):
 
 
 class Evaluator(Protocol):
-    """Opens sessions. `devices` are names; each evaluates up to `drafts_per_device` drafts as one batch."""
+    """Opens sessions. `devices` are names; each evaluates up to `drafts_per_device` drafts as one batch.
+
+    `verified` has the hashes of the programs of which the devices are known to make what this process makes.
+    """
 
     drafts_per_device: int
+    verified: set[int]
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -70,6 +74,7 @@ class InProcess:
 
     def __init__(self, modules: Mapping[str, OriginalForward], threads: int, batch: int = 1) -> None:
         self._modules, self._threads, self.drafts_per_device = modules, threads, batch
+        self.verified: set[int] = set()
 
     @property
     def devices(self) -> tuple[str, ...]:

@@ -105,24 +105,29 @@ class RecordedCall:
         if self.arguments is not None:
             self.has_drawn = self.random != random_states(self.arguments.gpus)
 
-    def changes_again(self, compiled: Any) -> bool:
-        """Return whether the call has changed the module, and the same call would change it again.
+    def changes_again(self, varies: Sequence[bool], compiled: Any) -> bool:
+        """Return whether the call has changed the module, and a call with other latents would change it again.
 
-        Otherwise what has changed is a cache, for example. It is tried on a copy, which has the same weights. Of
-        modules that are `compiled`, nothing is known.
+        Otherwise what has changed is a cache, for example. If it would, the module counts, or keeps something of its
+        arguments. It is tried on a copy, which has the same weights. `varies` marks the tensors among the arguments
+        that contain latents. Of modules that are `compiled`, nothing is known.
         """
         if self.state_after in (None, self.state) or self.arguments is None or compiled is not None:
             return False
         assert self.state_after is not None
+        pairs = zip(self.arguments.values, varies, strict=True)
+        tensors = [value * 0.5 if other else value.clone() for value, other in pairs]
         try:
             module = copy_of(self.state_after)
             before = describe(module)
-            args, kwargs = rebuild(self.arguments.description, [value.clone() for value in self.arguments.values])
+            args, kwargs = rebuild(self.arguments.description, tensors)
             module(*args, **kwargs)
             return not before.same(describe(module))
         except Exception as error:  # whatever a module makes of being copied; workers will see
             log.debug("a copy of %s could not be evaluated: %s", self.module, error)
             return False
+        finally:
+            self.state_after.restore_namespaces()
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,10 @@ class Learned:
     cond: dict[str, Tensor] = field(default_factory=dict)
     paths: list[list[str]] = field(default_factory=list)
     results: list[tuple[Json, list[Tensor]]] = field(default_factory=list)
+
+    def has_latents(self, leaf: Leaf) -> bool:
+        """Return whether an argument contains the latents, or follows from them by an earlier call."""
+        return leaf.kind == "output" or (leaf.kind == "input" and isinstance(self.inputs[leaf.name].form, OfState))
 
     @property
     def outputs(self) -> dict[str, Tensor]:
@@ -211,6 +220,16 @@ class Learned:
                 )
 
 
+def check_changes(learned: Learned, recorded: Sequence[RecordedCall], compiled: Mapping[str, Any]) -> None:
+    """Raise UnrecognisedError if a module is changed by each of the recorded calls."""
+    for record, call in zip(recorded, learned.program.calls, strict=True):
+        if record.changes_again([*map(learned.has_latents, call.leaves)], compiled[record.module]):
+            raise UnrecognisedError(
+                f"{record.module} itself is changed by each evaluation: it counts, or keeps something of its "
+                "arguments, which would stay in workers"
+            )
+
+
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b))
 
@@ -252,7 +271,7 @@ def learn(
             for original, tensor, path in zip(record.arguments.originals, record.arguments.values, paths, strict=True)
         )
         returned = record.results
-        calls.append(Call(record.module, record.arguments.description, leaves, len(returned.values)))
+        calls.append(Call(record.module, record.arguments.description, leaves, returned.description))
         learned.paths.append(paths)
         learned.results.append((returned.description, returned.values))
         pairs = zip(returned.originals, returned.values, strict=True)

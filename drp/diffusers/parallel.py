@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from drp.diffusers.call import PipelineCall, PipelineContext
+from drp.diffusers.call import PipelineCall
 from drp.diffusers.compiled import COMPILED, OriginalForward
+from drp.diffusers.context import PipelineContext
 from drp.diffusers.denoisers import find_denoisers
 from drp.diffusers.devices import device_of, refuse_other_kind
 from drp.diffusers.evaluators import Evaluator, InProcess
@@ -212,8 +213,7 @@ class Parallel:
             self._unchanged,
             self._config,
         )
-        known = [*schedulers_of(self._pipe)]
-        scheduler = next((s for s in known if s is self._latest), known[0])
+        scheduler = next((s for s in schedulers_of(self._pipe) if s is self._latest), next(schedulers_of(self._pipe)))
         self._call = PipelineCall(work, scheduler, report)
 
     def publish(self, name: str, described: Described) -> Json:

@@ -13,6 +13,7 @@ LIBRARIES = {
     "bitsandbytes",
     "diffusers",
     "huggingface_hub",
+    "numpy",
     "peft",
     "torch",
     "torchao",
@@ -35,21 +36,28 @@ def patched_method(cls: type) -> str | None:
     return None
 
 
-def values_of(kind: type) -> tuple[tuple[str, Any], ...]:
-    """Return the attributes of a class, and of its bases outside of libraries, that are numbers or text."""
-    found: dict[str, Any] = {}
-    for cls in reversed(kind.__mro__[:-1]):
-        if cls.__module__.partition(".")[0] not in KNOWN:
-            found |= {k: v for k, v in vars(cls).items() if type(v) in PLAIN and not k.startswith("__")}
-    return tuple(found.items())
+Values = tuple[tuple[str, Any], ...]
+Namespace = type | types.ModuleType
 
 
-def set_values(kind: type, values: tuple[tuple[str, Any], ...]) -> None:
-    """Give a class and its bases the attributes that `values_of` has found in another process."""
+def namespaces_of(cls: type) -> list[Namespace]:
+    """Return a class and the module that defines it, none for a class of a library."""
+    if cls.__module__.partition(".")[0] in KNOWN:
+        return []
+    module = sys.modules.get(cls.__module__)
+    return [cls] if module is None else [cls, module]
+
+
+def values_of(namespace: Namespace) -> Values:
+    """Return the attributes of a class, or the global variables of a module, that are numbers or text."""
+    return tuple((k, v) for k, v in vars(namespace).items() if type(v) in PLAIN and not k.startswith("__"))
+
+
+def set_values(namespace: Namespace, values: Values) -> None:
+    """Set the values that `values_of` has returned, perhaps in another process."""
     for name, value in values:
-        owner = next((cls for cls in kind.__mro__ if name in vars(cls)), kind)
-        if vars(owner).get(name) != value:
-            setattr(owner, name, value)
+        if vars(namespace).get(name) != value:
+            setattr(namespace, name, value)
 
 
 def _is_own(cls: type, name: str, function: types.FunctionType) -> bool:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from drp.diffusers.compiled import COMPILED, OriginalForward
+from drp.diffusers.contents import HOOKS
 from drp.diffusers.features import LEFT_OUT
 from drp.diffusers.publish import fingerprint
 from drp.diffusers.pytree import PLAIN, Json, UnknownValueError, flatten, name_of, rebuild
-from drp.diffusers.structure import HOOKS, PARTS, Described
+from drp.diffusers.structure import PARTS, Described
 from drp.workers.weights import Weights
 
 NAME = "pretrained_model_name_or_path"

@@ -46,12 +46,12 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a module by name. `arguments` describes (args, kwargs); `results` is the number of tensors returned."""
+    """A call of a module by name. `arguments` describes (args, kwargs), `results` what it returns."""
 
     module: str
     arguments: Json
     leaves: tuple[Leaf, ...]
-    results: int
+    results: Json
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,7 @@ class Program:
         with applied(self.settings) if self.settings is not None else nullcontext():
             for number, call in enumerate(self.calls):
                 tensors = [self._stack(leaf, inputs, cond, known) for leaf in call.leaves]
-                args, kwargs = rebuild(call.arguments, tensors)
-                _, results, _ = flatten(modules[call.module](*args, **kwargs))
-                for place, tensor in enumerate(results):
+                for place, tensor in enumerate(_results_of(call, modules, tensors)):
                     known[number, place] = tensor
                     for part, out in zip(tensor.chunk(len(inputs)), outputs, strict=True):
                         write(part, out[output_name(number, place)])
@@ -175,11 +173,7 @@ class Program:
             if self.parts > 1 and not self.batch and number != part:
                 continue
             tensors = [self._tensor(leaf, inputs, cond, known, part) for leaf in call.leaves]
-            args, kwargs = rebuild(call.arguments, tensors)
-            _, results, _ = flatten(modules[call.module](*args, **kwargs))
-            if len(results) != call.results:
-                raise TypeError(f"{call.module} returned {len(results)} tensors; it has returned {call.results}")
-            for place, tensor in enumerate(results):
+            for place, tensor in enumerate(_results_of(call, modules, tensors)):
                 known[number, place] = tensor
                 write(tensor, self._own(outputs[output_name(number, place)], part))
 
@@ -198,6 +192,18 @@ class Program:
             tensor = tensor.cpu()
         # Always a copy, since a module may write to its arguments.
         return self._own(tensor.clone() if leaf.stride is None else with_stride(tensor, leaf.stride), part)
+
+
+def _results_of(call: Call, modules: Mapping[str, Callable[..., Any]], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Make a call with these tensors; return those in its result, whose other values must be as described."""
+    args, kwargs = rebuild(call.arguments, tensors)
+    description, results, _ = flatten(modules[call.module](*args, **kwargs))
+    if description != call.results:
+        raise TypeError(
+            f"{call.module} returned {description}; it has returned {call.results}. Values that differ from one "
+            "evaluation to the next must be tensors"
+        )
+    return results
 
 
 def output_name(call: int, place: int) -> str:

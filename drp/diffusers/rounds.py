@@ -91,14 +91,15 @@ class Predictions:
                 branch.copy_(branch + self._gain * shift)
         return outputs
 
-    def agrees(self) -> bool:
-        """Return whether the parts of the program together reproduce the results of the traced step."""
+    def agrees(self, times: int = 1) -> bool:
+        """Return whether the parts of the program together reproduce the results of the traced step, on each device."""
         like = {name: varying.like for name, varying in self._learned.inputs.items()}
-        return self._as_recorded(self._evaluate([(self._first, 0.0, like)]))
+        rows = self._evaluate([(self._first + i, 0.0, like) for i in range(times)])
+        return all(self._as_recorded(rows, k) for k in rows)
 
-    def _as_recorded(self, rows: Mapping[int, list[int]]) -> bool:
-        """Return whether the results at the first index are those of the traced step, up to rounding."""
-        for name, made in self._stored(rows, self._first).items():
+    def _as_recorded(self, rows: Mapping[int, list[int]], k: int) -> bool:
+        """Return whether the results at an index are those of the traced step, up to rounding."""
+        for name, made in self._stored(rows, k).items():
             wanted = self._learned.outputs[name].double()
             few = 1e-4 if torch.finfo(made.dtype).bits >= 32 else 0.05
             if not float((made.double() - wanted).norm()) <= few * float(wanted.norm()):
@@ -114,7 +115,7 @@ class Predictions:
         forms = {name: varying.form for name, varying in self._learned.inputs.items()}
         other = {name: -value if isinstance(forms[name], OfState) else value for name, value in like.items()}
         rows = self._evaluate([(self._first + i, 0.0, other if i else like) for i in range(count)])
-        return self._as_recorded(rows)
+        return self._as_recorded(rows, self._first)
 
     def close(self) -> None:
         self._report_incidents()
@@ -189,7 +190,9 @@ class Predictions:
             drafted = inputs if state.index == k else {name: v.at(point) for name, v in varying.items()}
             drafts.append((state.index, float(self._drafter.timesteps[state.index]), drafted))
             self._drafts[state.index] = state.x
+        spent = self._session.device_seconds
         self._rows = self._evaluate(drafts)
+        self._report.device_seconds += self._session.device_seconds - spent
         self._report_incidents()
         self._residuals = [0.0] if self._mode.feedback else None
         self._next = self._after()
@@ -223,9 +226,7 @@ class Predictions:
                 if parts > 1:
                     draft[PART].fill_(part)
                 tasks.append(Task(index * parts + part, t, slot))
-        spent = self._session.device_seconds
         rows = self._session.evaluate(tasks)
-        self._report.device_seconds += self._session.device_seconds - spent
         return {index: [rows[index * parts + part] for part in range(parts)] for index, *_ in drafts}
 
     def _stored(self, rows: Mapping[int, list[int]], k: int) -> dict[str, Tensor]:
@@ -239,9 +240,9 @@ def _final_results(learned: Learned) -> list[str]:
     taken = {leaf.call for call in learned.program.calls for leaf in call.leaves if leaf.kind == "output"}
     return [
         output_name(number, place)
-        for number, call in enumerate(learned.program.calls)
+        for number, (_, tensors) in enumerate(learned.results)
         if number not in taken
-        for place in range(call.results)
+        for place in range(len(tensors))
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -38,12 +39,27 @@ def read_settings() -> Json:
         raise ValueError(f"the pipeline runs under {other[-1]}, which changes torch's functions in this process only")
     if _has_any_global_hook():  # type: ignore[no-untyped-call]  # torch has no types for it
         raise ValueError("there is a hook of all modules, by torch.nn.modules.module, which workers lack; remove it")
+    if (name := replaced_function()) is not None:
+        raise ValueError(f"torch.nn.functional.{name} was replaced in this process, and workers have torch's own")
     values = [read() for read, _, _ in SETTINGS]
     backend = None if _AttentionBackendRegistry is None else _AttentionBackendRegistry.get_active_backend()[0]
     return {
         "torch": [{"dtype": str(v).removeprefix("torch.")} if isinstance(v, torch.dtype) else v for v in values],
         "attention": backend and getattr(backend, "value", backend),
     }
+
+
+def replaced_function() -> str | None:
+    """Return the name of a function of `torch.nn.functional` that is not torch's, None if there is none."""
+    for name, value in vars(torch.nn.functional).items():
+        if isinstance(value, types.FunctionType) and not _is_of_torch(value):
+            return name
+    return None
+
+
+def _is_of_torch(function: types.FunctionType) -> bool:
+    names = function.__module__ or "", function.__globals__.get("__name__", "")
+    return all(name.partition(".")[0] == "torch" for name in names)
 
 
 @contextmanager

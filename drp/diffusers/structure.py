@@ -12,23 +12,22 @@ descriptor for each on the host and a reference counter for each reader on a GPU
 from __future__ import annotations
 
 import io
-import operator
 import pickle
+import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from drp.diffusers.compiled import COMPILED, compile_in_worker, options_of
+from drp.diffusers.contents import HOOKS, Contents
 from drp.diffusers.features import LEFT_OUT, add_cast, casts_of
 from drp.diffusers.offload import is_held
-from drp.diffusers.patched import patched_method, set_values, values_of
+from drp.diffusers.patched import Namespace, Values, namespaces_of, patched_method, set_values, values_of
 from drp.diffusers.pytree import UnknownValueError, name_of
 
 
@@ -36,7 +35,6 @@ class PatchedClassError(UnknownValueError):
     """A class was changed in this process. Workers do not see the change."""
 
 
-HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
 FORBIDDEN = {
     "_hf_hook": "it is offloaded or dispatched by accelerate; call pipe.remove_all_hooks() and pipe.to('cuda'), or "
     "offload whole models, by pipe.enable_model_cpu_offload()"
@@ -57,12 +55,13 @@ class Described:
         tensors: list[Tensor],
         is_weight: list[bool],
         containers: Sequence[Any],
+        namespaces: Mapping[Namespace, Values],
         is_opaque: bool = False,
     ) -> None:
-        self.pickled, self.tensors, self.is_weight = pickled, tensors, is_weight
+        self.pickled, self.tensors, self.is_weight, self._namespaces = pickled, tensors, is_weight, namespaces
         self._is_opaque = is_opaque
         """Whether it has objects that may change without a change of a container, such as random number generators."""
-        self._contents = _Contents(containers)
+        self._contents = Contents(containers)
         self._pointers: list[int] = []
         self.note_pointers()
 
@@ -88,6 +87,11 @@ class Described:
             and self._contents.untouched()
         )
 
+    def restore_namespaces(self) -> None:
+        """Give the classes and Python modules of the program the values that they had."""
+        for namespace, values in self._namespaces.items():
+            set_values(namespace, values)
+
     def same(self, other: Described) -> bool:
         """Return whether a later description has the same structure and equal tensors.
 
@@ -112,41 +116,6 @@ class Described:
                     tensor.data = noted
         other.note_pointers()
         vars(self).update(vars(other))
-
-
-class _Contents:
-    """The contents of containers: dicts, lists and the attributes of classes, and the lengths of sets.
-
-    They are compared at every step, and SDXL's U-Net has 14,000 containers. The loops are therefore those of the
-    interpreter, and the dicts of hooks, half of all containers, are compared by way of others.
-    """
-
-    def __init__(self, containers: Sequence[Any]) -> None:
-        self._containers = list(containers)
-        dicts = [c for c in containers if isinstance(c, dict)]
-        self._dicts = [c for c in dicts if "_forward_hooks" not in c]
-        self._attributes = [
-            (operator.itemgetter(*(name for name in c if name not in HOOKS)), c) for c in dicts if "_forward_hooks" in c
-        ]
-        """Functions that return the replaceable containers of modules, and the containers."""
-        self._lists = [c for c in containers if isinstance(c, list)]
-        self._tables = [c for c in containers if isinstance(c, types.MappingProxyType)]
-        self._lengths, self._items = list(map(len, self._containers)), list(self._all())
-        self._hooks = RemovableHandle.next_id
-
-    def _all(self) -> Iterator[Any]:
-        attributes = [values(c) for values, c in self._attributes]
-        tables = map(types.MappingProxyType.values, self._tables)
-        return chain.from_iterable(chain(attributes, map(dict.values, self._dicts), self._lists, tables))
-
-    def untouched(self) -> bool:
-        """Return whether every container has the same objects, and no hook was registered."""
-        if self._hooks != RemovableHandle.next_id or self._lengths != list(map(len, self._containers)):
-            return False
-        try:
-            return all(map(operator.is_, self._items, self._all()))
-        except KeyError:  # An attribute was replaced by another one.
-            return False
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -191,14 +160,16 @@ def describe(module: nn.Module, ours: Callable[[Any], bool] = lambda value: Fals
     pickler = _Pickler(file, module, ours, compiled)
     try:
         pickler.dump(module)
-        pickler.dump(tuple(pickler.classes.items()))
+        named = [(n if isinstance(n, type) else n.__name__, values) for n, values in pickler.namespaces.items()]
+        pickler.dump(tuple(named))
     except UnknownValueError as error:
         if str(error).startswith(type(module).__name__):
             raise
         raise type(error)(f"{_find_culprit(module, ours)}: {error}") from error
     except Exception as error:  # Objects that cannot be pickled may raise any error.
         raise UnknownValueError(f"{_find_culprit(module, ours)} cannot be sent to workers: {error}") from error
-    return Described(file.getvalue(), pickler.tensors, pickler.is_weight, pickler.containers, pickler.is_opaque)
+    parts = pickler.tensors, pickler.is_weight, pickler.containers, pickler.namespaces, pickler.is_opaque
+    return Described(file.getvalue(), *parts)
 
 
 def _find_culprit(root: nn.Module, ours: Callable[[Any], bool]) -> str:
@@ -223,8 +194,8 @@ class _Pickler(pickle.Pickler):
         self.is_weight: list[bool] = []
         self.containers: list[Any] = []
         self.is_opaque = False
-        self.classes: dict[type, Any] = {}
-        """The numbers and text in the classes of objects."""
+        self.namespaces: dict[Namespace, Values] = {}
+        """The numbers and text in the classes of objects, and in the Python modules that define these."""
         self._ours = ours
         name = type(root).__name__
         self._paths = {id(module): f"{name}.{path}" if path else name for path, module in root.named_modules()}
@@ -302,9 +273,9 @@ class _Pickler(pickle.Pickler):
                     f"{method} was replaced in the class after its module was imported, and workers import the "
                     "class without that; undo it, or make a subclass in a module of its own"
                 )
-            self.containers.append(vars(cls))
-        if values := values_of(kind):
-            self.classes[kind] = values
+            for namespace in dict.fromkeys((cls, *namespaces_of(cls))):
+                self.containers.append(vars(namespace))
+            self.namespaces.update((n, values) for n in namespaces_of(cls) if (values := values_of(n)))
 
     def _module(self, module: nn.Module) -> Any:
         path, state = self._paths.get(id(module), type(module).__name__), {}
@@ -356,8 +327,8 @@ def make(pickled: bytes, tensors: Sequence[Tensor]) -> nn.Module:
     """Return the module that `describe` described, with these tensors. The pickle must be trusted."""
     unpickler = _Unpickler(io.BytesIO(pickled), tensors)
     module = unpickler.load()
-    for kind, values in unpickler.load():
-        set_values(kind, values)
+    for namespace, values in unpickler.load():
+        set_values(sys.modules[namespace] if isinstance(namespace, str) else namespace, values)
     assert isinstance(module, nn.Module)
     return module
 

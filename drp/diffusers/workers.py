@@ -63,6 +63,7 @@ class Workers:
             )
         self.threads = threads or max(1, torch.get_num_threads() // len(placed))
         self.drafts_per_device = drafts_per_device
+        self.verified: set[int] = set()
         self._gpus = [device.gpu for device in placed if device.remote is None]
         self.has_remote = any(device.remote is not None for device in placed)
         self._weights: dict[str, GpuWeights] = {}

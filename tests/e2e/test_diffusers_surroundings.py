@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,6 +27,9 @@ from tests.pipelines import normal, run, unet
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
 ]
+
+
+strength, evaluations = 1.0, 0
 
 
 class Around(nn.Module):
@@ -101,6 +105,62 @@ class OfClass(Around):
         return super().forward(x) * self.strength
 
 
+class CountingInClass(Around):
+    count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        CountingInClass.count += 1
+        return super().forward(x) * 1.1**CountingInClass.count
+
+
+class CountingInModule(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        global evaluations
+        evaluations += 1
+        return super().forward(x) * 1.1**evaluations
+
+
+class OfModule(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * strength
+
+
+class OfEnvironment(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * float(os.environ.get("STRENGTH", "1"))
+
+
+class Recording(Around):
+    """Keeps a number of its last evaluation for its user."""
+
+    seen: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        self.seen = out.mean()
+        return out
+
+
+class RecordingInBuffer(Around):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.register_buffer("seen", torch.zeros(()))
+        self.seen: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        self.seen.copy_(out.mean())
+        return out
+
+
+class WithNumber(UNet2DConditionModel):  # type: ignore[misc]  # diffusers has no types
+    """Returns a number beside its prediction."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
+        out = super().forward(*args, **kwargs).sample
+        return out, float(out.mean())
+
+
 class Caching(Around):
     """Fills a cache when it is first evaluated."""
 
@@ -147,31 +207,112 @@ def test_a_callback_may_change(what: str, pipeline_workers: Workers) -> None:
     assert not parallel.report.calls[0].sequential
 
 
-def test_numbers_in_a_class_of_the_program_may_change(pipeline_workers: Workers) -> None:
+@pytest.mark.parametrize("kind", [OfClass, OfModule])
+def test_numbers_in_a_class_or_module_of_the_program_may_change(kind: type[Around], pipeline_workers: Workers) -> None:
     """Before workers import the class, and by a callback in the middle of a call."""
 
+    def set_strength(value: float) -> None:
+        global strength
+        OfClass.strength = strength = value
+
     def change(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
-        OfClass.strength = 0.5 if i > 2 else 0.9
+        set_strength(0.5 if i > 2 else 0.9)
         return kept
 
     def call(pipe: Any) -> Tensor:
-        OfClass.strength = 0.9
+        set_strength(0.9)
         return run(pipe, {**CHEAP, "callback_on_step_end": change})
 
-    untouched = call(around(OfClass))
-    pipe = around(OfClass)
+    untouched = call(around(kind))
+    pipe = around(kind)
     with parallelize(pipe, pipeline_workers, drafts=1) as parallel:
         assert torch.equal(call(pipe), untouched)
     assert not parallel.report.calls[0].sequential
 
 
-@pytest.mark.parametrize("kind", [CountingInBuffer, CountingInTensor, CountingInNumber, CountingInArray, DrawingItself])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        CountingInBuffer,
+        CountingInTensor,
+        CountingInNumber,
+        CountingInArray,
+        CountingInClass,
+        CountingInModule,
+        DrawingItself,
+        Recording,
+        RecordingInBuffer,
+    ],
+)
 def test_a_denoiser_that_each_evaluation_changes_is_not_drafted(kind: type[Around]) -> None:
-    untouched = run(around(kind), CHEAP)
+    """Not even if the change has no effect on later evaluations: the program may read it."""
+
+    def call(pipe: Any) -> tuple[Tensor, list[float]]:
+        global evaluations
+        CountingInClass.count = evaluations = 0
+        seen: list[float] = []
+
+        def read(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+            seen.append(float(getattr(pipe.unet.conv_in, "seen", 0)))
+            return kept
+
+        return run(pipe, {**CHEAP, "callback_on_step_end": read}), seen
+
+    untouched = call(around(kind))
     pipe = around(kind)
     with reference(pipe, devices=2) as parallel:
-        assert torch.equal(run(pipe, CHEAP), untouched)
+        drafted = call(pipe)
+    assert torch.equal(drafted[0], untouched[0])
+    assert drafted[1] == untouched[1]
     assert "unet itself is changed by each evaluation" in parallel.report.calls[0].sequential
+
+
+def test_a_denoiser_that_returns_a_number_which_changes_is_not_drafted() -> None:
+    @torch.no_grad()
+    def call(pipe: Any) -> Tensor:
+        pipe.unet.__class__ = WithNumber
+        pipe.scheduler.set_timesteps(6)
+        x, e = normal(1, 4, 8, 8), normal(1, 6, 8, seed=2)
+        for t in pipe.scheduler.timesteps:
+            v, mean = pipe.unet(pipe.scheduler.scale_model_input(x, t), t, encoder_hidden_states=e)
+            x = pipe.scheduler.step(v - mean, t, x).prev_sample
+        return torch.as_tensor(x)
+
+    assert "differ from one evaluation to the next must be tensors" in exact(euler(), call).report.calls[0].sequential
+
+
+def test_what_workers_cannot_reproduce_is_not_drafted(
+    pipeline_workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STRENGTH", "0.9")
+    untouched = run(around(OfEnvironment), CHEAP)
+    pipe = around(OfEnvironment)
+    with parallelize(pipe, pipeline_workers) as parallel:
+        assert torch.equal(run(pipe, CHEAP), untouched)
+        monkeypatch.setenv("STRENGTH", "1")
+        run(pipe, CHEAP)
+    first, second = parallel.report.calls
+    assert first.sequential.startswith("workers have other results than this process")
+    assert not second.sequential
+
+
+def test_a_function_of_torch_that_was_replaced_is_not_drafted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users of other attention kernels do."""
+    attend = nn.functional.scaled_dot_product_attention
+
+    def weaker(*args: Any, **kwargs: Any) -> Tensor:
+        return attend(*args, **kwargs) * 0.9
+
+    def replace(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attend if i < 3 else weaker)
+        return kept
+
+    def call(pipe: Any) -> Tensor:
+        monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attend)
+        return run(pipe, {**CHEAP, "callback_on_step_end": replace})
+
+    parallel = exact(euler(), call)
+    assert "scaled_dot_product_attention was replaced" in parallel.report.calls[0].sequential
 
 
 def test_a_cache_that_is_filled_once_is_no_hindrance() -> None:

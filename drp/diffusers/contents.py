@@ -1,0 +1,49 @@
+"""The contents of the containers of a module, to detect at every step whether one was replaced."""
+
+from __future__ import annotations
+
+import operator
+import types
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
+
+
+class Contents:
+    """The contents of containers: dicts, lists and the attributes of classes, and the lengths of sets.
+
+    They are compared at every step, and SDXL's U-Net has 14,000 containers. The loops are therefore those of the
+    interpreter, and the dicts of hooks, half of all containers, are compared by way of others.
+    """
+
+    def __init__(self, containers: Sequence[Any]) -> None:
+        self._containers = list(containers)
+        dicts = [c for c in containers if isinstance(c, dict)]
+        self._dicts = [c for c in dicts if "_forward_hooks" not in c]
+        self._attributes = [
+            (operator.itemgetter(*(name for name in c if name not in HOOKS)), c) for c in dicts if "_forward_hooks" in c
+        ]
+        """Functions that return the replaceable containers of modules, and the containers."""
+        self._lists = [c for c in containers if isinstance(c, list)]
+        self._tables = [c for c in containers if isinstance(c, types.MappingProxyType)]
+        self._lengths, self._items = list(map(len, self._containers)), list(self._all())
+        self._hooks = RemovableHandle.next_id
+
+    def _all(self) -> Iterator[Any]:
+        attributes = [values(c) for values, c in self._attributes]
+        tables = map(types.MappingProxyType.values, self._tables)
+        return chain.from_iterable(chain(attributes, map(dict.values, self._dicts), self._lists, tables))
+
+    def untouched(self) -> bool:
+        """Return whether every container has the same objects, and no hook was registered."""
+        if self._hooks != RemovableHandle.next_id or self._lengths != list(map(len, self._containers)):
+            return False
+        try:
+            return all(map(operator.is_, self._items, self._all()))
+        except KeyError:  # An attribute was replaced by another one.
+            return False
