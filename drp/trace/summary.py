@@ -16,7 +16,9 @@ class Path:
     """The critical path of a run, in seconds. The parts add up to `wall`.
 
     From the run's end the path leads back to the last prediction, through its evaluation to the event that scheduled
-    its draft, from there to the prediction after which that was scheduled, and so on.
+    its draft, from there to the prediction after which that was scheduled, and so on. A draft of an asynchronous run is
+    scheduled, and mostly sent, before the predictions that it depends on are complete. From its evaluation the path
+    leads to the last prediction that was complete when the evaluation began.
 
     compute: device time on the path.
     transfer: messages, links, and waking up of both processes.
@@ -124,25 +126,25 @@ def summarise(timeline: Sequence[TraceEvent], devices: Sequence[str], dropped: i
 def _path(
     begin: TraceEvent, end: TraceEvent, own: list[TracedEvaluation], everyone: Sequence[TracedEvaluation]
 ) -> Path:
-    path = Path(begin.run, (end.ns - begin.ns) / 1e9, evaluations=len(own))
-    before: dict[
-        tuple[int, int], TracedEvaluation
-    ] = {}  # by worker and time of sending, the worker's previous evaluation
-    last: dict[int, TracedEvaluation] = {}
-    for each in everyone:
-        if each.answered is not None:
-            if each.worker in last:
-                before[each.worker, each.sent] = last[each.worker]
-            last[each.worker] = each
+    path, before = Path(begin.run, (end.ns - begin.ns) / 1e9, evaluations=len(own)), _previous(everyone)
     e: TracedEvaluation | None = max(own, key=lambda e: e.answered or 0, default=None)
     path.end = (end.ns - ((e.answered or 0) if e else begin.ns)) / 1e9
     until = e.answered or 0 if e else 0  # the end of the part of the path that is not attributed yet
     while e is not None:
         path.rounds += 1
-        ahead = before.get((e.worker, e.sent))
+        path.compute += e.seconds
+        scheduled = e.scheduled
+        assert scheduled is not None
+        ahead, awaited = before.get((e.worker, e.sent)), _last_awaited(e, scheduled, own)
+        if awaited is not None and (ahead is None or ahead.ended <= awaited.ended):
+            ready, sent = max(scheduled.ns, awaited.ended), max(e.sent, awaited.ended)
+            path.transfer += (until - sent) / 1e9 - e.seconds
+            path.sending += (sent - ready) / 1e9
+            path.arithmetic += (ready - awaited.ended) / 1e9
+            e, until = awaited, awaited.ended
+            continue
         if ahead is not None and ahead.ended > e.sent:  # The draft waited in the worker's queue.
             path.transfer += (until - ahead.ended) / 1e9 - e.seconds
-            path.compute += e.seconds
             if ahead.run != begin.run:
                 path.queue += (ahead.ended - e.sent) / 1e9
                 until = e.sent
@@ -151,9 +153,6 @@ def _path(
                 continue
         else:
             path.transfer += (until - e.sent) / 1e9 - e.seconds
-            path.compute += e.seconds
-        scheduled = e.scheduled
-        assert scheduled is not None
         if ahead is not None and scheduled.ns < (ahead.answered or 0) <= e.sent:  # The draft waited in the leader.
             if ahead.run == begin.run:
                 path.sending += (e.sent - (ahead.answered or 0)) / 1e9
@@ -170,6 +169,35 @@ def _path(
         path.arithmetic += (scheduled.ns - until) / 1e9
         e = trigger
     return path
+
+
+def _previous(found: Sequence[TracedEvaluation]) -> dict[tuple[int, int], TracedEvaluation]:
+    """Return the worker's previous evaluation, by the worker and the time at which a draft was sent to it."""
+    before: dict[tuple[int, int], TracedEvaluation] = {}
+    last: dict[int, TracedEvaluation] = {}
+    for e in found:
+        if e.answered is not None:
+            if e.worker in last:
+                before[e.worker, e.sent] = last[e.worker]
+            last[e.worker] = e
+    return before
+
+
+def _last_awaited(
+    e: TracedEvaluation, scheduled: TraceEvent, own: Sequence[TracedEvaluation]
+) -> TracedEvaluation | None:
+    """Return the last prediction for which a draft waited after it was scheduled; None if it waited for none."""
+    since = scheduled.since or scheduled.ns
+    awaited = (
+        other
+        for other in own
+        if other.ended <= e.began and (other.answered or 0) > since and _is_scheduled_before(other, scheduled)
+    )
+    return max(awaited, key=lambda other: other.ended, default=None)
+
+
+def _is_scheduled_before(e: TracedEvaluation, scheduled: TraceEvent) -> bool:
+    return e.scheduled is not None and e.scheduled.ns < scheduled.ns
 
 
 def _spans(timeline: Sequence[TraceEvent]) -> list[tuple[int, int]]:

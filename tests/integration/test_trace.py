@@ -18,7 +18,7 @@ import drp
 from bench.rounds import split
 from drp import Leader
 from drp.cli import main
-from drp.leader.events import Timeline
+from drp.leader.events import Timeline, TraceEvent
 from drp.trace import read, record, summarise
 from tests.conftest import dispatching
 
@@ -141,6 +141,37 @@ def test_sums_are_those_of_the_bench(synchronous: Leader, mode: str, drafts: int
     assert [lane.total for lane in summary.workers] == [pytest.approx(bench.wall)] * 2
     assert sum(lane.evaluations for lane in summary.workers) == 20
     assert "1 run(s)" in summary.text
+
+
+def test_the_path_of_an_asynchronous_run_has_each_evaluation_that_others_waited_for() -> None:
+    """Evaluations are so short that the next draft is sent before the leader reads their completion records, by two."""
+    timeline, microsecond = [TraceEvent("begin", 0, run=1)], 1000
+    for k in range(6):
+        began, ended, sent = 100 * k + 100, 100 * k + 160, max(5, 100 * k + 75)
+        read = began + 80 + 100 * (k % 2 == 0) + k
+        times = (began / 1e6, began / 1e6, ended / 1e6, ended / 1e6)
+        timeline += [
+            TraceEvent("scheduled", (sent - 5) * microsecond, run=1, since=(sent - 7) * microsecond, steps=(k,)),
+            TraceEvent("sent", sent * microsecond, run=1, step=k, since=(sent - 2) * microsecond),
+            TraceEvent("predicted", read * microsecond, run=1, step=k, seconds=60e-6, times=times),
+        ]
+    timeline.sort(key=lambda event: event.ns)
+    timeline.append(TraceEvent("end", timeline[-1].ns + 10 * microsecond, run=1))
+    (path,) = summarise(timeline, ["cpu"]).paths
+    assert path.rounds == path.evaluations == 6
+    assert path.compute == pytest.approx(6 * 60e-6)
+    assert min(path.transfer, path.arithmetic, path.sending, path.end) >= 0
+    assert path.compute + path.transfer + path.leader + path.queue == pytest.approx(path.wall)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "conservative"])
+def test_the_path_of_a_run_is_as_long_as_its_rounds(tiny: Leader, mode: str) -> None:
+    tiny.timeline = timeline = Timeline()
+    with dispatching(tiny, "async"):
+        result = tiny.sample(labels=[1], steps=8, mode=mode)
+    tiny.timeline = None
+    (path,) = summarise(timeline, tiny.devices).paths
+    assert path.rounds == result.rounds
 
 
 def test_a_trace_without_end_keeps_the_newest_runs_and_counts_the_others(emulated: Leader, tmp_path: Path) -> None:
