@@ -163,6 +163,7 @@ class Connection:
     def _send_queued(self, socket: zmq.Socket[bytes]) -> None:
         while self._outgoing and int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
             try:
+                # Without a copy: nobody changes the frames of a queued message.
                 socket.send_multipart(self._outgoing[0], zmq.NOBLOCK, copy=False)
             except zmq.Again:  # The connection has ended since the socket was found ready; the monitor says why.
                 return

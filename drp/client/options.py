@@ -34,7 +34,7 @@ DEFAULTS: Final = {field.name: field.default for field in fields(Submit)}
 
 
 def to_submit(number: int, given: Options, ways: Mapping[str, Any]) -> tuple[Submit, list[Frame]]:
-    """Return a Submit and its tensors; raise ValueError for options that a message cannot hold.
+    """Return a Submit and copies of its tensors; raise ValueError for options that a message cannot hold.
 
     `ways` has the fields of Submit that are named in `WAYS`.
     """
@@ -62,7 +62,8 @@ def to_submit(number: int, given: Options, ways: Mapping[str, Any]) -> tuple[Sub
     options["tolerance"] = None if options["tolerance"] == math.inf else options["tolerance"]
     options["offsets"] = _offsets(options["offsets"])
     options["rule"] = _rule(options["rule"])
-    return Submit(request=number, **options, **ways), writer.frames
+    # The frames are sent later, in another thread, and the caller may change its arrays as soon as `submit` returns.
+    return Submit(request=number, **options, **ways), [bytes(frame) for frame in writer.frames]
 
 
 def _offsets(offsets: str | Sequence[int] | None) -> Any:

@@ -15,6 +15,7 @@ import torch
 
 import drp
 from drp import Client, Leader
+from drp.client.options import to_submit
 from drp.protocol.arrays import add_array, find_library, take_array
 from drp.protocol.frames import FrameReader, FrameWriter
 from tests.e2e.test_server import ROOT, serving
@@ -120,6 +121,15 @@ def test_arrays_of_every_kind_arrive(dtype: torch.dtype) -> None:
         data = add_array(writer, "x", value)
         assert torch.equal(take_array(FrameReader(writer.frames), data, "torch"), tensor.detach())
         assert len(FrameReader(writer.frames).take_bytes(data)) == tensor.numel() * tensor.itemsize
+
+
+def test_a_request_has_the_values_that_its_arrays_had_when_it_was_submitted() -> None:
+    """The connection's thread sends it later, when the caller may have reused them."""
+    noise, image, cond = torch.ones(2, 3), np.ones((2, 3), np.float32), torch.ones(5)
+    expected = [cond.numpy().tobytes(), noise.numpy().tobytes(), image.tobytes()]
+    _, frames = to_submit(1, {"noise": noise, "image": image, "cond": {"c": cond}}, {})
+    noise[:], image[:], cond[:] = 7, 7, 7
+    assert [bytes(frame) for frame in frames] == expected
 
 
 @pytest.mark.parametrize(
