@@ -67,8 +67,7 @@ class Engine:
     """Executes runs, submitted from any thread, on the workers of one pool. It has its own thread.
 
     The module's docstring says what holds the engine's state. The engine itself has only the numbers of future runs
-    (`_numbers`), when a run's stream has more to execute (`_next_ready_time`), and the number of rounds that had begun
-    when drafts were last assigned (`_rounds_seen`).
+    (`_numbers`), and when a run's stream has more to execute (`_next_ready_time`).
 
     Attributes without an underscore may be read by tests and while debugging; only the engine's thread changes them.
     """
@@ -79,7 +78,6 @@ class Engine:
         self._worker_count = len(devices)
         self._numbers = itertools.count()
         self._next_ready_time = math.inf  # when a run's stream has more to execute
-        self._rounds_seen = 0  # `rounds_begun` when drafts were last assigned
         self._started: Future[ModelSpec] = Future()
         self._thread_ready = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="drp-leader", daemon=True)
@@ -193,8 +191,8 @@ class Engine:
                 self.runs.refine_all()  # Final states of the previous round, while the workers compute.
                 self.runs.bind_all()
                 self._run_ready()
-                if self.runs.rounds_begun != self._rounds_seen and self.runs.has_work:
-                    continue  # A round has begun in the meantime, so more drafts can be assigned.
+                if any(run.round_begun for run in self.runs.running.values()) and self._has_work:
+                    continue  # More drafts can be assigned.
                 self._receive()
         except WorkerError as lost:
             error = WorkerError(*lost.args)  # Drop the traceback, whose frames keep the runs' memory alive.
@@ -285,7 +283,6 @@ class Engine:
 
         Arithmetic that becomes ready in the meantime is executed between small steps.
         """
-        self._rounds_seen = self.runs.rounds_begun
         self._scheduler.assign_drafts()
         while runs := [run for run in self.runs.running.values() if run.schedules_ahead and run.ready]:
             self._run_ready(notify=False)
@@ -295,7 +292,6 @@ class Engine:
                     self.runs.schedule_drafts(run)
             self._run_ready(notify=False)
             self.runs.refine_all()  # Queue known sums before operations that wait for the predictions of these drafts.
-            self._rounds_seen = self.runs.rounds_begun
             self._scheduler.assign_drafts()
         self._scheduler.flush()
 
@@ -319,8 +315,12 @@ class Engine:
                 self._run_ready()
             if time.monotonic() >= timer:
                 return self._on_deadline()
-            if once or self.runs.has_work or self._requests.wakeup_fd in wakeups or self.supervisor.ready is not ready:
+            if once or self._has_work or self._requests.wakeup_fd in wakeups or self.supervisor.ready is not ready:
                 return None
+
+    @property
+    def _has_work(self) -> bool:
+        return any(run.has_work for run in self.runs.all_runs)
 
     def _on_deadline(self) -> None:
         while received := self.pool.receive(0.0)[0]:  # A message that has arrived is not late.

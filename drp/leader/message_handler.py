@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from drp.errors import WorkerError
 from drp.leader.runs.event_recorder import EventRecorder
 from drp.leader.runs.run_state import DraftSlot, InFlightBatch, PendingCompletion, RunState
-from drp.leader.runs.run_table import RunTable, release_rows
+from drp.leader.runs.run_table import RunTable
 from drp.leader.scheduling.scheduler import Scheduler
 from drp.leader.supervision.supervisor import DRAFT_RETRY_COST, Supervisor, WorkerLoss
 from drp.leader.supervision.worker import Received
@@ -59,7 +59,7 @@ class MessageHandler:
         worker_slot.drafts.remove(sent)
         worker_slot.since = self._supervisor.clock.awake_since
         worker_slot.retry_budget_used, worker_slot.restarts = 0.0, 0
-        release_rows(sent)
+        sent.release_rows()
 
     def _on_prediction(self, worker_slot: DraftSlot, sent: InFlightBatch, message: Prediction) -> None:
         """Handle the predictions of a batch, or the message that a batch of an asynchronous run is queued."""
@@ -72,7 +72,7 @@ class MessageHandler:
             if self._recorder.timelines:
                 self._recorder.record_predictions("predicted" if counts else "late", sent, worker_slot.number, message)
             if counts:
-                run.on_predictions(worker_slot.number, sent.tasks, sent.rows, message.seconds)
+                run.on_predictions(worker_slot.number, sent, message.seconds)
                 if self._recorder.timelines:
                     self._recorder.record_tasks("accumulated", sent, worker_slot.number, since)
                 if run.ready:
@@ -100,7 +100,8 @@ class MessageHandler:
             self.on_worker_lost(self._supervisor.mark_dead(worker_slot, f"{words} without a valid completion record"))
             return
         self._done(worker_slot, sent)
-        self._recorder.record_completion("predicted" if completion.counts else "late", completion)
+        if self._recorder.timelines:
+            self._recorder.record_completion("predicted" if completion.counts else "late", completion)
         if status != OK and completion.counts and run.number in self._runs.running:
             step = f"step {completion.failed_index(status)} of run {run.number}"
             words = f"{worker_slot.worker} failed evaluating {step}: the denoiser returned NaN or infinity"
@@ -142,7 +143,7 @@ class MessageHandler:
         affected = self._runs.on_worker_lost(loss)
         for place, sent in reversed([*enumerate(loss.drafts)]):
             run, task = sent.run, sent.tasks[0]
-            release_rows(sent)
+            sent.release_rows()
             self._recorder.record_tasks("lost", sent, number)
             missing = sent.is_outstanding and not self._scheduler.copies_of(sent)
             if missing:

@@ -517,7 +517,7 @@ def test_the_leader_does_not_sleep_when_a_round_has_begun_that_it_has_given_noth
     take, refine = engine._receive, engine.runs.refine_all
 
     def look() -> None:
-        looks.append(engine.runs.rounds_begun != engine._rounds_seen and engine.runs.has_work)
+        looks.append(any(run.round_begun for run in engine.runs.running.values()) and engine._has_work)
         take()
 
     def dawdle() -> None:

@@ -37,7 +37,7 @@ from drp.sampling.result import Result
 from drp.sampling.run import Run, Task
 
 COMPLETION_POLL_INTERVAL = 0.001
-"""Seconds between two polls of completion records that a GPU writes."""
+"""Seconds between two polls of completion records that a GPU writes, which sends no notification."""
 
 
 class AsyncRun(SyncRun):
@@ -50,7 +50,7 @@ class AsyncRun(SyncRun):
         _batches_added, _batches_verified     the number of batches in each state so far
         _batch_of, _reserved                  by slot, the batch of its draft, and the row reserved for its prediction
         _rounds_formed, _rounds_refined       the number of rounds scheduled; of them, before the last refinement
-        rounds_begun, _round_begun            the number of rounds begun; whether one began since the last placement
+        _rounds_begun                         the number of rounds that have begun, whose drafts are written
         _base_depth                           the number of batches that workers should have
         _checkpoints, _kept_states            what is kept until batches are verified: checkpoints and states
         _evaluated, _reported_seconds         the sizes and times of verified batches; the times that GPUs report
@@ -81,9 +81,9 @@ class AsyncRun(SyncRun):
         self._batches_added = self._batches_verified = self._last_recorded = 0
         self._exhausted = False
         self._last_progress = self._clock.now()
-        self._base_depth, self._round_begun = 0, False
-        self.rounds_begun = 0
-        """The number of rounds that have begun, whose drafts are written."""
+        self._base_depth = self._rounds_begun = 0
+        if placement.on_gpu:
+            self.poll_interval = COMPLETION_POLL_INTERVAL
         # All rows of a round are reserved at once.
         config = replace(config, spare_rows=config.spare_rows + job.mode.width)
         slots = job.slots(checkpoints=True)
@@ -107,7 +107,7 @@ class AsyncRun(SyncRun):
         """Create the worker's event; return the message that describes the run's memory and events to it."""
         return self._events.bind(worker)
 
-    def prepare_dispatch(self, worker: int) -> tuple[int, int]:
+    def prepare_dispatch(self) -> tuple[int, int]:
         """Return the sequence number of the batch to be sent, and the number of the leader's last event."""
         sequence = self._placement.next_sequence()
         self._in_flight[sequence] = None
@@ -136,7 +136,6 @@ class AsyncRun(SyncRun):
         self, queues: Sequence[Sequence[InFlightBatch]], depth: int
     ) -> Iterator[tuple[int, tuple[Task, ...]]]:
         """Yield batches of at most two rounds, each for the worker that would evaluate the fewest batches before it."""
-        self._round_begun = False
         self._base_depth = min(depth * len(queues), 2 * -(-self.job.mode.width // self._batch))
         return self._place(queues, self._base_depth - sum(map(len, queues)))
 
@@ -214,7 +213,7 @@ class AsyncRun(SyncRun):
         the drafts of the second round are written, three rounds are scheduled, while workers open the memory.
         """
         waits = self._pending and (self._exhausted or self.job.mode.feedback)
-        opening = self._rounds_formed > 2 and self.rounds_begun == 1
+        opening = self._rounds_formed > 2 and self._rounds_begun == 1
         return self.run.ready and not (opening or waits)
 
     def run_ready(self, notify: bool) -> float:
@@ -226,29 +225,18 @@ class AsyncRun(SyncRun):
         return due
 
     @property
-    def waits_for_bind(self) -> bool:
-        """Whether messages to other workers are held back: a worker opens the memory, and its device is idle."""
-        return bool(self.bind_pending)
-
-    @property
     def has_work(self) -> bool:
         """Whether there is anything to do before a worker's next event: not while workers have the next round queued.
 
         If no round has just begun, one is about to end, and half the queue is enough: its end is handled first.
         """
-        least = self._base_depth if self._round_begun else self._base_depth // 2 + 1
-        wanted = self._round_begun and self._kept_states.wanted
+        least = self._base_depth if self.round_begun else self._base_depth // 2 + 1
+        wanted = self.round_begun and self._kept_states.wanted
         return self.ready or wanted or self.stream.pending_waits < max(1, least)
 
     def _on_round_begun(self) -> None:
-        self._round_begun = True
-        self.rounds_begun += 1
-
-    @property
-    def poll_interval(self) -> float:
-        """Seconds to the next poll of completion records or of states to be handed out; a GPU sends no notification."""
-        looks = self._placement.on_gpu and (bool(self._pending) or self.needs_refine)
-        return COMPLETION_POLL_INTERVAL if looks else math.inf
+        self.round_begun = True
+        self._rounds_begun += 1
 
     def poll_completions(self) -> Iterator[tuple[PendingCompletion, int | None]]:
         """Yield batches whose completion records were read, in order, with their status.

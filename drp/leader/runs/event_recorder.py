@@ -11,7 +11,7 @@ from drp.protocol.messages import Prediction
 
 
 class EventRecorder:
-    """Appends events to all subscribed timelines. Without subscribers an event costs one check of an empty tuple."""
+    """Appends events to all subscribed timelines. Callers for whom a call matters check `timelines` first."""
 
     def __init__(self) -> None:
         self.timelines: tuple[Timeline, ...] = ()
@@ -40,12 +40,12 @@ class EventRecorder:
 
     def record_tasks(self, kind: EventKind, sent: InFlightBatch, worker: int, since: int = 0) -> None:
         """Record an event for each draft of a batch."""
-        for task in sent.tasks if self.timelines else ():
+        for task in sent.tasks:
             self.record(kind, sent.run, task.index, worker, since=since)
 
     def record_predictions(self, kind: EventKind, sent: InFlightBatch, worker: int, message: Prediction) -> None:
         """Record the predictions of a batch of drafts."""
-        for place, task in enumerate(sent.tasks if self.timelines else ()):
+        for place, task in enumerate(sent.tasks):
             # The batch's time is recorded with its first draft; the other predictions are complete at its end.
             seconds = message.seconds if place == 0 else 0.0
             received, began = (message.received, message.began) if place == 0 else (message.predicted,) * 2
@@ -56,12 +56,11 @@ class EventRecorder:
 
     def record_completion(self, kind: EventKind, completion: PendingCompletion) -> None:
         """Record that the completion records of a batch of an asynchronous run were read."""
-        if self.timelines:
-            sent, worker, seconds = completion.batch, completion.worker, completion.seconds
-            ended_at = completion.ended_at or time.perf_counter()
-            times = (ended_at - seconds, ended_at - seconds, ended_at, ended_at)
-            self.record_predictions(kind, sent, worker, Prediction(sent.run.number, 0, 0, seconds, *times))
-            self.record_tasks("accumulated", sent, worker)
+        sent, worker, seconds = completion.batch, completion.worker, completion.seconds
+        ended_at = completion.ended_at or time.perf_counter()
+        times = (ended_at - seconds, ended_at - seconds, ended_at, ended_at)
+        self.record_predictions(kind, sent, worker, Prediction(sent.run.number, 0, 0, seconds, *times))
+        self.record_tasks("accumulated", sent, worker)
 
     def callback_recorder(self, run: RunState) -> Callable[[int, int], None] | None:
         """Return a function that records the callbacks of a run, None without subscribers."""

@@ -32,6 +32,7 @@ class InFlightBatch:
     tasks: the drafts.
     rows: for each draft, the row of the run's predictions to which the worker writes.
     sequence: the sequence number of an asynchronous batch, 0 for a synchronous one.
+    after: the number of the leader's event that an asynchronous batch waits for, 0 for none.
     completion_pending: whether an asynchronous batch is queued and its completion record was not read yet. The worker
         has the batch until then.
     """
@@ -40,12 +41,21 @@ class InFlightBatch:
     tasks: tuple[Task, ...]
     rows: tuple[int, ...]
     sequence: int = 0
+    after: int = 0
     completion_pending: bool = False
 
     @property
     def is_outstanding(self) -> bool:
         """Whether the predictions are still needed: another copy may have been used, or the run be over."""
         return self.run.outstanding.get(self.tasks[0].slot) is self.tasks[0]
+
+    def release_rows(self) -> None:
+        """Record that the worker no longer writes to the rows of this batch."""
+        in_flight = self.run.rows_in_flight
+        for row in self.rows:
+            in_flight[row] -= 1
+            if not in_flight[row]:
+                del in_flight[row]
 
 
 DraftSlot: TypeAlias = WorkerSlot[InFlightBatch]
@@ -121,8 +131,10 @@ class RunState(ABC):
     """Whether all workers but the first open the run's memory with their first draft, not when the run begins."""
     schedules_ahead = False
     """Whether drafts can be scheduled before the predictions that they depend on are complete."""
-    rounds_begun = 0
-    """The number of rounds that devices have begun; 0 where that is unknown."""
+    round_begun = False
+    """Whether devices have begun a round since drafts were last assigned; False where that is unknown."""
+    poll_interval = math.inf
+    """Seconds between two polls of completion records; infinite if workers notify the leader."""
     needs_refine = False
     """Whether `refine` has states to compute or callbacks to call."""
     steps_done = 0
@@ -202,11 +214,19 @@ class RunState(ABC):
         self.arena.memory.record_event()
         return self.arena.bind
 
-    def prepare_dispatch(self, worker: int) -> tuple[int, int]:
-        """Make what was written to the memory visible to a worker that is about to be sent a draft.
+    def begin_batch(self, tasks: tuple[Task, ...]) -> InFlightBatch:
+        """Return the batch of drafts that are about to be sent to a worker, with the rows for their predictions."""
+        rows: list[int] = []
+        for task in tasks:
+            rows.append(self.free_row(task.slot))
+            self.rows_in_flight[rows[-1]] += 1
+        return InFlightBatch(self, tasks, tuple(rows), *self.prepare_dispatch())
+
+    def prepare_dispatch(self) -> tuple[int, int]:
+        """Make what was written to the memory visible to a worker that is about to be sent a batch.
 
         Returns:
-            The draft's sequence number, and the number of the leader's event that the draft waits for; 0 for none.
+            The batch's sequence number, and the number of the leader's event that it waits for; 0 for none.
         """
         self.arena.memory.record_event()  # It does nothing on the host.
         return 0, 0
@@ -214,16 +234,6 @@ class RunState(ABC):
     def on_dispatched(self, worker: int, sent: InFlightBatch) -> None:
         """Update the run after an asynchronous batch was enqueued for a worker."""
         raise NotImplementedError(f"run {self.number} has no asynchronous batches")
-
-    @property
-    def waits_for_bind(self) -> bool:
-        """Whether messages to other workers are held back while a worker opens the memory and its device is idle."""
-        return False
-
-    @property
-    def poll_interval(self) -> float:
-        """Seconds to the next poll of the completion records; infinite if workers notify the leader."""
-        return math.inf
 
     def place_drafts(
         self, queues: Sequence[Sequence[InFlightBatch]], depth: int
@@ -309,13 +319,13 @@ class RunState(ABC):
             self._reassigned_rows.add(row)
         return row
 
-    def on_predictions(self, worker: int, tasks: Sequence[Task], rows: Sequence[int], seconds: float) -> None:
+    def on_predictions(self, worker: int, sent: InFlightBatch, seconds: float) -> None:
         """Add the predictions of a batch and update the statistics."""
         self.served_by.add(worker)
         self.device_seconds += seconds
         self._slowest = max(self._slowest, seconds)
         self._recent.append(seconds)
-        for task, row in zip(tasks, rows, strict=True):
+        for task, row in zip(sent.tasks, sent.rows, strict=True):
             del self.outstanding[task.slot]
             self.retry_budget_used.pop(task.index, None)
             self.evaluations += 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import operator
 import time
 from dataclasses import replace
 
@@ -15,8 +14,6 @@ from drp.leader.supervision.supervisor import Supervisor, WorkerLoss
 from drp.protocol.codec import encode
 from drp.protocol.memory import MAX_RETAINED_NBYTES
 from drp.protocol.messages import Draft, Rebind, Unbind
-
-_HAS_WORK, _ROUNDS_BEGUN = operator.attrgetter("has_work"), operator.attrgetter("rounds_begun")
 
 log = logging.getLogger(__name__)
 
@@ -136,16 +133,6 @@ class RunTable:
         self.release_if_idle(run)
         return True
 
-    @property
-    def has_work(self) -> bool:
-        """Whether there is anything to do for a run before the next message."""
-        return any(map(_HAS_WORK, self.all_runs))
-
-    @property
-    def rounds_begun(self) -> int:
-        """The number of rounds that have begun in all running runs."""
-        return sum(map(_ROUNDS_BEGUN, self.running.values()))
-
     def on_worker_lost(self, loss: WorkerLoss[InFlightBatch]) -> list[RunState]:
         """Remove a lost worker from all runs; return the runs that have used predictions which it had not finished."""
         again = [run for run in self.all_runs if run.drop_worker(loss.worker_slot.number, loss.drafts)]
@@ -205,11 +192,3 @@ class RunTable:
             self.running.clear()
             self.draining.clear()
             self.all_runs = ()
-
-
-def release_rows(sent: InFlightBatch) -> None:
-    """Record that a worker no longer writes to the rows of a batch."""
-    for row in sent.rows:
-        sent.run.rows_in_flight[row] -= 1
-        if not sent.run.rows_in_flight[row]:
-            del sent.run.rows_in_flight[row]

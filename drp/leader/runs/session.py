@@ -83,7 +83,7 @@ class EvaluationSession(RunState):
     def bind(self, worker: int) -> Bind:
         return self.arena.bind
 
-    def prepare_dispatch(self, worker: int) -> tuple[int, int]:
+    def prepare_dispatch(self) -> tuple[int, int]:
         """Do nothing: the caller has recorded the memory's event, on its own stream."""
         return 0, 0
 

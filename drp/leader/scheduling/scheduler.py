@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from drp.leader.runs.event_recorder import EventRecorder
 from drp.leader.runs.run_state import DraftSlot, InFlightBatch, RunState
-from drp.leader.runs.run_table import RunTable, release_rows
+from drp.leader.runs.run_table import RunTable
 from drp.leader.scheduling.policies import Policy, has_waiting
 from drp.leader.supervision.supervisor import Supervisor
 from drp.protocol.messages import BatchedDraft, Draft
@@ -32,6 +32,8 @@ class Scheduler:
         A single asynchronous run assigns its batches itself, to the workers that the policy lets it use; see
         `RunState.place_drafts`.
         """
+        for run in self._runs.running.values():
+            run.round_begun = False
         runs = [run for run in self._runs.running.values() if run.outstanding]
         ready = self._supervisor.ready
         if len(runs) == 1 and runs[0].schedules_ahead:
@@ -69,7 +71,7 @@ class Scheduler:
     def flush(self) -> None:
         """Send all enqueued messages, except while they are held back for a worker that opens a run's memory."""
         runs = self._runs.all_runs
-        if len(runs) != 1 or not runs[0].waits_for_bind:
+        if len(runs) != 1 or not _waits_for_bind(runs[0]):
             self._supervisor.flush(self._supervisor.ready)
 
     def _place_drafts(self, runs: Sequence[RunState], ready: Sequence[DraftSlot]) -> None:
@@ -83,36 +85,31 @@ class Scheduler:
         idle = [worker_slot for worker_slot in ready if not worker_slot.drafts]
         for place, tasks in run.place_drafts([worker_slot.drafts for worker_slot in ready], self.policy.depth):
             self._assign(ready[place], run, tasks)
-        if len(idle) == len(ready) or not run.waits_for_bind:
+        if len(idle) == len(ready) or not _waits_for_bind(run):
             self._supervisor.flush(idle)
-        if run.waits_for_bind:
+        if _waits_for_bind(run):
             sched_yield()  # The thread that sends the message to the first worker may need this thread's core.
 
     def _assign(self, worker_slot: DraftSlot, run: RunState, tasks: tuple[Task, ...]) -> None:
         """Enqueue a batch for a worker; an exception ends the run."""
-        since, rows, first = time.perf_counter_ns(), list[int](), tasks[0]
+        since = time.perf_counter_ns()
         try:
-            for task in tasks:
-                rows.append(run.free_row(task.slot))
-                run.rows_in_flight[rows[-1]] += 1
-            sequence, after = run.prepare_dispatch(worker_slot.number)
-            sent = InFlightBatch(run, tasks, tuple(rows), sequence)
-            also = tuple(map(_batched_draft, tasks[1:], rows[1:]))
-            draft = Draft(run.number, first.index, first.timestep, first.slot, rows[0], sequence, after, also)
+            sent = run.begin_batch(tasks)
+            draft = _to_message(sent)
             try:
                 if worker_slot.number in run.bound_workers:
                     self._supervisor.enqueue(worker_slot, draft)
                 else:
                     self._runs.bind(worker_slot, run, draft)
             except BaseException:  # The message cannot be encoded, for example because of a user's timestep.
-                release_rows(sent)
+                sent.release_rows()
                 raise
             if self._recorder.timelines:
                 self._recorder.record_tasks("sent", sent, worker_slot.number, since)
             if not worker_slot.drafts:
                 worker_slot.since = self._supervisor.clock.now()
             worker_slot.drafts.append(sent)
-            if sequence:
+            if sent.sequence:
                 run.on_dispatched(worker_slot.number, sent)
         except BaseException as error:
             self._runs.fail(run, error)
@@ -150,5 +147,16 @@ class Scheduler:
         ]
 
 
-def _batched_draft(task: Task, row: int) -> BatchedDraft:
+def _waits_for_bind(run: RunState) -> bool:
+    """Whether messages to other workers are held back: a worker opens the memory, and its device is idle."""
+    return run.binds_with_drafts and bool(run.bind_pending)
+
+
+def _to_message(sent: InFlightBatch) -> Draft:
+    first, row = sent.tasks[0], sent.rows[0]
+    also = tuple(map(_to_batched_draft, sent.tasks[1:], sent.rows[1:]))
+    return Draft(sent.run.number, first.index, first.timestep, first.slot, row, sent.sequence, sent.after, also)
+
+
+def _to_batched_draft(task: Task, row: int) -> BatchedDraft:
     return BatchedDraft(task.index, task.timestep, task.slot, row)
