@@ -347,7 +347,7 @@ def _use(gpus: Sequence[Gpu], why: str, reached: Matrix) -> list[Finding]:
         Finding(
             "weights",
             "one copy for all workers of a GPU"
-            + (f"; on {', '.join(alone)} one a worker, since no other process reaches it" if alone else ""),
+            + (f"; on {', '.join(alone)} one per worker, since no other process can access it" if alone else ""),
         ),
         Finding("one GPU alone", f"Leader(..., devices='cuda:{gpus[0].index}', drafts_per_device=4)"),
     ]

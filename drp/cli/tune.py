@@ -72,7 +72,7 @@ def _measured(tuning: Tuning) -> list[Table]:
             f"memory, {len(sizes)} x {name}" if len(sizes) > 1 else f"memory, {name}",
             f"{least} MiB" if least == most else f"{least} to {most} MiB",
         )
-    rounds = _table("Rounds", "drafts, one a device", "slowest evaluation, ms", "rest of the round, ms")
+    rounds = _table("Rounds", "drafts, one per device", "slowest evaluation, ms", "rest of the round, ms")
     for width, took in found.rounds.items():
         rounds.add_row(str(width), f"{took.slowest * 1e3:.2f}", f"{took.loss * 1e3:.2f}")
     return [facts, rounds]

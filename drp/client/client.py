@@ -1,4 +1,4 @@
-"""The public client. The socket is used by a thread of its own, see `drp.client.connection`."""
+"""The public client. A separate thread uses the socket, see `drp.client.connection`."""
 
 from __future__ import annotations
 

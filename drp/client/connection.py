@@ -1,4 +1,4 @@
-"""The connection to a server. A thread of its own uses the socket and ends with the connection."""
+"""The connection to a server. A separate thread uses the socket and ends with the connection."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Calibration:
     """What was measured on the devices; times in seconds.
 
     devices: the number of devices.
-    rounds: the time of a round by the number of drafts that are evaluated at once, one a device. Devices that share
+    rounds: the time of a round by the number of drafts that are evaluated at once, one per device. Devices that share
         cores or memory take longer for more drafts.
     batches: the slowest evaluation while every device evaluates a batch of drafts, by the size of the batches.
     fixed: the time of a call before the first evaluation and after the last step.
@@ -109,7 +109,7 @@ class _Calibrator:
         self._exact: Sample | None = None
 
     def measure(self, width: int) -> None:
-        """Measure runs with `width` drafts a round."""
+        """Measure runs with `width` drafts per round."""
         self._report(f"measuring rounds of {width}")
         with self._subject.session(_of_width(width)) as session:
             self._samples[width], self._slowest[width] = _measure_rounds(session, width, self._trace)
@@ -190,7 +190,7 @@ def _of_width(width: int) -> Drafted:
 
 
 def largest_drafts(steps: int) -> int:
-    """Return the most drafts a round that are worth trying."""
+    """Return the maximum number of drafts per round that is worth trying."""
     return max(2, steps // 3)
 
 

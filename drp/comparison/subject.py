@@ -92,7 +92,7 @@ class Subject(AbstractContextManager["Subject"]):
         return False
 
     def batched(self, size: int) -> Subject:
-        """Return the same subject with batches of `size` drafts a device."""
+        """Return the same subject with batches of `size` drafts per device."""
         raise NotImplementedError
 
     def timed(self) -> Subject:

@@ -100,7 +100,7 @@ class Drafter:
 
     def find(self, t: Any, index: int | None) -> int:
         """Return the index of a step's timestep; `index` is the expected one, if it is known."""
-        if isinstance(t, Tensor) and t.dim() > 0:  # one a sample or a token
+        if isinstance(t, Tensor) and t.dim() > 0:  # one per sample or token
             if t.numel() == 0 or not bool((t == t.flatten()[0]).all()):
                 raise UnrecognisedError("the scheduler's step is given several timesteps at once", final=True)
             t = t.flatten()[0]
@@ -184,7 +184,7 @@ class Drafter:
                 if i < last:
                     numbers = self.numbers(i)
                     given = {name: argument.at(numbers, stepped) for name, argument in arguments.items()}
-                    several = isinstance(self._time, Tensor) and self._time.dim() > 0  # one a sample or a token
+                    several = isinstance(self._time, Tensor) and self._time.dim() > 0  # one per sample or token
                     time = self._on_device[i].expand(self._time.shape) if several else t
                     output = kept(i, x)
                     if output is None:

@@ -271,7 +271,7 @@ class _Pickler(pickle.Pickler):
             if (method := patched_method(cls)) is not None:
                 raise PatchedClassError(
                     f"{method} was replaced in the class after its module was imported, and workers import the "
-                    "class without that; undo it, or make a subclass in a module of its own"
+                    "class without that; undo it, or define a subclass in a module"
                 )
             for namespace in dict.fromkeys((cls, *namespaces_of(cls))):
                 self.containers.append(vars(namespace))

@@ -59,7 +59,7 @@ class Workers:
             )
         if execution is not None and execution.dtype is not None:
             raise ValueError(
-                f"dtype is {execution.dtype!r}; a pipeline has a dtype of its own: load it with torch_dtype="
+                f"dtype is {execution.dtype!r}; a pipeline defines its own dtype: load it with torch_dtype="
             )
         self.threads = threads or max(1, torch.get_num_threads() // len(placed))
         self.drafts_per_device = drafts_per_device

@@ -1,4 +1,4 @@
-"""A backend over a diffusers pipeline, which serves one request after another in a thread of its own."""
+"""A backend over a diffusers pipeline, which serves one request after another in a separate thread."""
 
 from __future__ import annotations
 

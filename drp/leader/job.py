@@ -301,7 +301,7 @@ def _cond(request: Request, spec: ModelSpec) -> dict[str, Tensor]:
                 f"of {', '.join(DTYPES)} with {MAX_DIMENSIONS} sizes at most"
             )
         if name in ("labels", "guidance"):
-            raise ValueError(f"cond[{name!r}]: {name} is an argument of its own; give it there")
+            raise ValueError(f"cond[{name!r}]: {name} is a separate argument; give it there")
         cond[name] = value
     if len(cond) > 60:
         raise ValueError(f"cond holds {len(cond)} tensors; at most 60")

@@ -61,7 +61,7 @@ def on_ray(
 
 @dataclass(frozen=True)
 class RayWorkers(RemoteWorkers):
-    """Workers that Ray places; see `on_ray`, which makes these. Each has a key of its own, made when it is started."""
+    """Workers that Ray places; see `on_ray`, which makes these. Each has its own key, generated when it is started."""
 
     device: str = "cuda"
     threads: int = 1

@@ -360,7 +360,7 @@ def _runtime() -> Any:
     try:
         library = ctypes.CDLL(found[0] if found else f"libcudart.so.{(torch.version.cuda or '').split('.')[0]}")
     except OSError as error:
-        raise CudaError(f"torch is loaded without a CUDA runtime library of its own: {error}") from error
+        raise CudaError(f"torch is loaded without its own CUDA runtime library: {error}") from error
     library.cudaGetErrorString.restype = ctypes.c_char_p
     library.cudaIpcOpenMemHandle.argtypes = (ctypes.c_void_p, _Opaque, ctypes.c_uint)
     library.cudaIpcOpenEventHandle.argtypes = (ctypes.c_void_p, _Opaque)

@@ -1,6 +1,6 @@
 """Inline tensors: tensors that travel in frames after a message, between a leader and a worker on another machine.
 
-Each side has an arena of its own for a run, laid out as the Bind describes. The sender adds the part of its arena that
+Each side has its own arena for a run, laid out as the Bind describes. The sender adds the part of its arena that
 the receiver needs, and the receiver copies it to the same place in its own:
 
     message     frames after it

@@ -54,7 +54,7 @@ FIRST = 300.0
 def send_frames(socket: zmq.Socket[bytes], frames: Sequence[Frame], flags: int = NOBLOCK) -> None:
     """Send the frames of one message, of which libzmq makes copies; raise zmq.ZMQError if it is not accepted.
 
-    pyzmq can also send without a copy. It then frees each frame in a thread of its own, which competes with this thread
+    pyzmq can also send without a copy. It then frees each frame in a separate thread, which competes with this thread
     for the interpreter's lock: that costs more than copying drafts does.
     """
     for frame in frames[:-1]:
@@ -88,7 +88,7 @@ class LeaderSocket:
     def __init__(self) -> None:
         require_descriptors(DESCRIPTORS)
         self._places: dict[bytes, int] = {}
-        # A context of its own: an embedding program's sockets and limits stay out of it.
+        # A separate context, which does not share sockets and limits with an embedding program.
         self._context = zmq.Context(io_threads=1)
         self._epoll = select.epoll()
         try:

@@ -117,7 +117,7 @@ STEADY = DraftRule(carry=(0.3, 0.1), slope=0.0)
 """The default of windows under solvers that add noise: the noise of each step hides where the estimate is going."""
 
 STEADY_WIDE = DraftRule(carry=(0.4, 0.1), slope=0.0)
-"""The same for more than four drafts a round, which lie further from the states that they stand for."""
+"""The same for more than four drafts per round, which are further from the refined states."""
 
 RULES = {"paper": PAPER, "secant": SECANT, "damped": DAMPED}
 

@@ -34,7 +34,7 @@ MIN_SPACED_DRAFTS = 4
 MAX_STEADY_DRAFTS = 4
 """Drafts a round beyond which a window under a solver that adds noise carries more of the data estimate."""
 LEAST_STEPS_A_SPACED_DRAFT = 6
-"""Steps for each draft a round below which offsets with gaps reach too far ahead to gain."""
+"""Steps per draft of a round below which offsets with gaps reach too far ahead to gain."""
 
 
 def spaced_offsets(n: int) -> tuple[int, ...]:

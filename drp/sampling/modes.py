@@ -1,7 +1,7 @@
 """Modes: which indices are predicted in each round, and from which index each round starts.
 
 A mode is a subclass of `Mode` with `width` and `rounds`; writing one takes a few lines (examples/own_mode.py). Counts
-are for N steps and n drafts a round.
+are for N steps and n drafts per round.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Wide(Mode):
 
 @dataclass(frozen=True)
 class Aggressive(Wide):
-    """n drafts a round, the last draft's own prediction starting the next: 1 + ceil((N - 1) / n) rounds."""
+    """n drafts per round; the last draft's own prediction starts the next round: 1 + ceil((N - 1) / n) rounds."""
 
     rule: DraftRule = DAMPED
 

@@ -14,11 +14,11 @@ from torch import Tensor
 def draft_and_refine(
     denoise: Callable[[Tensor, float], Tensor], x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, n: int, stride: int
 ) -> tuple[Tensor, int]:
-    """Return the sample [B, ...], and the rounds that it took: 1 + ceil((N - 1) / stride).
+    """Return the sample [B, ...] and the number of rounds, 1 + ceil((N - 1) / stride).
 
-    denoise(x, t) predicts the noise in a state x [B, ...]; t [N] are the timesteps, alpha and sigma [N + 1] say how
-    much signal and noise a state has. n drafts a round; the run then goes on by `stride` steps of them, 1 to n. At n it
-    is the aggressive mode of the paper, at 1 the ordinary loop.
+    denoise(x, t) predicts the noise in a state x [B, ...]. t [N] are the timesteps; alpha and sigma [N + 1] are the
+    amounts of signal and noise. A round has n drafts and advances by `stride` steps, 1 to n. Stride n is the paper's
+    aggressive mode, stride 1 the ordinary loop.
     """
     last = len(t) - 1
 
@@ -33,7 +33,7 @@ def draft_and_refine(
         for j in range(k + 1, min(k + n, last) + 1):
             newest = min(j - 1, max(noise))
             drafts[j] = ddim(drafts[newest], noise[newest], newest, j)
-        # Predict: all at once, one a device.
+        # Predict: all at once, one per device.
         noise.update({j: denoise(drafts[j], float(t[j])) for j in drafts if j > k})
         rounds += 1
         # Refine: the ordinary steps, with the noise that was predicted at the drafts.

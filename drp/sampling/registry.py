@@ -93,7 +93,7 @@ def _make_solver(
     if last < 1:
         raise ValueError(f"strength is {strength}; of {steps} steps it must leave 1 or more: give {1 / steps:.3g} to 1")
     if last < steps and name in ("pndm", "ipndm"):
-        raise ValueError(f"strength is {strength}, but {name} has a beginning of its own; choose another solver")
+        raise ValueError(f"strength is {strength}, but {name} has its own first steps; choose another solver")
     part = full.after(full.steps - (2 * last - 1 if name == "heun" else last)) if last < steps else full
     given = {**named.options, **dict(options)}
     _check("solver_options", given, named.solver, ("grid", "prediction_type", "self"))

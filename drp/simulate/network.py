@@ -14,8 +14,8 @@ class Link:
     """What drafts and predictions of `nbytes` bytes pass on their way to workers on other machines.
 
     latency: seconds in which a bit reaches the other side.
-    bandwidth: bytes a second of the leader's connection, each way, which all workers share; 0 for no limit.
-    encryption: bytes a second that a core encrypts or decrypts; 0 without encryption.
+    bandwidth: bytes per second of the leader's connection, each way, which all workers share; 0 for no limit.
+    encryption: bytes per second that a core encrypts or decrypts; 0 without encryption.
     io_threads: the leader's threads that encrypt and decrypt; the workers are spread over them.
     """
 

@@ -1,4 +1,4 @@
-"""Traces of runs, as files for Perfetto and chrome://tracing, and summaries of where the time went."""
+"""Traces of runs, as files for Perfetto and chrome://tracing, and summaries of how the time was spent."""
 
 from drp.trace.events import read, write
 from drp.trace.record import record

@@ -1,4 +1,4 @@
-"""Summaries: where the time of runs went, along their critical path and on each device."""
+"""Summaries of how runs spent their time, along their critical path and on each device."""
 
 from __future__ import annotations
 

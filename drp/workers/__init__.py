@@ -1,1 +1,1 @@
-"""Workers: the processes that evaluate the denoiser, one a device."""
+"""Workers: the processes that evaluate the denoiser, one per device."""

@@ -271,7 +271,7 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"noise": torch.zeros(1, 8)}, r"noise is torch.float32 \[1, 8\] on cpu; give torch.float32 \[1, 1, "),
     ({"noise": torch.zeros(1, 1, 8, 8).double()}, r"noise is torch.float64 \["),
     ({"out": torch.zeros(1, 1, 1, 1).expand(1, 1, 8, 8)}, "out is .*, not contiguous; give torch.float32"),
-    ({"cond": {"labels": torch.zeros(1)}}, "argument of its own"),
+    ({"cond": {"labels": torch.zeros(1)}}, "is a separate argument"),
     ({"cond": {"x": 3}}, "cond holds tensors"),
 ]
 

@@ -75,7 +75,7 @@ def test_gpus_that_there_are_become_lines(monkeypatch: pytest.MonkeyPatch) -> No
     # This machine does not see these GPUs: what was tried says so, and drp would do without.
     assert all("does not see the GPU" in how and "GPU-1" in how for row in found.ipc for how in row)
     assert seen(found, "runs' memory").seen.startswith("on the host, pinned, with workers on cuda:0, cuda:1")
-    assert "on cuda:0, cuda:1 one a worker" in seen(found, "weights").seen
+    assert "on cuda:0, cuda:1 one per worker" in seen(found, "weights").seen
     shown = Console(width=200, record=True, file=io.StringIO())
     shown.print(*tables(found))
     assert "CUDA IPC between two processes, tried" in shown.export_text()

@@ -82,7 +82,7 @@ class MemoryPlacement:
         self._pattern = (torch.arange(PROBE_NBYTES, device="cpu") % 251).to(torch.uint8)
 
     def init_device(self) -> None:
-        """Make this thread compute on the GPU, in a stream of its own; fall back to the host if that fails."""
+        """Make this thread compute on the GPU, on a separate stream; fall back to the host if that fails."""
         if self._uuid is None:
             return
         try:
@@ -157,7 +157,7 @@ class MemoryPlacement:
         return memory or self._create(size)
 
     def allocate_for_caller(self, nbytes: int) -> Memory:
-        """Return memory for a session, whose caller computes in a thread and on a stream of its own.
+        """Return memory for a session, whose caller computes in another thread and on another stream.
 
         What that stream does from now on waits for what the last session read of the same memory.
         """

@@ -159,7 +159,7 @@ class RemoteBackend:
         self._spares: dict[bytes, tuple[bytes, Hello]] = {}
         self._ended: list[RemoteWorker] = []
         self._reports: deque[tuple[RemoteWorker, str]] = deque()
-        """How launched workers have ended, as the launcher reports it in a thread of its own."""
+        """How launched workers have ended, as the launcher reports it in a separate thread."""
         self._probe_until = 0.0
         self._arenas: weakref.WeakValueDictionary[int, Arena] = weakref.WeakValueDictionary()
         self._dropped = DroppedMessages(log)

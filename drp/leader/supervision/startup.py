@@ -52,7 +52,7 @@ class WorkerStartup:
         self._pool, self._model, self._placement = pool, model, placement
         self._workers = Counter(device.gpu for device in devices)
         self._digests = any(device.remote is not None for device in devices)
-        """Whether workers say a digest of their weights: those elsewhere load files of their own."""
+        """Whether workers report a digest of their weights, since those on other machines load their own files."""
         self._expected: dict[bytes, type[ToLeader]] = {}
         self._loaded_model: Loaded | None = None
         self._first_worker = ""
