@@ -11,7 +11,8 @@ require_linux()
 
 if TYPE_CHECKING:
     from drp.diffusers.comparison import compare
-    from drp.diffusers.parallel import Parallel, parallelize, reference
+    from drp.diffusers.parallel import parallelize, reference
+    from drp.diffusers.parallel_pipeline import Parallel
     from drp.diffusers.report import CallReport, Report
     from drp.diffusers.workers import Workers
 
@@ -20,7 +21,7 @@ __all__ = ["CallReport", "Parallel", "Report", "Workers", "compare", "paralleliz
 # Imported on first use: workers import this package too, and need little of it.
 _MODULES = {
     "CallReport": "drp.diffusers.report",
-    "Parallel": "drp.diffusers.parallel",
+    "Parallel": "drp.diffusers.parallel_pipeline",
     "Report": "drp.diffusers.report",
     "Workers": "drp.diffusers.workers",
     "compare": "drp.diffusers.comparison",

@@ -30,7 +30,8 @@ from drp.comparison.subject import (
     to_pixels,
     worker_memory,
 )
-from drp.diffusers.parallel import Parallel, parallelize
+from drp.diffusers.parallel import parallelize
+from drp.diffusers.parallel_pipeline import Parallel
 from drp.diffusers.pipeline_modes import make_pipeline_mode
 from drp.diffusers.scheduler import adds_noise
 from drp.diffusers.watch import WatchedMethod, schedulers_of
