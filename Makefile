@@ -2,7 +2,8 @@
 PYTHON ?= python3
 DEVICES ?= 2
 # What depends on the dependencies: noise, arithmetic, codec, sockets, command line.
-OLDEST := tests/unit/test_sampling_options.py tests/unit/test_protocol.py tests/e2e/test_cli.py::test_sample_draws_a_picture
+OLDEST := tests/unit/test_sampling_options.py tests/unit/test_protocol.py tests/e2e/test_cli.py::test_sample_draws_a_picture \
+          tests/integration/test_leader.py::test_workers_equal_the_reference_whatever_is_asked
 BIN := .venv/bin
 READY := .venv/ready
 
