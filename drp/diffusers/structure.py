@@ -231,9 +231,8 @@ class _Pickler(pickle.Pickler):
             return self._module(value)
         if isinstance(value, Tensor):
             self._check_device(value)
-            if (
-                id(value) in self._weights
-            ):  # The tensors of which it consists, such as those of a quantized weight, are weights too.
+            if id(value) in self._weights:
+                # The tensors of which it consists, such as those of a quantized weight, are weights too.
                 self._weights |= {id(inner) for inner in vars(value).values() if isinstance(inner, Tensor)}
         else:
             if hasattr(value, "__dict__"):

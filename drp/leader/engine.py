@@ -127,7 +127,8 @@ class Engine:
 
         Spare rows are those that workers may write to beyond the rows that the session reads.
         """
-        session = EvaluationSession(*self._numbered(make_arena), self._requests.notify, self._batch)
+        number = self._next_number()
+        session = EvaluationSession(number, make_arena(number, self._spare_rows), self._requests.notify, self._batch)
         try:
             self._requests.put(session)
         except BaseException:
@@ -165,9 +166,9 @@ class Engine:
         if not self.in_engine_thread:
             self._thread.join(grace + 10.0)
 
-    def _numbered(self, make_arena: Callable[[int, int], Arena]) -> tuple[int, Arena]:
-        number = next(self._numbers) % 2**31
-        return number, make_arena(number, self._spare_rows)
+    def _next_number(self) -> int:
+        """Return the number of a new run or session. Numbers repeat after 2**31."""
+        return next(self._numbers) % 2**31
 
     @property
     def _spare_rows(self) -> int:
@@ -225,7 +226,7 @@ class Engine:
             for loss in self.supervisor.check_health():
                 raise WorkerError(loss.reason)
             for worker, message in received:
-                if failed := self.supervisor.on_message(self.supervisor.slot_of(worker), message):
+                if failed := self.supervisor.on_message(self.supervisor.worker_slots[worker.number], message):
                     raise WorkerError(failed.reason)
         if self._requests.closing is None:
             self._started.set_result(self.supervisor.startup.loaded_model.spec)
@@ -269,7 +270,7 @@ class Engine:
 
     def _make_run_config(self) -> RunConfig:
         return RunConfig(
-            number=next(self._numbers) % 2**31,
+            number=self._next_number(),
             dispatch="async" if self.placement.allows_async and self._scheduler.policy.hedge is None else "sync",
             workers=self._worker_count,
             batch=self._batch,

@@ -114,13 +114,11 @@ class MemoryPlacement:
         """
         if device.gpu is None:
             return None
-        if (
-            self.allows_async and self._uuid is not None
-        ):  # Each worker process gets new counters: waits for its predecessor's may still be queued.
+        if self.allows_async and self._uuid is not None:
+            # Each worker process gets new counters: waits for its predecessor's may still be queued.
             if number in self._counters_by_worker:
-                self._counters_by_worker[
-                    number
-                ].release()  # Repeat the release: the previous process may have written after it was lost.
+                # Repeat the release: the previous process may have written after it was lost.
+                self._counters_by_worker[number].release()
             batch, index = divmod(len(self._all_counters), MAX_COUNTERS)
             if batch == len(self._counters):
                 self._counters.append(GpuCounters.create())

@@ -169,9 +169,6 @@ class Supervisor(Generic[Batch]):
         self._set_state(worker_slot, "starting")
         self.startup.add_worker(worker_slot.worker)
 
-    def slot_of(self, worker: WorkerHandle) -> WorkerSlot[Batch]:
-        return self.worker_slots[worker.number]
-
     def on_message(self, worker_slot: WorkerSlot[Batch], message: ToLeader | None) -> WorkerLoss[Batch] | None:
         """Handle a message of a starting worker, or the failure or exit (None) of any worker."""
         worker = worker_slot.worker
