@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from bench.drafting import interval
+from bench.equal_error import sequential_rounds
 from bench.figures import machine
 from bench.rounds import split, summary
 from drp.leader.events import TraceEvent
@@ -85,3 +87,16 @@ def test_results_in_the_repository_say_emulated_and_name_their_machine() -> None
         results = json.loads(path.read_text())
         assert machine().keys() <= results["machine"].keys()
         assert all(device.startswith("emulated:") for device in results["speedup"])
+
+
+def test_the_interval_of_a_ratio_holds_the_ratio_and_widens_with_scatter() -> None:
+    ours, papers = [1.0, 2.0, 3.0, 4.0] * 8, [2.0, 4.0, 6.0, 8.0] * 8
+    assert interval(ours, papers) == pytest.approx((0.5, 0.5))
+    low, high = interval([*ours, 60.0], [*papers, 10.0])  # one sample rules the mean of the first
+    assert low < 0.6 < 1.0 < high
+
+
+def test_an_error_between_two_numbers_of_steps_has_rounds_between_them() -> None:
+    best = [(5, 0.16), (10, 0.04), (20, 0.01)]
+    assert sequential_rounds(0.02, best) == pytest.approx(200**0.5)
+    assert [sequential_rounds(error, best) for error in (0.2, 0.001)] == [5.0, 20.0]
