@@ -91,7 +91,7 @@ def ours(pipe: Any, options: dict[str, Any], workers: Workers, mode: str, drafts
             raise RuntimeError(f"there were no drafts: {report.sequential}")
         return images, report.rounds, report.evaluations
 
-    return Way(f"{mode}, {drafts} drafts a round, {len(workers.devices)} workers", sample)
+    return Way(f"{mode}, {drafts} drafts per round, {len(workers.devices)} workers", sample)
 
 
 def paradigms(pipe: Any, options: dict[str, Any], cores: int, window: int, tolerance: float) -> Way:

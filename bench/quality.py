@@ -1,6 +1,6 @@
 """How good are the samples? `python -m bench.quality` (`make quality`; `--full` for the figures in bench/results).
 
-Every way of sampling `digits` in 48 steps, for n = 2, 4, 8 drafts a round, against (a) the sequential run of the same
+Every way of sampling `digits` in 48 steps, for n = 2, 4, 8 drafts per round, against (a) the sequential run of the same
 steps and seed, and (b) what a user would do instead: fewer sequential steps, of the best solver, as many as there are
 rounds. Distances are relative L2 norms, sample by sample; adaptive decides for each sample alone.
 

@@ -158,7 +158,7 @@ def page() -> Iterator[Browser]:
 @pytest.mark.parametrize(
     ("words", "where"),
     [
-        ("n drafts a round", "(glossary|algorithm|drafts|choosing)/"),
+        ("n drafts per round", "(glossary|algorithm|drafts|choosing)/"),
         ("cannot be imported by a worker", "troubleshooting/"),
         ("label is out of range; this model has the classes", "troubleshooting/"),
     ],
