@@ -181,7 +181,7 @@ class PipelineCall:
     def _on_mismatch(self, error: UnrecognisedError) -> None:
         """Evaluate the rest of this step in this process."""
         why = str(error)
-        self._report.notes[f"a step was evaluated anew: {why}"] += 1
+        self._report.notes[f"a step was evaluated without drafts: {why}"] += 1
         self._retraces += 1
         if self._step.position == 0:  # No call of it was answered yet, so it can be traced.
             self._forget()

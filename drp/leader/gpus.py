@@ -74,7 +74,7 @@ def refuse_allocator(environ: Mapping[str, str]) -> None:
         options = environ.get(name, "").replace(" ", "").lower().split(",")
         if "expandable_segments:true" in options:
             raise ValueError(
-                f"{name} is {environ[name]!r}: CUDA IPC beside expandable segments is not known to work; take "
+                f"{name} is {environ[name]!r}: CUDA IPC with expandable segments is not known to work; take "
                 "expandable_segments out of it"
             )
 

@@ -337,7 +337,7 @@ def test_a_denoiser_may_be_replaced_for_another() -> None:
         return run(pipe, {**CHEAP, "callback_on_step_end": replace_denoiser})
 
     # The callback comes after the scheduler's step: one step is not seen.
-    assert list(exact(pipe, call).report.calls[0].notes) == ["a step was evaluated anew: unet was not called"]
+    assert list(exact(pipe, call).report.calls[0].notes) == ["a step was evaluated without drafts: unet was not called"]
     with reference(pipe, devices=2, mode="aggressive") as parallel:
         call(pipe)
     assert not parallel.report.calls[0].sequential
@@ -366,4 +366,4 @@ def test_a_modular_pipeline_with_a_guider(interval: dict[str, float], steps: int
         call(pipe)
     (report,) = parallel.report.calls
     assert (report.rounds, report.sequential) == (rounds, "")
-    assert sum(n for note, n in report.notes.items() if "evaluated anew" in note) == changes
+    assert sum(n for note, n in report.notes.items() if "evaluated without drafts" in note) == changes
