@@ -323,7 +323,7 @@ def test_group_offloading_is_refused_by_its_name() -> None:
         pass
 
 
-def test_a_denoiser_may_be_replaced_for_another() -> None:
+def test_a_denoiser_may_be_replaced_by_another() -> None:
     """Between two calls, and by a callback in the middle of one."""
     pipe, first = euler(), unet()
     second = unet(layers_per_block=2)
