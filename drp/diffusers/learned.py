@@ -14,7 +14,7 @@ from drp.diffusers.forms import OfState, Point, of_state
 from drp.diffusers.numbers import OfTime, alike, of_time
 from drp.diffusers.program import Call, Leaf, Program, output_name, stride_of, with_zeros
 from drp.diffusers.pytree import Json, UnknownValueError, flatten, rebuild
-from drp.diffusers.structure import Described, copy_of, describe
+from drp.diffusers.structure import Described, copy_of, describe, equal_bits
 from drp.models.state import random_states
 from drp.protocol.memory import NAMES
 from drp.protocol.messages import MAX_TENSORS
@@ -65,6 +65,7 @@ class RecordedCall:
     settings: the settings of this process.
     random: the states of the random number generators before the call.
     has_drawn: whether they have changed during the call.
+    given: the arguments themselves, to which the module may write.
     problem: why a worker cannot make the call, empty if it can.
     """
 
@@ -76,6 +77,7 @@ class RecordedCall:
     state_after: Described | None = None
     random: Sequence[object] = ()
     has_drawn: bool = False
+    given: Any = None
     problem: str = ""
 
     @classmethod
@@ -84,10 +86,11 @@ class RecordedCall:
     ) -> RecordedCall:
         """Record a call before its evaluation, since the module may empty lists among its arguments."""
         try:
-            arguments = Tensors.of((list(args), kwargs))
+            given = list(args), kwargs
+            arguments = Tensors.of(given)
         except UnknownValueError as error:
             return cls(module, state, settings, problem=f"{module}: {error}")
-        return cls(module, state, settings, arguments, random=random_states(arguments.gpus))
+        return cls(module, state, settings, arguments, random=random_states(arguments.gpus), given=given)
 
     def after(self, result: Any, state: Described) -> None:
         """Record the results of the call, and the module's state after it."""
@@ -102,8 +105,27 @@ class RecordedCall:
                 f"gradients are recorded through {self.module}, which workers cannot do; if nothing takes them, call "
                 "it under torch.no_grad()"
             )
+        self.problem = self.problem or self._what_is_written()
         if self.arguments is not None:
             self.has_drawn = self.random != random_states(self.arguments.gpus)
+
+    def _what_is_written(self) -> str:
+        """Return what the call has written to its arguments, empty for nothing. Lists may have been emptied."""
+        if self.arguments is None:
+            return ""
+        given, self.given = self.given, None
+        for path, tensor, value in zip(
+            self.arguments.paths, self.arguments.originals, self.arguments.values, strict=True
+        ):
+            if not equal_bits(tensor.detach(), value):
+                return f"{self.module} writes to {_plain(path)}, which a worker does in its own memory"
+        try:
+            _, _, paths = flatten(given)
+        except UnknownValueError as error:
+            return f"{self.module}: {error}"
+        if set(paths) - set(self.arguments.paths):
+            return f"{self.module} adds to its arguments, which a worker does in its own memory"
+        return ""
 
     def changes_again(self, varies: Sequence[bool], compiled: Any) -> bool:
         """Return whether the call has changed the module, and a call with other latents would change it again.

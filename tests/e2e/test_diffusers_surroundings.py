@@ -22,7 +22,7 @@ from drp.diffusers import Workers, parallelize, reference
 from drp.sampling.drafts import STEADY
 from drp.torch_defaults import SETTINGS
 from tests.e2e.test_diffusers_calls import CHEAP, euler, exact
-from tests.pipelines import normal, run, unet
+from tests.pipelines import ddim, normal, run, unet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
@@ -161,6 +161,20 @@ class WithNumber(UNet2DConditionModel):  # type: ignore[misc]  # diffusers has n
         return out, float(out.mean())
 
 
+class WritingToTensor(UNet2DConditionModel):  # type: ignore[misc]  # likewise
+    def forward(self, *args: Any, store: list[Tensor], **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        store[0].copy_(out.sample.mean())
+        return out
+
+
+class WritingToList(UNet2DConditionModel):  # type: ignore[misc]  # likewise
+    def forward(self, *args: Any, store: list[Tensor], **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        store.append(out.sample.mean())
+        return out
+
+
 class Caching(Around):
     """Fills a cache when it is first evaluated."""
 
@@ -279,6 +293,25 @@ def test_a_denoiser_that_returns_a_number_which_changes_is_not_drafted() -> None
         return torch.as_tensor(x)
 
     assert "differ from one evaluation to the next must be tensors" in exact(euler(), call).report.calls[0].sequential
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), [(WritingToTensor, "unet writes to store[0]"), (WritingToList, "unet adds to its arguments")]
+)
+def test_a_denoiser_that_writes_to_its_arguments_is_not_drafted(kind: type, why: str) -> None:
+    @torch.no_grad()
+    def call(pipe: Any) -> Tensor:
+        pipe.unet.__class__ = kind
+        pipe.scheduler = ddim()
+        pipe.scheduler.set_timesteps(6)
+        x, e = normal(1, 4, 8, 8), normal(1, 6, 8, seed=2)
+        for t in pipe.scheduler.timesteps:
+            store = [torch.zeros(())]
+            v = pipe.unet(x, t, encoder_hidden_states=e, store=store).sample
+            x = pipe.scheduler.step(v * (1 + sum(store)), t, x).prev_sample
+        return torch.as_tensor(x)
+
+    assert why in exact(euler(), call).report.calls[0].sequential
 
 
 def test_what_workers_cannot_reproduce_is_not_drafted(
