@@ -408,11 +408,12 @@ def test_a_lost_worker_is_told(gateway: Gateway, served: Served) -> None:
 
 
 def test_a_server_that_is_gone_shows_in_the_health_and_leaves_its_trace(gateway: Gateway, served: Served) -> None:
+    assert gateway.draw(prompt="1", steps=500)[0] == 200
     assert gateway.draw(prompt="1", steps=9)[0] == 200
     assert served.end()[0] == 0
-    marks, devices, dropped = read(served.folder / "run.json")  # of the newest run, not of all the long ones before
+    marks, devices, dropped = read(served.folder / "run.json")  # of the newest run, not of the long one before
     assert [mark.kind for mark in marks].count("predicted") == 9
-    assert dropped > 1000
+    assert dropped > 500
     assert len(devices) == 2
     until(lambda: gateway.get("/health")[0] == 503, "the gateway says that the server is gone")
     assert "no server answers" in gateway.get("/health")[1]
