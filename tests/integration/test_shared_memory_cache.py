@@ -93,10 +93,10 @@ def test_no_more_is_kept_than_allowed_nor_what_does_not_come_again() -> None:
 class Watched:
     """A leader, and what it tells its workers of runs: the message's name and the worker's number."""
 
-    def __init__(self, leader: Leader, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, leader: Leader) -> None:
         self.leader, self.told = leader, list[tuple[str, int]]()
         self._post = leader.internals.supervisor.enqueue
-        monkeypatch.setattr(leader.internals.supervisor, "enqueue", self._watch)
+        leader.internals.supervisor.enqueue = self._watch  # type: ignore[method-assign]  # a spy
 
     def _watch(self, worker_slot: DraftSlot, message: ToWorker) -> None:
         if isinstance(message, Bind | Rebind | Unbind):
@@ -117,14 +117,20 @@ class Watched:
         return [name for name, number in self.told if name != "Unbind" and number == worker]
 
 
+@pytest.fixture(scope="module")
+def own() -> Iterator[Watched]:
+    """Not the leader that all tests share: the memory that other runs left would be used instead of the last run's."""
+    with Leader(TINY, devices=2) as leader:
+        yield Watched(leader)
+
+
 @pytest.fixture(params=["sync", "async"])
-def watched(tiny: Leader, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+def watched(own: Watched, request: pytest.FixtureRequest) -> Iterator[Watched]:
     """One whose workers keep the memory of a run of another size than a test's."""
-    with dispatching(tiny, request.param) as leader:
-        watched = Watched(leader, monkeypatch)
-        watched.run(labels=[1] * 7, steps=3)
-        watched.told.clear()
-        yield watched
+    with dispatching(own.leader, request.param):
+        own.run(labels=[1] * 7, steps=3)
+        own.told.clear()
+        yield own
 
 
 def test_a_worker_maps_the_memory_of_runs_once(watched: Watched) -> None:
