@@ -248,7 +248,7 @@ def test_an_interrupted_comparison_leaves_a_report_and_goes_on(tmp_path: Path) -
     [
         (["digitz"], "'digitz' is neither a folder nor a name on the hub; give digits, a pipeline's folder"),
         (["no_such_module:make"], "there is no module 'no_such_module'"),
-        (["digits", "--prompt", "a cat"], "--prompt applies to a pipeline"),
+        (["digits", "--prompt", "a cat"], "--prompt applies to a diffusers pipeline"),
         (["digits", "--modes", "agressive"], "unknown mode 'agressive'"),
         (["digits", "--drafts", "two"], "is not a comma-separated list"),
         (["digits", "--drafts", "0"], "drafts is 0; a round needs at least 1 draft"),
