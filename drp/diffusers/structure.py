@@ -160,8 +160,8 @@ def describe(module: nn.Module, ours: Callable[[Any], bool] = lambda value: Fals
     pickler = _Pickler(file, module, ours, compiled)
     try:
         pickler.dump(module)
-        named = [(n if isinstance(n, type) else n.__name__, values) for n, values in pickler.namespaces.items()]
-        pickler.dump(tuple(named))
+        found = [(n, values) for n, values in pickler.namespaces.items() if values]
+        pickler.dump(tuple((n if isinstance(n, type) else n.__name__, values) for n, values in found))
     except UnknownValueError as error:
         if str(error).startswith(type(module).__name__):
             raise
@@ -272,9 +272,10 @@ class _Pickler(pickle.Pickler):
                     f"{method} was replaced in the class after its module was imported, and workers import the "
                     "class without that; undo it, or define a subclass in a module"
                 )
-            for namespace in dict.fromkeys((cls, *namespaces_of(cls))):
-                self.containers.append(vars(namespace))
-            self.namespaces.update((n, values) for n in namespaces_of(cls) if (values := values_of(n)))
+            own = namespaces_of(cls)
+            # Classes of one Python module share it: its variables are watched once.
+            self.containers += [vars(n) for n in dict.fromkeys((cls, *own)) if n not in self.namespaces]
+            self.namespaces |= {n: values_of(n) for n in own}
 
     def _module(self, module: nn.Module) -> Any:
         path, state = self._paths.get(id(module), type(module).__name__), {}
