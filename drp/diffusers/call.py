@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -197,7 +198,7 @@ class PipelineCall:
         try:
             self.close()
         except Exception:  # for the call that failed
-            log.debug("a session could not be closed", exc_info=True)
+            log.debug("a session could not be closed:\n%s", traceback.format_exc())
         self._step.mismatch = False
 
     def _give_up(self, why: str) -> None:
@@ -208,7 +209,8 @@ class PipelineCall:
 
     def _fail(self, error: Exception) -> None:
         """Take the remaining steps without drafts because drafting itself has failed."""
-        log.warning("drafting failed; the call goes on without", exc_info=error)
+        # As text: a handler may keep the record, and with the exception the frames that hold the pipeline's memory.
+        log.warning("drafting failed; the call goes on without:\n%s", "".join(traceback.format_exception(error)))
         self._give_up(f"drafting failed: {type(error).__name__}: {error}")
 
     def _has_drawn(self) -> bool:

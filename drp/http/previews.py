@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,7 +40,8 @@ def decoder(pipe: Any, arguments: Mapping[str, Any]) -> Callable[[Tensor], bytes
                     first = vae.decode(first, return_dict=False)[0]
                 return encode_grid(first.float().cpu().clamp(-1, 1), 1, 1, 0)
         except Exception:  # A missing preview does not affect the images.
-            log.warning("%s: no preview of latents %s", type(pipe).__name__, list(latents.shape), exc_info=True)
+            why = traceback.format_exc()  # As text: a record with the exception would keep the pipeline's memory.
+            log.warning("%s: no preview of latents %s:\n%s", type(pipe).__name__, list(latents.shape), why)
             return None
 
     return decode

@@ -29,6 +29,7 @@ import logging
 import math
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 
@@ -198,7 +199,8 @@ class Engine:
         except WorkerError as lost:
             error = WorkerError(*lost.args)  # Drop the traceback, whose frames keep the runs' memory alive.
         except BaseException as bug:
-            log.exception("the leader's thread failed")
+            # As text: a log handler may keep the record, and an exception's frames keep the runs' memory alive.
+            log.error("the leader's thread failed:\n%s", traceback.format_exc())
             error = WorkerError(f"the leader's thread failed, and its workers were ended: {bug!r}")
         finally:
             grace = self._requests.reject_new(error)

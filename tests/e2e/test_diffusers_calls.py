@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -180,7 +182,9 @@ def test_values_that_are_not_finite_run_sequentially_and_say_so() -> None:
     assert "not finite" in exact(pipe, lambda pipe: run(pipe, CHEAP)).report.calls[0].sequential
 
 
-def test_what_drafting_raises_is_reported_and_the_call_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_drafting_raises_is_reported_and_the_call_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     pipe = euler()
     untouched = run(pipe, CHEAP)
 
@@ -193,6 +197,11 @@ def test_what_drafting_raises_is_reported_and_the_call_goes_on(monkeypatch: pyte
     (report,) = parallel.report.calls
     assert report.sequential == "drafting failed: ZeroDivisionError: nothing to divide by"
     assert report.steps == report.rounds
+    assert "nothing to divide by" in caplog.text
+    weights = weakref.ref(pipe.unet)
+    del pipe, parallel
+    gc.collect()
+    assert weights() is None, "log records, which handlers may keep, keep the pipeline"
 
 
 @pytest.mark.parametrize("kind", [HeunDiscreteScheduler, KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler])
