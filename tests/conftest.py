@@ -20,6 +20,7 @@ import torch
 
 from drp import Leader
 from tests.denoisers import make_free
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from drp.diffusers import Workers
@@ -49,14 +50,6 @@ hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("any machine")
-
-
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Wait for it; fail if it takes longer."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @contextmanager

@@ -34,7 +34,8 @@ from drp.leader.scheduling.policies import Barrier
 from drp.protocol.keys import make
 from drp.sampling.modes import Aggressive
 from drp.simulate import Costs, Workload, make_devices, simulate
-from tests.remote import DEADLINE, ROOT, ending, until
+from tests.remote import DEADLINE, ROOT, ending
+from tests.waiting import until
 
 HERE, THERE, PORT = "10.77.0.1", "10.77.0.2", 5555
 TUNSETIFF, TUN_WITHOUT_HEADER = 0x400454CA, 0x1001

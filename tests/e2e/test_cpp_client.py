@@ -27,7 +27,8 @@ from drp.protocol import client_messages
 from drp.protocol.codec import decode
 from drp.protocol.keys import Keys, make, pair, public
 from tests.cpp_build import build
-from tests.e2e.test_server import Served, serving, until
+from tests.serving import Served, serving
+from tests.waiting import until
 
 HERE = Path(client_messages.__file__).with_name("vectors")
 MODEL = "tests.denoisers:Tiny"

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import drp
 from drp import Leader, WorkerError
 from drp.cli import main
-from tests.conftest import until
+from tests.waiting import until
 
 pytestmark = [
     pytest.mark.ray,

@@ -18,8 +18,9 @@ from drp.client import RefusedError
 from drp.protocol.keys import Keys, make
 from drp.server import clients
 from drp.server.endpoint import check_descriptors
-from tests.e2e.test_server import Served, serving, until
 from tests.plain_client import Plain
+from tests.serving import Served, serving
+from tests.waiting import until
 
 BIG = 2**31 - 1
 

@@ -18,7 +18,7 @@ from drp import Client, Leader
 from drp.client.options import to_submit
 from drp.protocol.arrays import add_array, find_library, take_array
 from drp.protocol.frames import FrameReader, FrameWriter
-from tests.e2e.test_server import ROOT, serving
+from tests.serving import ROOT, serving
 
 BARE = """
 import sys, time

@@ -19,7 +19,8 @@ import torch
 
 import drp
 from drp import Client
-from tests.e2e.test_server import LONG, ROOT, Served, until
+from tests.serving import LONG, ROOT, Served
+from tests.waiting import until
 
 CLIENTS = 8
 SEEDS = 12

@@ -19,8 +19,9 @@ import drp
 from drp import ExecutionOptions, Leader, WorkerError
 from drp.leader.scheduling.policies import LoadAdaptive
 from drp.leader.supervision.supervisor import SLOT_RETRY_COST
-from tests.conftest import leftovers, until, what_stays
+from tests.conftest import leftovers, what_stays
 from tests.faults.injected import WHERE
+from tests.waiting import until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
 

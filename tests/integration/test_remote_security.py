@@ -24,7 +24,8 @@ from drp.protocol.dial import DialedSocket, WorkerKeys
 from drp.protocol.keys import make
 from drp.protocol.messages import TO_LEADER, Bind, Draft, Hello, Load, Loaded, ModelSpec, Prediction, Rejected
 from tests.faults.test_wire import mutated
-from tests.remote import DEADLINE, FakeWorker, ending, free_address, start_worker, until
+from tests.remote import DEADLINE, FakeWorker, ending, free_address, start_worker
+from tests.waiting import until
 
 MODEL = "tests.denoisers:make_slow_sine"
 OPTIONS: dict[str, Any] = {"shape": (64,), "steps": 60, "mode": "sequential"}

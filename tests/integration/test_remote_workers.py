@@ -22,7 +22,8 @@ from drp.cli import main
 from drp.protocol.keys import make
 from drp.simulate import Link
 from tests.integration.test_lost_workers import program
-from tests.remote import DEADLINE, ending, free_address, start_worker, until
+from tests.remote import DEADLINE, ending, free_address, start_worker
+from tests.waiting import until
 
 TINY = "tests.denoisers:Tiny"
 

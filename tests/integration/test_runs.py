@@ -18,10 +18,10 @@ from torch import Tensor
 
 from drp import Leader
 from drp.leader.scheduling.policies import Barrier, LoadAdaptive, RunAffinity
-from tests.conftest import dispatching, until
+from tests.conftest import dispatching
+from tests.waiting import until
 
 DEADLINE = 30.0
-
 ASKED: list[dict[str, Any]] = [
     {"labels": list(range(1 + seed % 3)), "steps": steps, "mode": mode, "drafts": drafts, "seed": seed}
     for seed, (mode, drafts, steps) in enumerate(

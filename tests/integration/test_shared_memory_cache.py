@@ -20,7 +20,8 @@ from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import Bind, Rebind, ToWorker, Unbind
 from drp.sampling.run import Task
 from drp.workers.shared_memory_cache import MAX_ENTRIES, SharedMemoryCache
-from tests.conftest import dispatching, until
+from tests.conftest import dispatching
+from tests.waiting import until
 
 PAGE = 4096
 TINY = "tests.denoisers:Tiny"

@@ -31,8 +31,8 @@ from drp.protocol.messages import GpuConfig
 from drp.sampling.reference import run_reference
 from drp.workers.weights import Weights
 from tests import on_host
-from tests.conftest import until
 from tests.on_host import steps
+from tests.waiting import until
 from tests.writing import cond
 
 WATCHED = "tests.on_host:Watched"

@@ -43,7 +43,7 @@ from drp.protocol.timeline import (
 from drp.protocol.wakeup import Wakeup, WakeupReceiver
 from drp.workers.async_executor import HostExecutor, HostLeaderEvent, HostWorkerEvent, ThreadStream, WorkItem
 from drp.workers.emulated import EvaluationTimes
-from tests.conftest import until
+from tests.waiting import until
 
 DEVICE = ExecutionOptions(dispatch="async")
 DEADLINE = 60.0
