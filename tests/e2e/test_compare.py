@@ -17,31 +17,27 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load_file
 from scipy.ndimage import gaussian_filter
 
 import drp
-from drp.cli import main
 from drp.comparison import Comparison, compare
-from drp.comparison.choose import choose
-from drp.comparison.distances import measures
-from drp.comparison.models import ModelSubject
-from drp.comparison.settings import Drafted, FewerSteps, default_drafts, expand, fewer_steps
 from drp.diffusers import compare as compare_pipelines
 from tests.browser import PROGRAM, Browser, browser
 from tests.tiny import Case
 from tests.tiny.stable_diffusion import SIZE, XL, xl
 
 ROOT = Path(__file__).parents[2]
+
 STEPS, SEEDS = 8, 2
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),  # diffusers' schedulers
     pytest.mark.timeout(300),  # Many runs are compared, and a machine may be busy with other things.
 ]
+
 ASKED: dict[str, Any] = {"devices": 2, "steps": STEPS, "seeds": SEEDS, "turns": 1, "modes": ["window", "adaptive"]}
 
 
@@ -203,6 +199,13 @@ def test_other_files_stay(tmp_path: Path) -> None:
         compare("digits", **ASKED, out=tmp_path)
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="you may not write to"):
+        compare("digits", **ASKED, out=tmp_path / "report")
+
+
 @pytest.mark.reports
 def test_an_interrupted_comparison_leaves_a_report_and_goes_on(tmp_path: Path) -> None:
     """Ctrl-C, as a terminal sends it: to the program and to all its workers."""
@@ -241,161 +244,6 @@ def test_an_interrupted_comparison_leaves_a_report_and_goes_on(tmp_path: Path) -
     assert len(cells) == 4
     assert {name: cells[name]["seconds"] for name in before} == {name: cell["seconds"] for name, cell in before.items()}
     assert "settings are measured" not in (tmp_path / "report/report.html").read_text()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["digitz"], "'digitz' is neither a folder nor a name on the hub; give digits, a pipeline's folder"),
-        (["no_such_module:make"], "there is no module 'no_such_module'"),
-        (["digits", "--prompt", "a cat"], "--prompt applies to a diffusers pipeline"),
-        (["digits", "--modes", "agressive"], "unknown mode 'agressive'"),
-        (["digits", "--drafts", "two"], "is not a comma-separated list"),
-        (["digits", "--drafts", "0"], "drafts is 0; a round needs at least 1 draft"),
-        (["digits", "--strides", "nan"], "stride is nan"),
-        (["digits", "--tolerances", "-1"], "tolerance is -1.0"),
-        (["digits", "--devices", "2xabacus"], "abacus"),
-        (["digits", "--out", __file__], "test_compare.py', which is a file; name a folder"),
-        (["digits", "--out", f"{__file__}/report"], "test_compare.py' is a file; name a folder"),
-        (["digits", "--out", str(ROOT)], "a folder with other things in it; name a new one"),
-        (["digits", "--labels", "11"], "label 11 is out of range"),
-        (["drp.diffusers.digits:digits_pipeline", "--labels", "3"], "--labels applies to a model"),
-        (["drp.diffusers.digits:digits_pipeline", "--call", "{"], "which is not valid JSON"),
-        (["drp.diffusers.digits:digits_pipeline", "--prompt", "a cat"], "DigitsPipeline takes no prompt"),
-        (["drp.diffusers.digits:digits_pipeline", "--modes", "rolling"], "goes back to steps"),
-    ],
-)
-def test_bad_input_is_a_line(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("drp.leader.leader.Leader.__init__", never)
-    done = CliRunner().invoke(main, ["compare", *arguments])
-    assert done.exit_code in (1, 2)
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--modes", "agressive"], "unknown mode 'agressive'; choose one of sequential, conservative"),
-        (["--out", __file__], "which is a file; name a folder"),
-        (["--call", "{"], "which is not valid JSON"),
-        (["--devices", "2xabacus"], "abacus"),
-    ],
-)
-def test_bad_input_is_refused_before_a_pipeline_is_loaded(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "loads_long.py").write_text("raise AssertionError('it is loaded')")
-    monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(main, ["compare", "loads_long:make", *arguments])
-    assert done.exit_code == 1
-    assert message in done.stderr
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(ValueError, match="you may not write to"):
-        compare("digits", **ASKED, out=tmp_path / "report")
-
-
-def test_settings() -> None:
-    assert default_drafts(1) == (2,)
-    assert default_drafts(4) == (2, 4)
-    assert default_drafts(6) == (2, 4, 6)
-    window, conservative = expand(["window", "aggressive", "conservative"], [2])  # with two drafts, two are the same
-    assert (window.mode, conservative.mode) == ("window", "conservative")
-    assert [s.stride for s in expand(["window"], [4], strides=[2, 3, 5])] == [2, 3]
-    assert Drafted("window", 4, stride=2.5).key == "window-n4-stride-2.5"
-    assert fewer_steps([window], 48) == [FewerSteps(25), FewerSteps(25, "unipc")]
-    (four,) = expand(["window"], [4])
-    assert (four.rounds(48), four.rounds(48, adds_noise=True)) == (17, 20)
-    assert fewer_steps([four], 48, adds_noise=True) == [FewerSteps(20), FewerSteps(20, "unipc")]
-    assert not ModelSubject("digits").adds_noise
-    assert ModelSubject("digits", solver="ddpm").adds_noise
-
-
-def cell(kind: str, speedup: float, distance: float) -> dict[str, Any]:
-    code = f"{kind} {speedup}"
-    return {
-        "kind": kind,
-        "label": code,
-        "code": code,
-        "steps": 48,
-        "rounds": [10],
-        "speedup": speedup,
-        "distances": {"relative_l2": {"mean": distance}},
-    }
-
-
-def test_the_choice_is_what_the_bounds_ask_for() -> None:
-    cells = {
-        "near": cell("drafted", 1.5, 0.001),
-        "middle": cell("drafted", 2.5, 0.01),
-        "far": cell("drafted", 3.5, 0.2),
-        "rival": cell("fewer steps", 3.0, 0.02),
-    }
-    assert choose(cells).key == "middle"
-    assert choose(cells, max_distance=0.5).key == "far"
-    assert "Fewer steps do better" not in choose(cells).text
-    assert choose(cells, min_speedup=1.2).key == "near"
-    assert choose(cells, min_speedup=2).key == "middle"
-    assert choose(cells, max_distance=0.1, min_speedup=3).key is None
-    assert choose(cells, min_speedup=9).text.startswith(
-        "No setting is at least 9 times as fast. The closest is drafted 3.5"
-    )
-    assert "Fewer steps do better: fewer steps 4" in choose({**cells, "better": cell("fewer steps", 4, 0.001)}).text
-    assert "slowed" not in choose(cells).text
-    odd = choose({"odd": cell("drafted", 9.3, 0.001)}).text
-    assert odd.endswith(
-        "10 rounds in place of 48 steps allow only 4.80 times: something slowed the untouched run down. Measure the "
-        "times again on a quiet machine."
-    )
-
-
-def test_measures_that_are_not_at_hand_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    able, omitted = measures((3, 64, 64))
-    assert [m.name for m in able] == ["psnr", "ssim"]
-    assert omitted.keys() == {"LPIPS", "CLIP similarity"}
-    assert "SSIM" in measures((1, 8, 8))[1]
-    with pytest.raises(ValueError, match="from which no CLIP model can be loaded"):
-        measures((3, 64, 64), clip=str(tmp_path))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    able, omitted = measures((3, 64, 64))
-    assert able == []
-    assert omitted["PSNR"] == "torchmetrics is not installed: pip install 'draft-refine[compare]'"
-
-
-def test_clip_similarity_is_the_cosine_of_the_embeddings(tmp_path: Path) -> None:
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
-
-    torch.manual_seed(0)
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = {**small, "image_size": 32, "patch_size": 8}
-    text = {**small, "vocab_size": 32}
-    model: Any = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-    model.eval()
-    model.save_pretrained(tmp_path)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
-    able, _ = measures((3, 32, 32), clip=str(tmp_path))
-    (clip,) = (measure for measure in able if measure.name == "clip")
-    a, b = (torch.randint(256, (3, 32, 32), dtype=torch.uint8) for _ in range(2))
-
-    def embed(image: torch.Tensor) -> torch.Tensor:
-        mean, std = (
-            torch.tensor(v)[:, None, None] for v in (CLIPImageProcessor().image_mean, CLIPImageProcessor().image_std)
-        )
-        with torch.inference_mode():
-            pooled = model.vision_model((image / 255 - mean)[None] / std).pooler_output
-            return torch.nn.functional.normalize(model.visual_projection(pooled))[0]
-
-    assert clip.compare(a, b) == pytest.approx(float(embed(a) @ embed(b)), abs=1e-4)
-    assert clip.compare(a, a) == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
