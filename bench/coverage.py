@@ -20,10 +20,10 @@ import torch
 from bench.tables import update
 from drp.diffusers import reference
 from tests.pipelines import run
-from tests.tiny import flux, further, others, stable_diffusion
+from tests.tiny import flux, further, others, sound, stable_diffusion
 
 STEPS = 7
-CASES = {**stable_diffusion.CASES, **flux.CASES, **others.CASES, **further.CASES}
+CASES = {**stable_diffusion.CASES, **flux.CASES, **others.CASES, **further.CASES, **sound.CASES}
 LIMIT = 120
 """Seconds that a class may take."""
 HEAD = "| pipeline | one draft is exact | three drafts | why |"

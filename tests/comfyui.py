@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.pipelines import normal
+from tests.tiny.builders import normal
 
 PATH = os.environ.get("COMFYUI_PATH", "")
 FOLDER = Path(__file__).parents[1] / "integrations" / "comfyui"

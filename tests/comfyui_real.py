@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.pipelines import normal
+from tests.tiny.builders import normal
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from drp.diffusers import Workers, parallelize, reference
-from tests.pipelines import IMAGE, PIPELINES, MixingConv, pooled, prompts, run, sdxl
+from tests.pipelines import IMAGE, PIPELINES, run
+from tests.tiny.builders import MixingConv, pooled, prompts, sdxl
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),

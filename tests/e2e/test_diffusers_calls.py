@@ -33,23 +33,8 @@ from peft import LoraConfig
 
 from drp.diffusers import Parallel, parallelize, reference
 from drp.diffusers.digits import digits_pipeline
-from tests.pipelines import (
-    BETAS,
-    IMAGE,
-    PICTURE,
-    PIPELINES,
-    TEXT,
-    flux,
-    image_to_image,
-    normal,
-    pooled,
-    prompts,
-    run,
-    scheduler,
-    sd15,
-    sdxl,
-    unet,
-)
+from tests.pipelines import IMAGE, PICTURE, PIPELINES, TEXT, image_to_image, run
+from tests.tiny.builders import BETAS, flux, normal, pooled, prompts, scheduler, sd15, sdxl, unet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),

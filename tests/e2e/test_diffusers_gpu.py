@@ -14,7 +14,8 @@ import torch
 from drp import ExecutionOptions
 from drp.diffusers import Workers, parallelize, reference
 from tests import on_host, on_host_pipelines
-from tests.pipelines import IMAGE, PIPELINES, check_bits, drafted, normal, pooled, prompts, run, sdxl
+from tests.pipelines import IMAGE, PIPELINES, check_bits, drafted, run
+from tests.tiny.builders import normal, pooled, prompts, sdxl
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),

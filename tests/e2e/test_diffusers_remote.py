@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 _, OPTIONS = PIPELINES["SDXL"]
-FACTORY = "tests.pipelines:sdxl"
+FACTORY = "tests.tiny.builders:sdxl"
 
 
 @pytest.fixture(scope="module")

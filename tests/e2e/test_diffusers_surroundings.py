@@ -22,7 +22,8 @@ from drp.diffusers import Workers, parallelize, reference
 from drp.sampling.drafts import STEADY
 from drp.torch_defaults import SETTINGS
 from tests.e2e.test_diffusers_calls import CHEAP, euler, exact
-from tests.pipelines import ddim, normal, run, unet
+from tests.pipelines import run
+from tests.tiny.builders import ddim, normal, unet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),

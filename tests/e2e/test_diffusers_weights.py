@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from drp.diffusers import Workers, parallelize, reference
-from tests.pipelines import IMAGE, PIPELINES, flux, prompts, run, sd15, vae
+from tests.pipelines import IMAGE, PIPELINES, run
+from tests.tiny.builders import flux, prompts, sd15, vae
 from tests.writing import ExchangingLayer
 
 pytestmark = [

@@ -136,7 +136,7 @@ def test_a_tiny_sdxl_that_each_worker_has_loaded_itself(cluster: Any) -> None:
     with pipe.reference(sdxl, devices=2, threads=1):
         expected = pipelines.run(sdxl, options, steps=12)
     workers = drp.on_ray(workers=2, device="cpu", strategy="SPREAD")
-    with pipe.parallelize(sdxl, workers, threads=1, pretrained="tests.pipelines:sdxl") as parallel:
+    with pipe.parallelize(sdxl, workers, threads=1, pretrained="tests.tiny.builders:sdxl") as parallel:
         assert torch.equal(pipelines.run(sdxl, options, steps=12), expected)
     (call,) = parallel.report.calls
     assert not call.sequential

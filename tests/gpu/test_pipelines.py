@@ -14,7 +14,8 @@ pytest.importorskip("diffusers")
 
 from drp import ExecutionOptions
 from drp.diffusers import Workers, parallelize, reference
-from tests.pipelines import IMAGE, PIPELINES, check_bits, drafted, flux, normal, pooled, prompts, run, sdxl
+from tests.pipelines import IMAGE, PIPELINES, check_bits, drafted, run
+from tests.tiny.builders import flux, normal, pooled, prompts, sdxl
 
 GPU = "cuda:0"
 SDXL = {**prompts(1, 6, 8), **pooled(), **IMAGE}

@@ -13,8 +13,9 @@ from diffusers import (
     QwenImageControlNetModel,
 )
 
-from tests.pipelines import IMAGE, MASK, PICTURE, flow, flux, normal, prompts, qwen, vae, z_image
+from tests.pipelines import IMAGE, MASK, PICTURE
 from tests.tiny import Case
+from tests.tiny.builders import flow, flux, normal, prompts, qwen, vae, z_image
 
 TEXT = {"prompt_embeds": normal(1, 6, 8), "pooled_prompt_embeds": normal(1, 8), **IMAGE}
 AGAIN = {**PICTURE, "strength": 0.7}

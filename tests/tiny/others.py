@@ -24,22 +24,9 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from tests.pipelines import (
-    IMAGE,
-    PIPELINES,
-    cogvideo,
-    ddim,
-    dit,
-    ltx,
-    normal,
-    pixart,
-    prompts,
-    sana,
-    unet,
-    vae,
-    wan,
-)
+from tests.pipelines import IMAGE, PIPELINES
 from tests.tiny import Case
+from tests.tiny.builders import cogvideo, ddim, dit, ltx, normal, pixart, prompts, sana, unet, vae, wan
 
 MASKED = {**prompts(1, 6, 8, mask=True), **IMAGE}
 VIDEO = {**prompts(1, 6, 8), "output_type": "latent", "height": 16, "width": 16}

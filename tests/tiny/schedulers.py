@@ -9,7 +9,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from tests.pipelines import BETAS
+from tests.tiny.builders import BETAS
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 

@@ -14,8 +14,9 @@ from diffusers import (
     T2IAdapter,
 )
 
-from tests.pipelines import MASK, PICTURE, TEXT, normal, pooled, scheduler, sd3, unet, vae
+from tests.pipelines import MASK, PICTURE, TEXT
 from tests.tiny import Case
+from tests.tiny.builders import normal, pooled, scheduler, sd3, unet, vae
 
 SIZE = {"height": 16, "width": 16}
 XL = {**TEXT, **pooled()}

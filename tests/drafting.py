@@ -1,0 +1,42 @@
+"""Calls of pipelines through drp in the mode that most tests count the rounds of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from drp import diffusers as face
+from drp.diffusers import CallReport, Workers
+from tests.pipelines import IMAGE, PIPELINES, VARIANTS
+from tests.tiny.builders import pooled, prompts
+
+
+def parallelize(pipe: Any, devices: Any, mode: Any = "aggressive", **options: Any) -> Any:
+    """In the mode that most tests count the rounds of; two workers evaluate three drafts a round."""
+    if isinstance(devices, Workers) and len(devices.devices) == 2:
+        options.setdefault("drafts", 3)
+    return face.parallelize(pipe, devices, mode, **options)
+
+
+def reference(pipe: Any, *, mode: Any = "aggressive", **options: Any) -> Any:
+    return face.reference(pipe, mode=mode, **options)
+
+
+def told(report: CallReport) -> Counter[str]:
+    """The notes of a call but the advice to take more steps: tests take few."""
+    return Counter(
+        {note: n for note, n in report.notes.items() if "too few for drafting" not in note and "are many" not in note}
+    )
+
+
+EVERY = {**PIPELINES, **VARIANTS}
+
+CHEAP = {**prompts(1, 6, 8), **pooled(), **IMAGE}
+
+
+def digits_noise(count: int) -> torch.Tensor:
+    """The noise of `drp.sample` with seed 0."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([torch.randn(1, 28, 28, generator=generator) for _ in range(count)])
