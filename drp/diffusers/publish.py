@@ -118,7 +118,8 @@ class Publisher:
         tensors = described.tensors
         home = self._home_of(name, tensors)
         shared = {i for i, t in enumerate(tensors) if described.is_weight[i] and (home is None or t.device == home)}
-        self._move([tensors[i] for i in sorted(shared)])
+        with described.moving():
+            self._move([tensors[i] for i in sorted(shared)])
         copies = self._copy(name, {i: t for i, t in enumerate(tensors) if i not in shared}, home)
         used: list[_Weights] = []
         places = []
@@ -133,7 +134,6 @@ class Publisher:
         for weights in used:
             weights.follow()
         source = ModuleSource(described.pickled, (copies.block, *(weights.block for weights in used)), tuple(places))
-        described.note_pointers()
         return self._json(name, source)
 
     def _json(self, name: str, source: ModuleSource) -> Json:

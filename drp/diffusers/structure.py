@@ -75,6 +75,15 @@ class Described:
                 for tensor, weight in zip(self.tensors, self.is_weight, strict=True)
             ]
 
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """Let tensors be moved during a block, without keeping what they leave until all are moved."""
+        self._noted = []
+        try:
+            yield
+        finally:
+            self.note_pointers()
+
     def untouched(self) -> bool:
         """Return whether every attribute is the same object, and every tensor at the same place and not written to.
 
