@@ -33,6 +33,8 @@ LAZY_PEER_ACCESS = 1
 PORTABLE_AND_MAPPED = 1 | 2
 MAX_COUNTERS = 1024
 """The number of counters: one for each worker process that is started."""
+ALLOCATION_GRANULARITY = 1 << 21
+"""Allocations are multiples of this. CUDA carves smaller ones from blocks, of which a handle shares the whole."""
 
 
 class _Opaque(ctypes.Structure):
@@ -72,12 +74,13 @@ class GpuMemory:
         with torch.cuda.device(index):
             torch.cuda.current_stream()  # The runtime's calls below need torch's context on this device.
             address, event = ctypes.c_void_p(), ctypes.c_void_p()
+            size = ctypes.c_size_t(-(-nbytes // ALLOCATION_GRANULARITY) * ALLOCATION_GRANULARITY)
             try:
-                _call_runtime("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes))
+                _call_runtime("cudaMalloc", ctypes.byref(address), size)
             except CudaError:
                 torch.cuda.empty_cache()  # Memory that torch caches may suffice.
                 try:
-                    _call_runtime("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes))
+                    _call_runtime("cudaMalloc", ctypes.byref(address), size)
                 except CudaError as error:
                     raise MemoryError(f"no {nbytes} bytes on cuda:{index} ({uuid}): {error}") from error
             try:
@@ -120,8 +123,9 @@ class GpuMemory:
         return self._bytes[offset : offset + count * dtype.itemsize].view(dtype).view(tuple(shape))
 
     def record_event(self) -> None:
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        _call_runtime("cudaEventRecord", ctypes.c_void_p(self._event), ctypes.c_void_p(stream))
+        with torch.cuda.device(self.device):  # The default stream is null, which means that of the current device.
+            stream = torch.cuda.current_stream().cuda_stream
+            _call_runtime("cudaEventRecord", ctypes.c_void_p(self._event), ctypes.c_void_p(stream))
 
     def wait_event(self) -> None:
         """Have the current stream, of the current device, wait for the event as it was last recorded."""
@@ -356,9 +360,8 @@ def unpin(address: int) -> None:
 def _runtime() -> Any:
     """Return the CUDA runtime library that torch has loaded; another copy would have separate state."""
     torch.cuda.init()  # type: ignore[no-untyped-call]  # torch has no types for it
-    found = re.findall(r"\S*/libcudart[^/\s]*\.so[\d.]*", Path("/proc/self/maps").read_text())
     try:
-        library = ctypes.CDLL(found[0] if found else f"libcudart.so.{(torch.version.cuda or '').split('.')[0]}")
+        library = ctypes.CDLL(_find_runtime(Path("/proc/self/maps").read_text(), torch.version.cuda or ""))
     except OSError as error:
         raise CudaError(f"torch is loaded without its own CUDA runtime library: {error}") from error
     library.cudaGetErrorString.restype = ctypes.c_char_p
@@ -366,6 +369,13 @@ def _runtime() -> Any:
     library.cudaIpcOpenEventHandle.argtypes = (ctypes.c_void_p, _Opaque)
     library.cudaStreamSynchronize.argtypes = (ctypes.c_void_p,)
     return library
+
+
+def _find_runtime(maps: str, version: str) -> str:
+    """Return the path of the loaded runtime of torch's CUDA version, of which a program may have loaded several."""
+    name = f"libcudart.so.{version.split('.')[0]}"
+    loaded = re.findall(r"(/.*/libcudart[^/]*\.so\.(\d+)[\d.]*)$", maps, re.MULTILINE)
+    return next((path for path, major in loaded if name.endswith(f".{major}")), name)
 
 
 @functools.cache

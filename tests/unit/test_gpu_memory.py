@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from drp import ExecutionOptions
 from drp.leader.devices import parse_devices
@@ -37,6 +41,76 @@ def test_memory_that_cannot_be_pinned_leaves_no_error_for_torch_to_find(monkeypa
     monkeypatch.setattr(cuda, "_runtime", lambda: runtime)
     assert not cuda.pin(4096, 4096)
     assert runtime.last == 0
+
+
+class Recording:
+    """A CUDA runtime that notes its calls with the device that is current then."""
+
+    def __init__(self) -> None:
+        self.current = 0
+        self.calls: list[tuple[str, int, list[Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            self.calls.append((name, self.current, [getattr(each, "value", each) for each in arguments]))
+            return 0
+
+        return call
+
+    @contextlib.contextmanager
+    def device(self, device: Any) -> Iterator[None]:
+        before, self.current = self.current, getattr(device, "index", device)
+        yield
+        self.current = before
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Recording:
+    made = Recording()
+    monkeypatch.setattr(cuda, "_runtime", lambda: made)
+    monkeypatch.setattr(cuda, "index_of", lambda uuid: 1)
+    monkeypatch.setattr(cuda, "_as_tensor", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "device", made.device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: made.current)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))
+    return made
+
+
+def test_the_event_of_a_gpu_that_is_not_the_current_one_is_recorded_on_that_gpu(runtime: Recording) -> None:
+    """The default stream has the handle 0, which is that of the current device: a pipeline may be on another."""
+    memory = cuda.GpuMemory.create(4096, GPUS[1].uuid, lambda memory: None)
+    runtime.calls.clear()
+    memory.record_event()
+    assert [(name, device) for name, device, _ in runtime.calls] == [("cudaEventRecord", 1)]
+    assert runtime.current == 0
+
+
+def test_a_handle_exposes_only_its_own_memory(runtime: Recording) -> None:
+    """CUDA carves small allocations from blocks of 2 MiB, and a handle is that of the block."""
+    for nbytes, size in ((1, 2 << 20), (2 << 20, 2 << 20), ((2 << 20) + 1, 4 << 20)):
+        runtime.calls.clear()
+        assert cuda.GpuMemory.create(nbytes, GPUS[1].uuid, lambda memory: None).nbytes == nbytes
+        name, device, arguments = runtime.calls[0]
+        assert (name, device, arguments[1]) == ("cudaMalloc", 1, size)
+
+
+MAPS = """7f00-7f01 r-xp 00000000 08:01 12 /opt/a b/lib/libcudart.so.11.8.89
+7f02-7f03 r-xp 00000000 08:01 13 /opt/a b/nvidia/cu13/lib/libcudart.so.13
+7f04-7f05 r-xp 00000000 08:01 14 /opt/torch/lib/libcudart-9335f6a2.so.12
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "path"),
+    [
+        ("13.0", "/opt/a b/nvidia/cu13/lib/libcudart.so.13"),
+        ("12.4", "/opt/torch/lib/libcudart-9335f6a2.so.12"),
+        ("11.8", "/opt/a b/lib/libcudart.so.11.8.89"),
+        ("10.2", "libcudart.so.10"),
+    ],
+)
+def test_the_runtime_of_torch_is_found_among_others_that_a_program_has_loaded(version: str, path: str) -> None:
+    assert cuda._find_runtime(MAPS, version) == path
 
 
 @pytest.mark.parametrize(
