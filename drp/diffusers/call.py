@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from math import ceil
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from drp.diffusers.drafting import Drafter, scale_of
 from drp.diffusers.forms import OfState, Point
 from drp.diffusers.learned import Learned, RecordedCall, UnrecognisedError, check_changes, learn
 from drp.diffusers.numbers import alike
-from drp.diffusers.program import PART, Program, to_tensor
+from drp.diffusers.program import PART, PROGRAM, Program, to_tensor
 from drp.diffusers.pytree import Json, UnknownValueError, flatten
 from drp.diffusers.report import CallReport
 from drp.diffusers.rounds import Predictions
@@ -256,7 +258,9 @@ class PipelineCall:
             predictions = self._stack(learned, sources, k)
         if predictions is None:
             predictions = self._bind(learned, learned.program, sources, k)
-        self._traced = TracedStep(learned, predictions)
+        self._traced = TracedStep(learned, predictions)  # From here on, `_forget` closes the predictions.
+        if any(sources.values()):
+            self._verify(predictions)
         predictions.fit_guidance(x, output)
         if self._drafter.assumes:
             self._report.notes[self._drafter.assumes] = 1
@@ -267,21 +271,26 @@ class PipelineCall:
         inputs = {name: varying.like for name, varying in learned.inputs.items()}
         if program.parts > 1:
             inputs[PART] = torch.tensor(0)
-        slots = self._mode.width * program.parts
-        session = work.evaluator.bind(program, sources, inputs, learned.outputs, slots, learned.cond)
+        encoded = to_tensor(program, sources)
+        cond = {**learned.cond, PROGRAM: encoded}
+        session = work.evaluator.bind(inputs, learned.outputs, self._slots(program), cond)
+        key = hash(encoded.numpy().tobytes())
         try:
-            made = Predictions(learned, self._drafter, session, self._mode, k, self._end, self._report, program)
-            if program is learned.program and any(sources.values()):
-                self._verify(made, to_tensor(program, sources))
-            return made
+            return Predictions(learned, self._drafter, session, self._mode, k, self._end, self._report, program, key)
         except BaseException:  # for example, the mode cannot take this number of steps
             session.close()
             raise
 
-    def _verify(self, predictions: Predictions, program: Tensor) -> None:
-        """Raise UnrecognisedError if workers do not reproduce the traced step, which is tried once per program."""
-        key, verified = hash(program.numpy().tobytes()), self._context.evaluator.verified
-        if key not in verified and not predictions.agrees(self._mode.width):
+    def _slots(self, program: Program) -> int:
+        """Return the number of slots: those of a round, and no fewer than all devices evaluate at once."""
+        evaluator = self._context.evaluator
+        drafts = max(self._mode.width, ceil(len(evaluator.devices) * evaluator.drafts_per_device / program.parts))
+        return drafts * program.parts
+
+    def _verify(self, predictions: Predictions) -> None:
+        """Raise UnrecognisedError unless every device reproduces the traced step, once per program and environment."""
+        verified, key = self._context.evaluator.verified, hash((predictions.key, frozenset(os.environ.items())))
+        if key not in verified and not predictions.agrees(on_all=True):
             raise UnrecognisedError(
                 "workers have other results than this process: a module depends on what they lack, such as a function "
                 "that was replaced in a library, a variable that is not a number, or the environment"

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from drp.diffusers.compiled import OriginalForward
-from drp.diffusers.program import PROGRAM, Program, to_tensor
-from drp.diffusers.pytree import Json
+from drp.diffusers.program import PROGRAM, Program, from_bytes
 from drp.models.state import ModuleState
 from drp.protocol.arena import Arena
 from drp.protocol.memory import LocalMemory
@@ -42,7 +41,7 @@ class Session(Protocol):
 class Evaluator(Protocol):
     """Opens sessions. `devices` are names; each evaluates up to `drafts_per_device` drafts as one batch.
 
-    `verified` has the hashes of the programs of which the devices are known to make what this process makes.
+    `verified` has hashes of the programs and environments with which the devices have the results of this process.
     """
 
     drafts_per_device: int
@@ -54,15 +53,9 @@ class Evaluator(Protocol):
         ...
 
     def bind(
-        self,
-        program: Program,
-        sources: Mapping[str, Json],
-        inputs: Mapping[str, Tensor],
-        outputs: Mapping[str, Tensor],
-        slots: int,
-        cond: Mapping[str, Tensor],
+        self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], slots: int, cond: Mapping[str, Tensor]
     ) -> Session:
-        """Return a session whose slots hold tensors like `inputs` and `outputs`."""
+        """Return a session whose slots hold tensors like `inputs` and `outputs`; `cond` includes the program."""
         ...
 
 
@@ -81,17 +74,11 @@ class InProcess:
         return ("this process",)
 
     def bind(
-        self,
-        program: Program,
-        sources: Mapping[str, Json],
-        inputs: Mapping[str, Tensor],
-        outputs: Mapping[str, Tensor],
-        slots: int,
-        cond: Mapping[str, Tensor],
+        self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], slots: int, cond: Mapping[str, Tensor]
     ) -> Session:
-        everything = {**cond, PROGRAM: to_tensor(program, sources)}
+        program, _ = from_bytes(bytes(cond[PROGRAM].numpy()))
         device = next((t.device for t in outputs.values() if t.device.type != "cpu"), torch.device("cpu"))
-        arena = Arena.lay_out(0, inputs, outputs, slots, slots, everything, partial(LocalMemory, device=device))
+        arena = Arena.lay_out(0, inputs, outputs, slots, slots, cond, partial(LocalMemory, device=device))
         return _InProcessSession(arena, program, self._modules, self._threads, self.drafts_per_device)
 
 

@@ -32,6 +32,7 @@ class Predictions:
 
         the traced step     `_learned`, `_program`,
                             `_final`                     a step's arguments and results, how they follow from a state
+                            `key`                        identifies the encoded program, with its modules
                             `_weights`, `_gain`          how guidance makes one output of the results
         the rounds          `_mode`, `_adaptive`,
                             `_rounds`, `_next`           the mode, its rounds, and the next one, if it is known yet
@@ -52,8 +53,9 @@ class Predictions:
         end: int,
         report: CallReport,
         program: Program,
+        key: int,
     ) -> None:
-        self._program = program
+        self._program, self.key = program, key
         self._learned, self._drafter, self._session = learned, drafter, session
         self._mode, self._adaptive = mode, _adaptive(mode)
         self._end, self._report = end, report
@@ -91,10 +93,14 @@ class Predictions:
                 branch.copy_(branch + self._gain * shift)
         return outputs
 
-    def agrees(self, times: int = 1) -> bool:
-        """Return whether the parts of the program together reproduce the results of the traced step, on each device."""
+    def agrees(self, on_all: bool = False) -> bool:
+        """Return whether the parts of the program together reproduce the results of the traced step.
+
+        on_all: have all devices evaluate it at once.
+        """
         like = {name: varying.like for name, varying in self._learned.inputs.items()}
-        rows = self._evaluate([(self._first + i, 0.0, like) for i in range(times)])
+        drafts = self._session.arena.bind.slots // self._program.parts if on_all else 1
+        rows = self._evaluate([(self._first + i, 0.0, like) for i in range(drafts)])
         return all(self._as_recorded(rows, k) for k in rows)
 
     def _as_recorded(self, rows: Mapping[int, list[int]], k: int) -> bool:

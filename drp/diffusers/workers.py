@@ -107,21 +107,16 @@ class Workers:
         return Publisher(kept)
 
     def bind(
-        self,
-        program: Program,
-        sources: Mapping[str, Json],
-        inputs: Mapping[str, Tensor],
-        outputs: Mapping[str, Tensor],
-        slots: int,
-        cond: Mapping[str, Tensor],
+        self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], slots: int, cond: Mapping[str, Tensor]
     ) -> Session:
-        return self._leader.open_session(inputs, outputs, slots, {**cond, PROGRAM: to_tensor(program, sources)})
+        return self._leader.open_session(inputs, outputs, slots, cond)
 
     def check(self, sources: Mapping[str, Json]) -> None:
         """Have each worker load these modules; raise WorkerError, with the reason, if one cannot."""
         count = len(self.devices) * self.drafts_per_device
         nothing = torch.zeros(1, dtype=torch.int64)  # Nothing is written: floating-point numbers might not be finite.
-        with closing(self.bind(Program(()), sources, {"x": nothing}, {"x": nothing}, count, {})) as session:
+        cond = {PROGRAM: to_tensor(Program(()), sources)}
+        with closing(self.bind({"x": nothing}, {"x": nothing}, count, cond)) as session:
             session.evaluate([Task(number, 0.0, number) for number in range(count)])
 
     def record(self, path: str | os.PathLike[str], max_events: int | None = None) -> AbstractContextManager[Timeline]:

@@ -49,10 +49,13 @@ class RequestQueue:
             self.new.append(work)
         self.wake()
 
-    def notify(self, session: EvaluationSession) -> None:
-        """Notify the engine that a session has new evaluations or was closed."""
+    def notify(self, session: EvaluationSession) -> bool:
+        """Notify the engine that a session has new evaluations or was closed; return False in a forked copy."""
+        if self.is_forked_copy:
+            return False
         self.notified.append(session)
         self.wake()
+        return True
 
     def close(self, grace: float) -> None:
         """Request the engine to close. Only the `grace` of the first call counts, in seconds."""

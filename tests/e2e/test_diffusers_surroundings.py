@@ -22,8 +22,8 @@ from drp.diffusers import Workers, parallelize, reference
 from drp.sampling.drafts import STEADY
 from drp.torch_defaults import SETTINGS
 from tests.e2e.test_diffusers_calls import CHEAP, euler, exact
-from tests.pipelines import run
-from tests.tiny.builders import ddim, normal, unet
+from tests.pipelines import PIPELINES, run
+from tests.tiny.builders import ddim, flux, normal, unet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
@@ -131,6 +131,17 @@ class OfEnvironment(Around):
         return super().forward(x) * float(os.environ.get("STRENGTH", "1"))
 
 
+class OfCore(Around):
+    """Has other results in the workers that do not run on this process's first core."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.core = min(os.sched_getaffinity(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1.0 if self.core in os.sched_getaffinity(0) else 0.9)
+
+
 class Recording(Around):
     """Keeps a number of its last evaluation for its user."""
 
@@ -189,6 +200,29 @@ def around(kind: type[Around]) -> Any:
     pipe = euler()
     pipe.unet.conv_in = kind(pipe.unet.conv_in)
     return pipe
+
+
+def guided(kind: type[Around]) -> Any:
+    """A pipeline that calls its denoiser once for each branch of guidance."""
+    pipe = flux()
+    pipe.transformer.x_embedder = kind(pipe.transformer.x_embedder)
+    return pipe
+
+
+GUIDED = PIPELINES["Flux, true CFG"][1]
+
+
+@pytest.fixture(scope="module")
+def stacking_workers() -> Iterator[Workers]:
+    with Workers(2, threads=1, drafts_per_device=2) as made:
+        yield made
+
+
+@pytest.fixture(params=["", "split guidance", "batches"])
+def way(request: pytest.FixtureRequest) -> tuple[Workers, dict[str, Any]]:
+    """Workers, and options by which they evaluate a program as a whole, in parts, or for several drafts at once."""
+    name = "stacking_workers" if request.param == "batches" else "pipeline_workers"
+    return request.getfixturevalue(name), {"split_guidance": True} if request.param == "split guidance" else {}
 
 
 def scaled(tensor: Tensor) -> None:
@@ -316,18 +350,32 @@ def test_a_denoiser_that_writes_to_its_arguments_is_not_drafted(kind: type, why:
 
 
 def test_what_workers_cannot_reproduce_is_not_drafted(
-    pipeline_workers: Workers, monkeypatch: pytest.MonkeyPatch
+    way: tuple[Workers, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The environment may change between calls, too."""
+    workers, options = way
     monkeypatch.setenv("STRENGTH", "0.9")
-    untouched = run(around(OfEnvironment), CHEAP)
-    pipe = around(OfEnvironment)
-    with parallelize(pipe, pipeline_workers) as parallel:
-        assert torch.equal(run(pipe, CHEAP), untouched)
+    untouched = run(guided(OfEnvironment), GUIDED)
+    pipe = guided(OfEnvironment)
+    with parallelize(pipe, workers, **options) as parallel:
+        assert torch.equal(run(pipe, GUIDED), untouched)
         monkeypatch.setenv("STRENGTH", "1")
-        run(pipe, CHEAP)
-    first, second = parallel.report.calls
+        run(pipe, GUIDED)
+        monkeypatch.setenv("STRENGTH", "0.9")
+        assert torch.equal(run(pipe, GUIDED), untouched)
+    first, second, third = parallel.report.calls
     assert first.sequential.startswith("workers have other results than this process")
     assert not second.sequential
+    assert third.sequential == first.sequential
+
+
+def test_what_one_worker_cannot_reproduce_is_not_drafted(way: tuple[Workers, dict[str, Any]]) -> None:
+    workers, options = way
+    untouched = run(guided(OfCore), GUIDED)
+    pipe = guided(OfCore)
+    with parallelize(pipe, workers, drafts=1, **options) as parallel:
+        assert torch.equal(run(pipe, GUIDED), untouched)
+    assert parallel.report.calls[0].sequential.startswith("workers have other results than this process")
 
 
 def test_a_function_of_torch_that_was_replaced_is_not_drafted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ class Kept(EvaluationSession):
 
     def __init__(self) -> None:
         one = {"x": torch.zeros(1)}
-        super().__init__(1, Arena.lay_out(1, one, one, SLOTS, SLOTS + AT_ONCE, {}), lambda session: None, 1)
+        super().__init__(1, Arena.lay_out(1, one, one, SLOTS, SLOTS + AT_ONCE, {}), lambda session: True, 1)
         self.latest: dict[int, int] = {}
 
     def rows_in_use(self) -> set[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -31,10 +30,9 @@ class EvaluationSession(RunState):
     The engine handles lost workers and timeouts as for runs. `close` ends the session.
     """
 
-    def __init__(self, number: int, arena: Arena, notify: Callable[[EvaluationSession], None], batch: int) -> None:
+    def __init__(self, number: int, arena: Arena, notify: Callable[[EvaluationSession], bool], batch: int) -> None:
         super().__init__(number, arena, batch)
         self._notify = notify
-        self._owner = os.getpid()
         self.arena.memory.record_event()  # The conditions were copied by this thread, which is the caller's.
         self._gate = threading.Lock()
         self._blocks: deque[EvaluationBlock] = deque()
@@ -53,8 +51,6 @@ class EvaluationSession(RunState):
 
         Raises WorkerError if a worker raised or none is left, RuntimeError if the session is closed.
         """
-        if os.getpid() != self._owner:
-            raise RuntimeError(f"this session is process {self._owner}'s, which this one was forked from")
         indices = {task.index for task in tasks}
         if not tasks or len(indices) < len(tasks):
             raise ValueError(f"{len(tasks)} tasks with {len(indices)} different indices; give one or more, each once")
@@ -64,19 +60,18 @@ class EvaluationSession(RunState):
             if self._closed:
                 raise RuntimeError("this session is closed; open another")
             self._blocks.append(block)
-        self._notify(self)
+        if not self._notify(self):
+            raise RuntimeError("this session belongs to the process that this one was forked from")
         return block.done.result()
 
     def close(self) -> None:
         """End the session and release its memory, which must not be used any more. Further calls do nothing."""
-        if os.getpid() != self._owner:
-            return  # A forked child does not have the engine's thread.
         with self._gate:
             if not self._closed:
                 self.arena.memory.record_event()  # The next session in this memory waits for what was read of it.
             self._closed = True
-        self._notify(self)
-        self._finished.result()
+        if self._notify(self):  # A forked child does not have the engine's thread.
+            self._finished.result()
 
     # Called by the engine.
 
