@@ -18,10 +18,11 @@ from drp.leader.execution import ExecutionOptions
 from drp.leader.job import make_job
 from drp.leader.leader import Leader, model_name
 from drp.leader.options import LeaderArguments, LeaderOptions
-from drp.leader.request import Options, Request
+from drp.leader.request import Options, Request, make_request
 from drp.models.finite import check_finite
 from drp.protocol.messages import ModelSpec
 from drp.sampling.advice import warn
+from drp.sampling.options import check_names
 from drp.sampling.reference import run_reference
 from drp.sampling.result import Result
 from drp.torch_defaults import torch_defaults
@@ -60,6 +61,7 @@ def divide_arguments(arguments: Mapping[str, Any]) -> tuple[LeaderOptions, Optio
     """Divide arguments into those of the leader and those of the run."""
     given: dict[str, Any] = {**arguments}
     names = [each.name for each in fields(LeaderOptions)]
+    check_names(given, [*names, *(each.name for each in fields(Request))])
     leader = LeaderOptions(**{name: given.pop(name) for name in names if name in given})
     return leader, cast("Options", given)
 
@@ -69,7 +71,7 @@ def check_options(model: str | Callable[[], Any], drafts: int, options: Options)
 
     A model of the user's own is not loaded for this. Labels and shape are checked against it when it is loaded.
     """
-    request = Request(**options)
+    request = make_request(options)
     spec = models.describe(model_name(model))
     if spec is None:
         spec = ModelSpec()
@@ -97,7 +99,7 @@ def reference(
     """
     leader = LeaderOptions(devices, threads, drafts_per_device, execution=execution or ExecutionOptions())
     placed = leader.worker_devices
-    request = Request(**options)
+    request = make_request(options)
     with torch_defaults():
         denoiser = models.load(model_name(model))
         job = make_job(request, denoiser.spec, leader.drafts)

@@ -6,6 +6,7 @@ drafts: 60 ms for 256 drafts of 1,000 steps. The largest timestep is that of the
 
 from __future__ import annotations
 
+import operator
 from typing import Final
 
 MAX_WORKERS: Final = 256
@@ -21,7 +22,11 @@ MAX_NUMBERS: Final = 2**34
 
 
 def check_whole(name: str, value: object, low: int = 0, high: int = 2**63 - 1) -> int:
-    """Return `value` if it is a whole number from `low` to `high`; raise ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+    """Return a whole number, which may be numpy's or torch's, as an int; raise ValueError outside `low` to `high`."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]  # what is checked
+    except TypeError:
+        number = low - 1
+    if isinstance(value, bool) or not low <= number <= high:
         raise ValueError(f"{name} is {value!r:.80}; give a whole number, {low} to {high}")
-    return value
+    return number

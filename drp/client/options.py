@@ -13,7 +13,7 @@ from drp.protocol.arrays import add_array
 from drp.protocol.client_messages import Condition, Option, Rule, Submit
 from drp.protocol.frames import Frame, FrameWriter
 from drp.sampling.drafts import RULES, DraftRule
-from drp.sampling.options import RunOptions
+from drp.sampling.options import RunOptions, check_names
 
 
 class Options(RunOptions, total=False):
@@ -44,8 +44,7 @@ def to_submit(number: int, given: Options, ways: Mapping[str, Any]) -> tuple[Sub
                 "callback and out are for a leader in this process; iterate over client.submit(...).progress(), and "
                 "copy result.samples"
             )
-        if name not in Options.__annotations__:
-            raise TypeError(f"unknown option {name!r}; choose one of {', '.join(Options.__annotations__)}")
+    check_names(given, [*Options.__annotations__])
     options: dict[str, Any] = {name: given.get(name, DEFAULTS[name]) for name in Options.__annotations__}
     for name in ("solver", "mode"):
         if not isinstance(options[name], str):

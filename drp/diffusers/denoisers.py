@@ -18,8 +18,14 @@ TIMES = ("timestep", "timesteps", "timestep_ratio", "sigma", "t", "r")
 
 def find_denoisers(pipe: Any, denoisers: Sequence[str] | None) -> list[str]:
     """Return the names of the components that the pipeline's steps call."""
-    if not any(True for _ in schedulers_of(pipe)):
-        raise ValueError(f"{type(pipe).__name__} has no scheduler with a step method, whose steps drp would draft")
+    if isinstance(denoisers, str):
+        denoisers = [denoisers]
+    if isinstance(pipe, type) or not any(True for _ in schedulers_of(pipe)):
+        given = f"the class {pipe.__name__}" if isinstance(pipe, type) else type(pipe).__name__
+        raise ValueError(
+            f"{given} has no scheduler with a step method, whose steps drp would draft; give a loaded pipeline, as "
+            "DiffusionPipeline.from_pretrained(...) returns"
+        )
     modules = {n: getattr(pipe, n) for n in denoisers or DENOISERS if isinstance(getattr(pipe, n, None), nn.Module)}
     if not denoisers:
         for name, component in getattr(pipe, "components", {}).items():

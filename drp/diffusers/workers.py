@@ -52,6 +52,8 @@ class Workers:
         placed = parse_devices(devices, 1)
         if any(device.emulated is not None and device.emulated.values != "model" for device in placed):
             raise ValueError(f"devices is {devices!r}: values other than the model's are for drp's own models only")
+        if not isinstance(execution, ExecutionOptions | None):
+            raise ValueError(f"execution is {execution!r:.80}; give a drp.ExecutionOptions")
         if execution is not None and execution.compile:
             raise ValueError(
                 "compile is for models of a drp.Leader; compile the pipeline's module, as by pipe.unet.compile(): "

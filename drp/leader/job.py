@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,11 @@ from drp.protocol.frames import MAX_DIMENSIONS
 from drp.protocol.memory import DTYPES, NAMES
 from drp.protocol.messages import ModelSpec
 from drp.sampling.drafts import find_rule
-from drp.sampling.mode_selection import TargetWindow, make_mode
+from drp.sampling.mode_selection import MODE_NAMES, TargetWindow, make_mode
 from drp.sampling.mode_wrappers import PicardSweeps, Warmup
 from drp.sampling.modes import Mode, Window
 from drp.sampling.partial_sums import OperationQueue
-from drp.sampling.registry import make_solver
+from drp.sampling.registry import SOLVER_NAMES, make_solver
 from drp.sampling.run import Noise, Run
 from drp.sampling.slot_allocator import slots
 from drp.sampling.solvers import Solver
@@ -87,6 +88,7 @@ class Job:
 def make_job(request: Request, spec: ModelSpec, devices: int) -> Job:
     """Validate a request for a model and a number of devices; raise ValueError naming the value and the remedy."""
     _refuse_autocast()
+    _check_kinds(request)
     solver = solver_of(request)
     mode = _mode(request, devices, solver.grid.steps, solver.adds_noise)
     labels = _labels(request.labels, spec)
@@ -105,6 +107,19 @@ def make_job(request: Request, spec: ModelSpec, devices: int) -> Job:
     return Job(solver, mode, start, cond, lambda k: _noise(_seed_of(seed, k), count, shape), request.residuals, out)
 
 
+def _check_kinds(request: Request) -> None:
+    """Raise ValueError for options of a kind that would otherwise fail where they are used."""
+    if not isinstance(request.mode, (str, Mode)):
+        raise ValueError(
+            f"mode is {request.mode!r:.80}; give one of {', '.join(MODE_NAMES)}, or a drp.sampling.modes.Mode"
+        )
+    for name in ("grid", "solver_options", "cond"):
+        if not isinstance(getattr(request, name), Mapping):
+            raise ValueError(f"{name} is {getattr(request, name)!r:.80}; give a mapping of names to values")
+    if request.callback is not None and not callable(request.callback):
+        raise ValueError(f"callback is {request.callback!r:.80}; give a function of the step and the state")
+
+
 def _refuse_autocast() -> None:
     """Raise ValueError if torch.autocast is active in this thread, since it does not apply to worker processes."""
     for kind in ("cpu", "cuda"):
@@ -117,6 +132,10 @@ def _refuse_autocast() -> None:
 
 def solver_of(request: Request) -> Solver:
     """Return the solver that a request names or is; raise ValueError for options that it cannot have."""
+    if not isinstance(request.solver, (str, Solver)):
+        raise ValueError(
+            f"solver is {request.solver!r:.80}; give one of {', '.join(SOLVER_NAMES)}, or a drp.sampling.solvers.Solver"
+        )
     if not isinstance(request.solver, str):
         if request.grid or request.solver_options or request.strength != 1.0:
             raise ValueError(
@@ -178,9 +197,10 @@ def _seed_of(seed: int, k: int) -> int:
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not low <= number <= high:
         raise ValueError(f"{name} is {value!r:.80}; give a number, {low:g} to {high:g}")
-    return float(value)
+    return number
 
 
 def _mode(request: Request, devices: int, steps: int, noise: bool) -> Mode:
@@ -228,7 +248,7 @@ def _target(request: Request, drafts: int, noise: bool) -> TargetWindow:
         given = "target_speedup" if rounds is None else "target_rounds"
         raise ValueError(f"{given} chooses a window, and mode is {request.mode!r}; leave one of them out")
     if rounds is not None:
-        check_whole("target_rounds", rounds, 1, MAX_STEPS)
+        rounds = check_whole("target_rounds", rounds, 1, MAX_STEPS)
     if speedup is not None:
         speedup = _number("target_speedup", speedup, 1, MAX_STEPS)
     rule = None if request.rule is None else find_rule(request.rule)
@@ -267,7 +287,7 @@ def _labels(labels: Sequence[int] | Tensor | None, spec: ModelSpec) -> Tensor | 
 def _count(count: int | None, labels: Tensor | None) -> int:
     if count is None:
         return 1 if labels is None else len(labels)
-    check_whole("count", count, 1, MAX_SAMPLES)
+    count = check_whole("count", count, 1, MAX_SAMPLES)
     if labels is not None and len(labels) != count:
         raise ValueError(f"count is {count}, but there are {len(labels)} labels; give one per sample")
     return count
@@ -278,6 +298,8 @@ def _shape(shape: Sequence[int] | None, spec: ModelSpec) -> tuple[int, ...]:
         if spec.sample_shape is None:
             raise ValueError("shape is missing; this model does not say the shape of a sample, so give it")
         return spec.sample_shape
+    if isinstance(shape, str) or not isinstance(shape, Iterable):
+        raise ValueError(f"shape is {shape!r:.80}; give a list of sizes, such as [4, 64, 64]")
     own = tuple(check_whole("shape", n) for n in shape)
     if len(own) > 15 or 0 in own:
         raise ValueError(f"shape is {list(own)}; give 0 to 15 sizes of 1 or more")

@@ -6,7 +6,8 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from inspect import ismethod
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +18,7 @@ from drp.leader.engine import Engine
 from drp.leader.events import Timeline
 from drp.leader.job import make_job
 from drp.leader.options import LeaderArguments, LeaderOptions
-from drp.leader.request import Options, Request
+from drp.leader.request import Options, Request, make_request
 from drp.leader.runs.run_state import DraftSlot
 from drp.leader.runs.session import EvaluationSession
 from drp.leader.runs.submission import RunFuture
@@ -26,6 +27,7 @@ from drp.protocol.arena import Arena
 from drp.protocol.codec import is_text
 from drp.protocol.messages import ModelSpec
 from drp.sampling.advice import warn
+from drp.sampling.options import check_names
 from drp.sampling.result import Result
 
 MAX_MODEL_NAME_LENGTH = 200
@@ -82,6 +84,9 @@ class Leader:
         options: LeaderOptions | None = None,
         **arguments: Unpack[LeaderArguments],
     ) -> None:
+        if not isinstance(options, LeaderOptions | None):
+            raise ValueError(f"options is {options!r:.80}; give a drp.LeaderOptions, or options by name: devices=2")
+        check_names(arguments, [each.name for each in fields(LeaderOptions)])
         self._options = replace(options or LeaderOptions(), **arguments)
         name = model_name(model)
         self._engine = Engine(name, self._options)
@@ -167,7 +172,7 @@ class Leader:
 
         Raises ValueError for invalid options.
         """
-        return self._submit(Request(**options))
+        return self._submit(make_request(options))
 
     def _submit(self, request: Request, advise: bool = False) -> RunFuture:
         job = make_job(request, self.spec, self._options.drafts)
@@ -186,7 +191,7 @@ class Leader:
         WorkerError if the denoiser raises, if every worker that evaluates a draft is lost, or if no worker is left. The
         leader is closed only in the last case. Logs a warning, once, where drafting is not worthwhile (docs/drafts.md).
         """
-        pending = self._submit(Request(**options), advise=True)
+        pending = self._submit(make_request(options), advise=True)
         try:
             return pending.result()
         finally:
@@ -233,14 +238,17 @@ class Leader:
 
 def model_name(model: str | Callable[[], Any]) -> str:
     """Return the name by which a worker can import the model's factory; raise ValueError if there is none."""
+    remedy = "define a function at the top of a module that returns it, and give that, or its name 'module:function'"
     if isinstance(model, str):
         return _check_name(model)
     module, name = getattr(model, "__module__", None), getattr(model, "__qualname__", None)
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if module == "__main__" and spec is not None:  # run by `python -m`: workers can import it by its own name
         module = spec.name
-    if not module or not name or "<" in name:
-        raise ValueError(f"model {model!r} cannot be imported by a worker; define it by name at the top of a module")
+    bound = ismethod(model) and not isinstance(model.__self__, type)  # A worker does not have its object.
+    if not module or not name or "<" in name or bound:
+        given = name if isinstance(name, str) else f"of type {type(model).__qualname__}"  # Not the text of a network.
+        raise ValueError(f"model {given} cannot be imported by a worker; {remedy}")
     return _check_name(f"{module}:{name}")
 
 

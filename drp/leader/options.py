@@ -64,9 +64,12 @@ class LeaderOptions:
 
     def __post_init__(self) -> None:
         for name, value in (("start_timeout", self.start_timeout), ("draft_timeout", self.draft_timeout)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; give seconds above 0")
-        check_whole("drafts_per_device", self.drafts_per_device, 1, MAX_BATCHED)
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise ValueError(f"{name} is {value!r}; give seconds above 0")
+        if not isinstance(self.execution, ExecutionOptions):
+            raise ValueError(f"execution is {self.execution!r:.80}; give a drp.ExecutionOptions")
+        whole = check_whole("drafts_per_device", self.drafts_per_device, 1, MAX_BATCHED)
+        object.__setattr__(self, "drafts_per_device", whole)
         hedge = self.scheduling_policy.hedge
         if self.execution.dispatch == "async" and hedge is not None:
             raise ValueError(

@@ -45,7 +45,7 @@ def on_ray(
 
     Raises ImportError without Ray, ConnectionError if there is no cluster, ValueError for other arguments.
     """
-    check_whole("workers", workers, 1, MAX_WORKERS)
+    workers = check_whole("workers", workers, 1, MAX_WORKERS)
     if device is not None and device.startswith("emulated:"):
         parse_emulated(device, 0)
     elif device not in ("cpu", "cuda", None):

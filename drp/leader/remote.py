@@ -52,7 +52,7 @@ class RemoteWorkers:
     transport_security: Literal["curve", "none"] = "curve"
 
     def __post_init__(self) -> None:
-        check_whole("count", self.count, 1, MAX_WORKERS)
+        object.__setattr__(self, "count", check_whole("count", self.count, 1, MAX_WORKERS))
         if self.transport_security not in ("curve", "none"):
             raise ValueError(f"transport_security is {self.transport_security!r}; give 'curve', or 'none'")
         if (self.keys is None) == (self.transport_security == "curve"):

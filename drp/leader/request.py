@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
 
 from drp.sampling.drafts import DraftRule
 from drp.sampling.modes import Mode
-from drp.sampling.options import RunOptions
+from drp.sampling.options import RunOptions, check_names
 from drp.sampling.run import Callback
 from drp.sampling.solvers import Solver
 
@@ -26,6 +26,12 @@ class Options(RunOptions, total=False):
     mode: str | Mode
     callback: Callback | None
     out: Tensor | None
+
+
+def make_request(options: Options) -> Request:
+    """Return the request with these options; raise TypeError for an unknown name."""
+    check_names(options, [each.name for each in fields(Request)])
+    return Request(**options)
 
 
 @dataclass(frozen=True)

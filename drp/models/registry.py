@@ -185,8 +185,8 @@ def describe(name: str) -> ModelSpec | None:
     """Return a built-in model's specification without loading it, None for others; raise ValueError for a bad name."""
     if name in BUILT_IN:
         return BUILT_IN[name][1]
-    module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute):
+    module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
         known = ", ".join(BUILT_IN)
         raise ValueError(f"unknown model {name!r}; built in: {known}; your own are named 'package.module:factory'")
     return None

@@ -85,10 +85,10 @@ def make_mode(
     if name != "window" and not (stride is None and offsets is None):
         what = f"stride is {stride}" if stride is not None else f"offsets are {offsets!r}"
         raise ValueError(f"{what}, which mode {name!r} does not have; choose mode 'window'")
-    if n < 1:
-        raise ValueError(f"drafts is {n}; a round needs at least 1 draft")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance is {tolerance}; give a relative residual from 0 to infinity, such as 0.01")
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"drafts is {n!r}; a round needs at least 1 draft")
+    if not isinstance(tolerance, (int, float)) or not tolerance >= 0:
+        raise ValueError(f"tolerance is {tolerance!r}; give a relative residual from 0 to infinity, such as 0.01")
     if stride is not None and not (isinstance(stride, (int, float)) and math.isfinite(stride)):
         raise ValueError(f"stride is {stride!r}; give a number from 1 to {n}, the drafts of a round")
     rule = default_rule(name, n, stride, adds_noise) if rule is None else find_rule(rule)

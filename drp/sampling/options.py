@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypedDict
 
 from drp.sampling.drafts import DraftRule
@@ -30,3 +31,26 @@ class RunOptions(TypedDict, total=False):
     sweeps: int
     seed: int
     residuals: bool
+
+
+NAMES_ELSEWHERE = {
+    "generator": "seed",
+    "guidance_scale": "guidance",
+    "latents": "noise",
+    "num_images_per_prompt": "count",
+    "num_inference_steps": "steps",
+    "num_steps": "steps",
+    "scheduler": "solver",
+}
+"""Names of options in diffusers, with those in drp."""
+
+
+def check_names(given: Collection[str], known: Collection[str]) -> None:
+    """Raise TypeError for an option that is not known; the message has the name that was probably meant."""
+    for name in given:
+        if name in known:
+            continue
+        close = difflib.get_close_matches(name, known, 1)
+        meant = NAMES_ELSEWHERE.get(name, close[0] if close else "")
+        hint = f"did you mean {meant!r}?" if meant in known else f"choose one of {', '.join(known)}"
+        raise TypeError(f"unknown option {name!r}; {hint}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from drp.diffusers import Workers
-from drp.diffusers.digits import digits_pipeline
+from drp.diffusers.digits import DigitsPipeline, digits_pipeline
 from drp.diffusers.structure import describe
 from drp.sampling.mode_wrappers import PicardSweeps
 from drp.sampling.modes import Aggressive
@@ -80,7 +81,11 @@ def test_what_cannot_be_handed_to_workers_is_refused() -> None:
         ({"rule": "tangent"}, "unknown rule"),
         ({"devices": 0}, "a run needs 1"),
         ({"drafts": -1}, "at least 1 draft"),
+        ({"drafts": "4"}, "drafts is '4'; a round needs at least 1 draft"),
+        ({"mode": "adaptive", "tolerance": "low"}, "tolerance is 'low'; give a relative residual"),
+        ({"execution": "sync"}, "execution is 'sync'; give a drp.ExecutionOptions"),
         ({"denoisers": ["transformer"]}, "lacks transformer"),
+        ({"denoisers": "transformer"}, "lacks transformer"),
         ({"mode": "window", "target_rounds": 0}, "target_rounds is 0; give a whole number from 1"),
         ({"mode": "window", "target_speedup": 0.5}, "target_speedup is 0.5; give 1 or more"),
         ({"target_speedup": 2.0, "stride": 2.0}, "stride and target_speedup are given"),
@@ -90,6 +95,15 @@ def test_what_cannot_be_handed_to_workers_is_refused() -> None:
 )
 def test_arguments_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message), parallelize(sdxl(), **{"devices": 2, **options}):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("pipe", "given"),
+    [("org/name", "str"), (Path("folder"), "PosixPath"), (DigitsPipeline, "the class DigitsPipeline")],
+)
+def test_what_is_not_a_loaded_pipeline_is_refused(pipe: object, given: str) -> None:
+    with pytest.raises(ValueError, match=f"{given} has no scheduler .*; give a loaded pipeline, as"), parallelize(pipe):
         pass
 
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -32,6 +33,8 @@ def test_the_keyword_arguments_are_the_fields() -> None:
         ({"policy": "fast"}, "unknown policy 'fast'; choose one of barrier"),
         ({"policy": 3}, "unknown policy 3; choose one of barrier"),
         ({"devices": "tpu"}, "device 'tpu' does not exist"),
+        ({"start_timeout": "5"}, "start_timeout is '5'; give seconds above 0"),
+        ({"execution": "async"}, "execution is 'async'; give a drp.ExecutionOptions"),
         (
             {"policy": "hedged", "execution": ExecutionOptions(dispatch="async")},
             'hedge is 1.25, but with dispatch="async" no draft is sent twice',
@@ -45,10 +48,16 @@ def test_an_invalid_option_is_refused_with_value_and_remedy(arguments: dict[str,
 
 
 def test_an_unknown_option_is_refused() -> None:
-    with pytest.raises(TypeError, match="devcies"):
+    with pytest.raises(TypeError, match="unknown option 'devcies'; did you mean 'devices'"):
         Leader("digits", devcies=2)  # type: ignore[call-arg]  # what is tested
-    with pytest.raises(TypeError, match="devcies"):
+    with pytest.raises(TypeError, match="unknown option 'devcies'; did you mean 'devices'"):
         drp.sample("digits", devcies=2)  # type: ignore[call-arg]  # likewise
+    with pytest.raises(ValueError, match=r"options is 2; give a drp\.LeaderOptions, or options by name: devices=2"):
+        Leader("digits", 2)  # type: ignore[arg-type]  # likewise
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert type(LeaderOptions(drafts_per_device=np.int64(2)).drafts_per_device) is int  # type: ignore[arg-type]
 
 
 def test_arguments_take_precedence_over_options() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -173,3 +175,20 @@ def test_random_numbers_that_another_thread_draws_are_not_blamed_on_the_model() 
         ends.set()
         thread.join()
     assert torch.equal(slow, drp.reference("tests.unit.test_own_models:Slow", **DRAWS).samples)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Layer(), "model of type Layer cannot be imported by a worker; define a function at the top of a module"),
+        (lambda: Layer(), "model <lambda> cannot be imported by a worker"),
+        (partial(Layer), "model of type partial cannot be imported by a worker"),
+        (Layer().eval, "model Module.eval cannot be imported by a worker"),
+        ("./my_model.py:make", "unknown model './my_model.py:make'; built in: digits; your own are named 'package.m"),
+        ("my_model", "unknown model 'my_model'"),
+    ],
+)
+def test_a_model_that_no_worker_can_import_is_refused_with_the_remedy(model: Any, words: str) -> None:
+    for call in (drp.sample, drp.reference):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            call(model, shape=(4,))

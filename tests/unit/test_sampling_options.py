@@ -3,7 +3,8 @@
 import itertools
 import math
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import drp
+from drp.client.options import to_submit
 from drp.diffusers.pipeline_modes import make_pipeline_mode
 from drp.leader.job import Job, make_job
-from drp.leader.request import Request
+from drp.leader.request import Request, make_request
 from drp.protocol.messages import ModelSpec
 from drp.sampling import advice
 from drp.sampling.drafts import DAMPED, PAPER, SECANT, STEADY, STEADY_WIDE, DraftRule
@@ -209,6 +211,14 @@ def test_more_rounds_evaluate_each_index_as_often_with_all_drafts_that_are_of_us
         ({"warmup": -1}, "warmup is -1"),
         ({"sweeps": 1.5}, "sweeps is 1.5"),
         ({"solver": DDIM(make_solver("ddim", 4).grid), "grid": {"end": "zero"}}, "this solver is an object"),
+        ({"solver": None}, "solver is None; give one of ddim, .*, or a drp.sampling.solvers.Solver"),
+        ({"mode": 3}, "mode is 3; give one of sequential, .*, or a drp.sampling.modes.Mode"),
+        ({"grid": "karras"}, "grid is 'karras'; give a mapping of names to values"),
+        ({"solver_options": ["order"]}, r"solver_options is \['order'\]; give a mapping"),
+        ({"cond": [torch.zeros(1)]}, "cond is .*; give a mapping"),
+        ({"shape": 28}, "shape is 28; give a list of sizes, such as"),
+        ({"shape": "1,28,28"}, "shape is '1,28,28'; give a list of sizes"),
+        ({"callback": 3}, "callback is 3; give a function of the step and the state"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -341,3 +351,41 @@ def test_a_run_that_may_not_be_worth_it_says_so_once(
     said = [record.getMessage() for record in caplog.records if record.name == "drp"]
     assert len(said) == bool(words)
     assert all(re.search(words, message) for message in said)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    numbers = {
+        "steps": np.int64(12),
+        "drafts": np.uint8(3),
+        "seed": torch.tensor(7),
+        "shape": [np.int64(2), np.int64(3)],
+    }
+    found = make_job(Request(**numbers, count=np.int32(2), guidance=np.float32(1.5)), SPEC, 4)  # type: ignore[arg-type]
+    same = job(steps=12, drafts=3, seed=7, guidance=1.5)
+    assert torch.equal(found.start, same.start)
+    assert torch.equal(found.cond["guidance"], same.cond["guidance"])
+    assert found.mode == same.mode
+    assert {type(each) for each in (found.mode.width, found.solver.grid.steps, *found.start.shape)} == {int}
+    rounds = job(steps=12, target_rounds=np.int64(5)).mode
+    assert rounds == job(steps=12, target_rounds=5).mode
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("step", "unknown option 'step'; did you mean 'steps'?"),
+        ("num_inference_steps", "unknown option 'num_inference_steps'; did you mean 'steps'?"),
+        ("guidance_scale", "unknown option 'guidance_scale'; did you mean 'guidance'?"),
+        ("prompt", "unknown option 'prompt'; choose one of "),
+    ],
+)
+def test_an_unknown_option_is_named_with_the_one_that_was_meant(name: str, words: str) -> None:
+    calls: list[Callable[..., Any]] = [
+        drp.sample,
+        drp.reference,
+        lambda **options: make_request(cast("Any", options)),  # as of a leader
+        lambda **options: to_submit(1, cast("Any", options), {}),  # as of a client
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=re.escape(words)):
+            call(**{name: 1})
