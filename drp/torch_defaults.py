@@ -68,6 +68,16 @@ def _flushes_denormals() -> bool:
     return not (torch.tensor(2.0**-140, dtype=torch.float32, device="cpu") * 1.0).item()
 
 
+def _reductions(name: str) -> Setting:
+    """Return the setting of a product's reductions in half precision, with split-k where torch has that."""
+    both = [name, f"{name}_split_k"] if hasattr(cuda.matmul, f"{name}_split_k") else [name]
+
+    def write(values: Sequence[bool]) -> None:
+        setattr(cuda.matmul, name, tuple(values) if len(both) > 1 else values[0])
+
+    return lambda: [getattr(cuda.matmul, each) for each in both], write, [True] * len(both)
+
+
 SETTINGS: tuple[Setting, ...] = (
     (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
     (_float32_precisions, _set_float32_precisions, ["highest", True, *[*PRECISIONS.values()][: len(OWNERS)]]),
@@ -77,8 +87,8 @@ SETTINGS: tuple[Setting, ...] = (
     _attribute(cudnn, "enabled", True),
     _attribute(cudnn, "benchmark", False),
     _attribute(cudnn, "deterministic", False),
-    _attribute(cuda.matmul, "allow_fp16_reduced_precision_reduction", True),
-    _attribute(cuda.matmul, "allow_bf16_reduced_precision_reduction", True),
+    _reductions("allow_fp16_reduced_precision_reduction"),
+    _reductions("allow_bf16_reduced_precision_reduction"),
     *(
         [_attribute(cuda.matmul, "allow_fp16_accumulation", False)]
         if hasattr(cuda.matmul, "allow_fp16_accumulation")  # since torch 2.7
@@ -89,6 +99,11 @@ SETTINGS: tuple[Setting, ...] = (
     (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, True),
     (cuda.math_sdp_enabled, cuda.enable_math_sdp, True),
     (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp, True),
+    *(
+        [(cuda.fp16_bf16_reduction_math_sdp_allowed, cuda.allow_fp16_bf16_reduction_math_sdp, False)]
+        if hasattr(cuda, "allow_fp16_bf16_reduction_math_sdp")  # since torch 2.5
+        else []
+    ),
 )
 """The settings that change the bits of a result or can make it fail: getter, setter and default of each."""
 

@@ -43,7 +43,6 @@ def find_gpus() -> tuple[Gpu, ...]:
     """Return the GPUs in CUDA's order; raise ValueError, naming cause and remedy, if none can be used."""
     if not has_gpus():
         raise ValueError(why_none(torch.__version__, torch.version.cuda, _has_driver(), os.environ))
-    refuse_allocator(os.environ)
     return tuple(_describe(index) for index in range(torch.cuda.device_count()))
 
 
@@ -66,17 +65,6 @@ def why_none(version: str, cuda: str | None, driver: bool, environ: Mapping[str,
         f"the NVIDIA driver shows no GPU to torch {version} (CUDA {cuda}): there is none, or the driver is too old; "
         "nvidia-smi shows which"
     )
-
-
-def refuse_allocator(environ: Mapping[str, str]) -> None:
-    """Raise ValueError if torch's allocator is configured to use expandable segments."""
-    for name in ALLOCATOR:
-        options = environ.get(name, "").replace(" ", "").lower().split(",")
-        if "expandable_segments:true" in options:
-            raise ValueError(
-                f"{name} is {environ[name]!r}: CUDA IPC with expandable segments is not known to work; take "
-                "expandable_segments out of it"
-            )
 
 
 def visible(environ: Mapping[str, str], gpus: tuple[Gpu, ...]) -> str:

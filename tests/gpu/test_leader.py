@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -138,6 +140,23 @@ def test_shared_weights_are_those_that_are_used(gpu: ExecutionOptions) -> None:
     with Leader("tests.gpu.denoisers:Drawn", devices="3xcuda:0", execution=gpu) as leader:
         one, again = (leader.sample(steps=9).samples for _ in range(2))
     assert torch.equal(one, again)
+
+
+EXPANDABLE = f"""
+import torch, drp
+with drp.Leader({SMALL!r}, devices="2xcuda:0") as leader:
+    samples = leader.sample(steps=9).samples
+assert leader.internals.placement.shares_gpu_memory
+assert torch.equal(samples, drp.reference({SMALL!r}, steps=9, devices="2xcuda:0").samples)
+"""
+
+
+def test_torchs_allocator_may_have_expandable_segments() -> None:
+    """CUDA IPC refuses memory from these, but what is shared is not torch's."""
+    env = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    done = subprocess.run([sys.executable, "-c", EXPANDABLE], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "will lie on the host" not in done.stderr
 
 
 def test_the_gpu_computes_what_the_cpu_does() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -45,6 +46,16 @@ def set_matmul_precision(value: str) -> None:
         torch.backends.cuda.matmul.fp32_precision = value
 
 
+def half_precision() -> Any:
+    matmul = torch.backends.cuda.matmul
+    name = "allow_fp16_reduced_precision_reduction"
+    return getattr(matmul, name), getattr(matmul, f"{name}_split_k", None)  # since torch 2.10
+
+
+def set_half_precision(values: Any) -> None:
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = values[0] if values[1] is None else values
+
+
 CHANGES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "float64": lambda: changed(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
     "bfloat16": lambda: changed(torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16),
@@ -56,6 +67,7 @@ CHANGES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"
     ),
     "TF32 by an attribute": lambda: changed(matmul_precision, set_matmul_precision, "tf32"),
+    "no split-k": lambda: changed(half_precision, set_half_precision, (False, half_precision()[1] and False)),
     "deterministic": lambda: changed(
         torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True
     ),
@@ -76,6 +88,19 @@ def test_a_setting_of_the_program_changes_no_bit(change: str, digits: Leader, ex
     for each in samples:
         assert each.dtype == torch.float32
         assert torch.equal(each, expected)
+
+
+@pytest.mark.parametrize("change", sorted(CHANGES.keys() - {"device", "threads", "inference mode"}))
+def test_a_setting_reaches_workers_of_pipelines(change: str) -> None:
+    settings = pytest.importorskip("drp.diffusers.settings")
+    with CHANGES[change]():
+        expected = [read() for read, _, _ in SETTINGS]
+        sent = json.loads(json.dumps(settings.read_settings()))
+    before = [read() for read, _, _ in SETTINGS]
+    assert before != expected
+    with settings.applied(sent):
+        assert [read() for read, _, _ in SETTINGS] == expected
+    assert [read() for read, _, _ in SETTINGS] == before
 
 
 def test_a_leader_that_starts_under_other_defaults_computes_the_same(expected: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 import drp
 from drp.leader import devices as devices_module
 from drp.leader.devices import expand_count, parse_devices
-from drp.leader.gpus import Gpu, near_cores, near_node, parse_cores, refuse_allocator, visible, why_none
+from drp.leader.gpus import Gpu, near_cores, near_node, parse_cores, visible, why_none
 
 FIRST, SECOND = "GPU-5a1b2c3d-0000-1111-2222-333344445555", "GPU-5a1b9999-aaaa-bbbb-cccc-ddddeeeeffff"
 TWO = (Gpu(0, FIRST, "one", cores=(0,)), Gpu(1, SECOND, "two"))
@@ -103,13 +103,6 @@ def test_each_reason_for_no_gpu_is_told_from_the_others() -> None:
     assert "CUDA_VISIBLE_DEVICES is ''" in why_none("2.11.0", "13.0", True, {"CUDA_VISIBLE_DEVICES": ""})
     assert "CUDA_VISIBLE_DEVICES is 'GPU-1'" in why_none("2.11.0", "13.0", True, {"CUDA_VISIBLE_DEVICES": "GPU-1"})
     assert "too old" in why_none("2.11.0", "13.0", True, {})
-
-
-@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
-def test_expandable_segments_are_refused_by_name(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name} is .*take expandable_segments out of it"):
-        refuse_allocator({name: "max_split_size_mb:64, expandable_segments:True"})
-    refuse_allocator({name: "max_split_size_mb:64,expandable_segments:False"})
 
 
 def test_cores_beside_a_gpu_are_read_from_sysfs(tmp_path: Path) -> None:
