@@ -103,7 +103,10 @@ def test_arguments_that_cannot_be_are_refused(options: dict[str, Any], message: 
     [("org/name", "str"), (Path("folder"), "PosixPath"), (DigitsPipeline, "the class DigitsPipeline")],
 )
 def test_what_is_not_a_loaded_pipeline_is_refused(pipe: object, given: str) -> None:
-    with pytest.raises(ValueError, match=f"{given} has no scheduler .*; give a loaded pipeline, as"), parallelize(pipe):
+    with (
+        pytest.raises(ValueError, match=f"{given} has no scheduler .*; give a loaded pipeline, as"),
+        parallelize(pipe, 2),
+    ):
         pass
 
 
