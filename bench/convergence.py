@@ -1,7 +1,7 @@
 """Convergence: whether drafted samples come nearer to the sequential ones as steps become shorter, by scheduler.
 
-python -m bench.convergence [NAMES] prints the table of docs/diffusers.md; with --write it puts the rows there, where
-those of other schedulers stay. The sample is a digit of the trained model, drafted two steps at a time, from 24 steps
+python -m bench.convergence [NAMES] prints the table of docs/pipeline-classes.md; with --write it puts the rows there,
+where those of other schedulers stay. The sample is a digit of the trained model, drafted two steps at a time, from 24 steps
 to 192. With schedulers of flow matching, whose models predict a velocity, the model's noise prediction is turned into
 that.
 """
@@ -70,7 +70,7 @@ def main() -> None:
     """Print the table, and perhaps put it into the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="schedulers (all)")
-    parser.add_argument("--write", action="store_true", help="put the rows into docs/diffusers.md")
+    parser.add_argument("--write", action="store_true", help="put the rows into docs/pipeline-classes.md")
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in SCHEDULERS]
     if unknown:

@@ -1,8 +1,8 @@
 """Coverage: every pipeline class of diffusers that a small configuration is known for, with one draft and with three.
 
 python -m bench.coverage [NAMES] prints whether one draft a round has the bits of the untouched pipeline, and whether
-three are drafted, or what is in the way; with --write it puts the rows into the table of docs/diffusers.md, where those
-of other classes stay. It ends with 1 if anything is wrong, crashes or takes too long. Drafts are evaluated in this
+three are drafted, or what is in the way; with --write it puts the rows into the table of docs/pipeline-classes.md, where
+those of other classes stay. It ends with 1 if anything is wrong, crashes or takes too long. Drafts are evaluated in this
 process.
 """
 
@@ -77,7 +77,7 @@ def main() -> None:
     """Print the table, and perhaps put it into the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="parts of the names of classes (all)")
-    parser.add_argument("--write", action="store_true", help="put the rows into docs/diffusers.md")
+    parser.add_argument("--write", action="store_true", help="put the rows into docs/pipeline-classes.md")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     diffusers.utils.logging.set_verbosity_error()

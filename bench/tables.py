@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-PAGE = Path(__file__).parent.parent / "docs" / "diffusers.md"
+PAGE = Path(__file__).parent.parent / "docs" / "pipeline-classes.md"
 
 
 def update(title: str, head: str, rows: Mapping[str, str], order: Iterable[str], page: Path = PAGE) -> dict[str, str]:
