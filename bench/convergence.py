@@ -1,9 +1,9 @@
 """Convergence: whether drafted samples come nearer to the sequential ones as steps become shorter, by scheduler.
 
 python -m bench.convergence [NAMES] prints the table of docs/pipeline-classes.md; with --write it puts the rows there,
-where those of other schedulers stay. The sample is a digit of the trained model, drafted two steps at a time, from 24 steps
-to 192. With schedulers of flow matching, whose models predict a velocity, the model's noise prediction is turned into
-that.
+where those of other schedulers stay. The sample is a digit of the trained model, drafted two steps at a time, from 24
+steps to 192. With schedulers of flow matching, whose models predict a velocity, the model's noise prediction is
+turned into that.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Coverage: every pipeline class of diffusers that a small configuration is known for, with one draft and with three.
 
 python -m bench.coverage [NAMES] prints whether one draft a round has the bits of the untouched pipeline, and whether
-three are drafted, or what is in the way; with --write it puts the rows into the table of docs/pipeline-classes.md, where
-those of other classes stay. It ends with 1 if anything is wrong, crashes or takes too long. Drafts are evaluated in this
-process.
+three are drafted, or what is in the way; with --write it puts the rows into the table of docs/pipeline-classes.md,
+where those of other classes stay. It ends with 1 if anything is wrong, crashes or takes too long. Drafts are
+evaluated in this process.
 """
 
 from __future__ import annotations
