@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import operator
+import pickle
 import types
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
@@ -47,3 +50,30 @@ class Contents:
             return all(map(operator.is_, self._items, self._all()))
         except KeyError:  # An attribute was replaced by another one.
             return False
+
+
+def has_only_attributes(value: Any) -> bool:
+    """Return whether an object's state is in its `__dict__`: not in slots, items, or memory of a class written in C."""
+    reduced = value.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+    make, args, state, *items = reduced if isinstance(reduced, tuple) and len(reduced) > 2 else (None, None, None)
+    is_plain = getattr(make, "__name__", "") == "__newobj__" and args == (type(value),) and not any(items)
+    return is_plain and hasattr(value, "__dict__") and (state is None or state is vars(value))
+
+
+def state_of(objects: Sequence[Any]) -> bytes:
+    """Return the state of objects such as arrays and random number generators, to compare it later."""
+    file = io.BytesIO()
+    _StatePickler(file, pickle.HIGHEST_PROTOCOL).dump(list(objects))
+    return file.getvalue()
+
+
+class _StatePickler(pickle.Pickler):
+    """Pickles tensors by their content. Modules and parameters are compared elsewhere, and pickled by their ids."""
+
+    def persistent_id(self, value: Any) -> Any:
+        if isinstance(value, (nn.Module, nn.Parameter)):
+            return id(value)
+        if isinstance(value, Tensor):
+            data = value.detach().reshape(-1).view(torch.uint8).cpu().numpy()
+            return str(value.dtype), *value.shape, data.tobytes()
+        return None

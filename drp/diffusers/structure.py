@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from drp.diffusers.compiled import COMPILED, compile_in_worker, options_of
-from drp.diffusers.contents import HOOKS, Contents
+from drp.diffusers.contents import HOOKS, Contents, has_only_attributes, state_of
 from drp.diffusers.features import LEFT_OUT, add_cast, casts_of
 from drp.diffusers.offload import is_held
 from drp.diffusers.patched import Namespace, Values, namespaces_of, patched_method, set_values, values_of
@@ -56,11 +56,11 @@ class Described:
         is_weight: list[bool],
         containers: Sequence[Any],
         namespaces: Mapping[Namespace, Values],
-        is_opaque: bool = False,
+        opaque: Sequence[Any],
     ) -> None:
         self.pickled, self.tensors, self.is_weight, self._namespaces = pickled, tensors, is_weight, namespaces
-        self._is_opaque = is_opaque
-        """Whether it has objects that may change without a change of a container, such as random number generators."""
+        self._opaque, self._state = opaque, state_of(opaque)
+        """Objects that may change without a change of a container, such as random number generators; their state."""
         self._contents = Contents(containers)
         self._pointers: list[int] = []
         self.note_pointers()
@@ -90,10 +90,10 @@ class Described:
         This is fast. Writes to a tensor's `data` are not counted by torch.
         """
         return (
-            not self._is_opaque
-            and self._pointers == list(map(Tensor.data_ptr, self.tensors))
+            self._pointers == list(map(Tensor.data_ptr, self.tensors))
             and self._versions == list(map(_version, self.tensors))
             and self._contents.untouched()
+            and (not self._opaque or self._state == state_of(self._opaque))
         )
 
     def restore_namespaces(self) -> None:
@@ -171,14 +171,14 @@ def describe(module: nn.Module, ours: Callable[[Any], bool] = lambda value: Fals
         pickler.dump(module)
         found = [(n, values) for n, values in pickler.namespaces.items() if values]
         pickler.dump(tuple((n if isinstance(n, type) else n.__name__, values) for n, values in found))
+        parts = pickler.tensors, pickler.is_weight, pickler.containers, pickler.namespaces, pickler.opaque
+        return Described(file.getvalue(), *parts)
     except UnknownValueError as error:
         if str(error).startswith(type(module).__name__):
             raise
         raise type(error)(f"{_find_culprit(module, ours)}: {error}") from error
     except Exception as error:  # Objects that cannot be pickled may raise any error.
         raise UnknownValueError(f"{_find_culprit(module, ours)} cannot be sent to workers: {error}") from error
-    parts = pickler.tensors, pickler.is_weight, pickler.containers, pickler.namespaces, pickler.is_opaque
-    return Described(file.getvalue(), *parts)
 
 
 def _find_culprit(root: nn.Module, ours: Callable[[Any], bool]) -> str:
@@ -202,7 +202,7 @@ class _Pickler(pickle.Pickler):
         self.tensors: list[Tensor] = []
         self.is_weight: list[bool] = []
         self.containers: list[Any] = []
-        self.is_opaque = False
+        self.opaque: list[Any] = []
         self.namespaces: dict[Namespace, Values] = {}
         """The numbers and text in the classes of objects, and in the Python modules that define these."""
         self._ours = ours
@@ -246,8 +246,8 @@ class _Pickler(pickle.Pickler):
         else:
             if hasattr(value, "__dict__"):
                 self.containers.append(vars(value))
-            is_watched = hasattr(value, "__dict__") and not isinstance(value, (dict, list, set))
-            self.is_opaque |= not (is_watched or kind.__name__ == "FrozenDict" or kind in UNCHANGING)
+            if not (kind.__name__ == "FrozenDict" or kind in UNCHANGING or has_only_attributes(value)):
+                self.opaque.append(value)
         return NotImplemented
 
     def _tensor(self, tensor: Tensor) -> tuple[Any, ...]:
