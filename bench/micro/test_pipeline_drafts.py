@@ -10,8 +10,6 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from drp.diffusers.drafting import Drafter
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
-
 SHAPE, DRAFTS, FIRST = (1, 4, 128, 128), 4, 6
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULERS: dict[str, Callable[[], Any]] = {

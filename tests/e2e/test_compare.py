@@ -33,10 +33,7 @@ ROOT = Path(__file__).parents[2]
 
 STEPS, SEEDS = 8, 2
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),  # diffusers' schedulers
-    pytest.mark.timeout(300),  # Many runs are compared, and a machine may be busy with other things.
-]
+pytestmark = pytest.mark.timeout(300)  # Many runs are compared, and a machine may be busy with other things.
 
 ASKED: dict[str, Any] = {"devices": 2, "steps": STEPS, "seeds": SEEDS, "turns": 1, "modes": ["window", "adaptive"]}
 

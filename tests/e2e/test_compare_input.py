@@ -11,8 +11,6 @@ from drp.cli import main
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers' schedulers
-
 
 def never(*_: object, **__: object) -> None:
     raise AssertionError("workers were started")

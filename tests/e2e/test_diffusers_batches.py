@@ -11,10 +11,6 @@ from drp.diffusers import Workers, parallelize, reference
 from tests.pipelines import IMAGE, PIPELINES, run
 from tests.tiny.builders import MixingConv, pooled, prompts, sdxl
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
-]
-
 
 @pytest.fixture(scope="module")
 def worker() -> Iterator[Workers]:

@@ -36,10 +36,6 @@ from drp.diffusers.digits import digits_pipeline
 from tests.pipelines import IMAGE, PICTURE, PIPELINES, TEXT, image_to_image, run
 from tests.tiny.builders import BETAS, flux, normal, pooled, prompts, scheduler, sd15, sdxl, unet
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
-]
-
 CHEAP = {**prompts(1, 6, 8), **IMAGE}
 
 
@@ -214,7 +210,6 @@ def test_image_to_image_with_pndm(strength: float) -> None:
     assert report.rounds <= report.steps // 2 + 1
 
 
-@pytest.mark.filterwarnings("ignore:Should have ta>=t0:UserWarning")  # torchsde, of rounding
 @pytest.mark.parametrize("kind", [UniPCMultistepScheduler, DPMSolverSDEScheduler])
 def test_schedulers_that_take_no_generator(kind: Any) -> None:
     def call(pipe: Any) -> torch.Tensor:

@@ -17,10 +17,6 @@ from tests import on_host, on_host_pipelines
 from tests.pipelines import IMAGE, PIPELINES, check_bits, drafted, run
 from tests.tiny.builders import normal, pooled, prompts, sdxl
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
-]
-
 SDXL = {**prompts(1, 6, 8), **pooled(), **IMAGE}
 
 

@@ -18,12 +18,6 @@ from tests.drafting import CHEAP, parallelize, reference
 from tests.pipelines import run
 from tests.tiny.builders import sdxl
 
-pytestmark = [
-    # diffusers hands tensors to numpy in a way that numpy means to forbid.
-    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:Should have ta>=t0:UserWarning"),  # torchsde, of rounding
-]
-
 
 @pytest.fixture
 def workers(pipeline_workers: Workers) -> Workers:

@@ -16,7 +16,6 @@ from tests.pipelines import PIPELINES, run
 from tests.remote import ending, free_address, start_worker
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning"),  # torch.compile's own
     pytest.mark.timeout(170),
 ]

@@ -22,10 +22,6 @@ from tests.e2e.test_diffusers_calls import CHEAP, euler, exact
 from tests.pipelines import run
 from tests.tiny.builders import normal, unet
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
-]
-
 
 def test_a_function_of_torch_that_was_replaced_is_not_drafted(monkeypatch: pytest.MonkeyPatch) -> None:
     """As users of other attention kernels do."""

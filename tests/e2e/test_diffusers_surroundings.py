@@ -39,10 +39,6 @@ from tests.stateful_denoisers import (
 )
 from tests.tiny.builders import ddim, flux, normal, unet
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
-]
-
 
 def around(kind: type[Around]) -> Any:
     pipe = euler()

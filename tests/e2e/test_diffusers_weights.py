@@ -12,10 +12,7 @@ from tests.pipelines import IMAGE, PIPELINES, run
 from tests.tiny.builders import flux, prompts, sd15, vae
 from tests.writing import ExchangingLayer
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # Inductor's own
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # Inductor's own
 
 
 @pytest.fixture

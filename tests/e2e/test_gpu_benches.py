@@ -16,10 +16,6 @@ from bench.gpu_pipelines import Setting, as_graphs, call, denoiser, flux, main, 
 from drp.models.gpu import Graphs
 from tests import on_host
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
-]
-
 
 @pytest.mark.reports
 def test_a_pipeline_has_the_bits_of_reference_alone_and_in_batches(tmp_path: Path) -> None:

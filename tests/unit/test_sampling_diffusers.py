@@ -41,9 +41,6 @@ from tests.scheduler_runs import (
     with_sigmas,
 )
 
-# diffusers' tables call __array__ as NumPy 1 did, of which NumPy 2 warns.
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
-
 
 @pytest.mark.parametrize(("steps", "prediction"), STEPS_OR_TYPES)
 @pytest.mark.parametrize("spacing", SPACINGS)

@@ -31,9 +31,6 @@ from tests.scheduler_runs import (
     with_sigmas,
 )
 
-# diffusers' tables call __array__ as NumPy 1 did, of which NumPy 2 warns.
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
-
 
 @pytest.mark.parametrize(("steps", "order"), [*STEPS_AND_ORDERS, (28, 2)])
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"])
