@@ -21,6 +21,7 @@ from typing import Any
 import click
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from bench.figures import console, machine
 from bench.rounds import RunTime, split, summary
@@ -70,14 +71,20 @@ def measure(work: Work, kinds: Sequence[type[Transport]], turns: int, runs: int)
     times: dict[str, list[RunTime]] = {NAMES.get(kind, kind.name): [] for kind in kinds}
     expected = work.reference()
     for _ in range(turns):
-        for (name, found), kind in zip(times.items(), kinds, strict=True):
+        for found, kind in zip(times.values(), kinds, strict=True):
             with closing(kind(work)) as carrier:
-                for run in range(runs + 1):
-                    if not torch.equal(carrier.sample(), expected):
-                        raise RuntimeError(f"{name} computes other samples than the reference")
-                    if run:
-                        found.append(split(carrier.timeline))
+                found += _times(carrier, runs, expected)
     return {name: summary(found, work.count) for name, found in times.items()}
+
+
+def _times(carrier: Transport, runs: int, expected: Tensor) -> list[RunTime]:
+    times = []
+    for run in range(runs + 1):
+        if not torch.equal(carrier.sample(), expected):
+            raise RuntimeError(f"{NAMES.get(type(carrier), carrier.name)} computes other samples than the reference")
+        if run:
+            times.append(split(carrier.timeline))
+    return times
 
 
 def simulated(work: Work, nbytes: int, link: str) -> dict[str, float]:

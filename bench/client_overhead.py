@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,15 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 def measure(turns: int = TURNS) -> dict[str, Any]:
     """Return, by case, the seconds beyond the run: without the server, with it, and what it adds."""
     figures: dict[str, Any] = {"device": f"{DEVICES} x {DEVICE}", "steps": STEPS, "turns": turns, "cases": {}}
+    with _server() as address, Leader(MODEL, devices=[DEVICE] * DEVICES) as leader, Client(address) as client:
+        for name, (shape, ways) in CASES.items():
+            figures["cases"][name] = _case(leader, client, shape, ways, turns)
+    return figures
+
+
+@contextmanager
+def _server() -> Iterator[str]:
+    """Run `drp serve` during a block; yield its address."""
     with tempfile.TemporaryDirectory() as folder:
         address = f"ipc://{folder}/server/socket"
         command = [str(Path(sys.executable).with_name("drp")), "serve", MODEL, "-l", address]
@@ -44,13 +55,10 @@ def measure(turns: int = TURNS) -> dict[str, Any]:
             try:
                 assert server.stdout is not None
                 server.stdout.readline()  # It listens.
-                with Leader(MODEL, devices=[DEVICE] * DEVICES) as leader, Client(address) as client:
-                    for name, (shape, ways) in CASES.items():
-                        figures["cases"][name] = _case(leader, client, shape, ways, turns)
+                yield address
             finally:
                 server.terminate()
                 server.wait(60)
-    return figures
 
 
 def _case(leader: Leader, client: Client, shape: tuple[int, ...], ways: dict[str, Any], turns: int) -> dict[str, Any]:

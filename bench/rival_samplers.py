@@ -6,7 +6,7 @@ sequential run does that they approximate. A round evaluates at most as many sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,8 +15,6 @@ from torch import Tensor
 from drp.sampling.predictions import estimates
 from drp.sampling.reference import Denoiser
 from drp.sampling.solvers import Solver
-
-Transition = Callable[[Tensor, Tensor, int, int], Tensor]
 
 
 @dataclass

@@ -9,6 +9,7 @@ and in the conservative mode, without jitter. Everything else it predicts. The d
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import defaultdict
 from typing import Any
@@ -40,16 +41,15 @@ def measure(n: int, turns: int, steps: int = 48, dispatch: str = "sync") -> dict
         Leader(CHEAP, options, devices=[JITTER["none"]] * n) as steady,
         Leader(CHEAP, options, devices=[JITTER["10 %"]] * n) as varying,
     ):
-        for turn in range(turns + 1):
-            for jitter, leader in (("none", steady), ("10 %", varying)):
-                for name in policies:
-                    leader.policy = name
-                    timeline = run(leader, steps, "aggressive", n)
-                    if turn:  # the first warms up
-                        walls[jitter, name].append((timeline[-1].ns - timeline[0].ns) / 1e9)
-                        numbers[jitter, name].append(timeline[0].run)
-                    if turn and (jitter, name) == ("none", "barrier"):
-                        marks += timeline + run(leader, steps, "conservative", n)
+        leaders = (("none", steady), ("10 %", varying))
+        for turn, (jitter, leader), name in itertools.product(range(turns + 1), leaders, policies):
+            leader.policy = name
+            timeline = run(leader, steps, "aggressive", n)
+            if turn:  # the first warms up
+                walls[jitter, name].append((timeline[-1].ns - timeline[0].ns) / 1e9)
+                numbers[jitter, name].append(timeline[0].run)
+            if turn and (jitter, name) == ("none", "barrier"):
+                marks += timeline + run(leader, steps, "conservative", n)
     costs = Costs.measured(marks, [JITTER["none"]] * n, dispatch)
     figures: dict[str, Any] = {}
     for (jitter, name), engine in walls.items():

@@ -9,6 +9,7 @@ Simulated are: speed-ups on up to 64 devices, and stragglers. Emulated devices, 
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import statistics
 from collections import defaultdict
@@ -104,13 +105,11 @@ def emulated_stragglers(runs: int) -> list[dict[str, Any]]:
         Leader(simulated.CHEAP, options, devices=devices) as whole,
         Leader(simulated.CHEAP, options, devices=late) as one_late,
     ):
-        for turn in range(runs + 1):
-            for name, n in EMULATED_STRAGGLING:
-                for leader in (whole, one_late):
-                    leader.policy = name
-                    result = leader.sample(shape=simulated.SHAPE, steps=STRAGGLER_STEPS, mode="aggressive", drafts=n)
-                    if turn:
-                        took[name, n, leader is one_late].append(result.seconds)
+        for turn, (name, n), leader in itertools.product(range(runs + 1), EMULATED_STRAGGLING, (whole, one_late)):
+            leader.policy = name
+            result = leader.sample(shape=simulated.SHAPE, steps=STRAGGLER_STEPS, mode="aggressive", drafts=n)
+            if turn:  # the first warms up
+                took[name, n, leader is one_late].append(result.seconds)
     rows = []
     for name, n in EMULATED_STRAGGLING:
         whole_runs, late_runs = took[name, n, False], took[name, n, True]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from drp.sampling.modes import Mode
 from drp.sampling.result import Result
-from drp.sampling.run import Callback, Noise, Run, batches
+from drp.sampling.run import Callback, Noise, Run, Task, batches
 from drp.sampling.slot_allocator import slots
 from drp.sampling.solvers import Solver
 
@@ -52,18 +52,9 @@ def run_reference(
             run.refine(own)
             for some in batches(tasks, batch):
                 started = time.perf_counter()
-                ts = [
-                    torch.full((len(start),), task.timestep, dtype=torch.float32, device=start.device) for task in some
-                ]
-                if len(some) == 1:
-                    slot = some[0].slot
-                    given = {name: value.clone() for name, value in cond.items()}
-                    predictions[slot] = denoiser(drafts[slot].view(start.shape).clone(), ts[0], given).reshape(-1)
-                else:
-                    x = torch.cat([drafts[task.slot].view(start.shape) for task in some])
-                    given = {name: repeat(value, len(start), len(some)) for name, value in cond.items()}
-                    for task, predicted in zip(some, denoiser(x, torch.cat(ts), given).chunk(len(some)), strict=True):
-                        predictions[task.slot] = predicted.reshape(-1)
+                made = _evaluate(denoiser, [drafts[task.slot].view(start.shape) for task in some], some, cond)
+                for task, predicted in zip(some, made, strict=True):
+                    predictions[task.slot] = predicted.reshape(-1)
                 device_seconds += time.perf_counter() - started
                 evaluations += len(some)
         run.refine(own)
@@ -81,6 +72,18 @@ def run_reference(
         cuts=tuple(run.cuts),
         evaluated=tuple(run.evaluated),
     )
+
+
+def _evaluate(
+    denoiser: Denoiser, drafts: Sequence[Tensor], tasks: Sequence[Task], cond: Mapping[str, Tensor]
+) -> Sequence[Tensor]:
+    """Return the predictions at drafts, which are evaluated as one batch if there are several."""
+    samples = len(drafts[0])
+    ts = [torch.full((samples,), task.timestep, dtype=torch.float32, device=drafts[0].device) for task in tasks]
+    if len(tasks) == 1:
+        return [denoiser(drafts[0].clone(), ts[0], {name: value.clone() for name, value in cond.items()})]
+    repeated = {name: repeat(value, samples, len(tasks)) for name, value in cond.items()}
+    return denoiser(torch.cat(list(drafts)), torch.cat(ts), repeated).chunk(len(tasks))
 
 
 def _with_copies(callback: Callback) -> Callback:
