@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from drp.leader.events import TraceEvent
@@ -50,7 +50,8 @@ class WorkerSummary:
 
     compute: evaluating drafts.
     transfer: a draft or a prediction is in transit, or the leader is busy.
-    waiting: after a prediction, until the next drafts of any run are scheduled; mostly for the slowest device.
+    waiting: after a prediction, until the next drafts of any run are scheduled; or, in an asynchronous run, until the
+        predictions are complete that an already scheduled draft depends on. Mostly for the slowest device.
     leader: the next drafts are computed and sent.
     idle: none of the last drafts was for this device.
     """
@@ -102,7 +103,8 @@ class Summary:
             f"device(s), {rounds / len(self.paths):.4g} consecutive evaluations per run. The critical path was "
             f"{share('compute')} computing, {share('transfer')} transfer and waking up, {share('leader')} the leader, "
             f"and {share('queue')} waiting for a busy device. The devices computed {of_devices('compute')} of the "
-            f"time, waited for the slowest device {of_devices('waiting')}, and were idle {of_devices('idle')}."
+            f"time, waited for the slowest device {of_devices('waiting')}, for transfers {of_devices('transfer')} and "
+            f"for the leader {of_devices('leader')}, and were idle {of_devices('idle')}."
             + (f" {lost} draft(s) were lost with their worker." if lost else "")
         )
 
@@ -118,8 +120,13 @@ def summarise(timeline: Sequence[TraceEvent], devices: Sequence[str], dropped: i
             own = [e for e in found if e.run == run and e.answered is not None]
             summary.paths.append(_path(begin, ends[run], own, found))
     spans = _spans(timeline)
+    runs: dict[int, list[TracedEvaluation]] = defaultdict(list)
+    for e in found:
+        if e.answered is not None:
+            runs[e.run].append(e)
     for worker, device in enumerate(devices):
-        summary.workers.append(_summarise_worker(device, [e for e in found if e.worker == worker], timeline, spans))
+        own = [e for e in found if e.worker == worker]
+        summary.workers.append(_summarise_worker(device, own, runs, timeline, spans))
     return summary
 
 
@@ -131,11 +138,12 @@ def _path(
     path.end = (end.ns - ((e.answered or 0) if e else begin.ns)) / 1e9
     until = e.answered or 0 if e else 0  # the end of the part of the path that is not attributed yet
     while e is not None:
-        path.rounds += 1
         path.compute += e.seconds
         scheduled = e.scheduled
         assert scheduled is not None
-        ahead, awaited = before.get((e.worker, e.sent)), _last_awaited(e, scheduled, own)
+        ahead, awaited = before.get((e.worker, e.sent)), _last_awaited(e, own)
+        # The first draft of a batch has the time of all; the others follow without a gap.
+        path.rounds += ahead is None or e.seconds > 0 or e.began != ahead.predicted
         if awaited is not None and (ahead is None or ahead.ended <= awaited.ended):
             ready, sent = max(scheduled.ns, awaited.ended), max(e.sent, awaited.ended)
             path.transfer += (until - sent) / 1e9 - e.seconds
@@ -183,10 +191,14 @@ def _previous(found: Sequence[TracedEvaluation]) -> dict[tuple[int, int], Traced
     return before
 
 
-def _last_awaited(
-    e: TracedEvaluation, scheduled: TraceEvent, own: Sequence[TracedEvaluation]
-) -> TracedEvaluation | None:
-    """Return the last prediction for which a draft waited after it was scheduled; None if it waited for none."""
+def _last_awaited(e: TracedEvaluation, own: Sequence[TracedEvaluation]) -> TracedEvaluation | None:
+    """Return the last prediction for which a draft waited after it was scheduled; None if it waited for none.
+
+    `own` are the evaluations of the draft's run.
+    """
+    scheduled = e.scheduled
+    if scheduled is None:
+        return None
     since = scheduled.since or scheduled.ns
     awaited = (
         other
@@ -219,7 +231,11 @@ def _spans(timeline: Sequence[TraceEvent]) -> list[tuple[int, int]]:
 
 
 def _summarise_worker(
-    device: str, found: list[TracedEvaluation], timeline: Sequence[TraceEvent], spans: list[tuple[int, int]]
+    device: str,
+    found: list[TracedEvaluation],
+    runs: Mapping[int, Sequence[TracedEvaluation]],
+    timeline: Sequence[TraceEvent],
+    spans: list[tuple[int, int]],
 ) -> WorkerSummary:
     worker = WorkerSummary(device, len(found))
     scheduled = sorted((event.since or event.ns, event.ns) for event in timeline if event.kind == "scheduled")
@@ -227,15 +243,20 @@ def _summarise_worker(
     for since, until in spans:
         own = [e for e in found if since <= e.sent <= until]
         at, served = since, False
-        for e in own:
+        for e, later in zip(own, [*own[1:], None], strict=False):
             sent = max(e.sent, at)
             _gap(at, sent, scheduled, served, True, parts)
-            answered = min(e.answered or until, until)
+            answered = min(e.answered or e.lost or until, until)
+            if later is not None:  # If it was sent already, the device turns to it without waiting for the leader.
+                answered = min(answered, max(e.ended, later.sent))
             worker.lost += e.answered is None
             busy = max(0, answered - sent)
             seconds = min(e.seconds * 1e9, busy)
+            awaited = _last_awaited(e, runs[e.run]) if e.answered is not None else None
+            waited = min(max(0, awaited.ended - sent), busy - seconds) if awaited is not None else 0
             parts["compute"] += seconds
-            parts["transfer"] += busy - seconds
+            parts["waiting"] += waited
+            parts["transfer"] += busy - seconds - waited
             at, served = max(at, answered), True
         _gap(at, until, scheduled, served, False, parts)
     for part, ns in parts.items():

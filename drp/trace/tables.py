@@ -31,7 +31,8 @@ def tables(summary: Summary) -> list[Table]:
     workers = Table(
         *("worker", "device", "evaluations", "time, ms", *SHARES),
         title="How each device spent the time of the runs",
-        caption="waiting: from its prediction until the next drafts are scheduled, mostly for the slowest device; "
+        caption="waiting: from its prediction until those that its next draft depends on are complete, mostly for the "
+        "slowest device; "
         "idle: none of the last drafts was for it",
     )
     for number, worker in enumerate(summary.workers):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import drp
 from bench.rounds import split
-from drp import Leader
+from drp import ExecutionOptions, Leader
 from drp.cli import main
 from drp.leader.events import Timeline, TraceEvent
 from drp.trace import read, record, summarise
@@ -162,6 +162,50 @@ def test_the_path_of_an_asynchronous_run_has_each_evaluation_that_others_waited_
     assert path.compute == pytest.approx(6 * 60e-6)
     assert min(path.transfer, path.arithmetic, path.sending, path.end) >= 0
     assert path.compute + path.transfer + path.leader + path.queue == pytest.approx(path.wall)
+
+
+def test_the_devices_of_an_asynchronous_run_wait_for_the_slowest() -> None:
+    """Worker 1 takes half as long. The leader sends drafts ahead, and reads predictions when the next are under way."""
+    timeline, ms = [TraceEvent("begin", 0, run=1)], 10**6
+    for k in range(5):
+        for worker, seconds in ((0, 0.010), (1, 0.005)):
+            step, sent, began = 2 * k + worker, max(1, 10 * k - 8) * ms + worker, (10 * k + 2) * ms
+            times = (began / 1e9, began / 1e9, began / 1e9 + seconds, began / 1e9 + seconds)
+            timeline += [
+                TraceEvent("scheduled", sent, run=1, steps=(step,)),
+                TraceEvent("sent", sent, run=1, step=step, worker=worker, since=sent),
+                TraceEvent(
+                    "predicted", (10 * k + 15) * ms, run=1, step=step, worker=worker, seconds=seconds, times=times
+                ),
+            ]
+    timeline.sort(key=lambda event: event.ns)
+    timeline.append(TraceEvent("end", timeline[-1].ns + ms, run=1))
+    slow, fast = summarise(timeline, ["cpu:0", "cpu:1"]).workers
+    for device, computed, waited in ((slow, 0.050, 0.0), (fast, 0.025, 4 * 0.005)):
+        assert device.total == pytest.approx(0.056)
+        assert device.compute == pytest.approx(computed)
+        assert device.waiting == pytest.approx(waited, abs=1.1e-3)
+
+
+@pytest.mark.parametrize("dispatch", ["sync", "async"])
+def test_the_devices_compute_as_long_as_their_evaluations_took(emulated: Leader, dispatch: str) -> None:
+    timeline = Timeline()
+    emulated.subscribe(timeline)
+    with dispatching(emulated, dispatch):
+        emulated.sample(shape=(4, 8, 8), steps=20, drafts=4)
+    emulated.unsubscribe(timeline)
+    for number, worker in enumerate(summarise(timeline, emulated.devices).workers):
+        took = [event.seconds for event in timeline if event.kind == "predicted" and event.worker == number]
+        assert worker.compute == pytest.approx(sum(took), rel=0.01)
+
+
+@pytest.mark.parametrize("dispatch", ["sync", "async"])
+def test_a_batch_is_one_of_the_consecutive_evaluations(dispatch: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    execution = ExecutionOptions(dispatch=dispatch)
+    result = drp.sample("digits", labels=[1], drafts_per_device=2, steps=12, trace=path, execution=execution)
+    (found,) = summarise(*read(path)).paths
+    assert found.rounds == result.rounds < found.evaluations
 
 
 @pytest.mark.parametrize("mode", ["sequential", "conservative"])
