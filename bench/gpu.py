@@ -142,7 +142,12 @@ def rounds(device: torch.device, turns: int, memory: str) -> dict[str, dict[str,
     return found
 
 
-def in_turn(ways: dict[str, Callable[[], object]], device: torch.device, turns: int) -> dict[str, list[float]]:
+def in_turn(
+    ways: dict[str, Callable[[], object]],
+    device: torch.device,
+    turns: int,
+    after_turn: Callable[[dict[str, list[float]]], object] = lambda seconds: None,
+) -> dict[str, list[float]]:
     """Return the seconds of each way, one after the other in each turn; the first turn warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(turns + 1):
@@ -153,6 +158,7 @@ def in_turn(ways: dict[str, Callable[[], object]], device: torch.device, turns: 
             synchronize(device)
             if turn:
                 seconds[name].append(time.perf_counter() - began)
+        after_turn(seconds)
     return seconds
 
 

@@ -1,26 +1,35 @@
 """The checks and the measurements for one GPU in eight minutes: `python -m bench.gpu_session [-o DIR]`.
 
-The parts run one after the other, the most important first: the tests of pipelines, `bench.gpu_pipelines`,
-`bench.worker_cost`, the other tests, `bench.gpu`. Each has a limit of time, after which it is ended and the next one
-begins; what compiles is left out. A part that fails does not end the session. The output of all goes to
-DIR/session.log, figures to JSON files beside it, which the benches write as they go. `--device cpu` tries the session
-out with small models on cores.
+The parts run one after the other, the most important first; `--parts` selects some. Each is a process with a limit of
+time, and a part that fails, hangs or is ended at its limit does not end the session. The output of all goes to
+DIR/session.log, how each part ended to DIR/session.json, and figures to JSON files beside them, all as they come.
+Printed last is a summary: what failed first, each with the end of its output. `--device cpu` tries the session out
+with small models on cores. The exit status is 1 if a part failed.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
 
 RESULTS = Path(__file__).with_name("results")
-PYTEST = ("pytest", "-m", "gpu", "-q", "--durations=5", "-k", "not compile")
+PYTEST = ("pytest", "-m", "gpu", "-v", "-W", "default", "--tb", "short", "--durations=5", "-p", "no:cacheprovider")
+"""Warnings are no errors here: those of other versions of packages would hide what a GPU does."""
+EAGER = ("-k", "not compile")
+STACK_TIMEOUT = 5.0
+"""Seconds in which a process that is ended at its limit writes where its threads are."""
+TAIL = 25
+"""Lines of the output of a part that failed, in the summary."""
 
 
 @dataclass(frozen=True)
@@ -32,62 +41,127 @@ class Part:
     limit: float
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How a part ended: in words, after how many seconds, whether it failed, and the end of its output."""
+
+    name: str
+    command: str
+    how: str
+    seconds: float
+    failed: bool
+    output: list[str]
+
+
 def parts(device: str, out: Path) -> list[Part]:
     """Return the parts of a session on a GPU such as cuda:0, or on the CPU."""
-    pipelines, cost, gpu = (str(out / f"{name}.json") for name in ("gpu-pipelines", "worker-cost", "gpu"))
+
+    def to(name: str) -> tuple[str, str]:
+        return "-o", str(out / f"{name}.json")
+
     if device == "cpu":
-        tiny = ("--tiny", "--steps", "5", "--only", "sd15", "--compiled", "none")
+        tiny = ("--tiny", "--steps", "5", "--turns", "1", "--only", "sd15", "--compiled", "none")
         return [
-            Part("tests", (*PYTEST, "tests/gpu"), 60),
-            Part("pipelines", ("bench.gpu_pipelines", *tiny, "-o", pipelines), 120),
-            Part("the cost of a worker", ("bench.worker_cost", "--device", "cpu", "--turns", "1", "-o", cost), 120),
-            Part("batches", ("bench.gpu", "--device", "cpu", "--models", "dit", "--turns", "1", "-o", gpu), 180),
+            Part("facts", ("bench.gpu_facts",), 60),
+            Part("tests", (*PYTEST, *EAGER, "tests/gpu"), 60),
+            Part("sd15", ("bench.gpu_pipelines", *tiny, *to("gpu-sd15")), 120),
+            Part(
+                "cost",
+                ("bench.worker_cost", "--device", "cpu", "--model", "dit", "--turns", "1", *to("worker-cost")),
+                120,
+            ),
+            Part("batches", ("bench.gpu", "--device", "cpu", "--models", "dit", "--turns", "1", *to("gpu")), 180),
         ]
+    pipelines = ("bench.gpu_pipelines", "--devices", f"2x{device}", "--turns", "2")
+    eager = (*pipelines, "--compiled", "none")
     graphs = ("--models", "unet", "--ways", "graphs", "--turns", "2")
-    tests = ("test_ipc", "test_leader", "test_async_runs", "test_doctor")
+    other = ("test_ipc", "test_leader", "test_async_runs", "test_doctor", "test_several_gpus")
     return [
-        Part("tests of pipelines", (*PYTEST, "tests/gpu/test_pipelines.py"), 120),
-        Part(
-            "pipelines", ("bench.gpu_pipelines", "--devices", f"2x{device}", "--compiled", "none", "-o", pipelines), 170
-        ),
-        Part("the cost of a worker", ("bench.worker_cost", "--device", device, "--turns", "4", "-o", cost), 110),
-        Part("other tests", (*PYTEST, *(f"tests/gpu/{name}.py" for name in tests)), 120),
-        Part("batches", ("bench.gpu", "--device", device, *graphs, "-o", gpu), 120),
+        Part("facts", ("bench.gpu_facts",), 60),
+        Part("tests", (*PYTEST, *EAGER, "tests/gpu/test_pipelines.py"), 120),
+        Part("sd15", (*eager, "--only", "sd15", *to("gpu-sd15")), 100),
+        Part("cost", ("bench.worker_cost", "--device", device, "--turns", "3", *to("worker-cost")), 110),
+        Part("sdxl", (*eager, "--eager", "--only", "sdxl", *to("gpu-sdxl")), 90),
+        Part("flux", (*eager, "--eager", "--only", "flux", *to("gpu-flux")), 80),
+        Part("other", (*PYTEST, *EAGER, *(f"tests/gpu/{name}.py" for name in other)), 120),
+        Part("batches", ("bench.gpu", "--device", device, *graphs, *to("gpu")), 100),
+        Part("compiled", (*pipelines, "--only", "flux", "--compiled", "only", *to("gpu-compiled")), 200),
     ]
 
 
-def run(part: Part, seconds: float, log: Path) -> str:
-    """Run a part for at most so many seconds, its output at the end of the log; return in words how it ended."""
+def run(part: Part, seconds: float, log: Path) -> Ended:
+    """Run a part for at most so many seconds, its output at the end of the log."""
+    command = f"python -m {' '.join(part.arguments)}"
+    began, ended = time.perf_counter(), ""
     with log.open("a") as file:
-        print(f"\n==== {part.name}: python -m {' '.join(part.arguments)}", file=file, flush=True)
-        began = time.perf_counter()
+        print(f"\n==== {part.name}: {command}", file=file, flush=True)
+        start = file.tell()
         process = subprocess.Popen(  # noqa: S603  # the parts above
-            [sys.executable, "-m", *part.arguments], stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            [sys.executable, "-m", *part.arguments],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"},
         )
         try:
             ended = f"exit code {process.wait(seconds)}"
         except subprocess.TimeoutExpired:
             ended = "ended at its limit"
+            process.send_signal(signal.SIGABRT)  # faulthandler then writes where the threads are.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STACK_TIMEOUT)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        return f"{part.name}: {ended} after {time.perf_counter() - began:.0f} s"
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # Its workers too.
+            process.wait()
+    took = time.perf_counter() - began
+    with log.open(errors="replace") as file:
+        file.seek(start)
+        output = [line.rstrip() for line in file][-TAIL:]
+    return Ended(part.name, command, ended, round(took, 1), ended != "exit code 0", output)
+
+
+def summary(ended: Sequence[Ended], rest: Sequence[str]) -> str:
+    """Return what failed and why, then how the other parts ended, and which were not begun."""
+    lines = []
+    for each in ended:
+        if each.failed:
+            lines += [f"FAILED: {each.name}: {each.how} after {each.seconds:.0f} s: {each.command}"]
+            lines += [f"    {line[:200]}" for line in each.output]
+    lines += [f"passed: {each.name} in {each.seconds:.0f} s" for each in ended if not each.failed]
+    lines += [f"not begun, the time was up: {name}; run it with --parts {name}" for name in rest]
+    return "\n".join(lines)
 
 
 @click.command()
 @click.option("--device", default="cuda:0", show_default=True, help="A GPU; cpu tries the session out.")
 @click.option("--minutes", default=8.0, show_default=True, help="The limit of all parts together.")
+@click.option("--parts", "names", help="Names of parts, separated by commas; by default all.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
-def main(device: str, minutes: float, out: Path) -> None:
+def main(device: str, minutes: float, names: str | None, out: Path) -> None:
     """Run all parts, and print how each ended."""
+    planned = parts(device, out)
+    wanted = [part.name for part in planned] if names is None else names.split(",")
+    if unknown := set(wanted) - {part.name for part in planned}:
+        raise click.BadParameter(
+            f"{', '.join(sorted(unknown))}: the parts are {', '.join(part.name for part in planned)}",
+            param_hint="--parts",
+        )
+    planned = [part for part in planned if part.name in wanted]
     out.mkdir(parents=True, exist_ok=True)
     log, deadline = out / "session.log", time.perf_counter() + 60 * minutes
     log.write_text("")
-    for part in parts(device, out):
+    ended: list[Ended] = []
+    for part in planned:
         left = min(part.limit, deadline - time.perf_counter())
-        click.echo(run(part, left, log) if left > 0 else f"{part.name}: not begun, the time is up")
-    click.echo(f"wrote {log}")
+        if left <= 0:
+            break
+        ended.append(run(part, left, log))
+        (out / "session.json").write_text(json.dumps([asdict(each) for each in ended], indent=1) + "\n")
+        click.echo(f"{part.name}: {ended[-1].how} after {ended[-1].seconds:.0f} s")
+    click.echo(f"\n{summary(ended, [part.name for part in planned[len(ended) :]])}\nwrote {log}")
+    if any(each.failed for each in ended):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

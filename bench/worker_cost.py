@@ -47,6 +47,7 @@ PATIENCE = 600.0
 
 def evaluate_in_turns(model: str, device: torch.device, options: ExecutionOptions, pipe: Connection) -> None:
     """Evaluate once for each message, and answer when the device is done; the message says whether to poll next."""
+    _use(device)
     denoiser = on_device(load(model), device, options.worker_config("", 1))
     assert denoiser.spec.sample_shape is not None
     x = torch.zeros(1, *denoiser.spec.sample_shape, device=device)
@@ -92,6 +93,12 @@ def other_process(model: str, device: torch.device, options: ExecutionOptions) -
         process.kill()
 
 
+def _use(device: torch.device) -> None:
+    """Make a GPU the current one, on which models of `bench.gpu_models` are made."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
@@ -111,19 +118,22 @@ def ways(model: str, device: torch.device, stack: contextlib.ExitStack) -> dict[
     found["another process, polling"] = functools.partial(take_turns, pipe, True)
     for memory, dispatch in itertools.product(("host", "auto") if on_gpu else ("auto",), ("sync", "async")):
         fields: dict[str, Any] = {**vars(options), "memory": memory, "dispatch": dispatch}
-        leader = stack.enter_context(
-            Leader(
-                model,
-                devices=f"cuda:{device.index}" if on_gpu else "cpu:0",
-                execution=ExecutionOptions(**fields),
-                start_timeout=PATIENCE,
-                draft_timeout=PATIENCE,
-            )
-        )
         place = "on the host" if memory == "host" or not on_gpu else "on the GPU"
-        found[f"one worker, its run {place}, {dispatch}"] = functools.partial(
-            leader.sample, steps=STEPS, seed=1, mode="sequential"
-        )
+        name = f"one worker, its run {place}, {dispatch}"
+        try:
+            leader = stack.enter_context(
+                Leader(
+                    model,
+                    devices=f"cuda:{device.index}" if on_gpu else "cpu:0",
+                    execution=ExecutionOptions(**fields),
+                    start_timeout=PATIENCE,
+                    draft_timeout=PATIENCE,
+                )
+            )
+        except (RuntimeError, ValueError) as error:  # A WorkerError is a RuntimeError; the other ways are measured.
+            console().print(f"PROBLEM: {name}: {error}", markup=False)
+            continue
+        found[name] = functools.partial(leader.sample, steps=STEPS, seed=1, mode="sequential")
     return found
 
 
@@ -150,14 +160,16 @@ def main(device: str, model: str, turns: int, out: Path) -> None:
     mps = "on" if os.path.exists(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps") + "/control") else "off"  # noqa: PTH110, S108  # where NVIDIA's daemon listens
     facts = machine() | {"mps": mps, "device": device, "steps": STEPS}
     console().print_json(data=facts)
+    _use(where)
     if where.type == "cpu":
         torch.set_num_threads(1)
         model = f"small_{model}"
-    with contextlib.ExitStack() as stack, torch.inference_mode():
+    with contextlib.ExitStack() as stack:
         found = ways(f"bench.gpu_models:{model}", where, stack)
-        times = in_turn(found, where, turns)
+        console().print(f"all ways are ready after {time.perf_counter() - began:.0f} s")
+        with torch.inference_mode():
+            times = in_turn(found, where, turns, lambda so_far: write(out, {"machine": facts, "seconds": so_far}))
     console().print(table(times))
-    write(out, {"machine": facts, "seconds": times})
     console().print(f"{time.perf_counter() - began:.0f} s")
 
 

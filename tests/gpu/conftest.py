@@ -20,10 +20,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         why = str(error)
     for item in mine:
         item.add_marker(pytest.mark.gpu)
-        item.add_marker(pytest.mark.timeout(600))  # to compile takes minutes
+        item.add_marker(pytest.mark.timeout(600 if "compile" in item.name else 100))
         item.add_marker(pytest.mark.filterwarnings("default"))  # torch advises, by warnings, on what GPUs could do
         if why:
             item.add_marker(pytest.mark.skip(reason=f"no GPU: {why}"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Print a failure at once: a session on a GPU may be ended before pytest's summary."""
+    if report.failed and HERE.name in report.nodeid:
+        print(f"\n{report.nodeid} failed in {report.when}:\n{report.longreprtext}", flush=True)
 
 
 @pytest.fixture(scope="session")
