@@ -30,7 +30,7 @@ trace_max_events_option = click.option(
     type=click.IntRange(1),
     default=50_000,
     show_default=True,
-    help="NumberRange of newest events kept in the trace; 50,000 are about 200 runs of 48 steps.",
+    help="Number of newest events kept in the trace; 50,000 are about 200 runs of 48 steps.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output instead of text.")
 force_option = click.option("-f", "--force", is_flag=True, help="Overwrite files that drp has not written.")

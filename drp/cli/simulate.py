@@ -64,7 +64,7 @@ NOT_NEGATIVE = NumberRange(0)
     help="Policies by name, or all; see drp.leader.scheduling.policies.",
 )
 @click.option("-n", "--steps", type=ABOVE_ZERO, default=48, show_default=True, help="Steps of each run.")
-@click.option("-r", "--runs", type=ABOVE_ZERO, default=200, show_default=True, help="NumberRange of runs.")
+@click.option("-r", "--runs", type=ABOVE_ZERO, default=200, show_default=True, help="Number of runs.")
 @click.option(
     "--rate",
     type=NOT_NEGATIVE,
@@ -155,7 +155,8 @@ def simulate(
                 load, timeline = Workload(made, steps, runs, rate, users), Timeline()
                 outcome = run(repeated(given, count), chosen, load, costs[way], seed, staleness, timeline, network)
                 cost = {"cost_per_run": outcome.cost(price)} if price else {}
-                rows.append({"policy": name, "devices": count, "dispatch": way, **_figures(outcome), **cost})
+                means = {"policy": name, "mode": chosen.schedule(made).name, "devices": count, "dispatch": way}
+                rows.append({**means, **_figures(outcome), **cost})
         if trace is not None:  # of the last simulation
             write(trace, timeline, [f"simulated {number}" for number in range(counts[-1])])
         fastest = min(rows, key=lambda row: row["latency_p50_seconds"])
@@ -164,8 +165,8 @@ def simulate(
                 {"rows": rows} | ({"best": {key: fastest[key] for key in ("policy", "devices")}} if best else {})
             )
             return
-        title = f"{runs} simulated runs of {steps} steps, {mode}"
-        Console(width=max(Console().width, 110)).print(_table(rows, title))
+        title = f"{runs} simulated runs of {steps} steps"
+        Console(width=max(Console().width, 120)).print(_table(rows, title))
         if best:
             least = f"{fastest['policy']}, {fastest['latency_p50_seconds'] * 1e3:.1f} ms in the median"
             click.echo(f"least latency: {fastest['devices']} device(s), {least}")
@@ -218,12 +219,23 @@ def _figures(outcome: Outcome) -> dict[str, float]:
 
 def _table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     priced = ("cost a run",) if "cost_per_run" in rows[0] else ()
-    head = ("policy", "devices", "run, ms: median", "mean", "latency, ms: p50", "p95", "runs/s", "computing", *priced)
+    head = (
+        "policy",
+        "mode",
+        "devices",
+        "run, ms: median",
+        "mean",
+        "latency, ms: p50",
+        "p95",
+        "runs/s",
+        "computing",
+        *priced,
+    )
     table = Table(*head, title=title)
     times = ("median_seconds", "mean_seconds", "latency_p50_seconds", "latency_p95_seconds")
     for row in rows:
         table.add_row(
-            *(row["policy"], str(row["devices"]), *(f"{row[name] * 1e3:.1f}" for name in times)),
+            *(row["policy"], row["mode"], str(row["devices"]), *(f"{row[name] * 1e3:.1f}" for name in times)),
             *(f"{row['runs_per_second']:.3g}", f"{row['utilisation']:.1%}"),
             *((f"{row['cost_per_run']:.3g}",) if priced else ()),
         )

@@ -8,9 +8,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -311,3 +313,18 @@ def test_labels() -> None:
     assert parse_labels("3,1,4") == [3, 1, 4]
     assert parse_labels("0-2, 9") == [0, 1, 2, 9]
     assert parse_labels("") == []
+
+
+def test_the_help_of_every_option_is_a_sentence() -> None:
+    undocumented = {"mode", "solver"}  # of `drp sample` and `drp simulate`: their choices are listed
+
+    def options(command: click.Command) -> Iterator[click.Option]:
+        if isinstance(command, click.Group):
+            for each in command.commands.values():
+                yield from options(each)
+        yield from (each for each in command.params if isinstance(each, click.Option))
+
+    for option in options(main):
+        text = option.help or ""
+        assert text.endswith(".") or (not text and option.name in undocumented), option.name
+        assert not re.search(r"\b[A-Z][a-z]+[A-Z][a-z]", text), f"{option.name}: {text}"  # the name of a class

@@ -238,6 +238,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert again.exit_code == 0, again.output
     assert "5 simulated runs of 48 steps" in again.output
     shown = json.loads(CliRunner().invoke(main, ["simulate", *asked, "--json"]).stdout)
+    assert {(row["policy"], row["mode"]) for row in shown["rows"]} == {("barrier", "window"), ("rolling", "rolling")}
     assert [(row["policy"], row["devices"]) for row in shown["rows"]] == [
         (policy, count) for policy in ("barrier", "rolling") for count in (1, 2, 4, 8)
     ]
