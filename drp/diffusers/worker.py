@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from drp.diffusers.program import PROGRAM, Program, from_bytes, write
 from drp.diffusers.pytree import Json
 from drp.diffusers.sources import Block, TensorLocation, load_signed
-from drp.diffusers.structure import make
+from drp.diffusers.structure import Described, describe, make
 from drp.frozen_imports import frozen_imports
 from drp.models.gpu import Graphs
 from drp.models.state import ModuleState
@@ -35,6 +35,32 @@ class WorkerGpu(Protocol):
         ...
 
 
+class ChangeDetector:
+    """Detects that an evaluation changes modules: the next ones would depend on it, and the leader would not see it.
+
+    The first evaluation may, for example to fill a cache.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._modules = modules
+        self._described: dict[str, Described] = {}
+
+    def check(self) -> None:
+        """Raise RuntimeError if a module has changed since the first call of this method."""
+        if not self._described:
+            self._described = {name: describe(module) for name, module in self._modules.items()}
+        for name, before in self._described.items():
+            if before.untouched():
+                continue
+            now = describe(self._modules[name])
+            if not before.same(now):
+                raise RuntimeError(
+                    f"{name} itself was changed by an evaluation: it has begun to count, or to keep something of its "
+                    "arguments, which would stay in workers"
+                )
+            before.update_from(now)
+
+
 class Programs:
     """Runs the program in the conditions of a run."""
 
@@ -42,7 +68,7 @@ class Programs:
         self._gpu: WorkerGpu | None = None
         self._loads_pretrained = False
         self._texts: dict[int, tuple[Tensor, bytes]] = {}
-        self._programs: dict[bytes, tuple[Program, dict[str, nn.Module], ModuleState]] = {}
+        self._programs: dict[bytes, tuple[Program, dict[str, nn.Module], ModuleState, ChangeDetector]] = {}
         self._modules: dict[int, tuple[nn.Module, set[int]]] = {}
         """Modules and the numbers of their blocks, by number."""
         self._loaded: dict[str, nn.Module] = {}
@@ -82,7 +108,7 @@ class Programs:
     ) -> None:
         """Write the program's results for several drafts to their `outputs`."""
         text = self._text(cond[PROGRAM])
-        program, modules, state = self._program(text)
+        program, modules, state, changes = self._program(text)
         try:
             # Compiled code and cached values of modules must not contain inference tensors.
             with torch.inference_mode(False), torch.no_grad():
@@ -90,6 +116,11 @@ class Programs:
                     self._replay(self._graphs, text, inputs, cond, outputs)
                 else:
                     program.run_batch(modules, inputs, cond, outputs)
+            changes.check()
+        except BaseException:  # The modules may have been changed: load them again.
+            for known in (self._programs, self._modules, self._loaded):
+                known.clear()
+            raise
         finally:
             state.restore()
 
@@ -102,7 +133,7 @@ class Programs:
         outputs: Sequence[Mapping[str, Tensor]],
     ) -> None:
         """Run `fill_batch` as a CUDA graph, whose arguments are copies of the drafts and conditions."""
-        program, modules, state = self._programs[text]
+        program, modules, state, _ = self._programs[text]
         drafts = [{name: f"draft {number} {name}" for name in draft} for number, draft in enumerate(inputs)]
         conditions = {name: f"cond {name}" for name in cond if name != PROGRAM}
 
@@ -126,12 +157,12 @@ class Programs:
             _forget(self._texts)
         return self._texts[id(program)][1]
 
-    def _program(self, text: bytes) -> tuple[Program, dict[str, nn.Module], ModuleState]:
+    def _program(self, text: bytes) -> tuple[Program, dict[str, nn.Module], ModuleState, ChangeDetector]:
         if text not in self._programs:
             program, sources = from_bytes(text)
             find = self._load if self._loads_pretrained else self._module
             modules = {name: find(source) for name, source in sources.items()}
-            self._programs[text] = program, modules, ModuleState(*modules.values())
+            self._programs[text] = program, modules, ModuleState(*modules.values()), ChangeDetector(modules)
             _forget(self._programs)
             if self._graphs is not None:
                 self._graphs.retain(self._programs)

@@ -17,6 +17,7 @@ from tests.e2e.test_diffusers_calls import CHEAP, euler, exact
 from tests.pipelines import PIPELINES, run
 from tests.stateful_denoisers import (
     Around,
+    AveragingLater,
     Caching,
     CountingInArray,
     CountingInBuffer,
@@ -24,6 +25,7 @@ from tests.stateful_denoisers import (
     CountingInModule,
     CountingInNumber,
     CountingInTensor,
+    CountingLater,
     DrawingFromNumpy,
     DrawingFromPython,
     DrawingItself,
@@ -218,6 +220,32 @@ def test_what_one_worker_cannot_reproduce_is_not_drafted(way: tuple[Workers, dic
     with parallelize(pipe, workers, drafts=1, **options) as parallel:
         assert torch.equal(run(pipe, GUIDED), untouched)
     assert parallel.report.calls[0].sequential.startswith("workers have other results than this process")
+
+
+@pytest.mark.parametrize("kind", [CountingLater, AveragingLater])
+def test_a_denoiser_that_begins_to_change_itself_is_not_drafted_from_then_on(
+    kind: type[Around], pipeline_workers: Workers
+) -> None:
+    def call(pipe: Any) -> tuple[Tensor, int, float]:
+        made = run(pipe, CHEAP, 10)
+        return made, pipe.unet.time_proj.calls, float(pipe.unet.time_proj.scale)
+
+    def late() -> Any:
+        pipe = euler()
+        pipe.unet.time_proj = kind(pipe.unet.time_proj)
+        return pipe
+
+    pipe = late()
+    untouched = [call(pipe), call(pipe)]
+    pipe = late()
+    with parallelize(pipe, pipeline_workers, drafts=1) as parallel:
+        for sample, *state in untouched:
+            drafted, *drafted_state = call(pipe)
+            assert torch.equal(drafted, sample)
+            assert drafted_state == state
+    for report in parallel.report.calls:
+        assert "unet itself was changed by an evaluation" in report.sequential
+        assert report.evaluations > 5
 
 
 def test_a_cache_that_is_filled_once_is_no_hindrance() -> None:
