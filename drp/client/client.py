@@ -116,9 +116,9 @@ class Client:
         future has a `drp.Result`, or raises ValueError for invalid options, RefusedError if the server is at its limit
         or about to end, WorkerError if the run failed, and ConnectionError if the server was lost.
         """
-        ways: dict[str, Any] = {"progress": progress, "previews": previews, "timeline": timeline}
+        reporting: dict[str, Any] = {"progress": progress, "previews": previews, "timeline": timeline}
         try:
-            submit, frames = to_submit(next(self._numbers) % 2**31, options, ways)
+            submit, frames = to_submit(next(self._numbers) % 2**31, options, reporting)
             if self._local and nbytes_of_samples(submit, self.spec) >= SHARED:
                 submit = dataclasses.replace(submit, memory=True)
             encode(submit)

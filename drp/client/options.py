@@ -27,16 +27,16 @@ class Options(RunOptions, total=False):
     mode: str
 
 
-WAYS: Final = ("progress", "previews", "timeline", "memory")
+REPORTING: Final = ("progress", "previews", "timeline", "memory")
 """The fields of a Submit that are not options of the run: how its progress and its samples are returned."""
 
 DEFAULTS: Final = {field.name: field.default for field in fields(Submit)}
 
 
-def to_submit(number: int, given: Options, ways: Mapping[str, Any]) -> tuple[Submit, list[Frame]]:
+def to_submit(number: int, given: Options, reporting: Mapping[str, Any]) -> tuple[Submit, list[Frame]]:
     """Return a Submit and copies of its tensors; raise ValueError for options that a message cannot hold.
 
-    `ways` has the fields of Submit that are named in `WAYS`.
+    `reporting` has the fields of Submit that are named in `REPORTING`.
     """
     for name in given:
         if name in ("callback", "out"):
@@ -62,7 +62,7 @@ def to_submit(number: int, given: Options, ways: Mapping[str, Any]) -> tuple[Sub
     options["offsets"] = _offsets(options["offsets"])
     options["rule"] = _rule(options["rule"])
     # The frames are sent later, in another thread, and the caller may change its arrays as soon as `submit` returns.
-    return Submit(request=number, **options, **ways), [bytes(frame) for frame in writer.frames]
+    return Submit(request=number, **options, **reporting), [bytes(frame) for frame in writer.frames]
 
 
 def _offsets(offsets: str | Sequence[int] | None) -> Any:

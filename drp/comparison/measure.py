@@ -113,8 +113,10 @@ def add_distances(store: Store, clip: str | None = None) -> None:
     store.results["omitted"] = omitted
     store.results["measures"] = {m.name: {"title": m.title, "better": m.better, "summary": m.summary} for m in able}
     for key, cell in store.results["cells"].items():
-        apart = relative_l2(store.latents(key), exact)
-        cell["distances"] = {"relative_l2": {"each": apart, "mean": statistics.fmean(apart), "max": max(apart)}}
+        distances = relative_l2(store.latents(key), exact)
+        cell["distances"] = {
+            "relative_l2": {"each": distances, "mean": statistics.fmean(distances), "max": max(distances)}
+        }
         images = store.images(key)
         for measure in able:
             each = [

@@ -140,8 +140,8 @@ def slow_emulation(store: Store) -> list[str]:
 def _in_words(value: Any) -> str:
     """Return a fact of a comparison as text, empty for an option that is at its default."""
     if isinstance(value, Mapping):
-        words = {name: _in_words(each) for name, each in value.items()}
-        return ", ".join(f"{name} {text}" for name, text in words.items() if text)
+        texts = {name: _in_words(each) for name, each in value.items()}
+        return ", ".join(f"{name} {text}" for name, text in texts.items() if text)
     if isinstance(value, list):
         return ", ".join(map(_in_words, value))
     return "" if value is None or value is False or value == "auto" else str(value)
@@ -152,8 +152,8 @@ def markdown(store: Store, chosen: Recommendation, planned: int) -> str:
     facts, untouched = store.results["facts"], store.results.get(UNTOUCHED)
     titles, *rows = table(store)
     lines = ["# Drafting compared with the untouched run", ""]
-    words = {name.replace("_", " "): _in_words(value) for name, value in facts.items()}
-    lines += [f"- {name}: {text}" for name, text in words.items() if text]
+    texts = {name.replace("_", " "): _in_words(value) for name, value in facts.items()}
+    lines += [f"- {name}: {text}" for name, text in texts.items() if text]
     if untouched:
         lines.append(f"- untouched: {untouched['baseline']}, {median(untouched['seconds']):.3f} s a call")
     if len(rows) < planned:

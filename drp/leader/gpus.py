@@ -70,17 +70,17 @@ def why_none(version: str, cuda: str | None, driver: bool, environ: Mapping[str,
 def visible(environ: Mapping[str, str], gpus: tuple[Gpu, ...]) -> str:
     """Describe the names of the GPUs, and how CUDA_VISIBLE_DEVICES affects them."""
     names = ", ".join(f"cuda:{gpu.index} ({gpu.uuid})" for gpu in gpus)
-    said = environ.get("CUDA_VISIBLE_DEVICES")
-    if said is None:
+    setting = environ.get("CUDA_VISIBLE_DEVICES")
+    if setting is None:
         return f"there is {names}"
-    listed = [entry.strip() for entry in said.split(",")]
+    listed = [entry.strip() for entry in setting.split(",")]
     kind = "by UUID " if any(entry.startswith(("GPU-", "MIG-")) for entry in listed) else ""
     short = (
         f"; CUDA shows {len(gpus)} of its {len(listed)}, for it stops at the first that does not exist"
         if len(listed) > len(gpus)
         else ""
     )
-    return f"CUDA_VISIBLE_DEVICES names {kind}{said!r}, and numbers count within it: there is {names}{short}"
+    return f"CUDA_VISIBLE_DEVICES names {kind}{setting!r}, and numbers count within it: there is {names}{short}"
 
 
 def near_cores(bus: str, allowed: set[int], pci: Path = PCI) -> tuple[int, ...]:

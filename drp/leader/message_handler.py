@@ -89,23 +89,23 @@ class MessageHandler:
         consequence = run.follows_failure(sent)
         needed = sent.is_outstanding or (run.withdraw(sent) and run.number in self._runs.running)
         if needed and not consequence:
-            words = f"{worker_slot.worker} failed evaluating step {index} of run {run.number}: {message.error}"
-            self._runs.finish(run, WorkerError(f"{words}\n{message.traceback}"))
+            reason = f"{worker_slot.worker} failed evaluating step {index} of run {run.number}: {message.error}"
+            self._runs.finish(run, WorkerError(f"{reason}\n{message.traceback}"))
         self._runs.release_if_idle(run)
 
     def on_completion(self, run: RunState, completion: PendingCompletion, status: int | None) -> None:
         worker_slot, sent = self._supervisor.worker_slots[completion.worker], completion.batch
         if status is None:
-            words = f"{worker_slot.worker} answered step {sent.tasks[0].index} of run {run.number}"
-            self.on_worker_lost(self._supervisor.mark_dead(worker_slot, f"{words} without a valid completion record"))
+            reason = f"{worker_slot.worker} answered step {sent.tasks[0].index} of run {run.number}"
+            self.on_worker_lost(self._supervisor.mark_dead(worker_slot, f"{reason} without a valid completion record"))
             return
         self._done(worker_slot, sent)
         if self._recorder.timelines:
             self._recorder.record_completion("predicted" if completion.counts else "late", completion)
         if status != OK and completion.counts and run.number in self._runs.running:
             step = f"step {completion.failed_index(status)} of run {run.number}"
-            words = f"{worker_slot.worker} failed evaluating {step}: the denoiser returned NaN or infinity"
-            self._runs.finish(run, WorkerError(words))
+            reason = f"{worker_slot.worker} failed evaluating {step}: the denoiser returned NaN or infinity"
+            self._runs.finish(run, WorkerError(reason))
         self._runs.release_if_idle(run)
 
     def next_deadline(self) -> float:
@@ -151,8 +151,8 @@ class MessageHandler:
             if missing or (sent.completion_pending and run in affected):
                 run.retry_budget_used[task.index] += DRAFT_RETRY_COST[loss.cause] if place == 0 else 0.0
                 if run.retry_budget_used[task.index] > 1 - 1e-9 and run.number in self._runs.running:
-                    words = f"step {task.index} of run {run.number} was given up, after every worker that evaluated it"
-                    self._runs.finish(run, WorkerError(f"{words} was lost; the last: {loss.reason}"))
+                    reason = f"step {task.index} of run {run.number} was given up, after every worker that evaluated it"
+                    self._runs.finish(run, WorkerError(f"{reason} was lost; the last: {loss.reason}"))
         for behind in affected:
             if behind.number in self._runs.running:
                 try:
@@ -160,8 +160,8 @@ class MessageHandler:
                 except BaseException as error:
                     self._runs.fail(behind, error)
                 else:
-                    words = f"run {behind.number} went back to step {step}: predictions that it had used were lost"
-                    behind.incidents.append(words)
+                    reason = f"run {behind.number} went back to step {step}: predictions that it had used were lost"
+                    behind.incidents.append(reason)
                     self._runs.schedule_drafts(behind)
         self._runs.release_idle()
         self._scheduler.flush()  # Messages that were held back because of the lost worker.

@@ -28,12 +28,12 @@ LIMITS = ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", 
 """Names of torch's limits on the number of compiled shapes, in different versions."""
 
 
-def on_device(denoiser: Denoiser, device: torch.device, how: GpuConfig) -> Denoiser:
+def on_device(denoiser: Denoiser, device: torch.device, config: GpuConfig) -> Denoiser:
     """Return the denoiser on a device, ready for its first draft; raise TypeError for a model that cannot be moved."""
-    return warmed(in_dtype(denoiser, how), device, how)
+    return warmed(in_dtype(denoiser, config), device, config)
 
 
-def in_dtype(denoiser: Denoiser, how: GpuConfig) -> Denoiser:
+def in_dtype(denoiser: Denoiser, config: GpuConfig) -> Denoiser:
     """Return the denoiser with its weights in the requested dtype, without moving them.
 
     Raises TypeError for a model that is not a module, or that has a method `fill`.
@@ -41,33 +41,33 @@ def in_dtype(denoiser: Denoiser, how: GpuConfig) -> Denoiser:
     module = denoiser.module
     if module is None or hasattr(denoiser.predict, "fill"):
         raise TypeError("on a GPU a model is a torch.nn.Module from (x, t, cond) to the prediction; this one is not")
-    if how.dtype:
-        module.to(DTYPES[how.dtype])
+    if config.dtype:
+        module.to(DTYPES[config.dtype])
     return denoiser
 
 
-def warmed(denoiser: Denoiser, device: torch.device, how: GpuConfig) -> Denoiser:
+def warmed(denoiser: Denoiser, device: torch.device, config: GpuConfig) -> Denoiser:
     """Move a denoiser, already cast, to a device, and do the work that would delay its first evaluation.
 
     Weights that are on the device already keep their addresses. A model that can be warmed up has a method
     `examples()`, which yields arguments (x, t, cond) of future calls, on the host. Each example is evaluated in all
-    batch sizes that `how` allows, as in a worker. The largest comes first, so that the memory of its graph is reused.
+    batch sizes that `config` allows, as in a worker, the largest first, so that the memory of its graph is reused.
     """
     module = denoiser.module
     assert module is not None
     module.to(device)
     denoiser.state.capture()
-    predict: Predict = Compiled(module) if how.compile else module
-    if how.dtype:
-        predict = Cast(predict, DTYPES[how.dtype])
-    if how.graphs:
+    predict: Predict = Compiled(module) if config.compile else module
+    if config.dtype:
+        predict = Cast(predict, DTYPES[config.dtype])
+    if config.graphs:
         predict = Captured(predict, denoiser.state.restore)
     ready = replace(denoiser, predict=predict)
     examples: Any = getattr(module, "examples", tuple)
     for x, t, cond in examples():
         draft, given = {"x": x.to(device)}, {name: value.to(device) for name, value in cond.items()}
-        outputs = [{"x": torch.empty_like(draft["x"])} for _ in range(how.batch)]
-        for times in range(how.batch, 0, -1):
+        outputs = [{"x": torch.empty_like(draft["x"])} for _ in range(config.batch)]
+        for times in range(config.batch, 0, -1):
             ready.evaluate_batch([draft] * times, [float(t[0])] * times, given, outputs[:times])
     return ready
 

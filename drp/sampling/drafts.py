@@ -80,12 +80,12 @@ class DraftRule:
         There is one for the estimate at `last`, the last predicted index, and one for that at `previous_base`, the
         previous round's base, or `last` itself in the first round. They add up to 1.
         """
-        further, apart = k - last, last - previous_base
-        slope = _of(self.slope, levels) if 0 < further <= apart else 0.0
+        ahead, block = k - last, last - previous_base
+        slope = _of(self.slope, levels) if 0 < ahead <= block else 0.0
         if slope == 0.0:
             return {last: 1.0}
         if self.axis == "index":
-            share = slope * further / apart
+            share = slope * ahead / block
         else:
             at = levels.on(self.axis, last)
             share = slope * (levels.on(self.axis, k) - at) / (at - levels.on(self.axis, previous_base))

@@ -90,17 +90,17 @@ def max_rounds_in_use(mode: Mode, steps: int, history: int) -> int:
     Where indices are skipped, how long a prediction is needed depends on where its neighbours are evaluated.
     """
     progress, peak = PlanProgress(), 0
-    rounds: dict[int, int] = {}  # by index, the round that predicted it last; `ways`: the advance to its state
-    ways: dict[int, int] = {}
+    rounds: dict[int, int] = {}  # by index, the round that predicted it last; `advances`: the advance to its state
+    advances: dict[int, int] = {}
     for number, r in enumerate(mode.rounds(steps)):
         before = progress.base
         progress.begin(r, mode, steps)
         oldest = min(progress.known_at(before), progress.known_at(r.base - history))
-        ways.update(dict.fromkeys(range(before + 1, r.base + 1), number))
+        advances.update(dict.fromkeys(range(before + 1, r.base + 1), number))
         rounds.update(dict.fromkeys(r.predict, number))
-        peak = max(peak, len(set(rounds.values())), len(set(ways.values())))
+        peak = max(peak, len(set(rounds.values())), len(set(advances.values())))
         rounds = {k: made for k, made in rounds.items() if k >= oldest}
-        ways = {k: made for k, made in ways.items() if k >= oldest}
+        advances = {k: made for k, made in advances.items() if k >= oldest}
         progress.base = r.base
         progress.in_flight.append(r)
     return peak

@@ -24,14 +24,14 @@ SLEEP = 2e-3
 
 @dataclass(frozen=True)
 class LinearCost:
-    """A time in seconds, linear in a count: `fixed` + `each` * count, plus a residual drawn from `apart`."""
+    """A time in seconds, linear in a count: `fixed` + `each` * count, plus one of `residuals`."""
 
     fixed: float = 0.0
     each: float = 0.0
-    apart: Samples = (0.0,)
+    residuals: Samples = (0.0,)
 
     def draw(self, count: int, draws: random.Random) -> float:
-        return max(0.0, self.fixed + self.each * count + draws.choice(self.apart))
+        return max(0.0, self.fixed + self.each * count + draws.choice(self.residuals))
 
     @classmethod
     def fit(cls, points: Sequence[tuple[int, float]]) -> LinearCost:

@@ -29,9 +29,9 @@ from drp.workers.weights import Weights
 class CudaDevice:
     """One GPU. Its stream becomes the current one of the constructing thread."""
 
-    def __init__(self, how: GpuConfig) -> None:
-        self.config = how
-        self.device = torch.device("cuda", index_of(how.device))
+    def __init__(self, config: GpuConfig) -> None:
+        self.config = config
+        self.device = torch.device("cuda", index_of(config.device))
         torch.cuda.set_device(self.device)
         torch.cuda.set_stream(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]  # torch has no types for it
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types for it

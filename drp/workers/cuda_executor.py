@@ -74,8 +74,8 @@ class CudaExecutor:
 
     @torch.inference_mode()
     def submit(self, work: WorkItem) -> float:
-        bound, apart = self._runs[work.draft.run], work.arena.memory.device.type == "cpu"
-        into, out = (self._in, self._out) if apart else (self._compute, self._compute)
+        bound, separate = self._runs[work.draft.run], work.arena.memory.device.type == "cpu"
+        into, out = (self._in, self._out) if separate else (self._compute, self._compute)
         with torch.cuda.stream(into):
             bound.leader_event.wait(work.draft.after)
             here = self._device.copy_in(work.inputs)
@@ -92,7 +92,7 @@ class CudaExecutor:
                 write_completion(bound.completions[row], work.draft.sequence, mine.values())
             bound.worker_event.record()
             self._last.record(out)
-        if apart:  # Each was allocated for one stream and is used by another: not to be used again before that is done.
+        if separate:  # Each was allocated for one stream and is used by another, and is freed only after that.
             for used, stream in ((here, self._compute), (made, out)):
                 for tensor in (tensor for each in used for tensor in each.values()):
                     tensor.record_stream(stream)

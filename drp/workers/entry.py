@@ -23,8 +23,8 @@ from drp.workers.config import WorkerConfig
 def main(config: WorkerConfig) -> None:
     """Run a worker until it receives Stop or its leader ends."""
     parent_death.kill_with_parent(config.leader)
-    words = os.open(config.crash_log, os.O_RDWR | os.O_CLOEXEC)
-    faulthandler.enable(words)  # A crash in native code leaves its stack there.
+    crash_log = os.open(config.crash_log, os.O_RDWR | os.O_CLOEXEC)
+    faulthandler.enable(crash_log)  # A crash in native code leaves its stack there.
     try:
         for number in (signal.SIGINT, signal.SIGTERM):  # They reach the whole group, from a terminal or a supervisor:
             signal.signal(number, signal.SIG_IGN)  # the leader decides.
@@ -42,10 +42,11 @@ def main(config: WorkerConfig) -> None:
         if config.main is not None:
             _import_main(config.main)
         socket = WorkerSocket(config.listener.detach(), config.leader)
-        Worker(socket, Hello(VERSION, os.getpid()), config.threads, _heartbeat(words, config.heartbeat_offset)).run()
+        heartbeat = _heartbeat(crash_log, config.heartbeat_offset)
+        Worker(socket, Hello(VERSION, os.getpid()), config.threads, heartbeat).run()
         end()
     except BaseException:
-        os.write(words, traceback.format_exc().encode()[-4000:])
+        os.write(crash_log, traceback.format_exc().encode()[-4000:])
         sys.exit(1)
 
 

@@ -301,10 +301,10 @@ def _timed(draft: Draft, nbytes: int, evaluate: Callable[[], float], since: floa
 def _describe(error: BaseException) -> tuple[str, str]:
     """Return an error's type and text, and its traceback, truncated and encoded for a message."""
     try:
-        words = f"{type(error).__name__}: {error}"
+        text = f"{type(error).__name__}: {error}"
     except BaseException:  # The error's __str__ is user code.
-        words = f"{type(error).__name__}, whose text cannot be made"
-    return _printable(words)[:2000], _printable("".join(traceback.format_exception(error)))[-20_000:]
+        text = f"{type(error).__name__}, whose text cannot be made"
+    return _printable(text)[:2000], _printable("".join(traceback.format_exception(error)))[-20_000:]
 
 
 def _printable(text: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from drp.client.options import WAYS
+from drp.client.options import REPORTING
 from drp.client.options import Options as ClientOptions
 from drp.errors import ProtocolError
 from drp.leader.request import Options
@@ -101,12 +101,12 @@ def test_fields_come_in_any_order_and_numbers_in_any_width() -> None:
 
 
 def test_all_options_of_a_run_can_be_submitted() -> None:
-    ways = {"request", "progress", "previews", "timeline", "memory"}
+    reporting = {"request", "progress", "previews", "timeline", "memory"}
     missing = Options.__annotations__.keys() - {"callback", "out"} - client_messages.Submit.__dataclass_fields__.keys()
     assert not missing, f"Submit lacks {missing}: add them there, in drp/client and drp/server/options.py"
     assert {"callback", "out"} | ClientOptions.__annotations__.keys() == Options.__annotations__.keys()
-    assert {"request", *WAYS} == ways
-    assert client_messages.Submit.__dataclass_fields__.keys() - ways <= Options.__annotations__.keys()
+    assert {"request", *REPORTING} == reporting
+    assert client_messages.Submit.__dataclass_fields__.keys() - reporting <= Options.__annotations__.keys()
 
 
 def test_defaults_are_those_of_a_request() -> None:

@@ -105,8 +105,8 @@ class PendingCompletion:
 
     def failed_index(self, status: int) -> int:
         """Return the index of the first draft of the batch whose record has this status."""
-        words = [record[0] for record in self.read()]
-        return self.batch.tasks[words.index(encode_status(self.batch.sequence, status))].index
+        statuses = [record[0] for record in self.read()]
+        return self.batch.tasks[statuses.index(encode_status(self.batch.sequence, status))].index
 
 
 class RunState(ABC):

@@ -96,11 +96,11 @@ class WorkerProcess:
 
     def describe_exit(self, code: int | None) -> str:
         """Describe how a worker ended with this exit code, including its crash log."""
-        how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
+        ending = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
         if code is None:
-            how = "was killed, and has not ended yet"
-        words = self.crash_log.read()[:CRASH_LOG_NBYTES].rstrip(b"\0").decode(errors="replace").strip()
-        return f"{how}; " + (f"its crash log:\n{words}" if words else "its crash log is empty")
+            ending = "was killed, and has not ended yet"
+        log = self.crash_log.read()[:CRASH_LOG_NBYTES].rstrip(b"\0").decode(errors="replace").strip()
+        return f"{ending}; " + (f"its crash log:\n{log}" if log else "its crash log is empty")
 
 
 class LocalBackend:
@@ -128,18 +128,18 @@ class LocalBackend:
         """Start a worker, which the kernel ends together with the calling thread."""
         entry = importlib.import_module(WORKER_MODULE)
         identity = f"worker-{number}-{generation}"
-        words = SharedMemory.create(CRASH_LOG_NBYTES + 8)
+        crash_log = SharedMemory.create(CRASH_LOG_NBYTES + 8)
         try:
             listener = self.socket.invite(identity.encode())
         except BaseException:
-            words.close()
+            crash_log.close()
             raise
         try:
             config = entry.WorkerConfig(
                 identity=identity,
                 listener=listener,
                 leader=os.getpid(),
-                crash_log=f"/proc/{os.getpid()}/fd/{words.handle.fd}",
+                crash_log=f"/proc/{os.getpid()}/fd/{crash_log.handle.fd}",
                 heartbeat_offset=CRASH_LOG_NBYTES,
                 cores=device.cores,
                 threads=self._threads,
@@ -150,11 +150,11 @@ class LocalBackend:
             process.start()
         except BaseException:
             self.socket.dismiss(identity.encode())
-            words.close()
+            crash_log.close()
             raise
         finally:
             listener.close()
-        worker = WorkerProcess(number, identity.encode(), device, process, words, self)
+        worker = WorkerProcess(number, identity.encode(), device, process, crash_log, self)
         try:
             self.socket.watch(process.sentinel)  # Before its first message, so that an early exit is noticed.
         except OSError:  # The kernel has no memory for the watch.
