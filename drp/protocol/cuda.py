@@ -65,7 +65,11 @@ class GpuMemory:
         self._address, self._event, self._handle, self._keep = address, event, handle, keep
         self.nbytes, self.device = handle.nbytes, torch.device("cuda", index)
         self._span = _Span(address, handle.nbytes)
-        self._bytes = _as_tensor(self._span, address, (index, torch.cuda.current_device()))
+        with torch.inference_mode(mode=False):  # Its tensors are used inside inference mode and outside.
+            opened = keep is None
+            self._bytes = _opened_bytes(self) if opened else torch.as_tensor(self._span, device=self.device)
+        if self._bytes.data_ptr() != address:
+            raise CudaError(f"torch does not find that memory on {self.device}, and has copied it")
 
     @classmethod
     def create(cls, nbytes: int, uuid: str, keep: Callable[[GpuMemory], None]) -> GpuMemory:
@@ -100,19 +104,21 @@ class GpuMemory:
 
     @classmethod
     def open(cls, handle: GpuHandle) -> GpuMemory:
-        """Open another process's memory in the current device's context; raise CudaError if the driver refuses."""
+        """Open another process's memory and its event; raise CudaError if the driver refuses.
+
+        Both are opened on the current device, so that this process needs no context on a peer that they belong to. For
+        torch, the tensors are on the current device, whose kernels access a peer directly.
+        """
         if handle.nbytes < 1 or len(handle.memory) != HANDLE or len(handle.event) != HANDLE:
             raise ProtocolError(
                 f"a GPU's memory of {handle.nbytes} bytes; a handle has {HANDLE} bytes, and so the event's"
             )
-        index = index_of(handle.device)
         torch.cuda.current_stream()
         address, event = ctypes.c_void_p(), ctypes.c_void_p()
         memory, shared = _Opaque.from_buffer_copy(handle.memory), _Opaque.from_buffer_copy(handle.event)
         _call_runtime("cudaIpcOpenMemHandle", ctypes.byref(address), memory, LAZY_PEER_ACCESS)
-        with torch.cuda.device(index):
-            _call_runtime("cudaIpcOpenEventHandle", ctypes.byref(event), shared)
-        return cls(int(address.value or 0), int(event.value or 0), handle, index)
+        _call_runtime("cudaIpcOpenEventHandle", ctypes.byref(event), shared)
+        return cls(int(address.value or 0), int(event.value or 0), handle, torch.cuda.current_device())
 
     @property
     def ipc_handles(self) -> tuple[Handle | None, GpuHandle | None]:
@@ -307,18 +313,10 @@ class _Span:
         }
 
 
-def _as_tensor(span: _Span, address: int, devices: Sequence[int]) -> Tensor:
-    """Return the bytes there as a tensor, for which torch finds the device by the address.
-
-    Of a peer's memory it may find the GPU that has opened it, or the one that it lies on; for any other it would return
-    a copy. Memory is used by calls inside inference mode and outside, for which the tensor must not be made in it.
-    """
-    with torch.inference_mode(mode=False):
-        for index in devices:
-            made = torch.as_tensor(span, device=torch.device("cuda", index))
-            if made.data_ptr() == address:
-                return made
-    raise CudaError(f"torch does not find that memory on {', '.join(f'cuda:{index}' for index in devices)}")
+def _opened_bytes(memory: GpuMemory) -> Tensor:
+    """Return opened memory as a tensor on its `device`; `torch.as_tensor` may find a peer that the memory lies on."""
+    storage = torch._C._construct_storage_from_data_pointer(memory._address, memory.device, memory.nbytes)
+    return torch.empty(0, dtype=torch.uint8, device=memory.device).set_(storage)
 
 
 def _free(address: int, event: int, device: torch.device) -> None:

@@ -101,7 +101,8 @@ class CudaDevice:
             start = arena.drafts.untyped_storage().data_ptr()
             if pin(start, arena.memory.nbytes):
                 self._pinned[run] = start  # Else copies go by way of the driver's own buffer: slower, no worse.
-        arena.cond = {name: value.to(self.device) for name, value in arena.cond.items()}
+        # Copies also of what is in memory of a GPU: each evaluation would read a peer's across the link.
+        arena.cond = {name: value.to(self.device, copy=True) for name, value in arena.cond.items()}
         self._synchronize()
 
     def unbind(self, run: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import drp
 from drp import ExecutionOptions, Leader
+from drp.protocol.cuda import uuid_of
 
 SMALL = "tests.gpu.denoisers:Small"
 MODES = ("sequential", "conservative", "aggressive", "window", "rolling", "adaptive")
@@ -70,3 +72,17 @@ def test_a_pipeline_on_any_gpu_with_workers_on_any(
         drafted(report)
     print([record.message for record in caplog.records])  # whether runs lie on the host, since there are no peers
     assert torch.cuda.current_device() == 0
+
+
+def test_a_worker_has_a_context_on_its_own_gpu_only() -> None:
+    """Each other one would take a few hundred MB of the GPU of the runs, which is the fullest."""
+    query = ("nvidia-smi", "--query-compute-apps=pid,gpu_uuid", "--format=csv,noheader")
+    with Leader(SMALL, devices="cuda:0,cuda:1") as leader:
+        leader.sample(steps=9)
+        on_gpu = leader.internals.placement.on_gpu
+        pids = [str(worker.pid) for worker in leader.workers]
+        listed = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    found = {(pid.strip(), uuid.strip()) for pid, uuid in (line.split(",") for line in listed)}
+    if not on_gpu or pids[0] not in {pid for pid, _ in found}:
+        pytest.skip("these GPUs are no peers, or nvidia-smi does not see the processes of this container")
+    assert {pair for pair in found if pair[0] in pids} == set(zip(pids, (uuid_of(0), uuid_of(1)), strict=True))

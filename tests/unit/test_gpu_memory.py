@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from drp.leader.devices import parse_devices
 from drp.leader.memory import placement
 from drp.leader.memory.placement import MemoryPlacement
 from drp.protocol import cuda
+from drp.protocol.handles import GpuHandle
 from tests.on_host import GPUS, Lent
 
 
@@ -69,7 +71,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Recording:
     made = Recording()
     monkeypatch.setattr(cuda, "_runtime", lambda: made)
     monkeypatch.setattr(cuda, "index_of", lambda uuid: 1)
-    monkeypatch.setattr(cuda, "_as_tensor", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(torch, "as_tensor", lambda span, device: SimpleNamespace(data_ptr=lambda: 0))
     monkeypatch.setattr(torch.cuda, "device", made.device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: made.current)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))
@@ -83,6 +85,28 @@ def test_the_event_of_a_gpu_that_is_not_the_current_one_is_recorded_on_that_gpu(
     memory.record_event()
     assert [(name, device) for name, device, _ in runtime.calls] == [("cudaEventRecord", 1)]
     assert runtime.current == 0
+
+
+def test_memory_of_a_peer_is_opened_on_the_current_gpu(runtime: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker needs no context on the pipeline's GPU, whose memory one for each worker would fill."""
+    buffer = (ctypes.c_uint8 * 4096)()
+
+    def open_memory(address: Any, memory: Any, flags: int) -> int:
+        address._obj.value = ctypes.addressof(buffer)
+        runtime.calls.append(("cudaIpcOpenMemHandle", runtime.current, []))
+        return 0
+
+    monkeypatch.setattr(runtime, "cudaIpcOpenMemHandle", open_memory, raising=False)
+    monkeypatch.setattr(torch, "device", lambda kind, index: torch.empty(0).device)
+    handle = GpuHandle(GPUS[1].uuid, 4096, bytes(64), bytes(64))
+    with torch.inference_mode():
+        opened = cuda.GpuMemory.open(handle)
+    assert [(name, device) for name, device, _ in runtime.calls] == [
+        ("cudaIpcOpenMemHandle", 0),
+        ("cudaIpcOpenEventHandle", 0),
+    ]
+    opened.tensor(512, (2, 64), torch.float32).fill_(2.0)  # outside of inference mode
+    assert buffer[512:516] == [0, 0, 0, 64]
 
 
 def test_a_handle_exposes_only_its_own_memory(runtime: Recording) -> None:
