@@ -116,7 +116,7 @@ class Programs:
                     self._replay(self._graphs, text, inputs, cond, outputs)
                 else:
                     program.run_batch(modules, inputs, cond, outputs)
-            changes.check()
+                    changes.check()  # A replayed graph runs no code of the modules.
         except BaseException:  # The modules may have been changed: load them again.
             for known in (self._programs, self._modules, self._loaded):
                 known.clear()
