@@ -53,12 +53,12 @@ def misbehaving_workers(folder: Path, devices: int = 2) -> Iterator[Misbehaving]
             yield Misbehaving(leader, folder / "orders")
 
 
-def acknowledge(monkeypatch: pytest.MonkeyPatch, leader: Leader, hears: bool, size: int) -> None:
+def acknowledge(monkeypatch: pytest.MonkeyPatch, leader: Leader, acknowledges: bool, size: int) -> None:
     """Let workers say that a draft is queued, as those have to whose records have no numbers, or let them not.
 
     A run of another size follows: what workers keep of the run before is of the old kind.
     """
-    monkeypatch.setattr(MemoryPlacement, "workers_acknowledge", hears)
+    monkeypatch.setattr(MemoryPlacement, "workers_acknowledge", acknowledges)
     options: dict[str, Any] = {"labels": [0] * size} if leader.spec.classes else {"shape": (3 + size,)}
     leader.sample(steps=2, **options)
     until(lambda: not leader.internals.runs.draining)

@@ -24,8 +24,8 @@ def reference(pipe: Any, *, mode: Any = "aggressive", **options: Any) -> Any:
     return face.reference(pipe, mode=mode, **options)
 
 
-def told(report: CallReport) -> Counter[str]:
-    """The notes of a call but the advice to take more steps: tests take few."""
+def unusual_notes(report: CallReport) -> Counter[str]:
+    """Return the notes of a call except the advice to take more steps, since tests take few."""
     return Counter(
         {note: n for note, n in report.notes.items() if "too few for drafting" not in note and "are many" not in note}
     )

@@ -47,7 +47,7 @@ SIZES = range(1 << 16, placement.MIN_BLOCK_NBYTES)
 """Bytes of memory that must be the weights': runs' is longer, all else is shorter."""
 
 
-class Lent:
+class HostGpuMemory:
     """What GpuMemory is, as far as leader and workers use it."""
 
     number = 0
@@ -57,7 +57,7 @@ class Lent:
         self.nbytes, self.device = handle.nbytes, torch.device("cpu")
 
     @classmethod
-    def create(cls, nbytes: int, uuid: str, keep: Callable[[Any], None]) -> Lent:
+    def create(cls, nbytes: int, uuid: str, keep: Callable[[Any], None]) -> HostGpuMemory:
         if nbytes in SIZES and uuid in os.environ.get("DRP_TEST_FULL", ""):
             raise MemoryError(f"no {nbytes} bytes on {uuid}")
         memory = SharedMemory.create(nbytes)
@@ -65,7 +65,7 @@ class Lent:
         return cls(memory, GpuHandle(uuid, memory.nbytes, name, bytes(64)), keep)
 
     @classmethod
-    def open(cls, handle: GpuHandle) -> Lent:
+    def open(cls, handle: GpuHandle) -> HostGpuMemory:
         if handle.nbytes in SIZES and number() in json.loads(os.environ.get("DRP_TEST_UNREACHED", "[]")):
             raise CudaError("cudaIpcOpenMemHandle failed: not here (1)")
         return cls(SharedMemory.open(Handle(*PLACE.unpack_from(handle.memory))), handle)
@@ -91,7 +91,7 @@ class Lent:
     free_with_tensors = free
 
 
-class HostSeat(cuda_device.CudaDevice):
+class HostCudaDevice(cuda_device.CudaDevice):
     """A seat without a stream."""
 
     def __init__(self, how: GpuConfig) -> None:
@@ -191,8 +191,8 @@ def use(monkeypatch: Any, folder: Path) -> dict[str, Any]:
         return parse_devices(devices, threads, lambda: GPUS)
 
     monkeypatch.setattr(options, "parse_devices", find)
-    monkeypatch.setattr(placement, "GpuMemory", Lent)
-    monkeypatch.setattr(startup, "GpuMemory", Lent)
+    monkeypatch.setattr(placement, "GpuMemory", HostGpuMemory)
+    monkeypatch.setattr(startup, "GpuMemory", HostGpuMemory)
     monkeypatch.setattr(placement.MemoryPlacement, "init_device", lambda self: None)
     monkeypatch.setenv("DRP_TEST_STEPS", str(folder / "steps"))
     return {"python": interpreter(folder), "execution": SYNC}
@@ -225,9 +225,9 @@ def _stand_in() -> None:
     weights.Weights.share = noted  # type: ignore[method-assign]  # the worker's own code, in the worker's own process
     nvtx.range_push = lambda name: step("range", name=name)
     nvtx.range_pop = lambda: step("end")
-    vars(cuda_device).update(CudaDevice=HostSeat, GpuMemory=Lent, invert_probe=invert_probe)
+    vars(cuda_device).update(CudaDevice=HostCudaDevice, GpuMemory=HostGpuMemory, invert_probe=invert_probe)
     models_gpu.Graphs._capture = capture  # type: ignore[method-assign]  # the worker's own code, in the worker's own process
-    vars(doctor_peer).update(GpuMemory=Lent, invert_probe=invert_probe)
+    vars(doctor_peer).update(GpuMemory=HostGpuMemory, invert_probe=invert_probe)
     doctor_peer._set_device = lambda uuid: None
 
 

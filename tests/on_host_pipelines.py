@@ -22,4 +22,4 @@ def use(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         monkeypatch.setattr(module, "parse_devices", functools.partial(parse_devices, find=lambda: on_host.GPUS))
     monkeypatch.setattr(parallel, "device_of", lambda pipe, names: torch.device("cuda", 0))
     monkeypatch.setattr(devices, "uuid_of", lambda index: on_host.GPUS[index].uuid)
-    monkeypatch.setattr(publish, "GpuMemory", on_host.Lent)
+    monkeypatch.setattr(publish, "GpuMemory", on_host.HostGpuMemory)

@@ -53,7 +53,7 @@ Message = dict[str, Any]
 
 
 class Plain:
-    """A DEALER and a way to read what comes; `hear` leaves Beats out."""
+    """A DEALER and a way to read what comes; `receive` leaves Beats out."""
 
     def __init__(self, address: str, hwm: int = 1000) -> None:
         self.context = zmq.Context()
@@ -63,13 +63,13 @@ class Plain:
         self.socket.connect(address)
         self.frames: list[bytes] = []
 
-    def say(self, kind: str, *frames: bytes, **fields: Any) -> None:
+    def send(self, kind: str, *frames: bytes, **fields: Any) -> None:
         self.socket.send_multipart([msgpack.packb({"type": kind, **fields}), *frames])
 
     def submit(self, request: int, *frames: bytes, **options: Any) -> None:
-        self.say("Submit", *frames, request=request, **DEFAULTS | options)
+        self.send("Submit", *frames, request=request, **DEFAULTS | options)
 
-    def hear(self, *kinds: str) -> Message:
+    def receive(self, *kinds: str) -> Message:
         """Return the next message, which must be of one of these kinds; its tensor frames are in `frames`."""
         deadline = time.monotonic() + DEADLINE
         while True:
@@ -82,11 +82,11 @@ class Plain:
                 return message
 
     def open(self) -> Message:
-        self.say("Open", version=3, name="plain")
-        return self.hear("Welcome")
+        self.send("Open", version=3, name="plain")
+        return self.receive("Welcome")
 
     def floats(self, tensor: Message) -> list[float]:
-        """Return the numbers of a float32 tensor of the message heard last."""
+        """Return the numbers of a float32 tensor of the message received last."""
         assert tensor["dtype"] == "float32"
         if tensor["frame"] is not None:
             return list(array.array("f", self.frames[tensor["frame"] - 1]))
@@ -108,7 +108,7 @@ if __name__ == "__main__":
     client = Plain(sys.argv[1])
     client.open()
     client.submit(1, labels=[1], steps=900, sweeps=100)
-    client.hear("Accepted")
+    client.receive("Accepted")
     sys.stdout.write("accepted\n")
     sys.stdout.flush()
-    client.hear("Finished")
+    client.receive("Finished")

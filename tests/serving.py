@@ -25,7 +25,7 @@ class Served:
     """`drp serve` as a process, and where it listens."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
-        self.folder, self.address = folder, f"ipc://{folder}/door/socket"
+        self.folder, self.address = folder, f"ipc://{folder}/server/socket"
         command = [str(Path(sys.executable).with_name("drp")), "serve", "tests.denoisers:Tiny", "-l", self.address]
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
@@ -60,7 +60,7 @@ class Served:
 @contextlib.contextmanager
 def serving(leader: Leader, folder: Path, **options: Any) -> Iterator[Server]:
     """Run a server in a thread; what it raises, it raises here."""
-    options.setdefault("address", f"ipc://{folder}/door/socket")
+    options.setdefault("address", f"ipc://{folder}/server/socket")
     server = Server(leader, "model", **options)
     errors: list[BaseException] = []
 

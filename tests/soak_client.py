@@ -27,25 +27,25 @@ def main() -> None:
         memory, slow = draws.random() < 0.5, what > 0.7
         length = {"steps": 900, "sweeps": 50} if slow else {"steps": 9}
         plain.submit(request, labels=[seed % 10], seed=seed, memory=memory, progress=slow, previews=7 * slow, **length)
-        plain.hear("Accepted")
+        plain.receive("Accepted")
         if what > 0.85:  # It goes away in the middle, and comes back as another.
-            plain.hear("Progress")
+            plain.receive("Progress")
             plain.close()
             plain = Plain(address)
             plain.open()
             told["left"] += 1
             continue
         if slow:
-            plain.hear("Progress")
-            plain.say("Cancel", request=request)
-        while (message := plain.hear("Progress", "Finished", "Ended"))["type"] == "Progress":
+            plain.receive("Progress")
+            plain.send("Cancel", request=request)
+        while (message := plain.receive("Progress", "Finished", "Ended"))["type"] == "Progress":
             continue
         if message["type"] == "Ended":
             told["cancelled"] += message["code"] == "cancelled"
             continue
         digest = hashlib.sha256(array.array("f", plain.floats(message["samples"])).tobytes()).hexdigest()
         if memory and draws.random() < 0.8:  # Else it forgets to, and the server has to see to it.
-            plain.say("Ack", request=request)
+            plain.send("Ack", request=request)
         told["finished"] += 1
         told["wrong"] += slow or digest != expected[seed] or message["request"] != request
     plain.close()

@@ -157,17 +157,17 @@ def test_errors_are_told(programs: Path, served: Served, tmp_path: Path, program
 def test_over_tcp_with_keys_and_without(programs: Path, tiny: Leader, tmp_path: Path) -> None:
     make(tmp_path, ["us"])
     make(tmp_path / "others", ["them"])
-    server = public(tmp_path / "server.key").decode()
+    server_key = public(tmp_path / "server.key").decode()
 
     def once(address: str, client: Path) -> str:
         keys = [key.decode() for key in pair(client)]
-        return ran(programs / "check", "once", address, "12", server, *keys).stdout
+        return ran(programs / "check", "once", address, "12", server_key, *keys).stdout
 
-    with serving(tiny, tmp_path, address="tcp://127.0.0.1:*", keys=Keys.read(tmp_path)) as door:
+    with serving(tiny, tmp_path, address="tcp://127.0.0.1:*", keys=Keys.read(tmp_path)) as server:
         # No handle travels over tcp: the samples come inline.
-        assert once(door.address, tmp_path / "clients/us.key_secret") == f"running\nfinished {expected(1, 0):x}\n"
-        assert once(door.address, tmp_path / "others/clients/them.key_secret").startswith("error 8 ")  # lost
-        assert ran(programs / "check", "once", door.address, "12", server, "short", "keys").stdout.startswith(
+        assert once(server.address, tmp_path / "clients/us.key_secret") == f"running\nfinished {expected(1, 0):x}\n"
+        assert once(server.address, tmp_path / "others/clients/them.key_secret").startswith("error 8 ")  # lost
+        assert ran(programs / "check", "once", server.address, "12", server_key, "short", "keys").stdout.startswith(
             "error 1 "
         )
 
@@ -175,10 +175,10 @@ def test_over_tcp_with_keys_and_without(programs: Path, tiny: Leader, tmp_path: 
 @pytest.mark.parametrize("program", ["check", "examples/submit", "examples/submit_c"])
 def test_a_lost_worker_is_told(programs: Path, emulated: Leader, tmp_path: Path, program: str) -> None:
     rest = {"check": ["once", None, "48"]}.get(program, [None, "7", str(tmp_path / "out.f32")])
-    with serving(emulated, tmp_path) as door:
-        command = [str(programs / program), *(word or door.address for word in rest)]
+    with serving(emulated, tmp_path) as server:
+        command = [str(programs / program), *(word or server.address for word in rest)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as client:
-            until(lambda: door.status().requests == 1, "the run is under way")
+            until(lambda: server.status().requests == 1, "the run is under way")
             pid = emulated.workers[1].pid
             assert pid is not None
             os.kill(pid, signal.SIGKILL)
@@ -202,7 +202,7 @@ def test_a_server_that_is_killed(programs: Path, tmp_path: Path) -> None:
         server.process.communicate(timeout=DEADLINE)
 
 
-# Eight clients at one door, four in C++ and four in Python: they finish, cancel, and leave; every answer is right.
+# Eight clients of one server, four in C++ and four in Python: they finish, cancel, and leave; every answer is right.
 
 
 def digest(samples: Tensor) -> int:

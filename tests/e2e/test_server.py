@@ -97,20 +97,20 @@ def test_memory_that_cannot_be_mapped_fails_its_run_alone(
 
 def test_no_preview_is_lost_to_news_that_are_told_while_it_is_made() -> None:
     """The leader's thread is at any of its lines when the server's asks."""
-    ticket = ServerRequest(b"", client_messages.Submit(1, previews=4), lambda ticket: None, lambda: None)
-    ticket.future = RunFuture(lambda: None)
-    told: list[client_messages.Progress] = []
+    request = ServerRequest(b"", client_messages.Submit(1, previews=4), lambda request: None, lambda: None)
+    request.future = RunFuture(lambda: None)
+    updates: list[client_messages.Progress] = []
 
     class Slow(torch.Tensor):
         def cpu(self, *_: object, **__: object) -> torch.Tensor:
-            told.extend(progress for progress, _ in ticket.updates(lambda ticket, most: ()))
+            updates.extend(progress for progress, _ in request.updates(lambda request, limit: ()))
             return torch.ones(2)
 
     for step in range(1, 13):
-        ticket.on_step(step, torch.zeros(2).as_subclass(Slow))
-    told.extend(progress for progress, _ in ticket.updates(lambda ticket, most: ()))
-    assert [progress.step for progress in told if progress.preview is not None] == [4, 8, 12]
-    assert [progress.step for progress in told] == sorted(progress.step for progress in told)
+        request.on_step(step, torch.zeros(2).as_subclass(Slow))
+    updates.extend(progress for progress, _ in request.updates(lambda request, limit: ()))
+    assert [progress.step for progress in updates if progress.preview is not None] == [4, 8, 12]
+    assert [progress.step for progress in updates] == sorted(progress.step for progress in updates)
 
 
 def test_updates_with_previews_and_evaluations(client: Client) -> None:

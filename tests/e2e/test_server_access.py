@@ -25,10 +25,10 @@ def test_only_the_owner_may_come_in(served: Served, free: Leader, tmp_path: Path
     open_to_all = tmp_path / "open"
     open_to_all.mkdir(mode=0o755)
     for address, message in (
-        (f"ipc://{open_to_all}/door", "name a directory of mode 0700"),
+        (f"ipc://{open_to_all}/server", "name a directory of mode 0700"),
         (f"ipc://{tmp_path}/{'d' * 100}", "at most 107 characters"),
         ("tcp://127.0.0.1:*", "with keys, which `drp keys` makes"),
-        ("inproc://door", "give ipc://PATH"),
+        ("inproc://server", "give ipc://PATH"),
     ):
         with pytest.raises(ValueError, match=message):
             Server(free, "model", address)
@@ -58,7 +58,7 @@ def test_tcp_lets_known_keys_in(free: Leader, tmp_path: Path) -> None:
                 timeout=0.5,
             )
         bare = Plain(server.address)
-        bare.say("Open", version=3, name="without keys")
+        bare.send("Open", version=3, name="without keys")
         assert not bare.socket.poll(300)
         bare.close()
         with pytest.raises(ValueError, match="with server_key and key"):
@@ -69,7 +69,7 @@ def test_commands_say_plainly_what_cannot_be(tmp_path: Path) -> None:
     for arguments, message in (
         (["serve", "--listen", "tcp://127.0.0.1:*"], "with keys, which `drp keys` makes"),
         (["serve", "--keys", str(tmp_path)], "`drp keys` makes them"),
-        (["serve", "-l", f"ipc://{tmp_path}/door/socket", "--trace", f"{tmp_path}/no/run.json"], "cannot be written"),
+        (["serve", "-l", f"ipc://{tmp_path}/server/socket", "--trace", f"{tmp_path}/no/run.json"], "cannot be written"),
         (["keys", str(tmp_path / "keys"), "../anna"], "a name has letters"),
         (["http", "--trace", "run.json"], "drp serve --trace FILE"),
     ):

@@ -71,7 +71,7 @@ def test_what_is_refused_takes_no_time_and_leaves_nothing(
         before = len(list(Path("/proc/self/fd").iterdir()))
         for request in range(5):
             plain.submit(request, **{"shape": [4], "memory": True, **fields})
-            assert reason in plain.hear("Refused")["reason"]
+            assert reason in plain.receive("Refused")["reason"]
         assert len(list(Path("/proc/self/fd").iterdir())) == before
         plain.close()
 
@@ -84,7 +84,7 @@ def test_a_client_that_does_not_read_is_no_other_clients_matter(
         deaf = Plain(server.address, hwm=1)
         deaf.open()
         for _ in range(1000):
-            deaf.say("Query", what="metrics")
+            deaf.send("Query", what="metrics")
         for _ in range(3):
             assert client.sample(shape=(4,), steps=3).steps == 3  # and is not refused as one too many
         until(lambda: client.status().clients == 1, "the client that does not read is forgotten")
@@ -97,15 +97,15 @@ def test_results_that_a_client_leaves_count_against_its_own_share(free: Leader, 
         plain.open()
         for request in range(2):
             plain.submit(request, shape=[4], steps=2, memory=True)
-            plain.hear("Accepted")
-            plain.hear("Finished")
+            plain.receive("Accepted")
+            plain.receive("Finished")
         plain.submit(2, shape=[4], steps=2)
-        assert "read those first" in plain.hear("Refused")["reason"]
+        assert "read those first" in plain.receive("Refused")["reason"]
         assert client.sample(shape=(4,), steps=3).steps == 3
-        plain.say("Ack", request=0)
+        plain.send("Ack", request=0)
         plain.submit(2, shape=[4], steps=2)
-        plain.hear("Accepted")
-        plain.hear("Finished")
+        plain.receive("Accepted")
+        plain.receive("Finished")
         plain.close()
 
 

@@ -25,14 +25,14 @@ def test_plain_samples_are_the_same_bits(plain: Plain) -> None:
     assert opened["spec"] == {"sample_shape": [1, 8, 8], "classes": 10, "guidance": None}
     for request, memory in ((0, False), (1, True)):
         plain.submit(request, labels=[3, 1], steps=8, seed=2, memory=memory)
-        assert plain.hear("Accepted") == {"type": "Accepted", "request": request, "ahead": 0}
-        finished = plain.hear("Finished")
+        assert plain.receive("Accepted") == {"type": "Accepted", "request": request, "ahead": 0}
+        finished = plain.receive("Finished")
         assert finished["request"] == request
         assert finished["samples"]["shape"] == [2, 1, 8, 8]
         assert (finished["samples"]["memory"] is not None) == memory
         assert plain.floats(finished["samples"]) == expected.samples.flatten().tolist()
         assert (finished["rounds"], finished["evaluations"]) == (expected.rounds, expected.evaluations)
-    plain.say("Ack", request=1)
+    plain.send("Ack", request=1)
 
 
 def test_plain_progress_tensors_and_cancel(plain: Plain) -> None:
@@ -40,31 +40,31 @@ def test_plain_progress_tensors_and_cancel(plain: Plain) -> None:
     noise = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
     tensor = {"dtype": "float32", "shape": [1, 1, 8, 8], "frame": 1, "memory": None}
     plain.submit(4, noise.numpy().tobytes(), labels=[2], steps=6, noise=tensor, previews=1)
-    plain.hear("Accepted")
+    plain.receive("Accepted")
     last = None
-    while (message := plain.hear("Progress", "Finished"))["type"] == "Progress":
+    while (message := plain.receive("Progress", "Finished"))["type"] == "Progress":
         last = plain.floats(message["preview"]) if message["preview"] else last
     expected = drp.reference("tests.denoisers:Tiny", labels=[2], steps=6, devices=2, noise=noise).samples
     assert plain.floats(message["samples"]) == last == expected.flatten().tolist()
     plain.submit(4, labels=[1], **LONG)
-    plain.hear("Accepted")
-    plain.say("Cancel", request=4)
-    assert plain.hear("Ended")["code"] == "cancelled"
-    plain.say("Cancel", request=4)  # There is no such request any more: no answer.
-    plain.say("Query", what="status")
-    assert plain.hear("Status")["requests"] == 0
+    plain.receive("Accepted")
+    plain.send("Cancel", request=4)
+    assert plain.receive("Ended")["code"] == "cancelled"
+    plain.send("Cancel", request=4)  # There is no such request any more: no answer.
+    plain.send("Query", what="status")
+    assert plain.receive("Status")["requests"] == 0
 
 
 def test_plain_refusals(plain: Plain) -> None:
-    plain.say("Query", what="status")
-    assert "before Open" in plain.hear("Refused")["reason"]
-    plain.say("Open", version=99, name="from the future")
-    refused = plain.hear("Refused")
+    plain.send("Query", what="status")
+    assert "before Open" in plain.receive("Refused")["reason"]
+    plain.send("Open", version=99, name="from the future")
+    refused = plain.receive("Refused")
     assert (refused["code"], refused["request"]) == ("version", None)
     assert "version 3" in refused["reason"]
     plain.open()
     plain.submit(1, labels=[77])
-    refused = plain.hear("Refused")
+    refused = plain.receive("Refused")
     assert (refused["code"], refused["request"]) == ("invalid", 1)
     for frames, tensor in (
         ([], {"frame": 1}),
@@ -76,16 +76,16 @@ def test_plain_refusals(plain: Plain) -> None:
     ):
         given = {"dtype": "float32", "shape": [1], "memory": None, **tensor}
         plain.submit(1, *frames, labels=[1], cond=[{"name": "c", "tensor": given}])
-        refused = plain.hear("Refused")
+        refused = plain.receive("Refused")
         assert (refused["code"], refused["request"]) == ("protocol", 1), frames
-    plain.say("Cancel", b"surplus", request=1)
-    assert plain.hear("Refused")["code"] == "protocol"
+    plain.send("Cancel", b"surplus", request=1)
+    assert plain.receive("Refused")["code"] == "protocol"
     for kind, change in (("Submit", {"steps": 10**6}), ("Cancel", {})):
-        plain.say(kind, **{"request": 1, **change, "surplus": 1})
-        assert plain.hear("Refused")["code"] == "protocol"
+        plain.send(kind, **{"request": 1, **change, "surplus": 1})
+        assert plain.receive("Refused")["code"] == "protocol"
     plain.submit(1, labels=[1], steps=3)  # The session goes on.
-    plain.hear("Accepted")
-    plain.hear("Finished")
+    plain.receive("Accepted")
+    plain.receive("Finished")
 
 
 def test_what_must_be_refused_is_and_the_server_goes_on(plain: Plain) -> None:
@@ -93,20 +93,20 @@ def test_what_must_be_refused_is_and_the_server_goes_on(plain: Plain) -> None:
     directions = {name: data for name, data in lines("refused").items() if name.split("/")[0] in ("client", "any")}
     for name, data in directions.items():
         plain.socket.send(data)
-        assert plain.hear()["type"] == "Refused", (name, facts("refused")[name])
-    plain.say("Query", what="metrics")
-    assert f"drp_bad_messages_total {len(directions)}" in plain.hear("Metrics")["text"] or len(directions) > 5
+        assert plain.receive()["type"] == "Refused", (name, facts("refused")[name])
+    plain.send("Query", what="metrics")
+    assert f"drp_bad_messages_total {len(directions)}" in plain.receive("Metrics")["text"] or len(directions) > 5
 
 
 def test_a_number_in_use_is_refused(plain: Plain) -> None:
     plain.open()
     plain.submit(1, labels=[1], **LONG)
-    plain.hear("Accepted")
+    plain.receive("Accepted")
     plain.submit(1, labels=[1])
-    refused = plain.hear("Refused")
+    refused = plain.receive("Refused")
     assert (refused["code"], refused["request"]) == ("protocol", None)
-    plain.say("Cancel", request=1)
-    plain.hear("Ended")
+    plain.send("Cancel", request=1)
+    plain.receive("Ended")
 
 
 OPENED = {
@@ -132,16 +132,16 @@ def another_version(address: str, *answers: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("code", ["elsewhere", "cancelled"])  # a new word, and one that means an end, not a refusal
 def test_a_refusal_with_a_code_that_is_not_known(tmp_path: Path, code: str) -> None:
-    refused = {"type": "Refused", "request": None, "code": code, "reason": "ask next door"}
+    refused = {"type": "Refused", "request": None, "code": code, "reason": "ask another server"}
     with ThreadPoolExecutor(1) as pool:
         server = pool.submit(another_version, f"ipc://{tmp_path}/first", refused)
-        with pytest.raises(RefusedError, match=f"^{code}: ask next door$") as error:
+        with pytest.raises(RefusedError, match=f"^{code}: ask another server$") as error:
             Client(f"ipc://{tmp_path}/first")
         assert error.value.code == code
         server.result(DEADLINE)
         server = pool.submit(another_version, f"ipc://{tmp_path}/second", OPENED, refused | {"request": 1})
         with Client(f"ipc://{tmp_path}/second") as client:
-            with pytest.raises(RefusedError, match="ask next door") as error:
+            with pytest.raises(RefusedError, match="ask another server") as error:
                 client.submit(steps=2).result(DEADLINE)
             assert error.value.code == code
         server.result(DEADLINE)

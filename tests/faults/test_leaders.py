@@ -24,7 +24,7 @@ SCRIPT = """
 import os, resource, sys, threading, time
 import drp
 
-def say(what):
+def send(what):
     print(what, flush=True)
 
 def steps(k, x):

@@ -32,7 +32,7 @@ def samples(seed: int) -> torch.Tensor:
     return drp.reference("tests.denoisers:Tiny", devices=2, labels=[seed % 10], seed=seed, steps=9).samples
 
 
-def ours(address: str, number: int, count: int, expected: list[torch.Tensor], told: dict[str, int]) -> None:
+def ours(address: str, number: int, count: int, expected: list[torch.Tensor], counts: dict[str, int]) -> None:
     """Do with `drp.Client` what tests.soak_client does without."""
     draws = random.Random(number)
     client = Client(address)
@@ -40,21 +40,21 @@ def ours(address: str, number: int, count: int, expected: list[torch.Tensor], to
         seed, what = draws.randrange(SEEDS), draws.random()
         options: dict[str, Any] = {"labels": [seed % 10], "seed": seed}
         if what < 0.7:
-            told["wrong"] += not torch.equal(client.sample(steps=9, **options).samples, expected[seed])
-            told["finished"] += 1
+            counts["wrong"] += not torch.equal(client.sample(steps=9, **options).samples, expected[seed])
+            counts["finished"] += 1
             continue
         run = client.submit(progress=True, **options, **LONG)
         next(run.progress())
         if what > 0.85:
             client.close()
             client = Client(address)
-            told["left"] += 1
+            counts["left"] += 1
         else:
             run.cancel()
         try:
             run.result(30)
         except CancelledError:
-            told["cancelled"] += what <= 0.85
+            counts["cancelled"] += what <= 0.85
     client.close()
 
 
@@ -65,7 +65,7 @@ def size(process: psutil.Process) -> int:
 
 def round_of(address: str, requests: int, expected: list[torch.Tensor], turn: int) -> dict[str, int]:
     """Have half of the clients in this process and half in their own make so many requests; return what they tell."""
-    told = [dict.fromkeys(("finished", "cancelled", "left", "wrong"), 0) for _ in range(CLIENTS // 2)]
+    counts = [dict.fromkeys(("finished", "cancelled", "left", "wrong"), 0) for _ in range(CLIENTS // 2)]
     shares = [len(range(each, requests, CLIENTS)) for each in range(CLIENTS)]
     digests = json.dumps([hashlib.sha256(each.numpy().tobytes()).hexdigest() for each in expected])
     others = []
@@ -73,7 +73,7 @@ def round_of(address: str, requests: int, expected: list[torch.Tensor], turn: in
         command = [sys.executable, "-m", "tests.soak_client", address, str(turn * CLIENTS + each), str(shares[each])]
         others.append(subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
     threads = [
-        threading.Thread(target=ours, args=(address, turn * CLIENTS + each, shares[each], expected, told[each]))
+        threading.Thread(target=ours, args=(address, turn * CLIENTS + each, shares[each], expected, counts[each]))
         for each in range(CLIENTS // 2)
     ]
     for thread in threads:
@@ -82,7 +82,7 @@ def round_of(address: str, requests: int, expected: list[torch.Tensor], turn: in
     for thread in threads:
         thread.join(90)
         assert not thread.is_alive()
-    return {name: sum(each[name] for each in (*told, *answers)) for name in told[0]}
+    return {name: sum(each[name] for each in (*counts, *answers)) for name in counts[0]}
 
 
 @pytest.mark.faults
@@ -101,12 +101,12 @@ def test_every_answer_is_right_and_nothing_is_left(tmp_path: Path) -> None:
             until(lambda: served.memory() == served.idle, "no memory is left")
             status = client.status()
             grown = size(process) - before
-        told = {name: first[name] + second[name] for name in first}
-        assert told["wrong"] == 0
-        assert told["finished"] + told["cancelled"] + told["left"] == requests
-        assert min(told["cancelled"], told["left"]) >= requests // 20
-        assert status.finished == told["finished"]
-        assert status.cancelled == told["cancelled"] + told["left"]
+        counts = {name: first[name] + second[name] for name in first}
+        assert counts["wrong"] == 0
+        assert counts["finished"] + counts["cancelled"] + counts["left"] == requests
+        assert min(counts["cancelled"], counts["left"]) >= requests // 20
+        assert status.finished == counts["finished"]
+        assert status.cancelled == counts["cancelled"] + counts["left"]
         assert (status.failed, status.refused) == (0, 0)
         assert served.descriptors() <= descriptors
         assert grown < ROOM

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.mark.parametrize(
-    ("what", "words", "mode", "hears"),
+    ("what", "words", "mode", "acknowledges"),
     [
         ("kill", r"was killed by SIGKILL; its crash log is empty", "aggressive", False),
         ("kill", "SIGKILL", "conservative", True),
@@ -44,9 +44,9 @@ def test_what_was_not_proven_is_computed_again(
     what: str,
     words: str,
     mode: str,
-    hears: bool,
+    acknowledges: bool,
 ) -> None:
-    acknowledge(monkeypatch, misbehaving.leader, hears, size=1)
+    acknowledge(monkeypatch, misbehaving.leader, acknowledges, size=1)
     mine, theirs = Steps(), Steps()
     leader = misbehaving.tell(what, tmp_path / "once")
     run = leader.submit(shape=(3,), steps=STEPS, mode=mode, callback=mine).result(DEADLINE)

@@ -57,14 +57,14 @@ def emulated() -> Iterator[Leader]:
         yield leader
 
 
-@pytest.mark.parametrize("hears", [False, True], ids=["silent", "heard"])
+@pytest.mark.parametrize("acknowledges", [False, True], ids=["silent", "acknowledging"])
 @pytest.mark.parametrize(("leader", "batch"), [("one", 1), ("batched", 3), ("two", 1)])
 def test_bits_callbacks_and_residuals_are_the_references(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, leader: str, batch: int, hears: bool
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, leader: str, batch: int, acknowledges: bool
 ) -> None:
     mine_leader: Leader = request.getfixturevalue(leader)
     devices = len(mine_leader.workers)
-    acknowledge(monkeypatch, mine_leader, hears, size=3)
+    acknowledge(monkeypatch, mine_leader, acknowledges, size=3)
     for mode in MODES:
         mine, theirs = Steps(), Steps()
         options: dict[str, Any] = {"labels": [1, 2], "steps": 14, "mode": mode, "residuals": True}
@@ -165,14 +165,14 @@ def test_what_cannot_be_is_refused(batched: Leader) -> None:
 # Which worker has which draft, and when.
 
 
-@pytest.mark.parametrize("hears", [False, True], ids=["silent", "heard"])
+@pytest.mark.parametrize("acknowledges", [False, True], ids=["silent", "acknowledging"])
 def test_messages_run_ahead_of_the_device(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, misbehaving: Misbehaving, hears: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, misbehaving: Misbehaving, acknowledges: bool
 ) -> None:
     """With a round under evaluation workers have the drafts of the next, made of what the first one predicts."""
     job = make_job(Request(shape=(3,), steps=STEPS, drafts=2), ModelSpec(), 2)
     t = [float(t) for t in job.solver.grid.timesteps]
-    acknowledge(monkeypatch, misbehaving.leader, hears, size=1)
+    acknowledge(monkeypatch, misbehaving.leader, acknowledges, size=1)
     leader = misbehaving.tell("gates", tmp_path, closed=[str(t[1]), str(t[2])])
     monkeypatch.setattr(leader.internals.placement, "core_placement", "shared")
     pending = leader.submit(shape=(3,), steps=STEPS, mode="aggressive", drafts=2)
@@ -184,9 +184,9 @@ def test_messages_run_ahead_of_the_device(
 
 def test_only_workers_on_cores_are_silent() -> None:
     cores = parse_devices(2, 1)
-    for devices, hears in ((cores, False), ([replace(device, gpu="GPU-0") for device in cores], True)):
+    for devices, acknowledges in ((cores, False), ([replace(device, gpu="GPU-0") for device in cores], True)):
         placement = MemoryPlacement(devices, ExecutionOptions(dispatch="async", memory="host"), 1)
-        assert placement.workers_acknowledge == hears
+        assert placement.workers_acknowledge == acknowledges
         placement.close()
 
 

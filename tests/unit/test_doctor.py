@@ -82,17 +82,17 @@ def test_gpus_that_there_are_become_lines(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_memory_of_gpus_is_tried_from_a_process_on_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "GpuMemory", on_host.Lent)
+    monkeypatch.setattr(doctor, "GpuMemory", on_host.HostGpuMemory)
     gpus = on_host.GPUS
     python = str(on_host.interpreter(tmp_path))
     monkeypatch.setattr(doctor, "find_interpreter", lambda: python)
 
-    def spoil(memory: on_host.Lent) -> None:
+    def spoil(memory: on_host.HostGpuMemory) -> None:
         _, handle = memory.ipc_handles
         if handle is not None and handle.device == gpus[1].uuid:
             memory.tensor(0, (1,), torch.uint8).fill_(77)
 
-    monkeypatch.setattr(on_host.Lent, "record_event", spoil)
+    monkeypatch.setattr(on_host.HostGpuMemory, "record_event", spoil)
     assert doctor.ipc(gpus) == (("works", "works"), ("WRONG", "WRONG"))
     used = {finding.about: finding.seen for finding in doctor._use(gpus, "", (("works", "works"),) * 2)}
     assert used["runs' memory"] == "on cuda:0, if that is the first named: all GPUs reach it"

@@ -19,7 +19,7 @@ from drp.leader.memory.placement import MemoryPlacement
 from drp.protocol.cuda import MAX_COUNTERS, GpuCounters, WorkerCounter, WorkerCounterView
 from drp.protocol.timeline import CANCEL_ALL
 from drp.workers.cuda_executor import Evaluations, last_seconds
-from tests.on_host import GPUS, Lent
+from tests.on_host import GPUS, HostGpuMemory
 
 
 class Noted:
@@ -54,7 +54,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Noted]:
         return made[-1]
 
     monkeypatch.setattr("drp.leader.memory.placement.GpuCounters.create", create)
-    monkeypatch.setattr(placement, "GpuMemory", Lent)
+    monkeypatch.setattr(placement, "GpuMemory", HostGpuMemory)
     return made
 
 

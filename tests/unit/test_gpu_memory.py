@@ -17,7 +17,7 @@ from drp.leader.memory import placement
 from drp.leader.memory.placement import MemoryPlacement
 from drp.protocol import cuda
 from drp.protocol.handles import GpuHandle
-from tests.on_host import GPUS, Lent
+from tests.on_host import GPUS, HostGpuMemory
 
 
 class Refusing:
@@ -148,7 +148,7 @@ def test_the_runtime_of_torch_is_found_among_others_that_a_program_has_loaded(ve
 def test_a_worker_that_reaches_nothing_moves_runs_to_the_host(
     devices: str, home: str, shares: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placement, "GpuMemory", Lent)
+    monkeypatch.setattr(placement, "GpuMemory", HostGpuMemory)
     placed = parse_devices(devices, 1, lambda: GPUS)
     made = MemoryPlacement(placed, ExecutionOptions(dispatch="sync", memory=home), 1)
     assert made.shares_gpu_memory
