@@ -40,7 +40,7 @@ FORBIDDEN = {
     "offload whole models, by pipe.enable_model_cpu_offload()"
 }
 PARTS = ("_parameters", "_buffers", "_modules")
-PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
+PLAIN_TENSORS = (Tensor, nn.Parameter, getattr(nn, "Buffer", Tensor))  # nn.Buffer is there since torch 2.5.
 SINGLETONS = (type(None), type(...), type(NotImplemented))
 UNCHANGING = (torch.Size, torch.dtype, torch.layout, torch.memory_format)
 NAMED = (type, types.FunctionType, types.BuiltinFunctionType)

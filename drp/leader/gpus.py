@@ -43,6 +43,8 @@ def find_gpus() -> tuple[Gpu, ...]:
     """Return the GPUs in CUDA's order; raise ValueError, naming cause and remedy, if none can be used."""
     if not has_gpus():
         raise ValueError(why_none(torch.__version__, torch.version.cuda, _has_driver(), os.environ))
+    if not hasattr(torch.cuda.get_device_properties(0), "uuid"):
+        raise ValueError(f"torch {torch.__version__} does not know the UUIDs of GPUs; install torch 2.5 or newer")
     return tuple(_describe(index) for index in range(torch.cuda.device_count()))
 
 

@@ -12,6 +12,7 @@ import torch
 
 import drp
 from drp.leader import devices as devices_module
+from drp.leader import gpus
 from drp.leader.devices import expand_count, parse_devices
 from drp.leader.gpus import Gpu, near_cores, near_node, parse_cores, visible, why_none
 
@@ -103,6 +104,13 @@ def test_each_reason_for_no_gpu_is_told_from_the_others() -> None:
     assert "CUDA_VISIBLE_DEVICES is ''" in why_none("2.11.0", "13.0", True, {"CUDA_VISIBLE_DEVICES": ""})
     assert "CUDA_VISIBLE_DEVICES is 'GPU-1'" in why_none("2.11.0", "13.0", True, {"CUDA_VISIBLE_DEVICES": "GPU-1"})
     assert "too old" in why_none("2.11.0", "13.0", True, {})
+
+
+def test_a_torch_without_uuids_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "has_gpus", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: object())
+    with pytest.raises(ValueError, match=r"torch .* does not know the UUIDs of GPUs; install torch 2.5 or newer"):
+        gpus.find_gpus()
 
 
 def test_cores_beside_a_gpu_are_read_from_sysfs(tmp_path: Path) -> None:
