@@ -26,8 +26,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from drp.errors import RefusedError
-from drp.http.body import MAX_BODY, Body
+from drp.http.body import MAX_BODY, SECOND_NAMES, Body
 from drp.http.jobs import Backend, ImageJob, Images, ProgressEvent
+from drp.sampling.options import check_names
 
 PAGE = Path(__file__).with_name("page.html")
 DISCONNECT_CHECK_INTERVAL = 0.5
@@ -139,7 +140,10 @@ def _answer_errors(app: FastAPI) -> None:
             return _refusal(400, "the body is not an object; send JSON as Content-Type application/json")
         if name == "response_format":
             return _refusal(400, "response_format: images are in the answer alone; ask for 'b64_json'", name)
-        return _refusal(400, f"{name}: {first['msg']}", name)
+        if first["type"] == "extra_forbidden":
+            return _refusal(400, _unknown(name), name)
+        given = "" if first["type"] == "missing" else f" is {first['input']!r:.80}"
+        return _refusal(400, f"{name}{given}: {first['msg'][:1].lower()}{first['msg'][1:]}", name)
 
     @app.exception_handler(HTTPException)
     async def _refused(request: Request, error: HTTPException) -> Response:
@@ -151,6 +155,17 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def _failed(request: Request, error: Exception) -> Response:
         return _refusal(500, "an error of the gateway's own; its log says which")
+
+
+def _unknown(name: str) -> str:
+    """Return the message for a field that is not known, or that is also given by its other name."""
+    if name in SECOND_NAMES:
+        return f"{name} is given, and also by its other name; leave one of them out"
+    try:
+        check_names([name], [*Body.model_fields])
+    except TypeError as error:
+        return str(error)
+    raise AssertionError(f"{name} is a field")
 
 
 class _PlainTextErrors:

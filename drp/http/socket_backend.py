@@ -73,8 +73,8 @@ class SocketBackend:
             raise ValueError(f"prompt names {len(labels)} digits, {width} pixels; at most {MAX_WIDTH}: ask for fewer")
         if request.size not in (None, "auto", f"{width}x{height}"):
             raise ValueError(
-                f"size is {request.size!r:.80}; {len(labels)} digits of {self.model} are {width}x{height}, or leave it "
-                "out"
+                f"size is {request.size!r:.80}, but this prompt makes an image of {width}x{height}; give that, or "
+                "leave size out"
             )
         steps = int(request.options.get("steps", STEPS))
         check_work(request.n, width, height, steps, self._max_work)

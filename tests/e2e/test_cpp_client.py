@@ -148,6 +148,7 @@ def test_errors_are_told(programs: Path, served: Served, tmp_path: Path, program
     for address, label, words in (
         (served.address, "11", "label 11 is out of range; this model has the classes 0 to 9"),
         ("nowhere", "1", "'nowhere' is not an address; give ipc://PATH or tcp://HOST:PORT"),
+        ("tcp://localhost:1", "1", "no keys are given for 'tcp://localhost:1'; `drp keys` makes them"),
     ):
         run = ran(programs / "examples" / program, address, label, tmp_path / "out.f32")
         assert run.returncode == 1

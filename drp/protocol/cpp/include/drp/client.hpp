@@ -991,6 +991,8 @@ public:
     Connection(std::string address, const std::string& name, const std::optional<Keys>& keys)
         : address_(std::move(address)), context_(zmq_ctx_new()), wakeup_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
         if (!context_ || wakeup_.get() < 0) throw_zmq_error("no context");
+        if (!keys && address_.rfind("tcp://", 0) == 0)  // Without keys, the server would not answer.
+            throw Error(Code::invalid, "no keys are given for '" + address_ + "'; `drp keys` makes them");
         socket_.reset(zmq_socket(context_.get(), ZMQ_DEALER));
         if (!socket_) throw_zmq_error("no socket");
         set(ZMQ_LINGER, 200);  // for the last Cancel messages
