@@ -20,10 +20,17 @@ import torch
 from bench.tables import update
 from drp.diffusers import reference
 from tests.pipelines import run
-from tests.tiny import flux, further, others, sound, stable_diffusion
+from tests.tiny import flux, image_transformers, sound, stable_diffusion, unets, videos
 
 STEPS = 7
-CASES = {**stable_diffusion.CASES, **flux.CASES, **others.CASES, **further.CASES, **sound.CASES}
+CASES = {
+    **stable_diffusion.CASES,
+    **flux.CASES,
+    **image_transformers.CASES,
+    **unets.CASES,
+    **videos.CASES,
+    **sound.CASES,
+}
 LIMIT = 120
 """Seconds that a class may take."""
 HEAD = "| pipeline | one draft is exact | three drafts | why |"

@@ -382,3 +382,9 @@ def prompts(*shape: int, mask: bool = False, lists: bool = False) -> dict[str, A
 
 def pooled(width: int = 8) -> dict[str, Any]:
     return {"pooled_prompt_embeds": normal(1, width, seed=3), "negative_pooled_prompt_embeds": normal(1, width, seed=4)}
+
+
+def parts(made: Any, **more: Any) -> dict[str, Any]:
+    """Return what a pipeline is made of, to make another of it."""
+    known = {name: each for name, each in made.components.items() if each is not None}
+    return {**known, **more}
