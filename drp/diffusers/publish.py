@@ -21,7 +21,6 @@ from drp.diffusers.sources import Block, ModuleSource, TensorLocation, dump_sign
 from drp.diffusers.structure import Described, equal_bits, plain_tensors
 from drp.errors import CudaError
 from drp.protocol.cuda import GpuMemory
-from drp.protocol.handles import GpuHandle
 from drp.protocol.memory import ALIGNMENT, LocalMemory, Memory, SharedMemory, aligned
 
 _numbers = itertools.count(1)
@@ -59,6 +58,11 @@ class GpuWeights:
         memory = GpuMemory.create(nbytes, gpu, GpuMemory.free_with_tensors)
         self.exported.append(memory)
         return memory
+
+    def discard(self, memory: GpuMemory) -> None:
+        """Free memory that no worker has opened."""
+        self.exported.remove(memory)
+        memory.close()
 
     def close(self) -> None:
         """Free the memory once no pipeline's weights are in it. The workers must have ended."""
@@ -188,28 +192,25 @@ class Publisher:
         if self._gpus is None:
             shared = self._on_host(nbytes)
             return _Weights(shared, [], Block(next(_numbers), {}, shared.handle))
-        memory: Memory | None = None
-        copies: list[Memory] = []
-        handles: dict[str, GpuHandle] = {}
+        made: dict[str, GpuMemory] = {}
         for gpu in (self._gpus.home, *self._gpus.others) if self._gpus.ipc else ():
             try:
-                made = self._gpus.create(nbytes, gpu)
+                made[gpu] = self._gpus.create(nbytes, gpu)
             except CudaError as error:
                 log.warning("weights are copied from the host by each worker on %s: %s", gpu, error)
-                continue
-            handle = made.ipc_handles[1]
-            assert handle is not None
-            handles[gpu] = handle
-            if gpu == self._gpus.home:
-                memory = made
-            else:
-                copies.append(made)
+            except MemoryError:  # Without this, each call of the pipeline would take more memory of the other GPUs.
+                for memory in made.values():
+                    self._gpus.discard(memory)
+                raise
+        handles = {gpu: handle for gpu, memory in made.items() if (handle := memory.ipc_handles[1]) is not None}
+        home = made.pop(self._gpus.home, None) or LocalMemory(nbytes, device)
+        copies: list[Memory] = [*made.values()]
         host = None
         if len(handles) <= len(self._gpus.others):
             mirror = self._on_host(nbytes)
             host = mirror.handle
             copies.append(mirror)
-        return _Weights(memory or LocalMemory(nbytes, device), copies, Block(next(_numbers), handles, host))
+        return _Weights(home, copies, Block(next(_numbers), handles, host))
 
     def _copy(self, name: str, tensors: Mapping[int, Tensor], home: torch.device | None) -> _Copies:
         """Return the places of the copies of tensors that a module may write to: buffers and computed attributes."""

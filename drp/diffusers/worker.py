@@ -120,6 +120,8 @@ class Programs:
         except BaseException:  # The modules may have been changed: load them again.
             for known in (self._programs, self._modules, self._loaded):
                 known.clear()
+            if self._graphs is not None:
+                self._graphs.retain(())  # They read the buffers of the modules that are gone.
             raise
         finally:
             state.restore()

@@ -13,8 +13,9 @@ from torch import nn
 pytest.importorskip("diffusers")
 
 from drp.diffusers import publish
-from drp.diffusers.publish import Publisher
+from drp.diffusers.publish import GpuWeights, Publisher
 from drp.diffusers.structure import describe
+from tests.on_host import GPUS, HostGpuMemory
 
 
 def test_weights_need_memory_twice_in_groups_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,3 +42,19 @@ def test_weights_need_memory_twice_in_groups_only(monkeypatch: pytest.MonkeyPatc
     assert left == [4, 3, 2, 1]
     assert described.untouched()
     publisher.close()
+
+
+def test_a_gpu_with_too_little_memory_costs_the_others_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publish, "GpuMemory", HostGpuMemory)
+    monkeypatch.setenv("DRP_TEST_FULL", GPUS[1].uuid)
+    gpus = GpuWeights(GPUS[0].uuid, (GPUS[1].uuid,), True)
+    publisher, described = Publisher(gpus), describe(nn.Linear(256, 256))
+    for _ in range(2):  # as in two calls of a pipeline
+        with pytest.raises(MemoryError, match=f"bytes on {GPUS[1].uuid}"):
+            publisher.publish("module", described)
+    assert gpus.exported == []
+    monkeypatch.setenv("DRP_TEST_FULL", "")
+    publisher.publish("module", described)
+    assert len(gpus.exported) == 2
+    publisher.close()
+    gpus.close()
