@@ -59,8 +59,8 @@ def parallelize(
     drafts, which worker processes evaluate. After the block the pipeline is restored and the workers have ended; its
     weights stay in shared memory, of which there is one copy for all processes.
 
-    devices: the number of devices, of the kind on which the pipeline runs; or names, as in `drp.Leader`; or `Workers`,
-        which several pipelines may share.
+    devices: the number of devices, of the kind on which the pipeline runs, its own GPU first; or names, as in
+        `drp.Leader`; or `Workers`, which several pipelines may share.
     mode, drafts, stride, target_speedup, target_rounds, rule, tolerance, warmup: as in `drp.sample` (docs/drafts.md).
         Modes that return to earlier steps or leave some out are refused: rolling, windows with gaps, and modes with
         sweeps. A call with too few steps for its target is sequential; the report says so.
@@ -92,7 +92,8 @@ def parallelize(
     if isinstance(devices, Workers):
         count, has_remote, batch = len(devices.devices), devices.has_remote, devices.drafts_per_device
     else:
-        devices = expand_count(devices, device.type) if isinstance(devices, int | str) else devices
+        if isinstance(devices, int | str):
+            devices = expand_count(devices, device.type, first=device.index or 0)
         placed = parse_devices(devices, 1)
         refuse_other_kind(device, placed)
         count, has_remote, batch = len(placed), any(each.remote is not None for each in placed), drafts_per_device

@@ -114,12 +114,15 @@ def _on_this_machine(names: Sequence[str], threads: int, find: Callable[[], tupl
 
 
 def expand_count(
-    devices: int | str | Sequence[str], kind: str | None, find: Callable[[], tuple[Gpu, ...]] = find_gpus
+    devices: int | str | Sequence[str],
+    kind: str | None,
+    find: Callable[[], tuple[Gpu, ...]] = find_gpus,
+    first: int = 0,
 ) -> str | Sequence[str]:
     """Expand a count to that many device names of a kind, "cpu" or "cuda"; return names unchanged.
 
     The kind None means "cuda" if CUDA shows a GPU, else "cpu". Workers may share a core, but a count of GPUs means
-    distinct ones: raises ValueError if there are fewer, and for any other kind.
+    distinct ones, from the one with the index `first` on: raises ValueError if there are fewer, and for any other kind.
     """
     if isinstance(devices, str) and re.fullmatch(r"-?\d{1,6}", devices):
         devices = int(devices)
@@ -132,13 +135,15 @@ def expand_count(
     kind = kind or ("cuda" if has_gpus() else "cpu")
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"devices is {devices}, but there are no workers on {kind} devices; name cpu or cuda ones")
-    if kind == "cuda" and (count := len(find())) < devices:
+    if kind == "cpu":
+        return ["cpu"] * devices
+    if (count := len(find())) < devices:
         there = "is one GPU" if count == 1 else f"are {count} GPUs"
         raise ValueError(
             f"devices is {devices}, but there {there}; ask for at most {count}, or name them: '{devices}xcuda' has "
             f"workers share GPUs, '{devices}xcpu' are cores"
         )
-    return [kind] * devices
+    return [f"cuda:{(first + number) % count}" for number in range(devices)]
 
 
 def _is_gpu(name: str) -> bool:

@@ -49,7 +49,9 @@ def test_a_count_is_of_gpus_where_there_are_any(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_count_is_of_the_kind_that_is_asked_for() -> None:
-    assert expand_count(2, "cuda", lambda: TWO) == ["cuda"] * 2
+    assert expand_count(2, "cuda", lambda: TWO) == ["cuda:0", "cuda:1"]
+    assert expand_count(1, "cuda", lambda: TWO, first=1) == ["cuda:1"]  # that of the pipeline
+    assert expand_count("2", "cuda", lambda: TWO, first=1) == ["cuda:1", "cuda:0"]
     assert expand_count("3", "cpu") == ["cpu"] * 3
     assert expand_count("emulated:1ms", "cuda") == "emulated:1ms"
     with pytest.raises(ValueError, match="devices is 2, but there are no workers on mps devices; name cpu or cuda"):
