@@ -187,6 +187,17 @@ class AveragingLater(Around):
         return out
 
 
+class CachingBySize(Around):
+    """Keeps a factor for each size of a batch."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.factors: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factors.setdefault(len(x), torch.full((1,), 1.1))
+
+
 class Caching(Around):
     """Fills a cache when it is first evaluated."""
 

@@ -38,15 +38,20 @@ class WorkerGpu(Protocol):
 class ChangeDetector:
     """Detects that an evaluation changes modules: the next ones would depend on it, and the leader would not see it.
 
-    The first evaluation may, for example to fill a cache.
+    The first evaluation of each number of drafts, in `counts`, may change them, for example to fill a cache.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = modules
         self._described: dict[str, Described] = {}
+        self.counts: set[int] = set()
+
+    def restart(self) -> None:
+        """Have the next call of `check` accept the modules as they are."""
+        self._described.clear()
 
     def check(self) -> None:
-        """Raise RuntimeError if a module has changed since the first call of this method."""
+        """Raise RuntimeError if a module has changed since the last call of this method."""
         if not self._described:
             self._described = {name: describe(module) for name, module in self._modules.items()}
         for name, before in self._described.items():
@@ -116,6 +121,10 @@ class Programs:
                     self._replay(self._graphs, text, inputs, cond, outputs)
                 else:
                     program.run_batch(modules, inputs, cond, outputs)
+                    if len(inputs) not in changes.counts:
+                        changes.counts.add(len(inputs))
+                        for *_, each in self._programs.values():  # Programs may share modules.
+                            each.restart()
                     changes.check()  # A replayed graph runs no code of the modules.
         except BaseException:  # The modules may have been changed: load them again.
             for known in (self._programs, self._modules, self._loaded):

@@ -14,11 +14,12 @@ from torch import Tensor
 from drp.diffusers import Workers, parallelize, reference
 from tests import stateful_denoisers
 from tests.e2e.test_diffusers_calls import CHEAP, euler, exact
-from tests.pipelines import PIPELINES, run
+from tests.pipelines import PIPELINES, drafted, run
 from tests.stateful_denoisers import (
     Around,
     AveragingLater,
     Caching,
+    CachingBySize,
     CountingInArray,
     CountingInBuffer,
     CountingInClass,
@@ -240,9 +241,9 @@ def test_a_denoiser_that_begins_to_change_itself_is_not_drafted_from_then_on(
     pipe = late()
     with parallelize(pipe, pipeline_workers, drafts=1) as parallel:
         for sample, *state in untouched:
-            drafted, *drafted_state = call(pipe)
-            assert torch.equal(drafted, sample)
-            assert drafted_state == state
+            made, *made_state = call(pipe)
+            assert torch.equal(made, sample)
+            assert made_state == state
     for report in parallel.report.calls:
         assert "unet itself was changed by an evaluation" in report.sequential
         assert report.evaluations > 5
@@ -257,6 +258,16 @@ def test_a_cache_that_is_filled_once_is_no_hindrance() -> None:
     with reference(around(Caching), devices=2, mode="aggressive") as parallel:
         run(parallel._pipe, CHEAP, 11)
     assert parallel.report.calls[0].rounds == 6
+
+
+def test_a_cache_that_batches_fill_in_workers_is_no_hindrance(stacking_workers: Workers) -> None:
+    pipe = around(CachingBySize)
+    with parallelize(pipe, stacking_workers, "aggressive") as parallel:
+        first = run(pipe, CHEAP, 7)
+        run(pipe, CHEAP, 8)  # Its last round has another number of drafts.
+        assert torch.equal(run(pipe, CHEAP, 7), first)
+    for report in parallel.report.calls:
+        drafted(report)
 
 
 def test_weights_that_were_cast_between_two_calls_stay_so() -> None:
