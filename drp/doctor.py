@@ -81,7 +81,7 @@ def examine(find: Callable[[], tuple[Gpu, ...]] = find_gpus) -> DoctorReport:
         "GPUs": (*_gpus(gpus, why),),
         "shared memory and processes": (shared_memory(), *_kernel()),
         "cores": (*_cores(),),
-        "limits": (*_limits(),),
+        "limits": (*_limits(), _shm(bool(gpus))),
         "drp will use": (*_use(gpus, why, reached),),
     }
     return DoctorReport(sections, gpus, peers(gpus), reached)
@@ -282,7 +282,6 @@ def _limits() -> list[Finding]:
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = FILES * max(1, len(os.sched_getaffinity(0)))
     few = files != resource.RLIM_INFINITY and files < needed
-    shm = shutil.disk_usage(SHM)
     remedy = f"ulimit -n {needed} or more"
     memory = psutil.virtual_memory()
     return [
@@ -291,11 +290,20 @@ def _limits() -> list[Finding]:
             "locked memory",
             f"{_bytes_limit(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])}; what CUDA pins is not counted",
         ),
-        Finding(SHM, f"{_size(shm.free)} free of {_size(shm.total)}; drp puts nothing there"),
         Finding("memory", f"{_size(memory.available)} available of {_size(memory.total)}"),
         Finding("cgroup: processors", _cgroup_cpus()),
         Finding("cgroup: memory", _cgroup_memory()),
     ]
+
+
+def _shm(has_gpus: bool) -> Finding:
+    """Describe the memory where the CUDA driver keeps the events that processes share."""
+    try:
+        usage = shutil.disk_usage(SHM)
+    except OSError as error:
+        remedy = f"mount a tmpfs at {SHM}: the CUDA driver keeps events there that processes share"
+        return Finding(SHM, f"missing: {error.strerror}", "bad" if has_gpus else "", remedy if has_gpus else "")
+    return Finding(SHM, f"{_size(usage.free)} free of {_size(usage.total)}; drp puts nothing there, CUDA a few KB")
 
 
 def _cgroup_cpus() -> str:

@@ -63,6 +63,14 @@ def test_too_few_files_are_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.bad[0].remedy.startswith("ulimit -n")
 
 
+@pytest.mark.parametrize("has_gpus", [True, False])
+def test_memory_for_cudas_events_is_missed_only_with_gpus(has_gpus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "SHM", "/no/such/folder")
+    found = doctor._shm(has_gpus)
+    assert (found.seen, found.state) == ("missing: No such file or directory", "bad" if has_gpus else "")
+    assert ("mount a tmpfs" in found.remedy) is has_gpus
+
+
 def test_gpus_that_there_are_become_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "peers", lambda gpus: (("itself", "copied, direct"),) * 2)  # a copy needs two
     gpus = (Gpu(0, "GPU-1", "A GPU", 3 * 2**30, "0000:17:00.0", (0, 1, 2, 5), 1), Gpu(1, "GPU-2", "B MIG 1g.5gb"))
