@@ -282,21 +282,34 @@ class Engine:
         )
 
     def _assign(self) -> None:
-        """Send drafts to workers and schedule the drafts that do not depend on further messages.
-
-        Arithmetic that becomes ready in the meantime is executed between small steps.
-        """
+        """Send drafts to workers and schedule the drafts that do not depend on further messages."""
+        if len(self.runs.running) > 1:
+            self._schedule_ahead()  # A worker that has just become idle evaluates the oldest run's next round.
         self._scheduler.assign_drafts()
-        while runs := [run for run in self.runs.running.values() if run.schedules_ahead and run.ready]:
-            self._run_ready(notify=False)
-            self.runs.refine_all()  # Refine a round's states before scheduling the next round.
-            for run in runs:
-                if run.number in self.runs.running:
-                    self.runs.schedule_drafts(run)
-            self._run_ready(notify=False)
-            self.runs.refine_all()  # Queue known sums before operations that wait for the predictions of these drafts.
+        while self._schedule_ahead():
             self._scheduler.assign_drafts()
         self._scheduler.flush()
+
+    def _schedule_ahead(self) -> bool:
+        """Schedule a round of each run that schedules ahead and is ready; return whether there was any.
+
+        While several runs need workers, a run waits until its last round is about to end: a worker that was sent a
+        draft of the next round would wait for it, and could evaluate another run's draft meanwhile. Arithmetic that
+        becomes ready in the meantime is executed between small steps.
+        """
+        runs = [run for run in self.runs.running.values() if run.schedules_ahead and run.ready]
+        if len(self.runs.running) > 1 and len(self.runs.active()) > 1:
+            runs = [run for run in runs if run.round_ending]
+        if not runs:
+            return False
+        self._run_ready(notify=False)
+        self.runs.refine_all()  # Refine a round's states before scheduling the next round.
+        for run in runs:
+            if run.number in self.runs.running:
+                self.runs.schedule_drafts(run)
+        self._run_ready(notify=False)
+        self.runs.refine_all()  # Queue known sums before operations that wait for the predictions of these drafts.
+        return True
 
     def _receive(self) -> None:
         """Wait for messages and handle them, until a run has work, another thread wakes this one, or a deadline passes.

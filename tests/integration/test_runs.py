@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import os
 import threading
 from collections import deque
 from concurrent.futures import CancelledError
@@ -78,6 +79,33 @@ def test_more_runs_than_there_is_room_for_wait_their_turn(tiny: Leader) -> None:
         else:
             assert torch.equal(run.result(DEADLINE).samples, alone)
     assert 2 < max(at_once) <= 8
+
+
+def test_workers_that_a_run_cannot_use_yet_evaluate_another_run(free: Leader) -> None:
+    """The first run's fourth round depends on its third, a lone evaluation, and would occupy the other worker."""
+    free.policy = Barrier()  # The oldest run goes first.
+    gate, opener = os.pipe()
+    begun, both = threading.Event(), threading.Event()
+
+    def hold(k: int, x: Tensor) -> None:
+        begun.set()
+        assert both.wait(DEADLINE)
+
+    asked: dict[str, Any] = {"shape": (4,), "steps": 8, "mode": "conservative", "drafts": 2}
+    alone = free.sample(**asked)
+    free.submit(shape=(4,), steps=2, callback=hold)  # The leader's thread admits the two others together.
+    try:
+        assert begun.wait(DEADLINE)
+        first = free.submit(**asked, cond={"gate": torch.tensor([os.getpid(), gate])})
+        second = free.submit(**asked)
+        both.set()
+        assert torch.equal(second.result(DEADLINE).samples, alone.samples)
+        assert not first.done()
+    finally:
+        both.set()
+        os.close(opener)
+    assert torch.equal(first.result(DEADLINE).samples, alone.samples)
+    os.close(gate)
 
 
 def test_cancelling_one_run_leaves_the_others(tiny: Leader) -> None:

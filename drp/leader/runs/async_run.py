@@ -50,6 +50,7 @@ class AsyncRun(SyncRun):
         _batches_added, _batches_verified     the number of batches in each state so far
         _batch_of, _reserved                  by slot, the batch of its draft, and the row reserved for its prediction
         _rounds_formed, _rounds_refined       the number of rounds scheduled; of them, before the last refinement
+        _round_size                           the number of batches of the last scheduled round
         _rounds_begun                         the number of rounds that have begun, whose drafts are written
         _base_depth                           the number of batches that workers should have
         _checkpoints, _kept_states            what is kept until batches are verified: checkpoints and states
@@ -77,7 +78,7 @@ class AsyncRun(SyncRun):
         """For each verified batch, in order, the number of evaluations and their time in seconds."""
         self._reported_seconds: list[float] = []
         """Times of batches from workers whose completion records have none: GPUs, which report most of them."""
-        self._rounds_formed = self._rounds_refined = 0
+        self._rounds_formed = self._rounds_refined = self._round_size = 0
         self._batches_added = self._batches_verified = self._last_recorded = 0
         self._exhausted = False
         self._last_progress = self._clock.now()
@@ -121,6 +122,7 @@ class AsyncRun(SyncRun):
     def _queue_drafts(self, tasks: Sequence[Task]) -> list[tuple[Task, ...]]:
         groups = super()._queue_drafts(tasks)
         self._rounds_formed += 1
+        self._round_size = len(groups)
         for task in tasks:
             # Reserve the row now: at send time the waits for other drafts of the round may be queued ahead of it.
             self._reserved[task.slot] = super().free_row(task.slot)
@@ -215,6 +217,16 @@ class AsyncRun(SyncRun):
         waits = self._pending and (self._exhausted or self.job.mode.feedback)
         opening = self._rounds_formed > 2 and self._rounds_begun == 1
         return self.run.ready and not (opening or waits)
+
+    @property
+    def round_ending(self) -> bool:
+        """Whether a batch of the last round is verified or, in a pipelined mode, fewer are pending than it can have.
+
+        The second round does not wait for that: of runs that begin together, the oldest gets its workers.
+        """
+        width = -(-self.job.mode.width // self._batch)
+        least = width if self.job.mode.pipelined else self._round_size
+        return self._rounds_formed == 1 or len(self._pending) < least
 
     def run_ready(self, notify: bool) -> float:
         """Execute the operations of the run's stream that are ready, if this thread executes it."""

@@ -131,6 +131,8 @@ class RunState(ABC):
     """Whether all workers but the first open the run's memory with their first draft, not when the run begins."""
     schedules_ahead = False
     """Whether drafts can be scheduled before the predictions that they depend on are complete."""
+    idle: bool = False
+    """Whether there is nothing to evaluate until the caller asks for more."""
     round_begun = False
     """Whether devices have begun a round since drafts were last assigned; False where that is unknown."""
     poll_interval = math.inf
@@ -192,6 +194,11 @@ class RunState(ABC):
     @abstractmethod
     def ready(self) -> bool:
         """Whether `schedule_drafts` has something to do."""
+
+    @property
+    def round_ending(self) -> bool:
+        """Whether the predictions of the last scheduled round have begun to arrive, so that the next round is near."""
+        return not self.outstanding
 
     @abstractmethod
     def rows_in_use(self) -> set[int]:

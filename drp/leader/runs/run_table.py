@@ -36,6 +36,10 @@ class RunTable:
         self._to_bind: list[RunState] = []
         self._supervisor, self._recorder = supervisor, recorder
 
+    def active(self) -> list[RunState]:
+        """Return the running runs, oldest first, except sessions that evaluate nothing."""
+        return [run for run in self.running.values() if not run.idle]
+
     def fail(self, run: RunState, error: BaseException) -> None:
         """End a run by an exception: errors in code and data of its caller must not end the leader."""
         if self.running.get(run.number) is run:

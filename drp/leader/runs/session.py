@@ -87,7 +87,7 @@ class EvaluationSession(RunState):
         return self._closed
 
     @property
-    def idle(self) -> bool:
+    def idle(self) -> bool:  # type: ignore[override]  # it changes, as it does not for runs
         """Whether no block is being evaluated."""
         return self._block is None
 

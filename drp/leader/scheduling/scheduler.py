@@ -30,19 +30,18 @@ class Scheduler:
         """Assign waiting batches to workers: one each, or, if there is only one run, up to the policy's depth each.
 
         A single asynchronous run assigns its batches itself, to the workers that the policy lets it use; see
-        `RunState.place_drafts`.
+        `RunState.place_drafts`. What is assigned to busy workers, or of several runs, is sent by `flush`.
         """
         for run in self._runs.running.values():
             run.round_begun = False
-        runs = [run for run in self._runs.running.values() if run.outstanding]
-        ready = self._supervisor.ready
+        runs, ready = self._runs.active(), self._supervisor.ready
         if len(runs) == 1 and runs[0].schedules_ahead:
-            self._place_drafts(runs, ready)
+            if runs[0].outstanding:
+                self._place_drafts(runs, ready)
         elif runs:
             self._assign_in_turn(runs, ready)
             if self.policy.hedge:
                 self._hedge_late_drafts(ready)
-            self._supervisor.flush(ready)
 
     def _assign_in_turn(self, runs: Sequence[RunState], ready: Sequence[DraftSlot]) -> None:
         """Assign waiting batches to workers in turn, until no more fit or the policy chooses none."""
@@ -85,9 +84,10 @@ class Scheduler:
         idle = [worker_slot for worker_slot in ready if not worker_slot.drafts]
         for place, tasks in run.place_drafts([worker_slot.drafts for worker_slot in ready], self.policy.depth):
             self._assign(ready[place], run, tasks)
-        if len(idle) == len(ready) or not _waits_for_bind(run):
+        waits = _waits_for_bind(run)
+        if len(idle) == len(ready) or not waits:
             self._supervisor.flush(idle)
-        if _waits_for_bind(run):
+        if waits:
             sched_yield()  # The thread that sends the message to the first worker may need this thread's core.
 
     def _assign(self, worker_slot: DraftSlot, run: RunState, tasks: tuple[Task, ...]) -> None:
