@@ -75,17 +75,18 @@ def parts(device: str, out: Path) -> list[Part]:
     pipelines = ("bench.gpu_pipelines", "--devices", f"2x{device}", "--turns", "2")
     eager = (*pipelines, "--compiled", "none")
     graphs = ("--models", "unet", "--ways", "graphs", "--turns", "2")
-    other = ("test_ipc", "test_leader", "test_async_runs", "test_doctor", "test_several_gpus")
+    first, other = ("test_ipc", "test_doctor"), ("test_async_runs", "test_several_gpus", "test_leader")
     return [
         Part("facts", ("bench.gpu_facts",), 60),
-        Part("tests", (*PYTEST, *EAGER, "tests/gpu/test_pipelines.py"), 120),
+        Part("ipc", (*PYTEST, *(f"tests/gpu/{name}.py" for name in first)), 80),
+        Part("tests", (*PYTEST, *EAGER, "tests/gpu/test_pipelines.py"), 130),
         Part("sd15", (*eager, "--only", "sd15", *to("gpu-sd15")), 100),
-        Part("cost", ("bench.worker_cost", "--device", device, "--turns", "3", *to("worker-cost")), 110),
         Part("sdxl", (*eager, "--eager", "--only", "sdxl", *to("gpu-sdxl")), 90),
         Part("flux", (*eager, "--eager", "--only", "flux", *to("gpu-flux")), 80),
-        Part("other", (*PYTEST, *EAGER, *(f"tests/gpu/{name}.py" for name in other)), 120),
-        Part("batches", ("bench.gpu", "--device", device, *graphs, *to("gpu")), 100),
+        Part("cost", ("bench.worker_cost", "--device", device, "--turns", "3", *to("worker-cost")), 110),
         Part("compiled", (*pipelines, "--only", "flux", "--compiled", "only", *to("gpu-compiled")), 200),
+        Part("batches", ("bench.gpu", "--device", device, *graphs, *to("gpu")), 100),
+        Part("other", (*PYTEST, *EAGER, *(f"tests/gpu/{name}.py" for name in other)), 300),
     ]
 
 

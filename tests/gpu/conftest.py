@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         why = str(error)
     for item in mine:
         item.add_marker(pytest.mark.gpu)
-        item.add_marker(pytest.mark.timeout(600 if "compile" in item.name else 100))
+        item.add_marker(pytest.mark.timeout(600 if "compile" in item.name else 150))
         item.add_marker(pytest.mark.filterwarnings("default"))  # torch advises, by warnings, on what GPUs could do
         if why:
             item.add_marker(pytest.mark.skip(reason=f"no GPU: {why}"))
