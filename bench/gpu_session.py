@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -149,6 +150,7 @@ def main(device: str, minutes: float, names: str | None, out: Path) -> None:
             param_hint="--parts",
         )
     planned = [part for part in planned if part.name in wanted]
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # SIGABRT dumps core.
     out.mkdir(parents=True, exist_ok=True)
     log, deadline = out / "session.log", time.perf_counter() + 60 * minutes
     log.write_text("")
