@@ -18,7 +18,7 @@ from drp.leader.execution import ExecutionOptions
 from drp.leader.job import make_job
 from drp.leader.leader import Leader, model_name
 from drp.leader.options import LeaderArguments, LeaderOptions
-from drp.leader.request import Options, Request, make_request
+from drp.leader.request import Request, RequestArguments, make_request
 from drp.models.finite import check_finite
 from drp.protocol.messages import ModelSpec
 from drp.sampling.advice import warn
@@ -30,7 +30,7 @@ from drp.torch_threads import torch_threads
 from drp.trace.record import check, record
 
 
-class SampleArguments(LeaderArguments, Options, total=False):
+class SampleArguments(LeaderArguments, RequestArguments, total=False):
     """The keyword arguments of `sample`: those of a leader and those of a run."""
 
 
@@ -57,16 +57,16 @@ def sample(
         return leader.sample(**options)
 
 
-def divide_arguments(arguments: Mapping[str, Any]) -> tuple[LeaderOptions, Options]:
+def divide_arguments(arguments: Mapping[str, Any]) -> tuple[LeaderOptions, RequestArguments]:
     """Divide arguments into those of the leader and those of the run."""
     given: dict[str, Any] = {**arguments}
     names = [each.name for each in fields(LeaderOptions)]
     check_names(given, [*names, *(each.name for each in fields(Request))])
     leader = LeaderOptions(**{name: given.pop(name) for name in names if name in given})
-    return leader, cast("Options", given)
+    return leader, cast("RequestArguments", given)
 
 
-def check_options(model: str | Callable[[], Any], drafts: int, options: Options) -> None:
+def check_options(model: str | Callable[[], Any], drafts: int, options: RequestArguments) -> None:
     """Raise ValueError for invalid options of a run, before workers start. `drafts` is the default per round.
 
     A model of the user's own is not loaded for this. Labels and shape are checked against it when it is loaded.
@@ -89,7 +89,7 @@ def reference(
     threads: int = 1,
     drafts_per_device: int = 1,
     execution: ExecutionOptions | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[RequestArguments],
 ) -> Result:
     """Sample in this process. The samples are bit-identical to those of `sample` with the same arguments.
 

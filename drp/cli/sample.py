@@ -24,7 +24,7 @@ from drp.sampling.predictions import PREDICTION_TYPES
 from drp.sampling.registry import SOLVER_NAMES, make_solver
 
 if TYPE_CHECKING:
-    from drp.leader.request import Options
+    from drp.leader.request import RequestArguments
     from drp.sampling.result import Result
 
 
@@ -127,7 +127,7 @@ def _sample(model: str, given: Mapping[str, Any]) -> None:
     columns = list(range(known.classes or 0)) if known and labels is None else parse_labels(labels or "")
     chosen = make_leader_options(given)
     options = _run_options(given, columns)
-    check_options(model, chosen.drafts, cast("Options", options))
+    check_options(model, chosen.drafts, cast("RequestArguments", options))
     shape = options["shape"] or (known.sample_shape if known else None)
     out: Path | None = given["out"]
     if shape is not None:

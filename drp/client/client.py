@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from drp.client.connection import Connection, Curve
-from drp.client.options import Options, to_submit
+from drp.client.options import SubmitArguments, to_submit
 from drp.client.run import RemoteRun, Update
 from drp.errors import ProtocolError
 from drp.protocol import keys
@@ -103,7 +103,7 @@ class Client:
         previews: int = 0,
         timeline: bool = False,
         on_update: Callable[[Update], None] | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[SubmitArguments],
     ) -> RemoteRun:
         """Submit a run and return immediately. The options are those of `drp.leader.request.Request` except `callback`.
 
@@ -128,7 +128,7 @@ class Client:
         self._connection.submit(run, submit, frames)
         return run
 
-    def sample(self, **options: Unpack[Options]) -> Result[Any]:
+    def sample(self, **options: Unpack[SubmitArguments]) -> Result[Any]:
         """Sample as `drp.Leader.sample` does, with bit-identical samples. The errors are those of `submit`."""
         run = self.submit(**options)
         try:

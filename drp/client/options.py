@@ -16,7 +16,7 @@ from drp.sampling.drafts import RULES, DraftRule
 from drp.sampling.options import RunOptions, check_names
 
 
-class Options(RunOptions, total=False):
+class SubmitArguments(RunOptions, total=False):
     """The options of a run, see `drp.leader.request.Request`. Arrays may be of numpy or torch."""
 
     labels: Sequence[int] | Any | None
@@ -33,7 +33,7 @@ REPORTING: Final = ("progress", "previews", "timeline", "memory")
 DEFAULTS: Final = {field.name: field.default for field in fields(Submit)}
 
 
-def to_submit(number: int, given: Options, reporting: Mapping[str, Any]) -> tuple[Submit, list[Frame]]:
+def to_submit(number: int, given: SubmitArguments, reporting: Mapping[str, Any]) -> tuple[Submit, list[Frame]]:
     """Return a Submit and copies of its tensors; raise ValueError for options that a message cannot hold.
 
     `reporting` has the fields of Submit that are named in `REPORTING`.
@@ -44,8 +44,8 @@ def to_submit(number: int, given: Options, reporting: Mapping[str, Any]) -> tupl
                 "callback and out are for a leader in this process; iterate over client.submit(...).progress(), and "
                 "copy result.samples"
             )
-    check_names(given, [*Options.__annotations__])
-    options: dict[str, Any] = {name: given.get(name, DEFAULTS[name]) for name in Options.__annotations__}
+    check_names(given, [*SubmitArguments.__annotations__])
+    options: dict[str, Any] = {name: given.get(name, DEFAULTS[name]) for name in SubmitArguments.__annotations__}
     for name in ("solver", "mode"):
         if not isinstance(options[name], str):
             raise ValueError(f"{name} is an object, {options[name]!r:.80}; a server takes the name of one of its own")

@@ -31,7 +31,7 @@ from drp.leader.devices import Device
 from drp.leader.job import make_job, solver_of
 from drp.leader.leader import Leader, model_name
 from drp.leader.options import LeaderOptions
-from drp.leader.request import Options, Request
+from drp.leader.request import Request, RequestArguments
 from drp.sampling.reference import run_reference
 from drp.sampling.result import Result
 from drp.torch_defaults import torch_defaults
@@ -73,7 +73,7 @@ class ModelSubject(Subject):
         self._labels = [int(label) for label in labels] if labels is not None else None
         self._options = {"steps": 48, **options}
         self.steps = int(self._options["steps"])
-        self.adds_noise = solver_of(Request(**cast("Options", self._options))).adds_noise
+        self.adds_noise = solver_of(Request(**cast("RequestArguments", self._options))).adds_noise
         self._in_process = all(device.emulated is None and device.gpu is None for device in placed)
         self._threads = own.threads * len(placed)
         plain = f"the plain loop in one process, {threads_in_words(self._threads)}"
@@ -102,7 +102,7 @@ class ModelSubject(Subject):
     def check(self, setting: Drafted | FewerSteps) -> None:
         spec = models.describe(self._name)
         labels = self._label(0, spec.classes) if spec is not None else self._label(0, None)
-        check_options(self._name, self.capacity, cast("Options", self._run_options(setting, 0, labels)))
+        check_options(self._name, self.capacity, cast("RequestArguments", self._run_options(setting, 0, labels)))
 
     @contextmanager
     def session(self, setting: Drafted | FewerSteps) -> Iterator[SubjectSession]:
@@ -138,7 +138,9 @@ class ModelSubject(Subject):
         assert self._leader is not None
         options = self._run_options(setting, seed, self._label(seed, self._leader.spec.classes))
         threads = self._leader_options.threads
-        return reference(self._name, devices=f"{self.capacity}xcpu", threads=threads, **cast("Options", options))
+        return reference(
+            self._name, devices=f"{self.capacity}xcpu", threads=threads, **cast("RequestArguments", options)
+        )
 
     def emulation_notes(self, evaluation: float) -> list[str]:
         emulated = [device.emulated for device in self._leader_options.worker_devices if device.emulated]
@@ -179,9 +181,9 @@ class ModelSubject(Subject):
         with record(self._leader, trace) if trace is not None and not in_process else nullcontext():
             began = time.perf_counter()
             if in_process:
-                result = self._plain(Request(**cast("Options", options)))
+                result = self._plain(Request(**cast("RequestArguments", options)))
             else:
-                result = self._leader.sample(**cast("Options", options))
+                result = self._leader.sample(**cast("RequestArguments", options))
             seconds = time.perf_counter() - began  # before the trace is written
         return Sample(
             latents=result.samples,

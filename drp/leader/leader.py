@@ -18,11 +18,12 @@ from drp.leader.engine import Engine
 from drp.leader.events import Timeline
 from drp.leader.job import make_job
 from drp.leader.options import LeaderArguments, LeaderOptions
-from drp.leader.request import Options, Request, make_request
-from drp.leader.runs.run_state import DraftSlot
+from drp.leader.request import Request, RequestArguments, make_request
+from drp.leader.runs.run_state import InFlightBatch
 from drp.leader.runs.session import EvaluationSession
 from drp.leader.runs.submission import RunFuture
 from drp.leader.scheduling.policies import Policy
+from drp.leader.supervision.supervisor import WorkerSlot
 from drp.protocol.arena import Arena
 from drp.protocol.codec import is_text
 from drp.protocol.messages import ModelSpec
@@ -58,7 +59,7 @@ class WorkerStatus:
     last_failure: str
 
     @classmethod
-    def of(cls, worker_slot: DraftSlot) -> WorkerStatus:
+    def of(cls, worker_slot: WorkerSlot[InFlightBatch]) -> WorkerStatus:
         worker = worker_slot.worker
         pid = worker.pid if worker else None
         lost = worker_slot.generation - (worker is not None)
@@ -163,7 +164,7 @@ class Leader:
         """Whether the leader accepts no more runs, because it was closed or all its workers were lost."""
         return self._engine.closed
 
-    def submit(self, **options: Unpack[Options]) -> RunFuture:
+    def submit(self, **options: Unpack[RequestArguments]) -> RunFuture:
         """Start a run and return its future; the options are the fields of `drp.leader.request.Request`.
 
         The future is a `concurrent.futures.Future` of a `drp.Result` and can be cancelled at any time. Concurrent runs
@@ -183,7 +184,7 @@ class Leader:
             raise RuntimeError("a callback must not use the leader that calls it")
         return self._engine.submit(job, request.callback)
 
-    def sample(self, **options: Unpack[Options]) -> Result:
+    def sample(self, **options: Unpack[RequestArguments]) -> Result:
         """Sample once; the options are the fields of `drp.leader.request.Request`. Any thread may call this.
 
         A worker that dies or does not answer in time is replaced. Other workers evaluate its drafts in the meantime,

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from drp.errors import WorkerError
 from drp.leader.runs.event_recorder import EventRecorder
-from drp.leader.runs.run_state import DraftSlot, InFlightBatch, PendingCompletion, RunState
+from drp.leader.runs.run_state import InFlightBatch, PendingCompletion, RunState
 from drp.leader.runs.run_table import RunTable
 from drp.leader.scheduling.scheduler import Scheduler
-from drp.leader.supervision.supervisor import DRAFT_RETRY_COST, Supervisor, WorkerLoss
+from drp.leader.supervision.supervisor import DRAFT_RETRY_COST, Supervisor, WorkerLoss, WorkerSlot
 from drp.leader.supervision.worker import Received
 from drp.protocol.messages import Bound, EvaluationError, Prediction, ToLeader
 from drp.protocol.timeline import OK
@@ -38,7 +38,7 @@ class MessageHandler:
             if worker_slot.worker is worker:  # It was not lost by what came before.
                 self._on_message(worker_slot, message)
 
-    def _on_message(self, worker_slot: DraftSlot, message: ToLeader | None) -> None:
+    def _on_message(self, worker_slot: WorkerSlot[InFlightBatch], message: ToLeader | None) -> None:
         match message:
             case Prediction() if sent := _find_batch(worker_slot, message):
                 self._on_prediction(worker_slot, sent, message)
@@ -54,14 +54,14 @@ class MessageHandler:
                 if loss := self._supervisor.on_message(worker_slot, message):
                     self.on_worker_lost(loss)
 
-    def _done(self, worker_slot: DraftSlot, sent: InFlightBatch) -> None:
+    def _done(self, worker_slot: WorkerSlot[InFlightBatch], sent: InFlightBatch) -> None:
         """Remove a batch that a worker has finished from its slot, and reset the slot's retry budget."""
         worker_slot.drafts.remove(sent)
         worker_slot.since = self._supervisor.clock.awake_since
         worker_slot.retry_budget_used, worker_slot.restarts = 0.0, 0
         sent.release_rows()
 
-    def _on_prediction(self, worker_slot: DraftSlot, sent: InFlightBatch, message: Prediction) -> None:
+    def _on_prediction(self, worker_slot: WorkerSlot[InFlightBatch], sent: InFlightBatch, message: Prediction) -> None:
         """Handle the predictions of a batch, or the message that a batch of an asynchronous run is queued."""
         run, since = sent.run, time.perf_counter_ns()
         try:
@@ -83,7 +83,7 @@ class MessageHandler:
             self._runs.release_if_idle(run)
         return None
 
-    def _on_error(self, worker_slot: DraftSlot, sent: InFlightBatch, message: EvaluationError) -> None:
+    def _on_error(self, worker_slot: WorkerSlot[InFlightBatch], sent: InFlightBatch, message: EvaluationError) -> None:
         run, index = sent.run, sent.tasks[0].index
         self._done(worker_slot, sent)
         consequence = run.follows_failure(sent)
@@ -119,7 +119,7 @@ class MessageHandler:
                 times.append(self._supervisor.clock.now() + interval)
         return min(times)
 
-    def _deadline_of(self, worker_slot: DraftSlot) -> float:
+    def _deadline_of(self, worker_slot: WorkerSlot[InFlightBatch]) -> float:
         """Return when the first draft of a busy worker slot times out and its worker counts as lost."""
         first = worker_slot.drafts[0]
         return first.run.deadline(worker_slot.number, first.sequence, worker_slot.since, self._draft_timeout)
@@ -167,7 +167,7 @@ class MessageHandler:
         self._scheduler.flush()  # Messages that were held back because of the lost worker.
 
 
-def _find_batch(worker_slot: DraftSlot, message: Prediction | EvaluationError) -> InFlightBatch | None:
+def _find_batch(worker_slot: WorkerSlot[InFlightBatch], message: Prediction | EvaluationError) -> InFlightBatch | None:
     """Return the batch that a message answers, None if it answers none.
 
     A prediction, or the message that a batch is queued, answers the first batch without a pending completion. An error

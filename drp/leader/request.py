@@ -15,7 +15,7 @@ from drp.sampling.run import Callback
 from drp.sampling.solvers import Solver
 
 
-class Options(RunOptions, total=False):
+class RequestArguments(RunOptions, total=False):
     """The keyword arguments of `sample` and `reference` that describe a run; see `Request`."""
 
     labels: Sequence[int] | Tensor | None
@@ -28,7 +28,7 @@ class Options(RunOptions, total=False):
     out: Tensor | None
 
 
-def make_request(options: Options) -> Request:
+def make_request(options: RequestArguments) -> Request:
     """Return the request with these options; raise TypeError for an unknown name."""
     check_names(options, [each.name for each in fields(Request)])
     return Request(**options)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from drp.leader.request import Options
+from drp.leader.request import RequestArguments
 from drp.protocol.arrays import take_array
 from drp.protocol.client_messages import (
     MAX_FRAME_NBYTES,
@@ -30,7 +30,7 @@ from drp.sampling.result import Result
 from drp.sampling.run import Callback
 
 
-def options(submit: Submit, frames: Sequence[Frame], callback: Callback) -> Options:
+def options(submit: Submit, frames: Sequence[Frame], callback: Callback) -> RequestArguments:
     """Return the leader's options for a Submit; raise ProtocolError if the tensors do not match the message."""
     received = FrameReader(frames)
     cond = {each.name: take_array(received, each.tensor, "torch") for each in submit.cond}
@@ -39,7 +39,9 @@ def options(submit: Submit, frames: Sequence[Frame], callback: Callback) -> Opti
     )
     received.done()
     rule = submit.rule
-    given = {name: getattr(submit, name) for name in Options.__annotations__ if name not in ("callback", "out")}
+    given = {
+        name: getattr(submit, name) for name in RequestArguments.__annotations__ if name not in ("callback", "out")
+    }
     given |= {
         "cond": cond,
         "noise": noise,
@@ -50,7 +52,7 @@ def options(submit: Submit, frames: Sequence[Frame], callback: Callback) -> Opti
         "tolerance": math.inf if submit.tolerance is None else submit.tolerance,
         "callback": callback,
     }
-    return cast(Options, given)
+    return cast(RequestArguments, given)
 
 
 def check_samples(submit: Submit, spec: ModelSpec, local: bool) -> None:

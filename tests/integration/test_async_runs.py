@@ -23,8 +23,9 @@ from drp.leader.job import make_job
 from drp.leader.memory.host_stream import CorePlacement
 from drp.leader.memory.placement import MemoryPlacement
 from drp.leader.request import Request
-from drp.leader.runs.run_state import DraftSlot
+from drp.leader.runs.run_state import InFlightBatch
 from drp.leader.scheduling.policies import LoadAdaptive
+from drp.leader.supervision.supervisor import WorkerSlot
 from drp.protocol.frames import Frame
 from drp.protocol.messages import ModelSpec, ToWorker
 from drp.sampling.run import Task
@@ -265,7 +266,7 @@ def test_workers_are_bound_when_they_are_needed(monkeypatch: pytest.MonkeyPatch,
     sent = list[tuple[str, int]]()
     post = two.internals.supervisor.enqueue
 
-    def watched(worker_slot: DraftSlot, message: ToWorker) -> None:
+    def watched(worker_slot: WorkerSlot[InFlightBatch], message: ToWorker) -> None:
         sent.append((type(message).__name__, worker_slot.number))
         post(worker_slot, message)
 
@@ -289,7 +290,7 @@ def test_others_are_left_alone_until_the_first_worker_has_its_draft(
             events.append(identity)
         send(identity, *messages)
 
-    def bound(worker_slot: DraftSlot, number: int) -> bool:
+    def bound(worker_slot: WorkerSlot[InFlightBatch], number: int) -> bool:
         events.append("bound")
         return on_bound(worker_slot, number)
 

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -90,14 +90,15 @@ def test_times_of_evaluations_are_by_the_leaders_clock(mixed: Leader) -> None:
         assert event.times[0] > began - 1.0  # by its clock to half a round trip, which a busy machine makes long
 
 
-def test_batches_and_several_conditions_on_a_trusted_network_without_keys() -> None:
-    address = free_address()
+@pytest.mark.parametrize("transport_security", ["curve", "none"])
+def test_batches_and_several_conditions(folder: Path, transport_security: Literal["curve", "none"]) -> None:
+    address, keys = free_address(), folder if transport_security == "curve" else None
     options: dict[str, Any] = {"shape": (3, 4), "count": 2, "steps": 9, "cond": {"shift": torch.linspace(0, 1, 4)}}
     with (
-        ending([start_worker(address, None, "", "--device", "cpu:0", "--transport-security", "none")]),
+        ending([start_worker(address, keys, "anna", "--device", "cpu:0", "--transport-security", transport_security)]),
         Leader(
             "tests.denoisers:make_free",
-            devices=RemoteWorkers(1, address, transport_security="none"),
+            devices=RemoteWorkers(1, address, keys, transport_security=transport_security),
             drafts_per_device=3,
         ) as leader,
     ):

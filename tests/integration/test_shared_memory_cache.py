@@ -15,7 +15,8 @@ import torch
 import drp
 from drp import Leader
 from drp.errors import ProtocolError
-from drp.leader.runs.run_state import DraftSlot
+from drp.leader.runs.run_state import InFlightBatch
+from drp.leader.supervision.supervisor import WorkerSlot
 from drp.protocol.memory import SharedMemory
 from drp.protocol.messages import Bind, Rebind, ToWorker, Unbind
 from drp.sampling.run import Task
@@ -99,7 +100,7 @@ class Watched:
         self._post = leader.internals.supervisor.enqueue
         leader.internals.supervisor.enqueue = self._watch  # type: ignore[method-assign]  # a spy
 
-    def _watch(self, worker_slot: DraftSlot, message: ToWorker) -> None:
+    def _watch(self, worker_slot: WorkerSlot[InFlightBatch], message: ToWorker) -> None:
         if isinstance(message, Bind | Rebind | Unbind):
             self.told.append((type(message).__name__, worker_slot.number))
         self._post(worker_slot, message)

@@ -10,10 +10,9 @@ from typing import Any
 import msgpack
 import pytest
 
-from drp.client.options import REPORTING
-from drp.client.options import Options as ClientOptions
+from drp.client.options import REPORTING, SubmitArguments
 from drp.errors import ProtocolError
-from drp.leader.request import Options
+from drp.leader.request import RequestArguments
 from drp.protocol import client_messages, messages
 from drp.protocol.codec import decode, encode, to_fields
 from tests.vectors import __main__ as vectors
@@ -102,11 +101,15 @@ def test_fields_come_in_any_order_and_numbers_in_any_width() -> None:
 
 def test_all_options_of_a_run_can_be_submitted() -> None:
     reporting = {"request", "progress", "previews", "timeline", "memory"}
-    missing = Options.__annotations__.keys() - {"callback", "out"} - client_messages.Submit.__dataclass_fields__.keys()
+    missing = (
+        RequestArguments.__annotations__.keys()
+        - {"callback", "out"}
+        - client_messages.Submit.__dataclass_fields__.keys()
+    )
     assert not missing, f"Submit lacks {missing}: add them there, in drp/client and drp/server/options.py"
-    assert {"callback", "out"} | ClientOptions.__annotations__.keys() == Options.__annotations__.keys()
+    assert {"callback", "out"} | SubmitArguments.__annotations__.keys() == RequestArguments.__annotations__.keys()
     assert {"request", *REPORTING} == reporting
-    assert client_messages.Submit.__dataclass_fields__.keys() - reporting <= Options.__annotations__.keys()
+    assert client_messages.Submit.__dataclass_fields__.keys() - reporting <= RequestArguments.__annotations__.keys()
 
 
 def test_defaults_are_those_of_a_request() -> None:

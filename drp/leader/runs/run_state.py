@@ -8,9 +8,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
-from drp.leader.supervision.supervisor import WorkerSlot
 from drp.protocol.arena import Arena
 from drp.protocol.messages import Bind
 from drp.protocol.timeline import OK, PENDING, decode_status, encode_status
@@ -56,10 +54,6 @@ class InFlightBatch:
             in_flight[row] -= 1
             if not in_flight[row]:
                 del in_flight[row]
-
-
-DraftSlot: TypeAlias = WorkerSlot[InFlightBatch]
-"""A worker slot, which holds the batches that its worker has."""
 
 
 @dataclass(eq=False)

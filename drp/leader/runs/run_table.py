@@ -9,8 +9,8 @@ import time
 from dataclasses import replace
 
 from drp.leader.runs.event_recorder import EventRecorder
-from drp.leader.runs.run_state import DraftSlot, InFlightBatch, RunState
-from drp.leader.supervision.supervisor import Supervisor, WorkerLoss
+from drp.leader.runs.run_state import InFlightBatch, RunState
+from drp.leader.supervision.supervisor import Supervisor, WorkerLoss, WorkerSlot
 from drp.protocol.codec import encode
 from drp.protocol.memory import MAX_RETAINED_NBYTES
 from drp.protocol.messages import Draft, Rebind, Unbind
@@ -79,7 +79,7 @@ class RunTable:
         except BaseException as error:
             self.fail(run, error)
 
-    def bind(self, worker_slot: DraftSlot, run: RunState, draft: Draft | None = None) -> None:
+    def bind(self, worker_slot: WorkerSlot[InFlightBatch], run: RunState, draft: Draft | None = None) -> None:
         """Enqueue a Bind, by which a worker opens a run's memory, and the draft that follows it, or neither.
 
         With a draft no acknowledgement is needed, which the answer to the draft implies.
@@ -99,7 +99,7 @@ class RunTable:
         else:
             run.bind_pending.add(worker_slot.number)
 
-    def _try_bind(self, worker_slot: DraftSlot, run: RunState) -> None:
+    def _try_bind(self, worker_slot: WorkerSlot[InFlightBatch], run: RunState) -> None:
         try:
             self.bind(worker_slot, run)
         except BaseException as error:  # For example, a Bind that is too long.
@@ -127,7 +127,7 @@ class RunTable:
                     if self._recorder.timelines:
                         self._recorder.record("refined", run, run.steps_done, since=since)
 
-    def on_bound(self, worker_slot: DraftSlot, number: int) -> bool:
+    def on_bound(self, worker_slot: WorkerSlot[InFlightBatch], number: int) -> bool:
         """Record that a worker has opened a run's memory; return False if no acknowledgement was due."""
         run = self.running.get(number) or self.draining.get(number)
         if run is None or worker_slot.number not in run.bind_pending:

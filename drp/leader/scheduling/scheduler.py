@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator, Sequence
 
 from drp.leader.runs.event_recorder import EventRecorder
-from drp.leader.runs.run_state import DraftSlot, InFlightBatch, RunState
+from drp.leader.runs.run_state import InFlightBatch, RunState
 from drp.leader.runs.run_table import RunTable
 from drp.leader.scheduling.policies import Policy, has_waiting
-from drp.leader.supervision.supervisor import Supervisor
+from drp.leader.supervision.supervisor import Supervisor, WorkerSlot
 from drp.protocol.messages import BatchedDraft, Draft
 from drp.protocol.waiting import sched_yield
 from drp.sampling.run import Task
@@ -43,7 +43,7 @@ class Scheduler:
             if self.policy.hedge:
                 self._hedge_late_drafts(ready)
 
-    def _assign_in_turn(self, runs: Sequence[RunState], ready: Sequence[DraftSlot]) -> None:
+    def _assign_in_turn(self, runs: Sequence[RunState], ready: Sequence[WorkerSlot[InFlightBatch]]) -> None:
         """Assign waiting batches to workers in turn, until no more fit or the policy chooses none."""
         for depth in range(1, 1 + (self.policy.depth if len(runs) == 1 else 1)):
             for place, worker_slot in enumerate(ready):
@@ -73,7 +73,7 @@ class Scheduler:
         if len(runs) != 1 or not _waits_for_bind(runs[0]):
             self._supervisor.flush(self._supervisor.ready)
 
-    def _place_drafts(self, runs: Sequence[RunState], ready: Sequence[DraftSlot]) -> None:
+    def _place_drafts(self, runs: Sequence[RunState], ready: Sequence[WorkerSlot[InFlightBatch]]) -> None:
         """Assign the only run's batches to the workers that the run chooses among those that the policy lets it use.
 
         Idle workers are sent their batches at once; busy workers receive them with the next flush.
@@ -90,7 +90,7 @@ class Scheduler:
         if waits:
             sched_yield()  # The thread that sends the message to the first worker may need this thread's core.
 
-    def _assign(self, worker_slot: DraftSlot, run: RunState, tasks: tuple[Task, ...]) -> None:
+    def _assign(self, worker_slot: WorkerSlot[InFlightBatch], run: RunState, tasks: tuple[Task, ...]) -> None:
         """Enqueue a batch for a worker; an exception ends the run."""
         since = time.perf_counter_ns()
         try:
@@ -116,7 +116,7 @@ class Scheduler:
 
     # Late drafts.
 
-    def _hedge_late_drafts(self, ready: Sequence[DraftSlot]) -> None:
+    def _hedge_late_drafts(self, ready: Sequence[WorkerSlot[InFlightBatch]]) -> None:
         """Send late drafts to idle workers as well; the first prediction to arrive is used."""
         idle = [worker_slot for worker_slot in ready if not worker_slot.drafts]
         for worker_slot in ready if idle else ():
@@ -126,7 +126,7 @@ class Scheduler:
                         self._recorder.record_tasks("hedged", sent, worker_slot.number)
                         self._assign(idle.pop(), sent.run, sent.tasks)
 
-    def _late_at(self, worker_slot: DraftSlot) -> float:
+    def _late_at(self, worker_slot: WorkerSlot[InFlightBatch]) -> float:
         """Return when the first draft of a busy worker slot is late enough to be hedged; infinity if never."""
         usual = worker_slot.drafts[0].run.median_latency
         hedge = self.policy.hedge
