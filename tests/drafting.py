@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
 
 from drp import diffusers as face
-from drp.diffusers import CallReport, Workers
+from drp.diffusers import Workers
 from tests.pipelines import IMAGE, PIPELINES, VARIANTS
 from tests.tiny.builders import pooled, prompts
 
@@ -22,13 +21,6 @@ def parallelize(pipe: Any, devices: Any, mode: Any = "aggressive", **options: An
 
 def reference(pipe: Any, *, mode: Any = "aggressive", **options: Any) -> Any:
     return face.reference(pipe, mode=mode, **options)
-
-
-def unusual_notes(report: CallReport) -> Counter[str]:
-    """Return the notes of a call except the advice to take more steps, since tests take few."""
-    return Counter(
-        {note: n for note, n in report.notes.items() if "too few for drafting" not in note and "are many" not in note}
-    )
 
 
 EVERY = {**PIPELINES, **VARIANTS}

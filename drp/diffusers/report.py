@@ -17,6 +17,7 @@ class CallReport:
     device_seconds: the time of all evaluations by the clocks of the evaluating processes.
     sequential: why steps were taken without drafts although the mode has them, empty if none were.
     notes: further remarks, with their counts.
+    doubts: why drafting may not be worthwhile with so many steps and drafts.
     """
 
     mode: str
@@ -29,6 +30,7 @@ class CallReport:
     device_seconds: float = 0.0
     sequential: str = ""
     notes: Counter[str] = field(default_factory=Counter)
+    doubts: tuple[str, ...] = ()
     residuals: dict[int, float] = field(default_factory=dict)
 
     @property
@@ -64,6 +66,7 @@ class CallReport:
         )
         if self.reason:
             line += f"\n  without drafts: {self.reason}"
+        line += "".join(f"\n  {doubt}" for doubt in self.doubts)
         return line + "".join(f"\n  {note}" + (f" ({n} times)" if n > 1 else "") for note, n in self.notes.items())
 
 

@@ -66,8 +66,7 @@ class Predictions:
         self._weights: list[float] | None = None
         self._gain = self._reported = self._jumps = 0
         self._final = _final_results(learned)
-        for doubt in doubts(len(drafter.timesteps), mode.width, drafter.adds_noise).values():
-            report.notes[doubt] = 1
+        report.doubts = tuple(doubts(len(drafter.timesteps), mode.width, drafter.adds_noise).values())
         self._begin(first)
         self._next: Round | None = self._after()  # The first round was the traced step.
 

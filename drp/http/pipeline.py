@@ -231,7 +231,7 @@ class PipelineJob:
         facts: dict[str, Any] = {}
         if report.calls:
             facts = {name: getattr(report.calls[-1], name) for name in RUN_FACTS}
-            facts["notes"] = list(report.calls[-1].notes)  # including lost workers
+            facts["notes"] = [*report.calls[-1].doubts, *report.calls[-1].notes]  # including lost workers
         return Images([_png(image) for image in images], facts)
 
     def _event(

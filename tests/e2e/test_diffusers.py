@@ -14,7 +14,7 @@ import torch
 from drp.diffusers import Workers
 from drp.diffusers.denoisers import DENOISERS
 from drp.diffusers.digits import digits_pipeline
-from tests.drafting import CHEAP, EVERY, digits_noise, parallelize, reference, unusual_notes
+from tests.drafting import CHEAP, EVERY, digits_noise, parallelize, reference
 from tests.pipelines import PIPELINES, run
 from tests.rounds import rounds_of
 from tests.tiny.builders import sd3, sdxl
@@ -70,7 +70,7 @@ def test_one_draft_a_round_is_the_untouched_pipeline(name: str, workers: Workers
     (report,) = parallel.report.calls
     assert report.rounds == report.evaluations == report.steps > 3
     assert not report.sequential
-    assert not unusual_notes(report)
+    assert not report.notes
 
 
 @pytest.mark.diffusers
@@ -113,7 +113,7 @@ def test_workers_have_the_bits_of_one_process(name: str, mode: str, workers: Wor
     assert report.rounds == rounds_of(mode, report.steps, 3)
     assert report.evaluations == report.steps
     assert not report.sequential
-    assert not unusual_notes(report)
+    assert not report.notes
     if callback:
         assert steps == list(range(report.steps))
 
@@ -230,7 +230,7 @@ def test_a_lost_worker_is_replaced_and_the_bits_stay() -> None:
     with parallelize(pipe, 2, threads=1) as parallel:
         assert torch.equal(run(pipe, {**CHEAP, "callback_on_step_end": kill}), expected)
         assert torch.equal(run(pipe, CHEAP), expected)
-    assert any("SIGKILL" in note for note in unusual_notes(parallel.report.calls[0]))
+    assert any("SIGKILL" in note for note in parallel.report.calls[0].notes)
 
 
 def test_two_pipelines_at_once(workers: Workers) -> None:

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from drp.diffusers import Workers
-from tests.drafting import CHEAP, parallelize, reference, unusual_notes
+from tests.drafting import CHEAP, parallelize, reference
 from tests.pipelines import PICTURE, PIPELINES, TEXT, controlled, run, wan22
 from tests.rounds import rounds_of
 from tests.tiny.builders import normal, sd3, sdxl
@@ -67,7 +67,7 @@ def test_latents_that_a_callback_replaces_end_the_drafts(workers: Workers) -> No
     with parallelize(pipe, workers) as parallel:
         assert torch.equal(run(pipe, options, steps=10), expected)
     (report,) = parallel.report.calls
-    assert "drafts were given up: the latents were replaced between two steps" in unusual_notes(report)
+    assert "drafts were given up: the latents were replaced between two steps" in report.notes
     assert report.rounds == 1 + 2 + 1 + 2  # steps 0, 1-3 and 4-6, of which 5 and 6 are dropped; then 5, 6-8 and 9
 
 
@@ -91,7 +91,7 @@ def test_steps_that_change_on_the_way(make: Any, options: dict[str, Any], lesson
         assert torch.equal(run(pipe, options), expected)
     (report,) = parallel.report.calls
     assert not report.sequential
-    assert sum(unusual_notes(report).values()) == lessons
+    assert sum(report.notes.values()) == lessons
     assert report.rounds < report.steps
 
 
@@ -159,9 +159,7 @@ def test_a_callback_may_change_the_denoiser(workers: Workers) -> None:
     untouched = call()
     with parallelize(pipe, workers, drafts=1) as parallel:
         assert torch.equal(call(), untouched)
-    assert list(unusual_notes(parallel.report.calls[0])) == [
-        "a step was evaluated without drafts: unet itself was changed"
-    ]
+    assert list(parallel.report.calls[0].notes) == ["a step was evaluated without drafts: unet itself was changed"]
     with reference(pipe, devices=3):
         expected = call()
     with parallelize(pipe, workers) as parallel:
@@ -204,7 +202,7 @@ def test_an_ip_adapter_works(workers: Workers) -> None:
         weaker = run(pipe, options)
     assert torch.equal(run(pipe, options), weaker)
     assert not torch.equal(weaker, untouched)
-    assert not any(unusual_notes(call) or call.sequential for call in parallel.report.calls)
+    assert not any(call.notes or call.sequential for call in parallel.report.calls)
 
 
 def in_double(call: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from drp.diffusers import Workers
-from tests.drafting import CHEAP, EVERY, parallelize, reference, unusual_notes
+from tests.drafting import CHEAP, EVERY, parallelize, reference
 from tests.pipelines import run
 from tests.rounds import rounds_of
 from tests.tiny.builders import MixingConv, sdxl
@@ -47,7 +47,7 @@ def test_the_branches_of_guidance_on_different_devices(name: str, workers: Worke
         apart = run(pipe, options)
     (report,) = parallel.report.calls
     assert torch.equal(apart, expected)
-    assert not unusual_notes(report)
+    assert not report.notes
     assert report.rounds == rounds_of("aggressive", report.steps, 2)
     assert report.evaluations == report.steps
     if name in CALLS:
@@ -63,7 +63,7 @@ def test_guidance_without_branches_is_not_split_and_says_so(name: str, workers: 
         together = run(pipe, options)
     with parallelize(pipe, workers, drafts=2, split_guidance=True) as parallel:
         assert torch.equal(run(pipe, options), together)
-    assert [note.partition(":")[0] for note in unusual_notes(parallel.report.calls[0])] == ["guidance was not split"]
+    assert [note.partition(":")[0] for note in parallel.report.calls[0].notes] == ["guidance was not split"]
 
 
 def test_a_batch_whose_halves_depend_on_each_other_is_not_split(workers: Workers) -> None:
@@ -73,7 +73,7 @@ def test_a_batch_whose_halves_depend_on_each_other_is_not_split(workers: Workers
         together = run(pipe, CHEAP)
     with parallelize(pipe, workers, drafts=2, split_guidance=True) as parallel:
         assert torch.equal(run(pipe, CHEAP), together)
-    assert list(unusual_notes(parallel.report.calls[0])) == [
+    assert list(parallel.report.calls[0].notes) == [
         "guidance was not split: the halves of the batch depend on each other"
     ]
 
@@ -99,5 +99,5 @@ def test_guidance_may_end_on_the_way(workers: Workers) -> None:
         assert torch.equal(run(pipe, options, steps=10), expected)
     (report,) = parallel.report.calls
     assert not report.sequential
-    assert sum(unusual_notes(report).values()) == 1
+    assert sum(report.notes.values()) == 1
     assert report.rounds < 10

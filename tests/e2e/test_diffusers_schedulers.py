@@ -34,7 +34,7 @@ from drp.diffusers import Workers
 from drp.diffusers.digits import digits_pipeline
 from drp.diffusers.scheduler import SchedulerLevels, adds_noise
 from drp.sampling.drafts import STEADY
-from tests.drafting import CHEAP, digits_noise, parallelize, reference, unusual_notes
+from tests.drafting import CHEAP, digits_noise, parallelize, reference
 from tests.pipelines import PIPELINES, run
 from tests.rounds import rounds_of
 from tests.tiny.builders import BETAS, cogvideo, normal, sdxl
@@ -93,7 +93,7 @@ def test_every_scheduler_drafts(name: str, workers: Workers) -> None:
             assert torch.equal(run(pipe, CHEAP, steps=9), untouched)
         assert REFUSED[name] in parallel.report.calls[0].sequential
     assert not torch.equal(expected, untouched)
-    assert bool(unusual_notes(report)) == (name in UNKNOWN)
+    assert bool(report.notes) == (name in UNKNOWN)
 
 
 FLOWS: dict[str, Any] = {
