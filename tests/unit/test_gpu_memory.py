@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,11 @@ from drp.leader.devices import parse_devices
 from drp.leader.memory import placement
 from drp.leader.memory.placement import MemoryPlacement
 from drp.protocol import cuda
+from drp.protocol.arena import Arena
 from drp.protocol.handles import GpuHandle
+from drp.protocol.memory import LocalMemory
+from drp.workers import cuda_device
+from drp.workers.cuda_device import CudaDevice
 from tests.on_host import GPUS, HostGpuMemory
 
 
@@ -135,6 +140,20 @@ MAPS = """7f00-7f01 r-xp 00000000 08:01 12 /opt/a b/lib/libcudart.so.11.8.89
 )
 def test_the_runtime_of_torch_is_found_among_others_that_a_program_has_loaded(version: str, path: str) -> None:
     assert cuda._find_runtime(MAPS, version) == path
+
+
+def test_a_worker_has_conditions_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every evaluation would read them from the GPU of the runs, across the link between the two."""
+    worker = object.__new__(CudaDevice)
+    worker.device, worker._pinned = torch.device("cpu"), {}
+    monkeypatch.setattr(worker, "_synchronize", lambda: None, raising=False)
+    monkeypatch.setattr(cuda_device, "pin", lambda address, nbytes: False)
+    like = {"x": torch.zeros(4)}
+    arena = Arena.lay_out(1, like, like, 1, 1, {"text": torch.ones(3)}, partial(LocalMemory, device=worker.device))
+    shared = arena.cond["text"]
+    worker.bind(1, arena)
+    shared.zero_()
+    assert torch.equal(arena.cond["text"], torch.ones(3))
 
 
 @pytest.mark.parametrize(
