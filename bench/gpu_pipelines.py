@@ -331,8 +331,9 @@ def as_graphs(module: Any) -> Iterator[None]:
 
 
 def _first(devices: str) -> str:
-    """Return the first of the workers' devices."""
-    return re.sub(r"^\d+x", "", devices.split(",")[0])
+    """Return the first of the workers' devices, with its number."""
+    name = re.sub(r"^\d+x", "", devices.split(",")[0])
+    return name if ":" in name else f"{name}:0"
 
 
 def _used() -> int:

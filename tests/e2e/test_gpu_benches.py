@@ -70,6 +70,14 @@ def test_a_row_that_says_that_something_is_wrong_is_a_problem() -> None:
     assert problems({**good, **bad}) == [f"{name}: {value}" for name, value in bad.items()]
 
 
+@pytest.mark.parametrize(
+    ("devices", "first"),
+    [("4xcuda", "cuda:0"), ("2xcuda:1", "cuda:1"), ("cuda:2,cuda:0", "cuda:2"), ("2xcpu", "cpu:0")],
+)
+def test_the_pipeline_is_on_the_first_device(devices: str, first: str) -> None:
+    assert gpu_pipelines._first(devices) == first
+
+
 def test_what_fails_of_a_pipeline_does_not_keep_the_rest_from_being_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> gpu_pipelines.Rows:
         yield "untouched, s", "1"
