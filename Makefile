@@ -97,7 +97,7 @@ study: $(READY) ## Compare policies on emulated and simulated devices, as in doc
 
 quality: $(READY) ## Measure the quality of drafted samples, and for 5 minutes the default against the paper; FULL=1: 200 samples, SPREADS=1: several spreads of noise levels
 	$(BIN)/python -m bench.quality $(if $(FULL),--full) $(if $(SPREADS),--spreads)
-	$(BIN)/python -m bench.drafting report --group default --only digits
+	$(BIN)/python -m bench.drafting report --group default --only digits --samples 32 --cells
 
 clean: ## Remove .venv, caches and what was built
 	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info
