@@ -33,6 +33,8 @@ NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_RETAINED_NBYTES: Final = 64 << 20
 """Maximum size of memory that a worker keeps mapped for later runs."""
+CHECKED_NBYTES: Final = 16 << 20
+"""Allocations of this size and more are compared with the memory that the machine has left."""
 
 
 GET_DUMPABLE: Final = 3
@@ -52,6 +54,12 @@ def check_fit(offset: int, shape: Sequence[int], dtype: torch.dtype, nbytes: int
     if offset % ALIGNMENT or offset < 0 or offset + count * dtype.itemsize > nbytes:
         raise ProtocolError(f"a tensor {list(shape)} of {dtype} at {offset} is not within {nbytes} bytes")
     return count
+
+
+def available_nbytes() -> int:
+    """Return how many bytes the machine can still allocate, swap space included."""
+    found = re.findall(r"^(?:MemAvailable|SwapFree): +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return 1024 * sum(map(int, found))
 
 
 def require_openable() -> None:
@@ -162,12 +170,15 @@ class SharedMemory:
         called drp-run in /proc/PID/fd, other memory drp.
         """
         nbytes = max(nbytes, mmap.PAGESIZE)
+        if nbytes >= CHECKED_NBYTES and nbytes > (available := available_nbytes()):
+            # The kernel would not refuse it, but kill processes to make room.
+            raise MemoryError(f"no {nbytes} bytes of shared memory: the machine has {available} left; ask for fewer")
         try:
             fd = os.memfd_create("drp" if keep is None else "drp-run", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
             raise MemoryError(f"no descriptor for {nbytes} bytes of shared memory: {error}; see ulimit -n") from error
         try:
-            # Reserve now: a machine that is out of memory says so here, not by a signal at the first write.
+            # Reserve now: a limit of the process or its container is reached here, not by a signal at the first write.
             os.posix_fallocate(fd, 0, nbytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             return cls(fd, nbytes, keep)

@@ -122,6 +122,18 @@ def test_a_condition_that_no_message_can_hold_is_refused(leader: Leader, cond: d
         leader.submit(shape=(3, 4), cond=cond)
 
 
+def test_a_run_that_the_machine_has_no_memory_for_ends_before_any_is_taken(
+    leader: Leader, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux would grant it, and kill processes when it is reserved."""
+    monkeypatch.setattr("drp.protocol.memory.available_nbytes", lambda: 1 << 20)
+    bystander = leader.submit(**OPTIONS)
+    large = {"large": torch.zeros(()).expand(1 << 23)}
+    with pytest.raises(MemoryError, match=r"no 335\d+ bytes of shared memory: the machine has 1048576 left; ask for"):
+        leader.submit(shape=(3, 4), cond=large).result(DEADLINE)
+    assert torch.equal(bystander.result(DEADLINE).samples, expected)
+
+
 @dataclass(frozen=True)
 class Fickle(Policy):
     """Chooses a run without a draft, or raises, as long as `wrong` says so."""

@@ -26,7 +26,7 @@ from drp.protocol import client_messages, codec, messages
 from drp.protocol.arena import Arena
 from drp.protocol.codec import decode, encode
 from drp.protocol.handles import Handle
-from drp.protocol.memory import SharedMemory
+from drp.protocol.memory import SharedMemory, available_nbytes
 from drp.protocol.messages import (
     TO_LEADER,
     TO_WORKER,
@@ -144,6 +144,12 @@ def test_a_peer_cannot_shrink_memory_under_a_reader() -> None:
     with pytest.raises(PermissionError):
         os.ftruncate(memory.handle.fd, 0)
     memory.close()
+
+
+def test_the_memory_that_a_machine_has_left_is_known() -> None:
+    with Path("/proc/meminfo").open() as meminfo:
+        total = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in meminfo}
+    assert 0 < available_nbytes() <= total["MemTotal"] + total["SwapTotal"]
 
 
 @pytest.mark.parametrize(
