@@ -70,5 +70,7 @@ def _is_own(cls: type, name: str, function: types.FunctionType) -> bool:
         return False
     if innermost.partition(".")[0] in KNOWN:
         return True
-    # Generated methods, such as those of dataclasses, also have the class's module.
-    return innermost == cls.__module__ and chain[-1].__qualname__ in (f"{cls.__qualname__}.{name}", name)
+    # Generated methods, such as those of dataclasses, also have the class's module. Of `__repr__`, which dataclasses
+    # wrap, only the wrapper has the method's name.
+    names = {f"{cls.__qualname__}.{name}", name}
+    return innermost == cls.__module__ and not names.isdisjoint((chain[0].__qualname__, chain[-1].__qualname__))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,11 @@ from torch import nn
 pytest.importorskip("diffusers")
 
 from drp.diffusers.structure import describe
+
+
+@dataclass
+class Settings:
+    strength: float = 1.0
 
 
 class Slotted:
@@ -33,12 +39,13 @@ OBJECTS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "a generator of Python": (lambda: random.Random(1), lambda generator: generator.random()),
     "a queue": (lambda: deque([1]), lambda queue: queue.rotate() or queue.append(2)),
     "a queue of tensors": (lambda: deque([torch.zeros(2)]), lambda queue: queue[0].add_(1)),
+    "a dataclass": (Settings, lambda settings: setattr(settings, "strength", 0.5)),
     "a slot": (Slotted, lambda slotted: setattr(slotted, "count", 1)),
 }
 
 
 @pytest.mark.parametrize("what", OBJECTS)
-def test_objects_with_state_beside_their_attributes_are_compared(what: str) -> None:
+def test_a_change_of_an_object_among_the_attributes_is_noticed(what: str) -> None:
     make, change = OBJECTS[what]
     module = nn.Linear(2, 2)
     module.other = kept = make()
