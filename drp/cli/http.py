@@ -105,10 +105,15 @@ def http(
             if trace is not None:
                 check_file(trace, force)
             places, batch = pipeline_devices(devices)
-            spread: dict[str, Any] = {"devices": places, "mode": mode, "drafts": drafts, "drafts_per_device": batch}
+            parallelize_options: dict[str, Any] = {
+                "devices": places,
+                "mode": mode,
+                "drafts": drafts,
+                "drafts_per_device": batch,
+            }
             if trace is not None:
-                spread |= {"trace": trace, "trace_max_events": trace_max_events}
-            backend = _pipeline(diffusers, spread, max_work, queue)
+                parallelize_options |= {"trace": trace, "trace_max_events": trace_max_events}
+            backend = _pipeline(diffusers, parallelize_options, max_work, queue)
         else:
             if trace is not None:
                 raise ValueError("--trace needs --diffusers; a server has its own leader: drp serve --trace FILE")
@@ -145,9 +150,9 @@ def own_names(host: str) -> list[str]:
     return sorted(name for name in found if name)
 
 
-def _pipeline(name: str, spread: dict[str, Any], max_work: float, max_queue: int) -> Backend:
+def _pipeline(name: str, parallelize_options: dict[str, Any], max_work: float, max_queue: int) -> Backend:
     try:
         from drp.http.pipeline import load
     except ImportError as error:
         raise ValueError(f"{error}; pip install 'draft-refine[diffusers,serve]'") from None
-    return load(name, spread, max_work, max_queue)
+    return load(name, parallelize_options, max_work, max_queue)

@@ -63,7 +63,7 @@ def compare(
     threads: int | None = None,
     name: str | None = None,
     progress: Progress | None = None,
-    **spread: Any,
+    **parallelize_options: Any,
 ) -> Comparison:
     """Measure modes and numbers of drafts on a diffusers pipeline against the untouched pipeline, and write a report.
 
@@ -71,13 +71,13 @@ def compare(
 
     call: the arguments of the pipeline's call, without the generator, which is seeded for each sample.
     name: the pipeline's name in the report and its code; by default the name from which it was loaded.
-    spread: further arguments of `parallelize`, such as split_guidance, for every drafted setting.
+    parallelize_options: further arguments of `parallelize`, such as split_guidance, for every drafted setting.
 
     Pictures are compared if the call returns any, in [0, 1] if the pipeline has an argument `output_type`, else in
     [-1, 1]. Latents are the result of the scheduler's last step. The other arguments are those of `drp.compare`. Rivals
     with another solver use UniPC with the configuration of the pipeline's own scheduler.
     """
-    subject = PipelineSubject(pipe, call, devices, threads=threads, name=name, **spread)
+    subject = PipelineSubject(pipe, call, devices, threads=threads, name=name, **parallelize_options)
     settings = plan(subject, modes, drafts, strides, tolerances, rule, rivals)
     return run(subject, settings, seeds, turns, max_distance, min_speedup, clip, out, force, progress)
 
@@ -93,7 +93,7 @@ class PipelineSubject(Subject):
         *,
         threads: int | None = None,
         name: str | None = None,
-        **spread: Any,
+        **parallelize_options: Any,
     ) -> None:
         self.pipe, self._call = pipe, dict(call)
         parameters = inspect.signature(pipe.__call__).parameters
@@ -113,9 +113,9 @@ class PipelineSubject(Subject):
         kind = str(getattr(pipe, "_execution_device", torch.device("cpu")).type)
         self._places = expand_count(devices, kind)
         self.devices = tuple(device.name for device in parse_devices(self._places, 1))
-        split = bool(spread.get("split_guidance"))
+        split = bool(parallelize_options.get("split_guidance"))
         self.capacity = max(1, len(self.devices) // 2) if split else len(self.devices)
-        self._threads, self._spread, self._asked = threads, spread, devices
+        self._threads, self._parallelize_options, self._asked = threads, parallelize_options, devices
         self._name = name or str(getattr(pipe, "name_or_path", "") or "") or type(pipe).__name__
         where = threads_in_words(torch.get_num_threads()) if kind == "cpu" else kind
         self.baseline = f"{type(pipe).__name__} without drp, {where}"
@@ -125,7 +125,7 @@ class PipelineSubject(Subject):
             "devices": list(self.devices),
             "threads": threads,
             "call": facts_of({k: v for k, v in self._call.items() if k != "output_type"}),
-            "spread": facts_of(spread),
+            "parallelize": facts_of(parallelize_options),
         }
         self._workers: Workers | None = None
 
@@ -156,7 +156,7 @@ class PipelineSubject(Subject):
             yield _Sequential(self, setting)
             return
         assert self._workers is not None
-        with parallelize(self.pipe, self._workers, **self._spread, **setting.options) as parallel:
+        with parallelize(self.pipe, self._workers, **self._parallelize_options, **setting.options) as parallel:
             yield _Drafted(self, parallel, self._workers)
 
     def code(self, setting: Drafted | FewerSteps) -> str:
@@ -165,8 +165,10 @@ class PipelineSubject(Subject):
             line = f"pipe({arguments({**call, 'num_inference_steps': setting.steps})})"
             better = "pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config"
             return f"{better}{_unipc_arguments(self.pipe.scheduler)})\n{line}" if setting.solver else line
-        spread = arguments({"devices": as_count(self._asked), **self._spread, **setting.options})
-        return f"with drp.diffusers.parallelize(pipe, {spread}):\n    pipe({arguments(call)})"
+        parallelize_options = arguments(
+            {"devices": as_count(self._asked), **self._parallelize_options, **setting.options}
+        )
+        return f"with drp.diffusers.parallelize(pipe, {parallelize_options}):\n    pipe({arguments(call)})"
 
     def sample(self, seed: int, **changed: Any) -> Sample:
         """Call the pipeline with some arguments changed."""

@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 class PipelineBackend:
     """A backend over the pipeline that `factory` returns, parallelized by `drp.diffusers.parallelize`.
 
-    spread: the arguments of `parallelize`. If it has a `trace` and the workers have to be restarted, the trace so far
-        is kept with `-before` in its name.
+    parallelize_options: the arguments of `parallelize`. If it has a `trace` and the workers have to be restarted, the
+        trace so far is kept with `-before` in its name.
     max_work: the maximum of pixels times steps of one request.
     max_queue: the maximum number of waiting requests.
     stall: seconds without progress after which the backend reports itself unhealthy.
@@ -50,14 +50,14 @@ class PipelineBackend:
         self,
         factory: Callable[[], Any],
         model: str,
-        spread: Mapping[str, Any],
+        parallelize_options: Mapping[str, Any],
         max_work: float = 1e9,
         max_queue: int = 64,
         stall: float = 300.0,
     ) -> None:
         if max_queue < 1 or not max_work >= 1:
             raise ValueError(f"max_queue is {max_queue} and max_work {max_work}; give numbers from 1")
-        self.model, self._factory, self._spread, self._stall = model, factory, spread, stall
+        self.model, self._factory, self._parallelize_options, self._stall = model, factory, parallelize_options, stall
         self._max_work, self._max_queue = max_work, max_queue
         self._waiting: deque[PipelineJob] = deque()
         self._current: PipelineJob | None = None
@@ -153,8 +153,8 @@ class PipelineBackend:
             pipe.set_progress_bar_config(disable=True)
             while self._serve_with(pipe):
                 log.warning("the pipeline has lost a worker; its workers start anew")
-                if "trace" in self._spread:
-                    trace = Path(self._spread["trace"])
+                if "trace" in self._parallelize_options:
+                    trace = Path(self._parallelize_options["trace"])
                     trace.replace(trace.with_stem(f"{trace.stem}-before"))
         except BaseException as error:
             if self._ready.done():
@@ -163,7 +163,7 @@ class PipelineBackend:
 
     def _serve_with(self, pipe: Any) -> bool:
         """Serve requests until the end; return True if the workers must be restarted because one was lost."""
-        with parallelize(pipe, **self._spread) as run:
+        with parallelize(pipe, **self._parallelize_options) as run:
             if not self._ready.done():
                 self._ready.set_result(_defaults(pipe))
             while (work := self._next()) is not None:
@@ -252,18 +252,20 @@ def _defaults(pipe: Any) -> dict[str, Any]:
     return taken
 
 
-def load(name: str, spread: Mapping[str, Any], max_work: float = 1e9, max_queue: int = 64) -> PipelineBackend:
+def load(
+    name: str, parallelize_options: Mapping[str, Any], max_work: float = 1e9, max_queue: int = 64
+) -> PipelineBackend:
     """Return a backend over the pipeline that `load_pipeline` loads by this name; raise ValueError if there is none.
 
-    The pipeline is moved to the first GPU in `spread["devices"]`, if there is one.
+    The pipeline is moved to the first GPU in `parallelize_options["devices"]`, if there is one.
     """
 
     def made() -> Any:
         pipe = load_pipeline(name)
-        move_to_gpu(pipe, spread["devices"])
+        move_to_gpu(pipe, parallelize_options["devices"])
         return pipe
 
-    return PipelineBackend(made, name, spread, max_work, max_queue)
+    return PipelineBackend(made, name, parallelize_options, max_work, max_queue)
 
 
 def _png(image: Any) -> bytes:
