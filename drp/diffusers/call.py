@@ -129,9 +129,9 @@ class PipelineCall:
     def _evaluate_in_process(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Evaluate in this process, as the pipeline does without drp."""
         recorded = None if self._report.sequential else self._record(module, args, kwargs)
-        began = time.perf_counter()
-        result = self._context.modules[module](*args, **kwargs)
-        self._report.device_seconds += time.perf_counter() - began
+        # Of a recorded call the results are read next; others are not waited for, as without drp.
+        result, seconds = self._context.evaluate(module, args, kwargs, recorded.gpus if recorded is not None else ())
+        self._report.device_seconds += seconds
         self._report.evaluations += not self._step.in_process
         self._step.in_process = True
         if recorded is not None:

@@ -178,10 +178,10 @@ class PipelineSubject(Subject):
             output = self.pipe(**{**self._call, **changed}, generator=generator)
             found = next(iter(output.values())) if hasattr(output, "values") else output[0]
             pictures = self._pictures(found)
+            latents = steps.latents.detach().float().cpu()  # A GPU has finished the call only now.
             seconds = time.perf_counter() - began
         if not steps.count:
             raise ValueError(f"{type(self.pipe).__name__} has called no step of its scheduler, so it has no latents")
-        latents = steps.latents.detach().float().cpu()
         return Sample(
             latents=latents,
             images=pictures,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from drp.diffusers.compiled import OriginalForward
 from drp.diffusers.evaluators import Evaluator
 from drp.diffusers.pipeline_modes import Modes
 from drp.diffusers.pytree import Json
 from drp.diffusers.structure import Described
+from drp.models.gpu import synchronize
 
 
 @dataclass(frozen=True)
@@ -33,3 +37,15 @@ class PipelineContext:
     publish: Callable[[str, Described], Json]
     unchanged: Callable[[str], bool]
     config_of: Callable[[str], Mapping[str, Any]]
+
+    def evaluate(
+        self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any], gpus: Iterable[torch.device]
+    ) -> tuple[Any, float]:
+        """Evaluate a module in this process; return its result and the time, for which `gpus` are waited for."""
+        for gpu in gpus:
+            synchronize(gpu)
+        began = time.perf_counter()
+        result = self.modules[module](*args, **kwargs)
+        for gpu in gpus:
+            synchronize(gpu)
+        return result, time.perf_counter() - began

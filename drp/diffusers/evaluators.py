@@ -12,6 +12,7 @@ from torch import Tensor
 
 from drp.diffusers.compiled import OriginalForward
 from drp.diffusers.program import PROGRAM, Program, from_bytes
+from drp.models.gpu import synchronize
 from drp.models.state import ModuleState
 from drp.protocol.arena import Arena
 from drp.protocol.memory import LocalMemory
@@ -102,6 +103,7 @@ class _InProcessSession:
                     self._program.run_batch(self._modules, inputs, self.arena.cond, outputs)
                 finally:
                     self._state.restore()
+                synchronize(self.arena.memory.device)
                 self.device_seconds += time.perf_counter() - began
         return {task.index: task.slot for task in tasks}
 

@@ -80,6 +80,11 @@ class RecordedCall:
     given: Any = None
     problem: str = ""
 
+    @property
+    def gpus(self) -> set[torch.device]:
+        """The GPUs of the arguments."""
+        return set() if self.arguments is None else self.arguments.gpus
+
     @classmethod
     def before(
         cls, module: str, args: tuple[Any, ...], kwargs: dict[str, Any], state: Described, settings: Json
@@ -107,7 +112,7 @@ class RecordedCall:
             )
         self.problem = self.problem or self._what_is_written()
         if self.arguments is not None:
-            self.has_drawn = self.random != random_states(self.arguments.gpus)
+            self.has_drawn = self.random != random_states(self.gpus)
 
     def _what_is_written(self) -> str:
         """Return what the call has written to its arguments, empty for nothing. Lists may have been emptied."""

@@ -20,6 +20,7 @@ from drp.diffusers.pytree import Json, UnknownValueError
 from drp.diffusers.sources import Block, ModuleSource, TensorLocation, dump_signed
 from drp.diffusers.structure import Described, equal_bits, plain_tensors
 from drp.errors import CudaError
+from drp.models.gpu import synchronize
 from drp.protocol.cuda import GpuMemory
 from drp.protocol.memory import ALIGNMENT, LocalMemory, Memory, SharedMemory, aligned
 
@@ -90,7 +91,7 @@ class _Weights:
             return False
         for copy in self.copies:
             copy.tensor(0, (self.memory.nbytes,), torch.uint8).copy_(flat)
-            _synchronize(copy.device)
+            synchronize(copy.device)
         self.fingerprint = now
         if self.block.host is not None:
             self.block = replace(self.block, version=self.block.version + 1)
@@ -183,7 +184,7 @@ class Publisher:
                     for tensor in same:
                         tensor.data = moved
                 self._places[_key(moved)] = block, place
-            _synchronize(device)  # Workers read them on streams of their own.
+            synchronize(device)  # Workers read them on streams of their own.
             block.follow()
         if fresh and self._gpus is not None and self._gpus.ipc:
             free_cached()
@@ -281,12 +282,6 @@ def free_cached() -> None:
     """Release the memory that torch caches on the GPU, for the workers there."""
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no types for it
         torch.cuda.empty_cache()
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait for the work that this thread has queued on a device."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
 
 
 def fingerprint(tensor: Tensor) -> tuple[int, ...]:

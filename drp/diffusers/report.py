@@ -14,7 +14,8 @@ class CallReport:
     rounds: the number of rounds: evaluations that follow one another.
     evaluations: the number of evaluations, each of all calls of a step.
     seconds: the wall time from the first evaluation to the last step.
-    device_seconds: the time of all evaluations by the clocks of the evaluating processes.
+    device_seconds: the time of all evaluations by the clocks of the evaluating processes. Once a call has turned
+        sequential, evaluations on a GPU are not waited for, and only the time to queue them counts.
     sequential: why steps were taken without drafts although the mode has them, empty if none were.
     notes: further remarks, with their counts.
     doubts: why drafting may not be worthwhile with so many steps and drafts.
@@ -61,11 +62,12 @@ class CallReport:
     def __str__(self) -> str:
         line = (
             f"{self.mode}, {self.drafts} draft(s) per round on {', '.join(self.devices)}: {self.steps} steps in "
-            f"{self.rounds} rounds, {self.evaluations} evaluations, {self.seconds:.2f} s; speed-up "
-            f"{self.speedup:.2f} of {self.theory:.2f} in theory"
+            f"{self.rounds} rounds, {self.evaluations} evaluations, {self.seconds:.2f} s"
         )
         if self.reason:
             line += f"\n  without drafts: {self.reason}"
+        else:
+            line += f"; speed-up {self.speedup:.2f} of {self.theory:.2f} in theory"
         line += "".join(f"\n  {doubt}" for doubt in self.doubts)
         return line + "".join(f"\n  {note}" + (f" ({n} times)" if n > 1 else "") for note, n in self.notes.items())
 

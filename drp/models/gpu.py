@@ -28,6 +28,12 @@ LIMITS = ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", 
 """Names of torch's limits on the number of compiled shapes, in different versions."""
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for the work that this thread has queued on a device."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def on_device(denoiser: Denoiser, device: torch.device, config: GpuConfig) -> Denoiser:
     """Return the denoiser on a device, ready for its first draft; raise TypeError for a model that cannot be moved."""
     return warmed(in_dtype(denoiser, config), device, config)

@@ -20,3 +20,9 @@ def test_doubts_are_shown_and_are_no_reason() -> None:
     assert str(sequential).splitlines()[2:] == [f"  {FEW}", f"  {changed} (6 times)"]
     assert report(3, Counter()).reason == ""
     assert FEW in str(report(3, Counter()))
+
+
+def test_a_speed_up_is_reported_of_drafted_calls_only() -> None:
+    """Without drafts, a GPU's evaluations are not waited for, and their times are not known."""
+    assert "speed-up" in str(report(3, Counter()))
+    assert "speed-up" not in str(report(7, Counter({"a step was evaluated without drafts: unet was not called": 6})))
