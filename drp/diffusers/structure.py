@@ -217,6 +217,8 @@ class _Pickler(pickle.Pickler):
         kind = type(value)
         if kind in (dict, list, OrderedDict, set):
             self.containers.append(value)
+            if kind is set and value:  # Of the many empty ones, the length is compared.
+                self.opaque.append(value)
         elif kind is torch.device:
             # A GPU's number differs between processes, and a worker has one GPU.
             return "device", value.type if value.type == "cuda" else str(value)

@@ -39,6 +39,7 @@ OBJECTS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "a generator of Python": (lambda: random.Random(1), lambda generator: generator.random()),
     "a queue": (lambda: deque([1]), lambda queue: queue.rotate() or queue.append(2)),
     "a queue of tensors": (lambda: deque([torch.zeros(2)]), lambda queue: queue[0].add_(1)),
+    "a set": (lambda: {1}, lambda numbers: (numbers.clear(), numbers.add(2))),
     "a dataclass": (Settings, lambda settings: setattr(settings, "strength", 0.5)),
     "a slot": (Slotted, lambda slotted: setattr(slotted, "count", 1)),
 }
