@@ -105,26 +105,13 @@ def http(
             if trace is not None:
                 check_file(trace, force)
             places, batch = pipeline_devices(devices)
-            parallelize_options: dict[str, Any] = {
-                "devices": places,
-                "mode": mode,
-                "drafts": drafts,
-                "drafts_per_device": batch,
-            }
-            if trace is not None:
-                parallelize_options |= {"trace": trace, "trace_max_events": trace_max_events}
-            backend = _pipeline(diffusers, parallelize_options, max_work, queue)
+            traced: dict[str, Any] = {} if trace is None else {"trace": trace, "trace_max_events": trace_max_events}
+            options = {"devices": places, "mode": mode, "drafts": drafts, "drafts_per_device": batch, **traced}
+            backend = _pipeline_backend(diffusers, options, max_work, queue)
         else:
             if trace is not None:
                 raise ValueError("--trace needs --diffusers; a server has its own leader: drp serve --trace FILE")
-            from drp.client import Client
-            from drp.http.socket_backend import SocketBackend
-            from drp.server.endpoint import default_address, raise_descriptor_limit
-
-            raise_descriptor_limit()
-            address = connect or default_address()
-            connecting = partial(Client, address, server_key=server_key, key=key, name="drp http", arrays="numpy")
-            backend = SocketBackend(lambda timeout: connecting(timeout=timeout), max_work)
+            backend = _socket_backend(connect, server_key, key, max_work)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once it has shut down
         try:
             with contextlib.suppress(KeyboardInterrupt), socket.create_server((host, port), backlog=128) as listening:
@@ -150,7 +137,18 @@ def own_names(host: str) -> list[str]:
     return sorted(name for name in found if name)
 
 
-def _pipeline(name: str, parallelize_options: dict[str, Any], max_work: float, max_queue: int) -> Backend:
+def _socket_backend(address: str | None, server_key: Path | None, key: Path | None, max_work: float) -> Backend:
+    from drp.client import Client
+    from drp.http.socket_backend import SocketBackend
+    from drp.server.endpoint import default_address, raise_descriptor_limit
+
+    raise_descriptor_limit()
+    address = address or default_address()
+    connecting = partial(Client, address, server_key=server_key, key=key, name="drp http", arrays="numpy")
+    return SocketBackend(lambda timeout: connecting(timeout=timeout), max_work)
+
+
+def _pipeline_backend(name: str, parallelize_options: dict[str, Any], max_work: float, max_queue: int) -> Backend:
     try:
         from drp.http.pipeline import load
     except ImportError as error:

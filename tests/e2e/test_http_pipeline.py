@@ -26,10 +26,7 @@ EXAMPLES = str(Path(__file__).parents[2] / "examples" / "pipelines")
 DEADLINE = 60.0
 SPREAD: dict[str, Any] = {"devices": 2, "mode": "aggressive"}
 
-pytestmark = [
-    pytest.mark.diffusers,
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of diffusers' schedulers
-]
+pytestmark = pytest.mark.diffusers
 
 
 @pytest.fixture(scope="module")
