@@ -21,6 +21,7 @@ from drp.cli.options import (
     trace_option,
 )
 from drp.cli.output import check_file
+from drp.pipelines import check_module
 
 
 @click.command(cls=GroupedCommand)
@@ -76,6 +77,7 @@ def serve(
         import torch  # Imported here, so that --help does not import it.
 
         from drp.leader import Leader
+        from drp.models import describe
         from drp.protocol.endpoint import check_address
         from drp.protocol.keys import Keys
         from drp.server.endpoint import check_descriptors, default_address, raise_descriptor_limit
@@ -89,7 +91,10 @@ def serve(
         check_descriptors(max_clients)
         if trace is not None:
             check_file(trace, force)
+        describe(model)  # raises ValueError for an unknown name
         options = make_leader_options(leader)
+        if options.remote is None:  # Workers on other machines import the model there.
+            check_module(model)
         torch.set_num_threads(1)  # This process computes little, and must not use its workers' cores.
         with (
             Leader(model, options) as started,

@@ -328,3 +328,21 @@ def test_the_help_of_every_option_is_a_sentence() -> None:
         text = option.help or ""
         assert text.endswith(".") or (not text and option.name in undocumented), option.name
         assert not re.search(r"\b[A-Z][a-z]+[A-Z][a-z]", text), f"{option.name}: {text}"  # the name of a class
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("no_such_module:make", "there is no module 'no_such_module'"),
+        ("digit", "unknown model 'digit'; built in: digits"),
+    ],
+)
+def test_a_server_refuses_a_model_before_workers_start(
+    model: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("drp.leader.Leader", lambda *_: pytest.fail("workers start"))
+    done = CliRunner().invoke(main, ["serve", model, "--listen", f"ipc://{tmp_path}/server"])
+    assert done.exit_code == 1
+    assert done.output.startswith("Error: ")
+    assert words in done.output
+    assert "Traceback" not in done.output
