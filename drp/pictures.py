@@ -22,7 +22,8 @@ def save_grid(samples: Tensor | NDArray[Any], columns: int, path: Path, scale: i
 
 def encode_grid(samples: Tensor | NDArray[Any], columns: int, scale: int, border: int) -> bytes:
     """Return such a PNG with a border around each sample."""
-    tiles = np.asarray(samples, dtype=np.float32)
+    array = samples if isinstance(samples, np.ndarray) else samples.numpy(force=True)  # also of a tensor on a GPU
+    tiles = array.astype(np.float32)
     if tiles.ndim != 4 or tiles.shape[1] not in (1, 3):
         raise ValueError(f"samples of shape {list(tiles.shape)} are not pictures; a picture has 1 or 3 channels")
     tiles = tiles.repeat(scale, axis=2).repeat(scale, axis=3)
