@@ -62,11 +62,10 @@ class Client:
         arrays: Library | None = None,
     ) -> None:
         self._library = find_library(arrays)
-        self._local = address.startswith("ipc://")
+        curve = _curve(address, server_key, key)
+        self._local = curve is None
         self._numbers = itertools.count(1)
-        self._connection = Connection(
-            address, name or f"python, process {os.getpid()}", _curve(address, server_key, key)
-        )
+        self._connection = Connection(address, name or f"python, process {os.getpid()}", curve)
         self._end = weakref.finalize(self, self._connection.close)  # also at interpreter exit
         try:
             self._welcome = _within(self._connection.opened, timeout)
@@ -167,8 +166,9 @@ def _within(answer: Future[Answer], timeout: float) -> Answer:
 
 
 def _curve(address: str, server_key: str | Path | None, key: str | Path | None) -> Curve | None:
-    if address.startswith("ipc://"):
+    scheme = address.partition("://")[0] if isinstance(address, str) else ""
+    if scheme == "ipc":
         return None
-    if not address.startswith("tcp://") or server_key is None or key is None:
+    if scheme != "tcp" or server_key is None or key is None:
         raise ValueError(f"address is {address!r}; give ipc://PATH, or tcp://HOST:PORT with server_key and key")
     return Curve(keys.public(Path(server_key)), *keys.pair(Path(key)))

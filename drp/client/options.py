@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Final
 
@@ -49,9 +49,13 @@ def to_submit(number: int, given: SubmitArguments, reporting: Mapping[str, Any])
     for name in ("solver", "mode"):
         if not isinstance(options[name], str):
             raise ValueError(f"{name} is an object, {options[name]!r:.80}; a server takes the name of one of its own")
+    for name in ("grid", "solver_options", "cond"):
+        if not isinstance(options[name] or {}, Mapping):
+            raise ValueError(f"{name} is {options[name]!r:.80}; give a mapping of names to values")
+    options = {name: _number(value) for name, value in options.items()}
     writer = FrameWriter()
     for name in ("labels", "shape"):
-        options[name] = None if options[name] is None else tuple(_list(options[name]))
+        options[name] = None if options[name] is None else tuple(_list(name, options[name]))
     cond = dict(options["cond"] or {})
     options["cond"] = tuple(Condition(name, add_array(writer, name, each)) for name, each in cond.items())
     for name in ("noise", "image"):
@@ -66,7 +70,7 @@ def to_submit(number: int, given: SubmitArguments, reporting: Mapping[str, Any])
 
 
 def _offsets(offsets: str | Sequence[int] | None) -> Any:
-    return offsets if offsets is None or isinstance(offsets, str) else tuple(_list(offsets))
+    return offsets if offsets is None or isinstance(offsets, str) else tuple(_list("offsets", offsets))
 
 
 def _rule(rule: str | DraftRule | None) -> str | Rule | None:
@@ -82,9 +86,16 @@ def _rule(rule: str | DraftRule | None) -> str | Rule | None:
     return Rule(float(rule.carry), float(rule.slope), rule.axis)
 
 
-def _list(values: Any) -> list[Any]:
+def _list(name: str, values: Any) -> list[Any]:
     values = values.tolist() if hasattr(values, "tolist") else values  # an array
-    return [value.item() if isinstance(value, np.generic) else value for value in values]
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} is {values!r:.80}; give a list of numbers")
+    return [_number(value) for value in values]
+
+
+def _number(value: Any) -> Any:
+    """Return a number of numpy's or torch's as one of Python's, and other values unchanged."""
+    return value.item() if isinstance(value, np.generic) or getattr(value, "shape", None) == () else value
 
 
 def _named(what: str, options: Mapping[str, Any]) -> tuple[Option, ...]:
@@ -97,5 +108,5 @@ def _value(what: str, name: str, value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, (list, tuple)) or hasattr(value, "tolist"):
-        return tuple(float(each) for each in _list(value))
+        return tuple(float(each) for each in _list(name, value))
     raise ValueError(f"{what}[{name!r}] is {value!r:.80}; a server takes numbers, text and lists of numbers")

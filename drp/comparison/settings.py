@@ -93,6 +93,7 @@ def expand(
     Strides apply to the window, tolerances to the adaptive mode. Of settings that have the same rounds for `steps`
     steps the first is kept. Raises ValueError for a mode, a stride or a tolerance that does not exist.
     """
+    modes = [modes] if isinstance(modes, str) else modes
     found: dict[object, Drafted] = {}
     for mode, n in itertools.product(modes, drafts):
         fitting = [stride for stride in strides if stride <= n]

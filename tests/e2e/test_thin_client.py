@@ -17,6 +17,7 @@ import drp
 from drp import Client, Leader
 from drp.client.options import to_submit
 from drp.protocol.arrays import add_array, find_library, take_array
+from drp.protocol.codec import encode
 from drp.protocol.frames import FrameReader, FrameWriter
 from tests.serving import ROOT, serving
 
@@ -146,3 +147,30 @@ def test_a_request_has_the_values_that_its_arrays_had_when_it_was_submitted() ->
 def test_what_cannot_be_sent_is_refused(value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         add_array(FrameWriter(), "x", value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"labels": 3}, "labels is 3; give a list of numbers"),
+        ({"shape": "4,8,8"}, "shape is '4,8,8'; give a list of numbers"),
+        ({"grid": "karras"}, "grid is 'karras'; give a mapping of names to values"),
+        ({"cond": [1]}, r"cond is \[1\]; give a mapping of names to values"),
+    ],
+)
+def test_options_of_a_wrong_type_are_refused_before_they_are_sent(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        to_submit(1, options, {})  # type: ignore[arg-type]  # what is tested
+
+
+def test_numbers_of_numpy_and_torch_are_sent() -> None:
+    numbers = {"steps": np.int64(12), "seed": torch.tensor(3), "guidance": np.float32(2.0), "labels": [np.uint8(1)]}
+    submit, _ = to_submit(1, numbers, {})  # type: ignore[arg-type]  # what is tested
+    encode(submit)
+    assert (submit.steps, submit.seed, submit.guidance, submit.labels) == (12, 3, 2.0, (1,))
+
+
+@pytest.mark.parametrize("address", [Path("/tmp/server"), None, "http://localhost:8000"])
+def test_what_is_not_an_address_is_refused(address: Any) -> None:
+    with pytest.raises(ValueError, match=r"address is .*; give ipc://PATH, or tcp://HOST:PORT with server_key and key"):
+        Client(address)

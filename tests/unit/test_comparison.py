@@ -23,7 +23,7 @@ def test_settings() -> None:
     assert [s.stride for s in expand(["window"], [4], strides=[2, 3, 5])] == [2, 3]
     assert Drafted("window", 4, stride=2.5).key == "window-n4-stride-2.5"
     assert fewer_steps([window], 48) == [FewerSteps(25), FewerSteps(25, "unipc")]
-    (four,) = expand(["window"], [4])
+    (four,) = expand("window", [4])
     assert (four.rounds(48), four.rounds(48, adds_noise=True)) == (17, 20)
     assert fewer_steps([four], 48, adds_noise=True) == [FewerSteps(20), FewerSteps(20, "unipc")]
     assert not ModelSubject("digits").adds_noise
