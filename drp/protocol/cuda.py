@@ -224,7 +224,7 @@ class GpuStream:
     pending_waits = 0
 
     def __init__(self, device: torch.device) -> None:
-        self._stream, self._aside = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types for it
+        self._stream, self._side = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]  # torch has no types for it
 
     def enqueue(self, do: Callable[..., object], *args: Any) -> None:
         do(*args)
@@ -238,7 +238,7 @@ class GpuStream:
 
     @property
     def side_stream(self) -> AbstractContextManager[object]:
-        return torch.cuda.stream(self._aside)
+        return torch.cuda.stream(self._side)
 
     def record(self) -> Any:
         event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types for it
