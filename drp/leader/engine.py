@@ -55,6 +55,7 @@ from drp.leader.supervision.worker_pool import SHUTDOWN_TIMEOUT, WorkerPool
 from drp.protocol.arena import Arena
 from drp.protocol.memory import Memory
 from drp.protocol.messages import ModelSpec
+from drp.protocol.transport import DESCRIPTORS, require_descriptors
 from drp.protocol.waiting import set_timer_slack
 from drp.sampling.run import Callback
 
@@ -74,6 +75,7 @@ class Engine:
     """
 
     def __init__(self, model: str, options: LeaderOptions) -> None:
+        require_descriptors(DESCRIPTORS)
         devices, self._batch = options.worker_devices, options.drafts_per_device
         self.recorder, self._clock = EventRecorder(), Clock()
         self._worker_count = len(devices)
@@ -220,7 +222,10 @@ class Engine:
         """Start all workers. Any worker failure before all are ready is an error."""
         self.placement.init_device()
         for worker_slot in self.supervisor.worker_slots:
-            self.supervisor.start_worker(worker_slot)
+            try:
+                self.supervisor.start_worker(worker_slot)
+            except (OSError, MemoryError) as error:
+                raise WorkerError(f"{worker_slot.device.name}: no process can be started: {error}") from error
         while self._requests.closing is None and len(self.supervisor.ready) < len(self.supervisor.worker_slots):
             timer = self._clock.to_monotonic(self.supervisor.next_deadline)
             received, _ = self.pool.receive(timer)

@@ -6,6 +6,7 @@ A memfd has no name in any file system. The kernel frees it when its owner and a
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import itertools
 import math
@@ -33,6 +34,7 @@ NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_RETAINED_NBYTES: Final = 64 << 20
 """Maximum size of memory that a worker keeps mapped for later runs."""
+REMEDIES: Final = {errno.EMFILE: "; see ulimit -n", errno.EFBIG: "; see ulimit -f", errno.ENOMEM: "; ask for fewer"}
 CHECKED_NBYTES: Final = 16 << 20
 """Allocations of this size and more are compared with the memory that the machine has left."""
 
@@ -176,7 +178,7 @@ class SharedMemory:
         try:
             fd = os.memfd_create("drp" if keep is None else "drp-run", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
-            raise MemoryError(f"no descriptor for {nbytes} bytes of shared memory: {error}; see ulimit -n") from error
+            raise _no_memory(nbytes, error) from error
         try:
             # Reserve now: a limit of the process or its container is reached here, not by a signal at the first write.
             os.posix_fallocate(fd, 0, nbytes)
@@ -184,7 +186,7 @@ class SharedMemory:
             return cls(fd, nbytes, keep)
         except OSError as error:
             os.close(fd)
-            raise MemoryError(f"no {nbytes} bytes of shared memory: {error}") from error
+            raise _no_memory(nbytes, error) from error
 
     @classmethod
     def open(cls, handle: Handle, private: bool = False) -> SharedMemory:
@@ -236,3 +238,8 @@ class SharedMemory:
             self._fd = -1
             if not self._exported:  # Else the mapping goes with the last tensor, which does not stop mmap from closing.
                 self._map.close()
+
+
+def _no_memory(nbytes: int, error: OSError) -> MemoryError:
+    remedy = REMEDIES.get(error.errno or 0, "")
+    return MemoryError(f"no {nbytes} bytes of shared memory: {error}{remedy}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from drp import ExecutionOptions, Leader
+from drp import ExecutionOptions, Leader, WorkerError
+from drp.protocol.memory import SharedMemory
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,31 @@ def test_a_leader_that_cannot_be_made_leaves_nothing(
         with pytest.raises(ValueError, match=words):
             Leader(**{"model": "digits"} | options)
     assert (process.num_fds(), process.num_threads()) == before
+
+
+@pytest.mark.parametrize("free", [0, 3, 15])
+def test_too_few_descriptors_are_a_clear_error(free: int) -> None:
+    used = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
+    limit = next(n for n in range(4096) if n - len([fd for fd in used if fd < n]) == free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match=r"Too many open files: 16 descriptors are needed; .*ulimit -n"):
+            Leader("digits")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_worker_that_cannot_be_started_at_first_is_a_clear_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(nbytes: int) -> SharedMemory:
+        raise MemoryError(f"no {nbytes} bytes")
+
+    monkeypatch.setattr(SharedMemory, "create", fail)
+    with pytest.raises(WorkerError, match=r"^cpu:0: no process can be started: no 16392 bytes$"):
+        Leader("digits")
+    assert not caplog.records
 
 
 def test_a_process_whose_memory_nobody_may_open_is_told_so() -> None:
