@@ -122,6 +122,8 @@ def of_state(tensor: Tensor, point: Point, config: Mapping[str, Any]) -> OfState
     """Return the form of a tensor that contains the latents, None if it does not."""
     if not tensor.is_floating_point() or tensor.numel() == 0 or point.x.dim() == 0:
         return None
+    if tensor.device != point.x.device:  # such as a noise level that stays on the host
+        return None
     sources = (LatentScaling(), LatentScaling(scaled=True))
     for source in sources:
         for form in _whole(tensor, point.x, source):
