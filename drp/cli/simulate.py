@@ -59,7 +59,7 @@ NOT_NEGATIVE = NumberRange(0)
 @click.option(
     "-p",
     "--policy",
-    default="barrier",
+    default="load-adaptive",
     show_default=True,
     help="Policies by name, or all; see drp.leader.scheduling.policies.",
 )

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from drp.cli import main
+from drp.leader import LeaderOptions
 from drp.leader.events import Timeline
 from drp.leader.scheduling.policies import POLICIES, Barrier, LoadAdaptive, Policy
 from drp.sampling.drafts import DAMPED
@@ -236,6 +237,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     check_format(Path(trace))
     again = CliRunner().invoke(main, ["simulate", "--from", trace, "-d", "4xemulated:20ms", "--runs", "5"])
     assert again.exit_code == 0, again.output
+    assert str(LeaderOptions().policy) in again.output  # the default of both
     assert "5 simulated runs of 48 steps" in again.output
     shown = json.loads(CliRunner().invoke(main, ["simulate", *asked, "--json"]).stdout)
     assert {(row["policy"], row["mode"]) for row in shown["rows"]} == {("barrier", "window"), ("rolling", "rolling")}
