@@ -153,9 +153,10 @@ class Program:
         """Return an argument for several drafts: their concatenated samples, or the value that they share."""
         if leaf.kind == "output":
             return known[leaf.call, leaf.place]
+        if leaf.kind == "input" and inputs[0][leaf.name].dim() == 0:
+            # On the drafts' device even if `on_host`: a module takes a single number from the host, but no others.
+            return torch.stack([draft[leaf.name] for draft in inputs]).repeat_interleave(self.samples)
         each = [self._tensor(leaf, draft, cond, {}, 0) for draft in inputs]
-        if each[0].dim() == 0 and leaf.kind == "input":
-            return torch.stack(each).repeat_interleave(self.samples)
         if leaf.kind == "input" or (each[0].dim() > 0 and len(each[0]) == self.samples):
             return torch.cat(each)
         return each[0]
