@@ -311,7 +311,9 @@ def _shape(shape: Sequence[int] | None, spec: ModelSpec) -> tuple[int, ...]:
 def _cond(request: Request, spec: ModelSpec) -> dict[str, Tensor]:
     cond: dict[str, Tensor] = {}
     for name, value in request.cond.items():
-        if not isinstance(name, str) or not 0 < len(name) <= 200 or not isinstance(value, Tensor):
+        if not isinstance(name, str) or not 0 < len(name) <= 200:
+            raise ValueError(f"cond has the name {name!r:.80}; give names of 1 to 200 characters")
+        if not isinstance(value, Tensor):
             raise ValueError(f"cond[{name!r:.80}] is a {type(value).__name__}; cond holds tensors by name")
         if not is_text(name):
             raise ValueError(f"cond[{name!r:.80}]: the name contains lone surrogates, which are not characters")

@@ -111,13 +111,16 @@ def test_what_no_message_can_hold_ends_the_run_that_asks_for_it(
     ("cond", "words"),
     [
         ({"\udcff": torch.zeros(1)}, "lone surrogates"),
+        ({"": torch.zeros(1)}, "cond has the name ''; give names of 1 to 200 characters"),
+        ({1: torch.zeros(1)}, "cond has the name 1; give names"),
+        ({"a": [1.0]}, r"cond\['a'\] is a list; cond holds tensors by name"),
         ({"a": torch.zeros([1] * 17)}, "16 sizes at most"),
         ({"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}, "give a dense tensor of one of float64"),
         ({"a": torch.eye(3).to_sparse()}, "give a dense tensor"),
         ({"a": torch.zeros(2, device="meta")}, "give a dense tensor"),
     ],
 )
-def test_a_condition_that_no_message_can_hold_is_refused(leader: Leader, cond: dict[str, Tensor], words: str) -> None:
+def test_a_condition_that_no_message_can_hold_is_refused(leader: Leader, cond: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         leader.submit(shape=(3, 4), cond=cond)
 
