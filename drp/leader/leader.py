@@ -239,7 +239,6 @@ class Leader:
 
 def model_name(model: str | Callable[[], Any]) -> str:
     """Return the name by which a worker can import the model's factory; raise ValueError if there is none."""
-    remedy = "define a function at the top of a module that returns it, and give that, or its name 'module:function'"
     if isinstance(model, str):
         return _check_name(model)
     module, name = getattr(model, "__module__", None), getattr(model, "__qualname__", None)
@@ -249,7 +248,10 @@ def model_name(model: str | Callable[[], Any]) -> str:
     bound = ismethod(model) and not isinstance(model.__self__, type)  # A worker does not have its object.
     if not module or not name or "<" in name or bound:
         given = name if isinstance(name, str) else f"of type {type(model).__qualname__}"  # Not the text of a network.
-        raise ValueError(f"model {given} cannot be imported by a worker; {remedy}")
+        raise ValueError(
+            f"model {given} cannot be imported by a worker; define a function at the top of a module that returns it, "
+            "and give that, or its name 'module:function'"
+        )
     return _check_name(f"{module}:{name}")
 
 

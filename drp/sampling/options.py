@@ -52,5 +52,6 @@ def check_names(given: Collection[str], known: Collection[str]) -> None:
             continue
         close = difflib.get_close_matches(name, known, 1)
         meant = NAMES_ELSEWHERE.get(name, close[0] if close else "")
-        hint = f"did you mean {meant!r}?" if meant in known else f"choose one of {', '.join(known)}"
-        raise TypeError(f"unknown option {name!r}; {hint}")
+        if meant in known:
+            raise TypeError(f"unknown option {name!r}; did you mean {meant!r}?")
+        raise TypeError(f"unknown option {name!r}; choose one of {', '.join(known)}")
