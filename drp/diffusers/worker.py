@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from drp.diffusers.features import casts_of
 from drp.diffusers.program import PROGRAM, Program, from_bytes, write
 from drp.diffusers.pytree import Json
 from drp.diffusers.sources import Block, TensorLocation, load_signed
@@ -38,11 +39,16 @@ class WorkerGpu(Protocol):
 class ChangeDetector:
     """Detects that an evaluation changes modules: the next ones would depend on it, and the leader would not see it.
 
-    The first evaluation of each number of drafts, in `counts`, may change them, for example to fill a cache.
+    The first evaluation of each number of drafts, in `counts`, may change them, for example to fill a cache. Modules
+    with layerwise casting, which moves the weights at each evaluation, are left out: comparing these takes too long.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._modules = modules
+        self._modules = {
+            name: module
+            for name, module in modules.items()
+            if not any(casts_of(each, name) for each in module.modules())
+        }
         self._described: dict[str, Described] = {}
         self.counts: set[int] = set()
 
