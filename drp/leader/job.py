@@ -173,7 +173,7 @@ def _start(request: Request, solver: Solver, noise: Tensor) -> Tensor:
         got = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
         raise ValueError(f"image is {got}; give floating point numbers of shape {list(noise.shape)}, one per sample")
     alpha, sigma = solver.at(0)
-    return alpha * image.to(noise.dtype) + sigma * noise
+    return alpha * image.detach().to(noise) + sigma * noise
 
 
 def _given(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
