@@ -50,11 +50,16 @@ class RequestQueue:
         self.wake()
 
     def notify(self, session: EvaluationSession) -> bool:
-        """Notify the engine that a session has new evaluations or was closed; return False in a forked copy."""
+        """Notify the engine, unless it has ended, that a session has new evaluations or was closed.
+
+        Returns False in a forked copy.
+        """
         if self.is_forked_copy:
             return False
-        self.notified.append(session)
-        self.wake()
+        with self._gate:
+            if self.wakeup_fd >= 0:
+                self.notified.append(session)
+                os.eventfd_write(self.wakeup_fd, 1)
         return True
 
     def close(self, grace: float) -> None:
@@ -82,7 +87,11 @@ class RequestQueue:
             return self.closing
 
     def close_descriptor(self) -> None:
-        """Close the descriptor. Its number may be reused at once, so `wake` must not write to it afterwards."""
+        """Close the descriptor. Its number may be reused at once, so `wake` must not write to it afterwards.
+
+        Sessions are forgotten: a closed leader that the program keeps must not keep their memory mapped.
+        """
         with self._gate:
+            self.notified.clear()
             os.close(self.wakeup_fd)
             self.wakeup_fd = -1
