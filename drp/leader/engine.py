@@ -131,7 +131,7 @@ class Engine:
         Spare rows are those that workers may write to beyond the rows that the session reads.
         """
         number = self._next_number()
-        session = EvaluationSession(number, make_arena(number, self._spare_rows), self._requests.notify, self._batch)
+        session = EvaluationSession(number, make_arena(number, self._spare_rows), self._requests, self._batch)
         try:
             self._requests.put(session)
         except BaseException:

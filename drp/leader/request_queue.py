@@ -49,18 +49,12 @@ class RequestQueue:
             self.new.append(work)
         self.wake()
 
-    def notify(self, session: EvaluationSession) -> bool:
-        """Notify the engine, unless it has ended, that a session has new evaluations or was closed.
-
-        Returns False in a forked copy.
-        """
-        if self.is_forked_copy:
-            return False
+    def notify(self, session: EvaluationSession) -> None:
+        """Notify the engine, unless it has ended, that a session has new evaluations or was closed."""
         with self._gate:
             if self.wakeup_fd >= 0:
                 self.notified.append(session)
                 os.eventfd_write(self.wakeup_fd, 1)
-        return True
 
     def close(self, grace: float) -> None:
         """Request the engine to close. Only the `grace` of the first call counts, in seconds."""

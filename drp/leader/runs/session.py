@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
+from typing import Protocol
 
 from drp.leader.runs.run_state import RunState
 from drp.protocol.arena import Arena
@@ -22,6 +23,19 @@ class EvaluationBlock:
         self.done: Future[dict[int, int]] = Future()
 
 
+class EngineNotifier(Protocol):
+    """How a session reaches the engine from its caller's thread."""
+
+    @property
+    def is_forked_copy(self) -> bool:
+        """Whether this process was forked from the one that has the engine."""
+        ...
+
+    def notify(self, session: EvaluationSession) -> None:
+        """Notify the engine that a session has new evaluations or was closed."""
+        ...
+
+
 class EvaluationSession(RunState):
     """An arena that all workers open, in which blocks of drafts are evaluated, one block at a time.
 
@@ -30,9 +44,9 @@ class EvaluationSession(RunState):
     The engine handles lost workers and timeouts as for runs. `close` ends the session.
     """
 
-    def __init__(self, number: int, arena: Arena, notify: Callable[[EvaluationSession], bool], batch: int) -> None:
+    def __init__(self, number: int, arena: Arena, engine: EngineNotifier, batch: int) -> None:
         super().__init__(number, arena, batch)
-        self._notify = notify
+        self._engine = engine
         self.arena.memory.record_event()  # The conditions were copied by this thread, which is the caller's.
         self._gate = threading.Lock()
         self._blocks: deque[EvaluationBlock] = deque()
@@ -54,24 +68,27 @@ class EvaluationSession(RunState):
         indices = {task.index for task in tasks}
         if not tasks or len(indices) < len(tasks):
             raise ValueError(f"{len(tasks)} tasks with {len(indices)} different indices; give one or more, each once")
+        if self._engine.is_forked_copy:  # It has neither the engine's thread nor, on a GPU, a CUDA context.
+            raise RuntimeError("this session belongs to the process that this one was forked from")
         block = EvaluationBlock(tasks)
         self.arena.memory.record_event()
         with self._gate:
             if self._closed:
                 raise RuntimeError("this session is closed; open another")
             self._blocks.append(block)
-        if not self._notify(self):
-            raise RuntimeError("this session belongs to the process that this one was forked from")
+        self._engine.notify(self)
         return block.done.result()
 
     def close(self) -> None:
         """End the session and release its memory, which must not be used any more. Further calls do nothing."""
+        if self._engine.is_forked_copy:
+            return
         with self._gate:
             if not self._closed:
                 self.arena.memory.record_event()  # The next session in this memory waits for what was read of it.
             self._closed = True
-        if self._notify(self):  # A forked child does not have the engine's thread.
-            self._finished.result()
+        self._engine.notify(self)
+        self._finished.result()
 
     # Called by the engine.
 
