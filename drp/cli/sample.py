@@ -18,7 +18,7 @@ from drp.cli.output import check_file, check_output, check_shape, default_output
 from drp.cli.pipeline import pipeline_options
 from drp.pipelines import check_module
 from drp.sampling.drafts import RULES
-from drp.sampling.mode_selection import MODE_NAMES, PATTERNS
+from drp.sampling.mode_selection import DEFAULT_TOLERANCE, MODE_NAMES, PATTERNS
 from drp.sampling.options import RunOptions
 from drp.sampling.predictions import PREDICTION_TYPES
 from drp.sampling.registry import SOLVER_NAMES, make_solver
@@ -69,7 +69,7 @@ def parse_labels(text: str) -> list[int]:
 @click.option(
     "--tolerance",
     type=NumberRange(0),
-    default=0.0025,
+    default=DEFAULT_TOLERANCE,
     show_default=True,
     help="Relative residual above which mode adaptive discards predictions.",
 )

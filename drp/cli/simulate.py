@@ -13,7 +13,7 @@ from rich.table import Table
 from drp.cli.helpers import parse_offsets, plain_errors, print_json
 from drp.cli.options import NumberRange, common_options, force_option, json_option, trace_option
 from drp.cli.output import check_file
-from drp.sampling.mode_selection import MODE_NAMES
+from drp.sampling.mode_selection import DEFAULT_TOLERANCE, MODE_NAMES
 
 if TYPE_CHECKING:
     from drp.simulate import Costs, Link, Outcome, SimulatedDevice
@@ -81,7 +81,9 @@ NOT_NEGATIVE = NumberRange(0)
     help="Seconds until a failed device is available again.",
 )
 @click.option("--price", type=NOT_NEGATIVE, default=0.0, help="Price of a device per hour.")
-@click.option("--tolerance", type=NOT_NEGATIVE, default=0.0025, show_default=True, help="Tolerance of mode adaptive.")
+@click.option(
+    "--tolerance", type=NOT_NEGATIVE, default=DEFAULT_TOLERANCE, show_default=True, help="Tolerance of mode adaptive."
+)
 @click.option(
     "--staleness",
     type=NOT_NEGATIVE,

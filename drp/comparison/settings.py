@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from drp.sampling.mode_selection import make_mode
+from drp.sampling.mode_selection import DEFAULT_TOLERANCE, make_mode
 from drp.sampling.modes import Mode
 
 BETTER_SOLVER = "unipc"
@@ -45,7 +45,7 @@ class Drafted:
 
     def make_mode(self, adds_noise: bool = False) -> Mode:
         """Return the mode, for a solver that adds noise or does not; raise ValueError for options that it lacks."""
-        tolerance = 0.0025 if self.tolerance is None else self.tolerance
+        tolerance = DEFAULT_TOLERANCE if self.tolerance is None else self.tolerance
         return make_mode(self.mode, self.drafts, tolerance, self.rule, self.stride, None, adds_noise)
 
     def rounds(self, steps: int, adds_noise: bool = False) -> int | None:

@@ -37,6 +37,7 @@ from drp.diffusers.scheduler import adds_noise
 from drp.diffusers.watch import WatchedMethod, schedulers_of
 from drp.diffusers.workers import Workers
 from drp.leader.devices import expand_count, parse_devices
+from drp.sampling.mode_selection import DEFAULT_TOLERANCE
 
 STEPS = 50
 """The number of steps if neither the call nor the pipeline's default defines it."""
@@ -147,7 +148,7 @@ class PipelineSubject(Subject):
             if "num_inference_steps" not in inspect.signature(self.pipe.__call__).parameters:
                 raise ValueError(f"{type(self.pipe).__name__} takes no num_inference_steps; leave out rivals")
             return
-        tolerance = 0.0025 if setting.tolerance is None else setting.tolerance
+        tolerance = DEFAULT_TOLERANCE if setting.tolerance is None else setting.tolerance
         make_pipeline_mode(setting.mode, setting.drafts, setting.rule, tolerance, 0, setting.stride)
 
     @contextmanager

@@ -20,6 +20,7 @@ from drp.diffusers.workers import Workers, on_gpu_of
 from drp.leader.devices import Devices, expand_count, parse_devices
 from drp.leader.execution import ExecutionOptions
 from drp.sampling.drafts import DraftRule
+from drp.sampling.mode_selection import DEFAULT_TOLERANCE
 from drp.sampling.modes import Mode
 from drp.trace.record import check
 
@@ -35,7 +36,7 @@ def parallelize(
     target_speedup: float | None = None,
     target_rounds: int | None = None,
     rule: str | DraftRule | None = None,
-    tolerance: float = 0.0025,
+    tolerance: float = DEFAULT_TOLERANCE,
     warmup: int = 0,
     split_guidance: bool = False,
     always_draft: bool = False,
@@ -145,7 +146,7 @@ def reference(
     target_speedup: float | None = None,
     target_rounds: int | None = None,
     rule: str | DraftRule | None = None,
-    tolerance: float = 0.0025,
+    tolerance: float = DEFAULT_TOLERANCE,
     warmup: int = 0,
     split_guidance: bool = False,
     always_draft: bool = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from drp.sampling.drafts import DraftRule, find_rule
-from drp.sampling.mode_selection import TargetWindow, make_mode
+from drp.sampling.mode_selection import TargetWindow, check_tolerance, make_mode
 from drp.sampling.mode_wrappers import Warmup
 from drp.sampling.modes import Mode
 
@@ -45,6 +45,7 @@ def make_pipeline_mode(
     """
     given = {"stride": stride, "target_speedup": target_speedup, "target_rounds": target_rounds}
     names = [name for name, value in given.items() if value is not None]
+    check_tolerance(mode, tolerance)
     if not isinstance(mode, str) and names:
         raise ValueError(f"mode is {mode}, an object that defines its own stride; leave out {names[0]}")
     if len(names) > 1:

@@ -28,7 +28,7 @@ from drp.protocol.frames import MAX_DIMENSIONS
 from drp.protocol.memory import DTYPES, NAMES
 from drp.protocol.messages import ModelSpec
 from drp.sampling.drafts import find_rule
-from drp.sampling.mode_selection import MODE_NAMES, TargetWindow, make_mode
+from drp.sampling.mode_selection import MODE_NAMES, TargetWindow, check_tolerance, make_mode
 from drp.sampling.mode_wrappers import PicardSweeps, Warmup
 from drp.sampling.modes import Mode, Window
 from drp.sampling.partial_sums import OperationQueue
@@ -204,10 +204,12 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
 
 
 def _mode(request: Request, devices: int, steps: int, noise: bool) -> Mode:
+    tolerance = _number("tolerance", request.tolerance, 0, math.inf)
+    check_tolerance(request.mode, tolerance)
     if isinstance(request.mode, str):
         limited = request.drafts is not None
         drafts = check_whole("drafts", request.drafts, 1, MAX_DRAFTS) if limited else min(devices, MAX_DRAFTS)
-        stride, tolerance = request.stride, _number("tolerance", request.tolerance, 0, math.inf)
+        stride = request.stride
         if stride is not None:
             stride = _number("stride", stride, 1, MAX_STEPS)
         mode: Mode

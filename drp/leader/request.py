@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from drp.sampling.drafts import DraftRule
+from drp.sampling.mode_selection import DEFAULT_TOLERANCE
 from drp.sampling.modes import Mode
 from drp.sampling.options import RunOptions, check_names
 from drp.sampling.run import Callback
@@ -99,7 +100,7 @@ class Request:
     stride: float | None = None
     offsets: str | Sequence[int] | None = None
     rule: str | DraftRule | None = None
-    tolerance: float = 0.0025
+    tolerance: float = DEFAULT_TOLERANCE
     warmup: int = 0
     sweeps: int = 0
     seed: int = 0

@@ -21,6 +21,8 @@ from drp.sampling.modes import (
     Window,
 )
 
+DEFAULT_TOLERANCE = 0.0025
+"""Of mode adaptive, a relative residual."""
 MODE_NAMES = ("sequential", "conservative", "aggressive", "window", "adaptive", "rolling")
 PATTERNS: Mapping[str, Callable[[int], tuple[int, ...]]] = {
     "dense": lambda n: tuple(range(1, n + 1)),
@@ -66,6 +68,12 @@ def default_rule(name: str, n: int, stride: float | None, adds_noise: bool) -> D
     if name != "window" or (default_stride(n, True) if stride is None else stride) >= n:
         return PAPER
     return STEADY if n <= MAX_STEADY_DRAFTS else STEADY_WIDE
+
+
+def check_tolerance(mode: str | Mode, tolerance: float) -> None:
+    """Raise ValueError if a tolerance is given for a mode that has none."""
+    if mode != "adaptive" and tolerance != DEFAULT_TOLERANCE:
+        raise ValueError(f"tolerance is {tolerance!r}, which mode {mode!r} does not have; choose mode 'adaptive'")
 
 
 def make_mode(

@@ -16,12 +16,18 @@ AT_ONCE = 3
 """Drafts that workers have at most."""
 
 
+class NoEngine:
+    is_forked_copy = False
+
+    def notify(self, session: EvaluationSession) -> None: ...
+
+
 class Kept(EvaluationSession):
     """A session in which each slot's latest prediction is kept until the slot is used again, as in a run."""
 
     def __init__(self) -> None:
         one = {"x": torch.zeros(1)}
-        super().__init__(1, Arena.lay_out(1, one, one, SLOTS, SLOTS + AT_ONCE, {}), lambda session: True, 1)
+        super().__init__(1, Arena.lay_out(1, one, one, SLOTS, SLOTS + AT_ONCE, {}), NoEngine(), 1)
         self.latest: dict[int, int] = {}
 
     def rows_in_use(self) -> set[int]:

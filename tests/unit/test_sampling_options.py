@@ -20,7 +20,7 @@ from drp.leader.request import Request, make_request
 from drp.protocol.messages import ModelSpec
 from drp.sampling import advice
 from drp.sampling.drafts import DAMPED, PAPER, SECANT, STEADY, STEADY_WIDE, DraftRule
-from drp.sampling.mode_selection import MODE_NAMES, choose_rounds, choose_speedup, make_mode
+from drp.sampling.mode_selection import DEFAULT_TOLERANCE, MODE_NAMES, choose_rounds, choose_speedup, make_mode
 from drp.sampling.mode_wrappers import PicardSweeps, Warmup
 from drp.sampling.modes import Adaptive, Aggressive, Conservative, Sequential, Sparse, Window
 from drp.sampling.plan import make_plan, max_advance
@@ -123,7 +123,9 @@ def test_a_target_of_the_fewest_rounds_spaces_the_last_quarter_of_the_drafts() -
     assert job(target_rounds=25, devices=2).mode == Window(2, 47 / 24)
     assert job(target_rounds=5, steps=28, devices=8).mode == Window(7, 27 / 4)
     assert job(target_rounds=13, solver="ddpm").mode == Window(4, stride, STEADY)
-    assert make_pipeline_mode("window", 4, None, 0.0, 0, target_rounds=13).for_steps(48) == Window(4, stride)
+    assert make_pipeline_mode("window", 4, None, DEFAULT_TOLERANCE, 0, target_rounds=13).for_steps(48) == Window(
+        4, stride
+    )
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])
@@ -133,7 +135,7 @@ def test_a_target_counts_a_warm_up_and_is_the_same_for_a_model_and_a_pipeline(so
     for steps, target in itertools.product((24, 33, 48), targets):
         options = {"warmup": warmup, **target}
         mode = job(8, solver=solver, steps=steps, **options).mode
-        made = make_pipeline_mode("window", 8, None, 0.0, adds_noise=solver == "ddpm", **options)
+        made = make_pipeline_mode("window", 8, None, DEFAULT_TOLERANCE, adds_noise=solver == "ddpm", **options)
         assert made.for_steps(steps) == mode
         assert len(list(mode.rounds(steps))) == options.get("target_rounds", steps // 2)
 
@@ -202,6 +204,8 @@ def test_more_rounds_evaluate_each_index_as_often_with_all_drafts_that_are_of_us
         ({"stride": 5}, "stride is 5; a window of 4 drafts advances by 1 to 4"),
         ({"stride": math.nan}, "stride is nan; give a number, 1 to 10000"),
         ({"stride": 0}, "stride is 0; give a number, 1 to"),
+        ({"tolerance": 0.01}, "tolerance is 0.01, which mode 'window' does not have; choose mode 'adaptive'"),
+        ({"tolerance": 0.01, "target_rounds": 4}, "tolerance is 0.01, which mode 'window' does not have"),
         ({"stride": 2, "mode": "aggressive"}, "stride is 2.0, which mode 'aggressive' does not have"),
         ({"offsets": "odd"}, "unknown offsets 'odd'; choose one of dense, even, tapered"),
         ({"offsets": [1, 2, 3]}, "as many rising whole numbers from 1 as drafts, 4"),
