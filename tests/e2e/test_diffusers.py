@@ -212,7 +212,7 @@ def test_several_calls_of_different_sizes_and_steps(workers: Workers) -> None:
         for (steps, options), samples in zip(calls, expected, strict=True):
             assert torch.equal(run(pipe, options, steps), samples)
     assert [call.rounds for call in parallel.report.calls] == [rounds_of("aggressive", n, 3) for n, _ in calls]
-    assert str(parallel.report).count("speed-up") == 4
+    assert str(parallel.report).count("speed-up") == 3  # The call of one step has no drafts.
 
 
 @pytest.mark.diffusers
