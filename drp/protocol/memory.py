@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Protocol
@@ -59,9 +60,11 @@ def check_fit(offset: int, shape: Sequence[int], dtype: torch.dtype, nbytes: int
 
 
 def available_nbytes() -> int:
-    """Return how many bytes the machine can still allocate, swap space included."""
-    found = re.findall(r"^(?:MemAvailable|SwapFree): +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    return 1024 * sum(map(int, found))
+    """Return how many bytes the machine can still allocate, swap space included; very many if it does not say."""
+    numbers = dict(re.findall(r"^(\w+): +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE))
+    if "MemAvailable" not in numbers:
+        return sys.maxsize
+    return 1024 * (int(numbers["MemAvailable"]) + int(numbers.get("SwapFree", 0)))
 
 
 def require_openable() -> None:
@@ -172,10 +175,8 @@ class SharedMemory:
         called drp-run in /proc/PID/fd, other memory drp.
         """
         nbytes = max(nbytes, mmap.PAGESIZE)
-        if nbytes >= CHECKED_NBYTES and nbytes > (available := available_nbytes()):
-            # The kernel would not refuse it, but kill processes to make room.
-            raise MemoryError(f"no {nbytes} bytes of shared memory: the machine has {available} left; ask for fewer")
         try:
+            _check_available(nbytes)
             fd = os.memfd_create("drp" if keep is None else "drp-run", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
             raise _no_memory(nbytes, error) from error
@@ -238,6 +239,12 @@ class SharedMemory:
             self._fd = -1
             if not self._exported:  # Else the mapping goes with the last tensor, which does not stop mmap from closing.
                 self._map.close()
+
+
+def _check_available(nbytes: int) -> None:
+    """Raise MemoryError if the machine lacks this much: the kernel would grant it, and kill processes to make room."""
+    if nbytes >= CHECKED_NBYTES and nbytes > (available := available_nbytes()):
+        raise MemoryError(f"no {nbytes} bytes of shared memory: the machine has {available} left; ask for fewer")
 
 
 def _no_memory(nbytes: int, error: OSError) -> MemoryError:
