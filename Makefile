@@ -7,7 +7,7 @@ OLDEST := tests/unit/test_sampling_options.py tests/unit/test_protocol.py tests/
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test test-fast test-cpp test-diffusers test-gpu test-ray test-faults test-oldest test-quantized test-reports package docs soak fuzz check bench \
+.PHONY: help demo test test-fast test-cpp test-diffusers test-gpu test-host-cuda test-ray test-faults test-oldest test-quantized test-reports package docs soak fuzz check bench \
         bench-gpu gpu-session study bench-pipelines quality micro clean
 
 help: ## Show this list
@@ -37,6 +37,11 @@ test-diffusers: $(READY) ## Run every diffusers pipeline with two, three and fou
 
 test-gpu: $(READY) ## Run what needs a GPU; skipped where there is none, with the reason
 	$(BIN)/python -m pytest -m gpu -s tests/gpu
+
+test-host-cuda: $(READY) ## Run the tests of pipelines on GPUs on CUDA devices that are the host (tests/host_cuda)
+	$(BIN)/python -m tests.host_cuda.build
+	$(BIN)/python -m pytest -p tests.host_cuda.plugin -m gpu tests/gpu/test_pipelines.py tests/gpu/test_several_gpus.py \
+	    -k "not compile and not memory and not context"
 
 test-ray: $(READY) ## Run workers on a local Ray cluster of a head and two nodes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
