@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class PipelineContext:
     config_of: Callable[[str], Mapping[str, Any]]
 
     def evaluate(
-        self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any], gpus: Iterable[torch.device]
+        self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any], gpus: Collection[torch.device]
     ) -> tuple[Any, float]:
         """Evaluate a module in this process; return its result and the time, for which `gpus` are waited for."""
         for gpu in gpus:

@@ -226,15 +226,7 @@ class Parallel:
     def _unchanged(self, name: str) -> bool:
         """Return whether a module is unchanged since its last description."""
         described = self._described.get(name)
-        if described is None:
-            return False
-        if described.untouched():
-            return True
-        now = self.describe(name)
-        if not described.same(now):
-            return False
-        described.update_from(now)
-        return True
+        return described is not None and described.follow(lambda: self.describe(name))
 
     def _config(self, name: str) -> Mapping[str, Any]:
         return getattr(self._modules[name], "config", {})

@@ -77,7 +77,10 @@ class Described:
 
     @contextmanager
     def moving(self) -> Iterator[None]:
-        """Let tensors be moved during a block, without keeping what they leave until all are moved."""
+        """Allow tensors to be moved in a `with` block.
+
+        References to their former memory are dropped first, so that each is freed as soon as its tensor has moved.
+        """
         self._noted = []
         try:
             yield
@@ -114,7 +117,17 @@ class Described:
         pairs = zip(self._noted, other.tensors, strict=True)
         return all(a.data_ptr() == b.data_ptr() or equal_bits(a, b) for a, b in pairs)
 
-    def update_from(self, other: Described) -> None:
+    def follow(self, describe_now: Callable[[], Described]) -> bool:
+        """Return whether the module is as described, and update the description if only caches or places differ."""
+        if self.untouched():
+            return True
+        now = describe_now()
+        if not self.same(now):
+            return False
+        self._update_from(now)
+        return True
+
+    def _update_from(self, other: Described) -> None:
         """Update this object by a later description of the same structure.
 
         Parameters that moved but have the same values, for example after casts, are restored to their places.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -60,16 +62,22 @@ class ChangeDetector:
         """Raise RuntimeError if a module has changed since the last call of this method."""
         if not self._described:
             self._described = {name: describe(module) for name, module in self._modules.items()}
-        for name, before in self._described.items():
-            if before.untouched():
-                continue
-            now = describe(self._modules[name])
-            if not before.same(now):
+        for name, module in self._modules.items():
+            if not self._described[name].follow(partial(describe, module)):
                 raise RuntimeError(
                     f"{name} itself was changed by an evaluation: it has begun to count, or to keep something of its "
                     "arguments, which would stay in workers"
                 )
-            before.update_from(now)
+
+
+@dataclass(frozen=True)
+class LoadedProgram:
+    """A program with the modules that it calls."""
+
+    program: Program
+    modules: dict[str, nn.Module]
+    state: ModuleState
+    changes: ChangeDetector
 
 
 class Programs:
@@ -79,7 +87,7 @@ class Programs:
         self._gpu: WorkerGpu | None = None
         self._loads_pretrained = False
         self._texts: dict[int, tuple[Tensor, bytes]] = {}
-        self._programs: dict[bytes, tuple[Program, dict[str, nn.Module], ModuleState, ChangeDetector]] = {}
+        self._programs: dict[bytes, LoadedProgram] = {}
         self._modules: dict[int, tuple[nn.Module, set[int]]] = {}
         """Modules and the numbers of their blocks, by number."""
         self._loaded: dict[str, nn.Module] = {}
@@ -119,19 +127,14 @@ class Programs:
     ) -> None:
         """Write the program's results for several drafts to their `outputs`."""
         text = self._text(cond[PROGRAM])
-        program, modules, state, changes = self._program(text)
+        loaded = self._program(text)
         try:
             # Compiled code and cached values of modules must not contain inference tensors.
             with torch.inference_mode(False), torch.no_grad():
-                if self._graphs is not None and program.can_be_captured:
+                if self._graphs is not None and loaded.program.can_be_captured:
                     self._replay(self._graphs, text, inputs, cond, outputs)
                 else:
-                    program.run_batch(modules, inputs, cond, outputs)
-                    if len(inputs) not in changes.counts:
-                        changes.counts.add(len(inputs))
-                        for *_, each in self._programs.values():  # Programs may share modules.
-                            each.restart()
-                    changes.check()  # A replayed graph runs no code of the modules.
+                    self._run(loaded, inputs, cond, outputs)
         except BaseException:  # The modules may have been changed: load them again.
             for known in (self._programs, self._modules, self._loaded):
                 known.clear()
@@ -139,7 +142,22 @@ class Programs:
                 self._graphs.retain(())  # They read the buffers of the modules that are gone.
             raise
         finally:
-            state.restore()
+            loaded.state.restore()
+
+    def _run(
+        self,
+        loaded: LoadedProgram,
+        inputs: Sequence[Mapping[str, Tensor]],
+        cond: Mapping[str, Tensor],
+        outputs: Sequence[Mapping[str, Tensor]],
+    ) -> None:
+        """Run `fill_batch` by the modules' own code, which may change them; a replayed graph does not run it."""
+        loaded.program.run_batch(loaded.modules, inputs, cond, outputs)
+        if len(inputs) not in loaded.changes.counts:
+            loaded.changes.counts.add(len(inputs))
+            for each in self._programs.values():  # Programs may share modules.
+                each.changes.restart()
+        loaded.changes.check()
 
     def _replay(
         self,
@@ -150,20 +168,22 @@ class Programs:
         outputs: Sequence[Mapping[str, Tensor]],
     ) -> None:
         """Run `fill_batch` as a CUDA graph, whose arguments are copies of the drafts and conditions."""
-        program, modules, state, _ = self._programs[text]
+        loaded = self._programs[text]
         drafts = [{name: f"draft {number} {name}" for name in draft} for number, draft in enumerate(inputs)]
         conditions = {name: f"cond {name}" for name in cond if name != PROGRAM}
 
         def run(given: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
             made = [{name: torch.empty_like(out) for name, out in each.items()} for each in outputs]
             own = [{name: given[place] for name, place in draft.items()} for draft in drafts]
-            program.run_batch(modules, own, {name: given[place] for name, place in conditions.items()}, made)
+            loaded.program.run_batch(
+                loaded.modules, own, {name: given[place] for name, place in conditions.items()}, made
+            )
             return made
 
         given = {place: cond[name] for name, place in conditions.items()}
         for draft, names in zip(inputs, drafts, strict=True):
             given.update((place, draft[name]) for name, place in names.items())
-        for each, made in zip(outputs, graphs(run, given, state.restore, text), strict=True):
+        for each, made in zip(outputs, graphs(run, given, loaded.state.restore, text), strict=True):
             for name, out in each.items():
                 write(made[name], out)
 
@@ -174,12 +194,13 @@ class Programs:
             _forget(self._texts)
         return self._texts[id(program)][1]
 
-    def _program(self, text: bytes) -> tuple[Program, dict[str, nn.Module], ModuleState, ChangeDetector]:
+    def _program(self, text: bytes) -> LoadedProgram:
         if text not in self._programs:
             program, sources = from_bytes(text)
             find = self._load if self._loads_pretrained else self._module
             modules = {name: find(source) for name, source in sources.items()}
-            self._programs[text] = program, modules, ModuleState(*modules.values()), ChangeDetector(modules)
+            state, changes = ModuleState(*modules.values()), ChangeDetector(modules)
+            self._programs[text] = LoadedProgram(program, modules, state, changes)
             _forget(self._programs)
             if self._graphs is not None:
                 self._graphs.retain(self._programs)
