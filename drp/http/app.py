@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from drp.errors import RefusedError
 from drp.http.body import MAX_BODY, SECOND_NAMES, Body
 from drp.http.jobs import Backend, ImageJob, Images, ProgressEvent
-from drp.sampling.options import check_names
+from drp.sampling.options import describe_unknown
 
 PAGE = Path(__file__).with_name("page.html")
 DISCONNECT_CHECK_INTERVAL = 0.5
@@ -159,13 +159,9 @@ def _answer_errors(app: FastAPI) -> None:
 
 def _unknown(name: str) -> str:
     """Return the message for a field that is not known, or that is also given by its other name."""
-    if name in SECOND_NAMES:
+    if name in SECOND_NAMES.values():
         return f"{name} is given, and also by its other name; leave one of them out"
-    try:
-        check_names([name], [*Body.model_fields])
-    except TypeError as error:
-        return str(error)
-    raise AssertionError(f"{name} is a field")
+    return describe_unknown(name, [*Body.model_fields])
 
 
 class _PlainTextErrors:

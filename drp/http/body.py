@@ -18,8 +18,8 @@ RUN_OPTIONS = (
     "negative_prompt",
 )
 
-SECOND_NAMES = ("num_inference_steps", "guidance_scale")
-"""Names of options in diffusers, which are accepted as well as drp's."""
+SECOND_NAMES = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+"""Names of options in diffusers, which are accepted as well as drp's, by the latter."""
 
 Word = Annotated[str, Field(max_length=200)]
 
@@ -48,13 +48,13 @@ class Body(BaseModel):
     timeline: bool = False
     user: Word | None = None
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = Field(
-        None, validation_alias=AliasChoices("steps", SECOND_NAMES[0])
+        None, validation_alias=AliasChoices("steps", SECOND_NAMES["steps"])
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     mode: Word | None = None
     drafts: Annotated[int, Field(ge=1, le=MAX_DRAFTS)] | None = None
     guidance: Annotated[float, Field(ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)] | None = Field(
-        None, validation_alias=AliasChoices("guidance", SECOND_NAMES[1])
+        None, validation_alias=AliasChoices("guidance", SECOND_NAMES["guidance"])
     )
     negative_prompt: Annotated[str, Field(max_length=32_000)] | None = None
     solver: Word | None = None

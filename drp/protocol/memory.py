@@ -36,6 +36,7 @@ NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 MAX_RETAINED_NBYTES: Final = 64 << 20
 """Maximum size of memory that a worker keeps mapped for later runs."""
 REMEDIES: Final = {errno.EMFILE: "; see ulimit -n", errno.EFBIG: "; see ulimit -f", errno.ENOMEM: "; ask for fewer"}
+"""What to do about an error of the operating system, by its number."""
 CHECKED_NBYTES: Final = 16 << 20
 """Allocations of this size and more are compared with the memory that the machine has left."""
 

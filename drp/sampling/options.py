@@ -48,10 +48,14 @@ NAMES_ELSEWHERE = {
 def check_names(given: Collection[str], known: Collection[str]) -> None:
     """Raise TypeError for an option that is not known; the message has the name that was probably meant."""
     for name in given:
-        if name in known:
-            continue
-        close = difflib.get_close_matches(name, known, 1)
-        meant = NAMES_ELSEWHERE.get(name, close[0] if close else "")
-        if meant in known:
-            raise TypeError(f"unknown option {name!r}; did you mean {meant!r}?")
-        raise TypeError(f"unknown option {name!r}; choose one of {', '.join(known)}")
+        if name not in known:
+            raise TypeError(describe_unknown(name, known))
+
+
+def describe_unknown(name: str, known: Collection[str]) -> str:
+    """Return the message for an option that is not known."""
+    close = difflib.get_close_matches(name, known, 1)
+    meant = NAMES_ELSEWHERE.get(name, close[0] if close else "")
+    if meant in known:
+        return f"unknown option {name!r}; did you mean {meant!r}?"
+    return f"unknown option {name!r}; choose one of {', '.join(known)}"

@@ -32,8 +32,7 @@ def tables(summary: Summary) -> list[Table]:
         *("worker", "device", "evaluations", "time, ms", *SHARES),
         title="How each device spent the time of the runs",
         caption="waiting: from its prediction until those that its next draft depends on are complete, mostly for the "
-        "slowest device; "
-        "idle: none of the last drafts was for it",
+        "slowest device; idle: none of the last drafts was for it",
     )
     for number, worker in enumerate(summary.workers):
         shares = (f"{getattr(worker, part) / worker.total:.1%}" if worker.total else "" for part in SHARES)

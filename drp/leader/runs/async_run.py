@@ -220,9 +220,10 @@ class AsyncRun(SyncRun):
 
     @property
     def round_ending(self) -> bool:
-        """Whether a batch of the last round is verified or, in a pipelined mode, fewer are pending than it can have.
+        """Whether the last scheduled round is about to end, so that the next one would soon have workers.
 
-        The second round does not wait for that: of runs that begin together, the oldest gets its workers.
+        It is once one of its batches is verified; in a pipelined mode, once fewer batches are pending than a round has.
+        The second round is not held back: of runs that begin together, the oldest gets the workers first.
         """
         width = -(-self.job.mode.width // self._batch)
         least = width if self.job.mode.pipelined else self._round_size
