@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import signal
 import struct
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 from torch.cuda import nvtx
-from torch.utils._pytree import tree_leaves
 
 from drp import ModelSpec, doctor_peer
 from drp.errors import CudaError
@@ -38,6 +36,7 @@ from drp.protocol.handles import GpuHandle, Handle
 from drp.protocol.memory import Memory, SharedMemory
 from drp.protocol.messages import GpuConfig
 from drp.workers import cuda_device, weights
+from tests.worker_interpreter import make_replay, run_command, write_interpreter
 
 SYNC = ExecutionOptions(dispatch="sync")  # Asynchronous runs need CUDA streams.
 
@@ -119,12 +118,7 @@ def capture(
     output = function()
     restore()
     step("captured")
-
-    def replay() -> None:
-        for place, made in zip(tree_leaves(output), tree_leaves(function()), strict=True):
-            place.copy_(made)
-
-    return replay, output
+    return make_replay(function, output), output
 
 
 def invert_probe(memory: Memory) -> None:
@@ -200,10 +194,7 @@ def use(monkeypatch: Any, folder: Path) -> dict[str, Any]:
 
 def interpreter(folder: Path) -> Path:
     """An interpreter whose processes take the GPU's part."""
-    path = folder / "python"
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.on_host "$@"\n')
-    path.chmod(0o755)
-    return path
+    return write_interpreter(folder, "tests.on_host")
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
@@ -233,13 +224,10 @@ def _stand_in() -> None:
 
 def main() -> None:
     """Run what the leader wants run, after the GPU's part has been taken."""
-    at = sys.argv.index("-c")
-    boot = sys.argv[at + 1]
-    sys.argv = ["-c", *sys.argv[at + 2 :]]
     from tests import on_host  # under the name by which models are found too
 
     on_host._stand_in()
-    exec(boot, {"__name__": "__main__"})  # as an interpreter would
+    run_command()
 
 
 if __name__ == "__main__":

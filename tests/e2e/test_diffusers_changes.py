@@ -13,6 +13,7 @@ from peft import LoraConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from drp.diffusers import Workers
+from drp.diffusers.report import CallReport
 from tests.drafting import CHEAP, parallelize, reference
 from tests.pipelines import PICTURE, PIPELINES, TEXT, controlled, run, wan22
 from tests.rounds import rounds_of
@@ -37,13 +38,10 @@ def test_interrupt_ends_the_call(workers: Workers) -> None:
     assert parallel.report.calls[0].steps == 3
 
 
-def test_a_callback_may_nudge_the_latents(workers: Workers) -> None:
-    pipe = sdxl()
-
-    def nudge(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
-        return {"latents": kept["latents"] * 1.01}
-
-    options = {**CHEAP, "callback_on_step_end": nudge}
+def run_three_ways(
+    pipe: Any, options: dict[str, Any], workers: Workers
+) -> tuple[torch.Tensor, torch.Tensor, CallReport]:
+    """Return the untouched and the drafted samples; workers have the former's bits with one draft, else reference's."""
     untouched = run(pipe, options)
     with parallelize(pipe, workers, drafts=1):
         assert torch.equal(run(pipe, options), untouched)
@@ -51,8 +49,19 @@ def test_a_callback_may_nudge_the_latents(workers: Workers) -> None:
         expected = run(pipe, options)
     with parallelize(pipe, workers) as parallel:
         assert torch.equal(run(pipe, options), expected)
-    assert parallel.report.calls[0].rounds == rounds_of("aggressive", 7, 3)
-    assert float((expected - untouched).norm() / untouched.norm()) < 0.1
+    (report,) = parallel.report.calls
+    return untouched, expected, report
+
+
+def test_a_callback_may_nudge_the_latents(workers: Workers) -> None:
+    pipe = sdxl()
+
+    def nudge(pipe: Any, i: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": kept["latents"] * 1.01}
+
+    untouched, drafted, report = run_three_ways(pipe, {**CHEAP, "callback_on_step_end": nudge}, workers)
+    assert report.rounds == rounds_of("aggressive", 7, 3)
+    assert float((drafted - untouched).norm() / untouched.norm()) < 0.1
 
 
 def test_latents_that_a_callback_replaces_end_the_drafts(workers: Workers) -> None:
@@ -81,15 +90,7 @@ def test_latents_that_a_callback_replaces_end_the_drafts(workers: Workers) -> No
     ids=["two transformers", "ControlNet for half of the steps", "ControlNet in guess mode"],
 )
 def test_steps_that_change_on_the_way(make: Any, options: dict[str, Any], lessons: int, workers: Workers) -> None:
-    pipe = make()
-    untouched = run(pipe, options)
-    with parallelize(pipe, workers, drafts=1):
-        assert torch.equal(run(pipe, options), untouched)
-    with reference(pipe, devices=3):
-        expected = run(pipe, options)
-    with parallelize(pipe, workers) as parallel:
-        assert torch.equal(run(pipe, options), expected)
-    (report,) = parallel.report.calls
+    _, _, report = run_three_ways(make(), options, workers)
     assert not report.sequential
     assert sum(report.notes.values()) == lessons
     assert report.rounds < report.steps

@@ -16,11 +16,11 @@ from typing import Any
 from tests.host_cuda.torch_cuda import native  # before torch
 
 import torch  # isort: skip
-from torch.utils._pytree import tree_leaves
 
 from drp.errors import CudaError
 from drp.models.gpu import Graphs
 from drp.protocol import cuda
+from tests.worker_interpreter import make_replay
 
 HANDLE = struct.Struct("<QQQ")
 DEADLINE = 60.0
@@ -92,12 +92,7 @@ def capture(
     """Return a function that calls `function` again where a GPU replays a graph, and the tensors that it writes to."""
     output = function()
     restore()
-
-    def replay() -> None:
-        for place, value in zip(tree_leaves(output), tree_leaves(function()), strict=True):
-            place.copy_(value)
-
-    return replay, output
+    return make_replay(function, output), output
 
 
 def install() -> None:

@@ -157,20 +157,22 @@ def sd3() -> Any:
     return StableDiffusion3Pipeline(vae=vae(), transformer=transformer.eval(), scheduler=flow(), **dict.fromkeys(names))
 
 
+FLUX: dict[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 8,
+    "axes_dims_rope": [4, 4, 8],
+}
+"""The sizes of transformers like Flux's."""
+
+
 def flux() -> Any:
     torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        guidance_embeds=True,
-        axes_dims_rope=[4, 4, 8],
-    )
+    transformer = FluxTransformer2DModel(**FLUX, pooled_projection_dim=8, guidance_embeds=True)
     names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     return FluxPipeline(
         vae=vae(),

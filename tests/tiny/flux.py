@@ -15,7 +15,7 @@ from diffusers import (
 
 from tests.pipelines import IMAGE, MASK, PICTURE
 from tests.tiny import Case
-from tests.tiny.builders import flow, flux, normal, prompts, qwen, vae, z_image
+from tests.tiny.builders import FLUX, flow, flux, normal, prompts, qwen, vae, z_image
 
 TEXT = {"prompt_embeds": normal(1, 6, 8), "pooled_prompt_embeds": normal(1, 8), **IMAGE}
 AGAIN = {**PICTURE, "strength": 0.7}
@@ -39,17 +39,7 @@ def parts(channels: int = 16, **more: Any) -> dict[str, Any]:
 
 def controlnet() -> Any:
     torch.manual_seed(2)
-    made = FluxControlNetModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        pooled_projection_dim=8,
-        axes_dims_rope=[4, 4, 8],
-    )
+    made = FluxControlNetModel(**FLUX, pooled_projection_dim=8)
     for block in (*made.controlnet_blocks, *made.controlnet_single_blocks, made.controlnet_x_embedder):
         torch.nn.init.normal_(block.weight, std=0.3)
     return made.eval()
@@ -58,14 +48,7 @@ def controlnet() -> Any:
 def chroma() -> dict[str, Any]:
     torch.manual_seed(0)
     transformer = ChromaTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        axes_dims_rope=[4, 4, 8],
+        **FLUX,
         approximator_hidden_dim=16,
         approximator_layers=1,
         approximator_num_channels=16,
