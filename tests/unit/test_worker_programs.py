@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +12,9 @@ pytest.importorskip("diffusers")
 
 from drp.diffusers.program import PROGRAM, Call, Leaf, Program
 from drp.diffusers.pytree import flatten
-from drp.diffusers.worker import Programs
+from drp.diffusers.worker import ChangeDetector, LoadedProgram, Programs
 from drp.models.gpu import Graphs
+from drp.models.state import ModuleState
 
 
 def test_graphs_are_freed_with_the_modules_whose_buffers_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,10 +30,10 @@ def test_graphs_are_freed_with_the_modules_whose_buffers_they_read(monkeypatch: 
     programs, graphs = Programs(), Graphs()
     graphs(lambda given: given["x"], {"x": torch.zeros(1)}, lambda: None, b"text")
     assert len(graphs) == 1
-    state: Any = SimpleNamespace(restore=lambda: None)
+    loaded = LoadedProgram(Program(()), {}, ModuleState(), ChangeDetector({}))
     monkeypatch.setattr(programs, "_graphs", graphs)
     monkeypatch.setattr(programs, "_text", lambda program: b"text")
-    monkeypatch.setattr(programs, "_program", lambda text: (SimpleNamespace(can_be_captured=True), {}, state, None))
+    monkeypatch.setattr(programs, "_program", lambda text: loaded)
     monkeypatch.setattr(programs, "_replay", fail)
     nothing: dict[str, Tensor] = {}
     with pytest.raises(RuntimeError, match="out of memory"):
