@@ -30,7 +30,8 @@ def test_graphs_are_freed_with_the_modules_whose_buffers_they_read(monkeypatch: 
     programs, graphs = Programs(), Graphs()
     graphs(lambda given: given["x"], {"x": torch.zeros(1)}, lambda: None, b"text")
     assert len(graphs) == 1
-    loaded = LoadedProgram(Program(()), {}, ModuleState(), ChangeDetector({}))
+    program = Program((Call("unet", flatten(([torch.zeros(1)], {}))[0], (), flatten(torch.zeros(1))[0]),))
+    loaded = LoadedProgram(program, {}, ModuleState(), ChangeDetector({}))
     monkeypatch.setattr(programs, "_graphs", graphs)
     monkeypatch.setattr(programs, "_text", lambda program: b"text")
     monkeypatch.setattr(programs, "_program", lambda text: loaded)
